@@ -1,0 +1,223 @@
+"""Effects: one row per (example, site, intervention, metric), with the recipe that made it.
+
+A number without its recipe is not a result, so provenance travels in the Parquet file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp.errors import InterpError
+
+COLUMNS: dict[str, str] = {
+    "example": "int64",
+    "component": "string",
+    "layer": "Int64",
+    "head": "Int64",
+    "position": "Int64",
+    "token": "string",
+    "role": "string",
+    "intervention": "string",
+    "mode": "string",
+    "metric": "string",
+    "clean": "float64",
+    "corrupt": "float64",
+    "patched": "float64",
+    "effect": "float64",
+    "raw": "float64",
+}
+SITE_COLUMNS = ("component", "layer", "head", "position")
+SCHEMA_VERSION = 1
+
+
+class Effects:
+    """A long tidy table of causal effects and its provenance.
+
+    Columns: ``example``; the site (``component``, ``layer``, ``head``, ``position``; missing position =
+    all positions at once) with its ``token`` text and ``role`` (named span); ``intervention``, ``mode``
+    (``denoise``/``noise``), ``metric``; the metric on the ``clean``, ``corrupt`` and ``patched`` runs;
+    ``effect`` on the recovery scale; ``raw`` = patched − the run that was patched into.
+    """
+
+    def __init__(self, frame: pd.DataFrame, provenance: dict[str, Any] | None = None):
+        missing = [c for c in COLUMNS if c not in frame.columns]
+        if missing:
+            raise InterpError(f"this is not an effects table: it lacks the column(s) {', '.join(missing)}")
+        self._frame = frame[list(COLUMNS)].astype(COLUMNS).reset_index(drop=True)
+        self.provenance: dict[str, Any] = dict(provenance or {})
+
+    def frame(self) -> pd.DataFrame:
+        """A copy of the table, one row per example × site."""
+        return self._frame.copy()
+
+    def __len__(self) -> int:
+        return len(self._frame)
+
+    def __repr__(self) -> str:
+        f = self._frame
+        if f.empty:
+            return "Effects(empty)"
+        what = ", ".join(f"{c}×{n}" for c, n in f.groupby("component", observed=True).size().items())
+        kinds = "/".join(sorted(set(f["intervention"] + " " + f["mode"])))
+        return f"Effects({len(f)} rows: {what}; {f['example'].nunique()} examples; {kinds}; {f['metric'].iloc[0]})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>" + self.summary().head(10).to_html(index=False, escape=True)
+
+    def where(self, **conditions: Any) -> Effects:
+        """Rows whose columns equal the given values, e.g. ``effects.where(component="z", layer=9)``."""
+        unknown = [c for c in conditions if c not in COLUMNS]
+        if unknown:
+            raise InterpError(f"no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
+        keep = pd.Series(True, index=self._frame.index)
+        for column, value in conditions.items():
+            match = self._frame[column].isna() if value is None else self._frame[column] == value
+            keep &= match.fillna(False).astype(bool)
+        return Effects(self._frame[keep], self.provenance)
+
+    def summary(
+        self,
+        by: Sequence[str] | None = None,
+        *,
+        level: float = 0.95,
+        n_boot: int = 2000,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Mean effect per site with a percentile bootstrap interval over examples.
+
+        Returns one row per group, strongest first: ``effect``, ``lo``, ``hi`` (mean of the per-example
+        recovery), ``raw``, ``raw_lo``, ``raw_hi`` (mean change of the metric, in its own units) and
+        ``pooled``, ``pooled_lo``, ``pooled_hi`` (ratio of means: mean raw change over the mean gap; steadier
+        than a mean of ratios when some examples have a small clean–corrupt gap), and ``n`` examples.
+        Several rows of one example in a group (noise samples, tokens of a role) are averaged first.
+        Intervals are NaN with a single example: one example has no spread to resample.
+        """
+        keys = list(by) if by is not None else [*SITE_COLUMNS, "intervention", "mode", "metric"]
+        f = self._frame
+        if f.empty:
+            raise InterpError("there are no effects to summarise: the table is empty")
+        f = f.assign(gap=np.where(f["mode"] == "denoise", f["clean"] - f["corrupt"], f["corrupt"] - f["clean"]))
+        per_example = f.groupby([*keys, "example"], dropna=False, observed=True)[["effect", "raw", "gap"]].mean()
+        wide = per_example.unstack("example")
+        out = wide.index.to_frame(index=False)
+        table = {c: wide[c].to_numpy(dtype=float) for c in ("effect", "raw", "gap")}
+        out["n"] = np.isfinite(table["raw"]).sum(1)
+        for name, columns in _bootstrap(table, level=level, n_boot=n_boot, seed=seed).items():
+            out[name] = columns
+        order = out["pooled"].abs().where(out["effect"].isna(), out["effect"].abs())
+        return out.loc[order.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write one Parquet file, whole or not at all, with provenance in its metadata."""
+        import pyarrow as pa
+
+        table = pa.Table.from_pandas(self._frame, preserve_index=False)
+        return write_parquet(table, path, kind="effects", provenance=self.provenance)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Effects:
+        """Read what `write` wrote. Raises InterpError on anything else."""
+        frame, provenance = read_parquet(path, kind="effects")
+        return cls(frame, provenance)
+
+    @classmethod
+    def concat(cls, parts: Iterable[Effects]) -> Effects:
+        """Stack tables; provenance keys on which the parts disagree become lists."""
+        parts = list(parts)
+        if not parts:
+            raise InterpError("nothing to concatenate: the list of Effects is empty")
+        merged: dict[str, Any] = {}
+        for key in dict.fromkeys(k for p in parts for k in p.provenance):
+            values = [p.provenance.get(key) for p in parts]
+            merged[key] = values[0] if all(v == values[0] for v in values) else values
+        return cls(pd.concat([p._frame for p in parts], ignore_index=True), merged)
+
+
+def _bootstrap(
+    table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Percentile bootstrap over columns (examples) of [groups, examples] arrays; NaN = not measured."""
+    seen = {c: np.isfinite(x) for c, x in table.items()}
+    filled = {c: np.where(seen[c], x, 0.0) for c, x in table.items()}
+    n_examples = table["raw"].shape[1]
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=n_boot).astype(float)
+
+    def statistics(w: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sums = {c: filled[c] @ w.T for c in filled}
+            counts = {c: seen[c] @ w.T for c in seen}
+            return {
+                "effect": sums["effect"] / counts["effect"],
+                "raw": sums["raw"] / counts["raw"],
+                "pooled": sums["raw"] / np.where(sums["gap"] == 0, np.nan, sums["gap"]),
+            }
+
+    point = statistics(np.ones((1, n_examples)))
+    draws = statistics(weights)
+    tail = (1 - level) / 2
+    columns: dict[str, np.ndarray] = {}
+    for name, prefix in (("effect", ""), ("raw", "raw_"), ("pooled", "pooled_")):
+        columns[name] = point[name][:, 0]
+        lo, hi = _quantiles(draws[name], tail) if n_examples > 1 else (np.nan * point[name][:, 0],) * 2
+        columns[f"{prefix}lo"], columns[f"{prefix}hi"] = lo, hi
+    return columns
+
+
+def _quantiles(draws: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
+    """Quantiles along the last axis, ignoring NaN draws (all-NaN rows stay NaN, without a warning)."""
+    empty = ~np.isfinite(draws).any(-1)
+    safe = np.where(empty[:, None], 0.0, draws)
+    lo, hi = np.nanquantile(safe, [tail, 1 - tail], axis=-1)
+    return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)
+
+
+def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, provenance: dict[str, Any]) -> Path:
+    """Write a pyarrow table to a temporary name, sync, rename: the file is either whole or absent."""
+    import pyarrow.parquet as pq
+
+    target = Path(path)
+    header = {"interp": json.dumps({"kind": kind, "schema": SCHEMA_VERSION, "provenance": provenance})}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **header})
+    temporary: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as file:
+            pq.write_table(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise InterpError(f"cannot write {target}: {error.strerror or error}. Choose a writable folder.") from None
+    return target
+
+
+def read_parquet(path: str | os.PathLike[str], *, kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Read a table written by `write_parquet`, checking that it is what it should be."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise InterpError(f"{path} does not exist") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InterpError(f"{path} is not a readable Parquet file: {error}") from None
+    raw = (table.schema.metadata or {}).get(b"interp")
+    header = json.loads(raw) if raw else {}
+    if header.get("kind") != kind:
+        raise InterpError(f"{path} does not hold {kind} written by interp (found: {header.get('kind', 'no header')})")
+    if header.get("schema", 0) > SCHEMA_VERSION:
+        raise InterpError(f"{path} was written by a newer interp (schema {header['schema']}); upgrade interp to read it")
+    return table.to_pandas(), header["provenance"]

@@ -1,0 +1,193 @@
+"""Where an activation lives: `Site`, and the ordered collections of sites that recipes sweep over.
+
+Component names are TransformerLens names. A site's `position` is one of
+
+* an int (negative counts from the end of the prompt),
+* ``None``: every position at once (one cell),
+* ``"each"``: a sweep, one cell per position of each prompt,
+* any other string: a named span of the prompt (``"subject"``, ``"S2"``, …), all its tokens at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from interp.errors import SiteError
+
+EACH = "each"
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """How a component is addressed: its hook name and which axes it has."""
+
+    hook: str
+    per_layer: bool = True
+    heads: str | None = None  # None, "query" or "kv" heads
+    sweep_positions: bool = False  # does `model.sites(component)` enumerate positions by default?
+
+
+COMPONENTS: dict[str, ComponentSpec] = {
+    "embed": ComponentSpec("hook_embed", per_layer=False, sweep_positions=True),
+    "resid_pre": ComponentSpec("blocks.{layer}.hook_resid_pre", sweep_positions=True),
+    "resid_mid": ComponentSpec("blocks.{layer}.hook_resid_mid", sweep_positions=True),
+    "resid_post": ComponentSpec("blocks.{layer}.hook_resid_post", sweep_positions=True),
+    "attn_out": ComponentSpec("blocks.{layer}.hook_attn_out", sweep_positions=True),
+    "mlp_out": ComponentSpec("blocks.{layer}.hook_mlp_out", sweep_positions=True),
+    "q": ComponentSpec("blocks.{layer}.attn.hook_q", heads="query"),
+    "k": ComponentSpec("blocks.{layer}.attn.hook_k", heads="kv"),
+    "v": ComponentSpec("blocks.{layer}.attn.hook_v", heads="kv"),
+    "z": ComponentSpec("blocks.{layer}.attn.hook_z", heads="query"),
+    "result": ComponentSpec("blocks.{layer}.attn.hook_result", heads="query"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A frozen address in a model: (component, layer, head, position).
+
+    ``str(site)`` reads ``z.L9H6@14``; `Site.parse` reads it back.
+    """
+
+    component: str
+    layer: int | None = None
+    head: int | None = None
+    position: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.component not in COMPONENTS:
+            raise SiteError(f"unknown component {self.component!r}; known components: {', '.join(COMPONENTS)}")
+        spec = COMPONENTS[self.component]
+        if spec.per_layer and self.layer is None:
+            raise SiteError(f"a {self.component!r} site needs a layer")
+        if not spec.per_layer and self.layer is not None:
+            raise SiteError(f"{self.component!r} has no layer, got layer={self.layer}")
+        if spec.heads is None and self.head is not None:
+            raise SiteError(f"{self.component!r} has no heads, got head={self.head}")
+
+    @property
+    def spec(self) -> ComponentSpec:
+        """How this component is addressed."""
+        return COMPONENTS[self.component]
+
+    @property
+    def hook_name(self) -> str:
+        """The TransformerLens hook that carries this activation, e.g. ``blocks.9.attn.hook_z``."""
+        return self.spec.hook.format(layer=self.layer)
+
+    def at(self, position: int | str | None) -> Site:
+        """The same site at another position."""
+        return replace(self, position=position)
+
+    def __str__(self) -> str:
+        text = self.component
+        if self.layer is not None:
+            text += f".L{self.layer}" + ("" if self.head is None else f"H{self.head}")
+        return text if self.position is None else f"{text}@{self.position}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read ``resid_pre.L3@-1``, ``z.L9H6``, ``z.L9H6@S2``. Raises SiteError on anything else."""
+        match = re.fullmatch(r"(\w+?)(?:\.L(\d+)(?:H(\d+))?)?(?:@(.+))?", text.strip())
+        if not match:
+            raise SiteError(f"cannot read {text!r} as a site; write e.g. 'z.L9H6' or 'resid_pre.L3@-1'")
+        component, layer, head, where = match.groups()
+        position: int | str | None = where
+        if where is not None and re.fullmatch(r"-?\d+", where):
+            position = int(where)
+        return cls(component, *(None if x is None else int(x) for x in (layer, head)), position)
+
+
+class Sites(Sequence[Site]):
+    """An ordered set of sites; ``a | b`` joins two, keeping order and dropping repeats."""
+
+    def __init__(self, sites: Iterable[Site | str]):
+        parsed = (Site.parse(s) if isinstance(s, str) else s for s in sites)
+        self._sites = tuple(dict.fromkeys(parsed))
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return Sites(self._sites[index]) if isinstance(index, slice) else self._sites[index]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __or__(self, other: Iterable[Site | str]) -> Sites:
+        return Sites((*self._sites, *other))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sites) and self._sites == other._sites
+
+    def __hash__(self) -> int:
+        return hash(self._sites)
+
+    def __repr__(self) -> str:
+        parts = []
+        for component in dict.fromkeys(s.component for s in self):
+            group = [s for s in self if s.component == component]
+            parts.append(f"{len(group)} × {component} ({group[0]} … {group[-1]})")
+        return f"Sites({'; '.join(parts) or 'empty'})"
+
+
+def _chosen(what: str, wanted: Iterable[int] | int | None, n: int) -> list[int]:
+    """Validate layer or head indices; negative ones count from the end."""
+    if wanted is None:
+        return list(range(n))
+    indices = [wanted] if isinstance(wanted, int) else list(wanted)
+    for i in indices:
+        if not isinstance(i, int) or isinstance(i, bool) or not -n <= i < n:
+            raise SiteError(f"{what} {i!r} is out of range: this model has {n} {what}s, 0 to {n - 1}")
+    if not indices:
+        raise SiteError(f"no {what}s were chosen: pass at least one, or leave {what}s=None for all {n}")
+    return [i % n for i in indices]
+
+
+def enumerate_sites(
+    component: str,
+    *,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    layers: Iterable[int] | int | None = None,
+    heads: Iterable[int] | int | None = None,
+    positions: Iterable[int | str] | int | str | None = None,
+) -> Sites:
+    """All sites of one component: the product of layers × heads × positions.
+
+    ``positions=None`` takes the component's habit: residual-stream components sweep every position
+    (``"each"``), head components (q, k, v, z, result) take all positions at once. Pass
+    ``positions="each"`` or ``positions="all"`` to say which. Raises SiteError for anything the model lacks.
+    """
+    if component not in COMPONENTS:
+        raise SiteError(f"unknown component {component!r}; known components: {', '.join(COMPONENTS)}")
+    spec = COMPONENTS[component]
+    if not spec.per_layer and layers is not None:
+        raise SiteError(f"{component!r} sits before the first layer; leave layers=None")
+    if spec.heads is None and heads is not None:
+        raise SiteError(f"{component!r} has no heads; leave heads=None")
+    layer_list: list[int | None] = [*_chosen("layer", layers, n_layers)] if spec.per_layer else [None]
+    n = n_kv_heads if spec.heads == "kv" else n_heads
+    head_list: list[int | None] = [None] if spec.heads is None else [*_chosen("head", heads, n)]
+    return Sites(
+        Site(component, layer, head, position)
+        for layer in layer_list
+        for head in head_list
+        for position in _positions(positions, spec)
+    )
+
+
+def _positions(positions: Iterable[int | str] | int | str | None, spec: ComponentSpec) -> list[int | str | None]:
+    if positions is None:
+        return [EACH if spec.sweep_positions else None]
+    if positions == "all":
+        return [None]
+    if isinstance(positions, int | str):
+        return [positions]
+    chosen = list(positions)
+    if not chosen:
+        raise SiteError("no positions were chosen: pass at least one, 'each' (a sweep) or 'all' (at once)")
+    return chosen  # type: ignore[return-value]
