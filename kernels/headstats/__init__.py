@@ -1,0 +1,7 @@
+"""Attention that also tells what each head did. Needs torch; triton only for the Triton backend."""
+
+from headstats.api import Attended, attend
+from headstats.edit import Edit
+from headstats.stats import STATISTICS, AttentionStats, Statistic, StatSpec
+
+__all__ = ["STATISTICS", "Attended", "AttentionStats", "Edit", "StatSpec", "Statistic", "attend"]

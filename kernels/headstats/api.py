@@ -1,0 +1,92 @@
+"""The one entry point: validate once, pick a backend, say which one ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from headstats import blocked, reference
+from headstats.stats import AttentionStats, StatSpec
+from headstats.validate import make_call
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    from headstats.call import Call
+    from headstats.edit import Edit
+
+BACKENDS: dict[str, ModuleType] = {"blocked": blocked, "reference": reference}
+DEFAULT_SPEC = StatSpec()
+
+
+@dataclass(eq=False)
+class Attended:
+    """Result of `attend`.
+
+    out: the inputs' dtype.  lse: natural log of the softmax denominator (with the learned sink, if any), -inf for
+    a query that sees no key; float32, or float64 for float64 inputs.  backend: the one that ran.
+    """
+
+    out: Float[Tensor, "B H M Dv"]
+    lse: Float[Tensor, "B H M"]
+    stats: AttentionStats
+    backend: str
+
+
+def attend(
+    q: Float[Tensor, "B H M D"],
+    k: Float[Tensor, "B Hk N D"],
+    v: Float[Tensor, "B Hk N Dv"],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    bias: Float[Tensor, "#B #H #M #N"] | None = None,
+    sinks: Float[Tensor, " H"] | None = None,
+    key_padding: Bool[Tensor, "B N"] | None = None,
+    query_padding: Bool[Tensor, "B M"] | None = None,
+    spec: StatSpec = DEFAULT_SPEC,
+    edit: Edit | None = None,
+    backend: str = "auto",
+) -> Attended:
+    """Attention, with statistics of every head and query.
+
+    p = softmax over visible keys of softcap(scale q.k) + bias; out = gate * sum_j p_ij v_j.
+
+    q, k, v: one dtype and device; H a multiple of Hk (grouped-query attention); Dv may differ from D.
+    causal: query i sees key j if j <= i + N - M (aligned bottom-right).
+    window: key j is visible if |i + N - M - j| < window, so that the window counts the query's own position.
+    softcap: logits become softcap * tanh(logits / softcap).  scale: D**-0.5 if None.
+    bias: added to the logits; -inf, the dtype's minimum, or anything at or below -1e30 hides the cell.
+    sinks: one learned logit for each head: one more column of the softmax, dropped afterwards.
+    key_padding: True = real key.
+    query_padding: True = real query; only `received` reads it, to leave padded queries out of its means. If None,
+        it is taken from key_padding: of the last M keys when causal, of all keys when M = N; else all are real.
+    spec: which statistics; edit: what to change. Statistics are taken before the gate.
+    backend: "auto", "triton", "blocked" or "reference". "auto" takes the first that can do the call, Triton first
+        on CUDA; an explicit choice that cannot raises.
+
+    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v and the gate through out
+    and lse; the reference alone also differentiates bias, sinks and statistics.
+
+    Raises TypeError or ValueError for arguments that do not fit, NotImplementedError for an explicit backend that
+    cannot do what is asked.
+    """
+    call = make_call(q, k, v, causal, window, softcap, scale, bias, sinks, key_padding, query_padding, spec, edit)
+    name, engine = _pick(call, backend)
+    out, lse, stats = engine.run(call)
+    return Attended(out, lse, AttentionStats(**stats), name)
+
+
+def _pick(call: Call, backend: str) -> tuple[str, ModuleType]:
+    if backend == "auto":
+        return next((n, b) for n, b in BACKENDS.items() if b.unsupported(call) is None)
+    if backend not in BACKENDS:
+        allowed = ", ".join(repr(n) for n in ("auto", *BACKENDS))
+        raise ValueError(f"backend={backend!r}: one of {allowed} expected")
+    if reason := BACKENDS[backend].unsupported(call):
+        raise NotImplementedError(f"backend={backend!r} cannot do this call: {reason}. backend='auto' picks one that can.")
+    return backend, BACKENDS[backend]

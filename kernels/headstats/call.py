@@ -1,0 +1,103 @@
+"""One validated attention call, and the rules of visibility that every backend shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+    from torch import Tensor
+
+    from headstats.stats import StatSpec
+
+# Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
+HIDDEN = -1e30
+
+
+@dataclass(eq=False)
+class Call:
+    """Arguments of `attend` after validation: no ambiguity left, nothing to check again."""
+
+    q: Shaped[Tensor, "B H M D"]
+    k: Shaped[Tensor, "B Hk N D"]
+    v: Shaped[Tensor, "B Hk N Dv"]
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    bias: Shaped[Tensor, "B H M N"] | None  # expanded, not copied
+    sinks: Shaped[Tensor, " H"] | None
+    key_padding: Bool[Tensor, "B N"] | None
+    query_padding: Bool[Tensor, "B M"] | None  # True = real; what `received` averages over
+    spec: StatSpec
+    gate: Shaped[Tensor, "#B #H #M"] | None  # always three dimensions
+
+    @property
+    def offset(self) -> int:
+        """Position of query 0 among the keys: causal masks are aligned bottom-right."""
+        return self.k.shape[2] - self.q.shape[2]
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What logits, LSE and statistics are computed in."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the arguments that gradients are wanted for."""
+        if not torch.is_grad_enabled():
+            return ()
+        names = ("q", "k", "v", "gate", "bias", "sinks")
+        return tuple(n for n in names if (t := getattr(self, n)) is not None and t.requires_grad)
+
+    def keys_seen(self, i0: int, i1: int) -> tuple[int, int]:
+        """Range of keys that any of the queries i0 <= i < i1 may see, by causality and window alone."""
+        n, lo, hi = self.k.shape[2], 0, self.k.shape[2]
+        if self.causal:
+            hi = i1 + self.offset
+        if self.window is not None:
+            lo = i0 + self.offset - self.window + 1
+            hi = min(hi, i1 + self.offset + self.window - 1)
+        hi = min(max(hi, 0), n)
+        return min(max(lo, 0), hi), hi
+
+    def distances(self, i0: int, i1: int, lo: int, hi: int) -> Int[Tensor, "m n"]:
+        """i + N - M - j for the queries i0 <= i < i1 and keys lo <= j < hi."""
+        device = self.q.device
+        rows = torch.arange(i0 + self.offset, i1 + self.offset, device=device)
+        return rows[:, None] - torch.arange(lo, hi, device=device)
+
+    def visible(self, i0: int, i1: int, lo: int, hi: int) -> Bool[Tensor, "#B #H m n"]:
+        """Which keys lo <= j < hi the queries i0 <= i < i1 see: causality, window, padding and bias."""
+        d = self.distances(i0, i1, lo, hi)
+        mask = torch.ones_like(d, dtype=torch.bool)
+        if self.causal:
+            mask &= d >= 0
+        if self.window is not None:
+            mask &= d.abs() < self.window
+        mask = mask[None, None]
+        if self.key_padding is not None:
+            mask = mask & self.key_padding[:, None, None, lo:hi]
+        if self.bias is not None:
+            mask = mask & ~hidden_by_bias(self.bias[:, :, i0:i1, lo:hi])
+        return mask
+
+    def key_rank(self) -> Int[Tensor, "#B N"]:
+        """0, 1, ... over the real keys of each batch row from the left; N for padded keys."""
+        n = self.k.shape[2]
+        if self.key_padding is None:
+            return torch.arange(n, device=self.k.device)[None]
+        return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, n)
+
+
+def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Bias cells that mean "not visible": -inf, the dtype's lowest number, or anything at or below -1e30."""
+    return bias <= max(torch.finfo(bias.dtype).min, HIDDEN)

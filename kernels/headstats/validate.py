@@ -1,0 +1,144 @@
+"""Checks of what a caller passes. Each message names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstats.call import Call
+from headstats.edit import Edit
+from headstats.stats import StatSpec
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_call(
+    q, k, v, causal, window, softcap, scale, bias, sinks, key_padding, query_padding, spec, edit
+) -> Call:
+    """Turns the arguments of `attend` into a `Call`, or raises TypeError / ValueError."""
+    _tensors(q, k, v)
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal={causal!r}: True or False expected")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window={window!r}: an int >= 1 expected (it counts the query's own position), or None")
+    if softcap is not None and not _positive(softcap):
+        raise ValueError(f"softcap={softcap!r}: a finite number > 0 expected, or None")
+    if scale is None:
+        scale = d**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r}: a finite number expected, or None for D**-0.5")
+    if not isinstance(spec, StatSpec):
+        raise TypeError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
+    if edit is not None and not isinstance(edit, Edit):
+        raise TypeError(f"edit={edit!r}: a headstats.Edit expected, e.g. Edit(gate=...), or None")
+    key_padding = _padding("key_padding", key_padding, (b, n), q)
+    query_padding = _padding("query_padding", query_padding, (b, m), q)
+    if query_padding is None and key_padding is not None:
+        query_padding = _query_padding_from_keys(key_padding, m, causal)
+    return Call(
+        q, k, v, causal, window, None if softcap is None else float(softcap), float(scale),
+        _bias(bias, (b, h, m, n), q), _sinks(sinks, h, q), key_padding, query_padding, spec,
+        None if edit is None else _gate(edit.gate, (b, h, m), q),
+    )  # fmt: skip
+
+
+def _tensors(q: Any, k: Any, v: Any) -> None:
+    for name, t, shape in (("q", q, "[B, H, M, D]"), ("k", k, "[B, Hk, N, D]"), ("v", v, "[B, Hk, N, Dv]")):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor of shape {shape} expected")
+        if t.dim() != 4:
+            raise ValueError(f"{name} has shape {list(t.shape)}: four dimensions {shape} expected")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name} has dtype {t.dtype}: float32, bfloat16, float16 or float64 expected")
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype} but q has {q.dtype}: one dtype expected for q, k and v")
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
+        if t.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {t.shape[0]} but q has {q.shape[0]}")
+        if 0 in t.shape:
+            raise ValueError(f"{name} has shape {list(t.shape)}: every size must be at least 1")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k is {list(k.shape)} and v is {list(v.shape)}: batch, heads and keys must agree")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head size {q.shape[3]} but k has {k.shape[3]}: they must agree (v's may differ)")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads and k has {k.shape[1]}: q's must be a multiple of k's (grouped-query attention)"
+        )
+
+
+def _positive(x: Any) -> bool:
+    return not isinstance(x, bool) and isinstance(x, (int, float)) and math.isfinite(x) and x > 0
+
+
+def _same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor expected, or None")
+    if floating and not t.is_floating_point():
+        raise TypeError(f"{name} has dtype {t.dtype}: a floating dtype expected")
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
+
+
+def _padding(name: str, t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    _same_device(name, t, q, floating=False)
+    if t.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {t.dtype}: bool expected, True = real token (attention_mask.bool())")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}: {list(shape)} expected")
+    return t
+
+
+def _query_padding_from_keys(key_padding: Tensor, m: int, causal: bool) -> Tensor | None:
+    n = key_padding.shape[1]
+    if n == m:
+        return key_padding
+    if not causal:
+        return None  # cross-attention: the keys' padding says nothing about the queries
+    if n > m:
+        return key_padding[:, n - m :]
+    return torch.nn.functional.pad(key_padding, (m - n, 0), value=True)
+
+
+def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    if isinstance(t, Tensor) and t.dtype == torch.bool:
+        raise TypeError("bias has dtype torch.bool: an additive floating bias expected (0 = keep, -inf = hide)")
+    _same_device("bias", t, q)
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"bias has shape {list(t.shape)}: broadcastable to [B, H, M, N] = {list(shape)} expected") from None
+
+
+def _sinks(t: Any, h: int, q: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    _same_device("sinks", t, q)
+    if tuple(t.shape) != (h,):
+        raise ValueError(f"sinks has shape {list(t.shape)}: one learned logit for each query head, [{h}], expected")
+    return t
+
+
+def _gate(t: Any, shape: tuple[int, int, int], q: Tensor) -> Tensor | None:
+    if t is None:
+        return None
+    _same_device("Edit.gate", t, q)
+    whole = t if t.dim() == 3 else t[..., None]
+    try:
+        whole.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"Edit.gate has shape {list(t.shape)}: broadcastable to [B, H] = {list(shape[:2])} or, with three "
+            f"dimensions, to [B, H, M] = {list(shape)} expected"
+        ) from None
+    return whole.reshape((1,) * (3 - whole.dim()) + tuple(whole.shape))
