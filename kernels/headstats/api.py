@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from headstats import blocked, reference
+from headstats import blocked, launch, reference
 from headstats.stats import AttentionStats, StatSpec
 from headstats.validate import make_call
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headstats.call import Call
     from headstats.edit import Edit
 
-BACKENDS: dict[str, ModuleType] = {"blocked": blocked, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": launch, "blocked": blocked, "reference": reference}
 DEFAULT_SPEC = StatSpec()
 
 
@@ -83,7 +83,8 @@ def attend(
 
 def _pick(call: Call, backend: str) -> tuple[str, ModuleType]:
     if backend == "auto":
-        return next((n, b) for n, b in BACKENDS.items() if b.unsupported(call) is None)
+        names = BACKENDS if call.q.is_cuda else ("blocked", "reference")
+        return next((n, BACKENDS[n]) for n in names if BACKENDS[n].unsupported(call) is None)
     if backend not in BACKENDS:
         allowed = ", ".join(repr(n) for n in ("auto", *BACKENDS))
         raise ValueError(f"backend={backend!r}: one of {allowed} expected")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import recompute, rows
+from headstats import cpu_flash, recompute, rows
 from headstats.call import Call
 from headstats.stats import BY_NAME
 from headstats.tiles import flat, heads_apart, logits, tiles
@@ -30,6 +30,11 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The same without gradients."""
+    return cpu_flash.forward(call) if cpu_flash.suits(call) else by_tiles(call)
+
+
+def by_tiles(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The general path."""
     b, h, m, _ = call.q.shape
     hk, n, g = call.k.shape[1], call.k.shape[2], call.groups
     q = heads_apart(call, call.q)

@@ -1,0 +1,76 @@
+"""Weights of single cells from q, k and lse: p_ij = exp(score_ij - lse_i). No pattern, no values.
+
+Backends whose main pass does not hold whole rows use these for statistics about known keys, which then cost that
+pass nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from headstats.call import Call, hidden_by_bias
+from headstats.tiles import heads_apart
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+PROBED = ("sink", "diagonal", "previous")
+
+
+def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: int | bool) -> Float[Tensor, "B H M"]:
+    """One of the statistics in PROBED."""
+    if name == "sink":
+        keys = first_real_keys(call, int(value))[:, None]
+    else:
+        keys = call.distances(0, call.q.shape[2], 0, 1)[None] - int(name == "previous")
+    return weights_at(call, lse, keys).sum(-1)
+
+
+def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:
+    """Indices of the first real keys of each batch row, -1 where there are fewer."""
+    count = min(count, call.k.shape[2])
+    keys = torch.arange(call.k.shape[2], device=call.k.device)[None]
+    if call.key_padding is None:
+        return keys[:, :count]
+    found = keys.masked_fill(~call.key_padding, keys.shape[1]).sort(1).values[:, :count]
+    return found.masked_fill(found == keys.shape[1], -1)
+
+
+def weights_at(
+    call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M T"]
+) -> Float[Tensor, "B H M T"]:
+    """p_ij for chosen keys of each query; keys outside 0 ... N-1 have weight 0."""
+    b, h, m, _ = call.q.shape
+    q = heads_apart(call, call.q.to(call.dtype))
+    inside = (keys >= 0) & (keys < call.k.shape[2])
+    index = torch.where(inside, keys, 0).expand(b, -1, -1)
+    k = call.k.to(call.dtype)
+    wanted = index.flatten(1)[:, None, :, None].expand(b, k.shape[1], -1, k.shape[3])
+    k = k.gather(2, wanted).unflatten(2, index.shape[1:])
+    if index.shape[1] == 1:
+        scores = torch.einsum("bhgmd,bhtd->bhgmt", q, k[:, :, 0])
+    else:
+        scores = torch.einsum("bhgmd,bhmtd->bhgmt", q, k)
+    scores = (scores * call.scale).flatten(1, 2)
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    visible = inside[:, None] & _visible(call, index)
+    if call.bias is not None:
+        bias = call.bias.gather(3, index[:, None].expand(b, h, m, -1))
+        scores, visible = scores + bias.to(scores.dtype), visible & ~hidden_by_bias(bias)
+    return torch.where(visible, torch.exp(scores - lse[..., None]), 0.0)
+
+
+def _visible(call: Call, keys: Int[Tensor, "B #M T"]) -> Bool[Tensor, "B 1 M T"]:
+    d = call.distances(0, call.q.shape[2], 0, 1)[None] - keys
+    mask = torch.ones_like(d, dtype=torch.bool)
+    if call.causal:
+        mask &= d >= 0
+    if call.window is not None:
+        mask &= d.abs() < call.window
+    if call.key_padding is not None:
+        mask &= call.key_padding.gather(1, keys.flatten(1)).unflatten(1, keys.shape[1:])
+    return mask[:, None]
