@@ -1,0 +1,289 @@
+"""Small models whose circuit is known, because it was set by hand. Built in well under a second, no download.
+
+They are the ground truth for every recipe: `Known.truth` and `Known.truth_resid` say where an effect must
+be found, and everywhere else it must be zero. Their prompts are strings of words, one token a word, with
+``<bos>`` in front: position 0 is ``<bos>``, position 1 the first word.
+
+How the pair sets make ablation exact. An effect of ablation is (ablated − clean)/(corrupt − clean) in logit
+difference, so it is 1 when the ablated model is as undecided as the corrupt run, whose logit difference is 0:
+
+* *zero ablation* is exact for each example: without its head the model says nothing.
+* *mean ablation* writes the mean of all answers. In a set, the foil of each pair is the answer of the next
+  one (cyclically), so answers and foils weigh the same in the mean: exact for each example from 2 pairs on.
+  One pair alone is its own mean, and mean ablation then does nothing.
+* *resample ablation* takes the activation of another example. Answers differ throughout a set, so the
+  borrowed one favours neither answer nor foil: effect 1; except where the next pair is drawn, whose answer
+  is the foil: effect 2. This exception cannot be removed: averaged over whom to draw (oneself included),
+  resampling equals the mean, and drawing oneself has effect 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from interp.errors import TaskError
+from interp.prompts import Fact, PairSet, PromptPair
+from interp.sites import Site, Sites
+from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES
+
+if TYPE_CHECKING:
+    import torch
+    from transformer_lens.model_bridge import TransformerBridge
+
+MAX_PAIRS = 72
+"""Most pairs in one set of a hand-set model: beyond this many, answers would have to repeat."""
+
+PREVIOUS_TOKEN = Site("z", 0, 1)
+INDUCTION = Site("z", 1, 2)
+COPY = Site("z", 1, 2)
+
+WORDS = (*LETTERS, *SYLLABLES[:98])
+_TRIGGERS, _CONTENT = SYLLABLES[:24], (*LETTERS, *SYLLABLES[24:98])
+_PLAIN = (*LETTERS, *SYLLABLES[:14])
+_MARKED = tuple(s.upper() for s in SYLLABLES[:83])
+_END = "?"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model with the truth about it.
+
+    ``pairs(n=32, seed=0)`` makes prompt pairs that it solves, ``facts(n=32, seed=0)`` the same as facts
+    whose subject is the word that matters. ``truth``: the heads that carry the answer (z sites, all
+    positions), empty for the random model. ``truth_resid(pair)``: the resid_pre and resid_post sites
+    through which all of the difference between clean and corrupt flows, with positions.
+    ``attends(pair)``: per planted head, the key position that each query position of the clean prompt puts
+    at least 0.999 of its attention on.
+    """
+
+    name: str
+    bridge: TransformerBridge
+    truth: Sites
+    _pairs: Callable[[int, Random], list[PromptPair]]
+    _resid: Callable[[PromptPair], Sites]
+    _attends: Callable[[PromptPair], Mapping[Site, list[int]]]
+    _max_pairs: int | None = MAX_PAIRS
+
+    @cached_property
+    def model(self) -> Any:
+        """The bridge as an `interp.Model`."""
+        import interp
+
+        return interp.load(self.bridge)
+
+    def pairs(self, n: int = 32, seed: int = 0) -> PairSet:
+        """``n`` pairs, the same ones for the same seed. TaskError if n is not possible."""
+        if n < 1 or (self._max_pairs is not None and n > self._max_pairs):
+            most = f" and at most {self._max_pairs} (its answers must differ)" if self._max_pairs else ""
+            raise TaskError(f"zoo.{self.name}: a set has at least 1 pair{most}; n={n} was asked for")
+        return PairSet(self._pairs(n, Random(f"{self.name}/{seed}")), task=f"zoo.{self.name}", seed=seed)
+
+    def facts(self, n: int = 32, seed: int = 0) -> list[Fact]:
+        """The clean prompts of `pairs` as facts; the subject is the word that pairs corrupt first."""
+        facts = []
+        for pair in self.pairs(n, seed):
+            words = zip(pair.clean.split(), pair.corrupt.split(), strict=True)
+            facts.append(Fact(pair.clean, next(a for a, b in words if a != b), pair.answer))
+        return facts
+
+    def truth_resid(self, pair: PromptPair) -> Sites:
+        """Where the difference flows, layer by layer: patching any one of these sites has effect 1."""
+        return self._resid(pair)
+
+    def attends(self, pair: PromptPair) -> Mapping[Site, list[int]]:
+        """Key position (0 = ``<bos>``) that each query position attends to, per planted head."""
+        return self._attends(pair)
+
+
+def induction(*, dtype: torch.dtype | None = None) -> Known:
+    """A two-layer attention-only model that completes "… a b … a" with "b".
+
+    The mechanism is that of Elhage et al. (2021) and Olsson et al. (2022), with nothing else in the way.
+    L0H1 attends to the previous token and writes its name; L1H2 attends to the token whose predecessor is
+    the present token and copies it, or to ``<bos>`` if there is none. The other six heads attend at random
+    and write where nothing reads. In the corrupt prompt the first "a" is another word, which starves both
+    planted heads; with no match the model is undecided (all logits 0), with one it gives "b" 20 logits.
+    ``dtype``: torch.float32 (default) or torch.float64.
+    """
+    import torch
+
+    from interp.zoo.planted import MATCH, SINK, Planted
+
+    n, n_ctx = len(SPECIALS) + len(WORDS), 64
+    channels = {"tok": n, "pos": n_ctx, "prev": n, "out": n, "junk": 64}
+    build = Planted(WORDS, channels, n_layers=2, n_heads=4, d_head=n, dtype=dtype)
+    back = torch.diag(torch.ones(n_ctx - 1), 1)  # [key position, query position]: one to the left
+    back[0, 0] = 1.0  # <bos> has nothing to its left
+    everything, words, bos = torch.eye(n), torch.eye(n), torch.zeros(n, n)
+    words[: len(SPECIALS)] = 0
+    bos[build.ids[BOS], build.ids[BOS]] = 1.0
+    build.plant(
+        0, 1, q={"pos": MATCH * back}, k={"pos": torch.eye(n_ctx)},
+        v={"tok": everything}, o={"prev": everything},
+    )  # fmt: skip
+    build.plant(
+        1, 2, q={"tok": MATCH * words}, q_bias=SINK * bos[build.ids[BOS]],
+        k={"prev": words, "tok": bos}, v={"tok": words}, o={"out": everything},
+    )  # fmt: skip
+    _fill(build, planted={(0, 1), (1, 2)})
+    truth = Sites([PREVIOUS_TOKEN, INDUCTION])
+    return Known("induction", build.bridge, truth, _induction_pairs, _induction_resid, _induction_attends)
+
+
+def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
+    """Nine words: trigger and answer side by side at an odd position, foil at another odd one, trigger last.
+
+    No two pairs share both trigger and position, and triggers serve as nothing else; so a previous-token
+    head that tells what it saw in another example never points the induction head at answer or foil.
+    """
+    answers = rng.sample(_CONTENT, n)
+    places = rng.sample([(t, p) for t in _TRIGGERS for p in (1, 3, 5)], n)
+    pairs = []
+    for i, (trigger, p) in enumerate(places):
+        answer = answers[i]
+        foil = answers[(i + 1) % n] if n > 1 else rng.choice([w for w in _CONTENT if w != answer])
+        *fill, stranger = rng.sample([w for w in _CONTENT if w not in (answer, foil)], 6)
+        words: dict[int, str] = {p: trigger, p + 1: answer, 9: trigger}
+        words[rng.choice([q for q in (1, 3, 5, 7) if q != p])] = foil
+        words = {q: words[q] if q in words else fill.pop() for q in range(1, 10)}
+        corrupt = {**words, p: stranger}
+        clean = " ".join(words.values())
+        starts = [0]
+        for word in words.values():
+            starts.append(starts[-1] + len(word) + 1)
+        spans = {name: (starts[q - 1], starts[q] - 1) for name, q in (("A1", p), ("B1", p + 1), ("A2", 9))}
+        pairs.append(PromptPair(clean, " ".join(corrupt.values()), f" {answer}", f" {foil}", spans))
+    return pairs
+
+
+def _first_trigger(pair: PromptPair) -> tuple[int, int]:
+    """Positions (with <bos> as 0) of the first occurrence of the last word, and of the last word."""
+    words = pair.clean.split()
+    return words.index(words[-1]) + 1, len(words)
+
+
+def _induction_resid(pair: PromptPair) -> Sites:
+    p, end = _first_trigger(pair)
+    return Sites([
+        Site("resid_pre", 0, position=p), Site("resid_post", 0, position=p + 1),
+        Site("resid_pre", 1, position=p + 1), Site("resid_post", 1, position=end),
+    ])  # fmt: skip
+
+
+def _induction_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
+    p, end = _first_trigger(pair)
+    return {PREVIOUS_TOKEN: [0, *range(end)], INDUCTION: [0] * end + [p + 1]}
+
+
+def one_head(*, dtype: torch.dtype | None = None) -> Known:
+    """Three layers of four heads, of which L1H2 alone carries the answer.
+
+    Prompts are plain words with one marked (upper-case) word among them, and end in "?"; there L1H2 attends
+    to the marked word and copies it. Every other head is busy, attends at random, and writes where nothing
+    reads. In the corrupt prompt another marked word, neither answer nor foil, takes its place.
+    ``dtype``: torch.float32 (default) or torch.float64.
+    """
+    import torch
+
+    from interp.zoo.planted import MATCH, SINK, Planted
+
+    words = (*_PLAIN, *_MARKED, _END)
+    n = len(SPECIALS) + len(words)
+    channels = {"tok": n, "pos": 32, "out": n, "junk": 96}
+    build = Planted(words, channels, n_layers=3, n_heads=4, d_head=n, dtype=dtype)
+    marked = torch.zeros(n)
+    marked[[build.ids[w] for w in _MARKED]] = 1.0
+    asks, begins = (torch.eye(n)[build.ids[w]] for w in (_END, BOS))
+    build.plant(
+        1, 2, q={"tok": MATCH * asks[None]}, q_bias=torch.tensor([0.0, SINK]),
+        k={"tok": torch.stack([marked, begins])}, v={"tok": torch.diag(marked)}, o={"out": torch.eye(n)},
+    )  # fmt: skip
+    _fill(build, planted={(1, 2)})
+    return Known("one_head", build.bridge, Sites([COPY]), _one_head_pairs, _one_head_resid, _one_head_attends)
+
+
+def _one_head_pairs(n: int, rng: Random) -> list[PromptPair]:
+    # Words that only ever appear in corrupt prompts: resampling from those favours no one's answer or foil.
+    strangers, candidates = _MARKED[:11], _MARKED[11:]
+    answers = rng.sample(candidates, n)
+    pairs = []
+    for i, answer in enumerate(answers):
+        foil = answers[(i + 1) % n] if n > 1 else rng.choice([w for w in candidates if w != answer])
+        words = rng.sample(_PLAIN, 7)
+        place = rng.randrange(7)
+        before, after = words[:place], [*words[place + 1 :], _END]
+        clean, corrupt = (" ".join([*before, w, *after]) for w in (answer, rng.choice(strangers)))
+        start = len(" ".join([*before, ""]))
+        spans = {"marked": (start, start + len(answer)), "END": (len(clean) - 1, len(clean))}
+        pairs.append(PromptPair(clean, corrupt, f" {answer}", f" {foil}", spans))
+    return pairs
+
+
+def _one_head_place(pair: PromptPair) -> tuple[int, int]:
+    words = pair.clean.split()
+    return next(i for i, w in enumerate(words, 1) if w.isupper()), len(words)
+
+
+def _one_head_resid(pair: PromptPair) -> Sites:
+    marked, end = _one_head_place(pair)
+    before = [("resid_pre", 0), ("resid_post", 0), ("resid_pre", 1)]
+    after = [("resid_post", 1), ("resid_pre", 2), ("resid_post", 2)]
+    return Sites([
+        *(Site(c, layer, position=marked) for c, layer in before),
+        *(Site(c, layer, position=end) for c, layer in after),
+    ])  # fmt: skip
+
+
+def _one_head_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
+    marked, end = _one_head_place(pair)
+    return {COPY: [0] * end + [marked]}
+
+
+def random(seed: int = 0, *, dtype: torch.dtype | None = None) -> Known:
+    """A randomly initialised transformer, four layers of eight heads with MLPs: the null control.
+
+    Its pairs differ in one to three random words; answer and foil are drawn independently of the prompts
+    and of the weights. Swapping answer and foil is then as likely as not and flips the sign of every raw
+    change in logit difference, so the *raw* mean effect of each site has expectation exactly zero, and its
+    interval covers zero as often as it says. This does not hold on the recovery scale: there the swap flips
+    numerator and denominator together, and a head of any model passes on some share of whatever difference
+    there is. The pooled ratio (mean raw change over mean gap) has a zero-mean numerator, but its denominator
+    is zero-mean noise too: read its interval as "undetermined", and test the null on ``raw``.
+    """
+    from interp.zoo.planted import boot
+
+    config = {
+        "d_model": 64, "d_head": 8, "n_heads": 8, "n_layers": 4, "d_mlp": 256, "act_fn": "gelu", "n_ctx": 64,
+        "d_vocab": len(SPECIALS) + len(WORDS), "normalization_type": "LN", "seed": seed,
+        "positional_embedding_type": "standard",
+    }  # fmt: skip
+    bridge, nowhere = boot(config, WORDS, dtype), Sites([])
+    return Known("random", bridge, nowhere, _random_pairs, lambda _: nowhere, lambda _: {}, _max_pairs=None)
+
+
+def _random_pairs(n: int, rng: Random) -> list[PromptPair]:
+    pairs = []
+    for _ in range(n):
+        words = rng.choices(WORDS, k=8)
+        corrupt = list(words)
+        for i in rng.sample(range(8), rng.randint(1, 3)):
+            corrupt[i] = rng.choice([w for w in WORDS if w != words[i]])
+        answer, foil = rng.sample(WORDS, 2)
+        pairs.append(PromptPair(" ".join(words), " ".join(corrupt), f" {answer}", f" {foil}"))
+    return pairs
+
+
+def _fill(build: Any, planted: set[tuple[int, int]]) -> None:
+    """Make every head that is not planted inert: active, but writing only where nothing reads."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    n_layers = build.bridge.cfg.n_layers
+    for layer in range(n_layers):
+        for head in range(build.n_heads):
+            if (layer, head) not in planted:
+                build.plant_inert(layer, head, generator)

@@ -1,0 +1,50 @@
+"""Word-level tokenizers made in memory: every word between spaces is one token, so prompts stay readable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, UNK, PAD = SPECIALS = ("<bos>", "<eos>", "<unk>", "<pad>")
+
+LETTERS = tuple(ascii_lowercase)
+SYLLABLES = tuple(c + v for v in "aeiou" for c in "bcdfghjklmnpqrstvwxyz")  # 105 two-letter words
+# No word is longer than two letters: a two-letter word is then never found inside another word, which makes
+# searching a prompt for it safe.
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A fast tokenizer whose vocabulary is the four specials (ids 0 to 3), then ``words``.
+
+    Text is split at whitespace; anything unknown becomes ``<unk>``. ``<bos>`` is put in front of every
+    text encoded with special tokens, as TransformerLens expects of a model that was trained with one.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate((*SPECIALS, *words))}
+    if len(vocabulary) != len(SPECIALS) + len(words):
+        raise ValueError("the words of a vocabulary must all differ")
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
+        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        pad_token=PAD,
+        # TransformerLens reloads a tokenizer without these from its path; ours exists in memory only.
+        name_or_path="interp.zoo",
+        add_bos_token=True,
+        padding_side="right",
+    )
