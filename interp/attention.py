@@ -95,11 +95,12 @@ class AttentionStats:
         frame, provenance = read_parquet(path, kind="attention_stats")
         backends = {int(k): v for k, v in provenance.pop("backends", {}).items()}
         names = [c for c in frame.columns if c not in ("example", "layer", "head", "position", "token")]
-        tokens, values = [], {name: [] for name in names}
+        tokens: list[list[str]] = []
+        values: dict[str, list[Any]] = {name: [] for name in names}
         for _, part in frame.groupby("example", sort=True):
-            shape = tuple(part[c].max() + 1 for c in ("layer", "head", "position"))
+            shape = tuple(int(part[c].max()) + 1 for c in ("layer", "head", "position"))
             part = part.sort_values(["layer", "head", "position"])
             tokens.append(part["token"].iloc[: shape[2]].tolist())
             for name in names:
-                values[name].append(part[name].to_numpy().reshape(shape))
+                values[name].append(np.asarray(part[name]).reshape(shape))
         return cls(tokens, values, backends, provenance)

@@ -51,7 +51,7 @@ class Effects:
         missing = [c for c in COLUMNS if c not in frame.columns]
         if missing:
             raise InterpError(f"this is not an effects table: it lacks the column(s) {', '.join(missing)}")
-        self._frame = frame[list(COLUMNS)].astype(COLUMNS).reset_index(drop=True)
+        self._frame: Any = frame[list(COLUMNS)].astype(COLUMNS).reset_index(drop=True)
         self.provenance: dict[str, Any] = dict(provenance or {})
 
     def frame(self) -> pd.DataFrame:
@@ -62,7 +62,7 @@ class Effects:
         return len(self._frame)
 
     def __repr__(self) -> str:
-        f = self._frame
+        f: Any = self._frame
         if f.empty:
             return "Effects(empty)"
         what = ", ".join(f"{c}×{n}" for c, n in f.groupby("component", observed=True).size().items())
@@ -101,18 +101,18 @@ class Effects:
         Intervals are NaN with a single example: one example has no spread to resample.
         """
         keys = list(by) if by is not None else [*SITE_COLUMNS, "intervention", "mode", "metric"]
-        f = self._frame
+        f: Any = self._frame
         if f.empty:
             raise InterpError("there are no effects to summarise: the table is empty")
         f = f.assign(gap=np.where(f["mode"] == "denoise", f["clean"] - f["corrupt"], f["corrupt"] - f["clean"]))
-        per_example = f.groupby([*keys, "example"], dropna=False, observed=True)[["effect", "raw", "gap"]].mean()
-        wide = per_example.unstack("example")
+        per_example: Any = f.groupby([*keys, "example"], dropna=False, observed=True)[["effect", "raw", "gap"]].mean()
+        wide: Any = per_example.unstack("example")
         out = wide.index.to_frame(index=False)
         table = {c: wide[c].to_numpy(dtype=float) for c in ("effect", "raw", "gap")}
         out["n"] = np.isfinite(table["raw"]).sum(1)
         for name, columns in _bootstrap(table, level=level, n_boot=n_boot, seed=seed).items():
             out[name] = columns
-        order = out["pooled"].abs().where(out["effect"].isna(), out["effect"].abs())
+        order: Any = out["pooled"].abs().where(out["effect"].isna(), out["effect"].abs())
         return out.loc[order.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -141,9 +141,7 @@ class Effects:
         return cls(pd.concat([p._frame for p in parts], ignore_index=True), merged)
 
 
-def _bootstrap(
-    table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int
-) -> dict[str, np.ndarray]:
+def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:
     """Percentile bootstrap over columns (examples) of [groups, examples] arrays; NaN = not measured."""
     seen = {c: np.isfinite(x) for c, x in table.items()}
     filled = {c: np.where(seen[c], x, 0.0) for c, x in table.items()}
@@ -175,7 +173,7 @@ def _bootstrap(
 def _quantiles(draws: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
     """Quantiles along the last axis, ignoring NaN draws (all-NaN rows stay NaN, without a warning)."""
     empty = ~np.isfinite(draws).any(-1)
-    safe = np.where(empty[:, None], 0.0, draws)
+    safe = np.where(np.expand_dims(empty, 1), 0.0, draws)
     lo, hi = np.nanquantile(safe, [tail, 1 - tail], axis=-1)
     return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)
 
@@ -219,5 +217,5 @@ def read_parquet(path: str | os.PathLike[str], *, kind: str) -> tuple[pd.DataFra
     if header.get("kind") != kind:
         raise InterpError(f"{path} does not hold {kind} written by interp (found: {header.get('kind', 'no header')})")
     if header.get("schema", 0) > SCHEMA_VERSION:
-        raise InterpError(f"{path} was written by a newer interp (schema {header['schema']}); upgrade interp to read it")
+        raise InterpError(f"{path} was written by a newer interp (schema {header['schema']}): upgrade to read it")
     return table.to_pandas(), header["provenance"]

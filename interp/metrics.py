@@ -25,6 +25,16 @@ class Readout:
     foil: Int[Tensor, " batch"] | None = None
     clean_logits: Float[Tensor, "batch vocab"] | None = None
 
+    def rows(self, index: Int[Tensor, " rows"]) -> Readout:
+        """The readout of some rows, repeated as the index says."""
+        index = index.to(self.answer.device)
+        foil, clean = self.foil, self.clean_logits
+        return Readout(
+            self.answer[index],
+            None if foil is None else foil[index],
+            None if clean is None else clean[index],
+        )
+
 
 MetricFn = Callable[[Float[Tensor, "batch vocab"], Readout], Float[Tensor, " batch"]]
 

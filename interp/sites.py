@@ -66,6 +66,8 @@ class Site:
             raise SiteError(f"{self.component!r} has no layer, got layer={self.layer}")
         if spec.heads is None and self.head is not None:
             raise SiteError(f"{self.component!r} has no heads, got head={self.head}")
+        if spec.heads is not None and self.head is None:
+            raise SiteError(f"a {self.component!r} site needs a head (for all heads of a layer use 'attn_out')")
 
     @property
     def spec(self) -> ComponentSpec:
@@ -97,7 +99,8 @@ class Site:
         position: int | str | None = where
         if where is not None and re.fullmatch(r"-?\d+", where):
             position = int(where)
-        return cls(component, *(None if x is None else int(x) for x in (layer, head)), position)
+        number = [None if x is None else int(x) for x in (layer, head)]
+        return cls(component, number[0], number[1], position)
 
 
 class Sites(Sequence[Site]):

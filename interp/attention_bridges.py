@@ -1,0 +1,158 @@
+"""Subclasses of TransformerLens' attention bridges that keep their hooks and hand attention to the instrument.
+
+`adapt` swaps the class of one bridge object. Bridges that merely wrap a Hugging Face module need nothing:
+the module itself calls our registered function.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.dense import AttentionCall
+
+
+def adapt(attn: Any) -> None:
+    """Give one attention bridge (or the native module in it) a forward that goes through its link."""
+    from transformer_lens.model_bridge.generalized_components import joint_qkv_attention as joint
+    from transformer_lens.model_bridge.generalized_components import (
+        joint_qkv_position_embeddings_attention as joint_rope,
+    )
+    from transformer_lens.model_bridge.generalized_components import position_embeddings_attention as rope
+    from transformer_lens.model_bridge.sources.native.model import NativeAttention
+
+    module = attn.original_component
+    if isinstance(module, NativeAttention):
+        module.__class__ = _subclass(type(module), "forward", _native_forward)
+        return
+    kind = type(attn)
+    if getattr(kind, "forward", None) is rope.PositionEmbeddingsAttentionBridge.forward:
+        attn.__class__ = _subclass(kind, "forward", _rope_forward)
+        return
+    plain = (joint.JointQKVAttentionBridge, joint_rope.JointQKVPositionEmbeddingsAttentionBridge)
+    if any(getattr(kind, "_reconstruct_attention", None) is base._reconstruct_attention for base in plain):
+        attn.__class__ = _subclass(kind, "_reconstruct_attention", _joint_reconstruct)
+
+
+@cache
+def _subclass(base: type, method: str, function: Any) -> type:
+    """One generated subclass per (class, method), so that isinstance checks and pickling of state still work."""
+    return type(f"Instrumented{base.__name__}", (base,), {method: function, "__module__": __name__})
+
+
+def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Delegate to the Hugging Face forward, whose projections are TransformerLens' hooked linears.
+
+    With per-head input hooks on (``use_split_qkv_input``, ``use_attn_in``) the projections differ per
+    head; then TransformerLens' own dense forward runs, and the layer is reported as dense.
+    """
+    config = self.config
+    if getattr(config, "use_split_qkv_input", False) or getattr(config, "use_attn_in", False):
+        return _tl_forward(self, args, kwargs)
+    if "hidden_states" in kwargs:
+        hidden = kwargs.pop("hidden_states")
+    else:
+        hidden, args = args[0], args[1:]
+    hidden = self.hook_in(hidden)
+    if kwargs.get("position_embeddings") is not None:
+        kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
+    if getattr(config, "use_attn_result", False):
+        return self.hook_out(_with_result(self, hidden, args, kwargs)), None
+    out = self.original_component(hidden, *args, **kwargs)
+    return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
+
+
+def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """Attention output as the sum of hooked per-head results: needs z as the output projection receives it."""
+    received: list[Tensor] = []
+    handle = self.o.original_component.register_forward_pre_hook(lambda _m, inputs: received.append(inputs[0]))
+    try:
+        self.original_component(hidden, *args, **kwargs)
+    finally:
+        handle.remove()
+    n_heads = int(self.config.n_heads)
+    z = received[0].unflatten(-1, (n_heads, -1))
+    return self._compute_per_head_result(z, n_heads, z.shape[-1])
+
+
+def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
+    """TransformerLens' dense forward, with the mask that it expects."""
+    from interp.instrument import _LINK, _read_mask
+
+    link = self.__dict__[_LINK]
+    record = link.instrument.record(link.layer)
+    record.calls += 1
+    record.backends["transformer_lens"] += 1
+    record.dense_because = "use_split_qkv_input or use_attn_in is on"
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        m, n = hidden.shape[1], mask.shape[1]
+        empty = hidden.new_empty(hidden.shape[0], 1, m, 1)
+        call = AttentionCall(0, empty, hidden.new_empty(hidden.shape[0], 1, n, 1), empty, 1.0, **_read_mask(mask))
+        visible = call.visible()
+        zeros = hidden.new_zeros(hidden.shape[0], 1, m, n)
+        kwargs["attention_mask"] = (
+            zeros if visible is None else zeros.masked_fill(~visible, torch.finfo(hidden.dtype).min)
+        )
+    return type(self).__mro__[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    """Attention of fused-QKV models (GPT-2, GPT-NeoX) after TransformerLens has split and hooked q, k, v."""
+    from interp.instrument import _LINK, _read_mask
+
+    config = self.config
+    n_heads = int(config.n_heads)
+    n_kv = int(getattr(config, "n_key_value_heads", None) or n_heads)
+    q, k, v, batch, length, d_head = self._reshape_qkv_to_heads(q, k, v, n_heads, n_kv)
+    embeddings = kwargs.get("position_embeddings")
+    if embeddings is not None and hasattr(self, "_apply_rotary_pos_emb"):
+        cos, sin = self._apply_position_embedding_hooks(embeddings)
+        q, k = self._apply_rotary_pos_emb(q, k, cos, sin)
+    k, v = self._update_kv_cache(k, v, **kwargs)
+    scale = d_head**-0.5
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and self._layer_idx is not None:
+        scale /= self._layer_idx + 1
+    link = self.__dict__[_LINK]
+    call = AttentionCall(link.layer, q, k, v, scale, **_read_mask(kwargs.get("attention_mask")))
+    out = link.run(call)
+    out = self._reshape_attn_output(out, batch, length, n_heads, out.shape[-1])
+    if getattr(config, "use_attn_result", False):
+        z = self.o.hook_in(out).unflatten(-1, (n_heads, -1))
+        return self._compute_per_head_result(z, n_heads, z.shape[-1]), None
+    return self._apply_output_projection(out), None
+
+
+def _native_forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    pattern_fn: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """TransformerLens' native attention; ``pattern_fn`` is its pattern hook, which the dense path fires itself."""
+    from interp.instrument import _LINK
+
+    heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
+    q, k, v = (
+        getattr(self, name)(hidden_states).unflatten(-1, (n, self.d_head)).transpose(1, 2) for name, n in heads.items()
+    )
+    if self.rotary is not None:
+        q, k = self.rotary.apply_rope(q, k, position_ids=position_ids)
+    masks: dict[str, Any] = {"causal": self.causal}
+    if attention_mask is not None and attention_mask.ndim == 2:
+        masks["key_padding"] = attention_mask.bool()
+    elif attention_mask is not None:
+        # Native convention: a 4D bool mask is True where HIDDEN; an additive one hides below −1.
+        hidden = attention_mask if attention_mask.dtype == torch.bool else attention_mask < -1.0
+        masks["bias"] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
+    link = self.__dict__[_LINK]
+    softcap = self.attn_scores_soft_cap if self.attn_scores_soft_cap > 0 else None
+    call = AttentionCall(link.layer, q, k, v, 1 / self.scale, softcap=softcap, **masks)
+    out = link.run(call).transpose(1, 2).flatten(2)
+    return self.o(out), None

@@ -1,0 +1,85 @@
+"""The dense attention path: materialises one layer's n×n scores so that user hooks can read and edit them.
+
+Used only for a layer whose ``hook_attn_scores`` or ``hook_pattern`` carries hooks; every other layer
+stays on the kernel. `Model.backend_report` names the layers that came through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention, after projection and rotation, in headstats' vocabulary.
+
+    q [B, H, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]; ``causal`` is aligned bottom-right; ``window``
+    counts the query itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is additive and
+    broadcastable to [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H].
+    """
+
+    layer: int
+    q: Float[Tensor, "batch heads query dim"]
+    k: Float[Tensor, "batch kv_heads key dim"]
+    v: Float[Tensor, "batch kv_heads key dim_v"]
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    key_padding: Bool[Tensor, "batch key"] | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
+
+    def visible(self) -> Bool[Tensor, "#batch 1 query key"] | None:
+        """Which keys each query may see, or None if all (bias aside)."""
+        m, n = self.q.shape[2], self.k.shape[2]
+        shown: Tensor | None = None
+        if self.causal or self.window is not None:
+            behind = torch.arange(m, device=self.q.device)[:, None] + (n - m)
+            behind = behind - torch.arange(n, device=self.q.device)
+            shown = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
+            if self.window is not None:
+                shown = shown & (behind < self.window)
+            shown = shown[None, None]
+        if self.key_padding is not None:
+            real = self.key_padding[:, None, None, :]
+            shown = real if shown is None else shown & real
+        return shown
+
+
+Hook = Callable[[Tensor], Tensor]
+
+
+def dense_attention(
+    call: AttentionCall, hook_scores: Hook = lambda x: x, hook_pattern: Hook = lambda x: x
+) -> Float[Tensor, "batch heads query dim_v"]:
+    """softmax(q kᵀ · scale + masks) v, with hooks before and after the softmax, as TransformerLens has them.
+
+    Masked scores carry the dtype's minimum when the hook sees them (TransformerLens' convention). A query
+    that sees no key (padding) gives a zero row, as the kernel does. Softmax runs in at least float32.
+    """
+    groups = call.q.shape[1] // call.k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))
+    scores = call.q @ k.transpose(-2, -1) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.bias is not None:
+        scores = scores + call.bias.to(scores.dtype)
+    visible = call.visible()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    scores = hook_scores(scores)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if call.sinks is not None:
+        column = call.sinks.to(wide).reshape(1, -1, 1, 1).expand(*wide.shape[:-1], 1)
+        wide = torch.cat([wide, column], dim=-1)
+    pattern = wide.softmax(-1)[..., : scores.shape[-1]]
+    if visible is not None:
+        pattern = pattern.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    pattern = hook_pattern(pattern.to(call.q.dtype))
+    return pattern @ v

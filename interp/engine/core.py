@@ -1,0 +1,153 @@
+"""Engine: plans a sweep's cells into batches, runs them the fast or the naive way, and checks itself first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from interp.engine import naive, packed
+from interp.engine.cells import Cell, Write
+from interp.engine.runs import Frame, Run, record
+from interp.errors import InterpError, SiteError
+from interp.model import Model
+from interp.sites import COMPONENTS, Site
+
+log = logging.getLogger("interp")
+
+EngineKind = Literal["auto", "fast", "naive"]
+Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab], cell numbers) -> one number per cell
+
+ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix products, keeps memory at ~100 MB
+LOGITS_PER_BATCH = 256  # cells whose full logits exist at one time
+CHECK_TOLERANCE = 1e-3  # of the logits' own scale; float32 rounding is far below
+
+
+class Engine:
+    """Runs cells on one model. ``kind``: ``"fast"``, ``"naive"`` (one full forward per cell: the oracle), or
+    ``"auto"``: fast where it is exact, else naive, saying why in ``reason`` and in the log.
+    """
+
+    def __init__(self, model: Model, kind: EngineKind = "auto"):
+        if kind not in ("auto", "fast", "naive"):
+            raise InterpError(f"unknown engine {kind!r}: use 'auto', 'fast' or 'naive'")
+        self.model, self.kind = model, kind
+        self.frame = Frame()
+        self.reason: str | None = "asked for" if kind == "naive" else None
+        self._checked = False
+
+    @property
+    def fast(self) -> bool:
+        """Whether cells run the fast way (known after the first `record`)."""
+        return self.reason is None
+
+    def describe(self) -> str:
+        """How cells were run, for provenance."""
+        return "packed, exact" if self.fast else f"one full forward per cell ({self.reason})"
+
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raise SiteError, before any work, for sites that this model does not have."""
+        if not sites:
+            raise SiteError("there are no sites to sweep: pass e.g. model.sites('z')")
+        known = self.model.bridge.hook_dict
+        heads = {"query": self.model.n_heads, "kv": self.model.n_kv_heads}
+        for site in sites:
+            if site.layer is not None and not 0 <= site.layer < self.model.n_layers:
+                raise SiteError(f"site {site}: the model has layers 0 to {self.model.n_layers - 1}")
+            n = heads.get(COMPONENTS[site.component].heads or "", 0)
+            if site.head is not None and not 0 <= site.head < n:
+                raise SiteError(f"site {site}: {site.component!r} has heads 0 to {n - 1} in this model")
+            if site.hook_name not in known:
+                raise SiteError(f"site {site}: {self.model.name} has no {site.component!r} ({site.hook_name})")
+
+    @torch.no_grad()
+    def record(
+        self,
+        prompts: Sequence[Sequence[int]],
+        components: Sequence[str] = (),
+        noise: Sequence[Tensor | None] | None = None,
+    ) -> list[Run]:
+        """Base runs of the prompts, with the components whose values will be needed."""
+        with self._extra_hooks(components):
+            runs = record(self.model, prompts, components, noise, self.frame, keep_kv=self.kind != "naive")
+        if self.kind != "naive" and self.reason is None:
+            self._decide(packed.unsupported(self.model, self.frame))
+        return runs
+
+    @torch.no_grad()
+    def score(self, runs: Sequence[Run], cells: Sequence[Cell], score: Score, done: Callable[[int], None]) -> Tensor:
+        """``score`` of every cell's last-position logits, in order; ``done(n)`` is called as cells finish."""
+        values = torch.full((len(cells),), float("nan"), dtype=torch.float64)
+        components = {w.site.component for c in cells for w in c.writes}
+        with self._extra_hooks(tuple(components)):
+            if self.fast and cells and not self._checked:
+                self._check(runs, cells)
+            # An embedding write may pass through layers before block 0 (norms, projections): full forwards.
+            fast = self.fast and "embed" not in components
+            for batch in self._batches(runs, cells) if fast else [[i] for i in range(len(cells))]:
+                chosen = [cells[i] for i in batch]
+                if fast:
+                    logits = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
+                else:
+                    logits = torch.stack(naive.run_cells(self.model, runs, chosen))
+                values[batch] = score(logits, batch).double().cpu()
+                done(len(batch))
+        return values
+
+    def _batches(self, runs: Sequence[Run], cells: Sequence[Cell]) -> list[list[int]]:
+        """Cells in order of (run, start), cut where a batch would hold too many rows or logits."""
+        order = sorted(range(len(cells)), key=lambda i: (cells[i].run, cells[i].first_row))
+        batches: list[list[int]] = []
+        rows = 0
+        for i in order:
+            n = len(runs[cells[i].run]) - cells[i].first_row
+            if not batches or rows + n > ROWS_PER_BATCH or len(batches[-1]) >= LOGITS_PER_BATCH:
+                batches.append([])
+                rows = 0
+            batches[-1].append(i)
+            rows += n
+        return batches
+
+    def _check(self, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
+        """Before a sweep: an unpatched run and two cells must agree with the naive path, or the fast path is off."""
+        self._checked = True
+        run = cells[0].run
+        site = Site("resid_pre", 0, position=0)
+        middle = len(runs[run]) // 2
+        unpatched = Cell(run, (Write(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
+        chosen = [unpatched, cells[0], cells[-1]]
+        fast = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
+        slow = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, chosen[1:])])
+        gap, scale = (fast - slow).abs().max().item(), slow.abs().max().item()
+        if not gap <= CHECK_TOLERANCE * max(scale, 1.0):
+            self._decide(f"its logits differ from the naive path by {gap:.1e} on this model")
+
+    def _decide(self, reason: str | None) -> None:
+        self.reason = reason
+        if reason is None:
+            return
+        if self.kind == "fast":
+            raise InterpError(f"the fast engine is not exact here: {reason}. Use engine='naive' or 'auto'.")
+        log.warning("engine: one full forward per cell, because %s", reason)
+
+    def _extra_hooks(self, components: Sequence[str]) -> _ResultHooks:
+        return _ResultHooks(self.model, "result" in components)
+
+
+class _ResultHooks:
+    """Turns TransformerLens' per-head results on inside the block when a 'result' site needs them."""
+
+    def __init__(self, model: Model, needed: bool):
+        self.bridge, self.needed = model.bridge, needed
+        self.before = bool(getattr(model.bridge.cfg, "use_attn_result", False))
+
+    def __enter__(self) -> None:
+        if self.needed and not self.before:
+            self.bridge.set_use_attn_result(True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.needed and not self.before:
+            self.bridge.set_use_attn_result(False)

@@ -1,0 +1,173 @@
+"""Base runs: one recorded forward per prompt, holding what patches start from and what they take values from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.dense import AttentionCall
+from interp.instrument import attend
+from interp.model import Model, equal_length_batches
+from interp.sites import COMPONENTS, Site
+
+
+@dataclass
+class Run:
+    """One prompt's forward. ``resid[l]`` enters block l; ``resid[n_layers]`` leaves the last one.
+
+    ``keys``/``values`` are what attention used (rotated), per layer. ``acts[component][layer]`` holds the
+    components that were asked for, heads last but one. ``noise`` was added to the token embeddings.
+    """
+
+    ids: tuple[int, ...]
+    resid: Float[Tensor, "layers_plus_1 position d_model"]
+    logits: Float[Tensor, " vocab"]
+    keys: list[Float[Tensor, "kv_heads position d_head"]] = field(default_factory=list)
+    values: list[Float[Tensor, "kv_heads position d_head"]] = field(default_factory=list)
+    acts: dict[str, list[Tensor]] = field(default_factory=dict)
+    noise: Float[Tensor, "position d_model"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def value(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows width"]:
+        """The activation at a site in rows [start, stop)."""
+        if site.component == "resid_pre":
+            return self.resid[site.layer][start:stop]  # type: ignore[index]
+        if site.component == "resid_post":
+            return self.resid[site.layer + 1][start:stop]  # type: ignore[operator]
+        found = self.acts[site.component][site.layer or 0][start:stop]
+        return found if site.head is None else found[:, site.head]
+
+
+@dataclass
+class Frame:
+    """What a block was called with, from which a packed forward's arguments are rebuilt.
+
+    ``kwargs`` are block 0's keyword arguments in the longest recorded batch; ``calls`` are the layers'
+    attention calls without their tensors (causality, window, scale, …).
+    """
+
+    length: int = 0
+    kwargs: list[dict[str, Any]] = field(default_factory=list)
+    calls: dict[int, AttentionCall] = field(default_factory=dict)
+
+
+def record(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    components: Sequence[str] = (),
+    noise: Sequence[Tensor | None] | None = None,
+    frame: Frame | None = None,
+    keep_kv: bool = True,
+) -> list[Run]:
+    """Run every prompt once (batched by length, unpadded) and keep what a sweep needs.
+
+    ``noise[i]`` [position, d_model] is added to prompt i's token embeddings.
+    """
+    noises = list(noise) if noise is not None else [None] * len(prompts)
+    out: list[Run | None] = [None] * len(prompts)
+    for batch in equal_length_batches(prompts):
+        tokens = torch.tensor([list(prompts[i]) for i in batch], device=model.device)
+        recorder = _Recorder(model, components, keep_kv, frame)
+        added = _stack_noise([noises[i] for i in batch])
+        with recorder.attached(added):
+            logits = model.last_logits(tokens)
+        for row, i in enumerate(batch):
+            out[i] = recorder.run(row, tuple(prompts[i]), logits[row], noises[i])
+    return [run for run in out if run is not None]
+
+
+def _stack_noise(noises: list[Tensor | None]) -> Tensor | None:
+    some = next((n for n in noises if n is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if n is None else n for n in noises])
+
+
+@contextmanager
+def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
+    """Temporary TransformerLens forward hooks: (hook name, fn(tensor, hook) -> tensor or None)."""
+    handles = []
+    try:
+        for name, function in pairs:
+            point = model.bridge.hook_dict[name]
+            handles.append((point, point.add_hook(function)))
+        yield
+    finally:
+        for point, handle in handles:
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
+
+
+class _Recorder:
+    """Collects one batch's activations through hooks and the attention handler."""
+
+    def __init__(self, model: Model, components: Sequence[str], keep_kv: bool, frame: Frame | None):
+        self.model, self.keep_kv, self.frame = model, keep_kv, frame
+        self.components = [c for c in components if c not in ("resid_pre", "resid_post")]
+        self.resid: list[Tensor] = []
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self.acts: dict[tuple[str, int], Tensor] = {}
+
+    @contextmanager
+    def attached(self, noise: Tensor | None) -> Iterator[None]:
+        n = self.model.n_layers
+        pairs: list[tuple[str, Any]] = [(f"blocks.{i}.hook_resid_pre", self._keep_resid) for i in range(n)]
+        pairs.append((f"blocks.{n - 1}.hook_resid_post", self._keep_resid))
+        for component in self.components:
+            spec = COMPONENTS[component]
+            for layer in range(n) if spec.per_layer else [0]:
+                pairs.append((spec.hook.format(layer=layer), self._keep(component, layer)))
+        if noise is not None:
+            pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
+        with ExitStack() as stack:
+            stack.enter_context(hooks(self.model, *pairs))
+            stack.enter_context(self.model.instrument.handled_by(self._attend))
+            blocks = self.model.bridge.blocks
+            handles = [b.register_forward_pre_hook(self._keep_kwargs, with_kwargs=True) for b in blocks]
+            for handle in handles:
+                stack.callback(handle.remove)
+            yield
+
+    def _keep_resid(self, x: Tensor, hook: Any) -> None:
+        self.resid.append(x.detach())
+
+    def _keep(self, component: str, layer: int) -> Any:
+        def keep(x: Tensor, hook: Any) -> None:
+            self.acts[component, layer] = x.detach()
+
+        return keep
+
+    def _keep_kwargs(self, block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        frame, length = self.frame, args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
+        if frame is None or length < frame.length:
+            return
+        if length > frame.length or len(frame.kwargs) == self.model.n_layers:
+            frame.length, frame.kwargs = length, []
+        frame.kwargs.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+    def _attend(self, call: AttentionCall) -> Tensor:
+        if self.keep_kv:
+            self.kv[call.layer] = (call.k.detach(), call.v.detach())
+        if self.frame is not None:
+            empty = call.q.new_empty(0)
+            self.frame.calls[call.layer] = replace(call, q=empty, k=empty, v=empty)
+        result = attend(call, backend=self.model.instrument.backend)
+        self.model.instrument.record(call.layer).backends[result.backend] += 1
+        return result.out
+
+    def run(self, row: int, ids: tuple[int, ...], logits: Tensor, noise: Tensor | None) -> Run:
+        n = self.model.n_layers
+        acts = {
+            c: [self.acts[c, layer][row] for layer in (range(n) if COMPONENTS[c].per_layer else [0])]
+            for c in self.components
+        }
+        keys, values = ([self.kv[i][j][row] for i in range(n)] if self.kv else [] for j in (0, 1))
+        return Run(ids, torch.stack([r[row] for r in self.resid]), logits, keys, values, acts, noise)

@@ -1,0 +1,38 @@
+"""What made a number: package versions, code version, a hash of the prompts, the time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("interp", "torch", "transformer-lens", "transformers", "triton", "numpy", "pandas")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages a number depends on, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def prompt_hash(items: Iterable[Any]) -> str:
+    """A short hash of prompts (dataclasses or strings), order included."""
+    digest = hashlib.blake2b(digest_size=8)
+    for item in items:
+        fields = vars(item) if hasattr(item, "__dict__") else item
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

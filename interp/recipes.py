@@ -1,0 +1,152 @@
+"""What the recipes share: encode and check inputs, cut examples into chunks, turn scores into Effects rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from interp import engine
+from interp.effects import COLUMNS, Effects
+from interp.engine.cells import rows_of
+from interp.errors import InterpError, PromptError
+from interp.metrics import Metric, Readout, recovery
+from interp.model import Model
+from interp.progress import Advance
+from interp.prompts import Encoded, PairSet
+from interp.provenance import now, prompt_hash
+from interp.sites import EACH, Site, Sites
+
+RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
+
+
+def as_sites(sites: Iterable[Site | str] | Site | str) -> Sites:
+    """Accept one site, several, or their text forms."""
+    return Sites([sites] if isinstance(sites, Site | str) else sites)
+
+
+def provenance_of(items: Any) -> dict[str, Any]:
+    """Task name and seed of a PairSet; nothing for a plain list."""
+    return {"task": items.task, "seed": items.seed} if isinstance(items, PairSet) else {}
+
+
+def resolve(sites: Sites, prompt: Encoded) -> Iterator[Site]:
+    """The sites with ``"each"`` spelled out for one prompt; PromptError if a position is not in it."""
+    for site in sites:
+        if site.position == EACH:
+            yield from (site.at(i) for i in range(len(prompt)))
+        else:
+            rows_of(site, prompt)
+            yield site
+
+
+def check_metric(metric: Metric, prompts: Sequence[Encoded]) -> None:
+    """Refuse a metric that needs foils when some pair has none, before any forward."""
+    missing = [i for i, p in enumerate(prompts) if metric.needs_foil and p.foil is None]
+    if missing:
+        raise PromptError(
+            f"metric {metric.name!r} needs a foil, and pair {missing[0]} has none: give PromptPair(foil=…), "
+            "or use metric=interp.logprob"
+        )
+
+
+def chunks(prompts: Sequence[Encoded], model: Model, components: int, runs_per_example: int) -> Iterator[range]:
+    """Consecutive examples whose base runs fit in `RUN_BYTES` together."""
+    per_token = model.n_layers * model.d_model * 4 * (3 + components) * runs_per_example
+    start, used = 0, 0
+    for i, prompt in enumerate(prompts):
+        size = len(prompt) * per_token
+        if i > start and used + size > RUN_BYTES:
+            yield range(start, i)
+            start, used = i, 0
+        used += size
+    yield range(start, len(prompts))
+
+
+def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) -> Readout:
+    """A metric's readout, one row per prompt."""
+    device = clean_logits[0].device
+    foils = [p.foil for p in prompts]
+    return Readout(
+        answer=torch.tensor([p.answer for p in prompts], device=device),
+        foil=None if any(f is None for f in foils) else torch.tensor(foils, device=device),
+        clean_logits=torch.stack(list(clean_logits)),
+    )
+
+
+def score_runs(metric: Metric, runs: Sequence[engine.Run], read: Readout) -> torch.Tensor:
+    """The metric on base runs themselves, float64 on the CPU."""
+    return metric(torch.stack([r.logits for r in runs]), read).double().cpu()
+
+
+def evaluate(
+    runner: engine.Engine,
+    metric: Metric,
+    runs: Sequence[engine.Run],
+    cells: Sequence[engine.Cell],
+    read: Readout,
+    advance: Advance,
+) -> torch.Tensor:
+    """The metric of every cell; row i of ``read`` belongs to run i."""
+
+    def score(logits: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        return metric(logits, read.rows(torch.tensor([cells[i].run for i in which])))
+
+    return runner.score(runs, cells, score, advance)
+
+
+@dataclass
+class Rows:
+    """Collects result rows of one recipe and makes Effects of them."""
+
+    intervention: str
+    mode: str
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        self.columns: dict[str, list[Any]] = {c: [] for c in COLUMNS if c not in ("effect", "raw")}
+
+    def add(self, example: int, site: Site, prompt: Encoded, clean: float, corrupt: float, patched: float) -> None:
+        """One row; position, token and role follow from the site."""
+        where = site.position
+        single = where % len(prompt) if isinstance(where, int) else None
+        role = where if isinstance(where, str) else ("" if single is None else prompt.role(single))
+        values = {
+            "example": example, "component": site.component, "layer": site.layer, "head": site.head,
+            "position": single, "token": "" if single is None else prompt.tokens[single], "role": role,
+            "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
+            "clean": clean, "corrupt": corrupt, "patched": patched,
+        }  # fmt: skip
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    def effects(self, model: Model, prompts: Sequence[Any], **recipe: Any) -> Effects:
+        """The table, with effects on the recovery scale and the recipe in its provenance.
+
+        Raises InterpError if the metric came out NaN: a table of NaN is not a result.
+        """
+        frame = pd.DataFrame(self.columns).astype({c: t for c, t in COLUMNS.items() if c in self.columns})
+        numbers = {c: torch.tensor(frame[c].to_numpy(dtype=float)) for c in ("clean", "corrupt", "patched")}
+        broken = np.isnan(frame["patched"].to_numpy(dtype=float))
+        if broken.any():
+            first = frame[broken].iloc[0]
+            raise InterpError(
+                f"metric {self.metric.name!r} returned NaN for {int(broken.sum())} of {len(frame)} cells "
+                f"(first: example {first['example']}, {first['component']} layer {first['layer']})"
+            )
+        frame["effect"] = recovery(**numbers, mode=self.mode).numpy()
+        start = numbers["corrupt"] if self.mode == "denoise" else numbers["clean"]
+        frame["raw"] = (numbers["patched"] - start).numpy()
+        provenance = {
+            **model.provenance(), "prompts": prompt_hash(prompts), "n_prompts": len(prompts), "created": now(),
+            "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
+            "metric_unit": self.metric.unit,
+            "normalisation": "(patched − corrupt)/(clean − corrupt)" if self.mode == "denoise"
+            else "(patched − clean)/(corrupt − clean)",
+            **recipe,
+        }  # fmt: skip
+        return Effects(frame, provenance)
