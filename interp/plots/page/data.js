@@ -1,0 +1,141 @@
+// The embedded JSON: its types, and how packed arrays are opened (see codec.py and payload.py).
+
+/** @typedef {{dtype: string, store: string, shape: number[], data: string}} Packed */
+/** @typedef {{values: (string|number|null)[], index: Packed}} Dictionary */
+/** @typedef {{kind: string, values: (string|number|null)[], labels: string[]}} Axis */
+/** @typedef {Object<string, (number|null)[]>} Cells  dense [slices, rows, columns] arrays by name */
+/** @typedef {{intervention: string, mode: string, metric: string, n: number, value: string,
+ *             scale: string, spread: string, caution: string, cells: Cells}} Variant */
+/** @typedef {{component: string, words: string, rows: Axis, columns: Axis, slices: Axis|null,
+ *             variants: Variant[]}} Panel */
+/** @typedef {{name: string|null, provenance: Object<string, any>, rows: number, panels: Panel[],
+ *             token_labels: string[], examples: {id: number, text: string}[],
+ *             row_variants: Packed, table: Object<string, any>}} EffectsResult */
+/** @typedef {{tokens: string[], labels: string[], values: Object<string, Packed>}} Example */
+/** @typedef {{name: string, per: string, definition: string, mean: (number|null)[]|null}} Statistic */
+/** @typedef {{name: string|null, provenance: Object<string, any>, backends: Object<string, string>, n: number,
+ *             layers: number, heads: number, statistics: Statistic[], examples: Example[]}} AttentionResult */
+
+/** @type {Object<string, any>} */
+const STORES = {
+  uint8: Uint8Array, uint16: Uint16Array, int32: Int32Array, float32: Float32Array, float64: Float64Array,
+};
+
+/**
+ * Open a packed array: base64, zlib, byte planes.
+ * @param {Packed} packed
+ * @returns {Promise<ArrayLike<number>>}
+ */
+async function unpack(packed) {
+  const zipped = Uint8Array.from(atob(packed.data), (c) => c.charCodeAt(0));
+  const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const Store = STORES[packed.store];
+  const width = Store.BYTES_PER_ELEMENT;
+  const n = planes.length / width;
+  const bytes = new Uint8Array(planes.length);
+  for (let b = 0; b < width; b++) {
+    for (let i = 0; i < n; i++) bytes[i * width + b] = planes[b * n + i];
+  }
+  return new Store(bytes.buffer);
+}
+
+/** @type {WeakMap<object, Promise<ArrayLike<number>>>} */
+const opened = new WeakMap();
+
+/**
+ * As `unpack`, but each array is opened once.
+ * @param {Packed} packed
+ */
+function open(packed) {
+  let values = opened.get(packed);
+  if (!values) opened.set(packed, (values = unpack(packed)));
+  return values;
+}
+
+/**
+ * The rows of an effects table as functions of the row number.
+ * @param {EffectsResult} result
+ * @returns {Promise<Object<string, (row: number) => any>>}
+ */
+async function openTable(result) {
+  /** @type {Object<string, (row: number) => any>} */
+  const get = {};
+  for (const [name, column] of Object.entries(result.table)) {
+    if (column.derived) continue;
+    const values = await open(column.values ? column.index : column);
+    get[name] = column.values ? (row) => column.values[values[row]] : (row) => values[row];
+    if (name === "token") get.label = (row) => result.token_labels[values[row]];
+  }
+  const start = (/** @type {number} */ r) => (get.mode(r) === "denoise" ? get.corrupt(r) : get.clean(r));
+  const end = (/** @type {number} */ r) => (get.mode(r) === "denoise" ? get.clean(r) : get.corrupt(r));
+  get.raw ??= (r) => get.patched(r) - start(r);
+  get.effect ??= (r) => (start(r) === end(r) ? NaN : get.raw(r) / (end(r) - start(r)));
+  get.gap = (r) => end(r) - start(r);
+  return get;
+}
+
+/**
+ * One example's cells of a panel: its own tokens across, no intervals.
+ * @param {EffectsResult} result
+ * @param {Panel} panel
+ * @param {Variant} variant
+ * @param {number} example
+ * @returns {Promise<{columns: Axis, cells: Cells}>}
+ */
+async function exampleCells(result, panel, variant, example) {
+  const get = await openTable(result);
+  const owner = await open(result.row_variants);
+  const number = result.panels.flatMap((p) => p.variants).indexOf(variant);
+  const rows = [];
+  for (let r = 0; r < result.rows; r++) if (owner[r] === number && get.example(r) === example) rows.push(r);
+  const positional = panel.columns.kind !== "head" && rows.length > 0 && get.position(rows[0]) !== null;
+  const columns = positional ? ownTokens(rows, get) : panel.columns;
+  const axes = panel.slices ? [panel.slices, panel.rows, columns] : [panel.rows, columns];
+  return { columns, cells: gather(rows, get, axes) };
+}
+
+/**
+ * @param {number[]} rows
+ * @param {Object<string, (row: number) => any>} get
+ * @returns {Axis}
+ */
+function ownTokens(rows, get) {
+  const labels = new Map(rows.map((r) => [get.position(r), get.label(r) || String(get.position(r))]));
+  const values = [...labels.keys()].sort((a, b) => a - b);
+  return { kind: "position", values, labels: values.map((v) => labels.get(v)) };
+}
+
+/**
+ * Average rows into dense cells (several rows of one example and site are draws of the same thing).
+ * @param {number[]} rows
+ * @param {Object<string, (row: number) => any>} get
+ * @param {Axis[]} axes
+ * @returns {Cells}
+ */
+function gather(rows, get, axes) {
+  const size = axes.reduce((n, axis) => n * axis.values.length, 1);
+  const places = axes.map((axis) => new Map(axis.values.map((v, i) => [v, i])));
+  /** @type {Object<string, number[]>} */
+  const sums = { effect: [], raw: [], gap: [], count: [] };
+  for (const sum of Object.values(sums)) sum.push(...new Array(size).fill(0));
+  for (const r of rows) {
+    let cell = 0;
+    axes.forEach((axis, a) => {
+      const value = axis.kind === "all" ? null : (get[axis.kind](r) ?? (axis.kind === "role" ? "" : null));
+      cell = cell * axis.values.length + (places[a].get(value) ?? NaN);
+    });
+    if (Number.isNaN(cell)) continue;
+    sums.count[cell] += 1;
+    for (const name of ["effect", "raw", "gap"]) sums[name][cell] += get[name](r);
+  }
+  const finite = (/** @type {number} */ x) => (Number.isFinite(x) ? x : null);
+  const missing = new Array(size).fill(null);
+  return {
+    effect: sums.effect.map((x, i) => finite(x / sums.count[i])),
+    raw: sums.raw.map((x, i) => finite(x / sums.count[i])),
+    pooled: sums.raw.map((x, i) => finite(x / sums.gap[i])),
+    n: sums.count.map((c) => (c ? 1 : 0)),
+    lo: missing, hi: missing, raw_lo: missing, raw_hi: missing, pooled_lo: missing, pooled_hi: missing,
+  };
+}

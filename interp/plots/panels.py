@@ -1,0 +1,254 @@
+"""From a long table of effects to grids that can be drawn: panels, their variants, rows and columns.
+
+Both the plotly figures and the page draw `Panel`s. One panel holds the sites of one component that share
+their axes; its variants are the interventions, modes and metrics that were measured on these sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp.effects import Effects
+from interp.errors import InterpError
+from interp.plots.labels import visible
+
+VALUES = {
+    "effect": "recovery, mean over examples",
+    "pooled": "recovery, ratio of means",
+    "raw": "raw change",
+}
+INTERVALS = {"effect": ("lo", "hi"), "pooled": ("pooled_lo", "pooled_hi"), "raw": ("raw_lo", "raw_hi")}
+CELL_COLUMNS = [c for value, ends in INTERVALS.items() for c in (value, *ends)] + ["n"]
+
+COMPONENT_WORDS = {
+    "embed": "token embeddings",
+    "resid_pre": "residual stream entering each layer",
+    "resid_mid": "residual stream between attention and MLP",
+    "resid_post": "residual stream leaving each layer",
+    "attn_out": "attention output of each layer",
+    "mlp_out": "MLP output of each layer",
+    "q": "queries of each head",
+    "k": "keys of each head",
+    "v": "values of each head",
+    "z": "attention heads (z, before the output projection)",
+    "result": "attention heads (result, after the output projection)",
+}
+MODE_WORDS = {"denoise": "denoising", "noise": "noising"}
+OTHER_ROLE = "other tokens"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One (intervention, mode, metric) of a panel, and its rows."""
+
+    intervention: str
+    mode: str
+    metric: str
+    effects: Effects
+    rows: np.ndarray  # row numbers in the table that was split
+
+    @property
+    def label(self) -> str:
+        """For titles: ``patch, denoising, logit_diff``."""
+        return ", ".join(x for x in (self.intervention, MODE_WORDS.get(self.mode, self.mode), self.metric) if x)
+
+    @cached_property
+    def n_examples(self) -> int:
+        """How many examples were measured."""
+        return int(np.unique(self.effects.frame()["example"].to_numpy()).size)
+
+    @cached_property
+    def undefined(self) -> int:
+        """Examples in which recovery is undefined (the clean and corrupt metric are equal)."""
+        f: Any = self.effects.frame()
+        return int(f.loc[f["effect"].isna() & f["raw"].notna(), "example"].nunique())
+
+    @property
+    def default_value(self) -> str:
+        """``effect`` if recovery is defined anywhere, else ``raw``."""
+        return "effect" if bool(self.effects.frame()["effect"].notna().any()) else "raw"
+
+    def scale(self) -> str:
+        """What 0 and 1 mean, and what was done."""
+        if self.mode == "denoise":
+            ends = "Recovery: 0 = the corrupt run, 1 = the clean run (denoising: the corrupt run is repaired)."
+        else:
+            ends = "Recovery: 0 = the clean run, 1 = the corrupt run (noising: the clean run is disturbed)."
+        recipe = self.effects.provenance.get("recipe")
+        return f"{ends} Intervention: {self.intervention}" + (f" ({recipe})." if isinstance(recipe, str) else ".")
+
+    def spread(self) -> str:
+        """What is averaged and what the intervals are."""
+        if self.n_examples == 1:
+            return "One example, so there are no intervals."
+        return f"Means of {self.n_examples} examples; intervals are 95% bootstrap intervals over examples."
+
+    def caution(self) -> str:
+        """What to know about examples without a recovery value; empty if there are none."""
+        if self.undefined == 0:
+            return ""
+        why = f"clean and corrupt {self.metric} are equal, so the recovery scale is undefined"
+        if self.default_value == "raw":
+            return f"In all {self.undefined} examples {why}: the raw change is shown instead."
+        return f"In {self.undefined} of {self.n_examples} examples {why}; the mean recovery leaves them out."
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values along one side of a grid and the labels to show for them."""
+
+    kind: str  # "layer", "head", "position", "role" or "all"
+    values: list[Any]
+    labels: list[str]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The sites of one component that share axes: layers down, ``columns`` across, ``slices`` to choose from.
+
+    ``slices`` is a second axis that does not fit on paper: the head of a layer × position map of heads, or
+    the span of a layer × head map measured at named spans.
+    """
+
+    component: str
+    rows: Axis
+    columns: Axis
+    slices: Axis | None
+    variants: list[Variant]
+
+    @property
+    def words(self) -> str:
+        """What the component is, in words."""
+        return COMPONENT_WORDS.get(self.component, self.component)
+
+    def keys(self) -> list[str]:
+        """Table columns that address a cell, in the order of `cells`."""
+        axes = [self.slices, self.rows, self.columns]
+        return [a.kind for a in axes if a is not None and a.kind != "all"]
+
+    def cells(self, variant: Variant) -> dict[str, np.ndarray]:
+        """`Effects.summary` of a variant as dense arrays [slices, rows, columns]; NaN = not measured."""
+        axes = [a for a in (self.slices, self.rows, self.columns) if a is not None]
+        shape = tuple(len(a.values) for a in axes)
+        summary: Any = variant.effects.summary(by=self.keys())
+        where = tuple(
+            _index(a.values, summary[a.kind]) if a.kind != "all" else np.zeros(len(summary), dtype=int) for a in axes
+        )
+        out: dict[str, np.ndarray] = {}
+        for name in CELL_COLUMNS:
+            grid = np.full(shape, 0.0 if name == "n" else np.nan)
+            grid[where] = summary[name].to_numpy(dtype=float)
+            out[name] = grid.reshape(-1, *shape[-2:])
+        return out
+
+    def at_example(self, example: int) -> Panel:
+        """The same panel for one example, with that example's own tokens on the axis."""
+        f: Any = pd.concat([v.effects.frame() for v in self.variants])
+        if example not in set(f["example"]):
+            raise InterpError(f"there is no example {example}; examples: {_listed(sorted(set(f['example'])))}")
+        by = "position" if self.columns.kind == "role" and f["position"].notna().any() else None
+        variants = [replace(v, effects=v.effects.where(example=example)) for v in self.variants]
+        part = f[f["example"] == example]
+        columns = _columns(part, by or self.columns.kind)
+        return Panel(self.component, self.rows, columns, self.slices, [v for v in variants if len(v.effects)])
+
+
+def split(effects: Effects, by: str | None = None) -> list[Panel]:
+    """Group a table into panels, in order of appearance.
+
+    Sites with heads and no position become layer × head; sites with positions layer × position. Averaged
+    over prompts of different wording, a position means nothing: such panels have the named spans (``role``)
+    across instead. ``by`` ("position" or "role") forces the choice.
+    """
+    if by not in (None, "position", "role"):
+        raise InterpError(f"by must be 'position' or 'role', got {by!r}")
+    f: Any = effects.frame()
+    if f.empty:
+        raise InterpError("there are no effects to draw: the table is empty")
+    f["role"] = f["role"].fillna("")
+    panels = []
+    for (component, kind, sliced), part in f.groupby(
+        ["component", *_geometry(f)], sort=False, dropna=False, observed=True
+    ):
+        kind = (by or _averaged_kind(part)) if kind == "position" else str(kind)
+        rows = _columns(part, "layer")
+        slices = _columns(part, str(sliced)) if sliced else None
+        panels.append(Panel(str(component), rows, _columns(part, kind), slices, _variants(part, effects)))
+    return panels
+
+
+# Rows of a table are typed Any below: pandas' own types cannot say that a column is a Series.
+def _geometry(f: Any) -> list[pd.Series]:
+    """Per row: which axis runs across, and which (if any) is left to a selector."""
+    heads, positions, spans = f["head"].notna(), f["position"].notna(), f["role"] != ""
+    across = np.select([positions, heads, spans], ["position", "head", "role"], "all")
+    sliced = np.select([positions & heads, ~positions & heads & spans], ["head", "role"], "")
+    return [pd.Series(across, index=f.index, name="across"), pd.Series(sliced, index=f.index, name="sliced")]
+
+
+def _averaged_kind(part: Any) -> str:
+    """``position`` if every example has the same thing at each position (or there are no spans), else ``role``."""
+    if not (part["role"] != "").any():
+        return "position"
+    one = part.drop_duplicates(["example", "position"])
+    same = one.groupby("position").agg(
+        tokens=("token", "nunique"), roles=("role", "nunique"), role=("role", "first"), n=("example", "size")
+    )
+    alike = (same["tokens"] <= 1) | ((same["roles"] == 1) & (same["role"] != ""))
+    return "position" if alike.all() and (same["n"] == one["example"].nunique()).all() else "role"
+
+
+def _columns(part: Any, kind: str) -> Axis:
+    """The distinct values of one address column in reading order, with labels."""
+    if kind == "all":
+        return Axis("all", [None], ["all positions"])
+    if kind == "role":
+        place = part.groupby("role", sort=False)["position"].mean().astype(float).fillna(0)
+        roles = [str(r) for r in place.sort_values(kind="stable").index]
+        roles.sort(key=lambda r: r == "")  # what has no name comes last
+        return Axis("role", roles, [visible(r, 18) if r else OTHER_ROLE for r in roles])
+    values = sorted(int(v) for v in part[kind].dropna().unique())
+    if kind == "layer" and part[kind].isna().any():
+        return Axis("layer", [None, *values], ["–", *(str(v) for v in values)])
+    if kind != "position":
+        return Axis(kind, values, [str(v) for v in values])
+    return Axis(kind, values, _position_labels(part, values))
+
+
+def _position_labels(part: Any, values: list[int]) -> list[str]:
+    """The token if all examples agree on it, else the role they agree on, else the number."""
+    labels = []
+    groups = part.groupby("position")[["token", "role"]].agg(["nunique", "first"])
+    for value in values:
+        row = groups.loc[value]
+        if row[("token", "nunique")] == 1:
+            labels.append(visible(row[("token", "first")], 18))
+        elif row[("role", "nunique")] == 1 and row[("role", "first")]:
+            labels.append(f"‹{visible(row[('role', 'first')], 16)}›")
+        else:
+            labels.append(str(value))
+    return labels
+
+
+def _variants(part: Any, effects: Effects) -> list[Variant]:
+    groups = part.groupby(["intervention", "mode", "metric"], sort=False, dropna=False, observed=True)
+    variants = []
+    for keys, rows in groups:
+        intervention, mode, metric = ("" if pd.isna(k) else str(k) for k in keys)
+        numbers = rows.index.to_numpy()
+        variants.append(Variant(intervention, mode, metric, Effects(rows, effects.provenance), numbers))
+    return variants
+
+
+def _index(values: list[Any], column: pd.Series) -> np.ndarray:
+    place = {value: i for i, value in enumerate(values)}
+    return np.array([place[None if pd.isna(v) else v] for v in column], dtype=int)
+
+
+def _listed(values: list[Any], limit: int = 12) -> str:
+    return ", ".join(str(v) for v in values[:limit]) + (", …" if len(values) > limit else "")

@@ -1,0 +1,217 @@
+"""What the page embeds: results → JSON that the page draws and `Report.read` opens again.
+
+Means and intervals are plain numbers, so that other programs can read them; the full tables are packed
+(see `codec`), exact to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp.attention import KEY_STATISTICS, AttentionStats
+from interp.effects import COLUMNS, Effects
+from interp.errors import InterpError
+from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
+from interp.plots.labels import visible
+from interp.plots.panels import Axis, Panel, Variant, split
+
+Result = Effects | AttentionStats | str
+
+
+def clean_json(value: Any) -> Any:
+    """Any provenance value as strict JSON: numpy scalars unwrapped, NaN and infinity as text, the rest as str."""
+    if isinstance(value, dict):
+        return {str(k): clean_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [clean_json(v) for v in value]
+    if isinstance(value, np.generic):
+        return clean_json(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def numbers(array: np.ndarray) -> list[float | None]:
+    """Row-major floats with None for NaN."""
+    return [x if math.isfinite(x) else None for x in np.asarray(array, dtype=float).reshape(-1).tolist()]
+
+
+# ---- effects -------------------------------------------------------------------------------------------
+
+
+def encode_effects(effects: Effects) -> dict[str, Any]:
+    """One Effects as JSON: the panels with their summaries, and the table itself."""
+    f: Any = effects.frame()
+    table: dict[str, Any] = {}
+    derived = _derived(f)
+    for column, dtype in COLUMNS.items():
+        if column in derived and _same(f[column].to_numpy(), derived[column]):
+            table[column] = {"derived": True}  # the page and `decode_effects` compute it again, to the bit
+        elif dtype == "float64":
+            table[column] = pack(f[column].to_numpy())
+        else:
+            table[column] = pack_dictionary(f[column])
+    panels = split(effects)
+    return {
+        "kind": "effects",
+        "rows": len(f),
+        "provenance": clean_json(effects.provenance),
+        "panels": [_encode_panel(panel) for panel in panels],
+        "row_variants": pack(_row_variants(panels, len(f))),
+        "token_labels": [visible(t, 18) for t in table["token"]["values"]],
+        "examples": _example_titles(f),
+        "table": table,
+    }
+
+
+def decode_effects(data: dict[str, Any]) -> Effects:
+    """The Effects that `encode_effects` was given."""
+    table: dict[str, Any] = data["table"]
+    f = pd.DataFrame(index=range(data["rows"]))
+    for column, dtype in COLUMNS.items():
+        packed = table[column]
+        if "derived" in packed:
+            f[column] = _derived(f)[column]
+        else:
+            f[column] = unpack(packed) if "data" in packed else unpack_dictionary(packed, dtype)
+    return Effects(f, data["provenance"])
+
+
+def _derived(f: pd.DataFrame) -> dict[str, np.ndarray]:
+    """``effect`` and ``raw`` from the three runs; stored only where a table says otherwise."""
+    forward = (f["mode"] == "denoise").to_numpy(dtype=bool, na_value=False)
+    clean, corrupt, patched = (f[c].to_numpy(dtype=float) for c in ("clean", "corrupt", "patched"))
+    start, end = np.where(forward, corrupt, clean), np.where(forward, clean, corrupt)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        raw = patched - start
+        return {"raw": raw, "effect": np.where(end == start, np.nan, raw / (end - start))}
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a, b, equal_nan=True)
+
+
+def _encode_panel(panel: Panel) -> dict[str, Any]:
+    return {
+        "component": panel.component,
+        "words": panel.words,
+        "rows": _encode_axis(panel.rows),
+        "columns": _encode_axis(panel.columns),
+        "slices": None if panel.slices is None else _encode_axis(panel.slices),
+        "variants": [_encode_variant(panel, v) for v in panel.variants],
+    }
+
+
+def _row_variants(panels: list[Panel], n_rows: int) -> np.ndarray:
+    """Which variant each row of the table belongs to, counting through all panels."""
+    owner = np.zeros(n_rows, dtype=np.int32)
+    for i, variant in enumerate(v for panel in panels for v in panel.variants):
+        owner[variant.rows] = i
+    return owner
+
+
+def _encode_axis(axis: Axis) -> dict[str, Any]:
+    return {"kind": axis.kind, "values": axis.values, "labels": axis.labels}
+
+
+def _encode_variant(panel: Panel, variant: Variant) -> dict[str, Any]:
+    cells = {name: numbers(grid) for name, grid in panel.cells(variant).items()}
+    cells["n"] = [int(n or 0) for n in cells["n"]]
+    return {
+        "intervention": variant.intervention,
+        "mode": variant.mode,
+        "metric": variant.metric,
+        "n": variant.n_examples,
+        "value": variant.default_value,
+        "scale": variant.scale(),
+        "spread": variant.spread(),
+        "caution": variant.caution(),
+        "cells": cells,
+    }
+
+
+def _example_titles(f: pd.DataFrame) -> list[dict[str, Any]]:
+    """Every example's number and the beginning of its text, where the table has its tokens."""
+    tokens = f.dropna(subset=["position"]).drop_duplicates(["example", "position"]).sort_values("position")
+    texts = {e: "".join(visible(t, 18) for t in part["token"]) for e, part in tokens.groupby("example")}
+    return [
+        {"id": int(e), "text": texts.get(e, "").replace("·", " ").strip()[:60]} for e in sorted(f["example"].unique())
+    ]
+
+
+# ---- attention statistics ------------------------------------------------------------------------------
+
+
+def encode_attention(stats: AttentionStats) -> dict[str, Any]:
+    """Attention statistics as JSON, with per-head means; examples are added one by one by the report."""
+    return {
+        "kind": "attention",
+        "provenance": clean_json(stats.provenance),
+        "backends": {str(k): v for k, v in stats.backends.items()},
+        "n": len(stats),
+        "layers": stats.n_layers,
+        "heads": stats.n_heads,
+        "statistics": [_encode_statistic(stats, name) for name in stats.names],
+        "examples": [],
+    }
+
+
+def _encode_statistic(stats: AttentionStats, name: str) -> dict[str, Any]:
+    definitions = stats.provenance.get("definitions")
+    definition = definitions.get(name) if isinstance(definitions, dict) else None
+    index = stats.values[name][0].dtype.kind in "iu"  # a position: its mean over positions means nothing
+    return {
+        "name": name,
+        "per": "key" if name in KEY_STATISTICS else "query",
+        "definition": definition if isinstance(definition, str) else "",
+        "mean": None if index else numbers(stats.per_head(name)),
+    }
+
+
+def encode_example(stats: AttentionStats, i: int) -> dict[str, Any]:
+    """One prompt's tokens and its statistics of every head at every token."""
+    tokens = stats.tokens[i]
+    return {
+        "tokens": tokens,
+        "labels": [visible(t, 18) for t in tokens],
+        "values": {name: pack(stats.values[name][i]) for name in stats.names},
+    }
+
+
+def decode_attention(data: dict[str, Any]) -> AttentionStats:
+    """The AttentionStats that a report was given, as far as its examples are in the page."""
+    examples = data["examples"]
+    names = [s["name"] for s in data["statistics"]]
+    values: dict[str, Any] = {name: [unpack(e["values"][name]) for e in examples] for name in names}
+    provenance = data["provenance"]
+    if len(examples) < data["n"]:
+        provenance = {**provenance, "report_examples": f"first {len(examples)} of {data['n']}"}
+    backends = {int(k): v for k, v in data["backends"].items()}
+    return AttentionStats([list(e["tokens"]) for e in examples], values, backends, provenance)
+
+
+# ---- the block -----------------------------------------------------------------------------------------
+
+
+def dump(payload: dict[str, Any]) -> str:
+    """JSON that may stand inside ``<script>``: pure ASCII, and no character that HTML looks at."""
+    text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text  # ensure_ascii has already escaped U+2028 and U+2029
+
+
+def decode(data: dict[str, Any]) -> Result:
+    """One result from its JSON."""
+    kinds = {"effects": decode_effects, "attention": decode_attention, "prose": lambda d: str(d["text"])}
+    if data.get("kind") not in kinds:
+        raise InterpError(f"this report holds a result of an unknown kind {data.get('kind')!r}; upgrade interp")
+    try:
+        return kinds[data["kind"]](data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InterpError(f"this report is damaged: a {data['kind']} result lacks {error}") from None
