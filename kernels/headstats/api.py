@@ -89,5 +89,7 @@ def _pick(call: Call, backend: str) -> tuple[str, ModuleType]:
         allowed = ", ".join(repr(n) for n in ("auto", *BACKENDS))
         raise ValueError(f"backend={backend!r}: one of {allowed} expected")
     if reason := BACKENDS[backend].unsupported(call):
-        raise NotImplementedError(f"backend={backend!r} cannot do this call: {reason}. backend='auto' picks one that can.")
+        raise NotImplementedError(
+            f"backend={backend!r} cannot do this call: {reason}. backend='auto' picks one that can."
+        )
     return backend, BACKENDS[backend]

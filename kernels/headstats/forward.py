@@ -9,6 +9,9 @@ and at the end  lse = ln2 (m + log2 l),  entropy = ln2 (log2 l - T / l),  larges
 Every statistic is a compile-time switch: what is not asked for leaves no instruction behind.
 """
 
+# pyright: reportArgumentType=false
+# (Python constants stand for tl.constexpr in calls between kernels)
+
 import os
 
 import triton
@@ -24,6 +27,7 @@ LOWEST = tl.constexpr(-5e29)  # the running maximum starts here, so that 2^(HIDD
 
 @triton.jit
 def tanh(x):
+    """Overflow of the power gives 1 and underflow -1, as it should."""
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
 

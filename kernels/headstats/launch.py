@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 IN_KERNEL = ("entropy", "max_prob", "argmax", "distance", "participation")
 MAX_HEAD = 256
+# Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256: shapes that spill no register on sm_80
+# and sm_90 with every statistic and option on. float32 runs on the plain cores and holds twice the bytes.
+HALF_TILES = ((128, 64, 3), (128, 32, 3), (64, 32, 2))
+FLOAT32_TILES = ((64, 32, 2), (32, 32, 1), (16, 32, 1))
 
 
 def unsupported(call: Call) -> str | None:
@@ -66,10 +70,11 @@ def launch(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             rows[name] = torch.empty_like(rows["lse"], dtype=torch.int64 if name == "argmax" else None)
     gate = None if call.gate is None else call.gate.expand(b, h, m)
     pad = None if call.key_padding is None else call.key_padding.contiguous().view(torch.uint8)
+    kernel: Any = forward.attend_kernel
     meta = constants(call, forward.INTERPRETED)
     grid = (b * h * ((m + meta["BM"] - 1) // meta["BM"]),)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        forward.attend_kernel[grid](
+        kernel[grid](
             q, k, v, out, rows["lse"], None if call.sinks is None else call.sinks.contiguous(), pad, gate,
             *(rows.get(name) for name in IN_KERNEL),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(gate.stride() if gate is not None else (0, 0, 0)),
@@ -101,15 +106,9 @@ def tile_shape(d: int, full: bool, interpreted: bool = False) -> dict[str, Any]:
     """Queries and keys of a tile, warps and pipeline stages. A fixed table: autotuning needs a driver."""
     if interpreted:
         return {"BM": 16, "BN": 16}
-    if full:  # float32 products run on the plain cores and hold twice the bytes
-        bm, bn, warps, stages = (64, 32, 4, 2) if d <= 64 else (32, 32, 4, 2) if d <= 128 else (16, 32, 4, 1)
-    elif d <= 64:
-        bm, bn, warps, stages = 128, 64, 4, 3
-    elif d <= 128:
-        bm, bn, warps, stages = 128, 64, 8, 3
-    else:
-        bm, bn, warps, stages = 64, 32, 4, 2
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    size = 0 if d <= 64 else 1 if d <= 128 else 2
+    bm, bn, stages = (FLOAT32_TILES if full else HALF_TILES)[size]
+    return {"BM": bm, "BN": bn, "num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def _power_of_two(d: int) -> int:

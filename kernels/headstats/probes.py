@@ -39,9 +39,7 @@ def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:
     return found.masked_fill(found == keys.shape[1], -1)
 
 
-def weights_at(
-    call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M T"]
-) -> Float[Tensor, "B H M T"]:
+def weights_at(call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M T"]) -> Float[Tensor, "B H M T"]:
     """p_ij for chosen keys of each query; keys outside 0 ... N-1 have weight 0."""
     b, h, m, _ = call.q.shape
     q = heads_apart(call, call.q.to(call.dtype))
@@ -64,7 +62,7 @@ def weights_at(
     return torch.where(visible, torch.exp(scores - lse[..., None]), 0.0)
 
 
-def _visible(call: Call, keys: Int[Tensor, "B #M T"]) -> Bool[Tensor, "B 1 M T"]:
+def _visible(call: Call, keys: Int[Tensor, "B ... T"]) -> Bool[Tensor, "B 1 M T"]:
     d = call.distances(0, call.q.shape[2], 0, 1)[None] - keys
     mask = torch.ones_like(d, dtype=torch.bool)
     if call.causal:

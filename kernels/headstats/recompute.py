@@ -30,7 +30,9 @@ class _Attend(torch.autograd.Function):
         # Out is kept without its gate: the gate's own gradient needs it, and a zero gate cannot be divided out.
         bare = replace(call, q=q.detach(), k=k.detach(), v=v.detach(), gate=None)
         out, lse, stats = forward(bare)
-        ctx.call, ctx.has_gate = bare, gate is not None
+        # Only saved tensors are watched for changes in place and freed after backward.
+        nothing = q.new_empty(0)
+        ctx.call = replace(bare, q=nothing, k=nothing, v=nothing)
         saved = (q, k, v, out, lse) if gate is None else (q, k, v, out, lse, gate)
         ctx.save_for_backward(*saved)
         stats = tuple(stats.values())
@@ -42,7 +44,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse, *_):
         q, k, v, out, lse, *gate = ctx.saved_tensors
-        call: Call = ctx.call
+        call: Call = replace(ctx.call, q=q, k=k, v=v)
         grad_out = grad_out.to(call.dtype)
         grad_gate = None
         if gate:

@@ -10,7 +10,7 @@ import torch
 
 from headstats.call import HIDDEN, Call
 from headstats.stats import BY_NAME, Pattern
-from headstats.tiles import Tile, heads_apart
+from headstats.tiles import CELLS, Tile, heads_apart
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
@@ -71,11 +71,13 @@ def statistic(call: Call, t: Tile, row: Rows, name: str, value: int | bool) -> T
 
 def _entropy(call: Call, t: Tile, row: Rows, _) -> Tensor:
     # -sum p ln p with p = e * inverse and ln p = x + ln inverse
+    assert row.x is not None  # kept, since entropy is not among NO_LOGITS
     weighted = (row.e * row.x).sum(-1)
     return -row.inverse * (weighted + row.mass * row.inverse.log())
 
 
 def _argmax(call: Call, t: Tile, row: Rows, _) -> Tensor:
+    assert row.argmax is not None  # found by softmax, since it was asked for
     return row.argmax + t.j.start
 
 
@@ -132,6 +134,7 @@ NO_LOGITS = set(FAST) - {"entropy"}  # statistics that read weights alone: logit
 
 def as_pattern(call: Call, t: Tile, row: Rows) -> Pattern:
     """The tile in the terms in which statistics are defined."""
+    assert row.x is not None  # kept for statistics without a fast form
     i, j = (t.i.start, t.i.stop), (t.j.start, t.j.stop)
     visible = _visible(call, t)
     real = call.query_padding
@@ -160,7 +163,7 @@ def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], empty: floa
     """Column sums divided by the number of real queries that see the column."""
     count = total.new_zeros(total.shape)
     m, n = call.q.shape[2], call.k.shape[2]
-    step = max(1, (1 << 20) // (n * (1 if call.bias is None else total[..., 0].numel())))
+    step = max(1, CELLS // 4 // (n * (1 if call.bias is None else total[..., 0].numel())))
     for i in range(0, m, step):
         i1 = min(i + step, m)
         mask = call.visible(i, i1, 0, n)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -149,12 +149,14 @@ class StatSpec:
     @classmethod
     def none(cls) -> StatSpec:
         """No statistics: attention alone."""
-        return cls(**{s.name: False for s in STATISTICS})
+        switches: dict[str, Any] = dict.fromkeys(BY_NAME, False)
+        return cls(**switches)
 
     @classmethod
     def all(cls) -> StatSpec:
         """Every statistic in the table, with sink=4."""
-        return cls(**{s.name: s.full for s in STATISTICS})
+        switches: dict[str, Any] = {s.name: s.full for s in STATISTICS}
+        return cls(**switches)
 
     def requested(self) -> dict[str, int | bool]:
         """The statistics asked for, in table order, with the value given for each."""

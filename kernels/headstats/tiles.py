@@ -49,7 +49,7 @@ def tiles(call: Call) -> Iterator[Tile]:
 
 def flat(x: Float[Tensor, "b h r d"]) -> Float[Tensor, "bh r d"]:
     """Batch and heads in one axis, for bmm."""
-    return x.reshape(-1, *x.shape[2:])
+    return x.flatten(0, 1)
 
 
 def logits(call: Call, t: Tile, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h g m n"], Tensor | None]:
@@ -80,18 +80,19 @@ def _hide(call: Call, t: Tile, s: Tensor) -> None:
     """Causality and window touch only the keys at either end of the tile; padding touches all."""
     i0, i1, lo, hi = t.i.start, t.i.stop, t.j.start, t.j.stop
     left = right = None
+    nearest, window = 0, call.window or hi
     if call.causal:
         right = i0 + call.offset + 1  # the first key that query i0 does not see
     if call.window is not None:
-        left = i1 + call.offset - call.window  # the first key that every query of the tile is near enough to
+        left = i1 + call.offset - window  # the first key that every query of the tile is near enough to
         if not call.causal:
-            right = i0 + call.offset + call.window
+            right = i0 + call.offset + window
+            nearest = 1 - window
     if left is not None and left > lo:
         left = min(left, hi)
-        s[..., : left - lo].masked_fill_(call.distances(i0, i1, lo, left) >= call.window, HIDDEN)
+        s[..., : left - lo].masked_fill_(call.distances(i0, i1, lo, left) >= window, HIDDEN)
     if right is not None and right < hi:
         right = max(right, lo)
-        nearest = 0 if call.causal else 1 - (call.window or 0)
         s[..., right - lo :].masked_fill_(call.distances(i0, i1, right, hi) < nearest, HIDDEN)
     if call.key_padding is not None:
         s.masked_fill_(~call.key_padding[t.b, None, None, None, t.j], HIDDEN)

@@ -15,9 +15,7 @@ from headstats.stats import StatSpec
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def make_call(
-    q, k, v, causal, window, softcap, scale, bias, sinks, key_padding, query_padding, spec, edit
-) -> Call:
+def make_call(q, k, v, causal, window, softcap, scale, bias, sinks, key_padding, query_padding, spec, edit) -> Call:
     """Turns the arguments of `attend` into a `Call`, or raises TypeError / ValueError."""
     _tensors(q, k, v)
     b, h, m, d = q.shape
@@ -26,6 +24,8 @@ def make_call(
         raise TypeError(f"causal={causal!r}: True or False expected")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window={window!r}: an int >= 1 expected (it counts the query's own position), or None")
+    if window is not None and window >= max(n, 1 if causal else m):
+        window = None  # wider than any distance
     if softcap is not None and not _positive(softcap):
         raise ValueError(f"softcap={softcap!r}: a finite number > 0 expected, or None")
     if scale is None:
@@ -117,7 +117,9 @@ def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
     try:
         return t.expand(shape)
     except RuntimeError:
-        raise ValueError(f"bias has shape {list(t.shape)}: broadcastable to [B, H, M, N] = {list(shape)} expected") from None
+        raise ValueError(
+            f"bias has shape {list(t.shape)}: broadcastable to [B, H, M, N] = {list(shape)} expected"
+        ) from None
 
 
 def _sinks(t: Any, h: int, q: Tensor) -> Tensor | None:

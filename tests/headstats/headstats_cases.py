@@ -1,0 +1,69 @@
+"""Inputs and comparisons shared by the tests of headstats."""
+
+import headstats
+import torch
+
+# Every way to shape attention, alone and in the combinations that have met in one model.
+OPTIONS = {
+    "causal": {},
+    "bidirectional": {"causal": False},
+    "window": {"window": 5},
+    "window, bidirectional": {"window": 4, "causal": False},
+    "softcap": {"softcap": 1.5},
+    "scale": {"scale": 0.7},
+    "sinks": {"sinks": True},
+    "left padding": {"padding": "left"},
+    "right padding": {"padding": "right", "causal": False},
+    "gate": {"gate": True},
+    "Gemma 2": {"window": 7, "softcap": 2.0, "scale": 0.3, "padding": "left"},
+    "GPT-OSS": {"window": 6, "sinks": True, "padding": "left", "gate": True},
+}
+WITH_BIAS = {
+    "bias": {"bias": True},
+    "bias that hides": {"bias": True, "hide": 0.4, "causal": False},
+    "everything": {
+        "bias": True,
+        "hide": 0.3,
+        "window": 9,
+        "softcap": 2.0,
+        "sinks": True,
+        "padding": "left",
+        "gate": True,
+    },
+}
+
+
+def inputs(b=2, h=4, hk=2, m=15, n=15, d=16, dv=16, seed=0, **options):
+    """(q, k, v) and the keyword arguments of attend that the options stand for."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(b, *s, generator=g) for s in ((h, m, d), (hk, n, d), (hk, n, dv)))
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(h, generator=g)
+    if side := options.pop("padding", None):
+        count = torch.arange(b) * n // max(b, 1)  # row 0 has none
+        place = torch.arange(n) if side == "left" else torch.arange(n).flip(0)
+        options["key_padding"] = place >= count[:, None]
+    if options.pop("gate", False):
+        options["edit"] = headstats.Edit(gate=torch.randn(b, h, m, generator=g))
+    if options.pop("bias", False):
+        bias = torch.randn(1, h, m, n, generator=g)
+        hidden = torch.rand(bias.shape, generator=g) < options.pop("hide", 0.0)
+        options["bias"] = bias.masked_fill(hidden, -torch.inf)
+    return (q, k, v), options
+
+
+def oracle(qkv, **options):
+    """The float64 reference."""
+    return headstats.attend(*(x.double() for x in qkv), **options, backend="reference")
+
+
+def assert_same(got, want, tolerance=1e-5, distance=1e-4):
+    """Compares out, lse and all statistics; every number must be finite but lse, which is -inf in empty rows."""
+    torch.testing.assert_close(got.out.double(), want.out, atol=tolerance, rtol=0)
+    torch.testing.assert_close(got.lse.double(), want.lse, atol=tolerance, rtol=tolerance)
+    assert set(got.stats.as_dict()) == set(want.stats.as_dict())
+    for name, value in want.stats.as_dict().items():
+        mine = getattr(got.stats, name)
+        assert mine.shape == value.shape and not mine.isnan().any(), name
+        atol = distance if name == "distance" else 0 if name == "argmax" else tolerance
+        torch.testing.assert_close(mine.to(value.dtype), value, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

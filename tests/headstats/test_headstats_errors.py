@@ -1,0 +1,69 @@
+"""Every wrong argument gets a message that names it, says what was given and what is allowed."""
+
+import subprocess
+import sys
+
+import headstats
+import pytest
+import torch
+from headstats import Edit, StatSpec
+
+Q, K, V = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 6)
+LATER = torch.ones(2, 7, dtype=torch.bool)
+
+WRONG = {
+    "q dims": ({"q": Q[0]}, ValueError, r"q has shape \[4, 5, 8\]: four dimensions \[B, H, M, D\]"),
+    "q type": ({"q": Q.tolist()}, TypeError, "q is a list: a torch.Tensor"),
+    "q dtype": ({"q": Q.int()}, TypeError, "q has dtype torch.int32: float32"),
+    "mixed dtype": ({"k": K.double()}, TypeError, "k has dtype torch.float64 but q has torch.float32"),
+    "device": ({"v": V.to("meta")}, ValueError, "v is on meta but q is on cpu"),
+    "batch": ({"k": K[:1]}, ValueError, "k has batch size 1 but q has 2"),
+    "keys": ({"v": V[:, :, :6]}, ValueError, r"k is \[2, 2, 7, 8\] and v is \[2, 2, 6, 6\]"),
+    "head size": ({"k": K[..., :7]}, ValueError, "q has head size 8 but k has 7"),
+    "heads": ({"q": Q[:, :3]}, ValueError, "q has 3 heads and k has 2: .* multiple"),
+    "empty": ({"q": Q[:, :, :0]}, ValueError, r"q has shape \[2, 4, 0, 8\]: every size must be at least 1"),
+    "causal": ({"causal": 1}, TypeError, "causal=1: True or False"),
+    "window zero": ({"window": 0}, ValueError, "window=0: an int >= 1"),
+    "window negative": ({"window": -3}, ValueError, "window=-3: an int >= 1"),
+    "window float": ({"window": 2.0}, ValueError, "window=2.0: an int >= 1"),
+    "softcap": ({"softcap": 0}, ValueError, "softcap=0: a finite number > 0"),
+    "softcap nan": ({"softcap": float("nan")}, ValueError, "softcap=nan"),
+    "scale": ({"scale": float("inf")}, ValueError, "scale=inf: a finite number"),
+    "bias shape": ({"bias": torch.zeros(3, 7)}, ValueError, r"bias has shape \[3, 7\]: .* \[2, 4, 5, 7\]"),
+    "bias bool": ({"bias": torch.ones(5, 7).bool()}, TypeError, "bias has dtype torch.bool: an additive floating bias"),
+    "bias int": ({"bias": torch.ones(5, 7).int()}, TypeError, "bias has dtype torch.int32: a floating dtype"),
+    "sinks": ({"sinks": torch.zeros(3)}, ValueError, r"sinks has shape \[3\]: .* \[4\]"),
+    "padding shape": ({"key_padding": LATER[:, :5]}, ValueError, r"key_padding has shape \[2, 5\]: \[2, 7\] expected"),
+    "padding dtype": ({"key_padding": LATER.long()}, TypeError, "key_padding has dtype torch.int64: bool expected"),
+    "query padding": ({"query_padding": LATER}, ValueError, r"query_padding has shape \[2, 7\]: \[2, 5\] expected"),
+    "spec": ({"spec": "all"}, TypeError, "spec='all': a headstats.StatSpec"),
+    "edit": ({"edit": torch.ones(4)}, TypeError, "a headstats.Edit expected"),
+    "gate shape": ({"edit": Edit(gate=torch.ones(5, 4))}, ValueError, r"Edit.gate has shape \[5, 4\]: .*\[2, 4, 5\]"),
+    "gate type": ({"edit": Edit(gate=0.5)}, TypeError, "Edit.gate is a float: a torch.Tensor"),
+    "gate dims": ({"edit": Edit(gate=torch.ones(1, 2, 4, 5))}, ValueError, r"Edit.gate has shape \[1, 2, 4, 5\]"),
+    "backend": ({"backend": "flash"}, ValueError, "backend='flash': one of 'auto', 'triton', 'blocked', 'reference'"),
+    "triton here": ({"backend": "triton"}, NotImplementedError, "backend='triton' cannot .*: it needs CUDA tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_argument(name):
+    wrong, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        headstats.attend(**({"q": Q, "k": K, "v": V} | wrong))
+
+
+def test_needs_torch_alone():
+    """Importing headstats brings in neither triton nor numpy-only helpers nor interp."""
+    code = "import sys, headstats; print({'triton', 'jaxtyping', 'interp', 'transformers'} & set(sys.modules))"
+    paths = ":".join(p for p in sys.path if p)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "set()"
+
+
+def test_defaults_are_the_smallest_call():
+    r = headstats.attend(Q, K, V)
+    assert r.backend == "blocked" and r.out.shape == (2, 4, 5, 6) and r.lse.shape == (2, 4, 5)
+    assert list(r.stats.as_dict()) == list(StatSpec().requested())

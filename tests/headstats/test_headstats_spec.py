@@ -1,0 +1,120 @@
+"""What is asked for is computed, and nothing else."""
+
+from dataclasses import fields
+
+import headstats
+import pytest
+import torch
+from headstats import STATISTICS, AttentionStats, StatSpec, blocked, reference
+from headstats_cases import inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NAMES = [s.name for s in STATISTICS]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operators that run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(spec, n=60, **options):
+    qkv, options = inputs(b=8, m=n, n=n, softcap=2.0, **options)
+    with Operations() as seen:
+        headstats.attend(*qkv, **options, spec=spec, backend="blocked")
+    return seen.names
+
+
+def only(name):
+    return StatSpec(**{s.name: s.full if s.name == name else False for s in STATISTICS})
+
+
+def test_one_table():
+    assert [f.name for f in fields(StatSpec)] == [f.name for f in fields(AttentionStats)] == NAMES
+    for s in STATISTICS:
+        assert getattr(StatSpec(), s.name) == s.default and s.definition and s.unit and s.range
+
+
+def test_default_none_all():
+    assert list(StatSpec().requested()) == ["entropy", "max_prob", "argmax", "sink", "distance"]
+    assert StatSpec().sink == 4
+    assert StatSpec.none().requested() == {}
+    assert list(StatSpec.all().requested()) == NAMES
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_alone_is_the_same_as_with_all_others(name, backend):
+    qkv, options = inputs(m=9, n=15, padding="left")
+    alone = headstats.attend(*qkv, **options, spec=only(name), backend=backend)
+    together = headstats.attend(*qkv, **options, spec=StatSpec.all(), backend=backend)
+    assert list(alone.stats.as_dict()) == [name]
+    torch.testing.assert_close(getattr(alone.stats, name), getattr(together.stats, name))
+    assert getattr(alone.stats, name).shape[2] == (15 if name == "received" else 9)
+
+
+def test_unasked_statistics_run_no_operator():
+    """Attention alone: two products, one exponential, one sum, one maximum, all in place where possible."""
+    off = operations(StatSpec.none())
+    once = ("baddbmm.default", "bmm.default", "exp_.default", "sum.dim_IntList", "amax.default", "log.default")
+    assert [off.count(name) for name in once] == [1] * len(once)
+    assert not {"exp.default", "max.dim", "diagonal.default", "cumsum.default", "mv.default"} & set(off)
+    for name in NAMES:
+        assert len(operations(only(name))) > len(off), name
+
+
+def test_off_runs_the_same_operators_as_bare_attention(monkeypatch):
+    """With the statistics code made unreachable, stats-off runs the very same operators."""
+    before = operations(StatSpec.none())
+    monkeypatch.setattr(blocked.rows, "statistic", None)
+    monkeypatch.setattr(blocked.rows, "mean_over_queries", None)
+    assert operations(StatSpec.none()) == before
+
+
+def test_a_new_statistic_needs_only_its_definition(monkeypatch):
+    """blocked computes it from the definition in the table when it has no faster form."""
+    qkv, options = inputs(m=9, n=15, window=4)
+    monkeypatch.delitem(blocked.rows.FAST, "distance")
+    monkeypatch.delitem(blocked.rows.FAST, "received")
+    monkeypatch.setattr(blocked.rows, "NO_LOGITS", set())
+    got = headstats.attend(*qkv, **options, spec=StatSpec.all(), backend="blocked")
+    want = headstats.attend(*qkv, **options, spec=StatSpec.all(), backend="reference")
+    torch.testing.assert_close(got.stats.distance, want.stats.distance)
+    torch.testing.assert_close(got.stats.received, want.stats.received)
+
+
+def test_sink_size():
+    (q, k, v), _ = inputs(n=15)
+    for backend in ("reference", "blocked"):
+        whole = headstats.attend(q, k, v, spec=StatSpec(sink=99), backend=backend)
+        torch.testing.assert_close(whole.stats.sink, torch.ones_like(whole.lse))
+        assert headstats.attend(q, k, v, spec=StatSpec(sink=0), backend=backend).stats.sink is None
+
+
+@pytest.mark.parametrize(
+    "bad", [{"sink": -1}, {"sink": True}, {"sink": 1.5}, {"entropy": 1}, {"received": None}], ids=str
+)
+def test_wrong_spec(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"StatSpec.{name}={value!r}"):
+        StatSpec(**bad)
+
+
+def test_printing():
+    r = headstats.attend(*inputs()[0])
+    assert repr(r.stats).startswith("AttentionStats(entropy[2, 4, 15]")
+
+
+def test_reference_keeps_float64():
+    qkv = [x.double() for x in inputs()[0]]
+    for backend in ("reference", "blocked"):
+        r = headstats.attend(*qkv, spec=StatSpec.all(), backend=backend)
+        assert r.out.dtype == r.lse.dtype == r.stats.entropy.dtype == torch.float64
+        assert r.stats.argmax.dtype == torch.int64
+    assert reference.unsupported.__doc__
