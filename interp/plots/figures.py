@@ -120,12 +120,13 @@ def bars(
 
 
 def site_label(panel: Panel, row: int, column: int) -> str:
-    """``L9H6``, ``L3 ·Mary``: how a cell is called in lists and on hover."""
+    """``L9H6``, ``L3 @7 ·Mary``: how a cell is called in lists and on hover."""
     layer = "" if panel.rows.values[row] is None else f"L{panel.rows.values[row]}"
     if panel.columns.kind == "head":
         return f"{layer}H{panel.columns.values[column]}"
-    where = "" if panel.columns.kind == "all" else panel.columns.labels[column]
-    return " ".join(x for x in (layer, where) if x) or panel.component
+    label = "" if panel.columns.kind == "all" else panel.columns.labels[column]
+    place = f"@{panel.columns.values[column]}" if panel.columns.kind == "position" else ""
+    return " ".join(x for x in (layer, place, label) if x and x != place[1:]) or panel.component
 
 
 def _only(effects: Effects, by: str | None, example: int | None, conditions: dict[str, Any]) -> tuple[Panel, Variant]:

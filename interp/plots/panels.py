@@ -126,6 +126,12 @@ class Panel:
         """What the component is, in words."""
         return COMPONENT_WORDS.get(self.component, self.component)
 
+    @property
+    def averages_positions(self) -> bool:
+        """Are sites of single tokens averaged by span? (Not the same as a site that *is* a span.)"""
+        single = any(bool(v.effects.frame()["position"].notna().any()) for v in self.variants)
+        return self.columns.kind == "role" and single
+
     def keys(self) -> list[str]:
         """Table columns that address a cell, in the order of `cells`."""
         axes = [self.slices, self.rows, self.columns]

@@ -100,6 +100,7 @@ def _encode_panel(panel: Panel) -> dict[str, Any]:
     return {
         "component": panel.component,
         "words": panel.words,
+        "averages_positions": panel.averages_positions,
         "rows": _encode_axis(panel.rows),
         "columns": _encode_axis(panel.columns),
         "slices": None if panel.slices is None else _encode_axis(panel.slices),

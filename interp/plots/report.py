@@ -163,7 +163,8 @@ def report(
 
     Results appear in the given order. A string becomes a paragraph between them; a mapping names its
     results (``{"Patching": effects}``). All results must come from the same model. ``max_bytes`` bounds
-    the page by leaving out the token-by-token attention of later examples (the page says how many).
+    the page by leaving out the token-by-token attention of later examples (the page says how many); effects
+    always go in whole.
     """
     sections: list[tuple[str | None, payload.Result]] = []
     for result in results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,31 @@ def test_demo_page_is_complete_and_quiet(browser: Browser, tmp_path: Path):
     assert "smollm2-135m-instruct" in texts(browser, ".provenance")[0]
     assert "sha256:9f2c01d4" in texts(browser, ".provenance")[0]
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    unnamed = (
+        "[...document.querySelectorAll('svg[role=img], select, button')].filter((n) => !n.ariaLabel && !n.textContent)"
+    )
+    assert browser.evaluate(f"{unnamed}.length") == 0
     assert_quiet(browser, path)
+
+
+def test_choosing_keeps_the_keyboard(heads_page: Browser):
+    heads_page.evaluate("document.querySelector('.chooser select').focus()")
+    choose(heads_page, "mode", "noise")
+    heads_page.until("document.querySelector('.how').textContent.includes('noising')")
+    assert heads_page.evaluate("document.activeElement.value") == "noise"
+
+
+def test_inline_report_runs_inside_a_notebook_frame(browser: Browser, tmp_path: Path):
+    host = tmp_path / "host.html"
+    inner = report(synthetic.head_effects(2))._repr_html_()
+    # A sandboxed frame cannot be looked into, so ask its picture.
+    host.write_text(f"<!doctype html><div id='provenance'></div>{inner}")
+    browser.open(host, height=900)
+    time.sleep(1.5)
+    shot = base64.b64encode(browser.screenshot(tmp_path / "host.png").read_bytes()).decode()
+    counts = browser.evaluate(f"{COLOURS}({shot!r})")
+    assert counts["red"] > 500 and counts["blue"] > 500
+    assert browser.errors() == []
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -134,8 +159,11 @@ def test_example_view_has_its_own_tokens_and_exact_values(browser: Browser, tmp_
     path = report(effects).write(tmp_path / "r.html")
     browser.open(path)
     browser.until("document.querySelectorAll('.cell').length === 150")
+    assert texts(browser, ".readout code") == [""], "a mean over a span's tokens is not the site of that span"
+    assert "mean over its tokens" in texts(browser, ".how")[0]
     choose(browser, "show", "1")
     browser.until("document.querySelectorAll('.cell').length === 450")
+    assert "mean over its tokens" not in texts(browser, ".how")[0]
     assert texts(browser, ".tick.slanted") == [t.replace(" ", "·") for t in synthetic.tokens(1, reordered=True)[0]]
     browser.evaluate("document.querySelector('details.numbers').open = true")
     browser.until("document.querySelectorAll('.numbers tbody tr').length === 450")

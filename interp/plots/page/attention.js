@@ -26,9 +26,10 @@ function attentionCard(result, id) {
   /** @type {AttentionView} */
   const view = { result, statistic, head: strongestHeads(statistic)[0] ?? 0, example: 0 };
   const body = el("div", {});
-  const strip = el("section", { class: "strip", "aria-live": "polite" });
+  const strip = el("section", { class: "strip" });
   const update = () => {
-    body.replaceChildren(attentionControls(view, mapped, update), ...attentionBody(view, () => drawStrip(view, strip)));
+    keepFocus(body, () => body.replaceChildren(
+      attentionControls(view, mapped, update), ...attentionBody(view, () => drawStrip(view, strip))));
     return drawStrip(view, strip);
   };
   const card = el("article", { class: "card", id }, el("header", {}, el("h3", {}, "What each head attends to"),
@@ -128,11 +129,13 @@ function plainBar(value, from, to) {
  */
 async function drawStrip(view, strip) {
   const { result, statistic } = view;
+  const wanted = JSON.stringify([statistic.name, view.head, view.example]);
   const example = result.examples[view.example];
   const length = example.tokens.length;
   /** @type {Object<string, ArrayLike<number>>} */
   const all = {};
   for (const s of result.statistics) all[s.name] = await open(example.values[s.name]);
+  if (wanted !== JSON.stringify([view.statistic.name, view.head, view.example])) return; // a later choice overtook
   const at = (/** @type {string} */ name, /** @type {number} */ token) => all[name][view.head * length + token];
   const own = example.tokens.map((_, t) => at(statistic.name, t)).filter(Number.isFinite);
   const [low, high] = [own.reduce((a, b) => Math.min(a, b), Infinity), own.reduce((a, b) => Math.max(a, b), -Infinity)];
@@ -150,15 +153,15 @@ async function drawStrip(view, strip) {
   });
   const options = result.examples.map((e, i) => ({ value: String(i), text: `prompt ${i}: ${e.labels.join("").replaceAll("\u00b7", " ").trim().slice(0, 60)}` }));
   const shown = result.examples.length < result.n
-    ? ` This page holds the tokens of the first ${result.examples.length} of ${result.n} prompts; the means are over all of them.` : "";
+    ? `This page holds the tokens of the first ${result.examples.length} of ${result.n} prompts; the means are over all of them.` : "";
   show(Math.min(length - 1, Math.max(0, own.indexOf(high))));
-  strip.replaceChildren(
+  keepFocus(strip, () => strip.replaceChildren(
     el("div", { class: "controls" }, el("h4", {}, `${headName(view)}, ${statistic.name} per ${statistic.per} token`),
       chooser("prompt", options, String(view.example), (v) => { view.example = Number(v); drawStrip(view, strip); })),
     el("p", { class: "tokens" }, ...tokens),
     el("div", { class: "strip-foot" },
       legend("sequential", [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) })), `${statistic.name}, this head and prompt`, null), readout),
-    ...(shown ? [el("p", { class: "caution" }, shown.trim())] : []));
+    ...(shown ? [el("p", { class: "caution" }, shown)] : [])));
 }
 
 /**

@@ -29,7 +29,7 @@ function sliceOf(view, name) {
 }
 
 /**
- * `L9H6`, `L3 ·Mary`: how a cell is called.
+ * How a cell is called: `L9H6`, or layer, position and token (a word may occur twice).
  * @param {View} view
  * @param {number} cell
  */
@@ -38,16 +38,20 @@ function siteName(view, cell) {
   const layer = view.panel.rows.values[r] === null ? "" : `L${view.panel.rows.values[r]}`;
   const { kind } = view.columns;
   if (kind === "head") return `${layer}H${view.columns.values[c]}`;
-  return [layer, kind === "all" ? "" : view.columns.labels[c]].filter(Boolean).join(" ") || view.panel.component;
+  const label = view.columns.labels[c];
+  const place = kind === "position" ? `@${view.columns.values[c]}` : "";
+  return [layer, place, kind === "all" || place === `@${label}` ? "" : label].filter(Boolean).join(" ") || view.panel.component;
 }
 
 /**
- * The full address, as Site.parse reads it: `resid_pre.L3@12`.
+ * The full address, as Site.parse reads it: `resid_pre.L3@12`. None for a mean over the tokens of a span:
+ * an address with the span's name is something else, all its tokens at once.
  * @param {View} view
  * @param {number} cell
  */
 function siteAddress(view, cell) {
   const { panel, columns } = view;
+  if (panel.averages_positions && columns.kind === "role") return "";
   const [r, c] = [Math.floor(cell / columns.values.length), cell % columns.values.length];
   /** @type {Object<string, any>} */
   const at = { [panel.rows.kind]: panel.rows.values[r], [columns.kind]: columns.values[c] };
@@ -100,12 +104,16 @@ function effectsCard(result, panel, id) {
   const card = el("article", { class: "card", id });
   const kind = el("p", { class: "kind" });
   const body = el("div", {});
+  let turn = 0;
   const update = async () => {
-    if (view.example === "") Object.assign(view, { columns: panel.columns, cells: view.variant.cells });
-    else Object.assign(view, await exampleCells(result, panel, view.variant, Number(view.example)));
+    const mine = ++turn;
+    const shown = view.example === "" ? { columns: panel.columns, cells: view.variant.cells }
+      : await exampleCells(result, panel, view.variant, Number(view.example));
+    if (mine !== turn) return; // something else was chosen while the table was being opened
+    Object.assign(view, shown);
     if (sliceOf(view, view.value).every((x) => x === null)) view.value = "raw";
     kind.replaceChildren(el("code", {}, panel.component), ` ${ACROSS[view.columns.kind]}`);
-    body.replaceChildren(effectsControls(result, view, update), ...effectsBody(view));
+    keepFocus(body, () => body.replaceChildren(effectsControls(result, view, update), ...effectsBody(view)));
   };
   card.append(el("header", {}, el("h3", {}, capital(panel.words)), kind), body);
   update().catch((error) => body.replaceChildren(el("p", { class: "caution" }, `This panel could not be drawn: ${error}`)));
@@ -185,8 +193,10 @@ function effectsBody(view) {
   const most = Math.abs(values[order[0]] ?? 0);
   const clipped = most > limit * 1.0001 ? `; colours saturate, the largest value here is ${format(most)}` : "";
   const spread = view.example === "" ? view.variant.spread : `Example ${view.example} alone, so there are no intervals.`;
+  const merged = view.panel.averages_positions && view.columns.kind === "role"
+    ? " The prompts differ in wording: each part of the prompt is the mean over its tokens, changed one at a time; choose an example to see its tokens." : "";
   return [
-    el("p", { class: "how" }, `${view.variant.scale} ${spread}`),
+    el("p", { class: "how" }, `${view.variant.scale} ${spread}${merged}`),
     ...(view.variant.caution ? [el("p", { class: "caution" }, view.variant.caution)] : []),
     el("div", { class: "columns" },
       el("div", { class: "figure" }, map.node, legend("diverging", ticks, valueName(view) + clipped, endsOf(view))),
@@ -233,7 +243,7 @@ function strongest(view, cells, choose) {
   const ends = cells.flatMap((i) => [mean[i], lo[i], hi[i]]).filter((x) => x !== null);
   const [from, to] = [Math.min(0, .../** @type {number[]} */ (ends)), Math.max(0, .../** @type {number[]} */ (ends))];
   const items = cells.map((i) => el("li", {}, el("button", { type: "button", onclick: () => choose(i) },
-    el("span", { class: "name" }, siteName(view, i)),
+    el("span", { class: "name", title: siteName(view, i) }, siteName(view, i)),
     intervalBar(/** @type {number} */ (mean[i]), lo[i], hi[i], from, to),
     el("span", { class: "number" }, format(mean[i], true)),
     el("span", { class: "interval" }, lo[i] === null ? "" : formatInterval(lo[i], hi[i])))));

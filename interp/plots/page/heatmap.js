@@ -146,7 +146,7 @@ function heatmap(spec) {
     rect.setAttribute("y", String(5 + Math.floor(i / C) * height));
   };
   let current = 0;
-  const mark = (/** @type {number} */ i) => move(marked, (current = i));
+  const mark = (/** @type {number} */ i) => [halo, marked].forEach((rect) => move(rect, (current = i)));
   listen(root, R, C, () => current, (i, how) => {
     if (i < 0) hovered.setAttribute("x", "-99");
     else if (how === "hover") move(hovered, i);
@@ -261,6 +261,18 @@ function chooser(label, options, current, change) {
     ...options.map((o) => el("option", { value: o.value }, o.text))));
   select.value = current;
   return el("label", { class: "chooser" }, label, select);
+}
+
+/**
+ * Redraw a box that holds choosers; the one being used keeps the keyboard.
+ * @param {HTMLElement} box
+ * @param {() => void} redraw
+ */
+function keepFocus(box, redraw) {
+  const choosers = () => /** @type {HTMLElement[]} */ ([...box.querySelectorAll(".chooser")]);
+  const used = choosers().find((c) => c.contains(document.activeElement))?.firstChild?.textContent;
+  redraw();
+  if (used) choosers().find((c) => c.firstChild?.textContent === used)?.querySelector("select")?.focus();
 }
 
 /**
