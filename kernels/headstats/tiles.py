@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CELLS = 1 << 19  # logits in one tile: 2 MiB in float32, so that a tile and its exponentials stay in cache
-ROWS = 64  # queries of one tile are a multiple of this while the budget allows: matmuls want height
+ROWS = 128  # queries of one tile are a multiple of this while the budget allows: matmuls want height
 
 
 @dataclass(frozen=True)
