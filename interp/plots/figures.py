@@ -165,7 +165,8 @@ def _nothing_to_show(value: str, variant: Variant) -> str:
 
 
 def _short(value: str, variant: Variant) -> str:
-    return f"change of {escape(variant.metric)}" if value == "raw" else "recovery"
+    unit = f" ({escape(variant.unit)})" if variant.unit else ""
+    return f"change of {escape(variant.metric)}{unit}" if value == "raw" else "recovery"
 
 
 def _meaning(value: str, variant: Variant) -> str:

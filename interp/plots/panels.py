@@ -73,14 +73,23 @@ class Variant:
         """``effect`` if recovery is defined anywhere, else ``raw``."""
         return "effect" if bool(self.effects.frame()["effect"].notna().any()) else "raw"
 
+    @property
+    def unit(self) -> str:
+        """Unit of the metric, if the provenance states it."""
+        return self._stated("metric_unit")
+
+    def _stated(self, key: str) -> str:
+        value = self.effects.provenance.get(key)  # a list after Effects.concat of unlike parts: not for one variant
+        return value if isinstance(value, str) else ""
+
     def scale(self) -> str:
         """What 0 and 1 mean, and what was done."""
         if self.mode == "denoise":
             ends = "Recovery: 0 = the corrupt run, 1 = the clean run (denoising: the corrupt run is repaired)."
         else:
             ends = "Recovery: 0 = the clean run, 1 = the corrupt run (noising: the clean run is disturbed)."
-        recipe = self.effects.provenance.get("recipe")
-        return f"{ends} Intervention: {self.intervention}" + (f" ({recipe})." if isinstance(recipe, str) else ".")
+        recipe = self._stated("recipe") or self._stated("ablation")
+        return f"{ends} Intervention: {self.intervention}" + (f" ({recipe})." if recipe else ".")
 
     def spread(self) -> str:
         """What is averaged and what the intervals are."""

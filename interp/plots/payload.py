@@ -127,6 +127,7 @@ def _encode_variant(panel: Panel, variant: Variant) -> dict[str, Any]:
         "intervention": variant.intervention,
         "mode": variant.mode,
         "metric": variant.metric,
+        "unit": variant.unit,
         "n": variant.n_examples,
         "value": variant.default_value,
         "scale": variant.scale(),

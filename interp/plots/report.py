@@ -218,7 +218,7 @@ def _models(sections: list[tuple[str | None, payload.Result]]) -> Iterator[tuple
 def _default_title(sections: list[tuple[str | None, payload.Result]]) -> str:
     provenances = [r.provenance for _, r in sections if not isinstance(r, str)]
     parts = [next((str(p[k]) for p in provenances if isinstance(p.get(k), str)), None) for k in ("task", "model")]
-    return " · ".join(p for p in parts if p) or "Causal effects and attention"
+    return " · ".join(dict.fromkeys(p for p in parts if p)) or "Causal effects and attention"
 
 
 def _umask() -> int:

@@ -241,6 +241,15 @@ def test_undefined_recovery_is_said_and_raw_is_shown():
     assert variant["value"] == "effect" and "In 1 of 4 examples" in variant["caution"]
 
 
+def test_recipe_and_unit_are_stated():
+    stated = {"ablation": "activation set to 0", "metric_unit": "logits"}
+    effects = Effects(synthetic.head_effects(4, mode="noise", intervention="ablate zero").frame(), stated)
+    variant = embedded(report(effects))["results"][0]["panels"][0]["variants"][0]
+    assert "0 = the clean run, 1 = the corrupt run" in variant["scale"]
+    assert "ablate zero (activation set to 0)" in variant["scale"] and variant["unit"] == "logits"
+    assert "4 examples" in variant["spread"] and "95% bootstrap" in variant["spread"]
+
+
 def test_provenance_of_any_kind_is_kept():
     odd = {
         "path": Path("x"),

@@ -6,6 +6,8 @@ const INTERVALS = { effect: ["lo", "hi"], pooled: ["pooled_lo", "pooled_hi"], ra
 const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "" };
 /** @type {Object<string, string>} */
 const ACROSS = { head: "layer × head", position: "layer × token", role: "layer × part of the prompt", all: "by layer" };
+/** @type {Object<string, string>} */
+const MODES = { denoise: "denoising", noise: "noising" };
 const LISTED = 12;
 
 /**
@@ -62,8 +64,13 @@ function siteAddress(view, cell) {
 }
 
 /** @param {View} view */
+function metricOf(view) {
+  return view.variant.metric + (view.variant.unit ? ` (${view.variant.unit})` : "");
+}
+
+/** @param {View} view */
 function valueName(view) {
-  return { effect: "recovery", pooled: "recovery (ratio of means)", raw: `change of ${view.variant.metric}` }[view.value] ?? "";
+  return { effect: "recovery", pooled: "recovery (ratio of means)", raw: `change of ${metricOf(view)}` }[view.value] ?? "";
 }
 
 /**
@@ -112,7 +119,7 @@ function effectsCard(result, panel, id) {
     if (mine !== turn) return; // something else was chosen while the table was being opened
     Object.assign(view, shown);
     if (sliceOf(view, view.value).every((x) => x === null)) view.value = "raw";
-    kind.replaceChildren(el("code", {}, panel.component), ` ${ACROSS[view.columns.kind]}`);
+    kind.replaceChildren(el("code", {}, panel.component), ` ${ACROSS[view.columns.kind]}: ${view.variant.intervention}, ${MODES[view.variant.mode] ?? view.variant.mode}`);
     keepFocus(body, () => body.replaceChildren(effectsControls(result, view, update), ...effectsBody(view)));
   };
   card.append(el("header", {}, el("h3", {}, capital(panel.words)), kind), body);
@@ -134,7 +141,6 @@ function effectsControls(result, view, update) {
   const { panel, variant } = view;
   const box = el("div", { class: "controls" });
   const keys = /** @type {("intervention"|"mode"|"metric")[]} */ (["intervention", "mode", "metric"]);
-  const words = /** @type {Object<string, string>} */ ({ denoise: "denoising", noise: "noising" });
   for (const key of keys) {
     const values = [...new Set(panel.variants.map((v) => v[key]))];
     const pick = (/** @type {string} */ value) => {
@@ -144,7 +150,7 @@ function effectsControls(result, view, update) {
       view.value = view.value === "effect" ? view.variant.value : view.value;
       update();
     };
-    box.append(...some(chooser(key, values.map((v) => ({ value: v, text: words[v] ?? v })), variant[key], pick)));
+    box.append(...some(chooser(key, values.map((v) => ({ value: v, text: MODES[v] ?? v })), variant[key], pick)));
   }
   const values = ["effect", "pooled", "raw"].filter((name) => variant.cells[name].some((x) => x !== null));
   const texts = /** @type {Object<string, string>} */ ({ effect: "recovery, mean", pooled: "recovery, ratio of means", raw: `raw change (${variant.metric})` });
@@ -219,7 +225,7 @@ function effectsReadout(view) {
     const at = (/** @type {string} */ name) => sliceOf(view, name)[cell];
     title.replaceChildren(el("strong", {}, siteName(view, cell)), " ", el("code", {}, siteAddress(view, cell)),
       el("span", { class: "n" }, `n = ${at("n")}`));
-    const lines = { effect: "recovery, mean", pooled: "recovery, ratio of means", raw: `raw change of ${view.variant.metric}` };
+    const lines = { effect: "recovery, mean", pooled: "recovery, ratio of means", raw: `raw change of ${metricOf(view)}` };
     rows.replaceChildren(...Object.entries(lines).map(([name, text]) => el("tr", { class: name === view.value ? "shown" : "" },
       el("th", { scope: "row" }, text), el("td", {}, format(at(name), true)),
       el("td", {}, formatInterval(...(/** @type {[number, number]} */ (INTERVALS[name].map(at))))))));

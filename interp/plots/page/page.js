@@ -75,7 +75,8 @@ function contents(results) {
     if (r.kind === "attention") return [{ id: `result-${i}-0`, text: r.name ?? "Attention" }];
     if (r.kind !== "effects") return [];
     return r.panels.map((/** @type {Panel} */ p, /** @type {number} */ j) => ({ id: `result-${i}-${j}`,
-      text: [r.name, p.component].filter(Boolean).join(": ") + (p.columns.kind === "all" ? "" : ` by ${AXIS_TITLES[p.columns.kind]}`) }));
+      text: [r.name, p.component].filter(Boolean).join(": ") + (p.columns.kind === "all" ? "" : ` by ${AXIS_TITLES[p.columns.kind]}`)
+      + (r.name ? "" : ` (${[...new Set(p.variants.map((v) => v.intervention))].join(", ")})`) }));
   });
   if (entries.length < 3) return null;
   return el("nav", { "aria-label": "On this page" }, ...entries.map((e) => el("a", { href: `#${e.id}` }, e.text)),
@@ -87,8 +88,8 @@ function start() {
   const data = JSON.parse(document.getElementById("interp-report")?.textContent ?? "");
   palettes = data.colors;
   const results = data.results.filter((/** @type {any} */ r) => r.kind !== "prose");
-  const facts = ["model", "task", "created"].map((key) => [...new Set(results.map((/** @type {any} */ r) => r.provenance[key])
-    .filter((/** @type {any} */ v) => typeof v === "string"))].join(", ")).filter((text) => text && !data.title.includes(text));
+  const facts = ["model", "task", "created"].map((key) => results.map((/** @type {any} */ r) => r.provenance[key])
+    .find((/** @type {any} */ v) => typeof v === "string")).filter((text) => text && !data.title.includes(text));
   main.replaceChildren(
     el("header", { class: "top" }, el("h1", {}, data.title), facts.length ? el("p", { class: "facts" }, facts.join(" · ")) : null,
       ...paragraphs(data.notes), contents(data.results)),
