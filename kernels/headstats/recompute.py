@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from headstats.call import Call
-from headstats.tiles import flat, heads_apart, logits, tiles
+from headstats.tiles import LOG2E, flat, heads_apart, logits, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,8 @@ class _Attend(torch.autograd.Function):
 def qkv_gradients(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d (q, k, v), given d loss / d out before the gate."""
     q, go = heads_apart(call, call.q), heads_apart(call, grad_out)
-    lse = heads_apart(call, lse.masked_fill(lse == -torch.inf, 0))  # hidden cells are at -1e30: still exp() = 0
+    # In an empty row all cells are at -1e30, so that any finite lse gives exp() = 0.
+    lse = heads_apart(call, lse.masked_fill(lse == -torch.inf, 0) * LOG2E)
     delta = heads_apart(call, delta)
     k, v = call.k.to(call.dtype).contiguous(), call.v.to(call.dtype).contiguous()
     dq = k.new_zeros(q.shape)
@@ -73,7 +74,7 @@ def qkv_gradients(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor) -> t
         k_t, v_t = flat(k[keys]), flat(v[keys])
         s, tanh = logits(call, t, q_t, k_t)
         shape = s.shape
-        p = s.sub_(lse[rows][..., None]).exp_()
+        p = s.sub_(lse[rows][..., None]).exp2_()
         ds = torch.bmm(go_t, v_t.transpose(1, 2)).view(shape).sub_(delta[rows][..., None]).mul_(p)
         if tanh is not None:
             ds.mul_(1 - tanh.square_())

@@ -3,7 +3,7 @@
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, blocked, cpu_flash, tiles
+from headstats import StatSpec, blocked, cpu_flash, rows, tiles
 from headstats_cases import OPTIONS, WITH_BIAS, assert_same, inputs, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,3 +163,14 @@ def test_reference_stands_in_where_blocked_has_no_gradient():
         assert headstats.attend(*qkv, sinks=sinks).backend == "blocked"
     with pytest.raises(NotImplementedError, match="no gradient for sinks"):
         headstats.attend(*qkv, sinks=sinks, backend="blocked")
+
+
+def test_place_of_the_maximum_in_long_rows():
+    """Against the plain maximum, with ties everywhere: few distinct values."""
+    for n in (511, 512, 527, 1030):
+        s = torch.randint(0, 4, (3, 50, n)).float()
+        s[0] = torch.randn(50, n)
+        s[1, :, -3:] = 9.0
+        top, place = rows.top_and_place(s)
+        assert torch.equal(top, s.amax(-1))
+        assert place.flatten().tolist() == [row.index(max(row)) for row in s.flatten(0, 1).tolist()]
