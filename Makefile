@@ -1,0 +1,30 @@
+# Every target does its own set-up: a fresh clone needs only Python ≥ 3.11, pip and a package index.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-quick lint notebook clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "interp needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## the main job on the embedded model; results and report.html in results/demo
+	$(BIN)/interp demo $(ARGS)
+
+test: $(STAMP)  ## everything that runs without a GPU (fetches the embedded model on first use)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-quick: $(STAMP)  ## a few minutes, no model to fetch
+	$(BIN)/python -m pytest -m "not slow and not model and not browser" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis results
