@@ -110,6 +110,9 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[A
 def _wrap(name: str, model: Any, tokenizer: Any) -> tuple[Any, str]:
     from transformer_lens.model_bridge import TransformerBridge
 
+    if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
+        # Made in memory: TransformerLens would look it up on the hub to switch BOS on. It prepends BOS itself.
+        tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
     first = next(model.parameters())
     try:
         with _quiet():

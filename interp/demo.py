@@ -1,0 +1,155 @@
+"""The main job, end to end: check the behaviour, read attention, patch, ablate, trace, write one page.
+
+`interp demo` runs it; every step's result is on disk before the next begins, so that an interrupted run
+leaves what it finished.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from interp.effects import Effects
+from interp.errors import InterpError, TaskError
+
+TASKS = ("ioi", "induction", "facts")
+Say = Callable[[str], None]
+
+
+@dataclass
+class Demo:
+    """What to run and where to put it; `run` does it and returns the page's path."""
+
+    task: str = "ioi"
+    n: int = 16
+    seed: int = 0
+    out: Path = Path("results/demo")
+    model: str = "smollm2"
+    trace_facts: int = 6
+    samples: int = 10
+    say: Say = print
+    finished: list[Path] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse bad options and an unwritable folder before any work."""
+        if self.task not in TASKS:
+            raise InterpError(f"unknown task {self.task!r}: choose one of {', '.join(TASKS)}")
+        if self.n < 2:
+            raise InterpError(f"--n must be at least 2 (intervals need examples to resample), got {self.n}")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.out):
+                pass
+        except OSError as error:
+            raise InterpError(
+                f"cannot write to {self.out} ({error.strerror or error}): choose another folder with --out"
+            ) from None
+
+    def run(self) -> Path:
+        """Run every step. Raises InterpError (with nothing half-written) if something is wrong with the input."""
+        import interp
+
+        self.check()
+        started = time.perf_counter()
+        with self.step("load the model"):
+            model = interp.load(self.model)
+            self.say(f"      {model!r}")
+        with self.step("check that the model does the task"):
+            pairs, behaviour = self.pairs(model)
+            self.say(f"      {behaviour}")
+        with self.step("read every head's attention on the clean prompts"):
+            from headstats import StatSpec
+
+            stats = model.attention_stats(pairs, StatSpec(previous=True, diagonal=True, received=True))
+            self.keep(stats.write(self.out / "attention_stats.parquet"))
+            self.say(f"      attention computed by: {', '.join(sorted(set(stats.backends.values())))}")
+        results: dict[str, Any] = {}
+        for title, name, job in self.jobs(interp, model, pairs):
+            with self.step(title):
+                results[title] = job()
+                self.keep(results[title].write(self.out / f"{name}.parquet"))
+        with self.step("write the page"):
+            notes = f"{behaviour}. Made by: interp demo --task {self.task} --n {self.n} --seed {self.seed}"
+            page = interp.report({**results, "attention": stats}, title=f"{self.task} on {model.name}", notes=notes)
+            path = page.write(self.out / "report.html")
+            self.keep(path)
+        self.summarise(results, time.perf_counter() - started)
+        return path
+
+    def pairs(self, model: Any) -> tuple[Any, Any]:
+        """The task's pairs and the model's behaviour on them; TaskError if the model does not do the task."""
+        from interp import tasks
+
+        make = {"ioi": tasks.ioi, "induction": tasks.induction, "facts": tasks.fact_pairs}[self.task]
+        pairs = make(model, n=self.n, seed=self.seed)
+        behaviour = tasks.check(model, pairs)
+        behaviour.require()
+        return pairs, behaviour
+
+    def jobs(self, interp: Any, model: Any, pairs: Any) -> Iterator[tuple[str, str, Callable[[], Effects]]]:
+        """(title, file name, what to run) of every causal step."""
+        for mode in ("denoise", "noise"):
+            yield (
+                f"patch the residual stream, layer × position ({mode})",
+                f"patch_resid_pre_{mode}",
+                lambda mode=mode: interp.patch(model, pairs, model.sites("resid_pre"), mode=mode),
+            )
+        for mode in ("denoise", "noise"):
+            yield (
+                f"patch every head's output, layer × head ({mode})",
+                f"patch_z_{mode}",
+                lambda mode=mode: interp.patch(model, pairs, model.sites("z"), mode=mode),
+            )
+        for using in ("zero", "mean", "resample"):
+            yield (
+                f"ablate every head ({using})",
+                f"ablate_z_{using}",
+                lambda using=using: interp.ablate(model, pairs, model.sites("z"), using=using, seed=self.seed),
+            )
+        yield from self.traces(interp, model)
+
+    def traces(self, interp: Any, model: Any) -> Iterator[tuple[str, str, Callable[[], Effects]]]:
+        """Causal tracing of facts that the model knows; left out, saying so, if it knows too few."""
+        try:
+            facts = interp.tasks.facts(model, n=self.trace_facts, seed=self.seed)
+        except TaskError as error:
+            self.say(f"  –   causal tracing is left out: {error}")
+            return
+        for component, window in (("resid_post", 1), ("mlp_out", 10), ("attn_out", 10)):
+            yield (
+                f"trace {len(facts)} facts, restoring {component}" + (f" in windows of {window}" if window > 1 else ""),
+                f"trace_{component}",
+                lambda component=component: interp.trace(
+                    model, facts, component, samples=self.samples, seed=self.seed
+                ),
+            )
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Say what runs and how long it took."""
+        self.say(f"  ▸   {title}")
+        begun = time.perf_counter()
+        yield
+        self.say(f"      {time.perf_counter() - begun:.1f} s")
+
+    def keep(self, path: Path) -> None:
+        """Remember a finished file."""
+        self.finished.append(path)
+
+    def summarise(self, results: dict[str, Effects], seconds: float) -> None:
+        """The strongest heads, and where everything lies."""
+        for title, effects in results.items():
+            if "denoise" not in title or "head" not in title:
+                continue
+            self.say(f"\nStrongest heads when patched from clean into corrupt (n = {self.n}):")
+            for row in effects.summary().head(5).itertuples():
+                self.say(f"  L{row.layer}H{row.head}  {row.effect:+.2f}  [{row.lo:+.2f}, {row.hi:+.2f}]")
+        self.say(f"\nDone in {seconds:.0f} s. Results:")
+        for path in self.finished:
+            self.say(f"  {os.path.relpath(path)}")

@@ -1,0 +1,115 @@
+"""Shared models. Hugging Face is kept offline: no test may reach a model hub."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A GPU test without a GPU is skipped by name, and the count is printed at the end."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    gpu = [r for r in skipped if "needs a CUDA GPU" in str(r.longrepr)]
+    other = [r for r in skipped if r not in gpu]
+    terminalreporter.write_line(f"not run: {len(gpu)} test(s) that need a GPU, {len(other)} for other reasons")
+    for report in other:
+        terminalreporter.write_line(f"  {report.nodeid}: {report.longrepr[-1] if report.longrepr else ''}")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded model, fetched and converted on first use."""
+    import interp
+
+    return interp.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """A tiny word-level tokenizer w0 … w99, with <bos> and <pad>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(["<bos>", "<pad>", "<unk>", *(f"w{i}" for i in range(97))])}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<pad>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def tiny_config(kind: str):
+    """Small random-weight architectures: rotary with grouped queries, fused QKV, fused QKV with rotary, a window."""
+    import transformers as tf
+
+    common = dict(vocab_size=100, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    if kind == "llama":
+        return tf.LlamaConfig(**common, **sizes, num_key_value_heads=2, max_position_embeddings=64)
+    if kind == "gpt2":
+        return tf.GPT2Config(**common, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    if kind == "neox":
+        return tf.GPTNeoXConfig(**common, **sizes, max_position_embeddings=64)
+    if kind == "mistral":
+        return tf.MistralConfig(
+            **common, **sizes, num_key_value_heads=2, max_position_embeddings=64, sliding_window=5, head_dim=8
+        )
+    if kind == "gemma2":
+        return tf.Gemma2Config(
+            **common,
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            sliding_window=5,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=8,
+        )
+    raise KeyError(kind)
+
+
+ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")
+
+
+def tiny_hf(kind: str, dtype: torch.dtype = torch.float64):
+    """A Hugging Face model with large random weights, so that attention is far from uniform."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(8.0 if "embed" not in name and "wte" not in name else 20.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny(word_tokenizer):
+    """tiny(kind) -> interp.Model in float64, built once per kind."""
+    import interp
+
+    built: dict[str, interp.Model] = {}
+
+    def get(kind: str) -> interp.Model:
+        if kind not in built:
+            built[kind] = interp.load(tiny_hf(kind), tokenizer=word_tokenizer)
+        return built[kind]
+
+    return get

@@ -1,0 +1,112 @@
+"""Import arrows point one way; heavy libraries stay out of light modules."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# room -> what it may import from interp (module prefixes); None: anything
+ALLOWED: dict[str, tuple[str, ...] | None] = {
+    "errors": (),
+    "sites": ("errors",),
+    "prompts": ("errors",),
+    "metrics": ("errors",),
+    "provenance": (),
+    "progress": (),
+    "dense": (),
+    "effects": ("errors",),
+    "attention": ("effects", "errors"),
+    "attention_bridges": ("dense", "instrument"),
+    "instrument": ("dense", "errors", "attention_bridges"),
+    "loading": ("errors", "zoo.embedded"),
+    "model": ("attention", "errors", "instrument", "loading", "prompts", "provenance", "sites"),
+    "engine": ("dense", "engine", "errors", "instrument", "model", "prompts", "sites"),
+    "recipes": ("effects", "engine", "errors", "metrics", "model", "progress", "prompts", "provenance", "sites"),
+    "plots": ("attention", "effects", "errors", "plots", "sites"),
+    "results": ("attention", "effects", "errors"),
+}
+RECIPES = ("patching", "ablation", "tracing")
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def modules(room: str) -> list[Path]:
+    folder = ROOT / "interp" / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_arrows(room: str) -> None:
+    allowed = ALLOWED[room]
+    assert allowed is not None
+    for path in modules(room):
+        for name in imports_of(path):
+            if name.startswith("interp."):
+                inner = name.removeprefix("interp.")
+                if inner == "engine":  # `from interp import engine`
+                    continue
+                assert inner.startswith(tuple(allowed)), f"{path.relative_to(ROOT)} must not import {name}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_do_not_import_each_other(recipe: str) -> None:
+    (path,) = modules(recipe)
+    others = [f"interp.{r}" for r in RECIPES if r != recipe]
+    assert not [n for n in imports_of(path) if n.startswith(tuple(others))]
+
+
+def test_only_model_rooms_import_transformer_lens() -> None:
+    homes = {"model", "loading", "instrument", "attention_bridges"}
+    for path in (ROOT / "interp").rglob("*.py"):
+        if path.stem in homes or "zoo" in path.parts:
+            continue
+        assert not [n for n in imports_of(path) if n.startswith("transformer_lens")], path
+
+
+def test_headstats_stands_alone() -> None:
+    allowed = ("headstats", "torch", "triton", "jaxtyping")
+    stdlib = sys.stdlib_module_names
+    for path in (ROOT / "kernels" / "headstats").rglob("*.py"):
+        for name in imports_of(path):
+            root = name.split(".")[0]
+            assert root in stdlib or root in allowed, f"{path.name} imports {name}"
+
+
+def test_plots_know_neither_torch_nor_models() -> None:
+    for path in (ROOT / "interp" / "plots").rglob("*.py"):
+        assert not [n for n in imports_of(path) if n.split(".")[0] in ("torch", "transformers")], path
+
+
+def test_the_kernels_folder_does_not_shadow_the_kernels_package() -> None:
+    """transformers looks for a package named `kernels`; ours must not be importable under that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = (
+        "import transformers, headstats, importlib.util as u; from transformers import LlamaForCausalLM; "
+        "s = u.find_spec('kernels'); print(s is None or s.origin is None, headstats.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "headstats"]
+
+
+def test_importing_interp_is_light() -> None:
+    code = "import sys, interp, interp.cli; print(any(m in sys.modules for m in ('torch', 'transformers', 'plotly')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from interp.effects import COLUMNS, Effects
+from interp.errors import InterpError
+
+
+def table(values: np.ndarray, **fixed) -> Effects:
+    """values [example, head] as z effects with clean 2, corrupt 0."""
+    rows = [
+        {
+            "example": i, "component": "z", "layer": 0, "head": h, "position": None, "token": "", "role": "",
+            "intervention": "patch", "mode": "denoise", "metric": "logit_diff", "clean": 2.0, "corrupt": 0.0,
+            "patched": 2 * x, "effect": x, "raw": 2 * x, **fixed,
+        }
+        for i, row in enumerate(values)
+        for h, x in enumerate(row)
+    ]  # fmt: skip
+    return Effects(pd.DataFrame(rows), {"model": "toy", "seed": 1})
+
+
+def test_summary_is_the_mean_and_its_interval_covers_at_the_nominal_rate() -> None:
+    """Coverage of the bootstrap over repeated draws from a known distribution (n = 40)."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.3, 1.0, size=(40, 400))
+    s = table(values).summary().set_index("head").sort_index()
+    np.testing.assert_allclose(s["effect"], values.mean(0), atol=1e-12)
+    np.testing.assert_allclose(s["raw"], 2 * s["effect"], atol=1e-12)
+    np.testing.assert_allclose(s["pooled"], s["effect"], atol=1e-12)  # equal gaps: both recoveries agree
+    covered = ((s["lo"] <= 0.3) & (s["hi"] >= 0.3)).mean()
+    assert 0.90 <= covered <= 0.97  # a percentile bootstrap runs slightly short of 95% at n = 40
+
+
+def test_pooled_is_the_ratio_of_means() -> None:
+    e = table(np.array([[1.0], [0.5]]))
+    frame = e.frame()
+    frame["clean"] = [2.0, 10.0]
+    frame["raw"] = [2.0, 5.0]
+    s = Effects(frame).summary().iloc[0]
+    assert s["effect"] == pytest.approx(0.75) and s["pooled"] == pytest.approx(7 / 12)
+
+
+def test_undefined_recovery_stays_nan_and_raw_speaks() -> None:
+    frame = table(np.ones((3, 1))).frame().assign(clean=0.0, effect=np.nan, raw=[1.0, 2.0, 3.0])
+    s = Effects(frame).summary().iloc[0]
+    assert np.isnan(s["effect"]) and np.isnan(s["pooled"]) and s["raw"] == 2.0 and s["n"] == 3
+
+
+def test_one_example_has_no_interval() -> None:
+    s = table(np.array([[0.5]])).summary().iloc[0]
+    assert s["effect"] == 0.5 and np.isnan(s["lo"]) and np.isnan(s["hi"])
+
+
+def test_grouping_averages_rows_of_one_example_first() -> None:
+    frame = pd.concat([table(np.array([[0.0]])).frame(), table(np.array([[1.0]])).frame()]).assign(position=[3, 4])
+    s = Effects(frame).summary(by=["layer"])
+    assert len(s) == 1 and s.loc[0, "n"] == 1 and s.loc[0, "effect"] == 0.5
+
+
+def test_parquet_round_trip_keeps_types_missing_values_and_provenance(tmp_path) -> None:
+    e = table(np.random.default_rng(0).normal(size=(3, 2)))
+    back = Effects.read(e.write(tmp_path / "deep" / "e.parquet"))
+    pd.testing.assert_frame_equal(back.frame(), e.frame())
+    assert back.provenance == e.provenance
+    assert back.frame()["position"].isna().all() and dict(back.frame().dtypes.astype(str)) == COLUMNS
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["e.parquet"]  # no temporary file is left
+
+
+def test_reading_anything_else_is_refused(tmp_path) -> None:
+    with pytest.raises(InterpError, match="does not exist"):
+        Effects.read(tmp_path / "no.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(InterpError, match="not a readable Parquet"):
+        Effects.read(tmp_path / "bad.parquet")
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(InterpError, match="does not hold effects"):
+        Effects.read(tmp_path / "other.parquet")
+
+
+def test_unwritable_target_leaves_nothing(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InterpError, match="cannot write"):
+        table(np.ones((1, 1))).write(tmp_path / "file" / "e.parquet")
+
+
+def test_where_concat_and_errors() -> None:
+    e = table(np.ones((2, 3)))
+    assert len(e.where(head=1)) == 2 and len(e.where(position=None)) == 6 and len(e.where(head=9)) == 0
+    assert len(Effects.concat([e, e])) == 12
+    merged = Effects.concat([e, Effects(e.frame(), {"model": "toy", "seed": 2})])
+    assert merged.provenance == {"model": "toy", "seed": [1, 2]}
+    for bad, words in [
+        (lambda: e.where(nope=1), "no column 'nope'"),
+        (lambda: Effects.concat([]), "nothing to concatenate"),
+        (lambda: e.where(head=9).summary(), "empty"),
+        (lambda: Effects(pd.DataFrame({"example": [0]})), "lacks the column"),
+    ]:
+        with pytest.raises(InterpError, match=words):
+            bad()

@@ -1,0 +1,268 @@
+"""The fast engine equals one full forward per cell: on every architecture, for any plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import interp
+from interp.engine import Cell, Engine, Write
+from interp.errors import InterpError, PromptError, SiteError
+from interp.sites import COMPONENTS, Site
+
+COMPONENTS_SWEPT = sorted(set(COMPONENTS) - {"result"})
+# float64 throughout on our side; eager's float32 softmax plays no part, since both engines run through headstats
+EXACT = {"atol": 1e-9, "rtol": 1e-9}
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+@st.composite
+def pair_sets(draw) -> list[interp.PromptPair]:
+    pairs = []
+    for _ in range(draw(st.integers(1, 2))):
+        n = draw(st.integers(1, 9))
+        clean = draw(st.lists(st.integers(0, 90), min_size=n, max_size=n))
+        corrupt = list(clean)
+        for i in draw(st.lists(st.integers(0, n - 1), max_size=3)):
+            corrupt[i] = draw(st.integers(0, 90))
+        pairs.append(interp.PromptPair(words(clean), words(corrupt), "w95", "w96"))
+    return pairs
+
+
+@st.composite
+def site_lists(draw) -> list[Site]:
+    def one() -> Site:
+        component = draw(st.sampled_from(COMPONENTS_SWEPT))
+        spec = COMPONENTS[component]
+        n_heads = {"query": 4, "kv": 2, None: 0}[spec.heads]
+        return Site(
+            component,
+            draw(st.integers(0, 2)) if spec.per_layer else None,
+            draw(st.integers(0, n_heads - 1)) if n_heads else None,
+            draw(st.sampled_from([None, 0, -1])),
+        )
+
+    return [one() for _ in range(draw(st.integers(1, 5)))]
+
+
+def available(model: interp.Model, sites: list[Site]) -> list[Site]:
+    return [s for s in sites if s.hook_name in model.bridge.hook_dict]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("mode", ["denoise", "noise"])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(pairs=pair_sets(), sites=site_lists())
+def test_fast_equals_naive(tiny, kind: str, mode: str, pairs, sites) -> None:
+    model = tiny(kind)
+    sites = available(model, sites)
+    if not sites:
+        return
+    fast, naive = (interp.patch(model, pairs, sites, mode=mode, engine=e) for e in ("fast", "naive"))
+    a, b = fast.frame(), naive.frame()
+    assert a.drop(columns=["patched", "effect", "raw"]).equals(b.drop(columns=["patched", "effect", "raw"]))
+    np.testing.assert_allclose(a["patched"], b["patched"], **EXACT)
+    np.testing.assert_allclose(a["raw"], b["raw"], **EXACT)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("using", ["zero", "mean", "resample"])
+def test_ablation_fast_equals_naive(tiny, kind: str, using: str) -> None:
+    model = tiny(kind)
+    pairs = [interp.PromptPair(words([i, 5, 9, i + 1]), words([i, 6, 9, 2]), "w95", "w96") for i in (10, 20, 30)]
+    sites = model.sites("z") | model.sites("mlp_out", positions=[-1]) | model.sites("attn_out", positions="all")
+    fast, naive = (interp.ablate(model, pairs, sites, using=using, engine=e, seed=3).frame() for e in ("fast", "naive"))
+    np.testing.assert_allclose(fast["patched"], naive["patched"], **EXACT)
+    assert fast["raw"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("component", ["resid_post", "mlp_out", "attn_out"])
+def test_tracing_fast_equals_naive(tiny, kind: str, component: str) -> None:
+    model = tiny(kind)
+    facts = [interp.Fact("w1 w2 w3 w4", "w2 w3", "w95"), interp.Fact("w7 w8 w9 w1 w2", "w8", "w90")]
+    fast, naive = (
+        interp.trace(model, facts, component, window=2, samples=3, metric="logprob", engine=e).frame()
+        for e in ("fast", "naive")
+    )
+    np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-5)  # log-softmax is taken in float32
+    assert (fast["clean"] - fast["corrupt"]).abs().min() > 1e-4  # the noise did something
+
+
+def test_result_sites_equal_naive_and_leave_the_switch_off(tiny) -> None:
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w95", "w96")
+    fast, naive, z = (
+        interp.patch(model, pair, sites, engine=e).frame()["patched"]
+        for sites, e in ((model.sites("result"), "fast"), (model.sites("result"), "naive"), (model.sites("z"), "fast"))
+    )
+    np.testing.assert_allclose(fast, naive, **EXACT)
+    np.testing.assert_allclose(fast, z, **EXACT)  # a head's result is linear in its z
+    assert not model.bridge.cfg.use_attn_result
+
+
+def test_resid_mid_is_the_residual_stream_and_not_the_mlp_branch(tiny) -> None:
+    """Patching resid_mid everywhere in the last layer must carry everything over; the MLP branch alone does not."""
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w95", "w96")
+    for engine in ("fast", "naive"):
+        e = interp.patch(model, pair, Site("resid_mid", 2, position=None), engine=engine).frame()
+        assert e.loc[0, "effect"] == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_patching_everything_is_one_and_nothing_is_zero(tiny, kind: str) -> None:
+    model = tiny(kind)
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
+    for mode in ("denoise", "noise"):
+        everything = interp.patch(model, pair, model.sites("resid_pre", positions="all"), mode=mode).frame()
+        assert (everything["effect"] - 1).abs().max() < 1e-9
+        nothing = interp.patch(model, pair, model.sites("resid_pre", positions=[0]), mode=mode).frame()
+        assert (nothing["raw"] == 0).all() and (nothing["effect"] == 0).all()
+
+
+def test_swapping_a_pair_swaps_the_modes(tiny) -> None:
+    """Denoising (clean, corrupt) is noising (corrupt, clean): the same forwards, read the other way round."""
+    model = tiny("gpt2")
+    a = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
+    b = interp.PromptPair(a.corrupt, a.clean, "w95", "w96")
+    one = interp.patch(model, a, model.sites("z")).frame()
+    two = interp.patch(model, b, model.sites("z"), mode="noise").frame()
+    np.testing.assert_allclose(one["patched"], two["patched"], **EXACT)
+    np.testing.assert_allclose(one["effect"], two["effect"], **EXACT)
+
+
+def test_groups_of_writes_in_several_layers(tiny) -> None:
+    model = tiny("mistral")
+    runner, oracle = Engine(model, "fast"), Engine(model, "naive")
+    ids = [model.coder.encode(words([3, 1, 4, 1, 5])), model.coder.encode(words([9, 2, 6]))]
+    generator = torch.Generator().manual_seed(0)
+    for engine in (runner, oracle):
+        engine.runs = engine.record(ids)
+    cells = []
+    for run, length in enumerate(map(len, ids)):
+        for _ in range(6):
+            sites = [Site("resid_pre", 2), Site("mlp_out", 0), Site("z", 1, 3), Site("resid_post", 2), Site("k", 1, 1)]
+            chosen = [sites[i] for i in torch.randperm(5, generator=generator)[:3].tolist()]
+            writes = []
+            for site in chosen:
+                start = int(torch.randint(0, length, (), generator=generator))
+                width = {"z": 8, "k": 8}.get(site.component, 32)
+                value = torch.randn(1, width, generator=generator, dtype=torch.float64)
+                writes.append(Write(site, start, length, value))
+            cells.append(Cell(run, tuple(writes)))
+    out = [e.score(e.runs, cells, lambda logits, _: logits[:, 7], lambda n: None) for e in (runner, oracle)]
+    torch.testing.assert_close(*out, **EXACT)
+
+
+def test_batches_do_not_change_results(tiny, monkeypatch) -> None:
+    import interp.engine.core as core
+
+    model = tiny("llama")
+    pairs = [interp.PromptPair(words([i, 2, 3, i]), words([i, 9, 3, 5]), "w95", "w96") for i in range(4)]
+    whole = interp.patch(model, pairs, model.sites("resid_pre")).frame()
+    monkeypatch.setattr(core, "ROWS_PER_BATCH", 7)
+    monkeypatch.setattr("interp.recipes.RUN_BYTES", 1)  # one example at a time
+    pieces = interp.patch(model, pairs, model.sites("resid_pre")).frame()
+    np.testing.assert_allclose(pieces["patched"], whole["patched"], **EXACT)
+
+
+def test_a_wrong_fast_path_is_noticed_and_left(tiny, monkeypatch, caplog) -> None:
+    """Negative control of the self-check: break the packed attention, and auto must fall back to naive, saying so."""
+    import interp.engine.packed as packed
+
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
+    right = interp.patch(model, pair, model.sites("z")).frame()["patched"]
+    real = packed.attend
+    monkeypatch.setattr(packed, "attend", lambda call, **k: _scaled(real(call, **k)))
+    e = interp.patch(model, pair, model.sites("z"))
+    np.testing.assert_allclose(e.frame()["patched"], right, **EXACT)
+    assert "differ from the naive path" in e.provenance["engine"] and "naive path" in caplog.text
+    with pytest.raises(InterpError, match="not exact here"):
+        interp.patch(model, pair, model.sites("z"), engine="fast")
+
+
+def _scaled(result):
+    result.out.mul_(1.3)
+    return result
+
+
+def test_bidirectional_models_go_the_naive_way(word_tokenizer) -> None:
+    import transformers as tf
+
+    config = tf.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = interp.load(tf.BertForMaskedLM(config).eval(), tokenizer=word_tokenizer)
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w5", "w6")
+    e = interp.patch(model, pair, Site("resid_pre", 0, position="each"))
+    assert "not causal" in e.provenance["engine"]
+    # every position sees every other one: even a patch before the difference may not be skipped as a no-op
+    assert len(e) == len(model.coder.encode(pair.clean))
+
+
+# ------------------------------------------------------------------ bad input, before any forward
+
+
+def test_bad_input_teaches(tiny, monkeypatch) -> None:
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96")
+    forwards = []
+    monkeypatch.setattr(type(model), "last_logits", lambda self, t: forwards.append(t) or 1 / 0)
+    for kind, words_, call in [
+        (InterpError, "unknown mode", lambda: interp.patch(model, pair, model.sites("z"), mode="both")),
+        (InterpError, "unknown engine", lambda: interp.patch(model, pair, model.sites("z"), engine="turbo")),
+        (InterpError, "unknown metric", lambda: interp.patch(model, pair, model.sites("z"), metric="loss")),
+        (InterpError, "must be an interp.Metric", lambda: interp.patch(model, pair, model.sites("z"), metric=3)),
+        (InterpError, "unknown ablation", lambda: interp.ablate(model, pair, model.sites("z"), using="median")),
+        (PromptError, "only one of", lambda: interp.ablate(model, pair, model.sites("z"), using="resample")),
+        (SiteError, "layers 0 to 2", lambda: interp.patch(model, pair, "z.L3H0")),
+        (SiteError, "heads 0 to 3", lambda: interp.patch(model, pair, "z.L0H4")),
+        (SiteError, "no sites", lambda: interp.patch(model, pair, [])),
+        (PromptError, "outside a prompt of 4 tokens", lambda: interp.patch(model, pair, "resid_pre.L0@7")),
+        (PromptError, "names the span 'S2'", lambda: interp.patch(model, pair, "resid_pre.L0@S2")),
+        (PromptError, "no prompt pairs", lambda: interp.patch(model, [], model.sites("z"))),
+        (PromptError, "needs a foil", lambda: interp.patch(model, interp.PromptPair("w1", "w2", "w3"), "z.L0H0")),
+        (InterpError, "cannot trace", lambda: interp.trace(model, interp.Fact("w1", "w1", "w2"), "z")),
+        (InterpError, "noise must be positive", lambda: interp.trace(model, interp.Fact("w1", "w1", "w2"), noise=0)),
+    ]:
+        with pytest.raises(kind, match=words_):
+            call()
+    assert not forwards
+
+
+def test_nan_metrics_are_refused(tiny) -> None:
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96")
+    with pytest.raises(InterpError, match="'broken' returned NaN for"):
+        interp.patch(
+            model, pair, model.sites("z"), metric=interp.Metric("broken", lambda logits, r: logits[:, 0] * float("nan"))
+        )
+
+
+def test_equal_prompts_have_undefined_recovery(tiny) -> None:
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3", "w1 w2 w3", "w95", "w96")
+    e = interp.patch(model, pair, model.sites("z")).frame()
+    assert e["effect"].isna().all() and (e["raw"] == 0).all()
+
+
+def test_custom_metrics_and_all_built_in_ones(tiny) -> None:
+    model = tiny("llama")
+    pairs = [interp.PromptPair(words([i, 2, 3]), words([i, 9, 3]), "w95", "w96") for i in range(3)]
+    for metric in ("logit_diff", "prob", "logprob", "rank", "kl", lambda logits, r: logits[:, 5] - logits[:, 6]):
+        fast, naive = (
+            interp.patch(model, pairs, model.sites("z", layers=1), metric, engine=e).frame() for e in ("fast", "naive")
+        )
+        np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-5)
+    assert (interp.patch(model, pairs, model.sites("z", layers=1), "kl").frame()["clean"].abs() < 1e-6).all()
