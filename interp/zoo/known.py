@@ -115,7 +115,7 @@ def induction(*, dtype: torch.dtype | None = None) -> Known:
 
     n, n_ctx = len(SPECIALS) + len(WORDS), 64
     channels = {"tok": n, "pos": n_ctx, "prev": n, "out": n, "junk": 64}
-    build = Planted(WORDS, channels, n_layers=2, n_heads=4, d_head=n, dtype=dtype)
+    build = Planted("induction", WORDS, channels, n_layers=2, n_heads=4, d_head=n, dtype=dtype)
     back = torch.diag(torch.ones(n_ctx - 1), 1)  # [key position, query position]: one to the left
     back[0, 0] = 1.0  # <bos> has nothing to its left
     everything, words, bos = torch.eye(n), torch.eye(n), torch.zeros(n, n)
@@ -194,7 +194,7 @@ def one_head(*, dtype: torch.dtype | None = None) -> Known:
     words = (*_PLAIN, *_MARKED, _END)
     n = len(SPECIALS) + len(words)
     channels = {"tok": n, "pos": 32, "out": n, "junk": 96}
-    build = Planted(words, channels, n_layers=3, n_heads=4, d_head=n, dtype=dtype)
+    build = Planted("one_head", words, channels, n_layers=3, n_heads=4, d_head=n, dtype=dtype)
     marked = torch.zeros(n)
     marked[[build.ids[w] for w in _MARKED]] = 1.0
     asks, begins = (torch.eye(n)[build.ids[w]] for w in (_END, BOS))
@@ -261,7 +261,7 @@ def random(seed: int = 0, *, dtype: torch.dtype | None = None) -> Known:
         "d_vocab": len(SPECIALS) + len(WORDS), "normalization_type": "LN", "seed": seed,
         "positional_embedding_type": "standard",
     }  # fmt: skip
-    bridge, nowhere = boot(config, WORDS, dtype), Sites([])
+    bridge, nowhere = boot("random", config, WORDS, dtype), Sites([])
     return Known("random", bridge, nowhere, _random_pairs, lambda _: nowhere, lambda _: {}, _max_pairs=None)
 
 

@@ -33,6 +33,7 @@ class Planted:
 
     def __init__(
         self,
+        name: str,
         words: Sequence[str],
         channels: Mapping[str, int],
         *,
@@ -51,16 +52,13 @@ class Planted:
             starts.append(starts[-1] + width)
         self.where = {c: slice(a, b) for c, a, b in zip(channels, starts, starts[1:], strict=False)}
         self.d_model = starts[-1]
-        self.bridge = self._boot(words, n_ctx=channels["pos"], n_layers=n_layers)
-        self._embed(n_ctx=channels["pos"])
-
-    def _boot(self, words: Sequence[str], *, n_ctx: int, n_layers: int) -> TransformerBridge:
         config = {
-            "d_model": self.d_model, "d_head": self.d_head, "n_heads": self.n_heads, "n_layers": n_layers,
-            "n_ctx": n_ctx, "d_vocab": len(self.ids), "positional_embedding_type": "standard",
+            "d_model": self.d_model, "d_head": d_head, "n_heads": n_heads, "n_layers": n_layers,
+            "n_ctx": channels["pos"], "d_vocab": len(self.ids), "positional_embedding_type": "standard",
             "attn_only": True, "normalization_type": None, "init_weights": False,
         }  # fmt: skip
-        return boot(config, words, self.dtype)
+        self.bridge = boot(name, config, words, self.dtype)
+        self._embed(n_ctx=channels["pos"])
 
     def _embed(self, n_ctx: int) -> None:
         import torch
@@ -123,7 +121,7 @@ class Planted:
             weights["o"][junk] = draw(width, self.d_head) / math.sqrt(width * self.d_head)
 
 
-def boot(config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None) -> TransformerBridge:
+def boot(name: str, config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None) -> TransformerBridge:
     """A native TransformerLens model (no hub, no download) with a word-level tokenizer."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
@@ -132,7 +130,9 @@ def boot(config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None
     boot_native: Any = TransformerBridge.boot_native  # type: ignore[attr-defined]
     # Construction draws default weights from the global generator; a caller's seed must survive us.
     with torch.random.fork_rng(devices=[]):
-        bridge = boot_native(config, tokenizer=word_tokenizer(words), dtype=dtype or torch.float32)
+        bridge = boot_native(
+            config, tokenizer=word_tokenizer(words), dtype=dtype or torch.float32, model_name=f"zoo.{name}"
+        )
     return bridge.eval()
 
 

@@ -44,9 +44,7 @@ def heads(bridge):
 def patch(bridge, pairs, mode, component="z"):
     """{(layer, head or position): (effects, raw changes)}, each [pairs]; effects on the recovery scale."""
     pairs = list(pairs)
-    (ids, cache), (other_ids, other_cache) = (
-        run(bridge, [getattr(p, w) for p in pairs]) for w in ("clean", "corrupt")
-    )
+    (ids, cache), (other_ids, other_cache) = (run(bridge, [getattr(p, w) for p in pairs]) for w in ("clean", "corrupt"))
     clean, corrupt = scores(bridge, ids, pairs), scores(bridge, other_ids, pairs)
     if mode == "denoise":
         base_ids, source, start, end = other_ids, cache, corrupt, clean
@@ -69,9 +67,7 @@ def ablate(bridge, pairs, using, *, shift=1, pool="position", source="clean"):
     pair ``shift`` places further on; both from the clean or the corrupt runs (``source``).
     """
     pairs = list(pairs)
-    (ids, cache), (other_ids, other_cache) = (
-        run(bridge, [getattr(p, w) for p in pairs]) for w in ("clean", "corrupt")
-    )
+    (ids, cache), (other_ids, other_cache) = (run(bridge, [getattr(p, w) for p in pairs]) for w in ("clean", "corrupt"))
     clean, corrupt = scores(bridge, ids, pairs), scores(bridge, other_ids, pairs)
     out = {}
     for layer, head in heads(bridge):

@@ -1,0 +1,86 @@
+"""Does the model do the task? Asked before anything is explained about how it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from interp.errors import PromptError, TaskError
+from interp.prompts import Encoded, Fact, PromptPair, encode_facts, encode_pairs
+from interp.tasks.vocabulary import TaskModel
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How well a model does a task on its clean prompts.
+
+    ``accuracy``: share of prompts whose answer has a higher logit than the foil; where there is no foil (a
+    Fact), than every other token, so top-1. ``mean_logit_diff``: mean of answer logit minus foil logit (or
+    minus the best other logit), with a percentile bootstrap ``interval`` over prompts (95%; NaN for one).
+    """
+
+    model: str
+    task: str
+    n: int
+    accuracy: float
+    mean_logit_diff: float
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        lo, hi = self.interval
+        return (
+            f"{self.model} on {self.task}: accuracy {self.accuracy:.1%}, mean logit difference "
+            f"{self.mean_logit_diff:.2f} [{lo:.2f}, {hi:.2f}], n = {self.n}"
+        )
+
+    def require(self, min_accuracy: float = 0.8) -> Behaviour:
+        """Return self if the model does the task; TaskError with the numbers if it does not."""
+        if self.accuracy >= min_accuracy:
+            return self
+        lo, hi = self.interval
+        raise TaskError(
+            f"{self.model} does not do the task {self.task!r}: it prefers the right answer on {self.accuracy:.1%} "
+            f"of {self.n} prompts (at least {min_accuracy:.0%} is asked for), mean logit difference "
+            f"{self.mean_logit_diff:.2f} [{lo:.2f}, {hi:.2f}]. What a circuit does for a behaviour that is not "
+            "there cannot be measured: choose another model or task, or lower min_accuracy knowingly."
+        )
+
+
+def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | Iterable[Fact]) -> Behaviour:
+    """Run the clean prompts and compare each answer with its foil (or, without one, with every other token).
+
+    Raises PromptError for prompts that cannot be encoded, before anything runs.
+    """
+    task = getattr(prompts, "task", "these prompts")
+    listed: list[Any] = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
+    kinds = {type(p) for p in listed}
+    if len(kinds) > 1:
+        raise PromptError("check takes PromptPairs or Facts, not a mixture of both")
+    encode = encode_facts if kinds == {Fact} else encode_pairs
+    diffs = margins(model, encode(listed, model.coder))
+    lo, hi = _interval(diffs)
+    return Behaviour(
+        model.name, task, len(diffs), float((diffs > 0).mean()), float(diffs.mean()), (lo, hi)
+    )  # fmt: skip
+
+
+def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
+    """Answer logit minus foil logit, or minus the best other logit, of each clean prompt [prompts]."""
+    logits = model.next_token_logits([e.clean for e in encoded])
+    out = np.empty(len(encoded))
+    for i, (row, e) in enumerate(zip(logits.double().cpu().numpy(), encoded, strict=True)):
+        rival = row[e.foil] if e.foil is not None else np.delete(row, e.answer).max()
+        out[i] = row[e.answer] - rival
+    return out
+
+
+def _interval(values: np.ndarray, n_boot: int = 2000, tail: float = 0.025) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean; its seed is fixed, so the same values give the same one."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    draws = np.random.default_rng(0).integers(len(values), size=(n_boot, len(values)))
+    lo, hi = np.quantile(values[draws].mean(1), [tail, 1 - tail])
+    return float(lo), float(hi)

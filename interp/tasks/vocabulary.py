@@ -1,0 +1,91 @@
+"""What tasks ask of a model and of its tokenizer: which words are single tokens, and which had to go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from interp.errors import TaskError
+from interp.prompts import Coder, PairSet, PromptPair
+
+
+class TaskModel(Protocol):
+    """The part of `interp.Model` that tasks use."""
+
+    @property
+    def name(self) -> str:
+        """How messages call the model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        ...
+
+    @property
+    def coder(self) -> Coder:
+        """Text to tokens and back."""
+        ...
+
+    def next_token_logits(self, ids: Sequence[Sequence[int]]) -> Any:
+        """Logits [prompts, vocab] after each prompt's last token."""
+        ...
+
+
+class TaskPairs(PairSet):
+    """A PairSet that remembers what its task could not use: ``dropped``, the words that are not one token."""
+
+    def __init__(self, pairs: Iterable[PromptPair], *, task: str, seed: int, dropped: Iterable[str] = ()):
+        super().__init__(pairs, task=task, seed=seed)
+        self.dropped = tuple(dropped)
+
+    def __repr__(self) -> str:
+        note = f"; {len(self.dropped)} words not usable with this tokenizer" if self.dropped else ""
+        return f"{super().__repr__()[:-1]}{note})"
+
+
+def token_of(word: str, coder: Coder) -> int | None:
+    """The one token of ``word`` after a space, or None if it is several tokens or unknown."""
+    ids = coder.continuation(f" {word}")
+    # The text is compared too: an unknown word can be a single token, namely <unk>.
+    return ids[0] if len(ids) == 1 and coder.texts(ids)[0].strip() == word else None
+
+
+def single_tokens(words: Iterable[str], coder: Coder) -> tuple[list[str], list[str]]:
+    """Split words into those that are one token after a space, and the rest; order is kept."""
+    kept: list[str] = []
+    dropped: list[str] = []
+    for word in words:
+        (dropped if token_of(word, coder) is None else kept).append(word)
+    return kept, dropped
+
+
+def words_of_tokenizer(model: TaskModel, *, fewest: int, most: int) -> list[str]:
+    """Lower-case words, each one token after a space, from the start of the tokenizer's own vocabulary.
+
+    Vocabularies are ordered by frequency, roughly, so these are common words. Up to ``most`` words of three
+    letters or more; if there are not even ``fewest`` of them, shorter ones too. TaskError if that is still
+    too few.
+    """
+    coder = model.coder
+    long: list[str] = []
+    short: list[str] = []
+    for i in range(len(model.tokenizer)):
+        word = coder.texts([i])[0].strip()
+        if word.isascii() and word.isalpha() and word.islower() and token_of(word, coder) == i:
+            (long if len(word) >= 3 else short).append(word)
+            if len(long) == most:
+                break
+    words = long if len(long) >= fewest else long + short
+    if len(words) < fewest:
+        raise TaskError(
+            f"{model.name}: this task needs {fewest} lower-case words that are single tokens after a space, but "
+            f"the tokenizer has only {len(words)} among its {len(model.tokenizer)} tokens"
+        )
+    return words
+
+
+def at_least_one(n: int, task: str) -> None:
+    """Refuse an empty task."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise TaskError(f"{task}: n must be a whole number of at least 1, got {n!r}")
