@@ -125,9 +125,7 @@ class Demo:
             yield (
                 f"trace {len(facts)} facts, restoring {component}" + (f" in windows of {window}" if window > 1 else ""),
                 f"trace_{component}",
-                lambda component=component: interp.trace(
-                    model, facts, component, samples=self.samples, seed=self.seed
-                ),
+                lambda component=component: interp.trace(model, facts, component, samples=self.samples, seed=self.seed),
             )
 
     @contextmanager

@@ -247,7 +247,8 @@ def install(bridge: Any, instrument: Instrument) -> None:
             raise ModelError(f"layer {layer} has no softmax attention ({type(block).__name__}); interp cannot read it")
         link = Link(instrument, attn, layer)
         attn.__dict__[_LINK] = link
-        attn.original_component.__dict__[_LINK] = link
+        for module in attn.original_component.modules():  # e.g. BertSelfAttention calls us from inside BertAttention
+            module.__dict__[_LINK] = link
         adapt(attn)
     hf = bridge.original_model
     if not isinstance(bridge.blocks[0].attn.original_component, NativeAttention):

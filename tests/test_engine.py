@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import interp
@@ -14,7 +14,7 @@ from interp.engine import Cell, Engine, Write
 from interp.errors import InterpError, PromptError, SiteError
 from interp.sites import COMPONENTS, Site
 
-COMPONENTS_SWEPT = sorted(set(COMPONENTS) - {"result"})
+COMPONENTS_SWEPT = sorted(set(COMPONENTS) - {"result", "embed"})
 # float64 throughout on our side; eager's float32 softmax plays no part, since both engines run through headstats
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 
@@ -58,7 +58,13 @@ def available(model: interp.Model, sites: list[Site]) -> list[Site]:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # shrinking would re-run the slow oracle hundreds of times
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(pairs=pair_sets(), sites=site_lists())
 def test_fast_equals_naive(tiny, kind: str, mode: str, pairs, sites) -> None:
     model = tiny(kind)
@@ -106,6 +112,17 @@ def test_result_sites_equal_naive_and_leave_the_switch_off(tiny) -> None:
     np.testing.assert_allclose(fast, naive, **EXACT)
     np.testing.assert_allclose(fast, z, **EXACT)  # a head's result is linear in its z
     assert not model.bridge.cfg.use_attn_result
+
+
+def test_embedding_sites_take_full_forwards_and_say_so(tiny) -> None:
+    model = tiny("gpt2")
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w95", "w96")
+    e = interp.patch(model, pair, model.sites("embed"))
+    same = interp.patch(model, pair, model.sites("resid_pre", layers=0))  # nothing but a position vector in between
+    np.testing.assert_allclose(e.frame()["patched"], same.frame()["patched"], **EXACT)
+    assert "full forwards" in e.provenance["engine"]
+    with pytest.raises(InterpError, match="not exact here"):
+        interp.patch(model, pair, model.sites("embed"), engine="fast")
 
 
 def test_resid_mid_is_the_residual_stream_and_not_the_mlp_branch(tiny) -> None:

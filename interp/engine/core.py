@@ -62,6 +62,8 @@ class Engine:
                 raise SiteError(f"site {site}: {site.component!r} has heads 0 to {n - 1} in this model")
             if site.hook_name not in known:
                 raise SiteError(f"site {site}: {self.model.name} has no {site.component!r} ({site.hook_name})")
+        if self.fast and any(s.component == "embed" for s in sites):
+            self._decide("what lies between the embedding and block 0 (norms, scales) is run only by full forwards")
 
     @torch.no_grad()
     def record(
@@ -85,11 +87,9 @@ class Engine:
         with self._extra_hooks(tuple(components)):
             if self.fast and cells and not self._checked:
                 self._check(runs, cells)
-            # An embedding write may pass through layers before block 0 (norms, projections): full forwards.
-            fast = self.fast and "embed" not in components
-            for batch in self._batches(runs, cells) if fast else [[i] for i in range(len(cells))]:
+            for batch in self._batches(runs, cells) if self.fast else [[i] for i in range(len(cells))]:
                 chosen = [cells[i] for i in batch]
-                if fast:
+                if self.fast:
                     logits = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
                 else:
                     logits = torch.stack(naive.run_cells(self.model, runs, chosen))
