@@ -96,7 +96,8 @@ def _pair(template: str, abba: bool, names: list[str], corruption: str, coder: C
     io, s1 = ("A", "B") if abba else ("B", "A")
     offsets = coder.offsets(clean)
     after = next(i for i, (start, _) in enumerate(offsets) if start >= where[s1][1])
-    spans = {"IO": where[io], "S1": where[s1], "S1+1": offsets[after], "S2": where["S"], "END": offsets[-1]}
+    end = next(o for o in reversed(offsets) if o[1] > o[0])  # special tokens have no characters
+    spans = {"IO": where[io], "S1": where[s1], "S1+1": offsets[after], "S2": where["S"], "END": end}
     return PromptPair(clean, corrupt, f" {receiver}", f" {actor}", spans)
 
 

@@ -7,9 +7,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.zoo.known import Known, induction, one_head, random
+
+if TYPE_CHECKING:
+    from interp.zoo.embedded import embedded_model
 
 __all__ = ["Known", "embedded_model", "induction", "one_head", "random"]
 

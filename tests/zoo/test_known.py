@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from naive import ablate, heads, patch, run, scores
+from naive_hooks import ablate, heads, patch, run, scores
 
 from interp import zoo
 from interp.errors import TaskError
