@@ -29,7 +29,7 @@ Using = Literal["zero", "mean", "resample"]
 RECIPES = {
     "zero": "activation set to 0",
     "mean": "activation set to its mean over all tokens of all clean prompts of the set",
-    "resample": "activation taken, position by position, from the clean prompt of another example",
+    "resample": "activation taken, position by position from the last token back, from another example's clean prompt",
 }
 
 
@@ -46,10 +46,11 @@ def ablate(
     """Ablate every site in the clean run of every pair, one at a time.
 
     ``using``: ``"zero"``; ``"mean"`` (over all tokens of all clean prompts given); ``"resample"`` (from the
-    clean prompt of another example of the same token length, drawn by ``seed``). ``effect`` is on the noising
+    clean prompt of another example, drawn by ``seed`` among those of the same token length if there are any,
+    else of the nearest length, aligned at the last token). ``effect`` is on the noising
     scale, (patched − clean)/(corrupt − clean): 1 means that losing this site costs as much as corrupting the
     prompt. ``raw`` is patched − clean in the metric's units. Raises InterpError for a recipe that the set
-    cannot support (resampling needs two examples of equal length), before any sweep.
+    cannot support (resampling needs two examples), before any sweep.
     """
     if using not in RECIPES:
         raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
@@ -91,27 +92,39 @@ def _cell(
     elif using == "mean":
         value = means[site.at(None)][None]
     else:
-        value = donor.value(site, start, stop)
+        value = _aligned(donor, site, start, stop, len(prompt))
     return Cell(run, (Write(site, start, stop, value),))
 
 
 def _donors(prompts: Sequence[Encoded], seed: int) -> list[int]:
-    """For each example another one of the same length: a random cyclic order within each length."""
+    """For each example another one: a random cyclic order within each token length, else one of the nearest length."""
+    if len(prompts) < 2:
+        raise PromptError(
+            "resample ablation draws from another example, and there is only one: add some, or use 'mean'"
+        )
     rng = np.random.default_rng(seed)
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
     donors = [0] * len(prompts)
     for length, members in by_length.items():
-        if len(members) < 2:
-            raise PromptError(
-                f"resample ablation draws from another example of the same length, but example {members[0]} is the "
-                f"only one of {length} tokens. Add examples of that length, or use using='mean'."
-            )
+        if len(members) == 1:
+            nearest = min((n for n in by_length if n != length), key=lambda n: abs(n - length))
+            donors[members[0]] = int(rng.choice(by_length[nearest]))
+            continue
         order = rng.permutation(members).tolist()
         for taker, giver in zip(order, order[1:] + order[:1], strict=True):
             donors[taker] = giver
     return donors
+
+
+def _aligned(donor: Run, site: Site, start: int, stop: int, length: int) -> Tensor:
+    """The donor's activation for rows [start, stop) of a prompt of ``length`` tokens, aligned at the last token.
+
+    Same length: the same rows. A shorter donor repeats its first row, a longer one leaves its first rows out.
+    """
+    rows = torch.arange(start, stop, device=donor.resid.device) + len(donor) - length
+    return donor.value(site, 0, len(donor))[rows.clamp(min=0)]
 
 
 def _means(runner: Engine, prompts: Sequence[Encoded], sites: Sites) -> dict[Site, Tensor]:

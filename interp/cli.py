@@ -32,7 +32,7 @@ def demo(
             "sequence. facts: recall a fact about a subject."
         ),
     ] = "ioi",
-    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 16,
+    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 8,
     seed: Annotated[int, typer.Option(help="Everything random (names, donors, noise) follows from it.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the Parquet files and report.html.")] = Path("results/demo"),
     model: Annotated[

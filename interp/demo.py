@@ -27,7 +27,7 @@ class Demo:
     """What to run and where to put it; `run` does it and returns the page's path."""
 
     task: str = "ioi"
-    n: int = 16
+    n: int = 8
     seed: int = 0
     out: Path = Path("results/demo")
     model: str = "smollm2"

@@ -83,6 +83,7 @@ def test_fast_equals_naive(tiny, kind: str, mode: str, pairs, sites) -> None:
 def test_ablation_fast_equals_naive(tiny, kind: str, using: str) -> None:
     model = tiny(kind)
     pairs = [interp.PromptPair(words([i, 5, 9, i + 1]), words([i, 6, 9, 2]), "w95", "w96") for i in (10, 20, 30)]
+    pairs.append(interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96"))  # its donor has another length
     sites = model.sites("z") | model.sites("mlp_out", positions=[-1]) | model.sites("attn_out", positions="all")
     fast, naive = (interp.ablate(model, pairs, sites, using=using, engine=e, seed=3).frame() for e in ("fast", "naive"))
     np.testing.assert_allclose(fast["patched"], naive["patched"], **EXACT)
@@ -242,7 +243,7 @@ def test_bad_input_teaches(tiny, monkeypatch) -> None:
         (InterpError, "unknown metric", lambda: interp.patch(model, pair, model.sites("z"), metric="loss")),
         (InterpError, "must be an interp.Metric", lambda: interp.patch(model, pair, model.sites("z"), metric=3)),
         (InterpError, "unknown ablation", lambda: interp.ablate(model, pair, model.sites("z"), using="median")),
-        (PromptError, "only one of", lambda: interp.ablate(model, pair, model.sites("z"), using="resample")),
+        (PromptError, "only one", lambda: interp.ablate(model, pair, model.sites("z"), using="resample")),
         (SiteError, "layers 0 to 2", lambda: interp.patch(model, pair, "z.L3H0")),
         (SiteError, "heads 0 to 3", lambda: interp.patch(model, pair, "z.L0H4")),
         (SiteError, "no sites", lambda: interp.patch(model, pair, [])),

@@ -8,9 +8,10 @@ left out (``.dropped`` says which), and a TaskError says so if too few remain.
 """
 
 from interp.tasks.behaviour import Behaviour, check
+from interp.tasks.fact_pairs import fact_pairs
 from interp.tasks.indirect_object import ioi
 from interp.tasks.known_facts import Facts, facts
 from interp.tasks.repeated_tokens import induction
 from interp.tasks.vocabulary import TaskPairs
 
-__all__ = ["Behaviour", "Facts", "TaskPairs", "check", "facts", "induction", "ioi"]
+__all__ = ["Behaviour", "Facts", "TaskPairs", "check", "fact_pairs", "facts", "induction", "ioi"]

@@ -1,0 +1,47 @@
+"""Facts as prompt pairs: the same relation, another subject.
+
+Symmetric token replacement, which stays on the data's distribution where embedding noise leaves it
+(NOTICE, Golovanevsky et al. 2024; Zhang & Nanda 2024).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from random import Random
+
+from interp.errors import TaskError
+from interp.prompts import Fact, PromptPair
+from interp.tasks.known_facts import facts
+from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one
+
+
+def fact_pairs(model: TaskModel, n: int = 32, seed: int = 0) -> TaskPairs:
+    """Pairs of known facts of one relation whose prompts are equally long and whose answers differ.
+
+    Clean: "The capital of France is the city of" → " Paris"; corrupt: the same of Italy, so the foil is " Rome".
+    The clean subject is the span ``subject``, the prompt's last word ``END``. Each ordered pair of facts appears
+    at most once.
+
+    Raises TaskError if the known facts do not make ``n`` such pairs.
+    """
+    at_least_one(n, "facts")
+    known = facts(model)
+    alike: dict[tuple[str, int], list[Fact]] = defaultdict(list)
+    for fact in known:
+        template = fact.prompt.replace(fact.subject, "{}", 1)
+        alike[template, len(model.coder.encode(fact.prompt))].append(fact)
+    possible = [(a, b) for group in alike.values() for a in group for b in group if a is not b and a.answer != b.answer]
+    if len(possible) < n:
+        raise TaskError(
+            f"{model.name} knows {len(known)} facts, which make {len(possible)} pairs of one relation and equal "
+            f"length; {n} were asked for. Ask for fewer, or build PromptPairs of your own."
+        )
+    chosen = Random(f"fact_pairs/{seed}").sample(possible, n)
+    return TaskPairs([_pair(a, b) for a, b in chosen], task="facts", seed=seed)
+
+
+def _pair(clean: Fact, corrupt: Fact) -> PromptPair:
+    last = clean.prompt.split()[-1]
+    end = len(clean.prompt)
+    spans = {"subject": clean.subject_span, "END": (end - len(last), end)}
+    return PromptPair(clean.prompt, corrupt.prompt, clean.answer, corrupt.answer, spans)
