@@ -83,7 +83,12 @@ class Known:
         return PairSet(self._pairs(n, Random(f"{self.name}/{seed}")), task=f"zoo.{self.name}", seed=seed)
 
     def facts(self, n: int = 32, seed: int = 0) -> list[Fact]:
-        """The clean prompts of `pairs` as facts; the subject is the word that pairs corrupt first."""
+        """The clean prompts of `pairs` as facts; the subject is the word that pairs corrupt first.
+
+        For causal tracing, read the *pooled* effect by role: noise of three standard deviations on a
+        one-hot embedding breaks only some of the runs. Much stronger noise reaches every channel of the
+        residual stream, and the subject's own position then matters beyond what `truth_resid` says.
+        """
         facts = []
         for pair in self.pairs(n, seed):
             words = zip(pair.clean.split(), pair.corrupt.split(), strict=True)
