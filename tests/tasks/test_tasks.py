@@ -157,7 +157,12 @@ def test_induction_pairs_are_what_they_claim(seed):
         assert len({a, b, c, d}) == 4 and clean[-1] == corrupt[-1] == a and at["A2"] == len(clean) - 1
         assert (pair.answer, pair.foil) == (f" {b}", f" {d}")
         assert at["B1"] == at["A1"] + 1 and at["D1"] == at["C1"] + 1
-        assert [clean.count(w) for w in (a, b, c, d)] == [2, 1, 1, 1]  # the second part does not give it away
+        assert len(clean) == 17 and [clean.count(w) for w in (a, b, c, d)] == [
+            2,
+            1,
+            1,
+            1,
+        ]  # the second part does not give it away
         assert [i for i, (x, y) in enumerate(zip(clean, corrupt, strict=True)) if x != y] == sorted(
             (at["A1"], at["C1"])
         )
@@ -285,8 +290,8 @@ def test_smollm2_does_ioi(smollm2, corruption):
 
 @pytest.mark.model
 def test_smollm2_does_induction(smollm2):
-    found = tasks.check(smollm2, tasks.induction(smollm2, 64, 0)).require(0.85)
-    assert found.interval[0] > 2
+    found = tasks.check(smollm2, tasks.induction(smollm2, 64, 0)).require(0.95)
+    assert found.interval[0] > 5
 
 
 @pytest.mark.model
