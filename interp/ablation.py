@@ -137,7 +137,7 @@ def _means(runner: Engine, prompts: Sequence[Encoded], sites: Sites) -> dict[Sit
         for run in runner.record([prompts[i].clean for i in chunk], components):
             count += len(run)
             for site in wanted:
-                total = run.value(site, 0, len(run)).double().sum(0)
+                total = run.value(site, 0, len(run)).cpu().double().sum(0)  # on the CPU: MPS has no float64
                 totals[site] = totals[site] + total if site in totals else total
     dtype = torch.float64 if runner.model.dtype == torch.float64 else torch.float32
-    return {site: (total / count).to(dtype) for site, total in totals.items()}
+    return {site: (total / count).to(runner.model.device, dtype) for site, total in totals.items()}

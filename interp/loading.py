@@ -113,6 +113,8 @@ def _wrap(name: str, model: Any, tokenizer: Any) -> tuple[Any, str]:
     if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
         # Made in memory: TransformerLens would look it up on the hub to switch BOS on. It prepends BOS itself.
         tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
+    if not getattr(model.config, "architectures", None):
+        model.config.architectures = [type(model).__name__]  # a model made from a config alone does not say
     first = next(model.parameters())
     try:
         with _quiet():

@@ -40,7 +40,7 @@ TOKENS_PER_FORWARD = 2048  # batches of full forwards are cut so that logits sta
 def load(
     name_or_model: Any = "smollm2",
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     backend: str = "auto",
     tokenizer: Any = None,
@@ -61,6 +61,10 @@ def load(
     """
     if isinstance(name_or_model, Model):
         return name_or_model
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
     bridge, name = boot(
         name_or_model, dtype=dtype, device=device, tokenizer=tokenizer,
         trust_remote_code=trust_remote_code, revision=revision,

@@ -80,7 +80,7 @@ def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) ->
 
 def score_runs(metric: Metric, runs: Sequence[engine.Run], read: Readout) -> torch.Tensor:
     """The metric on base runs themselves, float64 on the CPU."""
-    return metric(torch.stack([r.logits for r in runs]), read).double().cpu()
+    return metric(torch.stack([r.logits for r in runs]), read).cpu().double()
 
 
 def evaluate(

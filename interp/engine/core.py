@@ -93,7 +93,7 @@ class Engine:
                     logits = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
                 else:
                     logits = torch.stack(naive.run_cells(self.model, runs, chosen))
-                values[batch] = score(logits, batch).double().cpu()
+                values[batch] = score(logits, batch).cpu().double()
                 done(len(batch))
         return values
 
