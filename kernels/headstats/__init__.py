@@ -2,6 +2,7 @@
 
 from headstats.api import Attended, attend
 from headstats.edit import Edit
-from headstats.stats import STATISTICS, AttentionStats, Statistic, StatSpec
+from headstats.spec import AttentionStats, StatSpec
+from headstats.stats import STATISTICS, Statistic, TopK
 
-__all__ = ["STATISTICS", "Attended", "AttentionStats", "Edit", "StatSpec", "Statistic", "attend"]
+__all__ = ["STATISTICS", "Attended", "AttentionStats", "Edit", "StatSpec", "Statistic", "TopK", "attend"]

@@ -7,11 +7,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from headstats import blocked, launch, reference
-from headstats.stats import AttentionStats, StatSpec
+from headstats.spec import AttentionStats, StatSpec
 from headstats.validate import make_call
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from headstats.call import Call
@@ -46,8 +46,11 @@ def attend(
     scale: float | None = None,
     bias: Float[Tensor, "#B #H #M #N"] | None = None,
     sinks: Float[Tensor, " H"] | None = None,
+    k_segments: Int[Tensor, "#B N"] | None = None,
     key_padding: Bool[Tensor, "B N"] | None = None,
     query_padding: Bool[Tensor, "B M"] | None = None,
+    targets: Int[Tensor, "#B M T"] | None = None,
+    key_features: Float[Tensor, "#B N F"] | None = None,
     spec: StatSpec = DEFAULT_SPEC,
     edit: Edit | None = None,
     backend: str = "auto",
@@ -62,9 +65,12 @@ def attend(
     softcap: logits become softcap * tanh(logits / softcap).  scale: D**-0.5 if None.
     bias: added to the logits; -inf, the dtype's minimum, or anything at or below -1e30 hides the cell.
     sinks: one learned logit for each head: one more column of the softmax, dropped afterwards.
+    k_segments: for each key the number of its segment, 0, 1, ...; -1 = in none. [N] or [B, N].
     key_padding: True = real key.
-    query_padding: True = real query; only `received` reads it, to leave padded queries out of its means. If None,
-        it is taken from key_padding: of the last M keys when causal, of all keys when M = N; else all are real.
+    query_padding: True = real query; only statistics of keys read it, to leave padded queries out. If None, it is
+        taken from key_padding: of the last M keys when causal, of all keys when M = N; else all are real.
+    targets: for each query, keys whose weights are wanted; -1 = none. [M, T] or [B, M, T].
+    key_features: numbers of each key to be averaged under p. [N, F] or [B, N, F].
     spec: which statistics; edit: what to change. Statistics are taken before the gate.
     backend: "auto", "triton", "blocked" or "reference". "auto" takes the first that can do the call, Triton first
         on CUDA; an explicit choice that cannot raises.
@@ -75,7 +81,11 @@ def attend(
     Raises TypeError or ValueError for arguments that do not fit, NotImplementedError for an explicit backend that
     cannot do what is asked.
     """
-    call = make_call(q, k, v, causal, window, softcap, scale, bias, sinks, key_padding, query_padding, spec, edit)
+    call = make_call(
+        q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, bias=bias, sinks=sinks,
+        k_segments=k_segments, key_padding=key_padding, query_padding=query_padding, targets=targets,
+        key_features=key_features, spec=spec, edit=edit,
+    )  # fmt: skip
     name, engine = _pick(call, backend)
     out, lse, stats = engine.run(call)
     return Attended(out, lse, AttentionStats(**stats), name)

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import cpu_flash, recompute, rows
+from headstats import cpu_flash, fast, recompute, rows
 from headstats.call import Call
-from headstats.stats import BY_NAME
+from headstats.stats import BY_NAME, Result, Value, mapped, tensors
 from headstats.tiles import Tile, flat, heads_apart, logits, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Result = tuple[Tensor, Tensor, dict[str, Tensor]]
+    Attended = tuple[Tensor, Tensor, dict[str, Result]]
 
 
 def unsupported(call: Call) -> str | None:
@@ -25,17 +25,17 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Result:
+def run(call: Call) -> Attended:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     return recompute.with_gradients(call, forward) if call.trainable else forward(call)
 
 
-def forward(call: Call) -> Result:
+def forward(call: Call) -> Attended:
     """The same without gradients."""
     return cpu_flash.forward(call) if cpu_flash.suits(call) else by_tiles(call)
 
 
-def by_tiles(call: Call) -> Result:
+def by_tiles(call: Call) -> Attended:
     """The general path."""
     b, h, m, _ = call.q.shape
     hk, n, g = call.k.shape[1], call.k.shape[2], call.groups
@@ -47,37 +47,53 @@ def by_tiles(call: Call) -> Result:
         out, lse, stats = _one_tile(call, work[0], k, v, gate)
     else:
         out, lse = k.new_empty(b, hk, g, m, v.shape[3], dtype=call.q.dtype), k.new_empty(b, hk, g, m)
-        stats = {name: _space(call, k, name) for name in call.spec.requested()}
+        stats: dict[str, Result] = {}
         for t in work:
             rows_of = (t.b, t.h, slice(None), t.i)
             out[rows_of], lse[rows_of], found = _one_tile(call, t, k, v, gate)
             for name, x in found.items():
-                if BY_NAME[name].axis == "query":
-                    stats[name][rows_of] = x
-                else:
-                    stats[name][t.b, t.h, :, t.j] += x
-    for name in stats:
+                if name not in stats:
+                    stats[name] = _space(call, x, name)
+                _put(name, stats[name], x, t)
+    for name, value in call.spec.requested().items():
         if BY_NAME[name].axis == "key":
-            stats[name] = rows.mean_over_queries(call, stats[name], BY_NAME[name].empty)
+            stats[name] = _columns(call, name, stats[name], value)
     out = out.to(call.q.dtype).flatten(1, 2)
-    return out, lse.flatten(1, 2), {name: x.flatten(1, 2) for name, x in stats.items()}
+    return out, lse.flatten(1, 2), {name: mapped(x, lambda y: y.flatten(1, 2)) for name, x in stats.items()}
 
 
-def _space(call: Call, like: Tensor, name: str) -> Tensor:
-    shape = (*call.k.shape[:2], call.groups)
+def _space(call: Call, first: Result, name: str) -> Result:
+    """Room for a statistic of the whole call, given its first tile."""
+    shape = (call.q.shape[0], call.k.shape[1], call.groups)
     if BY_NAME[name].axis == "key":
-        return like.new_zeros(*shape, call.k.shape[2])  # summed over tiles
-    return like.new_empty(*shape, call.q.shape[2], dtype=torch.int64 if name == "argmax" else None)
+        return mapped(first, lambda x: x.new_zeros(*shape, call.n))  # joined over tiles
+    return mapped(first, lambda x: x.new_empty(*shape, call.q.shape[2], *x.shape[4:]))
 
 
-def _one_tile(call: Call, t: Tile, k: Tensor, v: Tensor, gate: Tensor | None) -> Result:
+def _put(name: str, whole: Result, found: Result, t: Tile) -> None:
+    for to, x in zip(tensors(whole), tensors(found), strict=True):
+        if BY_NAME[name].axis == "query":
+            to[t.b, t.h, :, t.i] = x
+        elif BY_NAME[name].reduce == "mean":
+            to[t.b, t.h, :, t.j] += x
+        else:
+            to[t.b, t.h, :, t.j] = torch.maximum(to[t.b, t.h, :, t.j], x)
+
+
+def _columns(call: Call, name: str, joined: Result, value: Value) -> Result:
+    if BY_NAME[name].reduce == "max":
+        return joined  # of weights that are never negative: 0 where no query sees the key
+    return mapped(joined, lambda x: fast.mean_over_queries(call, x, name, value))
+
+
+def _one_tile(call: Call, t: Tile, k: Tensor, v: Tensor, gate: Tensor | None) -> Attended:
     """Gated out, lse and statistics of one tile, [b, h, g, m, ...]; key statistics as sums over its queries."""
     q = flat(heads_apart(call, call.q)[t.b, t.h, :, t.i].to(k.dtype).flatten(2, 3))
     s, _ = logits(call, t, q, flat(k[t.b, t.h, t.j]))
-    row = rows.softmax(call, t, s)
-    out = torch.bmm(flat(row.e.flatten(2, 3)), flat(v[t.b, t.h, t.j])).view(*s.shape[:-1], -1)
+    row = rows.softmax(call, t, s, fast.keeps_logits(call))
+    out = row.z = torch.bmm(flat(row.e.flatten(2, 3)), flat(v[t.b, t.h, t.j])).view(*s.shape[:-1], -1)
     scale = row.inverse
     if gate is not None:
         scale = scale * gate[t.b, t.h, :, t.i if gate.shape[3] > 1 else slice(1)]
-    stats = {name: rows.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}
+    stats = {name: fast.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}
     return out.mul_(scale[..., None]), row.lse, stats

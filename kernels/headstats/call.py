@@ -11,15 +11,20 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
     from torch import Tensor
 
-    from headstats.stats import StatSpec
+    from headstats.spec import StatSpec
 
 # Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
+EVERY = slice(None)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Call:
-    """Arguments of `attend` after validation: no ambiguity left, nothing to check again."""
+    """Arguments of `attend` after validation: no ambiguity left, nothing to check again.
+
+    N counts all keys. Tensors over segments have one more row and column than there are segments: the last, where
+    id -1 (no segment) points, is neutral.
+    """
 
     q: Shaped[Tensor, "B H M D"]
     k: Shaped[Tensor, "B Hk N D"]
@@ -28,17 +33,26 @@ class Call:
     window: int | None
     softcap: float | None
     scale: float
-    bias: Shaped[Tensor, "B H M N"] | None  # expanded, not copied
-    sinks: Shaped[Tensor, " H"] | None
-    key_padding: Bool[Tensor, "B N"] | None
-    query_padding: Bool[Tensor, "B M"] | None  # True = real; what `received` averages over
-    spec: StatSpec
-    gate: Shaped[Tensor, "#B #H #M"] | None  # always three dimensions
+    spec: StatSpec  # what is asked, with the statistics that wait for an argument resolved to True or False
+    bias: Shaped[Tensor, "B H M N"] | None = None  # expanded, not copied
+    sinks: Shaped[Tensor, " H"] | None = None
+    key_padding: Bool[Tensor, "B N"] | None = None
+    query_padding: Bool[Tensor, "B M"] | None = None  # True = real; what statistics of keys average over
+    k_segments: Int[Tensor, "#B N"] | None = None
+    n_segments: int = 0  # of keys
+    targets: Int[Tensor, "#B M T"] | None = None
+    key_features: Float[Tensor, "#B N F"] | None = None
+    gate: Shaped[Tensor, "#B #H #M"] | None = None  # always three dimensions
+
+    @property
+    def n(self) -> int:
+        """Number of keys."""
+        return self.k.shape[2]
 
     @property
     def offset(self) -> int:
         """Position of query 0 among the keys: causal masks are aligned bottom-right."""
-        return self.k.shape[2] - self.q.shape[2]
+        return self.n - self.q.shape[2]
 
     @property
     def groups(self) -> int:
@@ -60,13 +74,13 @@ class Call:
 
     def keys_seen(self, i0: int, i1: int) -> tuple[int, int]:
         """Range of keys that any of the queries i0 <= i < i1 may see, by causality and window alone."""
-        n, lo, hi = self.k.shape[2], 0, self.k.shape[2]
+        lo, hi = 0, self.n
         if self.causal:
             hi = i1 + self.offset
         if self.window is not None:
             lo = i0 + self.offset - self.window + 1
             hi = min(hi, i1 + self.offset + self.window - 1)
-        hi = min(max(hi, 0), n)
+        hi = min(max(hi, 0), self.n)
         return min(max(lo, 0), hi), hi
 
     def distances(self, i0: int, i1: int, lo: int, hi: int) -> Int[Tensor, "m n"]:
@@ -75,9 +89,9 @@ class Call:
         rows = torch.arange(i0 + self.offset, i1 + self.offset, device=device)
         return rows[:, None] - torch.arange(lo, hi, device=device)
 
-    def visible(self, i0: int, i1: int, lo: int, hi: int) -> Bool[Tensor, "#B #H m n"]:
-        """Which keys lo <= j < hi the queries i0 <= i < i1 see: causality, window, padding and bias."""
-        d = self.distances(i0, i1, lo, hi)
+    def visible(self, i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY) -> Bool[Tensor, "#b #h m n"]:
+        """Which keys the queries see, in a part of the call: causality, window, padding and bias."""
+        d = self.distances(i.start, i.stop, j.start, j.stop)
         mask = torch.ones_like(d, dtype=torch.bool)
         if self.causal:
             mask &= d >= 0
@@ -85,17 +99,24 @@ class Call:
             mask &= d.abs() < self.window
         mask = mask[None, None]
         if self.key_padding is not None:
-            mask = mask & self.key_padding[:, None, None, lo:hi]
+            mask = mask & self.key_padding[b, None, None, j]
         if self.bias is not None:
-            mask = mask & ~hidden_by_bias(self.bias[:, :, i0:i1, lo:hi])
+            mask = mask & ~hidden_by_bias(self.bias[b, heads, i, j])
         return mask
 
     def key_rank(self) -> Int[Tensor, "#B N"]:
         """0, 1, ... over the real keys of each batch row from the left; N for padded keys."""
-        n = self.k.shape[2]
         if self.key_padding is None:
-            return torch.arange(n, device=self.k.device)[None]
-        return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, n)
+            return torch.arange(self.n, device=self.k.device)[None]
+        return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, self.n)
+
+
+def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Tensor, "#b *rest"]:
+    """A range of an axis, or the whole of an axis that only broadcasts."""
+    if x.shape[dim] == 1:
+        return x
+    start, stop, _ = where.indices(x.shape[dim])
+    return x.narrow(dim, start, stop - start)
 
 
 def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

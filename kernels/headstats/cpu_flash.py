@@ -12,6 +12,7 @@ import torch
 
 from headstats import probes
 from headstats.call import Call
+from headstats.stats import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ MIN_KEYS, FEW_ROWS = 48, 512
 
 def suits(call: Call) -> bool:
     """Whether this path can do the call and is the faster one."""
-    q, n = call.q, call.k.shape[2]
+    q, n = call.q, call.n
     plain = call.softcap is call.window is call.bias is call.sinks is call.key_padding is None
     aligned = not call.causal or call.offset == 0 or (q.shape[2] == 1 and call.offset > 0)
     if not (plain and aligned and q.device.type == "cpu" and call.v.shape[3] == q.shape[3]):
@@ -32,7 +33,7 @@ def suits(call: Call) -> bool:
     return set(call.spec.requested()) <= set(probes.PROBED) and _works(q.dtype)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     out, lse = _flash(call.q, call.k, call.v, call.causal and call.offset == 0, call.scale)
     if call.gate is not None:

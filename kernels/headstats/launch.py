@@ -11,6 +11,7 @@ import torch
 
 from headstats import probes, recompute
 from headstats.call import Call
+from headstats.stats import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,12 +51,12 @@ def _interpreted() -> bool:
     return forward.INTERPRETED
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     return recompute.with_gradients(call, launch) if call.trainable else launch(call)
 
 
-def launch(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def launch(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """The same without gradients."""
     from headstats import forward
 
@@ -64,7 +65,7 @@ def launch(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     # The kernel walks the head axis with stride 1; other axes may have any stride.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
     out = torch.empty(b, h, m, v.shape[3], dtype=q.dtype, device=q.device)
-    rows = {"lse": torch.empty(b, h, m, dtype=torch.float32, device=q.device)}
+    rows: dict[str, Any] = {"lse": torch.empty(b, h, m, dtype=torch.float32, device=q.device)}
     for name in IN_KERNEL:
         if name in asked:
             rows[name] = torch.empty_like(rows["lse"], dtype=torch.int64 if name == "argmax" else None)

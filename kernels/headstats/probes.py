@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.call import Call, hidden_by_bias
+from headstats.stats import Value
 from headstats.tiles import heads_apart
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-PROBED = ("sink", "diagonal", "previous")
+PROBED = ("sink", "diagonal", "previous", "targets")
 
 
-def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: int | bool) -> Float[Tensor, "B H M"]:
+def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
     """One of the statistics in PROBED."""
+    if name == "targets":
+        assert call.targets is not None  # validated
+        return weights_at(call, lse, call.targets)
     if name == "sink":
-        keys = first_real_keys(call, int(value))[:, None]
+        assert isinstance(value, int)
+        keys = first_real_keys(call, value)[:, None]
     else:
         keys = call.distances(0, call.q.shape[2], 0, 1)[None] - int(name == "previous")
     return weights_at(call, lse, keys).sum(-1)
@@ -31,8 +36,8 @@ def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: int | b
 
 def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:
     """Indices of the first real keys of each batch row, -1 where there are fewer."""
-    count = min(count, call.k.shape[2])
-    keys = torch.arange(call.k.shape[2], device=call.k.device)[None]
+    count = min(count, call.n)
+    keys = torch.arange(call.n, device=call.k.device)[None]
     if call.key_padding is None:
         return keys[:, :count]
     found = keys.masked_fill(~call.key_padding, keys.shape[1]).sort(1).values[:, :count]
@@ -43,7 +48,7 @@ def weights_at(call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M
     """p_ij for chosen keys of each query; keys outside 0 ... N-1 have weight 0."""
     b, h, m, _ = call.q.shape
     q = heads_apart(call, call.q.to(call.dtype))
-    inside = (keys >= 0) & (keys < call.k.shape[2])
+    inside = (keys >= 0) & (keys < call.n)
     index = torch.where(inside, keys, 0).expand(b, -1, -1)
     k = call.k.to(call.dtype)
     wanted = index.flatten(1)[:, None, :, None].expand(b, k.shape[1], -1, k.shape[3])

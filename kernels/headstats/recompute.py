@@ -10,18 +10,21 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from headstats.call import Call
+from headstats.stats import Result, TopK, tensors
 from headstats.tiles import LOG2E, flat, heads_apart, logits, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Forward = Callable[[Call], "tuple[Tensor, Tensor, dict[str, Tensor]]"]
+Forward = Callable[[Call], "tuple[Tensor, Tensor, dict[str, Result]]"]
 
 
-def with_gradients(call: Call, forward: Forward) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def with_gradients(call: Call, forward: Forward) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Runs `forward` so that out and lse carry gradients to q, k, v and the gate. Statistics carry none."""
     out, lse, *stats = _Attend.apply(call.q, call.k, call.v, call.gate, call, forward)
-    return out, lse, dict(zip(call.spec.requested(), stats, strict=True))
+    rest = iter(stats)  # flat, since autograd passes tensors alone
+    found = {name: TopK(next(rest), next(rest)) if name == "topk" else next(rest) for name in call.spec.requested()}
+    return out, lse, found
 
 
 class _Attend(torch.autograd.Function):
@@ -35,7 +38,7 @@ class _Attend(torch.autograd.Function):
         ctx.call = replace(bare, q=nothing, k=nothing, v=nothing)
         saved = (q, k, v, out, lse) if gate is None else (q, k, v, out, lse, gate)
         ctx.save_for_backward(*saved)
-        stats = tuple(stats.values())
+        stats = tuple(x for name in call.spec.requested() for x in tensors(stats[name]))
         ctx.mark_non_differentiable(*stats)
         gated = out if gate is None else (out.to(call.dtype) * gate[..., None].to(call.dtype)).to(out.dtype)
         return (gated, lse, *stats)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.call import HIDDEN, Call
-from headstats.stats import BY_NAME, Pattern
+from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, mapped
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,11 +23,10 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     pattern = build_pattern(call)
-    v = call.v.to(call.dtype).repeat_interleave(call.groups, 1)
-    out = pattern.p @ v
+    out = pattern.z
     if call.gate is not None:
         out = out * call.gate[..., None].to(call.dtype)
     seen = pattern.visible.any(-1)
@@ -38,8 +37,8 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 def build_pattern(call: Call) -> Pattern:
     """softmax over [keys, learned sink] of softcap(scale q.k) + bias, with hidden cells exactly 0."""
-    m, n = call.q.shape[2], call.k.shape[2]
-    visible = call.visible(0, m, 0, n)
+    m, n = call.q.shape[2], call.n
+    visible = call.visible(slice(0, m), slice(0, n))
     scores = logits(call).masked_fill(~visible, HIDDEN)
     columns = scores
     if call.sinks is not None:
@@ -57,6 +56,12 @@ def build_pattern(call: Call) -> Pattern:
         distance=call.distances(0, m, 0, n).to(call.dtype),
         key_rank=call.key_rank()[:, None, None],
         real_query=real_query[:, None, :, None],
+        z=p @ call.v.to(call.dtype).repeat_interleave(call.groups, 1),
+        first_key=0,
+        key_segment=None if call.k_segments is None else call.k_segments[:, None],
+        n_segments=call.n_segments,
+        targets=None if call.targets is None else call.targets[:, None],
+        features=None if call.key_features is None else call.key_features[:, None].to(call.dtype),
     )
 
 
@@ -69,10 +74,14 @@ def logits(call: Call) -> Float[Tensor, "B H M N"]:
     return scores if call.bias is None else scores + call.bias.to(call.dtype)
 
 
-def _statistic(call: Call, pattern: Pattern, name: str, value: int | bool) -> Tensor:
+def _statistic(call: Call, pattern: Pattern, name: str, value: Value) -> Result:
     stat = BY_NAME[name]
     result = stat.dense(pattern, value)
+    if isinstance(result, TopK):
+        return result
     if stat.axis == "key":
-        count = (pattern.visible & pattern.real_query).sum(-2)
-        return torch.where(count > 0, result / count.clamp_min(1), stat.empty)
-    return torch.where(pattern.visible.any(-1), result, stat.empty)
+        seen = pattern.visible & pattern.real_query
+        count = stat.among(seen, pattern.distance, value).sum(-2)
+        return torch.where(count > 0, result / (count.clamp_min(1) if stat.reduce == "mean" else 1), stat.empty)
+    seen = pattern.visible.any(-1)
+    return mapped(result, lambda x: torch.where(seen if x.dim() == 3 else seen[..., None], x, stat.empty))

@@ -2,8 +2,8 @@
 
 Every entry gives its formula on the full pattern (`dense`), which is what the reference backend runs and
 what every other backend is tested against. To add a statistic: add a field to `StatSpec` and to
-`AttentionStats`, and a row to `STATISTICS`. The reference and blocked backends then compute it, and the tests
-over the table cover it; a faster form for blocked tiles (`blocked.FAST`) or for Triton is optional.
+`AttentionStats` (spec.py), and a row to `STATISTICS`. The reference and blocked backends then compute it, and the
+tests over the table cover it; a faster form for blocked tiles (`fast.FAST`) or for Triton is optional.
 
 One rule holds for all of them: they describe the weights p_ij that multiply the values, after mask, bias and
 softcap and before the gate. A learned sink takes mass away from the row (sum_j p_ij < 1) but is no key.
@@ -12,14 +12,14 @@ softcap and before the gate. A learned sink takes mass away from the row (sum_j 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 @dataclass
@@ -33,17 +33,36 @@ class Pattern:
     distance: Float[Tensor, "m n"]  # i + N - M - j, in tokens
     key_rank: Int[Tensor, "*#lead #m n"]  # 0, 1, ... counts real keys from the left; N for padded keys
     real_query: Bool[Tensor, "*#lead m #n"]
+    z: Float[Tensor, "*lead m Dv"]  # sum_j p_ij v_j
+    first_key: int  # index of the first key held here
+    key_segment: Int[Tensor, "*#lead n"] | None
+    n_segments: int
+    targets: Int[Tensor, "*#lead m T"] | None
+    features: Float[Tensor, "*#lead n F"] | None
+
+
+class TopK(NamedTuple):
+    """The k largest weights of each row, largest first; weight 0 and index -1 where fewer keys are visible."""
+
+    values: Float[Tensor, "B H M k"]
+    indices: Int[Tensor, "B H M k"]
+
+
+Value = int | bool | tuple[int, int]  # what StatSpec holds for a statistic
+Result = Tensor | TopK
 
 
 @dataclass(frozen=True)
 class Statistic:
     """One row of the table.
 
-    axis: "query" gives one number for each [B, H, M]; "key" one for each [B, H, N].
-    empty: the value for a query that sees no key, or for a key that no query sees.
-    dense: (pattern, the value given in StatSpec) -> statistic over the last axis; for axis="key", the sum over
-        the pattern's queries, which is then divided by the number of real queries that can see the key.
-    default: what StatSpec() asks for.  full: what StatSpec.all() asks for.
+    axis: "query" gives numbers for each [B, H, M]; "key" one for each [B, H, N].  shape: of the result.
+    empty: the value for a query that sees no key, or for a key that no query counts for.
+    dense: (pattern, the value given in StatSpec) -> statistic. For axis="key": the sum ("mean") or the maximum
+        ("max") over the pattern's queries; a sum is divided by the number of queries that `among` counts.
+    among: (cells that are visible to a real query, distances, value) -> cells that count, for axis="key".
+    default: what StatSpec() asks for; None: computed when the argument that it needs is given.
+    full: what StatSpec.all() asks for.
     """
 
     name: str
@@ -52,10 +71,13 @@ class Statistic:
     range: str
     definition: str
     source: str
-    dense: Callable[[Pattern, int | bool], Tensor]
+    dense: Callable[[Pattern, Any], Result]
     empty: float = 0
-    default: int | bool = False
-    full: int | bool = True
+    default: Value | None = False
+    full: Value | None = True
+    shape: str = "B H M"
+    reduce: Literal["mean", "max"] = "mean"
+    among: Callable[[Tensor, Tensor, Any], Tensor] = lambda seen, distance, value: seen
 
 
 def _entropy(a: Pattern, _) -> Tensor:
@@ -64,25 +86,85 @@ def _entropy(a: Pattern, _) -> Tensor:
     return -(a.p * log_p).sum(-1)
 
 
+def _entropy_normalised(a: Pattern, _) -> Tensor:
+    most = a.visible.sum(-1).to(a.p.dtype).clamp_min(1).log()
+    return torch.where(most > 0, _entropy(a, _) / most.clamp_min(0.5), 0.0)  # ln 2 is the least log of a count
+
+
 def _argmax(a: Pattern, _) -> Tensor:
     n = a.scores.shape[-1]
     keys = torch.arange(n, device=a.scores.device)
     best = a.scores.amax(-1, keepdim=True)
     first = torch.where(a.visible & (a.scores == best), keys, n).amin(-1)  # ties go to the leftmost key
-    return torch.where(first == n, -1, first)
+    return torch.where(first == n, -1, first + a.first_key)
 
 
 def _max_prob(a: Pattern, _) -> Tensor:
     return a.p.amax(-1)
 
 
+def _topk(a: Pattern, k: int) -> TopK:
+    short = max(0, k - a.p.shape[-1])
+    order = a.scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # stable: ties go to the leftmost key
+    seen = a.visible.expand(a.p.shape).gather(-1, order)
+    values, indices = a.p.gather(-1, order), torch.where(seen, order + a.first_key, -1)
+    pad = torch.nn.functional.pad
+    return TopK(pad(values, (0, short)), pad(indices, (0, short), value=-1))
+
+
+def _effective(a: Pattern, _) -> Tensor:
+    squares = a.p.square().sum(-1)
+    return torch.where(squares > 0, a.p.sum(-1).square() / squares.clamp_min(torch.finfo(a.p.dtype).tiny), 0.0)
+
+
+def _distance_var(a: Pattern, _) -> Tensor:
+    mass = a.p.sum(-1).clamp_min(torch.finfo(a.p.dtype).tiny)
+    mean = (a.p * a.distance).sum(-1) / mass
+    return (a.p * (a.distance - mean[..., None]).square()).sum(-1) / mass
+
+
 def _at_distance(a: Pattern, d: int) -> Tensor:
     return (a.p * (a.distance == d)).sum(-1)
 
 
+def _segments(a: Pattern, _) -> Tensor:
+    assert a.key_segment is not None  # validated: asked only with k_segments
+    ids = torch.arange(a.n_segments, device=a.p.device)
+    return a.p @ (a.key_segment[..., None] == ids).to(a.p.dtype)
+
+
+def _targets(a: Pattern, _) -> Tensor:
+    assert a.targets is not None  # validated: asked only with targets
+    n = a.p.shape[-1]
+    wanted = (a.targets - a.first_key).expand(*a.p.shape[:-1], -1)
+    here = (a.targets >= 0) & (wanted >= 0) & (wanted < n)  # a key outside the part is not visible
+    if n == 0:
+        return a.p.new_zeros(wanted.shape)
+    return torch.where(here, a.p.gather(-1, wanted.clamp(0, n - 1)), 0.0)
+
+
+def _key_features(a: Pattern, _) -> Tensor:
+    assert a.features is not None  # validated: asked only with key_features
+    return a.p @ a.features
+
+
+def _within(seen: Tensor, distance: Tensor, horizon: tuple[int, int]) -> Tensor:
+    return seen & (distance >= horizon[0]) & (distance <= horizon[1])
+
+
+def _fai(a: Pattern, horizon: tuple[int, int]) -> Tensor:
+    return (a.p * _within(a.real_query, a.distance, horizon)).sum(-2)
+
+
+SPANS = "Attention Illuminates LLM Reasoning (arXiv 2510.13554)"
+GU = "Gu et al. 2024, When Attention Sink Emerges"
 STATISTICS: tuple[Statistic, ...] = (
     Statistic(
         "entropy", "query", "nats", "[0, ln n_visible]", "-sum_j p_ij ln p_ij", "Shannon 1948", _entropy, default=True
+    ),
+    Statistic(
+        "entropy_normalised", "query", "none", "[0, 1]",
+        "entropy / ln(number of visible keys); 0 where one key is visible", "", _entropy_normalised,
     ),
     Statistic("max_prob", "query", "probability", "[0, 1]", "max_j p_ij", "", _max_prob, default=True),
     Statistic(
@@ -90,14 +172,36 @@ STATISTICS: tuple[Statistic, ...] = (
         empty=-1, default=True,
     ),
     Statistic(
-        "sink", "query", "probability", "[0, 1]", "sum of p_ij over the first k real keys of the row (sink=k)",
-        "after Gu et al. 2024, When Attention Sink Emerges",
-        lambda a, k: (a.p * (a.key_rank < int(k))).sum(-1), default=4, full=4,
+        "topk", "query", "probability, key index", "[0, 1], -1 ... N-1",
+        "(values, indices) of the k largest p_ij, largest first, ties from the left (topk=k); 0 and -1 where fewer "
+        "keys are visible", "", _topk, full=8, shape="B H M k",
+    ),
+    Statistic(
+        "participation", "query", "probability", "[0, 1]", "sum_j p_ij^2", "inverse participation ratio",
+        lambda a, _: a.p.square().sum(-1),
+    ),
+    Statistic(
+        "effective_keys", "query", "keys", "[1, n_visible]",
+        "(sum_j p_ij)^2 / sum_j p_ij^2: 1 / participation where the row sums to 1",
+        "inverse participation ratio", _effective,
     ),
     Statistic(
         "distance", "query", "tokens", "[1-M, N-1]", "sum_j p_ij (i + N - M - j); never negative when causal",
-        "head span, Attention Illuminates LLM Reasoning (arXiv 2510.13554), Eq. 7",
-        lambda a, _: (a.p * a.distance).sum(-1), default=True,
+        f"head span, {SPANS}, Eq. 7", lambda a, _: (a.p * a.distance).sum(-1), default=True,
+    ),
+    Statistic(
+        "distance_var", "query", "tokens^2", "[0, (N-1)^2 / 4]",
+        "variance of i + N - M - j under p_ij / sum_j p_ij", "", _distance_var,
+    ),
+    Statistic(
+        "waad", "query", "tokens", "[0, W]",
+        "windowed average attention distance: sum_j p_ij min(|i + N - M - j|, W) (waad=W; published W = 10)",
+        f"{SPANS}, Eq. 9; the absolute value is ours, for keys to the right",
+        lambda a, w: (a.p * a.distance.abs().clamp(max=w)).sum(-1), full=10,
+    ),
+    Statistic(
+        "sink", "query", "probability", "[0, 1]", "sum of p_ij over the first k real keys of the row (sink=k)",
+        f"after {GU}", lambda a, k: (a.p * (a.key_rank < int(k))).sum(-1), default=4, full=4,
     ),
     Statistic(
         "diagonal", "query", "probability", "[0, 1]", "p_ij at j = i + N - M, the query's own position", "",
@@ -108,79 +212,52 @@ STATISTICS: tuple[Statistic, ...] = (
         "previous-token score, Olsson et al. 2022", lambda a, _: _at_distance(a, 1),
     ),
     Statistic(
-        "participation", "query", "probability", "[0, 1]", "sum_j p_ij^2; its inverse is the effective number of keys",
-        "inverse participation ratio", lambda a, _: a.p.square().sum(-1),
+        "local", "query", "probability", "[0, 1]",
+        "sum of p_ij over |i + N - M - j| < w (local=w); w counts the query's own position", "",
+        lambda a, w: (a.p * (a.distance.abs() < w)).sum(-1), full=8,
+    ),
+    Statistic(
+        "segments", "query", "probability", "[0, 1]", "sum of p_ij over the keys j with k_segments[j] = s", "",
+        _segments, default=None, full=None, shape="B H M S",
+    ),
+    Statistic(
+        "targets", "query", "probability", "[0, 1]", "p_ij at j = targets[i, t]; 0 for target -1", "",
+        _targets, default=None, full=None, shape="B H M T",
+    ),
+    Statistic(
+        "key_features", "query", "of the feature", "of the feature", "sum_j p_ij key_features[j, f]", "",
+        _key_features, default=None, full=None, shape="B H M F",
+    ),
+    Statistic(
+        "value_norm", "query", "of v", "[0, max_j norm(v_j)]", "Euclidean norm of sum_j p_ij v_j, before the gate",
+        "after Kobayashi et al. 2020, Attention is Not Only a Weight", lambda a, _: a.z.norm(dim=-1),
     ),
     Statistic(
         "received", "key", "probability", "[0, 1]", "mean of p_ij over the real queries i that can see key j",
-        "alpha_k of Gu et al. 2024, When Attention Sink Emerges", lambda a, _: (a.p * a.real_query).sum(-2),
+        f"alpha_k of {GU}", lambda a, _: (a.p * a.real_query).sum(-2), shape="B H N",
+    ),
+    Statistic(
+        "received_max", "key", "probability", "[0, 1]", "largest p_ij over the real queries i that can see key j", "",
+        lambda a, _: (a.p * a.real_query).amax(-2), shape="B H N", reduce="max",
+    ),
+    Statistic(
+        "fai", "key", "probability", "[0, 1]",
+        "future attention influence: mean of p_ij over the real queries i that can see key j with "
+        "lo <= i + N - M - j <= hi (fai=(lo, hi); published (10, 100)); 0 where there is none",
+        f"{SPANS}, Eq. 10; the value of an empty horizon is not published", _fai,
+        full=(10, 100), shape="B H N", among=_within,
     ),
 )  # fmt: skip
 BY_NAME = {s.name: s for s in STATISTICS}
+# Statistics that an argument of `attend` asks for, and that argument.
+ARGUMENT = {"segments": "k_segments", "targets": "targets", "key_features": "key_features"}
 
 
-@dataclass(frozen=True)
-class StatSpec:
-    """Which statistics to compute. What is not asked for is None in the result and costs nothing.
-
-    `sink` is the number of leading keys whose mass is summed (0 or False: not computed); the others are switches.
-    """
-
-    entropy: bool = True
-    max_prob: bool = True
-    argmax: bool = True
-    sink: int = 4
-    distance: bool = True
-    diagonal: bool = False
-    previous: bool = False
-    participation: bool = False
-    received: bool = False
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "sink":
-                if isinstance(value, int) and (value is False or (value is not True and value >= 0)):
-                    continue
-                raise ValueError(f"StatSpec(sink={value!r}): the number of leading keys, an int >= 0 (0 turns it off)")
-            if not isinstance(value, bool):
-                raise ValueError(f"StatSpec({f.name}={value!r}): True or False expected")
-
-    @classmethod
-    def none(cls) -> StatSpec:
-        """No statistics: attention alone."""
-        switches: dict[str, Any] = dict.fromkeys(BY_NAME, False)
-        return cls(**switches)
-
-    @classmethod
-    def all(cls) -> StatSpec:
-        """Every statistic in the table, with sink=4."""
-        switches: dict[str, Any] = {s.name: s.full for s in STATISTICS}
-        return cls(**switches)
-
-    def requested(self) -> dict[str, int | bool]:
-        """The statistics asked for, in table order, with the value given for each."""
-        return {s.name: getattr(self, s.name) for s in STATISTICS if getattr(self, s.name)}
+def tensors(result: Result) -> tuple[Tensor, ...]:
+    """The tensors of a statistic: one, or values and indices."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-@dataclass(eq=False)
-class AttentionStats:
-    """The statistics of one call. Float statistics are float32 (float64 for float64 inputs), argmax int64."""
-
-    entropy: Float[Tensor, "B H M"] | None = None
-    max_prob: Float[Tensor, "B H M"] | None = None
-    argmax: Int[Tensor, "B H M"] | None = None
-    sink: Float[Tensor, "B H M"] | None = None
-    distance: Float[Tensor, "B H M"] | None = None
-    diagonal: Float[Tensor, "B H M"] | None = None
-    previous: Float[Tensor, "B H M"] | None = None
-    participation: Float[Tensor, "B H M"] | None = None
-    received: Float[Tensor, "B H N"] | None = None
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """The statistics that were computed, by name."""
-        return {s.name: getattr(self, s.name) for s in STATISTICS if getattr(self, s.name) is not None}
-
-    def __repr__(self) -> str:
-        inner = ", ".join(f"{name}{list(value.shape)}" for name, value in self.as_dict().items())
-        return f"AttentionStats({inner})"
+def mapped(result: Result, f: Callable[[Tensor], Tensor]) -> Result:
+    """The statistic with `f` applied to its tensors."""
+    return f(result) if isinstance(result, Tensor) else TopK(*map(f, result))

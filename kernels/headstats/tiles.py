@@ -37,7 +37,7 @@ class Tile:
 def tiles(call: Call) -> Iterator[Tile]:
     """Cuts the call. Every query is in exactly one tile for each head."""
     nb, m = call.q.shape[0], call.q.shape[2]
-    hk, n, g = call.k.shape[1], call.k.shape[2], call.groups
+    hk, n, g = call.k.shape[1], call.n, call.groups
     rows = m if g * m * n <= CELLS else min(m, max(ROWS, CELLS // (g * n) // ROWS * ROWS))
     heads = min(hk, max(1, CELLS // (g * rows * n)))
     batch = min(nb, max(1, CELLS // (hk * g * rows * n))) if heads == hk else 1

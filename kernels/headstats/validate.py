@@ -10,12 +10,16 @@ from torch import Tensor
 
 from headstats.call import Call
 from headstats.edit import Edit
-from headstats.stats import StatSpec
+from headstats.spec import StatSpec
+from headstats.validate_keys import features_of_keys, integers, resolved, same_device, target_keys
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def make_call(q, k, v, causal, window, softcap, scale, bias, sinks, key_padding, query_padding, spec, edit) -> Call:
+def make_call(
+    q, k, v, *, causal=True, window=None, softcap=None, scale=None, bias=None, sinks=None, k_segments=None,
+    key_padding=None, query_padding=None, targets=None, key_features=None, spec=None, edit=None,
+) -> Call:  # fmt: skip
     """Turns the arguments of `attend` into a `Call`, or raises TypeError / ValueError."""
     _tensors(q, k, v)
     b, h, m, d = q.shape
@@ -32,18 +36,24 @@ def make_call(q, k, v, causal, window, softcap, scale, bias, sinks, key_padding,
         scale = d**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale={scale!r}: a finite number expected, or None for D**-0.5")
+    spec = StatSpec() if spec is None else spec
     if not isinstance(spec, StatSpec):
         raise TypeError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
     if edit is not None and not isinstance(edit, Edit):
         raise TypeError(f"edit={edit!r}: a headstats.Edit expected, e.g. Edit(gate=...), or None")
+    spec = resolved(spec, {"k_segments": k_segments, "targets": targets, "key_features": key_features})
     key_padding = _padding("key_padding", key_padding, (b, n), q)
     query_padding = _padding("query_padding", query_padding, (b, m), q)
     if query_padding is None and key_padding is not None:
         query_padding = _query_padding_from_keys(key_padding, m, causal)
+    k_segments = integers("k_segments", k_segments, (b, n), q, "N", limit=None)
     return Call(
-        q, k, v, causal, window, None if softcap is None else float(softcap), float(scale),
-        _bias(bias, (b, h, m, n), q), _sinks(sinks, h, q), key_padding, query_padding, spec,
-        None if edit is None else _gate(edit.gate, (b, h, m), q),
+        q=q, k=k, v=v, causal=causal, window=window, softcap=None if softcap is None else float(softcap),
+        scale=float(scale), spec=spec, bias=_bias(bias, (b, h, m, n), q), sinks=_sinks(sinks, h, q),
+        key_padding=key_padding, query_padding=query_padding, k_segments=k_segments,
+        n_segments=0 if k_segments is None else int(k_segments.max()) + 1,
+        targets=target_keys(targets, (b, m), n, q), key_features=features_of_keys(key_features, (b, n), q),
+        gate=None if edit is None else _gate(edit.gate, (b, h, m), q),
     )  # fmt: skip
 
 
@@ -77,19 +87,10 @@ def _positive(x: Any) -> bool:
     return not isinstance(x, bool) and isinstance(x, (int, float)) and math.isfinite(x) and x > 0
 
 
-def _same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor expected, or None")
-    if floating and not t.is_floating_point():
-        raise TypeError(f"{name} has dtype {t.dtype}: a floating dtype expected")
-    if t.device != q.device:
-        raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
-
-
 def _padding(name: str, t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
     if t is None:
         return None
-    _same_device(name, t, q, floating=False)
+    same_device(name, t, q, floating=False)
     if t.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {t.dtype}: bool expected, True = real token (attention_mask.bool())")
     if tuple(t.shape) != shape:
@@ -113,7 +114,7 @@ def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
         return None
     if isinstance(t, Tensor) and t.dtype == torch.bool:
         raise TypeError("bias has dtype torch.bool: an additive floating bias expected (0 = keep, -inf = hide)")
-    _same_device("bias", t, q)
+    same_device("bias", t, q)
     try:
         return t.expand(shape)
     except RuntimeError:
@@ -125,7 +126,7 @@ def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
 def _sinks(t: Any, h: int, q: Tensor) -> Tensor | None:
     if t is None:
         return None
-    _same_device("sinks", t, q)
+    same_device("sinks", t, q)
     if tuple(t.shape) != (h,):
         raise ValueError(f"sinks has shape {list(t.shape)}: one learned logit for each query head, [{h}], expected")
     return t
@@ -134,7 +135,7 @@ def _sinks(t: Any, h: int, q: Tensor) -> Tensor | None:
 def _gate(t: Any, shape: tuple[int, int, int], q: Tensor) -> Tensor | None:
     if t is None:
         return None
-    _same_device("Edit.gate", t, q)
+    same_device("Edit.gate", t, q)
     whole = t if t.dim() == 3 else t[..., None]
     try:
         whole.expand(shape)

@@ -32,7 +32,7 @@ def variant(d: int, dtype: torch.dtype, spec: StatSpec, full: bool):
     )
     arguments = {"window": None, "softcap": None, "sinks": None, "key_padding": None} | more
     edit = Edit(gate=torch.zeros(1)) if full else None
-    return make_call(q, k, k, True, scale=None, bias=None, query_padding=None, spec=spec, edit=edit, **arguments)
+    return make_call(q, k, k, spec=spec, edit=edit, **arguments)
 
 
 def source(call, decode: bool = False) -> tuple[ASTSource, dict]:

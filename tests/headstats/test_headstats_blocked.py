@@ -4,7 +4,7 @@ import headstats
 import pytest
 import torch
 from headstats import StatSpec, blocked, cpu_flash, rows, tiles
-from headstats_cases import OPTIONS, WITH_BIAS, assert_same, inputs, oracle
+from headstats_cases import OPTIONS, WITH_BIAS, assert_same, extras, inputs, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +13,8 @@ EVERY = OPTIONS | WITH_BIAS
 
 
 def check(qkv, options, spec=ALL):
+    if spec is ALL:
+        options = options | extras(qkv[0].shape[2], qkv[1].shape[2], len(qkv[0]), shared=len(qkv[0]) == 2)
     got = headstats.attend(*qkv, **options, spec=spec, backend="blocked")
     assert got.backend == "blocked" and got.lse.dtype == torch.float32
     assert_same(got, oracle(qkv, **options, spec=spec))

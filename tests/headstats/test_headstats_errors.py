@@ -36,6 +36,22 @@ WRONG = {
     "padding shape": ({"key_padding": LATER[:, :5]}, ValueError, r"key_padding has shape \[2, 5\]: \[2, 7\] expected"),
     "padding dtype": ({"key_padding": LATER.long()}, TypeError, "key_padding has dtype torch.int64: bool expected"),
     "query padding": ({"query_padding": LATER}, ValueError, r"query_padding has shape \[2, 7\]: \[2, 5\] expected"),
+    "segments shape": (
+        {"k_segments": torch.zeros(5).long()}, ValueError,
+        r"k_segments has shape \[5\]: \[N\] = \[7\] or \[B, N\] = \[2, 7\]",
+    ),
+    "segments dtype": ({"k_segments": torch.zeros(7)}, TypeError, "k_segments has dtype torch.float32: an integer"),
+    "segments below": ({"k_segments": torch.full((7,), -2)}, ValueError, r"k_segments holds ids from -2 .* -1"),
+    "targets shape": (
+        {"targets": torch.zeros(2, 4, 1).long()}, ValueError, r"targets has shape \[2, 4, 1\]: \[M, T\] = \[5, any\]"
+    ),
+    "targets above": ({"targets": torch.full((5, 1), 7)}, ValueError, r"ids from 7 to 7: -1 \(none\) to 6"),
+    "targets unread": ({"targets": torch.zeros(5, 1).long(), "spec": StatSpec.none()}, ValueError,
+                       r"targets is given, but StatSpec\(targets=False\)"),
+    "targets missing": ({"spec": StatSpec(targets=True)}, ValueError, r"StatSpec\(targets=True\) needs targets="),
+    "segments missing": ({"spec": StatSpec(segments=True)}, ValueError, "needs k_segments="),
+    "features shape": ({"key_features": torch.zeros(5, 2)}, ValueError, r"key_features has shape \[5, 2\]: .*N = 7"),
+    "features dtype": ({"key_features": torch.zeros(7, 2).int()}, TypeError, "key_features has dtype torch.int32"),
     "spec": ({"spec": "all"}, TypeError, "spec='all': a headstats.StatSpec"),
     "edit": ({"edit": torch.ones(4)}, TypeError, "a headstats.Edit expected"),
     "gate shape": ({"edit": Edit(gate=torch.ones(5, 4))}, ValueError, r"Edit.gate has shape \[5, 4\]: .*\[2, 4, 5\]"),

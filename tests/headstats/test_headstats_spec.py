@@ -1,12 +1,14 @@
 """What is asked for is computed, and nothing else."""
 
+import re
 from dataclasses import fields
 
 import headstats
 import pytest
 import torch
-from headstats import STATISTICS, AttentionStats, StatSpec, blocked, reference
-from headstats_cases import inputs
+from headstats import STATISTICS, AttentionStats, StatSpec, blocked, reference, tiles
+from headstats.stats import ARGUMENT, BY_NAME, tensors
+from headstats_cases import assert_same, extras, inputs, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMES = [s.name for s in STATISTICS]
@@ -32,7 +34,14 @@ def operations(spec, n=60, **options):
 
 
 def only(name):
-    return StatSpec(**{s.name: s.full if s.name == name else False for s in STATISTICS})
+    full = {s.name: True if s.full is None else s.full for s in STATISTICS}
+    return StatSpec(**{n: full[n] if n == name else False for n in NAMES})
+
+
+def argument(name, m, n, b=2):
+    """The argument that a statistic needs, if it needs one."""
+    needed = ARGUMENT.get(name)
+    return {needed: extras(m, n, b)[needed]} if needed else {}
 
 
 def test_one_table():
@@ -42,21 +51,27 @@ def test_one_table():
 
 
 def test_default_none_all():
-    assert list(StatSpec().requested()) == ["entropy", "max_prob", "argmax", "sink", "distance"]
+    assert list(StatSpec().requested()) == ["entropy", "max_prob", "argmax", "distance", "sink"]
     assert StatSpec().sink == 4
     assert StatSpec.none().requested() == {}
-    assert list(StatSpec.all().requested()) == NAMES
+    assert [*StatSpec.all().requested(), *ARGUMENT] == [n for n in NAMES if n not in ARGUMENT] + list(ARGUMENT)
+    (q, k, v), _ = inputs(m=9, n=15)
+    assert list(headstats.attend(q, k, v, **extras(9, 15), spec=StatSpec.all()).stats.as_dict()) == NAMES
+    assert {*headstats.attend(q, k, v, **extras(9, 15)).stats.as_dict()} > set(ARGUMENT)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_alone_is_the_same_as_with_all_others(name, backend):
     qkv, options = inputs(m=9, n=15, padding="left")
-    alone = headstats.attend(*qkv, **options, spec=only(name), backend=backend)
-    together = headstats.attend(*qkv, **options, spec=StatSpec.all(), backend=backend)
+    alone = headstats.attend(*qkv, **options, **argument(name, 9, 15), spec=only(name), backend=backend)
+    together = headstats.attend(*qkv, **options, **extras(9, 15), spec=StatSpec.all(), backend=backend)
     assert list(alone.stats.as_dict()) == [name]
-    torch.testing.assert_close(getattr(alone.stats, name), getattr(together.stats, name))
-    assert getattr(alone.stats, name).shape[2] == (15 if name == "received" else 9)
+    last = {"N": 15, "M": 9, "k": 8, "S": 4, "T": 3, "F": 2}
+    a, b = tensors(getattr(alone.stats, name)), tensors(getattr(together.stats, name))
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.shape == (2, 4, *(last[x] for x in BY_NAME[name].shape.split()[2:]))
 
 
 def test_unasked_statistics_run_no_operator():
@@ -66,27 +81,27 @@ def test_unasked_statistics_run_no_operator():
     assert [off.count(name) for name in once] == [1] * len(once) and off.count("bmm.default") == 2
     assert not {"exp2.default", "max.dim", "diagonal.default", "cumsum.default", "mv.default"} & set(off)
     for name in NAMES:
-        assert len(operations(only(name))) > len(off), name
+        assert len(operations(only(name), **argument(name, 60, 60, b=8))) > len(off), name
 
 
 def test_off_runs_the_same_operators_as_bare_attention(monkeypatch):
     """With the statistics code made unreachable, stats-off runs the very same operators."""
     before = operations(StatSpec.none())
-    monkeypatch.setattr(blocked.rows, "statistic", None)
-    monkeypatch.setattr(blocked.rows, "mean_over_queries", None)
+    monkeypatch.setattr(blocked.fast, "statistic", None)
+    monkeypatch.setattr(blocked.fast, "mean_over_queries", None)
     assert operations(StatSpec.none()) == before
 
 
-def test_a_new_statistic_needs_only_its_definition(monkeypatch):
-    """blocked computes it from the definition in the table when it has no faster form."""
-    qkv, options = inputs(m=9, n=15, window=4)
-    monkeypatch.delitem(blocked.rows.FAST, "distance")
-    monkeypatch.delitem(blocked.rows.FAST, "received")
-    monkeypatch.setattr(blocked.rows, "NO_LOGITS", set())
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_new_statistic_needs_only_its_definition(shared, monkeypatch):
+    """blocked computes each from its definition in the table when it has no faster form."""
+    monkeypatch.setattr(blocked.fast, "FAST", {})
+    monkeypatch.setattr(tiles, "CELLS", 64)
+    monkeypatch.setattr(tiles, "ROWS", 2)
+    qkv, options = inputs(m=9, n=15, window=4, padding="left")
+    options |= extras(9, 15, shared=shared)
     got = headstats.attend(*qkv, **options, spec=StatSpec.all(), backend="blocked")
-    want = headstats.attend(*qkv, **options, spec=StatSpec.all(), backend="reference")
-    torch.testing.assert_close(got.stats.distance, want.stats.distance)
-    torch.testing.assert_close(got.stats.received, want.stats.received)
+    assert_same(got, oracle(qkv, **options, spec=StatSpec.all()))
 
 
 def test_sink_size():
@@ -98,11 +113,27 @@ def test_sink_size():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"sink": -1}, {"sink": True}, {"sink": 1.5}, {"entropy": 1}, {"received": None}], ids=str
+    "bad",
+    [
+        {"sink": -1},
+        {"sink": True},
+        {"sink": 1.5},
+        {"entropy": 1},
+        {"received": None},
+        {"topk": True},
+        {"local": -2},
+        {"waad": 2.5},
+        {"fai": True},
+        {"fai": (3, 2)},
+        {"fai": (-1, 2)},
+        {"fai": [1, 2]},
+        {"targets": 3},
+    ],
+    ids=str,
 )
 def test_wrong_spec(bad):
     ((name, value),) = bad.items()
-    with pytest.raises(ValueError, match=f"StatSpec.{name}={value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"StatSpec({name}={value!r})")):
         StatSpec(**bad)
 
 

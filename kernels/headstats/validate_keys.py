@@ -1,0 +1,79 @@
+"""Checks of what a caller says about keys: segments, targets, features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstats.spec import StatSpec
+from headstats.stats import ARGUMENT
+
+
+def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
+    """Refuses what is not a tensor on q's device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor expected, or None")
+    if floating and not t.is_floating_point():
+        raise TypeError(f"{name} has dtype {t.dtype}: a floating dtype expected")
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
+
+
+def resolved(spec: StatSpec, given: dict[str, Any]) -> StatSpec:
+    """Settles the statistics that wait for an argument, and refuses an argument that nothing would read."""
+    settled = {}
+    for name, argument in ARGUMENT.items():
+        wanted, there = getattr(spec, name), given[argument] is not None
+        if wanted and not there:
+            raise ValueError(f"StatSpec({name}=True) needs {argument}=, which is None")
+        if wanted is False and there and argument != "k_segments":
+            raise ValueError(
+                f"{argument} is given, but StatSpec({name}=False) leaves it unread: use {name}=None or True, "
+                f"or leave {argument} out"
+            )
+        settled[name] = there and wanted is not False
+    return replace(spec, **settled)
+
+
+def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
+    """Ids of shape [B, *] or without B, from -1 (none) to below the limit. Returned as int64 with a batch axis."""
+    if t is None:
+        return None
+    same_device(name, t, q, floating=False)
+    if t.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name} has dtype {t.dtype}: an integer dtype expected")
+    whole = t[None] if t.dim() == len(shape) - 1 else t
+    if whole.dim() != len(shape) or any(s not in (w, -1) for w, s in zip(whole.shape[1:], shape[1:], strict=True)) \
+            or whole.shape[0] not in (1, shape[0]):  # fmt: skip
+        sizes = ", ".join("any" if s == -1 else str(s) for s in shape[1:])
+        raise ValueError(
+            f"{name} has shape {list(t.shape)}: [{letters}] = [{sizes}] or [B, {letters}] = [{shape[0]}, {sizes}] "
+            "expected"
+        )
+    whole = whole.long()
+    if whole.numel() and (int(whole.min()) < -1 or (limit is not None and int(whole.max()) >= limit)):
+        allowed = "-1 (none) or more" if limit is None else f"-1 (none) to {limit - 1}"
+        raise ValueError(f"{name} holds ids from {int(whole.min())} to {int(whole.max())}: {allowed} allowed")
+    return whole
+
+
+def target_keys(t: Any, shape: tuple[int, int], n: int, q: Tensor) -> Tensor | None:
+    """Key indices for each query."""
+    return integers("targets", t, (*shape, -1), q, "M, T", limit=n)
+
+
+def features_of_keys(t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+    """Numbers of each key."""
+    if t is None:
+        return None
+    same_device("key_features", t, q)
+    whole = t[None] if t.dim() == 2 else t
+    if whole.dim() != 3 or whole.shape[1] != shape[1] or whole.shape[0] not in (1, shape[0]):
+        raise ValueError(
+            f"key_features has shape {list(t.shape)}: [N, F] with N = {shape[1]}, or [B, N, F] with B = {shape[0]}, "
+            "expected"
+        )
+    return whole
