@@ -45,10 +45,15 @@ def attend(
     softcap: float | None = None,
     scale: float | None = None,
     bias: Float[Tensor, "#B #H #M #N"] | None = None,
+    alibi: Float[Tensor, " H"] | None = None,
     sinks: Float[Tensor, " H"] | None = None,
+    q_segments: Int[Tensor, "#B M"] | None = None,
     k_segments: Int[Tensor, "#B N"] | None = None,
+    segment_mask: Bool[Tensor, "#B #H Sq Sk"] | None = None,
+    segment_open: Bool[Tensor, "#B #H Sq Sk"] | None = None,
     key_padding: Bool[Tensor, "B N"] | None = None,
     query_padding: Bool[Tensor, "B M"] | None = None,
+    prefix: tuple[Float[Tensor, "G Hk P D"], Float[Tensor, "G Hk P Dv"]] | None = None,
     targets: Int[Tensor, "#B M T"] | None = None,
     key_features: Float[Tensor, "#B N F"] | None = None,
     spec: StatSpec = DEFAULT_SPEC,
@@ -57,34 +62,44 @@ def attend(
 ) -> Attended:
     """Attention, with statistics of every head and query.
 
-    p = softmax over visible keys of softcap(scale q.k) + bias; out = gate * sum_j p_ij v_j.
+    p = softmax over visible keys of softcap(scale q.k) - alibi distance + bias; out = gate * sum_j p_ij v_j.
 
     q, k, v: one dtype and device; H a multiple of Hk (grouped-query attention); Dv may differ from D.
     causal: query i sees key j if j <= i + N - M (aligned bottom-right).
     window: key j is visible if |i + N - M - j| < window, so that the window counts the query's own position.
     softcap: logits become softcap * tanh(logits / softcap).  scale: D**-0.5 if None.
     bias: added to the logits; -inf, the dtype's minimum, or anything at or below -1e30 hides the cell.
+    alibi: a slope for each head; slope * |i + N - M - j| is taken from the logits.
     sinks: one learned logit for each head: one more column of the softmax, dropped afterwards.
-    k_segments: for each key the number of its segment, 0, 1, ...; -1 = in none. [N] or [B, N].
+    q_segments, k_segments: for each query or key the number of its segment, 0, 1, ...; -1 = in none, which no table
+        touches. [M] or [B, M]; [N] or [B, N].
+    segment_mask: False hides all cells of a pair (segment of the query, segment of the key). [Sq, Sk], or with heads
+        and batch in front, as in the next.
+    segment_open: True opens the cells of a pair to the right of the causal diagonal and outside the window. A cell is
+        visible if ((causal and window allow it) or it is opened) and segment_mask, padding and bias allow it.
     key_padding: True = real key.
     query_padding: True = real query; only statistics of keys read it, to leave padded queries out. If None, it is
         taken from key_padding: of the last M keys when causal, of all keys when M = N; else all are real.
+    prefix: (k0, v0), keys and values that stand before k and v and are shared by batch rows: G = 1 prefix for all, or
+        G for equal runs of B / G rows. It is read once for each run and never repeated. N, in the other arguments and
+        in all results, then counts P + the number of keys in k: positions 0 ... P-1 are the prefix.
     targets: for each query, keys whose weights are wanted; -1 = none. [M, T] or [B, M, T].
     key_features: numbers of each key to be averaged under p. [N, F] or [B, N, F].
     spec: which statistics; edit: what to change. Statistics are taken before the gate.
     backend: "auto", "triton", "blocked" or "reference". "auto" takes the first that can do the call, Triton first
         on CUDA; an explicit choice that cannot raises.
 
-    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v and the gate through out
-    and lse; the reference alone also differentiates bias, sinks and statistics.
+    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix and the gate through
+    out and lse; the reference alone also differentiates bias, alibi, sinks and statistics.
 
     Raises TypeError or ValueError for arguments that do not fit, NotImplementedError for an explicit backend that
     cannot do what is asked.
     """
     call = make_call(
-        q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, bias=bias, sinks=sinks,
-        k_segments=k_segments, key_padding=key_padding, query_padding=query_padding, targets=targets,
-        key_features=key_features, spec=spec, edit=edit,
+        q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, bias=bias, alibi=alibi,
+        sinks=sinks, q_segments=q_segments, k_segments=k_segments, segment_mask=segment_mask,
+        segment_open=segment_open, key_padding=key_padding, query_padding=query_padding, prefix=prefix,
+        targets=targets, key_features=key_features, spec=spec, edit=edit,
     )  # fmt: skip
     name, engine = _pick(call, backend)
     out, lse, stats = engine.run(call)

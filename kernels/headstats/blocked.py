@@ -9,7 +9,7 @@ import torch
 from headstats import cpu_flash, fast, recompute, rows
 from headstats.call import Call
 from headstats.stats import BY_NAME, Result, Value, mapped, tensors
-from headstats.tiles import Tile, flat, heads_apart, logits, tiles
+from headstats.tiles import Keys, Tile, heads_apart, keys_and_values, logits, mixed, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def unsupported(call: Call) -> str | None:
     """Why this backend cannot do the call, or None."""
-    for name in ("bias", "sinks"):
+    for name in ("bias", "alibi", "sinks"):
         if name in call.trainable:
             return f"it gives no gradient for {name}, which requires one (use {name}.detach() or backend='reference')"
     return None
@@ -38,15 +38,15 @@ def forward(call: Call) -> Attended:
 def by_tiles(call: Call) -> Attended:
     """The general path."""
     b, h, m, _ = call.q.shape
-    hk, n, g = call.k.shape[1], call.k.shape[2], call.groups
-    # Keys and values are made ready once, since many tiles read them.
-    k, v = call.k.to(call.dtype).contiguous(), call.v.to(call.dtype).contiguous()
+    hk, n, g = call.k.shape[1], call.n, call.groups
+    k, v = keys_and_values(call)
     gate = None if call.gate is None else heads_apart(call, call.gate.to(call.dtype).expand(b, h, -1))
     work = list(tiles(call))
     if len(work) == 1 and work[0].j == slice(0, n):
         out, lse, stats = _one_tile(call, work[0], k, v, gate)
     else:
-        out, lse = k.new_empty(b, hk, g, m, v.shape[3], dtype=call.q.dtype), k.new_empty(b, hk, g, m)
+        out = call.q.new_empty(b, hk, g, m, v.own.shape[3])
+        lse = k.own.new_empty(b, hk, g, m)
         stats: dict[str, Result] = {}
         for t in work:
             rows_of = (t.b, t.h, slice(None), t.i)
@@ -86,12 +86,11 @@ def _columns(call: Call, name: str, joined: Result, value: Value) -> Result:
     return mapped(joined, lambda x: fast.mean_over_queries(call, x, name, value))
 
 
-def _one_tile(call: Call, t: Tile, k: Tensor, v: Tensor, gate: Tensor | None) -> Attended:
+def _one_tile(call: Call, t: Tile, k: Keys, v: Keys, gate: Tensor | None) -> Attended:
     """Gated out, lse and statistics of one tile, [b, h, g, m, ...]; key statistics as sums over its queries."""
-    q = flat(heads_apart(call, call.q)[t.b, t.h, :, t.i].to(k.dtype).flatten(2, 3))
-    s, _ = logits(call, t, q, flat(k[t.b, t.h, t.j]))
+    s, _ = logits(call, t, heads_apart(call, call.q)[t.b, t.h, :, t.i].to(call.dtype), k)
     row = rows.softmax(call, t, s, fast.keeps_logits(call))
-    out = row.z = torch.bmm(flat(row.e.flatten(2, 3)), flat(v[t.b, t.h, t.j])).view(*s.shape[:-1], -1)
+    out = row.z = mixed(row.e, v, t)
     scale = row.inverse
     if gate is not None:
         scale = scale * gate[t.b, t.h, :, t.i if gate.shape[3] > 1 else slice(1)]

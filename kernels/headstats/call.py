@@ -16,29 +16,36 @@ if TYPE_CHECKING:
 # Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
 EVERY = slice(None)
+TRAINABLE = ("q", "k", "v", "prefix_k", "prefix_v", "gate", "bias", "alibi", "sinks")
 
 
 @dataclass(eq=False, kw_only=True)
 class Call:
     """Arguments of `attend` after validation: no ambiguity left, nothing to check again.
 
-    N counts all keys. Tensors over segments have one more row and column than there are segments: the last, where
-    id -1 (no segment) points, is neutral.
+    N counts all keys: P of a shared prefix, if there is one, and then those in k. Tables over segments have one more
+    row and column than there are segments: the last, where id -1 (no segment) points, is neutral.
     """
 
     q: Shaped[Tensor, "B H M D"]
-    k: Shaped[Tensor, "B Hk N D"]
-    v: Shaped[Tensor, "B Hk N Dv"]
+    k: Shaped[Tensor, "B Hk N-P D"]
+    v: Shaped[Tensor, "B Hk N-P Dv"]
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
     spec: StatSpec  # what is asked, with the statistics that wait for an argument resolved to True or False
     bias: Shaped[Tensor, "B H M N"] | None = None  # expanded, not copied
+    alibi: Shaped[Tensor, " H"] | None = None
     sinks: Shaped[Tensor, " H"] | None = None
+    prefix_k: Shaped[Tensor, "G Hk P D"] | None = None  # batch rows in G equal runs, one prefix each
+    prefix_v: Shaped[Tensor, "G Hk P Dv"] | None = None
     key_padding: Bool[Tensor, "B N"] | None = None
     query_padding: Bool[Tensor, "B M"] | None = None  # True = real; what statistics of keys average over
+    q_segments: Int[Tensor, "#B M"] | None = None
     k_segments: Int[Tensor, "#B N"] | None = None
+    segment_mask: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    segment_open: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
     n_segments: int = 0  # of keys
     targets: Int[Tensor, "#B M T"] | None = None
     key_features: Float[Tensor, "#B N F"] | None = None
@@ -47,7 +54,7 @@ class Call:
     @property
     def n(self) -> int:
         """Number of keys."""
-        return self.k.shape[2]
+        return self.k.shape[2] + (0 if self.prefix_k is None else self.prefix_k.shape[2])
 
     @property
     def offset(self) -> int:
@@ -69,12 +76,13 @@ class Call:
         """Names of the arguments that gradients are wanted for."""
         if not torch.is_grad_enabled():
             return ()
-        names = ("q", "k", "v", "gate", "bias", "sinks")
-        return tuple(n for n in names if (t := getattr(self, n)) is not None and t.requires_grad)
+        return tuple(n for n in TRAINABLE if (t := getattr(self, n)) is not None and t.requires_grad)
 
     def keys_seen(self, i0: int, i1: int) -> tuple[int, int]:
         """Range of keys that any of the queries i0 <= i < i1 may see, by causality and window alone."""
         lo, hi = 0, self.n
+        if self.segment_open is not None:
+            return lo, hi
         if self.causal:
             hi = i1 + self.offset
         if self.window is not None:
@@ -90,7 +98,7 @@ class Call:
         return rows[:, None] - torch.arange(lo, hi, device=device)
 
     def visible(self, i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY) -> Bool[Tensor, "#b #h m n"]:
-        """Which keys the queries see, in a part of the call: causality, window, padding and bias."""
+        """Which keys the queries see, in a part of the call: causality, window, segments, padding and bias."""
         d = self.distances(i.start, i.stop, j.start, j.stop)
         mask = torch.ones_like(d, dtype=torch.bool)
         if self.causal:
@@ -98,11 +106,30 @@ class Call:
         if self.window is not None:
             mask &= d.abs() < self.window
         mask = mask[None, None]
+        if self.segment_open is not None:
+            mask = mask | self.cells(self.segment_open, i, j, b, heads)
+        if self.segment_mask is not None:
+            mask = mask & self.cells(self.segment_mask, i, j, b, heads)
         if self.key_padding is not None:
             mask = mask & self.key_padding[b, None, None, j]
         if self.bias is not None:
             mask = mask & ~hidden_by_bias(self.bias[b, heads, i, j])
         return mask
+
+    def cells(
+        self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
+    ) -> Shaped[Tensor, "#b #h m n"]:
+        """A table over pairs of segments, spread over cells. Segment -1 is the table's last row or column."""
+        assert self.q_segments is not None and self.k_segments is not None  # validated: a table needs both
+        table = part(part(table, b), heads, 1)
+        rows = part(self.q_segments, b)[:, i].remainder(table.shape[2])
+        columns = part(self.k_segments, b)[:, j].remainder(table.shape[3])
+        if rows.shape[0] == columns.shape[0] == 1:
+            return table[:, :, rows[0]][..., columns[0]]
+        nb, nh = max(rows.shape[0], columns.shape[0]), table.shape[1]
+        rows, columns = rows.expand(nb, -1)[:, None, :, None], columns.expand(nb, -1)[:, None, None]
+        table = table.expand(nb, -1, -1, -1).gather(2, rows.expand(-1, nh, -1, table.shape[3]))
+        return table.gather(3, columns.expand(-1, nh, table.shape[2], -1))
 
     def key_rank(self) -> Int[Tensor, "#B N"]:
         """0, 1, ... over the real keys of each batch row from the left; N for padded keys."""

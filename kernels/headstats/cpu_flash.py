@@ -19,26 +19,49 @@ if TYPE_CHECKING:
 
 # Below this many keys a single tile is faster, unless there are few rows and the call's overhead counts.
 MIN_KEYS, FEW_ROWS = 48, 512
+UNKNOWN = ("softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open")
 
 
 def suits(call: Call) -> bool:
     """Whether this path can do the call and is the faster one."""
     q, n = call.q, call.n
-    plain = call.softcap is call.window is call.bias is call.sinks is call.key_padding is None
-    aligned = not call.causal or call.offset == 0 or (q.shape[2] == 1 and call.offset > 0)
-    if not (plain and aligned and q.device.type == "cpu" and call.v.shape[3] == q.shape[3]):
+    if q.device.type != "cpu" or call.v.shape[3] != q.shape[3] or any(getattr(call, x) is not None for x in UNKNOWN):
+        return False
+    ahead = call.k.shape[2] - q.shape[2]
+    if call.causal and not (ahead == 0 or (q.shape[2] == 1 and ahead > 0)):
         return False
     if n < MIN_KEYS and q.shape[0] * q.shape[1] * q.shape[2] > FEW_ROWS:
         return False
-    return set(call.spec.requested()) <= set(probes.PROBED) and _works(q.dtype)
+    known = probes.PROBED if call.prefix_k is None else ()
+    return set(call.spec.requested()) <= set(known) and _works(q.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    out, lse = _flash(call.q, call.k, call.v, call.causal and call.offset == 0, call.scale)
+    out, lse = _flash(call.q, call.k, call.v, call.causal and call.k.shape[2] == call.q.shape[2], call.scale)
+    if call.prefix_k is not None:
+        out, lse = _joined(call.dtype, (out, lse), _over_prefix(call))
     if call.gate is not None:
-        out = (out * call.gate[..., None]).to(out.dtype)
+        out = out * call.gate[..., None]
+    out = out.to(call.q.dtype)
     return out, lse, {n: probes.statistic(call, lse, n, x) for n, x in call.spec.requested().items()}
+
+
+def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
+    """Every query against the prefix alone: the rows of a run stand as more queries of one batch row."""
+    assert call.prefix_k is not None and call.prefix_v is not None
+    (b, h, m, d), runs = call.q.shape, call.prefix_k.shape[0]
+    q = call.q.reshape(runs, b // runs, h, m, d).transpose(1, 2).reshape(runs, h, -1, d)
+    out, lse = _flash(q, call.prefix_k, call.prefix_v, False, call.scale)
+    out, lse = (x.unflatten(2, (-1, m)).transpose(1, 2).flatten(0, 1) for x in (out, lse))
+    return out, lse
+
+
+def _joined(dtype: torch.dtype, own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from attention over each: weights exp(lse - lse of both)."""
+    lse = torch.logaddexp(own[1], prefix[1])
+    a, b = (out.to(dtype) * torch.exp(one - lse)[..., None] for out, one in (own, prefix))
+    return a + b, lse
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from headstats.call import HIDDEN, Call, part
 from headstats.rows import Rows, as_pattern, top_and_place
 from headstats.stats import BY_NAME, Result, TopK, Value, mapped
-from headstats.tiles import CELLS, LOG2E, Tile, heads_apart
+from headstats.tiles import CELLS, LOG2E, Tile, by_group
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -218,7 +218,7 @@ def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, 
     stat = BY_NAME[name]
     count = total.new_zeros(total.shape)
     m, n = call.q.shape[2], call.n
-    wide = 1 if call.bias is None else total[..., 0].numel()
+    wide = total[..., 0].numel() if any(x is not None for x in (call.bias, call.segment_mask, call.segment_open)) else 1
     step = max(1, CELLS // 4 // (n * wide))
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
@@ -226,5 +226,5 @@ def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, 
         if call.query_padding is not None:
             mask = mask & call.query_padding[:, None, rows, None]
         seen = stat.among(mask, call.distances(rows.start, rows.stop, 0, n), value).sum(-2)
-        count += heads_apart(call, seen) if seen.shape[1] > 1 else seen[:, :, None]
+        count += by_group(call, seen)
     return torch.where(count > 0, total / count.clamp_min(1), stat.empty)

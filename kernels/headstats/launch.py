@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 IN_KERNEL = ("entropy", "max_prob", "argmax", "distance", "participation")
 MAX_HEAD = 256
+UNKNOWN = {"bias": "bias", "alibi": "alibi", "segment_mask": "segment_mask", "segment_open": "segment_open",
+           "prefix_k": "prefix"}  # fmt: skip
 # Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256: shapes that spill no register on sm_80
 # and sm_90 with every statistic and option on. float32 runs on the plain cores and holds twice the bytes.
 HALF_TILES = ((128, 64, 3), (128, 32, 3), (64, 32, 2))
@@ -34,8 +36,8 @@ def unsupported(call: Call) -> str | None:
         return "it computes in float32, and the inputs are float64"
     if max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
         return f"head sizes up to {MAX_HEAD} fit, given D={call.q.shape[3]}, Dv={call.v.shape[3]}"
-    if call.bias is not None:
-        return "it takes no bias"
+    if unknown := [label for name, label in UNKNOWN.items() if getattr(call, name) is not None]:
+        return f"it takes no {', '.join(unknown)}"
     if "sinks" in call.trainable:
         return "it gives no gradient for sinks, which requires one (use sinks.detach() or backend='reference')"
     if missing := set(call.spec.requested()) - {*IN_KERNEL, *probes.PROBED}:

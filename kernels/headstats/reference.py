@@ -36,7 +36,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 
 def build_pattern(call: Call) -> Pattern:
-    """softmax over [keys, learned sink] of softcap(scale q.k) + bias, with hidden cells exactly 0."""
+    """softmax over [keys, learned sink] of the logits, with hidden cells exactly 0."""
     m, n = call.q.shape[2], call.n
     visible = call.visible(slice(0, m), slice(0, n))
     scores = logits(call).masked_fill(~visible, HIDDEN)
@@ -56,7 +56,7 @@ def build_pattern(call: Call) -> Pattern:
         distance=call.distances(0, m, 0, n).to(call.dtype),
         key_rank=call.key_rank()[:, None, None],
         real_query=real_query[:, None, :, None],
-        z=p @ call.v.to(call.dtype).repeat_interleave(call.groups, 1),
+        z=p @ expanded(call, call.v, call.prefix_v),
         first_key=0,
         key_segment=None if call.k_segments is None else call.k_segments[:, None],
         n_segments=call.n_segments,
@@ -66,12 +66,22 @@ def build_pattern(call: Call) -> Pattern:
 
 
 def logits(call: Call) -> Float[Tensor, "B H M N"]:
-    """softcap(scale q.k) + bias, before any mask."""
-    k = call.k.to(call.dtype).repeat_interleave(call.groups, 1)
+    """softcap(scale q.k) - alibi |distance| + bias, before any mask."""
+    k = expanded(call, call.k, call.prefix_k)
     scores = call.q.to(call.dtype) @ k.transpose(-1, -2) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.alibi is not None:
+        away = call.distances(0, scores.shape[2], 0, scores.shape[3]).abs()
+        scores = scores - call.alibi.to(call.dtype)[:, None, None] * away
     return scores if call.bias is None else scores + call.bias.to(call.dtype)
+
+
+def expanded(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:
+    """Keys or values of every query head and batch row, those of the prefix first."""
+    if prefix is not None:
+        own = torch.cat([prefix.repeat_interleave(own.shape[0] // prefix.shape[0], 0), own], 2)
+    return own.to(call.dtype).repeat_interleave(call.groups, 1)
 
 
 def _statistic(call: Call, pattern: Pattern, name: str, value: Value) -> Result:

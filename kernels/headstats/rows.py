@@ -9,7 +9,7 @@ import torch
 
 from headstats.call import HIDDEN, Call, part
 from headstats.stats import Pattern
-from headstats.tiles import LOG2E, Tile, heads_apart
+from headstats.tiles import LOG2E, Tile, by_group, heads_apart
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -86,14 +86,13 @@ def as_pattern(call: Call, t: Tile, row: Rows) -> Pattern:
     assert row.x is not None and row.z is not None  # kept for statistics without a fast form
     i, j = (t.i.start, t.i.stop), (t.j.start, t.j.stop)
     visible = call.visible(t.i, t.j, t.b, slice(t.h.start * call.groups, t.h.stop * call.groups))
-    visible = visible.unflatten(1, (-1, call.groups)) if visible.shape[1] > 1 else visible[:, :, None]
     real = visible.new_ones(1, 1) if call.query_padding is None else call.query_padding[t.b, t.i]
     targets, features, segment = call.targets, call.key_features, call.k_segments
     return Pattern(
         p=row.e * row.inverse[..., None],
         scores=(row.x + row.shift[..., None]) / LOG2E,
         log_norm=row.lse.masked_fill(row.empty, 0),
-        visible=visible,
+        visible=by_group(call, visible),
         distance=call.distances(*i, *j).to(row.e.dtype),
         key_rank=part(call.key_rank(), t.b)[:, None, None, None, t.j],
         real_query=real[:, None, None, :, None],

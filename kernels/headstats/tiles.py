@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headstats.call import HIDDEN, Call, hidden_by_bias
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
     from torch import Tensor
 
 CELLS = 1 << 19  # logits in one tile: 2 MiB in float32, so that a tile and its exponentials stay in cache
@@ -40,40 +40,114 @@ def tiles(call: Call) -> Iterator[Tile]:
     hk, n, g = call.k.shape[1], call.n, call.groups
     rows = m if g * m * n <= CELLS else min(m, max(ROWS, CELLS // (g * n) // ROWS * ROWS))
     heads = min(hk, max(1, CELLS // (g * rows * n)))
-    batch = min(nb, max(1, CELLS // (hk * g * rows * n))) if heads == hk else 1
-    for b in range(0, nb, batch):
+    batch, run = min(nb, max(1, CELLS // (hk * g * rows * n))) if heads == hk else 1, nb
+    if call.prefix_k is not None:  # one head, and many batch rows that share its prefix
+        run = nb // call.prefix_k.shape[0]
+        heads, batch = 1, min(run, max(1, CELLS // (g * rows * n)))
+    for b, b1 in ((b, min(b + batch, r + run)) for r in range(0, nb, run) for b in range(r, r + run, batch)):
         for h in range(0, hk, heads):
             for i in range(0, m, rows):
                 i1 = min(i + rows, m)
                 j = slice(*call.keys_seen(i, i1))
-                yield Tile(slice(b, min(b + batch, nb)), slice(h, min(h + heads, hk)), slice(i, i1), j)
+                yield Tile(slice(b, b1), slice(h, min(h + heads, hk)), slice(i, i1), j)
 
 
-def flat(x: Float[Tensor, "b h r d"]) -> Float[Tensor, "bh r d"]:
-    """Batch and heads in one axis, for bmm."""
-    return x.flatten(0, 1)
+@dataclass(frozen=True)
+class Keys:
+    """Keys or values: each batch row's own, and before them those that a run of batch rows shares, if any.
+
+    The shared ones are never repeated: all rows of a tile that see them stand in one matrix. Such tiles hold one
+    head of one run.
+    """
+
+    own: Float[Tensor, "B Hk N-P D"]
+    shared: Float[Tensor, "G Hk P D"] | None
+
+    def parts(self, t: Tile) -> list[tuple[slice, Float[Tensor, "r h n D"]]]:
+        """Columns of the tile, and the keys that stand there (a view); one row of them, or one for each batch row."""
+        if t.j.start == t.j.stop:
+            return []
+        if self.shared is None:
+            return [(slice(None), self.own[t.b, t.h, t.j])]
+        runs, _, p, _ = self.shared.shape
+        run, before = t.b.start // (self.own.shape[0] // runs), max(0, min(t.j.stop, p) - t.j.start)
+        found = []
+        if before:
+            found.append((slice(0, before), self.shared[run : run + 1, t.h, t.j.start : t.j.start + before]))
+        if t.j.start + before < t.j.stop:
+            found.append((slice(before, None), self.own[t.b, t.h, t.j.start + before - p : t.j.stop - p]))
+        return found
 
 
-def logits(call: Call, t: Tile, q: Tensor, k: Tensor) -> tuple[Float[Tensor, "b h g m n"], Tensor | None]:
+def keys_and_values(call: Call) -> tuple[Keys, Keys]:
+    """Made ready once, since many tiles read them."""
+
+    def ready(x: Tensor | None) -> Any:
+        return None if x is None else x.to(call.dtype).contiguous()
+
+    return Keys(ready(call.k), ready(call.prefix_k)), Keys(ready(call.v), ready(call.prefix_v))
+
+
+def scores(rows: Float[Tensor, "b h g m D"], keys: Keys, t: Tile) -> Float[Tensor, "b h g m n"]:
+    """rows @ keys^T over a tile."""
+    shape = (*rows.shape[:-1], t.j.stop - t.j.start)
+    parts = keys.parts(t)
+    if len(parts) == 1:
+        k = parts[0][1].flatten(0, 1)
+        return torch.bmm(rows.reshape(len(k), -1, rows.shape[-1]), k.mT).view(shape)
+    s = rows.new_empty(shape)
+    for columns, x in parts:
+        k = x.flatten(0, 1)
+        lines = s.view(len(k), -1, shape[-1])[:, :, columns]
+        torch.bmm(rows.reshape(len(k), -1, rows.shape[-1]), k.mT, out=lines)
+    return s
+
+
+def mixed(weights: Float[Tensor, "b h g m n"], values: Keys, t: Tile) -> Float[Tensor, "b h g m D"]:
+    """weights @ values over a tile."""
+    out = None
+    for columns, x in values.parts(t):
+        v = x.flatten(0, 1)
+        lines = weights.reshape(len(v), -1, weights.shape[-1])[:, :, columns]
+        found = torch.bmm(lines, v).view(*weights.shape[:-1], -1)
+        out = found if out is None else out.add_(found)
+    return values.own.new_zeros(*weights.shape[:-1], values.own.shape[-1]) if out is None else out
+
+
+def collect(into: Keys, t: Tile, weights: Float[Tensor, "b h g m n"], rows: Float[Tensor, "b h g m D"]) -> None:
+    """Adds weights^T @ rows, the backward of `scores` and `mixed` with respect to their keys."""
+    for columns, x in into.parts(t):
+        r = x.shape[0] * x.shape[1]
+        lines = weights.reshape(r, -1, weights.shape[-1])[:, :, columns]
+        x += torch.bmm(lines.mT, rows.reshape(r, -1, rows.shape[-1])).view(x.shape)
+
+
+def logits(call: Call, t: Tile, q: Tensor, k: Keys) -> tuple[Float[Tensor, "b h g m n"], Tensor | None]:
     """Masked logits of a tile times log2(e), and tanh(logits / softcap) if there is a softcap, for its backward.
 
     Base 2, because torch.exp on CPU is 3 to 50 times slower than exp2, most of all where the result underflows.
-    q: [b*h, g*m, D] and k: [b*h, n, D], the tile's part of each.
     """
-    m, n = t.i.stop - t.i.start, t.j.stop - t.j.start
-    shape = (t.b.stop - t.b.start, t.h.stop - t.h.start, call.groups, m, n)
     # The scale is applied afterwards: as a factor inside the product it may round equal logits apart.
-    s = torch.bmm(q, k.transpose(1, 2)).view(shape)
+    s = scores(q, k, t)
     s.mul_(call.scale * LOG2E if call.softcap is None else call.scale / call.softcap)
     tanh = None
     if call.softcap is not None:
         tanh = s.tanh_()
         s = tanh * (call.softcap * LOG2E)
+    if call.alibi is not None:
+        slopes = heads_apart(call, call.alibi.to(s.dtype)[None])[:, t.h, :, None, None]
+        away = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(s.dtype)
+        s.addcmul_(slopes, away, value=-LOG2E)
     if call.bias is not None:
         bias = heads_apart(call, call.bias)[t.b, t.h, :, t.i, t.j]
         s.add_(bias, alpha=LOG2E).masked_fill_(hidden_by_bias(bias), HIDDEN)
     _hide(call, t, s)
     return s, tanh
+
+
+def by_group(call: Call, x: Shaped[Tensor, "#B #H m n"]) -> Shaped[Tensor, "#B #Hk #G m n"]:
+    """Query heads seen as key heads and groups, where there is more than one."""
+    return x.unflatten(1, (-1, call.groups)) if x.shape[1] > 1 else x[:, :, None]
 
 
 def heads_apart(call: Call, x: Tensor) -> Tensor:
@@ -83,6 +157,10 @@ def heads_apart(call: Call, x: Tensor) -> Tensor:
 
 def _hide(call: Call, t: Tile, s: Tensor) -> None:
     """Causality and window touch only the keys at either end of the tile; padding touches all."""
+    heads = slice(t.h.start * call.groups, t.h.stop * call.groups)
+    if call.segment_open is not None:
+        s.masked_fill_(~by_group(call, call.visible(t.i, t.j, t.b, heads)), HIDDEN)
+        return
     i0, i1, lo, hi = t.i.start, t.i.stop, t.j.start, t.j.stop
     left = right = None
     nearest, window = 0, call.window or hi
@@ -101,3 +179,5 @@ def _hide(call: Call, t: Tile, s: Tensor) -> None:
         s[..., right - lo :].masked_fill_(call.distances(i0, i1, right, hi) < nearest, HIDDEN)
     if call.key_padding is not None:
         s.masked_fill_(~call.key_padding[t.b, None, None, None, t.j], HIDDEN)
+    if call.segment_mask is not None:
+        s.masked_fill_(~by_group(call, call.cells(call.segment_mask, t.i, t.j, t.b, heads)), HIDDEN)

@@ -11,19 +11,21 @@ from torch import Tensor
 from headstats.call import Call
 from headstats.edit import Edit
 from headstats.spec import StatSpec
-from headstats.validate_keys import features_of_keys, integers, resolved, same_device, target_keys
+from headstats.validate_keys import features_of_keys, resolved, same_device, segment_ids, segment_table, target_keys
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_call(
-    q, k, v, *, causal=True, window=None, softcap=None, scale=None, bias=None, sinks=None, k_segments=None,
-    key_padding=None, query_padding=None, targets=None, key_features=None, spec=None, edit=None,
+    q, k, v, *, causal=True, window=None, softcap=None, scale=None, bias=None, alibi=None, sinks=None,
+    q_segments=None, k_segments=None, segment_mask=None, segment_open=None, key_padding=None, query_padding=None,
+    prefix=None, targets=None, key_features=None, spec=None, edit=None,
 ) -> Call:  # fmt: skip
     """Turns the arguments of `attend` into a `Call`, or raises TypeError / ValueError."""
     _tensors(q, k, v)
     b, h, m, d = q.shape
-    n = k.shape[2]
+    prefix_k, prefix_v = _prefix(prefix, k, v)
+    n = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2])
     if not isinstance(causal, bool):
         raise TypeError(f"causal={causal!r}: True or False expected")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
@@ -46,12 +48,18 @@ def make_call(
     query_padding = _padding("query_padding", query_padding, (b, m), q)
     if query_padding is None and key_padding is not None:
         query_padding = _query_padding_from_keys(key_padding, m, causal)
-    k_segments = integers("k_segments", k_segments, (b, n), q, "N", limit=None)
+    tables = {"segment_mask": segment_mask, "segment_open": segment_open}
+    q_segments, k_segments, n_segments = segment_ids(q_segments, k_segments, tables, (b, m, n), q)
+    if k_segments is not None and not spec.segments and not any(t is not None for t in tables.values()):
+        raise ValueError("k_segments is given, but StatSpec(segments=False) and no table over segments leave it unread")
     return Call(
         q=q, k=k, v=v, causal=causal, window=window, softcap=None if softcap is None else float(softcap),
-        scale=float(scale), spec=spec, bias=_bias(bias, (b, h, m, n), q), sinks=_sinks(sinks, h, q),
-        key_padding=key_padding, query_padding=query_padding, k_segments=k_segments,
-        n_segments=0 if k_segments is None else int(k_segments.max()) + 1,
+        scale=float(scale), spec=spec, bias=_bias(bias, (b, h, m, n), q),
+        sinks=per_head("sinks", sinks, h, q, "learned logit"), alibi=per_head("alibi", alibi, h, q, "slope"),
+        prefix_k=prefix_k, prefix_v=prefix_v, key_padding=key_padding, query_padding=query_padding,
+        q_segments=q_segments, k_segments=k_segments, n_segments=n_segments,
+        segment_mask=segment_table("segment_mask", segment_mask, (b, h), q, neutral=True),
+        segment_open=segment_table("segment_open", segment_open, (b, h), q, neutral=False),
         targets=target_keys(targets, (b, m), n, q), key_features=features_of_keys(key_features, (b, n), q),
         gate=None if edit is None else _gate(edit.gate, (b, h, m), q),
     )  # fmt: skip
@@ -123,13 +131,35 @@ def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
         ) from None
 
 
-def _sinks(t: Any, h: int, q: Tensor) -> Tensor | None:
+def per_head(name: str, t: Any, h: int, q: Tensor, what: str) -> Tensor | None:
+    """One number for each query head."""
     if t is None:
         return None
-    same_device("sinks", t, q)
+    same_device(name, t, q)
     if tuple(t.shape) != (h,):
-        raise ValueError(f"sinks has shape {list(t.shape)}: one learned logit for each query head, [{h}], expected")
+        raise ValueError(f"{name} has shape {list(t.shape)}: one {what} for each query head, [{h}], expected")
     return t
+
+
+def _prefix(prefix: Any, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if prefix is None:
+        return None, None
+    if not isinstance(prefix, tuple | list) or len(prefix) != 2 or not all(isinstance(x, Tensor) for x in prefix):
+        raise TypeError(f"prefix is {type(prefix).__name__}: a pair of tensors (k0, v0) expected, or None")
+    b, hk = k.shape[:2]
+    for name, x, own in (("k0", prefix[0], k), ("v0", prefix[1], v)):
+        if x.dtype != own.dtype or x.device != own.device:
+            raise TypeError(
+                f"prefix {name} is {x.dtype} on {x.device}: {own.dtype} on {own.device} expected, as k and v"
+            )
+        if x.dim() != 4 or x.shape[1] != hk or x.shape[3] != own.shape[3] or 0 in x.shape or b % x.shape[0]:
+            raise ValueError(
+                f"prefix {name} has shape {list(x.shape)}: [G, Hk, P, D] = [G, {hk}, P, {own.shape[3]}] expected, with "
+                f"P >= 1 and G = 1 or another divisor of the batch size {b} (G equal runs of batch rows)"
+            )
+    if prefix[0].shape[:3] != prefix[1].shape[:3]:
+        raise ValueError(f"prefix k0 is {list(prefix[0].shape)} and v0 is {list(prefix[1].shape)}: G, Hk, P must agree")
+    return prefix[0], prefix[1]
 
 
 def _gate(t: Any, shape: tuple[int, int, int], q: Tensor) -> Tensor | None:

@@ -60,6 +60,51 @@ def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str,
     return whole
 
 
+def segment_ids(
+    q_ids: Any, k_ids: Any, tables: dict[str, Any], shape: tuple[int, int, int], q: Tensor
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Segment ids of queries and keys, checked against the tables that read them, and the number of key segments."""
+    b, m, n = shape
+    tables = {name: t for name, t in tables.items() if t is not None}
+    for name, t in tables.items():
+        if not isinstance(t, Tensor) or t.dim() < 2:
+            given = f"of shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise TypeError(f"{name} is {given}: a tensor broadcastable to [B, H, Sq, Sk] expected, or None")
+        for ids, argument in ((q_ids, "q_segments"), (k_ids, "k_segments")):
+            if ids is None:
+                raise ValueError(f"{name} needs {argument}=, which is None")
+    if q_ids is not None and not tables:
+        readers = "segment_mask, segment_open, Edit.knockout or Edit.bias"
+        raise ValueError(f"q_segments is given, but nothing reads it: it goes with {readers}")
+    rows = min((t.shape[-2] for t in tables.values()), default=None)
+    columns = min((t.shape[-1] for t in tables.values()), default=None)
+    q_ids = integers("q_segments", q_ids, (b, m), q, "M", limit=rows)
+    k_ids = integers("k_segments", k_ids, (b, n), q, "N", limit=columns)
+    count = 0 if k_ids is None else int(k_ids.max()) + 1 if columns is None else columns
+    return q_ids, k_ids, count
+
+
+def segment_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:
+    """A bool table over pairs of segments, with a row and a column for what is in no segment."""
+    if t is None:
+        return None
+    same_device(name, t, q, floating=False)
+    if t.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {t.dtype}: bool expected")
+    return torch.nn.functional.pad(four_dimensions(name, t, heads), (0, 1, 0, 1), value=neutral)
+
+
+def four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
+    """A table of [Sq, Sk] or more dimensions as [#B, #H, Sq, Sk]."""
+    whole = t.reshape((1,) * (4 - t.dim()) + tuple(t.shape)) if t.dim() < 4 else t
+    if whole.dim() != 4 or any(s not in (1, w) for s, w in zip(whole.shape[:2], heads, strict=True)):
+        raise ValueError(
+            f"{name} has shape {list(t.shape)}: broadcastable to [B, H, Sq, Sk] expected, with B = {heads[0]} and "
+            f"H = {heads[1]}"
+        )
+    return whole
+
+
 def target_keys(t: Any, shape: tuple[int, int], n: int, q: Tensor) -> Tensor | None:
     """Key indices for each query."""
     return integers("targets", t, (*shape, -1), q, "M, T", limit=n)

@@ -19,6 +19,30 @@ OPTIONS = {
     "Gemma 2": {"window": 7, "softcap": 2.0, "scale": 0.3, "padding": "left"},
     "GPT-OSS": {"window": 6, "sinks": True, "padding": "left", "gate": True},
 }
+# What Triton does not do.
+SEGMENTED = {
+    "alibi": {"alibi": True},
+    "alibi, bidirectional": {"alibi": True, "causal": False, "padding": "left"},
+    "segment mask": {"table": ("segment_mask",)},
+    "segment mask of heads and rows": {"table": ("segment_mask",), "tables": (2, 4), "causal": False},
+    "opened segments": {"table": ("segment_open",), "window": 4},
+    "opened and hidden": {
+        "table": ("segment_mask", "segment_open"),
+        "tables": (1, 4),
+        "padding": "left",
+        "sinks": True,
+    },
+    "packed": {"table": ("segment_mask",), "packed": True, "tables": (2, 1)},
+}
+PREFIX = {
+    "prefix": {"prefix": 9},
+    "prefix for each row": {"prefix": 5, "runs": 2, "causal": False},
+    "prefix, window": {"prefix": 7, "window": 6, "softcap": 2.0},
+    "prefix, everything": {
+        "prefix": 6, "runs": 2, "padding": "left", "alibi": True, "bias": True, "sinks": True, "gate": True,
+        "table": ("segment_mask", "segment_open"),
+    },
+}  # fmt: skip
 WITH_BIAS = {
     "bias": {"bias": True},
     "bias that hides": {"bias": True, "hide": 0.4, "causal": False},
@@ -48,6 +72,14 @@ def inputs(b=2, h=4, hk=2, m=15, n=15, d=16, dv=16, seed=0, **options):
     """(q, k, v) and the keyword arguments of attend that the options stand for."""
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(b, *s, generator=g) for s in ((h, m, d), (hk, n, d), (hk, n, dv)))
+    if p := options.pop("prefix", 0):
+        runs = options.pop("runs", 1)
+        runs = runs if b % runs == 0 else 1
+        options["prefix"] = tuple(torch.randn(runs, hk, p, x, generator=g) for x in (d, dv))
+        n += p
+    if options.pop("alibi", False):
+        options["alibi"] = torch.rand(h, generator=g) / 4
+    options |= segment_options(options, b, h, m, n, g)
     if options.pop("sinks", False):
         options["sinks"] = torch.randn(h, generator=g)
     if side := options.pop("padding", None):
@@ -63,8 +95,27 @@ def inputs(b=2, h=4, hk=2, m=15, n=15, d=16, dv=16, seed=0, **options):
     return (q, k, v), options
 
 
+def segment_options(options, b, h, m, n, g):
+    """Random segments, some tokens in none; random tables over pairs of them."""
+    names, (rows, heads) = options.pop("table", ()), options.pop("tables", (1, 1))
+    packed = options.pop("packed", False)
+    if not names:
+        return {}
+    shape = (b if rows > 1 else 1, h if heads > 1 else 1, 3, 3)
+    k_segments = torch.randint(-1, 3, (b, n), generator=g)
+    if packed:
+        k_segments = torch.arange(n).mul(3) // n
+    q_segments = torch.nn.functional.pad(k_segments, (m - n if m > n else 0, 0), value=-1)[..., -m:]
+    made = {"segment_mask": torch.rand(shape, generator=g) < 0.7, "segment_open": torch.rand(shape, generator=g) < 0.3}
+    if packed:
+        made["segment_mask"] = torch.eye(3).bool()
+    return {"q_segments": q_segments, "k_segments": k_segments} | {name: made[name] for name in names}
+
+
 def oracle(qkv, **options):
     """The float64 reference."""
+    if "prefix" in options:
+        options["prefix"] = tuple(x.double() for x in options["prefix"])
     return headstats.attend(*(x.double() for x in qkv), **options, backend="reference")
 
 

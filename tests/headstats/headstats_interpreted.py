@@ -7,7 +7,7 @@ import headstats
 import pytest
 import torch
 from headstats import StatSpec, launch
-from headstats_cases import OPTIONS, assert_same, inputs, oracle
+from headstats_cases import OPTIONS, assert_same, extras, inputs, oracle
 
 MOST = replace(
     StatSpec.none(), entropy=True, max_prob=True, argmax=True, distance=True, participation=True, sink=4, diagonal=True,
@@ -20,6 +20,7 @@ MOST = replace(
 def test_options(name, shape):
     m, n = shape
     qkv, options = inputs(b=2, h=2, hk=1, m=m, n=n, d=20, dv=12, **OPTIONS[name])
+    options["targets"] = extras(m, n)["targets"]
     got = headstats.attend(*qkv, **options, spec=MOST, backend="triton")
     assert got.backend == "triton"
     assert_same(got, oracle(qkv, **options, spec=MOST))
@@ -76,6 +77,16 @@ def test_gradients_by_recomputation():
     [
         ({"spec": StatSpec.all()}, "does not compute .*received"),
         ({"bias": torch.zeros(9)}, "takes no bias"),
+        ({"alibi": torch.zeros(2)}, "takes no alibi"),
+        ({"prefix": (torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))}, "takes no prefix"),
+        (
+            {
+                "q_segments": torch.zeros(7).long(),
+                "k_segments": torch.zeros(9).long(),
+                "segment_mask": torch.ones(1, 1).bool(),
+            },
+            "takes no segment_mask",
+        ),
         ({"sinks": torch.zeros(2, requires_grad=True)}, "no gradient for sinks"),
     ],
     ids=str,

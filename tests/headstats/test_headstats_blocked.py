@@ -4,17 +4,18 @@ import headstats
 import pytest
 import torch
 from headstats import StatSpec, blocked, cpu_flash, rows, tiles
-from headstats_cases import OPTIONS, WITH_BIAS, assert_same, extras, inputs, oracle
+from headstats_cases import OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ALL = StatSpec.all()
-EVERY = OPTIONS | WITH_BIAS
+EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX
 
 
 def check(qkv, options, spec=ALL):
     if spec is ALL:
-        options = options | extras(qkv[0].shape[2], qkv[1].shape[2], len(qkv[0]), shared=len(qkv[0]) == 2)
+        n = qkv[1].shape[2] + (options["prefix"][0].shape[2] if "prefix" in options else 0)
+        options = extras(qkv[0].shape[2], n, len(qkv[0]), shared=len(qkv[0]) == 2) | options
     got = headstats.attend(*qkv, **options, spec=spec, backend="blocked")
     assert got.backend == "blocked" and got.lse.dtype == torch.float32
     assert_same(got, oracle(qkv, **options, spec=spec))

@@ -9,6 +9,8 @@ import torch
 from headstats import Edit, StatSpec
 
 Q, K, V = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 6)
+SEGMENTS = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+IDS = {"q_segments": torch.tensor([0, 0, 1, 1, 1]), "k_segments": SEGMENTS}
 LATER = torch.ones(2, 7, dtype=torch.bool)
 
 WRONG = {
@@ -42,6 +44,26 @@ WRONG = {
     ),
     "segments dtype": ({"k_segments": torch.zeros(7)}, TypeError, "k_segments has dtype torch.float32: an integer"),
     "segments below": ({"k_segments": torch.full((7,), -2)}, ValueError, r"k_segments holds ids from -2 .* -1"),
+    "alibi": ({"alibi": torch.zeros(3)}, ValueError, r"alibi has shape \[3\]: one slope for each query head, \[4\]"),
+    "prefix type": ({"prefix": K}, TypeError, "prefix is Tensor: a pair of tensors"),
+    "prefix dtype": ({"prefix": (K.half(), V)}, TypeError, "prefix k0 is torch.float16 on cpu: torch.float32 on cpu"),
+    "prefix rows": (
+        {"prefix": (torch.randn(3, 2, 4, 8), V)}, ValueError, r"prefix k0 has shape \[3, 2, 4, 8\]: .* divisor of .* 2"
+    ),
+    "prefix sizes": ({"prefix": (K, V[:, :, :3])}, ValueError, r"k0 is \[2, 2, 7, 8\] and v0 is \[2, 2, 3, 6\]"),
+    "mask without segments": (
+        {"segment_mask": torch.ones(2, 2).bool(), "k_segments": SEGMENTS}, ValueError, "segment_mask needs q_segments="
+    ),
+    "mask dtype": ({**IDS, "segment_mask": torch.ones(2, 2)}, TypeError, "segment_mask has dtype torch.float32: bool"),
+    "mask shape": (
+        {**IDS, "segment_open": torch.ones(3, 2, 2).bool()}, ValueError, r"segment_open has shape \[3, 2, 2\]: .* H = 4"
+    ),
+    "mask type": ({**IDS, "segment_mask": [[True]]}, TypeError, "segment_mask is a list: a tensor"),
+    "mask too small": (
+        {**IDS, "segment_mask": torch.ones(2, 1).bool()}, ValueError, "k_segments holds ids from 0 to 1"
+    ),
+    "queries' segments unread": (IDS, ValueError, "q_segments is given, but nothing reads it"),
+    "segments unread": ({"k_segments": SEGMENTS, "spec": StatSpec.none()}, ValueError, "k_segments is given, but"),
     "targets shape": (
         {"targets": torch.zeros(2, 4, 1).long()}, ValueError, r"targets has shape \[2, 4, 1\]: \[M, T\] = \[5, any\]"
     ),

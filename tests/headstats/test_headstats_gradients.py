@@ -4,9 +4,9 @@ import headstats
 import pytest
 import torch
 from headstats import Edit, StatSpec, tiles
-from headstats_cases import OPTIONS, WITH_BIAS, inputs
+from headstats_cases import OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
 
-EVERY = OPTIONS | WITH_BIAS
+EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX
 
 
 @pytest.fixture(params=["one tile", "small tiles"])
@@ -17,9 +17,12 @@ def tiling(request, monkeypatch):
 
 
 def doubles(options):
-    return {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()
-    }
+    def double(x):
+        if isinstance(x, tuple):
+            return tuple(map(double, x))
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return {name: double(x) for name, x in options.items()}
 
 
 @pytest.mark.parametrize("name", ["causal", "window, bidirectional", "Gemma 2", "GPT-OSS", "everything"])
