@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +19,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar
 
 CLEAN = "When John and Mary went to the store, John gave a drink to"
 PAIRS = {
@@ -26,19 +30,22 @@ PAIRS = {
 }
 
 
-def alternate(rounds: int, ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, float]:
-    """Seconds of two functions run in turn: medians and the ratio theirs/ours."""
+def alternate(rounds: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, Any]:
+    """Two functions run in turn: medians of their seconds, the ratio theirs/ours, the largest gap of their results."""
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    results: dict[str, Any] = {}
     for _ in range(rounds):
         for name, function in (("ours", ours), ("theirs", theirs)):
             begun = time.perf_counter()
-            function()
+            results[name] = function()
             times[name].append(time.perf_counter() - begun)
+    gap = float(abs(results["ours"] - results["theirs"]).max())
+    assert gap < 1e-4, f"the sweeps disagree by {gap} logits"
     ours_s, theirs_s = (statistics.median(times[n]) for n in ("ours", "theirs"))
-    return {"ours_s": ours_s, "theirs_s": theirs_s, "ratio": theirs_s / ours_s, "raw": times}  # type: ignore[dict-item]
+    return {"ours_s": ours_s, "theirs_s": theirs_s, "ratio": theirs_s / ours_s, "max_gap": gap, "raw": times}
 
 
-def sweeps(rounds: int) -> list[dict[str, object]]:
+def sweeps(rounds: int) -> list[dict[str, Any]]:
     """resid_pre by layer × position and z by layer × head, one 15-token pair, against transformer_lens.patching."""
     import numpy as np
     import torch
@@ -71,9 +78,8 @@ def sweeps(rounds: int) -> list[dict[str, object]]:
             def theirs(loop=loop, tokens=tokens, cache=cache) -> np.ndarray:
                 return loop(model.bridge, tokens, cache, metric).numpy().ravel()
 
-            gap = float(np.abs(ours() - theirs()).max())
-            assert gap < 1e-4, gap
-            row = {"sweep": component, "pair": what, "cells": len(ours()), "tokens": tokens.shape[1], "max_gap": gap}
+            ours()  # warm up
+            row = {"sweep": component, "pair": what, "cells": len(ours()), "tokens": tokens.shape[1]}
             rows.append(row | alternate(rounds, ours, theirs))
             print(f"{component:10} {what:40} {rows[-1]['ratio']:6.1f}×", flush=True)
     return rows
@@ -100,7 +106,7 @@ print(seconds, max(peak[0], resident()) - base)
 """
 
 
-def statistics_rows(rounds: int, lengths: tuple[int, ...]) -> list[dict[str, object]]:
+def statistics_rows(rounds: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     """Default statistics of one layer (9 heads, 3 KV heads, 64 wide, causal, float32): blocked against eager."""
     rows = []
     for n in lengths:

@@ -98,7 +98,7 @@ class AttentionStats:
         tokens: list[list[str]] = []
         values: dict[str, list[Any]] = {name: [] for name in names}
         for _, part in frame.groupby("example", sort=True):
-            shape = tuple(int(part[c].max()) + 1 for c in ("layer", "head", "position"))
+            shape = tuple(int(np.asarray(part[c]).max()) + 1 for c in ("layer", "head", "position"))
             part = part.sort_values(["layer", "head", "position"])
             tokens.append(part["token"].iloc[: shape[2]].tolist())
             for name in names:

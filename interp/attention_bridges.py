@@ -13,15 +13,25 @@ import torch
 from torch import Tensor
 
 from interp.dense import AttentionCall
+from interp.errors import ModelError
+
+_LENGTH = "_interp_length"  # positions in the running forward of the original module; None outside one
 
 
 def adapt(attn: Any) -> None:
-    """Give one attention bridge (or the native module in it) a forward that goes through its link."""
+    """Give one attention bridge (or the native module in it) a forward that goes through its link.
+
+    Raises ModelError for a bridge that computes attention in a way of its own (e.g. multi-head latent attention).
+    """
+    from transformer_lens.model_bridge.generalized_components import alibi_joint_qkv_attention as alibi
+    from transformer_lens.model_bridge.generalized_components import bloom_attention as bloom
     from transformer_lens.model_bridge.generalized_components import joint_qkv_attention as joint
     from transformer_lens.model_bridge.generalized_components import (
         joint_qkv_position_embeddings_attention as joint_rope,
     )
+    from transformer_lens.model_bridge.generalized_components import mpt_alibi_attention as mpt
     from transformer_lens.model_bridge.generalized_components import position_embeddings_attention as rope
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
     from transformer_lens.model_bridge.sources.native.model import NativeAttention
 
     module = attn.original_component
@@ -29,18 +39,69 @@ def adapt(attn: Any) -> None:
         module.__class__ = _subclass(type(module), "forward", _native_forward)
         return
     kind = type(attn)
-    if getattr(kind, "forward", None) is rope.PositionEmbeddingsAttentionBridge.forward:
+    if issubclass(kind, rope.PositionEmbeddingsAttentionBridge):
+        # Subclasses adapt TransformerLens' re-implementation (NoPE layers, norms); the original module knows them.
         attn.__class__ = _subclass(kind, "forward", _rope_forward)
+        _hook_norms(attn)
         return
     plain = (joint.JointQKVAttentionBridge, joint_rope.JointQKVPositionEmbeddingsAttentionBridge)
-    if any(getattr(kind, "_reconstruct_attention", None) is base._reconstruct_attention for base in plain):
+    linear_bias = (alibi.ALiBiJointQKVAttentionBridge, bloom.BloomAttentionBridge, mpt.MPTALiBiAttentionBridge)
+    own = getattr(kind, "_reconstruct_attention", None)
+    if any(own is base._reconstruct_attention for base in (*plain, *linear_bias)):
         attn.__class__ = _subclass(kind, "_reconstruct_attention", _joint_reconstruct)
+    elif kind.forward is not AttentionBridge.forward:
+        raise ModelError(
+            f"{type(module).__name__} computes attention in a way of its own (TransformerLens: {kind.__name__}), "
+            "which interp cannot route through its kernel; its statistics and edits would be wrong, so it is refused"
+        )
+    elif callable(getattr(module, "_attn", None)):
+        module.__class__ = _subclass(type(module), "_attn", _inner_attention)
 
 
 @cache
 def _subclass(base: type, method: str, function: Any) -> type:
     """One generated subclass per (class, method), so that isinstance checks and pickling of state still work."""
     return type(f"Instrumented{base.__name__}", (base,), {method: function, "__module__": __name__})
+
+
+def _hook_norms(attn: Any) -> None:
+    """Fire ``hook_q_normed``/``hook_k_normed`` when the original module calls its query and key norms.
+
+    TransformerLens shows per-head norms as [batch, heads, position, d_head]. Some models (Qwen 3) norm before
+    they transpose; there the norm is given TransformerLens' layout and its output turned back.
+    """
+    for name in ("q", "k"):
+        norm, hook = getattr(attn, f"{name}_norm", None), getattr(attn, f"hook_{name}_normed", None)
+        if norm is None or hook is None:
+            continue
+        turned: list[bool] = []
+
+        def before(module: Any, args: Any, turned: list[bool] = turned) -> Any:
+            length = attn.__dict__.get(_LENGTH)
+            x = args[0]
+            early = length is not None and x.ndim == 4 and x.shape[1] == length
+            # With as many heads as positions the shape does not tell; a transposed view is not contiguous.
+            turned.append(bool(early and (x.shape[2] != length or x.is_contiguous()) and not attn._qk_norm_per_head))
+            return (x.transpose(1, 2), *args[1:]) if turned[-1] else None
+
+        def after(module: Any, args: Any, out: Any, turned: list[bool] = turned, hook: Any = hook) -> Any:
+            was_turned = turned.pop()
+            if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
+                return None
+            out = hook(out)
+            return out.transpose(1, 2) if was_turned else out
+
+        norm.register_forward_pre_hook(before)
+        norm.register_forward_hook(after)
+
+
+def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run the original module, letting the norm hooks know that it is running and on how many positions."""
+    self.__dict__[_LENGTH] = hidden.shape[1]
+    try:
+        return self.original_component(hidden, *args, **kwargs)
+    finally:
+        self.__dict__[_LENGTH] = None
 
 
 def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +122,7 @@ def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
     if getattr(config, "use_attn_result", False):
         return self.hook_out(_with_result(self, hidden, args, kwargs)), None
-    out = self.original_component(hidden, *args, **kwargs)
+    out = _delegate(self, hidden, args, kwargs)
     return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
 
 
@@ -70,7 +131,7 @@ def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
     received: list[Tensor] = []
     handle = self.o.original_component.register_forward_pre_hook(lambda _m, inputs: received.append(inputs[0]))
     try:
-        self.original_component(hidden, *args, **kwargs)
+        _delegate(self, hidden, args, kwargs)
     finally:
         handle.remove()
     n_heads = int(self.config.n_heads)
@@ -102,29 +163,85 @@ def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """Attention of fused-QKV models (GPT-2, GPT-NeoX) after TransformerLens has split and hooked q, k, v."""
+    """Attention of fused-QKV models after TransformerLens has split and hooked q, k, v.
+
+    GPT-2, GPT-NeoX, Phi-3; Bloom, MPT and Falcon with their linear biases (ALiBi).
+    """
     from interp.instrument import _LINK, _read_mask
 
     config = self.config
     n_heads = int(config.n_heads)
     n_kv = int(getattr(config, "n_key_value_heads", None) or n_heads)
+    clip = getattr(self, "_clip_qkv", None)
+    if clip:
+        q, k, v = (x.clamp(min=-clip, max=clip) for x in (q, k, v))
     q, k, v, batch, length, d_head = self._reshape_qkv_to_heads(q, k, v, n_heads, n_kv)
     embeddings = kwargs.get("position_embeddings")
     if embeddings is not None and hasattr(self, "_apply_rotary_pos_emb"):
         cos, sin = self._apply_position_embedding_hooks(embeddings)
         q, k = self._apply_rotary_pos_emb(q, k, cos, sin)
     k, v = self._update_kv_cache(k, v, **kwargs)
-    scale = d_head**-0.5
+    scale = getattr(self, "_softmax_scale", None) or d_head**-0.5
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) and self._layer_idx is not None:
         scale /= self._layer_idx + 1
+    masks = _read_mask(kwargs.get("attention_mask"))
+    bias = _linear_bias(self, kwargs, n_heads, k.shape[2], scale)
+    if bias is not None:
+        masks["bias"] = bias if masks.get("bias") is None else masks["bias"] + bias
     link = self.__dict__[_LINK]
-    call = AttentionCall(link.layer, q, k, v, scale, **_read_mask(kwargs.get("attention_mask")))
-    out = link.run(call)
+    out = link.run(AttentionCall(link.layer, q, k, v, scale, **masks))
     out = self._reshape_attn_output(out, batch, length, n_heads, out.shape[-1])
     if getattr(config, "use_attn_result", False):
         z = self.o.hook_in(out).unflatten(-1, (n_heads, -1))
         return self._compute_per_head_result(z, n_heads, z.shape[-1]), None
     return self._apply_output_projection(out), None
+
+
+def _linear_bias(self: Any, kwargs: Any, n_heads: int, n_keys: int, scale: float) -> Tensor | None:
+    """ALiBi as an additive bias [batch or 1, heads, 1, keys], which softmax knows only up to a constant per row.
+
+    Bloom and Falcon hand over [batch · heads, 1, keys] in ``alibi`` (Falcon scales it with the scores), MPT
+    [heads, 1, max_keys] in ``position_bias``, counted from the last key back.
+    """
+    from transformer_lens.model_bridge.generalized_components.alibi_joint_qkv_attention import (
+        ALiBiJointQKVAttentionBridge,
+    )
+
+    if kwargs.get("position_bias") is not None:
+        return kwargs["position_bias"][None, :, :, -n_keys:]
+    alibi = kwargs.get("alibi")
+    if alibi is None:
+        return None
+    bias = alibi.reshape(-1, n_heads, 1, alibi.shape[-1])
+    if bias.shape[-1] < n_keys:  # decoding with a cache: the same slopes, more keys
+        slope = bias[..., 1:2] - bias[..., 0:1]
+        bias = slope * torch.arange(n_keys, device=bias.device, dtype=bias.dtype)
+    bias = bias[..., :n_keys]
+    return bias * scale if isinstance(self, ALiBiJointQKVAttentionBridge) else bias
+
+
+def _inner_attention(
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The ``_attn`` method of GPT-J, CodeGen and GPT-Neo modules: [B, H, M, D] in and out.
+
+    GPT-Neo does not scale its scores, and alternates global layers with local ones.
+    """
+    from interp.instrument import _LINK, _read_mask
+
+    link = self.__dict__[_LINK]
+    masks = _read_mask(attention_mask)
+    scale = 1 / float(self.scale_attn) if hasattr(self, "scale_attn") else 1.0
+    if getattr(self, "attention_type", None) == "local":
+        masks["window"] = int(self.config.window_size)
+    call = AttentionCall(link.layer, query.to(value.dtype), key.to(value.dtype), value, scale, **masks)
+    return link.run(call), None
 
 
 def _native_forward(

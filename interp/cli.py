@@ -39,7 +39,7 @@ def demo(
         str,
         typer.Option(help="smollm2 (embedded, needs no model hub), a hub id, a local model folder or a .gguf file."),
     ] = "smollm2",
-    facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 6,
+    facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 4,
     samples: Annotated[int, typer.Option(help="Noise samples per fact in causal tracing (published: 10).")] = 10,
 ) -> None:
     """Run the main job on a real model: behaviour, attention statistics, patching, ablation, causal tracing, report.

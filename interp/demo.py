@@ -31,7 +31,7 @@ class Demo:
     seed: int = 0
     out: Path = Path("results/demo")
     model: str = "smollm2"
-    trace_facts: int = 6
+    trace_facts: int = 4
     samples: int = 10
     say: Say = print
     finished: list[Path] = field(default_factory=list)
@@ -146,8 +146,8 @@ class Demo:
             if "denoise" not in title or "head" not in title:
                 continue
             self.say(f"\nStrongest heads when patched from clean into corrupt (n = {self.n}):")
-            for row in effects.summary().head(5).itertuples():
-                self.say(f"  L{row.layer}H{row.head}  {row.effect:+.2f}  [{row.lo:+.2f}, {row.hi:+.2f}]")
+            for row in effects.summary().head(5).to_dict("records"):
+                self.say(f"  L{row['layer']}H{row['head']}  {row['effect']:+.2f}  [{row['lo']:+.2f}, {row['hi']:+.2f}]")
         self.say(f"\nDone in {seconds:.0f} s. Results:")
         for path in self.finished:
             self.say(f"  {os.path.relpath(path)}")

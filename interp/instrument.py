@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,4 +252,18 @@ def install(bridge: Any, instrument: Instrument) -> None:
         adapt(attn)
     hf = bridge.original_model
     if not isinstance(bridge.blocks[0].attn.original_component, NativeAttention):
+        _select(hf)
+
+
+def _select(hf: Any) -> None:
+    """Make a Hugging Face model's attention and masks go to our functions.
+
+    Models that predate the attention interface refuse the switch, but still build their masks by the
+    config's word; their modules are then reached through their bridges.
+    """
+    with suppress(ValueError, NotImplementedError):
         hf.set_attn_implementation(IMPLEMENTATION)
+    for module in hf.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) == "eager":
+            config._attn_implementation = IMPLEMENTATION

@@ -102,9 +102,26 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[A
             f"cannot load a bare {type(model).__name__}: pass a Hugging Face PreTrainedModel or a TransformerBridge"
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(name)
     if dtype is not None or device is not None:
         model = model.to(*(x for x in (device, dtype) if x is not None))
     return _wrap(name, model, tokenizer)
+
+
+def _tokenizer_of(name: str) -> Any:
+    """The tokenizer beside a model object's weights; ModelError if it cannot be found."""
+    from transformers import AutoTokenizer
+
+    try:
+        if not name or not (Path(name).exists() or "/" in name):
+            raise OSError("the model object does not say where it came from")
+        with _quiet():
+            return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ModelError(
+            f"no tokenizer was found for the model object {name!r} ({_first_line(error)}): pass tokenizer=…"
+        ) from error
 
 
 def _wrap(name: str, model: Any, tokenizer: Any) -> tuple[Any, str]:

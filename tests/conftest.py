@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from architectures import FAMILIES, config
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,50 +52,25 @@ def word_tokenizer():
     )
 
 
-def tiny_config(kind: str):
-    """Small random-weight architectures: rotary with grouped queries, fused QKV, fused QKV with rotary, a window."""
-    import transformers as tf
-
-    common = dict(vocab_size=100, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
-    if kind == "llama":
-        return tf.LlamaConfig(**common, **sizes, num_key_value_heads=2, max_position_embeddings=64)
-    if kind == "gpt2":
-        return tf.GPT2Config(**common, n_embd=32, n_layer=3, n_head=4, n_positions=64)
-    if kind == "neox":
-        return tf.GPTNeoXConfig(**common, **sizes, max_position_embeddings=64)
-    if kind == "mistral":
-        return tf.MistralConfig(
-            **common, **sizes, num_key_value_heads=2, max_position_embeddings=64, sliding_window=5, head_dim=8
-        )
-    if kind == "gemma2":
-        return tf.Gemma2Config(
-            **common,
-            **sizes,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=64,
-            sliding_window=5,
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=3.0,
-            query_pre_attn_scalar=8,
-        )
-    raise KeyError(kind)
-
-
-ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")
+ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")  # the ways in which attention is intercepted
+OTHERS = [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in ARCHITECTURES]
+NO_FLOAT64 = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")  # torch's grouped matrix product has no float64
+EVERY = [*ARCHITECTURES, *OTHERS]
 
 
 def tiny_hf(kind: str, dtype: torch.dtype = torch.float64):
     """A Hugging Face model with large random weights, so that attention is far from uniform."""
     import transformers as tf
 
+    if kind in NO_FLOAT64:
+        dtype = torch.float32
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(tiny_config(kind), attn_implementation="eager").to(dtype).eval()
+    model = tf.AutoModelForCausalLM.from_config(config(kind), attn_implementation="eager").to(dtype).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(8.0 if "embed" not in name and "wte" not in name else 20.0)
+    model.config.architectures = [type(model).__name__]
     return model
 
 

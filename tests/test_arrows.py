@@ -22,7 +22,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "dense": (),
     "effects": ("errors",),
     "attention": ("effects", "errors"),
-    "attention_bridges": ("dense", "instrument"),
+    "attention_bridges": ("dense", "errors", "instrument"),
     "instrument": ("dense", "errors", "attention_bridges"),
     "loading": ("errors", "zoo.embedded"),
     "model": ("attention", "errors", "instrument", "loading", "prompts", "provenance", "sites"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, OTHERS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -76,6 +76,23 @@ def test_fast_equals_naive(tiny, kind: str, mode: str, pairs, sites) -> None:
     assert a.drop(columns=["patched", "effect", "raw"]).equals(b.drop(columns=["patched", "effect", "raw"]))
     np.testing.assert_allclose(a["patched"], b["patched"], **EXACT)
     np.testing.assert_allclose(a["raw"], b["raw"], **EXACT)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_family_runs_packed_and_equals_naive(tiny, kind: str) -> None:
+    model = tiny(kind)
+    pairs = [
+        interp.PromptPair(words([1, 2, 3, 4, 5, 6, 7]), words([1, 9, 3, 4, 5, 8, 7]), "w95", "w96"),
+        interp.PromptPair(words([4, 4, 4]), words([4, 4, 9]), "w95", "w96"),
+    ]
+    sites = model.sites("z", layers=[0, -1]) | model.sites("resid_pre", layers=[1, -1], positions=[1, -1])
+    sites = sites | model.sites("mlp_out", layers=1, positions=[-1]) | model.sites("v", layers=1, heads=0)
+    chosen = available(model, list(sites))
+    fast, naive = (interp.patch(model, pairs, chosen, engine=e) for e in ("auto", "naive"))
+    assert fast.provenance["engine"] == "packed, exact"
+    np.testing.assert_allclose(
+        fast.frame()["patched"], naive.frame()["patched"], atol=1e-8 if model.dtype == torch.float64 else 1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -28,8 +28,11 @@ from interp.engine.runs import Frame, Run, hooks
 from interp.instrument import attend
 from interp.model import Model
 
-ROWWISE_KWARGS = ("position_embeddings", "position_ids")
-DROPPED_KWARGS = ("attention_mask", "past_key_values", "use_cache", "cache_position", "encoder_attention_mask")
+ROWWISE_KWARGS = ("position_embeddings", "position_ids", "alibi")
+DROPPED_KWARGS = (
+    "attention_mask", "past_key_values", "layer_past", "use_cache", "cache_position", "encoder_attention_mask",
+    "position_bias",  # a linear bias: the recorded calls hold it, per key
+)  # fmt: skip
 
 
 def unsupported(model: Model, frame: Frame) -> str | None:
@@ -37,6 +40,8 @@ def unsupported(model: Model, frame: Frame) -> str | None:
     for layer, call in frame.calls.items():
         if not call.causal:
             return f"layer {layer} is not causal (bidirectional, or behind a custom mask)"
+        if call.bias is not None and call.bias.shape[-2] != 1:
+            return f"layer {layer} adds a bias that depends on the query's position"
     if len(frame.calls) < model.n_layers or len(frame.kwargs) < model.n_layers:
         return "not every layer was seen by the recorder"
     for layer, kwargs in enumerate(frame.kwargs):
@@ -173,6 +178,8 @@ class PackedForward:
                 kwargs[name] = positions[None]
             elif name.startswith("position_embeddings"):
                 kwargs[name] = gather(value)
+            elif name == "alibi" and isinstance(value, Tensor):  # [batch · heads, 1, keys]; blocks insist on having it
+                kwargs[name] = value[: self.model.n_heads, :, positions]
             elif name == "use_cache":
                 kwargs[name] = False
             else:
@@ -205,21 +212,25 @@ class PackedForward:
 
             yield name, put
 
-    def _attend(self, call: AttentionCall, pieces: list[Piece]) -> Tensor:
+    def _attend(self, packed: AttentionCall, pieces: list[Piece]) -> Tensor:
         """Attention of packed rows: each group's own suffix after the base run's shared prefix."""
-        like = self.frame.calls[call.layer]
-        out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
+        like = self.frame.calls[packed.layer]
+        out = packed.q.new_empty(*packed.q.shape[:3], packed.v.shape[-1])
         for piece in pieces:
             cells, rows, start = len(piece.cells), piece.group.rows, piece.group.start
             span = slice(piece.offset, piece.offset + cells * rows)
-            q, k, v = (x[0, :, span].unflatten(1, (cells, rows)).transpose(0, 1) for x in (call.q, call.k, call.v))
+            q, k, v = (
+                x[0, :, span].unflatten(1, (cells, rows)).transpose(0, 1) for x in (packed.q, packed.k, packed.v)
+            )
             if start:
-                prefix = (piece.group.run.keys[call.layer], piece.group.run.values[call.layer])
+                prefix = (piece.group.run.keys[packed.layer], piece.group.run.values[packed.layer])
                 k, v = (
                     torch.cat([x[:, :start].expand(cells, -1, -1, -1), own], dim=2)
                     for x, own in zip(prefix, (k, v), strict=True)
                 )
-            result = attend(replace(like, q=q, k=k, v=v, key_padding=None), backend=self.model.instrument.backend)
+            bias = None if like.bias is None else like.bias[:1, ..., : k.shape[2]]  # per key: the same for every run
+            call = replace(like, q=q, k=k, v=v, key_padding=None, bias=bias)
+            result = attend(call, backend=self.model.instrument.backend)
             out[0, :, span] = result.out.transpose(0, 1).flatten(1, 2)
         return out
 

@@ -91,6 +91,10 @@ def _stack_noise(noises: list[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.zeros_like(some) if n is None else n for n in noises])
 
 
+def _n_keys(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.shape[-1]
+
+
 @contextmanager
 def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
     """Temporary TransformerLens forward hooks: (hook name, fn(tensor, hook) -> tensor or None)."""
@@ -158,7 +162,9 @@ class _Recorder:
             self.kv[call.layer] = (call.k.detach(), call.v.detach())
         if self.frame is not None:
             empty = call.q.new_empty(0)
-            self.frame.calls[call.layer] = replace(call, q=empty, k=empty, v=empty)
+            known = self.frame.calls.get(call.layer)
+            bias = call.bias if known is None or known.bias is None else max(known.bias, call.bias, key=_n_keys)
+            self.frame.calls[call.layer] = replace(call, q=empty, k=empty, v=empty, bias=bias)
         result = attend(call, backend=self.model.instrument.backend)
         self.model.instrument.record(call.layer).backends[result.backend] += 1
         return result.out
