@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+import torch
 
 from headstats import blocked, launch, reference
 from headstats.spec import AttentionStats, StatSpec
@@ -27,12 +29,15 @@ class Attended:
 
     out: the inputs' dtype.  lse: natural log of the softmax denominator (with the learned sink, if any), -inf for
     a query that sees no key; float32, or float64 for float64 inputs.  backend: the one that ran.
+    mass_before, mass_after: mass on each key segment, with Edit(report_mass=True).
     """
 
     out: Float[Tensor, "B H M Dv"]
     lse: Float[Tensor, "B H M"]
     stats: AttentionStats
     backend: str
+    mass_before: Float[Tensor, "B H M S"] | None = None
+    mass_after: Float[Tensor, "B H M S"] | None = None
 
 
 def attend(
@@ -62,7 +67,8 @@ def attend(
 ) -> Attended:
     """Attention, with statistics of every head and query.
 
-    p = softmax over visible keys of softcap(scale q.k) - alibi distance + bias; out = gate * sum_j p_ij v_j.
+    p = softmax over visible keys of softcap(scale q.k) - alibi distance + bias; out = sum_j p_ij v_j,
+    unless `edit` says otherwise (see Edit for the order in which its fields act).
 
     q, k, v: one dtype and device; H a multiple of Hk (grouped-query attention); Dv may differ from D.
     causal: query i sees key j if j <= i + N - M (aligned bottom-right).
@@ -85,12 +91,13 @@ def attend(
         in all results, then counts P + the number of keys in k: positions 0 ... P-1 are the prefix.
     targets: for each query, keys whose weights are wanted; -1 = none. [M, T] or [B, M, T].
     key_features: numbers of each key to be averaged under p. [N, F] or [B, N, F].
-    spec: which statistics; edit: what to change. Statistics are taken before the gate.
+    spec: which statistics; edit: what to change. Statistics are taken after temperature, bias and knockout and
+        before gate and replacement.
     backend: "auto", "triton", "blocked" or "reference". "auto" takes the first that can do the call, Triton first
         on CUDA; an explicit choice that cannot raises.
 
-    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix and the gate through
-    out and lse; the reference alone also differentiates bias, alibi, sinks and statistics.
+    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix and the fields of
+    Edit through out and lse; the reference alone also differentiates bias, alibi, sinks and statistics.
 
     Raises TypeError or ValueError for arguments that do not fit, NotImplementedError for an explicit backend that
     cannot do what is asked.
@@ -101,9 +108,25 @@ def attend(
         segment_open=segment_open, key_padding=key_padding, query_padding=query_padding, prefix=prefix,
         targets=targets, key_features=key_features, spec=spec, edit=edit,
     )  # fmt: skip
+    segments, reported = call.spec.segments, edit is not None and edit.report_mass
+    if reported:
+        call = replace(call, spec=replace(call.spec, segments=True))
     name, engine = _pick(call, backend)
     out, lse, stats = engine.run(call)
-    return Attended(out, lse, AttentionStats(**stats), name)
+    result = Attended(out, lse, AttentionStats(**stats), name)
+    if reported:
+        result.mass_before, result.mass_after = _mass_before(call, engine), result.stats.segments
+        if not segments:
+            result.stats.segments = None
+    return result
+
+
+def _mass_before(call: Call, engine: ModuleType) -> Tensor:
+    """Mass on key segments without the edits."""
+    edits = dict.fromkeys(("gate", "replacement", "temperature", "edit_bias", "knockout"), None)
+    with torch.no_grad():
+        _, _, stats = engine.run(replace(call, **edits, spec=replace(StatSpec.none(), segments=True)))
+    return stats["segments"]
 
 
 def _pick(call: Call, backend: str) -> tuple[str, ModuleType]:

@@ -9,7 +9,7 @@ import torch
 from headstats import cpu_flash, fast, recompute, rows
 from headstats.call import Call
 from headstats.stats import BY_NAME, Result, Value, mapped, tensors
-from headstats.tiles import Keys, Tile, heads_apart, keys_and_values, logits, mixed, tiles
+from headstats.tiles import Keys, Tile, heads_apart, keys_and_values, logits, mixed, of_rows, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,20 +37,19 @@ def forward(call: Call) -> Attended:
 
 def by_tiles(call: Call) -> Attended:
     """The general path."""
-    b, h, m, _ = call.q.shape
+    b, _, m, _ = call.q.shape
     hk, n, g = call.k.shape[1], call.n, call.groups
     k, v = keys_and_values(call)
-    gate = None if call.gate is None else heads_apart(call, call.gate.to(call.dtype).expand(b, h, -1))
     work = list(tiles(call))
     if len(work) == 1 and work[0].j == slice(0, n):
-        out, lse, stats = _one_tile(call, work[0], k, v, gate)
+        out, lse, stats = _one_tile(call, work[0], k, v)
     else:
         out = call.q.new_empty(b, hk, g, m, v.own.shape[3])
         lse = k.own.new_empty(b, hk, g, m)
         stats: dict[str, Result] = {}
         for t in work:
             rows_of = (t.b, t.h, slice(None), t.i)
-            out[rows_of], lse[rows_of], found = _one_tile(call, t, k, v, gate)
+            out[rows_of], lse[rows_of], found = _one_tile(call, t, k, v)
             for name, x in found.items():
                 if name not in stats:
                     stats[name] = _space(call, x, name)
@@ -86,13 +85,15 @@ def _columns(call: Call, name: str, joined: Result, value: Value) -> Result:
     return mapped(joined, lambda x: fast.mean_over_queries(call, x, name, value))
 
 
-def _one_tile(call: Call, t: Tile, k: Keys, v: Keys, gate: Tensor | None) -> Attended:
+def _one_tile(call: Call, t: Tile, k: Keys, v: Keys) -> Attended:
     """Gated out, lse and statistics of one tile, [b, h, g, m, ...]; key statistics as sums over its queries."""
     s, _ = logits(call, t, heads_apart(call, call.q)[t.b, t.h, :, t.i].to(call.dtype), k)
     row = rows.softmax(call, t, s, fast.keeps_logits(call))
     out = row.z = mixed(row.e, v, t)
-    scale = row.inverse
-    if gate is not None:
-        scale = scale * gate[t.b, t.h, :, t.i if gate.shape[3] > 1 else slice(1)]
+    gate = None if call.gate is None else of_rows(call, t, call.gate)
+    scale = row.inverse if gate is None else row.inverse * gate
     stats = {name: fast.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}
-    return out.mul_(scale[..., None]), row.lse, stats
+    out.mul_(scale[..., None])
+    if gate is not None and call.replacement is not None:
+        out += (1 - gate)[..., None] * of_rows(call, t, call.replacement)
+    return out, row.lse, stats

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
 EVERY = slice(None)
-TRAINABLE = ("q", "k", "v", "prefix_k", "prefix_v", "gate", "bias", "alibi", "sinks")
+LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "temperature", "edit_bias")  # what recomputation differentiates
+TRAINABLE = (*LEAVES, "gate", "replacement", "bias", "alibi", "sinks")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -49,7 +50,13 @@ class Call:
     n_segments: int = 0  # of keys
     targets: Int[Tensor, "#B M T"] | None = None
     key_features: Float[Tensor, "#B N F"] | None = None
-    gate: Shaped[Tensor, "#B #H #M"] | None = None  # always three dimensions
+    # An Edit
+    gate: Shaped[Tensor, "#B #H #M"] | None = None  # never None beside a replacement
+    replacement: Shaped[Tensor, "#B #H #M #Dv"] | None = None
+    temperature: Shaped[Tensor, "#B #H #M"] | None = None
+    edit_bias: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    knockout: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    renormalise: bool = True
 
     @property
     def n(self) -> int:
@@ -78,6 +85,21 @@ class Call:
             return ()
         return tuple(n for n in TRAINABLE if (t := getattr(self, n)) is not None and t.requires_grad)
 
+    @property
+    def leaky(self) -> bool:
+        """Whether weights of a row may sum to less than 1."""
+        return self.sinks is not None or (self.knockout is not None and not self.renormalise)
+
+    def gated(self, z: Shaped[Tensor, "B H M Dv"]) -> Shaped[Tensor, "B H M Dv"]:
+        """gate * z + (1 - gate) * replacement, in z's dtype."""
+        if self.gate is None:
+            return z
+        gate = self.gate[..., None].to(self.dtype)
+        out = gate * z.to(self.dtype)
+        if self.replacement is not None:
+            out = out + (1 - gate) * self.replacement.to(self.dtype)
+        return out.to(z.dtype)
+
     def keys_seen(self, i0: int, i1: int) -> tuple[int, int]:
         """Range of keys that any of the queries i0 <= i < i1 may see, by causality and window alone."""
         lo, hi = 0, self.n
@@ -97,8 +119,13 @@ class Call:
         rows = torch.arange(i0 + self.offset, i1 + self.offset, device=device)
         return rows[:, None] - torch.arange(lo, hi, device=device)
 
-    def visible(self, i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY) -> Bool[Tensor, "#b #h m n"]:
-        """Which keys the queries see, in a part of the call: causality, window, segments, padding and bias."""
+    def visible(
+        self, i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY, cut: bool = True
+    ) -> Bool[Tensor, "#b #h m n"]:
+        """Which keys the queries see, in a part of the call: causality, window, segments, padding and bias.
+
+        cut: cells that are knocked out do not count as visible.
+        """
         d = self.distances(i.start, i.stop, j.start, j.stop)
         mask = torch.ones_like(d, dtype=torch.bool)
         if self.causal:
@@ -110,6 +137,8 @@ class Call:
             mask = mask | self.cells(self.segment_open, i, j, b, heads)
         if self.segment_mask is not None:
             mask = mask & self.cells(self.segment_mask, i, j, b, heads)
+        if self.knockout is not None and cut:
+            mask = mask & ~self.cells(self.knockout, i, j, b, heads)
         if self.key_padding is not None:
             mask = mask & self.key_padding[b, None, None, j]
         if self.bias is not None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Below this many keys a single tile is faster, unless there are few rows and the call's overhead counts.
 MIN_KEYS, FEW_ROWS = 48, 512
-UNKNOWN = ("softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open")
+UNKNOWN = ("softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open",
+           "temperature", "edit_bias", "knockout")  # fmt: skip
 
 
 def suits(call: Call) -> bool:
@@ -41,9 +42,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     out, lse = _flash(call.q, call.k, call.v, call.causal and call.k.shape[2] == call.q.shape[2], call.scale)
     if call.prefix_k is not None:
         out, lse = _joined(call.dtype, (out, lse), _over_prefix(call))
-    if call.gate is not None:
-        out = out * call.gate[..., None]
-    out = out.to(call.q.dtype)
+    out = call.gated(out).to(call.q.dtype)
     return out, lse, {n: probes.statistic(call, lse, n, x) for n, x in call.spec.requested().items()}
 
 

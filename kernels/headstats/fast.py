@@ -72,7 +72,7 @@ def _participation(call: Call, t: Tile, row: Rows, _) -> Tensor:
 
 def _effective(call: Call, t: Tile, row: Rows, _) -> Tensor:
     e, mass = row.e, row.mass
-    if call.sinks is not None:  # weights may all be tiny beside the learned sink's: their squares would be lost
+    if call.leaky:  # weights may all be tiny beside what is no key: their squares would be lost
         up = torch.exp2((row.shift - row.top).clamp(max=100))
         e, mass = e * up[..., None], mass * up
     return mass.square() / e.square().sum(-1).clamp_min(torch.finfo(e.dtype).tiny)
@@ -218,7 +218,8 @@ def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, 
     stat = BY_NAME[name]
     count = total.new_zeros(total.shape)
     m, n = call.q.shape[2], call.n
-    wide = total[..., 0].numel() if any(x is not None for x in (call.bias, call.segment_mask, call.segment_open)) else 1
+    tables = (call.bias, call.segment_mask, call.segment_open, call.knockout)
+    wide = total[..., 0].numel() if any(x is not None for x in tables) else 1
     step = max(1, CELLS // 4 // (n * wide))
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 IN_KERNEL = ("entropy", "max_prob", "argmax", "distance", "participation")
 MAX_HEAD = 256
 UNKNOWN = {"bias": "bias", "alibi": "alibi", "segment_mask": "segment_mask", "segment_open": "segment_open",
-           "prefix_k": "prefix"}  # fmt: skip
+           "prefix_k": "prefix", "replacement": "Edit.replacement", "temperature": "Edit.temperature",
+           "edit_bias": "Edit.bias", "knockout": "Edit.knockout"}  # fmt: skip
 # Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256: shapes that spill no register on sm_80
 # and sm_90 with every statistic and option on. float32 runs on the plain cores and holds twice the bytes.
 HALF_TILES = ((128, 64, 3), (128, 32, 3), (64, 32, 2))

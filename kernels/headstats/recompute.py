@@ -9,21 +9,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.function import once_differentiable
 
-from headstats.call import Call
+from headstats.call import LEAVES, Call, part
 from headstats.stats import Result, TopK, tensors
-from headstats.tiles import LOG2E, Keys, collect, heads_apart, keys_and_values, logits, mixed, scores, tiles
+from headstats.tiles import (
+    LOG2E,
+    Keys,
+    Tile,
+    collect,
+    heads_apart,
+    keys_and_values,
+    logits,
+    mixed,
+    of_cells,
+    of_rows,
+    scores,
+    tiles,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAVES = ("q", "k", "v", "prefix_k", "prefix_v")  # what recomputation differentiates
 Forward = Callable[[Call], "tuple[Tensor, Tensor, dict[str, Result]]"]
 
 
 def with_gradients(call: Call, forward: Forward) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Runs `forward` so that out and lse carry gradients to LEAVES and the gate. Statistics carry none."""
+    """Runs `forward` so that out and lse carry gradients to LEAVES, gate and replacement. Statistics carry none."""
     # Out is kept without its gate: the gate's own gradient needs it, and a zero gate cannot be divided out.
-    bare = replace(call, gate=None)
+    bare = replace(call, gate=None, replacement=None)
     if set(LEAVES) & set(call.trainable):
         out, lse, *stats = _Attend.apply(bare, forward, *(getattr(call, name) for name in LEAVES))
         rest = iter(stats)  # flat, since autograd passes tensors alone
@@ -31,9 +43,7 @@ def with_gradients(call: Call, forward: Forward) -> tuple[Tensor, Tensor, dict[s
         found = {name: TopK(next(rest), next(rest)) if name == "topk" else next(rest) for name in asked}
     else:
         out, lse, found = forward(bare)
-    if call.gate is not None:
-        out = (out.to(call.dtype) * call.gate[..., None].to(call.dtype)).to(out.dtype)
-    return out, lse, found
+    return call.gated(out), lse, found
 
 
 class _Attend(torch.autograd.Function):
@@ -70,17 +80,65 @@ def gradients(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor) -> dict[
     k, v = keys_and_values(call)
     dq = k.own.new_zeros(q.shape)
     dk, dv = (Keys(torch.zeros_like(x.own), None if x.shared is None else torch.zeros_like(x.shared)) for x in (k, v))
+    edits = EditGradients(call)
     for t in tiles(call):
         rows = (t.b, t.h, slice(None), t.i)
-        q_t, go_t = q[rows].to(call.dtype), go[rows]
+        q_t, go_t, delta_t = q[rows].to(call.dtype), go[rows], delta[rows][..., None]
         s, tanh = logits(call, t, q_t, k)
+        kept = s.clone() if edits.temperature is not None else None
         p = s.sub_(lse[rows][..., None]).exp2_()
-        ds = scores(go_t, v, t).sub_(delta[rows][..., None]).mul_(p)
+        ds = scores(go_t, v, t)
+        cut = None if call.knockout is None or call.renormalise else of_cells(call, t, call.knockout)
+        if cut is not None:
+            ds.masked_fill_(cut, 0)
+        ds.sub_(delta_t).mul_(p)
+        edits.add(t, ds, kept, delta_t[..., 0], lse[rows])
+        if call.temperature is not None:
+            ds.div_(of_rows(call, t, call.temperature)[..., None])
         if tanh is not None:
             ds.mul_(1 - tanh.square_())
         ds.mul_(call.scale)
         dq[rows] = mixed(ds, k, t)
         collect(dk, t, ds, q_t)
-        collect(dv, t, p, go_t)
-    found = {"q": dq.flatten(1, 2), "k": dk.own, "v": dv.own}
+        collect(dv, t, p if cut is None else p.masked_fill_(cut, 0), go_t)
+    found = {"q": dq.flatten(1, 2), "k": dk.own, "v": dv.own, **edits.found()}
     return found | {name: x.shared for name, x in (("prefix_k", dk), ("prefix_v", dv)) if x.shared is not None}
+
+
+class EditGradients:
+    """Gradients of temperature and Edit.bias, tile by tile: logit = x / temperature + bias."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        (b, h, m, _), hk = call.q.shape, call.k.shape[1]
+        zeros = lambda *shape: call.q.new_zeros(b, hk, h // hk, *shape, dtype=call.dtype)  # noqa: E731
+        self.temperature = None if call.temperature is None else zeros(m)
+        self.bias = None if call.edit_bias is None else zeros(*call.edit_bias.shape[2:])
+
+    def add(self, t: Tile, ds: Tensor, s: Tensor | None, delta: Tensor, lse: Tensor) -> None:
+        """ds: d loss / d logit; s: logits, in base 2 as lse; delta: what each logit's weight is charged."""
+        call = self.call
+        if self.temperature is not None and s is not None:
+            heat = of_rows(call, t, call.temperature)  # pyright: ignore[reportArgumentType]
+            x = s / LOG2E if call.edit_bias is None else s / LOG2E - of_cells(call, t, call.edit_bias)
+            total = (ds * x).sum(-1)  # hidden cells: ds is 0 and x finite
+            if call.sinks is not None:
+                sink = of_rows(call, t, call.sinks[None, :, None]) / heat
+                total = total - torch.exp2(sink * LOG2E - lse) * delta * sink
+            self.temperature[t.b, t.h, :, t.i] = -total / heat
+        if self.bias is not None:
+            rows, columns = (self._one_hot(x, n) for x, n in zip(self._ids(t), self.bias.shape[3:], strict=True))
+            per_column = torch.einsum("bhgmn,bnk->bhgmk", ds, columns.expand(len(ds), -1, -1))
+            self.bias[t.b, t.h] += torch.einsum("bhgmk,bms->bhgsk", per_column, rows.expand(len(ds), -1, -1))
+
+    def _ids(self, t: Tile) -> tuple[Tensor, Tensor]:
+        assert self.call.q_segments is not None and self.call.k_segments is not None  # validated
+        return part(self.call.q_segments, t.b)[:, t.i], part(self.call.k_segments, t.b)[:, t.j]
+
+    def _one_hot(self, ids: Tensor, n: int) -> Tensor:
+        return (ids.remainder(n)[..., None] == torch.arange(n, device=ids.device)).to(self.call.dtype)
+
+    def found(self) -> dict[str, Tensor]:
+        """Summed over what was broadcast."""
+        pairs = (("temperature", self.temperature), ("edit_bias", self.bias))
+        return {n: x.flatten(1, 2).sum_to_size(getattr(self.call, n).shape) for n, x in pairs if x is not None}

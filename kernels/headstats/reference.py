@@ -25,35 +25,37 @@ def unsupported(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    pattern = build_pattern(call)
-    out = pattern.z
-    if call.gate is not None:
-        out = out * call.gate[..., None].to(call.dtype)
-    seen = pattern.visible.any(-1)
-    lse = torch.where(seen, pattern.log_norm, -torch.inf)
+    pattern, lse = build_pattern(call)
+    out = call.gated(pattern.z)
     stats = {name: _statistic(call, pattern, name, value) for name, value in call.spec.requested().items()}
     return out.to(call.q.dtype), lse, stats
 
 
-def build_pattern(call: Call) -> Pattern:
-    """softmax over [keys, learned sink] of the logits, with hidden cells exactly 0."""
-    m, n = call.q.shape[2], call.n
-    visible = call.visible(slice(0, m), slice(0, n))
+def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
+    """softmax over [keys, learned sink] of the logits, with hidden cells exactly 0; and its log-sum-exp."""
+    i, j = slice(0, call.q.shape[2]), slice(0, call.n)
+    visible = call.visible(i, j, cut=call.renormalise)
     scores = logits(call).masked_fill(~visible, HIDDEN)
     columns = scores
     if call.sinks is not None:
-        sink = call.sinks.to(call.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        columns = torch.cat([scores, sink], -1)
+        sink = call.sinks.to(call.dtype)[None, :, None]
+        if call.temperature is not None:
+            sink = sink / call.temperature.to(call.dtype)
+        columns = torch.cat([scores, sink.expand(scores.shape[:3])[..., None]], -1)
     seen = visible.any(-1)
     log_norm = torch.where(seen, torch.logsumexp(columns, -1), 0.0)
+    lse = torch.where(seen, log_norm, -torch.inf)
+    if call.knockout is not None and not call.renormalise:  # the row's norm stays, the cells go
+        visible = visible & ~call.cells(call.knockout, i, j)
+        scores = scores.masked_fill(~visible, HIDDEN)
     p = torch.where(visible, torch.exp(scores - log_norm[..., None]), 0.0)
-    real_query = call.query_padding if call.query_padding is not None else visible.new_ones(1, m)
-    return Pattern(
+    real_query = call.query_padding if call.query_padding is not None else visible.new_ones(1, i.stop)
+    pattern = Pattern(
         p=p,
         scores=scores,
         log_norm=log_norm,
         visible=visible,
-        distance=call.distances(0, m, 0, n).to(call.dtype),
+        distance=call.distances(0, i.stop, 0, j.stop).to(call.dtype),
         key_rank=call.key_rank()[:, None, None],
         real_query=real_query[:, None, :, None],
         z=p @ expanded(call, call.v, call.prefix_v),
@@ -63,10 +65,11 @@ def build_pattern(call: Call) -> Pattern:
         targets=None if call.targets is None else call.targets[:, None],
         features=None if call.key_features is None else call.key_features[:, None].to(call.dtype),
     )
+    return pattern, lse
 
 
 def logits(call: Call) -> Float[Tensor, "B H M N"]:
-    """softcap(scale q.k) - alibi |distance| + bias, before any mask."""
+    """(softcap(scale q.k) - alibi |distance| + bias) / temperature + Edit.bias, before any mask."""
     k = expanded(call, call.k, call.prefix_k)
     scores = call.q.to(call.dtype) @ k.transpose(-1, -2) * call.scale
     if call.softcap is not None:
@@ -74,7 +77,14 @@ def logits(call: Call) -> Float[Tensor, "B H M N"]:
     if call.alibi is not None:
         away = call.distances(0, scores.shape[2], 0, scores.shape[3]).abs()
         scores = scores - call.alibi.to(call.dtype)[:, None, None] * away
-    return scores if call.bias is None else scores + call.bias.to(call.dtype)
+    if call.bias is not None:
+        scores = scores + call.bias.to(call.dtype)
+    if call.temperature is not None:
+        scores = scores / call.temperature[..., None].to(call.dtype)
+    if call.edit_bias is not None:
+        gain = call.cells(call.edit_bias, slice(0, scores.shape[2]), slice(0, scores.shape[3]))
+        scores = scores + gain.to(call.dtype)
+    return scores
 
 
 def expanded(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:

@@ -9,7 +9,7 @@ import torch
 
 from headstats.call import HIDDEN, Call, part
 from headstats.stats import Pattern
-from headstats.tiles import LOG2E, Tile, by_group, heads_apart
+from headstats.tiles import LOG2E, Tile, by_group, of_cells, of_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -31,7 +31,7 @@ class Rows:
     mass: Float[Tensor, "b h g m"]  # sum of e over keys
     top: Float[Tensor, "b h g m"]  # the largest logit among keys
     argmax: Int[Tensor, "b h g m"] | None
-    empty: Bool[Tensor, "b h g m"]  # no key is visible
+    empty: Bool[Tensor, "b h g m"]  # no key is visible, or all are cut
     z: Float[Tensor, "b h g m Dv"] | None = None  # sum of e v
 
 
@@ -48,13 +48,21 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool) -> R
     empty = top <= HIDDEN / 2
     shift = top.clamp_min(HIDDEN / 2)  # keeps 2^(HIDDEN - shift) = 0 in a row where everything is hidden
     if call.sinks is not None:
-        sink = heads_apart(call, call.sinks.to(s.dtype)[None] * LOG2E)[:, t.h, :, None]
+        sink = of_rows(call, t, call.sinks[None, :, None] * LOG2E)
+        if call.temperature is not None:
+            sink = sink / of_rows(call, t, call.temperature)
         shift = torch.maximum(shift, sink)
+    cut = None if call.knockout is None or call.renormalise else of_cells(call, t, call.knockout)
+    keep = keep or cut is not None
     x = s.sub_(shift[..., None])
     e = x.exp2() if keep else x.exp2_()
     mass = e.sum(-1)
     total = mass if call.sinks is None else mass + torch.exp2(sink - shift)
     lse = ((shift + total.log2()) / LOG2E).masked_fill_(empty, -torch.inf)
+    if cut is not None and s.shape[-1]:  # the row's norm stays, the cells go
+        mass = e.masked_fill_(cut, 0).sum(-1)
+        top, argmax = top_and_place(x.masked_fill_(cut, HIDDEN))
+        empty, top = top <= HIDDEN / 4, top + shift
     # Where nothing is visible, total may be 0; mass is 0 then, so any finite inverse gives zeros.
     inverse = total.clamp_min(torch.finfo(s.dtype).tiny).reciprocal()
     return Rows(e, x if keep else None, shift, inverse, lse, mass, top, argmax, empty)

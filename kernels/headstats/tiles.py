@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.call import HIDDEN, Call, hidden_by_bias
+from headstats.call import HIDDEN, Call, hidden_by_bias, part
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -138,11 +138,31 @@ def logits(call: Call, t: Tile, q: Tensor, k: Keys) -> tuple[Float[Tensor, "b h 
         slopes = heads_apart(call, call.alibi.to(s.dtype)[None])[:, t.h, :, None, None]
         away = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(s.dtype)
         s.addcmul_(slopes, away, value=-LOG2E)
-    if call.bias is not None:
-        bias = heads_apart(call, call.bias)[t.b, t.h, :, t.i, t.j]
-        s.add_(bias, alpha=LOG2E).masked_fill_(hidden_by_bias(bias), HIDDEN)
+    bias = None if call.bias is None else heads_apart(call, call.bias)[t.b, t.h, :, t.i, t.j]
+    if bias is not None:
+        s.add_(bias, alpha=LOG2E)
+    if call.temperature is not None:
+        s.div_(of_rows(call, t, call.temperature)[..., None])
+    if call.edit_bias is not None:
+        s.add_(of_cells(call, t, call.edit_bias), alpha=LOG2E)
+    if bias is not None:
+        s.masked_fill_(hidden_by_bias(bias), HIDDEN)
     _hide(call, t, s)
     return s, tanh
+
+
+def of_rows(call: Call, t: Tile, x: Shaped[Tensor, "#B #H #M *rest"]) -> Shaped[Tensor, "#b #h #g #m *rest"]:
+    """The tile's part of what is given for heads and queries, in the dtype of logits."""
+    return part(by_group(call, part(part(x, t.b), _heads(call, t), 1)), t.i, 3).to(call.dtype)
+
+
+def of_cells(call: Call, t: Tile, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"]) -> Shaped[Tensor, "#b #h #g m n"]:
+    """A table over pairs of segments, spread over the tile's cells."""
+    return by_group(call, call.cells(table, t.i, t.j, t.b, _heads(call, t)))
+
+
+def _heads(call: Call, t: Tile) -> slice:
+    return slice(t.h.start * call.groups, t.h.stop * call.groups)
 
 
 def by_group(call: Call, x: Shaped[Tensor, "#B #H m n"]) -> Shaped[Tensor, "#B #Hk #G m n"]:
@@ -157,9 +177,9 @@ def heads_apart(call: Call, x: Tensor) -> Tensor:
 
 def _hide(call: Call, t: Tile, s: Tensor) -> None:
     """Causality and window touch only the keys at either end of the tile; padding touches all."""
-    heads = slice(t.h.start * call.groups, t.h.stop * call.groups)
     if call.segment_open is not None:
-        s.masked_fill_(~by_group(call, call.visible(t.i, t.j, t.b, heads)), HIDDEN)
+        seen = call.visible(t.i, t.j, t.b, _heads(call, t), cut=call.renormalise)
+        s.masked_fill_(~by_group(call, seen), HIDDEN)
         return
     i0, i1, lo, hi = t.i.start, t.i.stop, t.j.start, t.j.stop
     left = right = None
@@ -180,4 +200,6 @@ def _hide(call: Call, t: Tile, s: Tensor) -> None:
     if call.key_padding is not None:
         s.masked_fill_(~call.key_padding[t.b, None, None, None, t.j], HIDDEN)
     if call.segment_mask is not None:
-        s.masked_fill_(~by_group(call, call.cells(call.segment_mask, t.i, t.j, t.b, heads)), HIDDEN)
+        s.masked_fill_(~of_cells(call, t, call.segment_mask), HIDDEN)
+    if call.knockout is not None and call.renormalise:
+        s.masked_fill_(of_cells(call, t, call.knockout), HIDDEN)

@@ -11,6 +11,7 @@ from torch import Tensor
 from headstats.call import Call
 from headstats.edit import Edit
 from headstats.spec import StatSpec
+from headstats.validate_edit import edit_fields
 from headstats.validate_keys import features_of_keys, resolved, same_device, segment_ids, segment_table, target_keys
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,8 +50,11 @@ def make_call(
     if query_padding is None and key_padding is not None:
         query_padding = _query_padding_from_keys(key_padding, m, causal)
     tables = {"segment_mask": segment_mask, "segment_open": segment_open}
+    if edit is not None:
+        tables |= {"Edit.knockout": edit.knockout, "Edit.bias": edit.bias}
     q_segments, k_segments, n_segments = segment_ids(q_segments, k_segments, tables, (b, m, n), q)
-    if k_segments is not None and not spec.segments and not any(t is not None for t in tables.values()):
+    reported = edit is not None and edit.report_mass
+    if k_segments is not None and not (spec.segments or reported or any(t is not None for t in tables.values())):
         raise ValueError("k_segments is given, but StatSpec(segments=False) and no table over segments leave it unread")
     return Call(
         q=q, k=k, v=v, causal=causal, window=window, softcap=None if softcap is None else float(softcap),
@@ -61,7 +65,7 @@ def make_call(
         segment_mask=segment_table("segment_mask", segment_mask, (b, h), q, neutral=True),
         segment_open=segment_table("segment_open", segment_open, (b, h), q, neutral=False),
         targets=target_keys(targets, (b, m), n, q), key_features=features_of_keys(key_features, (b, n), q),
-        gate=None if edit is None else _gate(edit.gate, (b, h, m), q),
+        **({} if edit is None else edit_fields(edit, (b, h, m, v.shape[3]), q, k_segments)),
     )  # fmt: skip
 
 
@@ -160,18 +164,3 @@ def _prefix(prefix: Any, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | 
     if prefix[0].shape[:3] != prefix[1].shape[:3]:
         raise ValueError(f"prefix k0 is {list(prefix[0].shape)} and v0 is {list(prefix[1].shape)}: G, Hk, P must agree")
     return prefix[0], prefix[1]
-
-
-def _gate(t: Any, shape: tuple[int, int, int], q: Tensor) -> Tensor | None:
-    if t is None:
-        return None
-    same_device("Edit.gate", t, q)
-    whole = t if t.dim() == 3 else t[..., None]
-    try:
-        whole.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"Edit.gate has shape {list(t.shape)}: broadcastable to [B, H] = {list(shape[:2])} or, with three "
-            f"dimensions, to [B, H, M] = {list(shape)} expected"
-        ) from None
-    return whole.reshape((1,) * (3 - whole.dim()) + tuple(whole.shape))

@@ -34,6 +34,22 @@ SEGMENTED = {
     },
     "packed": {"table": ("segment_mask",), "packed": True, "tables": (2, 1)},
 }
+EDITED = {
+    "temperature": {"edits": ("temperature",), "softcap": 2.0, "sinks": True},
+    "log gain": {"edits": ("bias",), "causal": False},
+    "knockout": {"edits": ("knockout",)},
+    "knockout, not renormalised": {"edits": ("knockout", "leave"), "sinks": True},
+    "replacement": {"edits": ("gate", "replacement")},
+    "replacement alone": {"edits": ("replacement",)},
+    "all edits": {
+        "edits": ("gate", "replacement", "temperature", "bias", "knockout"), "prefix": 6, "padding": "left",
+        "window": 8, "bias": True, "hide": 0.2, "alibi": True, "table": ("segment_open",),
+    },
+    "all edits, not renormalised": {
+        "edits": ("gate", "replacement", "temperature", "bias", "knockout", "leave"), "prefix": 5, "runs": 2,
+        "table": ("segment_mask", "segment_open"), "tables": (2, 4), "sinks": True,
+    },
+}  # fmt: skip
 PREFIX = {
     "prefix": {"prefix": 9},
     "prefix for each row": {"prefix": 5, "runs": 2, "causal": False},
@@ -79,7 +95,11 @@ def inputs(b=2, h=4, hk=2, m=15, n=15, d=16, dv=16, seed=0, **options):
         n += p
     if options.pop("alibi", False):
         options["alibi"] = torch.rand(h, generator=g) / 4
-    options |= segment_options(options, b, h, m, n, g)
+    edits = options.pop("edits", ())
+    by_segment = bool({"bias", "knockout"} & set(edits))
+    options |= segment_options(options, b, h, m, n, g, by_segment)
+    if edits:
+        options["edit"] = edit_of(edits, b, h, m, dv, g)
     if options.pop("sinks", False):
         options["sinks"] = torch.randn(h, generator=g)
     if side := options.pop("padding", None):
@@ -95,11 +115,11 @@ def inputs(b=2, h=4, hk=2, m=15, n=15, d=16, dv=16, seed=0, **options):
     return (q, k, v), options
 
 
-def segment_options(options, b, h, m, n, g):
+def segment_options(options, b, h, m, n, g, always=False):
     """Random segments, some tokens in none; random tables over pairs of them."""
     names, (rows, heads) = options.pop("table", ()), options.pop("tables", (1, 1))
     packed = options.pop("packed", False)
-    if not names:
+    if not names and not always:
         return {}
     shape = (b if rows > 1 else 1, h if heads > 1 else 1, 3, 3)
     k_segments = torch.randint(-1, 3, (b, n), generator=g)
@@ -110,6 +130,19 @@ def segment_options(options, b, h, m, n, g):
     if packed:
         made["segment_mask"] = torch.eye(3).bool()
     return {"q_segments": q_segments, "k_segments": k_segments} | {name: made[name] for name in names}
+
+
+def edit_of(names, b, h, m, dv, g):
+    """A random edit; each batch row and head has its own."""
+    made = {
+        "gate": torch.randn(b, h, m, generator=g),
+        "replacement": torch.randn(b, h, dv, generator=g),
+        "temperature": torch.rand(b, h, m, generator=g) + 0.5,
+        "bias": torch.randn(b, h, 3, 3, generator=g),
+        "knockout": torch.rand(b, h, 3, 3, generator=g) < 0.4,
+    }
+    fields = {name: x for name, x in made.items() if name in names}
+    return headstats.Edit(**fields, renormalise="leave" not in names)
 
 
 def oracle(qkv, **options):

@@ -77,6 +77,8 @@ def test_gradients_by_recomputation():
     [
         ({"spec": StatSpec.all()}, "does not compute .*received"),
         ({"bias": torch.zeros(9)}, "takes no bias"),
+        ({"edit": headstats.Edit(temperature=torch.ones(2))}, "takes no Edit.temperature"),
+        ({"edit": headstats.Edit(replacement=torch.ones(16))}, "takes no Edit.replacement"),
         ({"alibi": torch.zeros(2)}, "takes no alibi"),
         ({"prefix": (torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))}, "takes no prefix"),
         (

@@ -4,12 +4,12 @@ import headstats
 import pytest
 import torch
 from headstats import StatSpec, blocked, cpu_flash, rows, tiles
-from headstats_cases import OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
+from headstats_cases import EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ALL = StatSpec.all()
-EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX
+EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX | EDITED
 
 
 def check(qkv, options, spec=ALL):

@@ -64,6 +64,23 @@ WRONG = {
     ),
     "queries' segments unread": (IDS, ValueError, "q_segments is given, but nothing reads it"),
     "segments unread": ({"k_segments": SEGMENTS, "spec": StatSpec.none()}, ValueError, "k_segments is given, but"),
+    "replacement shape": (
+        {"edit": Edit(replacement=torch.zeros(5))}, ValueError, r"Edit.replacement has shape \[5\]: .*\[2, 4, 6\]"
+    ),
+    "temperature shape": ({"edit": Edit(temperature=torch.ones(3))}, ValueError, r"Edit.temperature has shape \[3\]"),
+    "temperature zero": ({"edit": Edit(temperature=torch.zeros(4))}, ValueError, "Edit.temperature goes down to 0.0"),
+    "knockout without segments": (
+        {"edit": Edit(knockout=torch.ones(2, 2).bool())}, ValueError, "Edit.knockout needs q_segments="
+    ),
+    "knockout dtype": ({**IDS, "edit": Edit(knockout=torch.ones(2, 2))}, TypeError, "Edit.knockout has dtype"),
+    "knockout too small": ({**IDS, "edit": Edit(knockout=torch.ones(1, 2).bool())}, ValueError, "q_segments holds"),
+    "gain dtype": ({**IDS, "edit": Edit(bias=torch.ones(2, 2).int())}, TypeError, "Edit.bias has dtype torch.int32"),
+    "gain infinite": (
+        {**IDS, "edit": Edit(bias=torch.full((2, 2), -torch.inf))}, ValueError, "Edit.bias holds .* use Edit.knockout"
+    ),
+    "renormalise alone": ({"edit": Edit(renormalise=False)}, ValueError, "Edit.renormalise=False says how"),
+    "renormalise type": ({"edit": Edit(renormalise=1)}, TypeError, "Edit.renormalise=1: True or False"),
+    "mass without segments": ({"edit": Edit(report_mass=True)}, ValueError, "Edit.report_mass=True .*k_segments="),
     "targets shape": (
         {"targets": torch.zeros(2, 4, 1).long()}, ValueError, r"targets has shape \[2, 4, 1\]: \[M, T\] = \[5, any\]"
     ),
