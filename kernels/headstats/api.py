@@ -108,15 +108,19 @@ def attend(
         segment_open=segment_open, key_padding=key_padding, query_padding=query_padding, prefix=prefix,
         targets=targets, key_features=key_features, spec=spec, edit=edit,
     )  # fmt: skip
-    segments, reported = call.spec.segments, edit is not None and edit.report_mass
-    if reported:
+    return _run(call, backend, report=edit is not None and edit.report_mass)
+
+
+def _run(call: Call, backend: str, report: bool) -> Attended:
+    asked = call.spec.segments
+    if report:
         call = replace(call, spec=replace(call.spec, segments=True))
     name, engine = _pick(call, backend)
     out, lse, stats = engine.run(call)
     result = Attended(out, lse, AttentionStats(**stats), name)
-    if reported:
+    if report:
         result.mass_before, result.mass_after = _mass_before(call, engine), result.stats.segments
-        if not segments:
+        if not asked:
             result.stats.segments = None
     return result
 

@@ -261,3 +261,15 @@ def tensors(result: Result) -> tuple[Tensor, ...]:
 def mapped(result: Result, f: Callable[[Tensor], Tensor]) -> Result:
     """The statistic with `f` applied to its tensors."""
     return f(result) if isinstance(result, Tensor) else TopK(*map(f, result))
+
+
+def table() -> str:
+    """STATISTICS as a Markdown table: what the README shows."""
+    lines = ["| statistic | shape | definition | unit | range | if empty |", "| --- | --- | --- | --- | --- | --- |"]
+    for s in STATISTICS:
+        mark = " †" if s.default is None else " *" if s.default else ""
+        empty = "0, −1" if s.name == "topk" else f"{s.empty:g}".replace("-", "−")
+        text = s.definition + (f" ({s.source})" if s.source else "")
+        cells = (f"`{s.name}`{mark}", s.shape, text.replace("|", "\\|"), s.unit, s.range, empty)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """What is asked for is computed, and nothing else."""
 
+import pathlib
 import re
 from dataclasses import fields
 
@@ -7,7 +8,7 @@ import headstats
 import pytest
 import torch
 from headstats import STATISTICS, AttentionStats, StatSpec, blocked, reference, tiles
-from headstats.stats import ARGUMENT, BY_NAME, tensors
+from headstats.stats import ARGUMENT, BY_NAME, table, tensors
 from headstats_cases import assert_same, extras, inputs, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,6 +49,11 @@ def test_one_table():
     assert [f.name for f in fields(StatSpec)] == [f.name for f in fields(AttentionStats)] == NAMES
     for s in STATISTICS:
         assert getattr(StatSpec(), s.name) == s.default and s.definition and s.unit and s.range
+
+
+def test_the_readme_shows_the_table():
+    readme = pathlib.Path(headstats.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert table() in readme, "put the output of headstats.stats.table() there"
 
 
 def test_default_none_all():
