@@ -1,9 +1,12 @@
-"""Tiny random-weight configs of the architectures that researchers open, for the matrix tests."""
+"""Tiny random-weight models of the architectures that researchers open, for the matrix tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import pytest
+import torch
 
 COMMON: dict[str, Any] = {"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 SIZES: dict[str, Any] = {
@@ -78,3 +81,25 @@ def config(family: str) -> Any:
     name, arguments = FAMILIES[family]
     make: Callable[..., Any] = getattr(transformers, name)
     return make(**COMMON, **arguments)
+
+
+ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")  # the ways in which attention is intercepted
+OTHERS = [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in ARCHITECTURES]
+NO_FLOAT64 = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")  # torch's grouped matrix product has no float64
+EVERY = [*ARCHITECTURES, *OTHERS]
+
+
+def tiny_hf(kind: str, dtype: torch.dtype = torch.float64):
+    """A Hugging Face model with large random weights, so that attention is far from uniform."""
+    import transformers as tf
+
+    if kind in NO_FLOAT64:
+        dtype = torch.float32
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config(kind), attn_implementation="eager").to(dtype).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(8.0 if "embed" not in name and "wte" not in name else 20.0)
+    model.config.architectures = [type(model).__name__]
+    return model

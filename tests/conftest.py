@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from architectures import FAMILIES, config
+from architectures import tiny_hf
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,28 +50,6 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="<pad>", pad_token="<pad>", unk_token="<unk>"
     )
-
-
-ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")  # the ways in which attention is intercepted
-OTHERS = [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in ARCHITECTURES]
-NO_FLOAT64 = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")  # torch's grouped matrix product has no float64
-EVERY = [*ARCHITECTURES, *OTHERS]
-
-
-def tiny_hf(kind: str, dtype: torch.dtype = torch.float64):
-    """A Hugging Face model with large random weights, so that attention is far from uniform."""
-    import transformers as tf
-
-    if kind in NO_FLOAT64:
-        dtype = torch.float32
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config(kind), attn_implementation="eager").to(dtype).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2:
-                weight.mul_(8.0 if "embed" not in name and "wte" not in name else 20.0)
-    model.config.architectures = [type(model).__name__]
-    return model
 
 
 @pytest.fixture(scope="session")

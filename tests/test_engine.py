@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, OTHERS
+from architectures import ARCHITECTURES, OTHERS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY, tiny_hf
+from architectures import EVERY, tiny_hf
 from headstats import StatSpec
 
 import interp
