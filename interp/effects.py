@@ -193,12 +193,19 @@ def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, proven
             pq.write_table(table, file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is private; a result is to be shared
         os.replace(temporary, target)
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
         raise InterpError(f"cannot write {target}: {error.strerror or error}. Choose a writable folder.") from None
     return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read_parquet(path: str | os.PathLike[str], *, kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:

