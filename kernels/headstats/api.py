@@ -96,8 +96,8 @@ def attend(
     backend: "auto", "triton", "blocked" or "reference". "auto" takes the first that can do the call, Triton first
         on CUDA; an explicit choice that cannot raises.
 
-    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix and the fields of
-    Edit through out and lse; the reference alone also differentiates bias, alibi, sinks and statistics.
+    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix, bias, alibi, sinks
+    and the fields of Edit through out and lse; the reference alone also differentiates statistics.
 
     Raises TypeError or ValueError for arguments that do not fit, NotImplementedError for an explicit backend that
     cannot do what is asked.

@@ -16,8 +16,19 @@ if TYPE_CHECKING:
 # Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
 EVERY = slice(None)
-LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "temperature", "edit_bias")  # what recomputation differentiates
-TRAINABLE = (*LEAVES, "gate", "replacement", "bias", "alibi", "sinks")
+LEAVES = (
+    "q",
+    "k",
+    "v",
+    "prefix_k",
+    "prefix_v",
+    "temperature",
+    "edit_bias",
+    "sinks",
+    "alibi",
+    "bias",
+)  # what recomputation differentiates
+TRAINABLE = (*LEAVES, "gate", "replacement")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,7 +47,7 @@ class Call:
     softcap: float | None
     scale: float
     spec: StatSpec  # what is asked, with the statistics that wait for an argument resolved to True or False
-    bias: Shaped[Tensor, "B H M N"] | None = None  # expanded, not copied
+    bias: Shaped[Tensor, "#B #H #M #N"] | None = None  # always four dimensions
     alibi: Shaped[Tensor, " H"] | None = None
     sinks: Shaped[Tensor, " H"] | None = None
     prefix_k: Shaped[Tensor, "G Hk P D"] | None = None  # batch rows in G equal runs, one prefix each
@@ -142,7 +153,7 @@ class Call:
         if self.key_padding is not None:
             mask = mask & self.key_padding[b, None, None, j]
         if self.bias is not None:
-            mask = mask & ~hidden_by_bias(self.bias[b, heads, i, j])
+            mask = mask & ~hidden_by_bias(parts(self.bias, b, heads, i, j))
         return mask
 
     def cells(
@@ -173,6 +184,13 @@ def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Te
         return x
     start, stop, _ = where.indices(x.shape[dim])
     return x.narrow(dim, start, stop - start)
+
+
+def parts(x: Shaped[Tensor, "#B #H #M #N"], *where: slice) -> Shaped[Tensor, "#b #h #m #n"]:
+    """A range of each axis, but for those that only broadcast."""
+    for dim, one in enumerate(where):
+        x = part(x, one, dim)
+    return x
 
 
 def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

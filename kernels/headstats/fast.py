@@ -148,7 +148,7 @@ def _segments(call: Call, t: Tile, row: Rows, _) -> Tensor:
 
 def _key_features(call: Call, t: Tile, row: Rows, _) -> Tensor:
     assert call.key_features is not None  # validated
-    return _per_key(row, part(call.key_features, t.b)[:, t.j].to(row.e.dtype))
+    return _per_key(row, part(call.key_features.detach(), t.b)[:, t.j].to(row.e.dtype))
 
 
 def _targets(call: Call, t: Tile, row: Rows, _) -> Tensor:

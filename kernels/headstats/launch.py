@@ -39,8 +39,6 @@ def unsupported(call: Call) -> str | None:
         return f"head sizes up to {MAX_HEAD} fit, given D={call.q.shape[3]}, Dv={call.v.shape[3]}"
     if unknown := [label for name, label in UNKNOWN.items() if getattr(call, name) is not None]:
         return f"it takes no {', '.join(unknown)}"
-    if "sinks" in call.trainable:
-        return "it gives no gradient for sinks, which requires one (use sinks.detach() or backend='reference')"
     if missing := set(call.spec.requested()) - {*IN_KERNEL, *probes.PROBED}:
         return f"it does not compute {', '.join(sorted(missing))}"
     return None

@@ -62,7 +62,7 @@ def weights_at(call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M
         scores = torch.tanh(scores / call.softcap) * call.softcap
     visible = inside[:, None] & _visible(call, index)
     if call.bias is not None:
-        bias = call.bias.gather(3, index[:, None].expand(b, h, m, -1))
+        bias = call.bias.expand(b, h, m, call.n).gather(3, index[:, None].expand(b, h, m, -1))
         scores, visible = scores + bias.to(scores.dtype), visible & ~hidden_by_bias(bias)
     return torch.where(visible, torch.exp(scores - lse[..., None]), 0.0)
 

@@ -9,22 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.function import once_differentiable
 
-from headstats.call import LEAVES, Call, part
+from headstats.call import LEAVES, Call
+from headstats.shaping import Shaping
 from headstats.stats import Result, TopK, tensors
-from headstats.tiles import (
-    LOG2E,
-    Keys,
-    Tile,
-    collect,
-    heads_apart,
-    keys_and_values,
-    logits,
-    mixed,
-    of_cells,
-    of_rows,
-    scores,
-    tiles,
-)  # fmt: skip
+from headstats.tiles import LOG2E, Keys, collect, heads_apart, keys_and_values, logits, mixed, of_cells, scores, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,79 +54,40 @@ class _Attend(torch.autograd.Function):
         grad_out = grad_out.to(call.dtype)
         # Sum_j p_ij dL/dp_ij = dout_i . out_i, less what comes in through lse (d lse / d score = p).
         delta = (grad_out * out).sum(-1) - grad_lse
-        found = gradients(call, lse, delta, grad_out)
-        grads = (None if x is None else found[n].to(x.dtype) for n, x in zip(LEAVES, leaves, strict=True))
+        wanted = {name for name, need in zip(LEAVES, ctx.needs_input_grad[2:], strict=True) if need}
+        found = gradients(call, wanted, lse, delta, grad_out)
+        grads = (found[n].to(x.dtype) if n in wanted else None for n, x in zip(LEAVES, leaves, strict=True))
         return (None, None, *grads)
 
 
-def gradients(call: Call, lse: Tensor, delta: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
-    """d loss / d each of LEAVES that there is, given d loss / d out before the gate."""
+def gradients(call: Call, wanted: set[str], lse: Tensor, delta: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
+    """d loss / d (q, k, v, prefix) and what else of LEAVES is wanted, given d loss / d out before the gate."""
     q, go = heads_apart(call, call.q), heads_apart(call, grad_out)
     # In an empty row all cells are at -1e30, so that any finite lse gives exp() = 0.
-    lse = heads_apart(call, lse.masked_fill(lse == -torch.inf, 0) * LOG2E)
-    delta = heads_apart(call, delta)
+    empty = lse == -torch.inf
+    lse = heads_apart(call, lse.masked_fill(empty, 0) * LOG2E)
+    delta = heads_apart(call, delta.masked_fill(empty, 0))
     k, v = keys_and_values(call)
     dq = k.own.new_zeros(q.shape)
     dk, dv = (Keys(torch.zeros_like(x.own), None if x.shared is None else torch.zeros_like(x.shared)) for x in (k, v))
-    edits = EditGradients(call)
+    shaping = Shaping(call, wanted)
     for t in tiles(call):
         rows = (t.b, t.h, slice(None), t.i)
         q_t, go_t, delta_t = q[rows].to(call.dtype), go[rows], delta[rows][..., None]
         s, tanh = logits(call, t, q_t, k)
-        kept = s.clone() if edits.temperature is not None else None
+        kept = s.clone() if "temperature" in shaping.grads else None
         p = s.sub_(lse[rows][..., None]).exp2_()
         ds = scores(go_t, v, t)
         cut = None if call.knockout is None or call.renormalise else of_cells(call, t, call.knockout)
         if cut is not None:
             ds.masked_fill_(cut, 0)
         ds.sub_(delta_t).mul_(p)
-        edits.add(t, ds, kept, delta_t[..., 0], lse[rows])
-        if call.temperature is not None:
-            ds.div_(of_rows(call, t, call.temperature)[..., None])
+        shaping.back(t, ds, kept, delta_t[..., 0], lse[rows])
         if tanh is not None:
             ds.mul_(1 - tanh.square_())
         ds.mul_(call.scale)
         dq[rows] = mixed(ds, k, t)
         collect(dk, t, ds, q_t)
         collect(dv, t, p if cut is None else p.masked_fill_(cut, 0), go_t)
-    found = {"q": dq.flatten(1, 2), "k": dk.own, "v": dv.own, **edits.found()}
+    found = {"q": dq.flatten(1, 2), "k": dk.own, "v": dv.own, **shaping.grads}
     return found | {name: x.shared for name, x in (("prefix_k", dk), ("prefix_v", dv)) if x.shared is not None}
-
-
-class EditGradients:
-    """Gradients of temperature and Edit.bias, tile by tile: logit = x / temperature + bias."""
-
-    def __init__(self, call: Call):
-        self.call = call
-        (b, h, m, _), hk = call.q.shape, call.k.shape[1]
-        zeros = lambda *shape: call.q.new_zeros(b, hk, h // hk, *shape, dtype=call.dtype)  # noqa: E731
-        self.temperature = None if call.temperature is None else zeros(m)
-        self.bias = None if call.edit_bias is None else zeros(*call.edit_bias.shape[2:])
-
-    def add(self, t: Tile, ds: Tensor, s: Tensor | None, delta: Tensor, lse: Tensor) -> None:
-        """ds: d loss / d logit; s: logits, in base 2 as lse; delta: what each logit's weight is charged."""
-        call = self.call
-        if self.temperature is not None and s is not None:
-            heat = of_rows(call, t, call.temperature)  # pyright: ignore[reportArgumentType]
-            x = s / LOG2E if call.edit_bias is None else s / LOG2E - of_cells(call, t, call.edit_bias)
-            total = (ds * x).sum(-1)  # hidden cells: ds is 0 and x finite
-            if call.sinks is not None:
-                sink = of_rows(call, t, call.sinks[None, :, None]) / heat
-                total = total - torch.exp2(sink * LOG2E - lse) * delta * sink
-            self.temperature[t.b, t.h, :, t.i] = -total / heat
-        if self.bias is not None:
-            rows, columns = (self._one_hot(x, n) for x, n in zip(self._ids(t), self.bias.shape[3:], strict=True))
-            per_column = torch.einsum("bhgmn,bnk->bhgmk", ds, columns.expand(len(ds), -1, -1))
-            self.bias[t.b, t.h] += torch.einsum("bhgmk,bms->bhgsk", per_column, rows.expand(len(ds), -1, -1))
-
-    def _ids(self, t: Tile) -> tuple[Tensor, Tensor]:
-        assert self.call.q_segments is not None and self.call.k_segments is not None  # validated
-        return part(self.call.q_segments, t.b)[:, t.i], part(self.call.k_segments, t.b)[:, t.j]
-
-    def _one_hot(self, ids: Tensor, n: int) -> Tensor:
-        return (ids.remainder(n)[..., None] == torch.arange(n, device=ids.device)).to(self.call.dtype)
-
-    def found(self) -> dict[str, Tensor]:
-        """Summed over what was broadcast."""
-        pairs = (("temperature", self.temperature), ("edit_bias", self.bias))
-        return {n: x.flatten(1, 2).sum_to_size(getattr(self.call, n).shape) for n, x in pairs if x is not None}

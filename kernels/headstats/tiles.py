@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.call import HIDDEN, Call, hidden_by_bias, part
+from headstats.call import HIDDEN, Call, hidden_by_bias, part, parts
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -138,7 +138,7 @@ def logits(call: Call, t: Tile, q: Tensor, k: Keys) -> tuple[Float[Tensor, "b h 
         slopes = heads_apart(call, call.alibi.to(s.dtype)[None])[:, t.h, :, None, None]
         away = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(s.dtype)
         s.addcmul_(slopes, away, value=-LOG2E)
-    bias = None if call.bias is None else heads_apart(call, call.bias)[t.b, t.h, :, t.i, t.j]
+    bias = None if call.bias is None else by_group(call, parts(call.bias, t.b, _heads(call, t), t.i, t.j))
     if bias is not None:
         s.add_(bias, alpha=LOG2E)
     if call.temperature is not None:

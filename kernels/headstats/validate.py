@@ -127,12 +127,9 @@ def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
     if isinstance(t, Tensor) and t.dtype == torch.bool:
         raise TypeError("bias has dtype torch.bool: an additive floating bias expected (0 = keep, -inf = hide)")
     same_device("bias", t, q)
-    try:
-        return t.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"bias has shape {list(t.shape)}: broadcastable to [B, H, M, N] = {list(shape)} expected"
-        ) from None
+    if t.dim() > 4 or any(s not in (1, w) for s, w in zip(t.shape, shape[4 - t.dim() :], strict=True)):
+        raise ValueError(f"bias has shape {list(t.shape)}: broadcastable to [B, H, M, N] = {list(shape)} expected")
+    return t.reshape((1,) * (4 - t.dim()) + tuple(t.shape))
 
 
 def per_head(name: str, t: Any, h: int, q: Tensor, what: str) -> Tensor | None:

@@ -155,19 +155,6 @@ def test_blocked_is_the_choice_on_cpu():
     assert blocked.unsupported.__doc__
 
 
-def test_reference_stands_in_where_blocked_has_no_gradient():
-    qkv, _ = inputs()
-    sinks = torch.zeros(4, requires_grad=True)
-    r = headstats.attend(*qkv, sinks=sinks)
-    assert r.backend == "reference"
-    r.out.sum().backward()
-    assert sinks.grad.abs().sum() > 0
-    with torch.no_grad():
-        assert headstats.attend(*qkv, sinks=sinks).backend == "blocked"
-    with pytest.raises(NotImplementedError, match="no gradient for sinks"):
-        headstats.attend(*qkv, sinks=sinks, backend="blocked")
-
-
 def test_place_of_the_maximum_in_long_rows():
     """Against the plain maximum, with ties everywhere: few distinct values."""
     for n in (511, 512, 527, 1030):

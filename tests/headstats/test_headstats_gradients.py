@@ -82,6 +82,44 @@ def test_float32_and_bfloat16_gradients():
             assert (a.grad.double() - b.grad).norm() <= tolerance * (1 + b.grad.norm())
 
 
+BIASES = {"of cells": (2, 2, 3, 4), "of heads": (1, 2, 3, 4), "of keys": (2, 1, 1, 4), "of a row": (4,), "one": ()}
+
+
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize("name", ["causal", "window, bidirectional", "Gemma 2"])
+def test_gradcheck_of_bias_alibi_and_sinks(shape, hot, name, tiling):
+    qkv, options = inputs(b=2, h=2, hk=1, m=3, n=4, d=3, dv=2, **EVERY[name])
+    bias = torch.randn(BIASES[shape], dtype=torch.float64)
+    leaves = [
+        *(x.double() for x in qkv),
+        bias,
+        torch.rand(2).double(),
+        torch.randn(2).double(),
+        torch.tensor([0.7]).double(),
+    ]
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def f(q, k, v, bias, alibi, sinks, heat):
+        edit = Edit(temperature=heat) if hot else None
+        r = headstats.attend(q, k, v, bias=bias, alibi=alibi, sinks=sinks, edit=edit, **options, backend="blocked")
+        return r.out, r.lse.masked_fill(r.lse == -torch.inf, 0)
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_hidden_cells_get_no_gradient():
+    qkv, options = inputs(m=9, n=9, bias=True, hide=0.5, window=4)
+    bias, sinks = options.pop("bias").requires_grad_(), torch.zeros(4, requires_grad=True)
+    grads = {}
+    for backend in ("blocked", "reference"):
+        r = headstats.attend(*qkv, bias=bias, sinks=sinks, **options, backend=backend)
+        grads[backend] = torch.autograd.grad(r.out.sin().sum(), (bias, sinks))
+    for a, b in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert (grads["blocked"][0][bias == -torch.inf] == 0).all()
+
+
 def test_statistics_are_differentiable_on_the_reference():
     qkv, options = inputs(m=9, n=5)  # with rows that see nothing
     qkv = [x.double().requires_grad_() for x in qkv]
