@@ -111,6 +111,8 @@ def test_interrupting_leaves_finished_results_readable(tmp_path: Path) -> None:
     job = subprocess.Popen(
         [sys.executable, "-u", "-m", "interp.cli", "demo", "--n", "2", "--out", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+        # a test run started in a shell's background would hand "ignore ctrl-C" down to the child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.time() + 240
     while time.time() < deadline and not (tmp_path / "patch_resid_pre_denoise.parquet").exists():

@@ -75,7 +75,7 @@ def test_pair_sets_slice_and_remember_their_task() -> None:
 
 @pytest.mark.model
 def test_spans_survive_byte_level_tokens(smollm2) -> None:
-    pair = PromptPair("Naïve Zoë met Bob 😀 and", "Naïve Zoë met Tom 😀 and", " Zoe", " Bob")
+    pair = PromptPair("Naïve Zoë met Bob 😀 and", "Naïve Zoë met Tom 😀 and", " Mary", " Bob")
     (e,) = encode_pairs(pair.span("name", "Zoë").span("face", "😀"), smollm2.coder)
     for name in ("name", "face"):
         start, stop = e.spans[name]
