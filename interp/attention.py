@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from interp.effects import read_parquet, write_parquet
 from interp.errors import InterpError
 
-KEY_STATISTICS = ("received", "received_max")  # per key; every other statistic is per query
+KEY_STATISTICS = ("received", "received_max", "fai")  # per key; every other statistic is per query
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AttentionStats:
 
     ``tokens[i]`` are the token texts of example i; ``values[name][i]`` is an array
     [n_layers, n_heads, n_tokens_i] (units and ranges: `headstats.stats`). A statistic is per query
-    position, except ``received``, which is per key position. ``backends[layer]`` says how it was computed.
+    position, except those of `KEY_STATISTICS`, which are per key position. ``backends[layer]`` says how it was computed.
     """
 
     tokens: list[list[str]]
