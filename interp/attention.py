@@ -23,7 +23,8 @@ class AttentionStats:
 
     ``tokens[i]`` are the token texts of example i; ``values[name][i]`` is an array
     [n_layers, n_heads, n_tokens_i] (units and ranges: `headstats.stats`). A statistic is per query
-    position, except those of `KEY_STATISTICS`, which are per key position. ``backends[layer]`` says how it was computed.
+    position, except those of `KEY_STATISTICS`, which are per key position. ``backends[layer]`` says how it was
+    computed.
     """
 
     tokens: list[list[str]]
