@@ -47,10 +47,10 @@ def trace(
     """Trace facts through the model.
 
     For each fact, Gaussian noise of ``noise`` × σ is added to the subject's token embeddings in ``samples``
-    corrupted runs (σ: standard deviation of all subject-token embedding values in ``facts``); in each, the
-    clean state of ``component`` is restored at one position, in ``window`` layers around each layer (default
-    as published: 1 for resid_post, 10 for mlp_out and attn_out; layers ⌈w/2⌉ below to ⌊w/2⌋ above are clipped
-    at the ends). Row values are means over the samples: ``clean`` = P, ``corrupt`` = P*, ``patched`` = P with
+    corrupted runs (σ: standard deviation of the embedding values of the distinct subject tokens in ``facts``);
+    in each, the clean state of ``component`` is restored at one position, in ``window`` layers around each layer (default
+    as published: 1 for resid_post, 10 for mlp_out and attn_out; from ⌊w/2⌋ layers below to ⌈w/2⌉ − 1 above,
+    clipped at the ends). Row values are means over the samples: ``clean`` = P, ``corrupt`` = P*, ``patched`` = P with
     the state restored. Total effect = clean − corrupt; indirect effect = ``raw``; ``effect`` is its share.
 
     Raises PromptError or InterpError for bad input, before the sweep.
