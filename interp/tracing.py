@@ -48,10 +48,10 @@ def trace(
 
     For each fact, Gaussian noise of ``noise`` × σ is added to the subject's token embeddings in ``samples``
     corrupted runs (σ: standard deviation of the embedding values of the distinct subject tokens in ``facts``);
-    in each, the clean state of ``component`` is restored at one position, in ``window`` layers around each layer (default
-    as published: 1 for resid_post, 10 for mlp_out and attn_out; from ⌊w/2⌋ layers below to ⌈w/2⌉ − 1 above,
-    clipped at the ends). Row values are means over the samples: ``clean`` = P, ``corrupt`` = P*, ``patched`` = P with
-    the state restored. Total effect = clean − corrupt; indirect effect = ``raw``; ``effect`` is its share.
+    in each, the clean state of ``component`` is restored at one position, in ``window`` layers around each layer
+    (default as published: 1 for resid_post, 10 for mlp_out and attn_out; from ⌊w/2⌋ layers below to ⌈w/2⌉ − 1 above,
+    clipped at the ends). Row values are means over the samples: ``clean`` = P, ``corrupt`` = P*, ``patched`` = P
+    with the state restored. Total effect = clean − corrupt; indirect effect = ``raw``; ``effect`` is its share.
 
     Raises PromptError or InterpError for bad input, before the sweep.
     """
