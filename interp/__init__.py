@@ -16,33 +16,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import metrics, tasks, zoo
+    from interp import doctor, metrics, spans, tasks, zoo
     from interp.ablation import ablate
     from interp.attention import AttentionStats
     from interp.effects import Effects
+    from interp.engine.plan import Plan, explain
     from interp.errors import InterpError
+    from interp.knockout import knock_out
+    from interp.mediation import mediate
     from interp.metrics import Metric, kl, logit_diff, logprob, prob, rank
     from interp.model import Model, load
+    from interp.omission import leave_out
     from interp.patching import patch
+    from interp.paths import path_patch
     from interp.plots.report import Report, report
-    from interp.prompts import Fact, PairSet, PromptPair
+    from interp.prompts import Fact, PairSet, Prompt, PromptPair
     from interp.sites import Site, Sites
+    from interp.steering import mean_difference, steer
     from interp.tracing import trace
 
 _HOMES = {
     "ablate": "ablation", "AttentionStats": "attention", "Effects": "effects", "InterpError": "errors",
     "Metric": "metrics", "kl": "metrics", "logit_diff": "metrics", "logprob": "metrics", "prob": "metrics",
     "rank": "metrics", "Model": "model", "load": "model", "patch": "patching", "Report": "plots.report",
-    "report": "plots.report", "Fact": "prompts", "PairSet": "prompts", "PromptPair": "prompts", "Site": "sites",
-    "Sites": "sites", "trace": "tracing",
+    "report": "plots.report", "Fact": "prompts", "PairSet": "prompts", "Prompt": "prompts", "PromptPair": "prompts",
+    "Site": "sites", "Sites": "sites", "trace": "tracing", "knock_out": "knockout", "mediate": "mediation",
+    "leave_out": "omission", "path_patch": "paths", "explain": "engine.plan", "Plan": "engine.plan",
+    "mean_difference": "steering", "steer": "steering",
 }  # fmt: skip
-_MODULES = ("metrics", "tasks", "zoo")
+_MODULES = ("doctor", "metrics", "spans", "tasks", "zoo")
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionStats", "Effects", "Fact", "InterpError", "Metric", "Model", "PairSet", "PromptPair", "Report",
-    "Site", "Sites", "ablate", "kl", "load", "logit_diff", "logprob", "metrics", "patch", "prob", "rank",
-    "report", "tasks", "trace", "zoo",
+    "AttentionStats", "Effects", "Fact", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt", "PromptPair",
+    "Report", "Site", "Sites", "ablate", "doctor", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff",
+    "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "prob", "rank", "report", "spans",
+    "steer", "tasks", "trace", "zoo",
 ]  # fmt: skip
 
 

@@ -69,8 +69,8 @@ def ablate(
     with progress(f"ablate {'+'.join(components)} ({using})", sum(map(len, plan)), show_progress) as advance:
         for chunk in chunks(prompts, model, len(kept), runs_per_example=2 + len(kept)):
             here = [prompts[i] for i in chunk]
-            clean = runner.record([p.clean for p in here])
-            corrupt = runner.record([p.corrupt for p in here])
+            both = runner.record([ids for p in here for ids in (p.clean, p.corrupt)])
+            clean, corrupt = both[::2], both[1::2]
             donor_runs = runner.record([prompts[donors[i]].clean for i in chunk], kept) if kept else clean
             read = readout(here, [r.logits for r in clean])
             scores = [score_runs(metric, runs, read).tolist() for runs in (clean, corrupt)]

@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from interp.effects import read_parquet, write_parquet
 from interp.errors import InterpError
 
-KEY_STATISTICS = ("received", "received_max", "fai")  # per key; every other statistic is per query
+KEY_STATISTICS = ("received", "received_max", "fai", "column_norm")  # per key; every other statistic is per query
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,16 @@ class AttentionStats:
     ``tokens[i]`` are the token texts of example i; ``values[name][i]`` is an array
     [n_layers, n_heads, n_tokens_i] (units and ranges: `headstats.stats`). A statistic is per query
     position, except those of `KEY_STATISTICS`, which are per key position. ``backends[layer]`` says how it was
-    computed.
+    computed. Of an encoder–decoder model ``stack`` names what was counted, and ``keys[i]`` are the texts of what was
+    read (in cross-attention: the source), where ``argmax`` points.
     """
 
     tokens: list[list[str]]
     values: dict[str, list[Shaped[np.ndarray, "layers heads position"]]]
     backends: dict[int, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    stack: str = ""
+    keys: list[list[str]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -65,9 +68,12 @@ class AttentionStats:
             layers, heads, n = next(iter(self.values.values()))[i].shape
             grid = np.meshgrid(np.arange(layers), np.arange(heads), np.arange(n), indexing="ij")
             columns: dict[str, Any] = {"example": np.full(grid[0].size, i)}
+            columns |= {"stack": self.stack} if self.stack else {}
             columns |= {name: axis.ravel() for name, axis in zip(("layer", "head", "position"), grid, strict=True)}
             columns["token"] = np.tile(np.array(tokens, dtype=object), layers * heads)
             columns |= {name: arrays[i].ravel() for name, arrays in self.values.items()}
+            if self.keys is not None and "argmax" in columns:
+                columns["argmax_token"] = np.array(self.keys[i], dtype=object)[columns["argmax"]]
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True).astype({"token": "string"})
 
@@ -88,6 +94,7 @@ class AttentionStats:
 
         table = pa.Table.from_pandas(self.frame(), preserve_index=False)
         provenance = {**self.provenance, "backends": {str(k): v for k, v in self.backends.items()}}
+        provenance |= {"stack": self.stack, "keys": self.keys}
         return write_parquet(table, path, kind="attention_stats", provenance=provenance)
 
     @classmethod
@@ -95,7 +102,9 @@ class AttentionStats:
         """Read what `write` wrote."""
         frame, provenance = read_parquet(path, kind="attention_stats")
         backends = {int(k): v for k, v in provenance.pop("backends", {}).items()}
-        names = [c for c in frame.columns if c not in ("example", "layer", "head", "position", "token")]
+        stack, keys = provenance.pop("stack", ""), provenance.pop("keys", None)
+        labels = ("example", "stack", "layer", "head", "position", "token", "argmax_token")
+        names = [c for c in frame.columns if c not in labels]
         tokens: list[list[str]] = []
         values: dict[str, list[Any]] = {name: [] for name in names}
         for _, part in frame.groupby("example", sort=True):
@@ -104,4 +113,4 @@ class AttentionStats:
             tokens.append(part["token"].iloc[: shape[2]].tolist())
             for name in names:
                 values[name].append(np.asarray(part[name]).reshape(shape))
-        return cls(tokens, values, backends, provenance)
+        return cls(tokens, values, backends, provenance, stack, keys)

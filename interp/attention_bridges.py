@@ -6,6 +6,7 @@ the module itself calls our registered function.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ _LENGTH = "_interp_length"  # positions in the running forward of the original m
 def adapt(attn: Any) -> None:
     """Give one attention bridge (or the native module in it) a forward that goes through its link.
 
-    Raises ModelError for a bridge that computes attention in a way of its own (e.g. multi-head latent attention).
+    Raises ModelError for a bridge that computes attention in a way of its own (e.g. DeepSeek's sparse attention).
     """
     from transformer_lens.model_bridge.generalized_components import alibi_joint_qkv_attention as alibi
     from transformer_lens.model_bridge.generalized_components import bloom_attention as bloom
@@ -29,6 +30,7 @@ def adapt(attn: Any) -> None:
     from transformer_lens.model_bridge.generalized_components import (
         joint_qkv_position_embeddings_attention as joint_rope,
     )
+    from transformer_lens.model_bridge.generalized_components import mla_attention as mla
     from transformer_lens.model_bridge.generalized_components import mpt_alibi_attention as mpt
     from transformer_lens.model_bridge.generalized_components import position_embeddings_attention as rope
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
@@ -43,6 +45,12 @@ def adapt(attn: Any) -> None:
         # Subclasses adapt TransformerLens' re-implementation (NoPE layers, norms); the original module knows them.
         attn.__class__ = _subclass(kind, "forward", _rope_forward)
         _hook_norms(attn)
+        if hasattr(attn, "hook_q_gate"):
+            attn.q.register_forward_hook(_gate_hook(attn))
+        return
+    if kind.forward is mla.MLAAttentionBridge.forward:
+        attn.__class__ = _subclass(kind, "forward", _latent_forward)
+        _hook_latents(attn)
         return
     plain = (joint.JointQKVAttentionBridge, joint_rope.JointQKVPositionEmbeddingsAttentionBridge)
     linear_bias = (alibi.ALiBiJointQKVAttentionBridge, bloom.BloomAttentionBridge, mpt.MPTALiBiAttentionBridge)
@@ -95,6 +103,19 @@ def _hook_norms(attn: Any) -> None:
         norm.register_forward_hook(after)
 
 
+def _gate_hook(attn: Any) -> Any:
+    """Fire ``hook_q_gate`` where a query projection gives, for each head, its query and then an output gate."""
+
+    def after(module: Any, args: Any, out: Tensor) -> Tensor | None:
+        if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
+            return None
+        query, gate = out.unflatten(-1, (int(attn.config.n_heads), -1)).chunk(2, dim=-1)
+        gate = attn.hook_q_gate(gate.flatten(-2)).view_as(gate)
+        return torch.cat([query, gate], dim=-1).flatten(-2)
+
+    return after
+
+
 def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
     """Run the original module, letting the norm hooks know that it is running and on how many positions."""
     self.__dict__[_LENGTH] = hidden.shape[1]
@@ -124,6 +145,66 @@ def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.hook_out(_with_result(self, hidden, args, kwargs)), None
     out = _delegate(self, hidden, args, kwargs)
     return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
+
+
+def _hook_latents(attn: Any) -> None:
+    """Fire ``hook_q_latent``/``hook_kv_latent`` on what the original module's compressing projections give."""
+    for norm, hook in (("q_a_layernorm", attn.hook_q_latent), ("kv_a_layernorm", attn.hook_kv_latent)):
+        module = getattr(attn.original_component, norm, None)  # queries are not always compressed
+        if module is not None:
+            module.register_forward_hook(lambda _module, _args, out, hook=hook: hook(out))
+    # transformers gives the latent a head axis for its cache; the projection's hooks show it without
+    attn.original_component.kv_b_proj.register_forward_pre_hook(lambda _module, args: (args[0].squeeze(1),))
+
+
+def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multi-head latent attention (DeepSeek): delegate to the Hugging Face forward, which decompresses keys."""
+    if "hidden_states" in kwargs:
+        hidden = kwargs.pop("hidden_states")
+    else:
+        hidden, args = args[0], args[1:]
+    hidden = self.hook_in(hidden)
+    if kwargs.get("position_embeddings") is not None:
+        kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
+    kwargs["past_key_values"] = _HookedCache(self, kwargs.get("past_key_values"))
+    if getattr(self.config, "use_attn_result", False):
+        return self.hook_out(_with_result(self, hidden, args, kwargs)), None
+    out = _delegate(self, hidden, args, kwargs)
+    return (self.hook_out(out[0]), *out[1:])
+
+
+class _HookedCache:
+    """A latent attention's KV cache (or none), which fires the hook of the rotated key on its way in.
+
+    The cache holds the latent and one rotated key for all heads; per-head keys and values are made anew from
+    them at every step.
+    """
+
+    def __init__(self, attn: Any, cache: Any):
+        self.attn, self.cache = attn, cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, latent: Tensor, rotated: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the module then reads: everything so far."""
+        rotated = self.attn.hook_rot_k(rotated)
+        return (latent, rotated) if self.cache is None else self.cache.update(latent, rotated, *args, **kwargs)
+
+
+def fire_latent(attn: Any, call: AttentionCall) -> AttentionCall:
+    """Fire a latent attention's hooks on queries, and on the keys and values of this step's own positions.
+
+    An edit of earlier positions' keys is not kept for later steps of decoding; one of the latent is.
+    """
+    rope, m = attn.original_component.qk_rope_head_dim, call.q.shape[2]
+    q = attn.hook_q(torch.cat([call.q[..., :-rope], attn.hook_rot_q(call.q[..., -rope:])], dim=-1))
+    past = call.k.shape[2] - m
+    k, v = (
+        torch.cat([x[:, :, :past], hook(x[:, :, past:])], dim=2)
+        for x, hook in ((call.k, attn.hook_k), (call.v, attn.hook_v))
+    )
+    return replace(call, q=q, k=k, v=v)
 
 
 def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:

@@ -81,6 +81,72 @@ def fetch() -> None:
     typer.echo(f"the embedded model is in {embedded_model()}")
 
 
+bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Keep verbs as verbs even while there are few of them."""
+
+
+@bench.command()
+def kernel(
+    json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few runs: does it work?")] = False,
+    cases: Annotated[
+        list[str] | None, typer.Option(help="causal, prefix, costs or gpu; may be given again. Default: all.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch, for what runs on the CPU.")] = 2,
+) -> None:
+    """Attention with statistics against plain attention: times, memory, and the targets.
+
+    The same as python -m headstats.bench. The cases for a GPU run only where there is one.
+    """
+    from headstats import bench as kernel_bench
+
+    if wrong := set(cases or ()) - set(kernel_bench.KINDS):
+        raise InterpError(f"--cases {' '.join(sorted(wrong))}: choose from {', '.join(kernel_bench.KINDS)}")
+    result = kernel_bench.run(cases or kernel_bench.KINDS, quick, threads, say=typer.echo)
+    if json:
+        kernel_bench.write(result, json)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="As for demo: smollm2, a hub id, a local folder or a .gguf file.")] = (
+        "smollm2"
+    ),
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to work out the memory for. Default: the model's own context.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
+    architectures: Annotated[
+        bool, typer.Option("--architectures", help="Check tiny random models of every architecture family instead.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print that table as Markdown.")] = False,
+) -> None:
+    """Check a model as interp runs it: logits against eager attention, backends, sites, half precision, memory.
+
+    Exit code 1 if a check fails, 2 if the model cannot be loaded.
+    """
+    if architectures:
+        from interp.matrix import architectures as examine_families
+
+        table = examine_families(say=lambda line: typer.echo(line, err=True))
+        typer.echo(table.markdown() if markdown else str(table))
+        passed = table.passed
+    else:
+        from interp.doctor import examine
+
+        found = examine(model, context=context, dtype=dtype, device=device)
+        typer.echo(str(found))
+        passed = found.passed
+    if not passed:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: turns InterpError into a message and exit code 2."""
     try:

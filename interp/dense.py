@@ -44,7 +44,7 @@ class AttentionCall:
             behind = behind - torch.arange(n, device=self.q.device)
             shown = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
             if self.window is not None:
-                shown = shown & (behind < self.window)
+                shown = shown & (behind.abs() < self.window)
             shown = shown[None, None]
         if self.key_padding is not None:
             real = self.key_padding[:, None, None, :]

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InterpError
+from interp.inference import benjamini_hochberg, sign_flip
 
 COLUMNS: dict[str, str] = {
     "example": "int64",
@@ -23,6 +24,7 @@ COLUMNS: dict[str, str] = {
     "layer": "Int64",
     "head": "Int64",
     "position": "Int64",
+    "sender": "string",
     "token": "string",
     "role": "string",
     "intervention": "string",
@@ -35,6 +37,7 @@ COLUMNS: dict[str, str] = {
     "raw": "float64",
 }
 SITE_COLUMNS = ("component", "layer", "head", "position")
+ADDED = ("sender",)  # columns that tables written by earlier versions lack
 SCHEMA_VERSION = 1
 
 
@@ -42,12 +45,14 @@ class Effects:
     """A long tidy table of causal effects and its provenance.
 
     Columns: ``example``; the site (``component``, ``layer``, ``head``, ``position``; missing position =
-    all positions at once) with its ``token`` text and ``role`` (named span); ``intervention``, ``mode``
+    all positions at once) with its ``token`` text and ``role`` (named span); for an edge, the ``sender`` whose
+    path into that site was changed; ``intervention``, ``mode``
     (``denoise``/``noise``), ``metric``; the metric on the ``clean``, ``corrupt`` and ``patched`` runs;
     ``effect`` on the recovery scale; ``raw`` = patched − the run that was patched into.
     """
 
     def __init__(self, frame: pd.DataFrame, provenance: dict[str, Any] | None = None):
+        frame = frame.assign(**{c: pd.NA for c in ADDED if c not in frame.columns})
         missing = [c for c in COLUMNS if c not in frame.columns]
         if missing:
             raise InterpError(f"this is not an effects table: it lacks the column(s) {', '.join(missing)}")
@@ -90,8 +95,9 @@ class Effects:
         level: float = 0.95,
         n_boot: int = 2000,
         seed: int = 0,
+        tests: bool = False,
     ) -> pd.DataFrame:
-        """Mean effect per site with a percentile bootstrap interval over examples.
+        """Mean effect per site (or edge) with a percentile bootstrap interval over examples.
 
         Returns one row per group, strongest first: ``effect``, ``lo``, ``hi`` (mean of the per-example
         recovery), ``raw``, ``raw_lo``, ``raw_hi`` (mean change of the metric, in its own units) and
@@ -99,8 +105,12 @@ class Effects:
         than a mean of ratios when some examples have a small clean–corrupt gap), and ``n`` examples.
         Several rows of one example in a group (noise samples, tokens of a role) are averaged first.
         Intervals are NaN with a single example: one example has no spread to resample.
+
+        ``tests=True`` adds ``p``, of a sign-flip permutation test that the mean of ``raw`` is zero, and ``q``, its
+        Benjamini–Hochberg false discovery rate over all rows of this table (`interp.inference`).
         """
-        keys = list(by) if by is not None else [*SITE_COLUMNS, "intervention", "mode", "metric"]
+        edges = ["sender"] if self._frame["sender"].notna().any() else []
+        keys = list(by) if by is not None else [*SITE_COLUMNS, *edges, "intervention", "mode", "metric"]
         f: Any = self._frame
         if f.empty:
             raise InterpError("there are no effects to summarise: the table is empty")
@@ -112,6 +122,9 @@ class Effects:
         out["n"] = np.isfinite(table["raw"]).sum(1)
         for name, columns in _bootstrap(table, level=level, n_boot=n_boot, seed=seed).items():
             out[name] = columns
+        if tests:
+            out["p"] = sign_flip(table["raw"], seed=seed)
+            out["q"] = benjamini_hochberg(out["p"].to_numpy())
         order: Any = out["pooled"].abs().where(out["effect"].isna(), out["effect"].abs())
         return out.loc[order.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 

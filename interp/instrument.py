@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import headstats
@@ -97,13 +97,15 @@ class Instrument:
             self.spec = None
 
 
-def attend(call: AttentionCall, *, spec: headstats.StatSpec | None = None, backend: str = "auto") -> headstats.Attended:
-    """Run a layer's attention through headstats."""
+def attend(
+    call: AttentionCall, *, spec: headstats.StatSpec | None = None, backend: str = "auto", **more: Any
+) -> headstats.Attended:
+    """Run a layer's attention through headstats. ``more``: further arguments of `headstats.attend`."""
     return headstats.attend(
         call.q, call.k, call.v,
         causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
         sinks=call.sinks, key_padding=call.key_padding,
-        spec=headstats.StatSpec.none() if spec is None else spec, backend=backend,
+        spec=headstats.StatSpec.none() if spec is None else spec, backend=backend, **more,
     )  # fmt: skip
 
 
@@ -132,7 +134,8 @@ def _mask(
     from transformers import masking_utils as mu
 
     kind = _mask_kind(mask_function, local_size, mu)
-    aligned = q_offset + q_length == kv_offset + kv_length
+    everywhere = kind is not None and not kind.causal and kind.window is None  # cross-attention: no position counts
+    aligned = everywhere or q_offset + q_length == kv_offset + kv_length
     padding_fits = attention_mask is None or attention_mask.shape[1] >= kv_length
     if kind is None or not aligned or not padding_fits or kwargs.get("use_vmap"):
         return mu.eager_mask(
@@ -151,13 +154,17 @@ def _mask_kind(function: Any, local_size: int | None, mu: Any) -> MaskNote | Non
     """Recognise transformers' plain causal, sliding-window and bidirectional masks; None for anything else."""
     if function is mu.causal_mask_function:
         return MaskNote(causal=True, window=None)
-    if function is getattr(mu, "bidirectional_mask_function", None):
+    if function is mu.bidirectional_mask_function:
         return MaskNote(causal=False, window=None)
     parts = _closure_of(function, "and_mask").get("mask_functions", ())
     if len(parts) == 2 and parts[1] is mu.causal_mask_function:
         window = _closure_of(parts[0], "inner_mask").get("sliding_window")
         if isinstance(window, int) and parts[0].__qualname__.startswith("sliding_window_overlay"):
             return MaskNote(causal=True, window=window)
+    if len(parts) == 2 and parts[1] is mu.bidirectional_mask_function:
+        window = _closure_of(parts[0], "inner_mask").get("sliding_window")
+        if isinstance(window, int) and parts[0].__qualname__.startswith("sliding_window_bidirectional_overlay"):
+            return MaskNote(causal=False, window=window + 1)  # theirs does not count the query's own position
     return None
 
 
@@ -197,15 +204,16 @@ def _hf_attention(
     """The function that transformers' attention modules call: [B, H, M, D] in, [B, M, H, Dv] out."""
     if dropout and module.training:
         raise ModelError("attention dropout is active: call model.eval() (interp runs models in evaluation mode)")
-    if kwargs.get("position_bias") is not None:
-        raise ModelError(f"{type(module).__name__} adds a position bias that interp does not route yet")
     link = module.__dict__.get(_LINK)
     if softcap is None:
         softcap = getattr(module, "attn_logit_softcapping", None)
+    masks, position_bias = _read_mask(attention_mask), kwargs.get("position_bias")
+    if position_bias is not None:  # T5's relative positions
+        masks["bias"] = position_bias if masks.get("bias") is None else masks["bias"] + position_bias
     call = AttentionCall(
         layer=link.layer if link else -1, q=query, k=key, v=value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap, sinks=s_aux, **_read_mask(attention_mask),
+        softcap=softcap, sinks=s_aux, **masks,
     )  # fmt: skip
     out = link.run(call) if link else attend(call).out
     return out.transpose(1, 2).contiguous(), None
@@ -221,16 +229,34 @@ class Link:
 
     def run(self, call: AttentionCall) -> Tensor:
         """Fire the post-rotation hooks, then compute attention."""
-        from dataclasses import replace
+        from interp.attention_bridges import fire_latent
 
+        if hasattr(self.bridge, "hook_q_latent"):
+            return self.instrument(fire_latent(self.bridge, call), self.bridge)
         for name, hook in (("q", "hook_rot_q"), ("k", "hook_rot_k")):
             if _has_hooks(self.bridge, hook):
                 call = replace(call, **{name: getattr(self.bridge, hook)(getattr(call, name))})
         return self.instrument(call, self.bridge)
 
 
-def install(bridge: Any, instrument: Instrument) -> None:
-    """Send every layer's attention of a TransformerBridge through ``instrument``.
+def stacks(bridge: Any) -> dict[str, dict[int, Any]]:
+    """Attention bridges by stack and layer: one nameless stack, or an encoder's, a decoder's and the cross-attention's.
+
+    In a hybrid model only some layers are there.
+    """
+    if not hasattr(bridge, "encoder_blocks"):
+        layers = {i: getattr(block, "attn", None) for i, block in enumerate(bridge.blocks)}
+        return {"": {i: attn for i, attn in layers.items() if attn is not None}}
+    encoder, decoder = bridge.encoder_blocks, bridge.decoder_blocks
+    return {
+        "encoder": {i: block.attn for i, block in enumerate(encoder)},
+        "decoder": {i: block.self_attn for i, block in enumerate(decoder)},
+        "cross": {i: block.cross_attn for i, block in enumerate(decoder)},
+    }
+
+
+def install(bridge: Any, instruments: dict[str, Instrument]) -> None:
+    """Send every layer's attention of a TransformerBridge through its stack's instrument.
 
     Raises ModelError, naming the class, for attention that cannot be intercepted.
     """
@@ -241,18 +267,20 @@ def install(bridge: Any, instrument: Instrument) -> None:
 
     AttentionInterface.register(IMPLEMENTATION, _hf_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    for layer, block in enumerate(bridge.blocks):
-        attn = getattr(block, "attn", None)
-        if attn is None:
-            raise ModelError(f"layer {layer} has no softmax attention ({type(block).__name__}); interp cannot read it")
-        link = Link(instrument, attn, layer)
+    attentions = [(name, layer, attn) for name, layers in stacks(bridge).items() for layer, attn in layers.items()]
+    if not attentions:
+        raise ModelError(
+            f"{type(bridge.original_model).__name__} has no softmax attention in any of its {len(bridge.blocks)} "
+            "layers (a recurrent or state-space model): there are no patterns for interp to read"
+        )
+    for stack, layer, attn in attentions:
+        link = Link(instruments[stack], attn, layer)
         attn.__dict__[_LINK] = link
         for module in attn.original_component.modules():  # e.g. BertSelfAttention calls us from inside BertAttention
             module.__dict__[_LINK] = link
         adapt(attn)
-    hf = bridge.original_model
-    if not isinstance(bridge.blocks[0].attn.original_component, NativeAttention):
-        _select(hf)
+    if not isinstance(attentions[0][2].original_component, NativeAttention):
+        _select(bridge.original_model)
 
 
 def _select(hf: Any) -> None:

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import io
 import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from interp import adapters
 from interp.errors import InterpError, ModelError
 
 EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
+QUANTIZED = ("8bit", "4bit")
 
 
-def boot(
+@dataclass(frozen=True)
+class Weights:
+    """A Hugging Face model that nothing has wrapped yet, its tokenizer, and the name results will carry."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def boot(source: Any, **options: Any) -> tuple[Any, str]:
+    """A TransformerBridge and a name for it; options as in `read`. Raises ModelError with one clear message."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if isinstance(source, TransformerBridge):
+        _never_install()
+        move = [options[key] for key in ("device", "dtype") if options.get(key) is not None]
+        if move:
+            source.to(*move)
+        return source, str(getattr(source.cfg, "model_name", None) or "bridge")
+    return wrap(read(source, **options))
+
+
+def read(
     source: Any,
     *,
     dtype: torch.dtype | None = None,
@@ -23,16 +51,17 @@ def boot(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-) -> tuple[Any, str]:
-    """A TransformerBridge and a name for it. Raises ModelError with one clear message."""
-    from transformer_lens.model_bridge import TransformerBridge
-
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> Weights:
+    """Weights and tokenizer of a name, a folder, a GGUF file or a model object. Raises ModelError."""
     _never_install()
-    if isinstance(source, TransformerBridge):
-        if dtype is not None or device is not None:
-            source.to(*(x for x in (device, dtype) if x is not None))
-        return source, str(getattr(source.cfg, "model_name", None) or "bridge")
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    hub |= {"revision": revision} if revision else {}
+    hub |= _placement(device, device_map, quantize)
     if isinstance(source, torch.nn.Module):
+        if device_map is not None or quantize is not None:
+            raise ModelError("device_map= and quantize= act while weights are read: give a name, not a model object")
         return _from_object(source, tokenizer, dtype, device)
     if not isinstance(source, str | Path):
         raise ModelError(
@@ -43,70 +72,137 @@ def boot(
     if name.lower() in EMBEDDED:
         from interp.zoo.embedded import embedded_model
 
-        folder = embedded_model()
-        return _from_pretrained("SmolLM2-135M-Instruct", folder, dtype, device, tokenizer, False, None)
+        return _from_pretrained("SmolLM2-135M-Instruct", embedded_model(), dtype, device, tokenizer, hub)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" or path.exists():
-        return _from_path(path, dtype, device, tokenizer, trust_remote_code)
+        return _from_path(path, dtype, device, tokenizer, hub)
     if name.startswith((".", "/", "~")):
         raise ModelError(f"{name} does not exist; give an existing folder, a .gguf file or a hub id like 'gpt2'")
-    return _from_pretrained(name, name, dtype, device, tokenizer, trust_remote_code, revision)
+    return _from_pretrained(name, name, dtype, device, tokenizer, hub)
 
 
-def _from_path(path: Path, dtype: Any, device: Any, tokenizer: Any, trust_remote_code: bool) -> tuple[Any, str]:
+def _placement(device: Any, device_map: Any, quantize: str | None) -> dict[str, Any]:
+    """transformers' options for spreading weights over devices and for 8- or 4-bit weights, checked first."""
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        if device is not None:
+            raise ModelError("give device= (one device) or device_map= (several), not both")
+        _need("accelerate", "device_map=")
+        options["device_map"] = device_map
+    if quantize is not None:
+        if quantize not in QUANTIZED:
+            raise ModelError(f"quantize={quantize!r}: one of {', '.join(map(repr, QUANTIZED))} expected")
+        _need("bitsandbytes", f"quantize={quantize!r}")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit"
+        )
+    return options
+
+
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{what} needs the package {package}, which is not installed: pip install {package}")
+
+
+def _from_path(path: Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]) -> Weights:
     if not path.exists():
         raise ModelError(f"{path} does not exist")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file but not a .gguf; give the folder that holds config.json instead")
-        return _from_pretrained(
-            path.stem, path.parent, dtype, device, tokenizer, trust_remote_code, None, gguf=path.name
-        )
+        return _from_pretrained(path.stem, path.parent, dtype, device, tokenizer, {**hub, "gguf_file": path.name})
     if not (path / "config.json").exists():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"; it holds {ggufs[0]}: pass that file" if ggufs else ""
         raise ModelError(f"{path} holds no config.json, so it is not a Hugging Face model folder{hint}")
-    return _from_pretrained(path.name, path, dtype, device, tokenizer, trust_remote_code, None)
+    return _from_pretrained(path.name, path, dtype, device, tokenizer, hub)
 
 
 def _from_pretrained(
-    name: str, where: str | Path, dtype: Any, device: Any, tokenizer: Any,
-    trust_remote_code: bool, revision: str | None, gguf: str | None = None,
-) -> tuple[Any, str]:  # fmt: skip
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision:
-        options["revision"] = revision
-    if gguf:
-        options["gguf_file"] = gguf
+    name: str, where: str | Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]
+) -> Weights:
+    # Safetensors (or GGUF) only: pickled checkpoints can execute code when they are opened.
+    safe = {} if "gguf_file" in hub else {"use_safetensors": True}
     try:
         with _quiet():
-            if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            # Safetensors (or GGUF) only: pickled checkpoints can execute code when they are opened.
-            safe = {} if gguf else {"use_safetensors": True}
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.float32, **safe, **options)
+            loaded: Any = _auto_class(where, hub).from_pretrained(
+                where, dtype=dtype or torch.float32, output_loading_info=True, **safe, **hub
+            )
     except Exception as error:
         raise ModelError(_why_not(name, error)) from error
+    model, info = loaded
+    _refuse_mismatch(name, model, info)
+    if tokenizer is None:
+        tokenizer = _tokenizer_at(name, where, hub)
     if device is not None:
         model = model.to(device)
-    return _wrap(name, model, tokenizer)
+    return Weights(name, model, tokenizer)
 
 
-def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> tuple[Any, str]:
+def _auto_class(where: str | Path, hub: dict[str, Any]) -> Any:
+    """Which of transformers' classes opens a checkpoint: by what its config says it is."""
+    import transformers as tf
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if "gguf_file" in hub:
+        return tf.AutoModelForCausalLM
+    known = {key: hub[key] for key in ("trust_remote_code", "revision") if key in hub}
+    config = tf.AutoConfig.from_pretrained(where, **known)
+    made_for = (getattr(config, "architectures", None) or [""])[0]
+    if config.model_type in MASKED and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
+        return tf.AutoModel if made_for.endswith("Model") else tf.AutoModelForMaskedLM
+    if config.is_encoder_decoder:
+        speech = type(config) in tf.AutoModelForSpeechSeq2Seq._model_mapping
+        return tf.AutoModelForSpeechSeq2Seq if speech else tf.AutoModelForSeq2SeqLM
+    return tf.AutoModelForCausalLM
+
+
+def _tokenizer_at(name: str, where: str | Path, hub: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    known = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file") if key in hub}
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(where, **known)
+    except Exception as error:
+        raise ModelError(
+            f"{name} has weights, but no tokenizer that can be read ({_first_line(error)}): pass tokenizer=…"
+        ) from error
+
+
+def _refuse_mismatch(name: str, model: Any, info: dict[str, Any]) -> None:
+    """transformers fills weights that a checkpoint lacks with random numbers, and drops those it does not know."""
+    for what, keys, meaning in (
+        ("lacks", info["missing_keys"], "would be random numbers"),
+        ("holds other shapes for", info["mismatched_keys"], "would be random numbers"),
+        ("also holds", info["unexpected_keys"], "would be ignored"),
+    ):
+        if keys:
+            names = sorted(k if isinstance(k, str) else str(k[0]) for k in keys)
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ModelError(
+                f"{name}: the weights do not match config.json, which makes a {type(model).__name__}: the checkpoint "
+                f"{what} {shown}, which {meaning}. Correct config.json, or fetch the checkpoint that belongs to it."
+            )
+
+
+def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
+        inner = " (torch.compile comes after loading: see the README)" if hasattr(model, "_orig_mod") else ""
         raise ModelError(
-            f"cannot load a bare {type(model).__name__}: pass a Hugging Face PreTrainedModel or a TransformerBridge"
+            f"cannot load a bare {type(model).__name__}: pass a Hugging Face PreTrainedModel or a "
+            f"TransformerBridge{inner}"
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None:
         tokenizer = _tokenizer_of(name)
     if dtype is not None or device is not None:
         model = model.to(*(x for x in (device, dtype) if x is not None))
-    return _wrap(name, model, tokenizer)
+    return Weights(name, model, tokenizer)
 
 
 def _tokenizer_of(name: str) -> Any:
@@ -124,9 +220,19 @@ def _tokenizer_of(name: str) -> Any:
         ) from error
 
 
-def _wrap(name: str, model: Any, tokenizer: Any) -> tuple[Any, str]:
+def wrap(weights: Weights) -> tuple[Any, str]:
+    """A TransformerBridge around a Hugging Face model, and its name."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    name, model, tokenizer = weights.name, weights.model, weights.tokenizer
+    _refuse_scattered(name, model)
+    if model.main_input_name == "pixel_values":
+        raise ModelError(
+            f"{name} ({type(model).__name__}) takes images alone; interp reads models of text, and speech models with "
+            "a text decoder"
+        )
+    adapters.register()
+    adapters.repair(model)
     if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
         # Made in memory: TransformerLens would look it up on the hub to switch BOS on. It prepends BOS itself.
         tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
@@ -145,6 +251,21 @@ def _wrap(name: str, model: Any, tokenizer: Any) -> tuple[Any, str]:
     return bridge, name
 
 
+def _refuse_scattered(name: str, model: Any) -> None:
+    """Weights must be in memory, and on one device unless accelerate moves activations between several."""
+    places = sorted({str(p.device) for p in model.parameters()})
+    if "meta" in places:
+        raise ModelError(
+            f"{name}: some weights are not in memory (offloaded to the CPU or disk by device_map, or never loaded). "
+            "interp hooks and fingerprints weights where they are: use fewer bits, more devices or a smaller model."
+        )
+    if len(places) > 1 and not getattr(model, "hf_device_map", None):
+        raise ModelError(
+            f"{name}: weights lie on {', '.join(places)}, and nothing moves activations between them: move the model "
+            "to one device with model.to(…), or load it by name with device_map='auto'"
+        )
+
+
 def _why_not(name: str, error: Exception) -> str:
     """One readable sentence for the usual ways in which loading fails."""
     text = str(error)
@@ -154,6 +275,16 @@ def _why_not(name: str, error: Exception) -> str:
         return (
             f"{name} offers no safetensors weights. interp opens no pickled checkpoints, since opening one can run "
             "code; convert it, or load it yourself and pass the model object."
+        )
+    if match := re.search(r"model type `([^`]+)`", text):
+        return (
+            f"{name} is of an architecture, {match[1]!r}, that the installed transformers does not know: upgrade "
+            "transformers, or check model_type in its config.json"
+        )
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"{name}: the weights do not match config.json: some tensors have other shapes than it asks for "
+            "(vocab_size, hidden_size, number of heads?). Correct it, or fetch the checkpoint that belongs to it."
         )
     if "trust_remote_code" in text:
         return f"{name} needs code from its repository; if you trust it, pass trust_remote_code=True"
@@ -172,11 +303,21 @@ def _first_line(error: Exception) -> str:
 
 def _never_install() -> None:
     """TransformerLens would pip-install torchvision (and with it another torch) when some models boot."""
-    import importlib.util
-
     from transformer_lens.model_bridge.sources.transformers import helpers
 
     helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+
+
+@contextlib.contextmanager
+def collector_paused() -> Any:
+    """Loading makes a million objects that all stay; looking through them for garbage is a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager

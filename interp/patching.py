@@ -55,8 +55,8 @@ def patch(
     with progress(f"patch {'+'.join(components)} ({mode})", sum(map(len, plan)), show_progress) as advance:
         for chunk in chunks(prompts, model, len(components), runs_per_example=2):
             here = [prompts[i] for i in chunk]
-            clean = runner.record([p.clean for p in here], components)
-            corrupt = runner.record([p.corrupt for p in here], components)
+            both = runner.record([ids for p in here for ids in (p.clean, p.corrupt)], components)
+            clean, corrupt = both[::2], both[1::2]
             read = readout(here, [r.logits for r in clean])
             scores = {"clean": score_runs(metric, clean, read), "corrupt": score_runs(metric, corrupt, read)}
             target, source = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
@@ -67,7 +67,7 @@ def patch(
                 for site in plan[chunk[n]]
             ]
             cells = [cell for *_, cell in asked if cell is not None]
-            advance(len(asked) - len(cells))
+            advance(runner.leave(len(asked) - len(cells)))
             patched = iter(evaluate(runner, metric, target, cells, read, advance).tolist())
             for n, site, cell in asked:
                 value = float(unchanged[n]) if cell is None else next(patched)

@@ -16,6 +16,22 @@ Span = tuple[int, int]  # [start, stop) in characters of the text, or in tokens 
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """One text with named stretches of it, by character range. `interp.spans` makes them of chats and sentences."""
+
+    text: str
+    spans: Mapping[str, Span] = field(default_factory=dict)
+
+    def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> Prompt:
+        """A copy in which ``words`` (default: the name itself) is a named span."""
+        return Prompt(self.text, {**self.spans, name: find_span(self.text, words or name, occurrence)})
+
+    def token_spans(self, coder: Coder) -> dict[str, Span]:
+        """The spans as token ranges of one tokenizer (``model.coder``)."""
+        return token_spans(self.spans, coder.offsets(self.text))
+
+
+@dataclass(frozen=True)
 class PromptPair:
     """A clean and a corrupt prompt of equal token length, the clean answer, and (optionally) a foil.
 
@@ -174,6 +190,14 @@ def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
         spans = token_spans({"subject": fact.subject_span}, coder.offsets(fact.prompt))
         encoded.append(Encoded(tuple(ids), tuple(ids), answer, None, tuple(coder.texts(ids)), spans))
     return encoded
+
+
+def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list[Encoded], bool]:
+    """Tokenise pairs or facts, and say whether they are pairs. PromptError for a mixture."""
+    facts = [p for p in prompts if isinstance(p, Fact)]
+    if facts and len(facts) < len(prompts):
+        raise PromptError("give PromptPairs or Facts, not both in one call")
+    return (encode_facts(facts, coder), False) if facts else (encode_pairs(prompts, coder), True)  # type: ignore[arg-type]
 
 
 def single_token(text: str, coder: Coder, what: str) -> int:

@@ -44,6 +44,11 @@ def resolve(sites: Sites, prompt: Encoded) -> Iterator[Site]:
             yield site
 
 
+def window_layers(layer: int, window: int, n_layers: int) -> range:
+    """Layers restored together, centred on ``layer`` and clipped to the model (as in the published code)."""
+    return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
+
+
 def check_metric(metric: Metric, prompts: Sequence[Encoded]) -> None:
     """Refuse a metric that needs foils when some pair has none, before any forward."""
     missing = [i for i, p in enumerate(prompts) if metric.needs_foil and p.foil is None]
@@ -110,14 +115,18 @@ class Rows:
     def __post_init__(self) -> None:
         self.columns: dict[str, list[Any]] = {c: [] for c in COLUMNS if c not in ("effect", "raw")}
 
-    def add(self, example: int, site: Site, prompt: Encoded, clean: float, corrupt: float, patched: float) -> None:
-        """One row; position, token and role follow from the site."""
+    def add(
+        self, example: int, site: Site, prompt: Encoded, clean: float, corrupt: float, patched: float,
+        sender: Site | None = None,
+    ) -> None:  # fmt: skip
+        """One row; position, token and role follow from the site. ``sender``: the other end, if it is an edge."""
         where = site.position
         single = where % len(prompt) if isinstance(where, int) else None
         role = where if isinstance(where, str) else ("" if single is None else prompt.role(single))
         values = {
             "example": example, "component": site.component, "layer": site.layer, "head": site.head,
-            "position": single, "token": "" if single is None else prompt.tokens[single], "role": role,
+            "position": single, "sender": None if sender is None else str(sender),
+            "token": "" if single is None else prompt.tokens[single], "role": role,
             "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
             "clean": clean, "corrupt": corrupt, "patched": patched,
         }  # fmt: skip

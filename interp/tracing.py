@@ -22,7 +22,7 @@ from interp.metrics import Metric, MetricFn, as_metric, prob
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, Fact, encode_facts
-from interp.recipes import Rows, check_metric, chunks, evaluate, readout, resolve, score_runs
+from interp.recipes import Rows, check_metric, chunks, evaluate, readout, resolve, score_runs, window_layers
 from interp.sites import EACH, Site, Sites
 
 Component = Literal["resid_post", "mlp_out", "attn_out"]
@@ -93,7 +93,7 @@ def trace(
                 for r, site in asked
             ]
             cells = [c for c in possible if c is not None]
-            advance(len(possible) - len(cells))
+            advance(runner.leave(len(possible) - len(cells)))
             scored = iter(evaluate(runner, metric, noisy, cells, noisy_read, advance).tolist())
             patched = torch.tensor(
                 [float(start[r]) if c is None else next(scored) for (r, _), c in zip(asked, possible, strict=True)],
@@ -122,11 +122,6 @@ def _noise(model: Model, prompt: Encoded, std: float, seed: int, example: int, s
     out = torch.zeros(len(prompt), model.d_model)
     out[start:stop] = std * torch.randn(stop - start, model.d_model, generator=generator)
     return out.to(model.device)
-
-
-def window_layers(layer: int, window: int, n_layers: int) -> range:
-    """Layers restored together, centred on ``layer`` and clipped to the model (as in the published code)."""
-    return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
 
 def _cell(run: int, site: Site, prompt: Encoded, clean: Run, n_layers: int, window: int, causal: bool) -> Cell | None:

@@ -20,18 +20,38 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "provenance": (),
     "progress": (),
     "dense": (),
-    "effects": ("errors",),
+    "inference": (),
+    "effects": ("errors", "inference"),
     "attention": ("effects", "errors"),
     "attention_bridges": ("dense", "errors", "instrument"),
+    "inputs": ("errors",),
     "instrument": ("dense", "errors", "attention_bridges"),
-    "loading": ("errors", "zoo.embedded"),
-    "model": ("attention", "errors", "instrument", "loading", "prompts", "provenance", "sites"),
+    "adapters": (),
+    "seq2seq": ("attention", "errors", "provenance"),
+    "loading": ("adapters", "errors", "zoo.embedded"),
+    "alignment": (),
+    "spans": ("errors", "prompts"),
+    "model": (
+        "alignment",
+        "attention",
+        "errors",
+        "inputs",
+        "instrument",
+        "loading",
+        "prompts",
+        "provenance",
+        "seq2seq",
+        "sites",
+    ),
+    "memory": ("dense", "model"),
+    "doctor": ("dense", "engine", "errors", "instrument", "loading", "matrix", "memory", "model", "sites"),
+    "matrix": ("dense", "errors", "instrument", "loading", "model", "zoo"),
     "engine": ("dense", "engine", "errors", "instrument", "model", "prompts", "sites"),
     "recipes": ("effects", "engine", "errors", "metrics", "model", "progress", "prompts", "provenance", "sites"),
     "plots": ("attention", "effects", "errors", "plots", "sites"),
     "results": ("attention", "effects", "errors"),
 }
-RECIPES = ("patching", "ablation", "tracing")
+RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission")
 
 
 def imports_of(path: Path) -> set[str]:
@@ -69,8 +89,14 @@ def test_recipes_do_not_import_each_other(recipe: str) -> None:
     assert not [n for n in imports_of(path) if n.startswith(tuple(others))]
 
 
+def test_mediation_is_patching_twice() -> None:
+    (path,) = modules("mediation")
+    others = [f"interp.{r}" for r in RECIPES if r != "patching"]
+    assert not [n for n in imports_of(path) if n.startswith(tuple(others))]
+
+
 def test_only_model_rooms_import_transformer_lens() -> None:
-    homes = {"model", "loading", "instrument", "attention_bridges"}
+    homes = {"adapters", "model", "loading", "instrument", "attention_bridges"}
     for path in (ROOT / "interp").rglob("*.py"):
         if path.stem in homes or "zoo" in path.parts:
             continue

@@ -123,3 +123,12 @@ def test_interrupting_leaves_finished_results_readable(tmp_path: Path) -> None:
     assert "finished and readable" in err and "Traceback" not in err
     assert len(interp.Effects.read(tmp_path / "patch_resid_pre_denoise.parquet")) > 0
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_the_kernel_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.json"
+    done = run("bench", "kernel", "--quick", "--cases", "prefix", "--threads", "1", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "shared prefix" in done.stdout and '"median_s"' in path.read_text()
+    wrong = run("bench", "kernel", "--cases", "dense")
+    assert wrong.returncode == 2 and "--cases dense: choose from causal, prefix, costs, gpu" in wrong.stderr

@@ -7,12 +7,15 @@ import logging
 import numpy as np
 import pytest
 import torch
-from architectures import EVERY, tiny_hf
-from headstats import StatSpec
+from architectures import ARCHITECTURES
+from headstats import STATISTICS, StatSpec
 
 import interp
+from interp import adapters
+from interp.attention import KEY_STATISTICS
 from interp.engine import Engine
 from interp.errors import ModelError, PromptError
+from interp.zoo.architectures import FAMILIES, tiny_hf
 
 # transformers' eager attention rounds its softmax to float32 even in float64 models; logits here are of order 10.
 EAGER = {"atol": 2e-5, "rtol": 1e-5}
@@ -29,13 +32,13 @@ def tokens(batch: int = 3, length: int = 11) -> torch.Tensor:
     return torch.randint(2, 100, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_logits_equal_eager(tiny, kind: str) -> None:
     model = tiny(kind)
     torch.testing.assert_close(model(tokens()), eager_logits(kind, input_ids=tokens()), **EAGER)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_equal_eager_at_real_tokens(word_tokenizer, kind: str, side: str) -> None:
     """In float32: transformers' eager float64 mask overflows its float32 softmax on padded rows."""
@@ -58,19 +61,27 @@ def test_padded_batches_equal_eager_at_real_tokens(word_tokenizer, kind: str, si
         assert (unpadded - theirs).abs().max() > 1e-3 * scale
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_incremental_decoding_equals_one_forward(tiny, kind: str) -> None:
+    model, ids = tiny(kind), tokens(2, 9)
+    expected = eager_logits(kind, input_ids=ids)
+    if FAMILIES[kind].kind == "hybrid":  # recurrent layers may step otherwise than they scan: Bamba's differ by half
+        expected = incremental(tiny_hf(kind), ids)
+    torch.testing.assert_close(incremental(model.bridge.original_model, ids), expected, **EAGER)
+
+
+@torch.no_grad()
+def incremental(model, ids: torch.Tensor) -> torch.Tensor:
     from transformers import DynamicCache
 
-    model, ids = tiny(kind), tokens(2, 9)
-    cache = DynamicCache(config=model.bridge.original_model.config)
-    parts = [model(ids[:, :4], past_key_values=cache, use_cache=True)]
-    parts += [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True) for i in range(4, 9)]
-    torch.testing.assert_close(torch.cat(parts, 1), eager_logits(kind, input_ids=ids), **EAGER)
+    cache = DynamicCache(config=getattr(model, "config", None) or model.bridge.original_model.config)
+    pieces = [ids[:, :4], *(ids[:, i : i + 1] for i in range(4, ids.shape[1]))]
+    outputs = [model(piece, past_key_values=cache, use_cache=True) for piece in pieces]
+    return torch.cat([getattr(out, "logits", out) for out in outputs], 1)
 
 
 # On these TransformerLens fires the scores and pattern hooks after the fact: scores hold the pattern, edits are lost.
-FIRED_AFTERWARDS = ("gpt_neo", "gptj", "opt")
+FIRED_AFTERWARDS = ("gpt_neo", "gptj", "opt", "jamba", "phimoe")
 
 
 def untouched_bridge(kind: str, word_tokenizer):
@@ -78,12 +89,14 @@ def untouched_bridge(kind: str, word_tokenizer):
 
     word_tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
     hf = tiny_hf(kind)
+    adapters.register()
+    adapters.repair(hf)
     return TransformerBridge.boot_transformers(
         kind, hf_model=hf, tokenizer=word_tokenizer, device="cpu", dtype=hf.dtype
     )
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_hook_that_transformer_lens_fires_fires_with_the_same_value(tiny, word_tokenizer, kind: str) -> None:
     theirs = untouched_bridge(kind, word_tokenizer)
     _, expected = theirs.run_with_cache(tokens(), return_cache_object=False)
@@ -103,7 +116,7 @@ def test_every_hook_that_transformer_lens_fires_fires_with_the_same_value(tiny, 
         torch.testing.assert_close(ours.double(), value.double(), **EAGER, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("hook", ["attn_scores", "pattern", "z", "v"])
 def test_edits_take_effect_as_in_transformer_lens(tiny, word_tokenizer, kind: str, hook: str) -> None:
     name = f"blocks.1.attn.hook_{hook}"
@@ -130,7 +143,7 @@ def test_edits_take_effect_as_in_transformer_lens(tiny, word_tokenizer, kind: st
     torch.testing.assert_close(ours, theirs, **EAGER)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("dense", [False, True])
 def test_gradients_equal_eager(tiny, kind: str, dense: bool) -> None:
     """Gradients with respect to the token embedding, with and without a hooked (dense) layer."""
@@ -187,15 +200,19 @@ def test_default_cache_leaves_the_square_tensors_out_and_says_so_once(tiny, capl
     assert list(asked) == ["blocks.1.attn.hook_pattern"]
 
 
-@pytest.mark.parametrize("kind", EVERY)
+def test_every_statistic_of_keys_is_known_as_one():
+    assert list(KEY_STATISTICS) == [s.name for s in STATISTICS if s.axis == "key"]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_statistics_equal_those_of_the_dense_pattern(tiny, kind: str) -> None:
     model = tiny(kind)
     text = " ".join(f"w{i}" for i in (5, 9, 5, 77, 12, 9, 5, 31, 2))
     stats = model.attention_stats([text, "w1 w2 w3"], StatSpec(previous=True, received=True, participation=True))
     ids = torch.tensor([model.coder.encode(text)])
     _, cache = model.bridge.run_with_cache(ids, names_filter=lambda n: n.endswith("hook_pattern"))
-    layers = model.n_layers
-    p = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][0] for i in range(layers)]).double().numpy()
+    layers = model.attention_layers
+    p = torch.stack([cache[f"blocks.{i}.attn.hook_pattern"][0] for i in layers]).double().numpy()
     close = {"atol": 1e-9 if model.dtype == torch.float64 else 1e-4}
     n = p.shape[-1]
     behind = np.arange(n)[:, None] - np.arange(n)
@@ -210,14 +227,16 @@ def test_statistics_equal_those_of_the_dense_pattern(tiny, kind: str) -> None:
         "participation": (p**2).sum(-1),
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(stats.values[name][0], value, **close, err_msg=name)
+        np.testing.assert_allclose(stats.values[name][0][layers], value, **close, err_msg=name)
     runner = Engine(model)
     runner.record([model.coder.encode(text)])
-    for layer in range(layers):
+    for at, layer in enumerate(layers):
         window = runner.frame.calls[layer].window or n
         seen = np.array([min(n, j + window) - j for j in range(n)])
-        np.testing.assert_allclose(stats.values["received"][0][layer], p[layer].sum(-2) / seen, **close)
-    assert stats.frame().shape[0] == layers * 4 * sum(map(len, stats.tokens)) and len(stats) == 2
+        np.testing.assert_allclose(stats.values["received"][0][layer], p[at].sum(-2) / seen, **close)
+    others = sorted(set(range(model.n_layers)) - set(layers))
+    assert np.isnan(stats.values["entropy"][0][others]).all() and (stats.values["argmax"][0][others] == -1).all()
+    assert stats.frame().shape[0] == model.n_layers * 4 * sum(map(len, stats.tokens)) and len(stats) == 2
 
 
 def test_next_token_logits_ignore_batching(tiny) -> None:
@@ -231,17 +250,29 @@ def test_next_token_logits_ignore_batching(tiny) -> None:
 # ------------------------------------------------------------------ refusals
 
 
-def test_latent_attention_is_refused_by_name(word_tokenizer) -> None:
+def test_attention_that_transformer_lens_computes_in_its_own_way_is_refused_by_name(word_tokenizer) -> None:
     import transformers as tf
 
-    config = tf.DeepseekV3Config(
-        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=48, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
-        first_k_dense_replace=1, n_shared_experts=1, bos_token_id=0, eos_token_id=1, max_position_embeddings=64,
-    )  # fmt: skip
-    with pytest.raises(ModelError, match="DeepseekV3Attention computes attention in a way of its own"):
-        interp.load(tf.DeepseekV3ForCausalLM(config), tokenizer=word_tokenizer)
+    hf = tf.CodeGenForCausalLM(tf.CodeGenConfig(vocab_size=100, n_embd=32, n_layer=2, n_head=4, rotary_dim=4))
+    with pytest.raises(ModelError, match="CodeGenAttention computes attention in a way of its own"):
+        interp.load(hf, tokenizer=word_tokenizer)
+
+
+def test_a_model_without_any_attention_is_refused(word_tokenizer) -> None:
+    import transformers as tf
+
+    hf = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ModelError, match="no softmax attention in any of its 2 layers"):
+        interp.load(hf, tokenizer=word_tokenizer)
+
+
+def test_a_hybrid_has_head_sites_only_where_it_has_attention(tiny) -> None:
+    model = tiny("lfm2")
+    assert model.attention_layers == [1] and {s.layer for s in model.sites("z")} == {1}
+    assert {s.layer for s in model.sites("resid_pre")} == {0, 1, 2}
+    pair = interp.PromptPair("w1 w2 w3", "w1 w5 w3", " w7", " w8")
+    effects = interp.patch(model, pair, model.sites("z", layers=None) | model.sites("resid_pre"))
+    assert "layers without softmax attention" in effects.provenance["engine"]
 
 
 def test_an_attention_that_bypasses_the_interface_is_refused_by_name(word_tokenizer) -> None:
@@ -348,6 +379,11 @@ def test_prompts_beyond_the_context_and_empty_sets_are_refused(tiny) -> None:
         model.attention_stats([])
     with pytest.raises(PromptError, match="strings or PromptPairs"):
         model.attention_stats([3])
+    with pytest.raises(PromptError, match="spec='all': a headstats"):
+        model.attention_stats("w1 w2", "all")  # pyright: ignore[reportArgumentType]
+    assert model.attention_stats("w1 w2", StatSpec(topk=2)).provenance["left_out"] == ["topk"]
+    with pytest.raises(PromptError, match="spec asks for topk: attention_stats keeps"):
+        model.attention_stats("w1 w2", StatSpec(**dict.fromkeys(StatSpec().requested(), False), topk=2))
 
 
 # ------------------------------------------------------------------ the embedded model

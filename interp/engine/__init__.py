@@ -1,7 +1,8 @@
 """The engine: record base runs, write activations into them, read a metric. Sweeps meet forwards only here."""
 
-from interp.engine.cells import Cell, Write
+from interp.engine.cells import Cell, Cut, Write
 from interp.engine.core import Engine
+from interp.engine.plan import Plan, explain
 from interp.engine.runs import Run
 
-__all__ = ["Cell", "Engine", "Run", "Write"]
+__all__ = ["Cell", "Cut", "Engine", "Plan", "Run", "Write", "explain"]

@@ -3,45 +3,96 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.errors import PromptError
 from interp.prompts import Encoded
 from interp.sites import Site
 
+# A change here reaches other positions only in later blocks: within its own block it comes after the keys and values.
+AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_out"})
+
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """Replace the activation at ``site`` in token rows [start, stop) by ``value`` (broadcast over rows).
+    """Set the activation at ``site`` in token rows [start, stop) to ``value``, or add ``value`` to it.
 
-    ``site.position`` plays no part here: `rows_of` has resolved it to rows.
+    ``value`` is broadcast over rows; None only in cells that are planned and not run. ``site.position`` plays
+    no part here: `rows_of` has resolved it to rows.
     """
 
     site: Site
     start: int
     stop: int
-    value: Float[Tensor, "#rows width"]
+    value: Float[Tensor, "#rows width"] | None
+    how: Literal["set", "add"] = "set"
+
+    @property
+    def layer(self) -> int:
+        """The first block whose computation this can change."""
+        return entry_layer(self.site)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Hide ``keys`` (token rows) from queries in rows [start, stop) of one layer's attention, before the softmax.
+
+    ``heads``: query heads concerned; None for all.
+    """
+
+    layer: int
+    start: int
+    stop: int
+    keys: tuple[int, int]
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Run number ``run``, with all ``writes`` applied in one forward."""
+    """Run number ``run``, with all ``writes`` and ``cuts`` applied in one forward."""
 
     run: int
-    writes: tuple[Write, ...]
+    writes: tuple[Write, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def changes(self) -> tuple[Write | Cut, ...]:
+        """Writes and cuts."""
+        return (*self.writes, *self.cuts)
 
     @property
     def first_row(self) -> int:
-        """The first position that is written; under causal attention nothing before it can change."""
-        return min(w.start for w in self.writes)
+        """The first position that is changed; under causal attention nothing before it can change."""
+        return min(c.start for c in self.changes)
 
     @property
     def first_layer(self) -> int:
         """The first block that has to run (resid_post of layer l is the input of block l + 1)."""
-        return min(entry_layer(w.site) for w in self.writes)
+        return min(c.layer for c in self.changes)
+
+    def entry_stop(self, length: int) -> int:
+        """In the first block only rows before this one can change: those changed there, if after the keys and values.
+
+        ``length``: of the run, which is the answer where keys or values change too.
+        """
+        entering = [c for c in self.changes if c.layer == self.first_layer]
+        if all(isinstance(c, Cut) or c.site.component in AFTER_KEYS for c in entering):
+            return max(c.stop for c in entering)
+        return length
+
+    def blind(self, n_layers: int, length: int) -> bool:
+        """Whether the last position's logits cannot depend on it: it changes other rows where nothing reads them."""
+        if self.first_layer >= n_layers:
+            return max(c.stop for c in self.changes) < length
+        return self.first_layer == n_layers - 1 and self._late_stop(n_layers, length) < length
+
+    def _late_stop(self, n_layers: int, length: int) -> int:
+        beyond = [c.stop for c in self.changes if c.layer >= n_layers]
+        return max([self.entry_stop(length), *beyond])
 
 
 def entry_layer(site: Site) -> int:
@@ -66,20 +117,50 @@ def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
     return position % n, position % n + 1
 
 
-def write_into(activation: Tensor, site: Site, rows: slice | Tensor, value: Tensor) -> Tensor:
-    """A copy of ``activation`` [batch, position, (head,) width] of a batch of one with the write applied."""
+def write_into(activation: Tensor, write: Write, value: Tensor | None = None) -> Tensor:
+    """A copy of ``activation`` [batch, position, (head,) width] of a batch of one with the write applied.
+
+    ``value`` takes the place of the write's own.
+    """
+    value = write.value if value is None else value
+    assert value is not None  # the cell is being run
     changed = activation.clone()
-    target = changed[0] if site.head is None else changed[0, :, site.head]
-    target[rows] = value.to(changed.dtype)
+    target = changed[0] if write.site.head is None else changed[0, :, write.site.head]
+    rows = slice(write.start, write.stop)
+    value = value.to(changed.dtype)
+    target[rows] = value if write.how == "set" else target[rows] + value
     return changed
 
 
-def index_rows(writes: list[tuple[int, Write]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Flatten (first packed row, write) pairs into row indices [R], head indices [R] and values [R, width]."""
-    rows, heads, values = [], [], []
-    for at, write in writes:
-        count = write.stop - write.start
-        rows.append(torch.arange(at, at + count, device=device))
-        heads.append(torch.full((count,), write.site.head or 0, device=device))
-        values.append(write.value.expand(count, -1))
-    return torch.cat(rows), torch.cat(heads), torch.cat(values)
+def cut_table(cuts: list[list[Cut]], n_heads: int, rows: tuple[int, int], keys: int) -> dict[str, Tensor]:
+    """The cuts of several cells in one layer as headstats arguments.
+
+    Cut number e of a cell is bit e of a segment id: a query is in segment Σ 2^e over the cuts that name it, a key
+    likewise, and a pair of segments is cut where they share a bit.  rows: [start, stop) of the queries.
+
+    Returns q_segments [cells, rows], k_segments [cells, keys], knockout [cells, heads, S, S].
+    """
+    width = 1 << max(len(c) for c in cuts)
+    ids = torch.arange(width)
+    q = torch.zeros(len(cuts), rows[1] - rows[0], dtype=torch.int64)
+    k = torch.zeros(len(cuts), keys, dtype=torch.int64)
+    table = torch.zeros(len(cuts), n_heads, width, width, dtype=torch.bool)
+    for cell, listed in enumerate(cuts):
+        for e, cut in enumerate(listed):
+            q[cell, max(cut.start - rows[0], 0) : max(cut.stop - rows[0], 0)] |= 1 << e
+            k[cell, slice(*cut.keys)] |= 1 << e
+            has = (ids >> e & 1).bool()
+            shared = has[:, None] & has[None]
+            heads = slice(None) if cut.heads is None else list(cut.heads)
+            table[cell, heads] |= shared
+    return {"q_segments": q, "k_segments": k, "knockout": table}
+
+
+def cut_mask(cuts: list[Cut], n_heads: int, length: int) -> Bool[Tensor, "heads length length"]:
+    """The cuts of one cell in one layer, cell by cell of the pattern: True where attention is cut."""
+    mask = torch.zeros(n_heads, length, length, dtype=torch.bool)
+    for cut in cuts:
+        heads = range(n_heads) if cut.heads is None else cut.heads
+        for head in heads:
+            mask[head, cut.start : cut.stop, slice(*cut.keys)] = True
+    return mask

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from interp.engine import naive, packed
 from interp.engine.cells import Cell, Write
+from interp.engine.plan import PLANNING
 from interp.engine.runs import Frame, Run, record
 from interp.errors import InterpError, SiteError
 from interp.model import Model
@@ -37,7 +39,8 @@ class Engine:
         self.model, self.kind = model, kind
         self.frame = Frame()
         self.reason: str | None = "asked for" if kind == "naive" else None
-        self._checked = False
+        self.rows_per_batch = ROWS_PER_BATCH
+        self.planner = PLANNING.get()  # inside `explain`, cells are counted in place of being run
 
     @property
     def fast(self) -> bool:
@@ -47,6 +50,12 @@ class Engine:
     def describe(self) -> str:
         """How cells were run, for provenance."""
         return "packed, exact" if self.fast else f"one full forward per cell ({self.reason})"
+
+    def leave(self, n: int) -> int:
+        """Takes note of cells that a recipe answers from base runs by itself; returns their number."""
+        if self.planner is not None:
+            self.planner.unasked += n
+        return n
 
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Raise SiteError, before any work, for sites that this model does not have."""
@@ -73,6 +82,10 @@ class Engine:
         noise: Sequence[Tensor | None] | None = None,
     ) -> list[Run]:
         """Base runs of the prompts, with the components whose values will be needed."""
+        if self.fast and self.model.hooks_added():
+            self._decide("hooks were added to the model, which may read or change other positions")
+        if self.fast and self.model.bridge.training:
+            self._decide("the model is in training mode, where dropout makes no two forwards alike")
         with self._extra_hooks(components):
             runs = record(self.model, prompts, components, noise, self.frame, keep_kv=self.kind != "naive")
         if self.kind != "naive" and self.reason is None:
@@ -82,48 +95,92 @@ class Engine:
     @torch.no_grad()
     def score(self, runs: Sequence[Run], cells: Sequence[Cell], score: Score, done: Callable[[int], None]) -> Tensor:
         """``score`` of every cell's last-position logits, in order; ``done(n)`` is called as cells finish."""
+        if self.planner is not None:
+            self.planner.add(self, runs, cells)
+            return torch.zeros(len(cells), dtype=torch.float64)
         values = torch.full((len(cells),), float("nan"), dtype=torch.float64)
         components = {w.site.component for c in cells for w in c.writes}
         with self._extra_hooks(tuple(components)):
-            if self.fast and cells and not self._checked:
+            if self.fast and not all(self.blind(runs, c) for c in cells):
                 self._check(runs, cells)
-            for batch in self._batches(runs, cells) if self.fast else [[i] for i in range(len(cells))]:
-                chosen = [cells[i] for i in batch]
-                if self.fast:
-                    logits = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
-                else:
-                    logits = torch.stack(naive.run_cells(self.model, runs, chosen))
-                values[batch] = score(logits, batch).cpu().double()
+            for batch in self.batches(runs, cells):
+                values[batch] = self._run(runs, cells, batch, score)
                 done(len(batch))
         return values
 
-    def _batches(self, runs: Sequence[Run], cells: Sequence[Cell]) -> list[list[int]]:
-        """Cells in order of (run, start), cut where a batch would hold too many rows or logits."""
-        order = sorted(range(len(cells)), key=lambda i: (cells[i].run, cells[i].first_row))
-        batches: list[list[int]] = []
+    def _run(self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score) -> Tensor:
+        """Scores of one batch; out of memory, those of its halves."""
+        chosen = [cells[i] for i in batch]
+        try:
+            if all(self.blind(runs, c) for c in chosen):
+                logits = torch.stack([runs[c.run].logits for c in chosen])
+            elif self.fast:
+                logits = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
+            else:
+                logits = torch.stack(naive.run_cells(self.model, runs, chosen))
+            return score(logits, batch).cpu().double()
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        if len(batch) == 1:
+            raise InterpError(
+                f"one cell on a prompt of {len(runs[chosen[0].run])} tokens does not fit into memory: use a shorter "
+                "prompt, a smaller dtype or another device"
+            )
+        log.warning("engine: out of memory with %d cells in a batch; going on with half as many", len(batch))
+        self.rows_per_batch = max(1, self.rows_per_batch // 2)
+        half = len(batch) // 2
+        return torch.cat([self._run(runs, cells, part, score) for part in (batch[:half], batch[half:])])
+
+    def blind(self, runs: Sequence[Sized], cell: Cell) -> bool:
+        """Whether the cell provably changes nothing that is read, so that the base run answers it."""
+        return self.fast and cell.blind(self.model.n_layers, len(runs[cell.run]))
+
+    def batches(self, runs: Sequence[Sized], cells: Sequence[Cell]) -> Iterator[list[int]]:
+        """Cells in order of (run, start), cut where a batch would hold too many rows or logits.
+
+        Those that cannot change anything come first, together: they are answered from the base runs.
+        """
+        seeing = [i for i in range(len(cells)) if not self.blind(runs, cells[i])]
+        blind = sorted(set(range(len(cells))) - set(seeing))
+        for i in range(0, len(blind), LOGITS_PER_BATCH):
+            yield blind[i : i + LOGITS_PER_BATCH]
+        if not self.fast:
+            yield from ([i] for i in seeing)
+            return
+        batch: list[int] = []
         rows = 0
-        for i in order:
+        for i in sorted(seeing, key=lambda i: (cells[i].run, cells[i].first_row)):
             n = len(runs[cells[i].run]) - cells[i].first_row
-            if not batches or rows + n > ROWS_PER_BATCH or len(batches[-1]) >= LOGITS_PER_BATCH:
-                batches.append([])
-                rows = 0
-            batches[-1].append(i)
+            if batch and (rows + n > self.rows_per_batch or len(batch) >= LOGITS_PER_BATCH):
+                yield batch
+                batch, rows = [], 0
+            batch.append(i)
             rows += n
-        return batches
+        if batch:
+            yield batch
 
     def _check(self, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
-        """Before a sweep: an unpatched run and two cells must agree with the naive path, or the fast path is off."""
-        self._checked = True
+        """Before a sweep: an unpatched run and two cells must agree with the naive path, or the fast path is off.
+
+        Done once for each model and set of components: what makes the packed path exact is the model's structure.
+        """
+        changes = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
+        kind = frozenset(changes)
+        if kind in self.model.engine_checks:
+            return
         run = cells[0].run
         site = Site("resid_pre", 0, position=0)
         middle = len(runs[run]) // 2
         unpatched = Cell(run, (Write(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
-        chosen = [unpatched, cells[0], cells[-1]]
+        chosen = [unpatched, *random.Random(len(cells)).sample(list(cells), min(2, len(cells)))]
         fast = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
         slow = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, chosen[1:])])
         gap, scale = (fast - slow).abs().max().item(), slow.abs().max().item()
         if not gap <= CHECK_TOLERANCE * max(scale, 1.0):
             self._decide(f"its logits differ from the naive path by {gap:.1e} on this model")
+            return
+        self.model.engine_checks.add(kind)
 
     def _decide(self, reason: str | None) -> None:
         self.reason = reason
@@ -151,3 +208,7 @@ class _ResultHooks:
     def __exit__(self, *_: object) -> None:
         if self.needed and not self.before:
             self.bridge.set_use_attn_result(False)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -9,35 +9,53 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.cells import Cell, Write, write_into
+from interp.engine.cells import Cell, Write, cut_mask, write_into
 from interp.engine.runs import Run, hooks
 from interp.model import Model
 
 
-def run_cell(model: Model, run: Run, writes: Sequence[Write]) -> Float[Tensor, " vocab"]:
-    """Last-position logits of ``run`` with ``writes`` applied, by one forward over the whole prompt."""
+def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
+    """Last-position logits of ``run`` with the cell's changes, by one forward over the whole prompt."""
     pairs: list[tuple[str, Any]] = []
     if run.noise is not None:
         noise = run.noise
         pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
-    for write in writes:
+    for write in cell.writes:
         pairs += _hooks_for(write)
+    for layer in {c.layer for c in cell.cuts}:
+        mask = cut_mask([c for c in cell.cuts if c.layer == layer], model.n_heads, len(run)).to(model.device)
+        pairs += _hide(layer, mask)
     tokens = torch.tensor([list(run.ids)], device=model.device)
     with hooks(model, *pairs):
         return model.last_logits(tokens)[0]
 
 
+def _hide(layer: int, mask: Tensor) -> list[tuple[str, Any]]:
+    """Takes the layer off the kernel: dense scores are lowered where attention is cut.
+
+    A row with nothing left reads nothing: its pattern, which softmax made uniform, is cleared.
+    """
+    unseen = mask | mask.new_ones(mask.shape[1:]).triu(1)
+    return [
+        (f"blocks.{layer}.attn.hook_attn_scores", lambda x, hook: x.masked_fill(mask, torch.finfo(x.dtype).min)),
+        (f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x.masked_fill(unseen, 0)),
+    ]
+
+
 def _hooks_for(write: Write) -> list[tuple[str, Any]]:
-    site, rows = write.site, slice(write.start, write.stop)
+    site = write.site
     if site.component != "resid_mid":
-        return [(site.hook_name, lambda x, hook: write_into(x, site, rows, write.value))]
+        return [(site.hook_name, lambda x, hook: write_into(x, write))]
     # TransformerLens' bridge fires hook_resid_mid on the MLP branch only: an edit there would miss the skip
     # connection. Writing attn_out = value − resid_pre sets the residual stream itself.
     seen: list[Tensor] = []
     prefix = f"blocks.{site.layer}."
 
     def through_attn_out(x: Tensor, hook: Any) -> Tensor:
-        return write_into(x, site, rows, write.value - seen[-1][0, rows])
+        assert write.value is not None
+        if write.how == "add":
+            return write_into(x, write)
+        return write_into(x, write, write.value - seen[-1][0, write.start : write.stop])
 
     return [
         (prefix + "hook_resid_pre", lambda x, hook: seen.append(x)),
@@ -47,4 +65,4 @@ def _hooks_for(write: Write) -> list[tuple[str, Any]]:
 
 def run_cells(model: Model, runs: Sequence[Run], cells: Sequence[Cell]) -> list[Float[Tensor, " vocab"]]:
     """`run_cell` for every cell."""
-    return [run_cell(model, runs[c.run], c.writes) for c in cells]
+    return [run_cell(model, runs[c.run], c) for c in cells]

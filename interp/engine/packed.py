@@ -1,42 +1,50 @@
 """The fast path: all cells of a batch advance through the blocks together, re-running only what can change.
 
-Exact for causal decoders, by four facts:
+Exact for causal decoders, by these facts:
 
-* blocks before the first written site see the base run's input: a cell enters at its first changed block;
-* under causal attention positions before the first written one never change: only rows from there on are
+* blocks before the first change see the base run's input: a cell enters at its first changed block;
+* under causal attention positions before the first changed one never change: only rows from there on are
   computed, and their attention reads the base run's keys and values for the rest;
+* in its first block a change that comes after the keys and values (z, attn_out, mlp_out, q, a cut) stays in its
+  own rows: no others are computed there;
 * everything but attention acts on tokens one by one: rows of all cells are packed into one [1, rows, d]
   hidden state, so that short prompts still fill the matrix products;
-* the metric reads the last position: only that row meets the unembedding.
+* the metric reads the last position: the last block computes keys and values for all rows, and the rest for
+  that row alone, which alone meets the unembedding.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
+import headstats
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.dense import AttentionCall
-from interp.engine.cells import Cell, Write, index_rows
+from interp.engine.cells import Cell, cut_table
+from interp.engine.pieces import Changes, Group, Piece, place, positions
 from interp.engine.runs import Frame, Run, hooks
 from interp.instrument import attend
 from interp.model import Model
+from interp.sites import COMPONENTS
 
 ROWWISE_KWARGS = ("position_embeddings", "position_ids", "alibi")
 DROPPED_KWARGS = (
     "attention_mask", "past_key_values", "layer_past", "use_cache", "cache_position", "encoder_attention_mask",
     "position_bias",  # a linear bias: the recorded calls hold it, per key
 )  # fmt: skip
+SHARED_KEYS = 2048  # prefix keys × cells from which reading the prefix once beats writing it out for every cell
 
 
 def unsupported(model: Model, frame: Frame) -> str | None:
     """Why this model's blocks cannot be run packed, or None."""
+    if len(model.attention_layers) < model.n_layers:
+        return "layers without softmax attention mix positions in ways of their own"
     for layer, call in frame.calls.items():
         if not call.causal:
             return f"layer {layer} is not causal (bidirectional, or behind a custom mask)"
@@ -54,132 +62,141 @@ def unsupported(model: Model, frame: Frame) -> str | None:
     return None
 
 
-@dataclass
-class Group:
-    """Cells of one run that start at one position: they share the base run's prefix keys and values."""
-
-    run: Run
-    start: int
-    cells: list[int] = field(default_factory=list)  # numbers within the batch, in order of entry
-
-    @property
-    def rows(self) -> int:
-        """Rows that each cell computes."""
-        return len(self.run) - self.start
-
-
-@dataclass
-class Piece:
-    """The rows of one group's active cells in the packed hidden state."""
-
-    group: Group
-    cells: list[int]
-    offset: int
+class Enough(Exception):
+    """Leaves a block once its keys and values are known."""
 
 
 class PackedForward:
     """One batch of cells, advanced block by block."""
 
     def __init__(self, model: Model, runs: Sequence[Run], cells: Sequence[Cell], frame: Frame):
-        self.model, self.runs, self.cells, self.frame = model, runs, cells, frame
-        by_start: dict[tuple[int, int], Group] = {}
+        self.model, self.cells, self.frame = model, cells, frame
+        self.changes = Changes(cells)
+        groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
-            cell = cells[i]
-            key = (cell.run, cell.first_row)
-            by_start.setdefault(key, Group(runs[cell.run], cell.first_row)).cells.append(i)
-        self.groups = list(by_start.values())
-        self.writes: dict[tuple[int, str], list[tuple[int, Write]]] = defaultdict(list)
-        for i, cell in enumerate(cells):
-            for write in cell.writes:
-                site = write.site
-                layer, component = site.layer or 0, site.component
-                if component == "resid_post":  # the same residual, named from the other side of the block
-                    layer, component = layer + 1, "resid_pre"
-                self.writes[layer, component].append((i, write))
-        self.hidden: dict[int, Tensor] = {}  # group number → [active cells, rows, d_model]
+            key = (cells[i].run, cells[i].first_row)
+            groups.setdefault(key, Group(runs[cells[i].run], cells[i].first_row)).waiting.append(i)
+        self.groups = list(groups.values())
 
     def logits(self) -> Float[Tensor, "cells vocab"]:
         """Last-position logits of every cell, in the order of ``cells``."""
-        entered = [0] * len(self.groups)
-        for layer in range(self.model.n_layers):
-            self._enter(layer, entered)
-            pieces = self._pieces(entered)
-            if pieces:
+        n = self.model.n_layers
+        for layer in range(n):
+            pieces = self._enter(layer)
+            if pieces and layer < n - 1:
                 self._block(layer, pieces)
-        self._enter(self.model.n_layers, entered)
-        last = [h[:, -1] for _, h in sorted(self.hidden.items())]
-        order = [i for g in self.groups for i in g.cells]
-        logits = final_logits(self.model, torch.cat(last))
-        return logits[torch.argsort(torch.tensor(order, device=logits.device))]
+            elif pieces:
+                self._last_block(layer, pieces)
+        for group in self.groups:  # what changes the last block's output alone
+            if group.waiting:
+                group.admit(group.waiting, group.run.resid[n][-1:].expand(len(group.waiting), -1, -1))
+        final = [Piece(g, g.active, len(g.run) - 1, len(g.run), hidden(g)) for g in self.groups]
+        self._write_residual(n, final)
+        logits = final_logits(self.model, torch.cat([p.hidden[:, -1] for p in final]))
+        order = torch.tensor([i for piece in final for i in piece.cells], device=logits.device)
+        return logits[torch.argsort(order)]
 
-    def _enter(self, layer: int, entered: list[int]) -> None:
-        """Add the cells whose first changed block is ``layer``, then apply residual writes."""
-        for g, group in enumerate(self.groups):
-            new = 0
-            while entered[g] + new < len(group.cells) and self._starts(group, entered[g] + new) <= layer:
-                new += 1
-            if new:
-                fresh = group.run.resid[layer][group.start :].expand(new, -1, -1)
-                old = self.hidden.get(g)
-                self.hidden[g] = fresh.clone() if old is None else torch.cat([old, fresh])
-                entered[g] += new
-        where = self._where(entered)
-        for i, write in self.writes.get((layer, "resid_pre"), ()):
-            g, row = where[i]
-            start = self.groups[g].start
-            self.hidden[g][row, write.start - start : write.stop - start] = write.value
+    # ------------------------------------------------------------ which rows
 
-    def _starts(self, group: Group, number: int) -> int:
-        return self.cells[group.cells[number]].first_layer
-
-    def _where(self, entered: list[int]) -> dict[int, tuple[int, int]]:
-        return {i: (g, row) for g, group in enumerate(self.groups) for row, i in enumerate(group.cells[: entered[g]])}
-
-    def _pieces(self, entered: list[int]) -> list[Piece]:
-        pieces, offset = [], 0
-        for g, group in enumerate(self.groups):
-            if entered[g]:
-                pieces.append(Piece(group, group.cells[: entered[g]], offset))
-                offset += entered[g] * group.rows
+    def _enter(self, layer: int) -> list[Piece]:
+        """The pieces that go through a block: those that are in already, and the cells whose first block it is."""
+        pieces = []
+        for group in self.groups:
+            n, resid = len(group.run), group.run.resid[layer]
+            narrow: dict[int, list[int]] = {}
+            while group.waiting and self.cells[group.waiting[0]].first_layer <= layer:
+                i = group.waiting.pop(0)
+                narrow.setdefault(self.cells[i].entry_stop(n), []).append(i)
+            wide = narrow.pop(n, [])
+            if wide:
+                group.admit(wide, resid[group.start :].expand(len(wide), -1, -1))
+            if group.hidden is not None:
+                pieces.append(Piece(group, group.active, group.start, n, group.hidden))
+            for stop, cells in narrow.items():
+                fresh = resid[group.start : stop].expand(len(cells), -1, -1)
+                pieces.append(Piece(group, cells, group.start, stop, fresh, narrow=True))
+        self._write_residual(layer, pieces)
         return pieces
 
+    def _write_residual(self, layer: int, pieces: list[Piece]) -> None:
+        if not self.changes.writes.get((layer, "resid_pre")):
+            return
+        packed = place(pieces)
+        rows = self.changes.rows(layer, "resid_pre", pieces, packed.device)
+        if rows is not None:
+            self._unpack(rows.put(packed, headed=False)[0], pieces)
+
+    def _unpack(self, packed: Tensor, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            piece.hidden = packed[piece.span].unflatten(0, (len(piece.cells), piece.rows))
+            if not piece.narrow:
+                piece.group.hidden = piece.hidden
+
+    # ------------------------------------------------------------ one block
+
     def _block(self, layer: int, pieces: list[Piece]) -> None:
-        """Run one block on the packed rows of all active cells."""
-        groups = [g for g in range(len(self.groups)) if g in self.hidden]
-        packed = torch.cat([self.hidden[g].flatten(0, 1) for g in groups])[None]
+        """Runs one block on the packed rows of all cells that are in."""
+        self._unpack(self.run_block(layer, pieces, lambda call: self.attend(call, pieces)), pieces)
+        for piece in pieces:
+            if piece.narrow:  # from the next block on with all its rows: the others are the base run's
+                group = piece.group
+                whole = group.run.resid[layer + 1][group.start :].repeat(len(piece.cells), 1, 1)
+                whole[:, : piece.rows] = piece.hidden
+                group.admit(piece.cells, whole)
+
+    def _last_block(self, layer: int, pieces: list[Piece]) -> None:
+        """The same, but only keys and values are computed for all rows, and the rest for the last one."""
+        wide = [p for p in pieces if not p.narrow]
+        keys = self._keys_and_values(layer, wide) if any(p.rows > 1 for p in wide) else None
+        last = [p.last_rows() for p in wide]
+        if last:
+            rows = self.run_block(layer, last, lambda call: self.attend(call, last, keys))
+            for piece in last:
+                piece.group.hidden = rows[piece.span][:, None]
+        for piece in pieces:
+            if piece.narrow:  # rows that nothing reads any more
+                base = piece.group.run.resid[layer + 1][-1:]
+                piece.group.admit(piece.cells, base.expand(len(piece.cells), -1, -1))
+
+    def _keys_and_values(self, layer: int, pieces: list[Piece]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every piece, by a run of the block that ends where attention begins."""
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def keep(call: AttentionCall) -> Tensor:
+            found.extend((by_cell(call.k, p), by_cell(call.v, p)) for p in pieces)
+            raise Enough
+
+        with suppress(Enough):
+            self.run_block(layer, pieces, keep)
+        return found
+
+    def run_block(self, layer: int, pieces: list[Piece], handler: Callable[[AttentionCall], Tensor]) -> Tensor:
+        """The block's output for packed rows [rows, d_model]."""
+        packed = place(pieces)
         kwargs = self._kwargs(layer, pieces)
         with ExitStack() as stack:
             stack.enter_context(hooks(self.model, *self._write_hooks(layer, pieces, packed)))
-            stack.enter_context(self.model.instrument.handled_by(lambda call: self._attend(call, pieces)))
+            stack.enter_context(self.model.instrument.handled_by(handler))
             out = self.model.bridge.blocks[layer](packed, **kwargs)
-        rows = (out[0] if isinstance(out, tuple) else out)[0]
-        for g, piece in zip(groups, pieces, strict=True):
-            n = len(piece.cells) * piece.group.rows
-            self.hidden[g] = rows[piece.offset : piece.offset + n].unflatten(0, (len(piece.cells), piece.group.rows))
-
-    def _positions(self, pieces: list[Piece]) -> Tensor:
-        parts = [
-            torch.arange(p.group.start, len(p.group.run), device=self.model.device).repeat(len(p.cells)) for p in pieces
-        ]
-        return torch.cat(parts)
+        return (out[0] if isinstance(out, tuple) else out)[0]
 
     def _kwargs(self, layer: int, pieces: list[Piece]) -> dict[str, Any]:
         """The block's keyword arguments for packed rows: per-position ones gathered, masks and caches dropped."""
-        positions = self._positions(pieces)
+        where = positions(pieces, self.model.device)
 
         def gather(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(gather(v) for v in value)
-            return value[:1, positions] if isinstance(value, Tensor) else value
+            return value[:1, where] if isinstance(value, Tensor) else value
 
         kwargs: dict[str, Any] = {}
         for name, value in self.frame.kwargs[layer].items():
             if name == "position_ids":
-                kwargs[name] = positions[None]
+                kwargs[name] = where[None]
             elif name.startswith("position_embeddings"):
                 kwargs[name] = gather(value)
             elif name == "alibi" and isinstance(value, Tensor):  # [batch · heads, 1, keys]; blocks insist on having it
-                kwargs[name] = value[: self.model.n_heads, :, positions]
+                kwargs[name] = value[: self.model.n_heads, :, where]
             elif name == "use_cache":
                 kwargs[name] = False
             else:
@@ -188,51 +205,65 @@ class PackedForward:
 
     def _write_hooks(self, layer: int, pieces: list[Piece], packed: Tensor) -> Iterator[tuple[str, Any]]:
         """Hooks that apply this layer's writes inside the block (all components but the residual inputs)."""
-        at = {i: p.offset + n * p.group.rows - p.group.start for p in pieces for n, i in enumerate(p.cells)}
-        for (where, component), writes in self.writes.items():
-            if where != layer or component in ("resid_pre", "embed"):
+        for component in self.changes.components(layer):
+            rows = self.changes.rows(layer, component, pieces, packed.device)
+            if rows is None:
                 continue
-            rows, heads, values = index_rows([(at[i] + w.start, w) for i, w in writes], packed.device)
-            headed = writes[0][1].site.head is not None
-            site = writes[0][1].site
-            name = site.hook_name
+            spec = COMPONENTS[component]
+            name = spec.hook.format(layer=layer)
             if component == "resid_mid":  # see naive._hooks_for: the residual itself, not the MLP branch
-                name, values = f"blocks.{layer}.hook_attn_out", values - packed[0, rows]
+                name = f"blocks.{layer}.hook_attn_out"
+                rows.value = torch.where(rows.add, rows.value, rows.value - packed[0, rows.at])
+            yield name, lambda x, hook, rows=rows, headed=spec.heads is not None: rows.put(x, headed)
 
-            def put(
-                x: Tensor, hook: Any, rows: Tensor = rows, heads: Tensor = heads, values: Tensor = values,
-                headed: bool = headed,
-            ) -> Tensor:  # fmt: skip
-                changed = x.clone()
-                if headed:
-                    changed[0, rows, heads] = values.to(x.dtype)
-                else:
-                    changed[0, rows] = values.to(x.dtype)
-                return changed
+    def attend(
+        self, packed: AttentionCall, pieces: list[Piece], keys: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Attention of packed rows: each group's own rows after the base run's shared prefix.
 
-            yield name, put
-
-    def _attend(self, packed: AttentionCall, pieces: list[Piece]) -> Tensor:
-        """Attention of packed rows: each group's own suffix after the base run's shared prefix."""
-        like = self.frame.calls[packed.layer]
+        keys: each piece's own keys and values, where they have more rows than its queries.
+        """
+        like, layer = self.frame.calls[packed.layer], packed.layer
         out = packed.q.new_empty(*packed.q.shape[:3], packed.v.shape[-1])
-        for piece in pieces:
-            cells, rows, start = len(piece.cells), piece.group.rows, piece.group.start
-            span = slice(piece.offset, piece.offset + cells * rows)
-            q, k, v = (
-                x[0, :, span].unflatten(1, (cells, rows)).transpose(0, 1) for x in (packed.q, packed.k, packed.v)
-            )
+        for n, piece in enumerate(pieces):
+            k, v = (by_cell(packed.k, piece), by_cell(packed.v, piece)) if keys is None else keys[n]
+            start, run = piece.group.start, piece.group.run
+            more = self._cuts(layer, piece)
             if start:
-                prefix = (piece.group.run.keys[packed.layer], piece.group.run.values[packed.layer])
-                k, v = (
-                    torch.cat([x[:, :start].expand(cells, -1, -1, -1), own], dim=2)
-                    for x, own in zip(prefix, (k, v), strict=True)
-                )
-            bias = None if like.bias is None else like.bias[:1, ..., : k.shape[2]]  # per key: the same for every run
-            call = replace(like, q=q, k=k, v=v, key_padding=None, bias=bias)
-            result = attend(call, backend=self.model.instrument.backend)
-            out[0, :, span] = result.out.transpose(0, 1).flatten(1, 2)
+                prefix = tuple(x[layer][None, :, :start] for x in (run.keys, run.values))
+                if start * len(piece.cells) >= SHARED_KEYS:
+                    more["prefix"] = prefix
+                else:
+                    k, v = (
+                        torch.cat([x.expand(len(piece.cells), -1, -1, -1), own], dim=2)
+                        for x, own in zip(prefix, (k, v), strict=True)
+                    )
+            bias = None if like.bias is None else like.bias[:1, ..., : piece.stop]  # per key: the same for every run
+            call = replace(like, q=by_cell(packed.q, piece), k=k, v=v, key_padding=None, bias=bias)
+            result = attend(call, backend=self.model.instrument.backend, **more)
+            out[0, :, piece.span] = result.out.transpose(0, 1).flatten(1, 2)
         return out
+
+    def _cuts(self, layer: int, piece: Piece) -> dict[str, Any]:
+        """The piece's cuts in a layer as arguments of headstats."""
+        by_number = self.changes.cuts.get(layer, {})
+        cuts = [by_number.get(i, []) for i in piece.cells]
+        if not any(cuts):
+            return {}
+        table = cut_table(cuts, self.model.n_heads, (piece.start, piece.stop), piece.stop)
+        moved = {name: x.to(self.model.device) for name, x in table.items()}
+        return {"edit": headstats.Edit(knockout=moved.pop("knockout")), **moved}
+
+
+def by_cell(x: Tensor, piece: Piece) -> Tensor:
+    """A piece's part of [1, heads, packed rows, d] as [cells, heads, rows, d]."""
+    return x[0, :, piece.span].unflatten(1, (len(piece.cells), piece.rows)).transpose(0, 1)
+
+
+def hidden(group: Group) -> Tensor:
+    """The last rows of all the group's cells."""
+    assert group.hidden is not None  # every group has a cell
+    return group.hidden
 
 
 def final_logits(model: Model, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:

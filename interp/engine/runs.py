@@ -30,11 +30,17 @@ class Run:
     logits: Float[Tensor, " vocab"]
     keys: list[Float[Tensor, "kv_heads position d_head"]] = field(default_factory=list)
     values: list[Float[Tensor, "kv_heads position d_head"]] = field(default_factory=list)
-    acts: dict[str, list[Tensor]] = field(default_factory=dict)
+    acts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     noise: Float[Tensor, "position d_model"] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that the run holds."""
+        yield from (self.resid, self.logits, *self.keys, *self.values)
+        for layers in self.acts.values():
+            yield from layers.values()
 
     def value(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows width"]:
         """The activation at a site in rows [start, stop)."""
@@ -69,8 +75,13 @@ def record(
 ) -> list[Run]:
     """Run every prompt once (batched by length, unpadded) and keep what a sweep needs.
 
-    ``noise[i]`` [position, d_model] is added to prompt i's token embeddings.
+    ``noise[i]`` [position, d_model] is added to prompt i's token embeddings. Without noise, equal prompts share a run.
     """
+    if noise is None:
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        if len(distinct) < len(prompts):
+            runs = dict(zip(distinct, record(model, distinct, components, None, frame, keep_kv), strict=True))
+            return [runs[tuple(p)] for p in prompts]
     noises = list(noise) if noise is not None else [None] * len(prompts)
     out: list[Run | None] = [None] * len(prompts)
     for batch in equal_length_batches(prompts):
@@ -102,12 +113,23 @@ def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
     try:
         for name, function in pairs:
             point = model.bridge.hook_dict[name]
-            handles.append((point, point.add_hook(function)))
+            heads_first = getattr(point, "pos_dim", 1) == 2
+            handles.append((point, point.add_hook(_positions_first(function) if heads_first else function)))
         yield
     finally:
         for point, handle in handles:
             handle.hook.remove()
             point.fwd_hooks.remove(handle)
+
+
+def _positions_first(function: Any) -> Any:
+    """For hooks that carry [batch, heads, position, d] (latent attention): the function sees positions before heads."""
+
+    def turned(x: Tensor, hook: Any) -> Tensor | None:
+        out = function(x.transpose(1, 2), hook)
+        return None if out is None else out.transpose(1, 2)
+
+    return turned
 
 
 class _Recorder:
@@ -127,7 +149,7 @@ class _Recorder:
         pairs.append((f"blocks.{n - 1}.hook_resid_post", self._keep_resid))
         for component in self.components:
             spec = COMPONENTS[component]
-            for layer in range(n) if spec.per_layer else [0]:
+            for layer in self._layers(component):
                 pairs.append((spec.hook.format(layer=layer), self._keep(component, layer)))
         if noise is not None:
             pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
@@ -139,6 +161,11 @@ class _Recorder:
             for handle in handles:
                 stack.callback(handle.remove)
             yield
+
+    def _layers(self, component: str) -> Sequence[int]:
+        """Where a component is: heads only in the layers with attention."""
+        spec = COMPONENTS[component]
+        return self.model.attention_layers if spec.heads else range(self.model.n_layers if spec.per_layer else 1)
 
     def _keep_resid(self, x: Tensor, hook: Any) -> None:
         self.resid.append(x.detach())
@@ -171,9 +198,6 @@ class _Recorder:
 
     def run(self, row: int, ids: tuple[int, ...], logits: Tensor, noise: Tensor | None) -> Run:
         n = self.model.n_layers
-        acts = {
-            c: [self.acts[c, layer][row] for layer in (range(n) if COMPONENTS[c].per_layer else [0])]
-            for c in self.components
-        }
-        keys, values = ([self.kv[i][j][row] for i in range(n)] if self.kv else [] for j in (0, 1))
+        acts = {c: {layer: self.acts[c, layer][row] for layer in self._layers(c)} for c in self.components}
+        keys, values = ([self.kv[i][j][row] for i in range(n)] if len(self.kv) == n else [] for j in (0, 1))
         return Run(ids, torch.stack([r[row] for r in self.resid]), logits, keys, values, acts, noise)

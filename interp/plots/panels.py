@@ -185,6 +185,11 @@ def split(effects: Effects, by: str | None = None) -> list[Panel]:
     f: Any = effects.frame()
     if f.empty:
         raise InterpError("there are no effects to draw: the table is empty")
+    if f["sender"].nunique() > 1:
+        raise InterpError(
+            "these are effects of edges, and a grid of receivers would average over their senders: draw one sender, "
+            f"e.g. effects.where(sender={f['sender'].dropna().iloc[0]!r})"
+        )
     f["role"] = f["role"].fillna("")
     panels = []
     for (component, kind, sliced), part in f.groupby(

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from interp.attention import KEY_STATISTICS, AttentionStats
-from interp.effects import COLUMNS, Effects
+from interp.effects import ADDED, COLUMNS, Effects
 from interp.errors import InterpError
 from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
 from interp.plots.labels import visible
@@ -74,6 +74,8 @@ def decode_effects(data: dict[str, Any]) -> Effects:
     table: dict[str, Any] = data["table"]
     f = pd.DataFrame(index=range(data["rows"]))
     for column, dtype in COLUMNS.items():
+        if column not in table and column in ADDED:
+            continue
         packed = table[column]
         if "derived" in packed:
             f[column] = _derived(f)[column]

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats import blocked, launch, reference
+from headstats import blocked, cpu, launch, ops, reference, validate_finite
 from headstats.spec import AttentionStats, StatSpec
 from headstats.validate import make_call
+from headstats.values import tracing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from headstats.call import Call
     from headstats.edit import Edit
 
-BACKENDS: dict[str, ModuleType] = {"triton": launch, "blocked": blocked, "reference": reference}
+    Run = Callable[[Call], tuple[Tensor, Tensor, dict[str, Any]]]
+
+BACKENDS: dict[str, ModuleType] = {"triton": launch, "compiled": cpu, "blocked": blocked, "reference": reference}
 DEFAULT_SPEC = StatSpec()
 
 
@@ -64,6 +70,7 @@ def attend(
     spec: StatSpec = DEFAULT_SPEC,
     edit: Edit | None = None,
     backend: str = "auto",
+    check_finite: bool = False,
 ) -> Attended:
     """Attention, with statistics of every head and query.
 
@@ -91,10 +98,12 @@ def attend(
         in all results, then counts P + the number of keys in k: positions 0 ... P-1 are the prefix.
     targets: for each query, keys whose weights are wanted; -1 = none. [M, T] or [B, M, T].
     key_features: numbers of each key to be averaged under p. [N, F] or [B, N, F].
-    spec: which statistics; edit: what to change. Statistics are taken after temperature, bias and knockout and
-        before gate and replacement.
-    backend: "auto", "triton", "blocked" or "reference". "auto" takes the first that can do the call, Triton first
-        on CUDA; an explicit choice that cannot raises.
+    spec: which statistics; edit: what to change. Statistics are taken after all that changes weights and before gate
+        and replacement.
+    backend: "auto", "triton" (CUDA), "compiled" (CPU, once built by python -m headstats.cpu), "blocked" or
+        "reference". "auto" takes the first of these that can do the call; an explicit choice that cannot raises.
+    check_finite: look for NaN and infinity in every argument first, and name the argument and the place. Off, they
+        pass through; on, it costs a pass over the inputs (and, on CUDA, waiting for them). Not within torch.compile.
 
     A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix, bias, alibi, sinks
     and the fields of Edit through out and lse; the reference alone also differentiates statistics.
@@ -108,6 +117,8 @@ def attend(
         segment_open=segment_open, key_padding=key_padding, query_padding=query_padding, prefix=prefix,
         targets=targets, key_features=key_features, spec=spec, edit=edit,
     )  # fmt: skip
+    if check_finite:
+        validate_finite.check_finite(call)
     return _run(call, backend, report=edit is not None and edit.report_mass)
 
 
@@ -116,26 +127,31 @@ def _run(call: Call, backend: str, report: bool) -> Attended:
     if report:
         call = replace(call, spec=replace(call.spec, segments=True))
     name, engine = _pick(call, backend)
-    out, lse, stats = engine.run(call)
+    run = _runner(call, name, engine)
+    out, lse, stats = run(call)
     result = Attended(out, lse, AttentionStats(**stats), name)
     if report:
-        result.mass_before, result.mass_after = _mass_before(call, engine), result.stats.segments
+        result.mass_before, result.mass_after = _mass_before(call, run), result.stats.segments
         if not asked:
             result.stats.segments = None
     return result
 
 
-def _mass_before(call: Call, engine: ModuleType) -> Tensor:
+def _runner(call: Call, name: str, engine: ModuleType) -> Run:
+    """The backend itself, or the operator that stands for it in a graph; the reference is traced as it is."""
+    return partial(ops.run, backend=name) if tracing(call.q) and name != "reference" else engine.run
+
+
+def _mass_before(call: Call, run: Run) -> Tensor:
     """Mass on key segments without the edits."""
-    edits = dict.fromkeys(("gate", "replacement", "temperature", "edit_bias", "knockout"), None)
     with torch.no_grad():
-        _, _, stats = engine.run(replace(call, **edits, spec=replace(StatSpec.none(), segments=True)))
+        _, _, stats = run(replace(call.unedited(), spec=replace(StatSpec.none(), segments=True)))
     return stats["segments"]
 
 
 def _pick(call: Call, backend: str) -> tuple[str, ModuleType]:
     if backend == "auto":
-        names = BACKENDS if call.q.is_cuda else ("blocked", "reference")
+        names = BACKENDS if call.q.is_cuda else ("compiled", "blocked", "reference")
         return next((n, BACKENDS[n]) for n in names if BACKENDS[n].unsupported(call) is None)
     if backend not in BACKENDS:
         allowed = ", ".join(repr(n) for n in ("auto", *BACKENDS))

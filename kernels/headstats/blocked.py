@@ -9,7 +9,7 @@ import torch
 from headstats import cpu_flash, fast, recompute, rows
 from headstats.call import Call
 from headstats.stats import BY_NAME, Result, Value, mapped, tensors
-from headstats.tiles import Keys, Tile, heads_apart, keys_and_values, logits, mixed, of_rows, tiles
+from headstats.tiles import Keys, Scratch, Tile, keys_and_values, logits, mixed, of_rows, pattern_keys, queries, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ def unsupported(call: Call) -> str | None:
 
 def run(call: Call) -> Attended:
     """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    return recompute.with_gradients(call, forward) if call.trainable else forward(call)
+    return recompute.with_gradients(call, forward, backward) if call.trainable else forward(call)
 
 
 def forward(call: Call) -> Attended:
@@ -32,21 +32,26 @@ def forward(call: Call) -> Attended:
     return cpu_flash.forward(call) if cpu_flash.suits(call) else by_tiles(call)
 
 
+backward = recompute.backward
+
+
 def by_tiles(call: Call) -> Attended:
     """The general path."""
     b, _, m, _ = call.q.shape
     hk, n, g = call.k.shape[1], call.n, call.groups
     k, v = keys_and_values(call)
+    other = pattern_keys(call)
     work = list(tiles(call))
     if len(work) == 1 and work[0].j == slice(0, n):
-        out, lse, stats = _one_tile(call, work[0], k, v)
+        out, lse, stats = _one_tile(call, work[0], k, v, other, (None, None))
     else:
         out = call.q.new_empty(b, hk, g, m, v.own.shape[3])
         lse = k.own.new_empty(b, hk, g, m)
         stats: dict[str, Result] = {}
+        room = Scratch(call, work), Scratch(call, work)
         for t in work:
             rows_of = (t.b, t.h, slice(None), t.i)
-            out[rows_of], lse[rows_of], found = _one_tile(call, t, k, v)
+            out[rows_of], lse[rows_of], found = _one_tile(call, t, k, v, other, room)
             for name, x in found.items():
                 if name not in stats:
                     stats[name] = _space(call, x, name)
@@ -70,23 +75,31 @@ def _put(name: str, whole: Result, found: Result, t: Tile) -> None:
     for to, x in zip(tensors(whole), tensors(found), strict=True):
         if BY_NAME[name].axis == "query":
             to[t.b, t.h, :, t.i] = x
-        elif BY_NAME[name].reduce == "mean":
-            to[t.b, t.h, :, t.j] += x
-        else:
+        elif BY_NAME[name].reduce == "max":
             to[t.b, t.h, :, t.j] = torch.maximum(to[t.b, t.h, :, t.j], x)
+        else:
+            to[t.b, t.h, :, t.j] += x
 
 
 def _columns(call: Call, name: str, joined: Result, value: Value) -> Result:
     if BY_NAME[name].reduce == "max":
         return joined  # of weights that are never negative: 0 where no query sees the key
+    if BY_NAME[name].reduce == "norm":
+        return mapped(joined, torch.sqrt)
     return mapped(joined, lambda x: fast.mean_over_queries(call, x, name, value))
 
 
-def _one_tile(call: Call, t: Tile, k: Keys, v: Keys) -> Attended:
-    """Gated out, lse and statistics of one tile, [b, h, g, m, ...]; key statistics as sums over its queries."""
-    s, _ = logits(call, t, heads_apart(call, call.q)[t.b, t.h, :, t.i].to(call.dtype), k)
-    row = rows.softmax(call, t, s, fast.keeps_logits(call))
+def _one_tile(
+    call: Call, t: Tile, k: Keys, v: Keys, other: Keys | None, room: tuple[Scratch | None, Scratch | None]
+) -> Attended:
+    """Gated out, lse and statistics of one tile, [b, h, g, m, ...]; key statistics as sums over its queries.
+
+    other: keys of Edit.pattern_from.  room: for logits, and for weights.
+    """
+    s, _ = logits(call, t, queries(call, t, call.q), k, other, room[0])
+    row = rows.softmax(call, t, s, fast.keeps_logits(call), room[1])
     out = row.z = mixed(row.e, v, t)
+    row.v = v
     gate = None if call.gate is None else of_rows(call, t, call.gate)
     scale = row.inverse if gate is None else row.inverse * gate
     stats = {name: fast.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}

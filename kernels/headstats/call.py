@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,19 +17,17 @@ if TYPE_CHECKING:
 # Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
 EVERY = slice(None)
-LEAVES = (
-    "q",
-    "k",
-    "v",
-    "prefix_k",
-    "prefix_v",
-    "temperature",
-    "edit_bias",
-    "sinks",
-    "alibi",
-    "bias",
-)  # what recomputation differentiates
+# What recomputation differentiates.
+LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "pattern_q", "pattern_k", "logit_factor", "logit_raise",
+          "temperature", "edit_bias", "gain", "keep_fraction", "sinks", "alibi", "bias")  # fmt: skip
 TRAINABLE = (*LEAVES, "gate", "replacement")
+EDITS = ("edit_q_segments", "pattern_q", "pattern_k", "pattern_rows", "logit_factor", "logit_raise", "temperature",
+         "edit_bias", "knockout", "counterfactual", "counterfactual_rows", "counterfactual_renormalise",
+         "counterfactual_seed", "gain", "take", "give", "keep_fraction", "gate", "replacement")  # fmt: skip
+# Arguments that hide no key, or never a query's own.
+LEAVE_A_KEY = {"q", "k", "v", "causal", "window", "softcap", "scale", "spec", "alibi", "sinks", "prefix_k", "prefix_v",
+               "query_padding", "q_segments", "k_segments", "segment_open", "n_segments", "targets", "key_features",
+               *EDITS} - {"knockout", "gain"}  # fmt: skip
 
 
 @dataclass(eq=False, kw_only=True)
@@ -61,13 +60,26 @@ class Call:
     n_segments: int = 0  # of keys
     targets: Int[Tensor, "#B M T"] | None = None
     key_features: Float[Tensor, "#B N F"] | None = None
-    # An Edit
+    # An Edit. `EDITS` names these; each is neutral for heads and rows that it leaves alone, and None if for all.
+    edit_q_segments: Int[Tensor, "#B M"] | None = None  # as the tables below see the queries: -1 in rows left alone
+    pattern_q: Shaped[Tensor, "B H M D"] | None = None  # logits of pattern_rows come from these
+    pattern_k: Shaped[Tensor, "B Hk N-P D"] | None = None
+    pattern_rows: Bool[Tensor, "#B #H #M"] | None = None
+    logit_factor: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    logit_raise: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    temperature: Shaped[Tensor, "#B #H #M"] | None = None
+    edit_bias: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None  # log gains that are renormalised, all of them
+    knockout: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None  # hidden before the softmax
+    counterfactual: str | None = None
+    counterfactual_rows: Bool[Tensor, "#B #H #M"] | None = None
+    counterfactual_renormalise: bool = True
+    counterfactual_seed: int = 0
+    gain: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None  # after the softmax, not renormalised; 0 cuts
+    take: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    give: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
+    keep_fraction: Shaped[Tensor, "#B #H #M"] | None = None
     gate: Shaped[Tensor, "#B #H #M"] | None = None  # never None beside a replacement
     replacement: Shaped[Tensor, "#B #H #M #Dv"] | None = None
-    temperature: Shaped[Tensor, "#B #H #M"] | None = None
-    edit_bias: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None
-    knockout: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
-    renormalise: bool = True
 
     @property
     def n(self) -> int:
@@ -99,7 +111,35 @@ class Call:
     @property
     def leaky(self) -> bool:
         """Whether weights of a row may sum to less than 1."""
-        return self.sinks is not None or (self.knockout is not None and not self.renormalise)
+        return self.sinks is not None or self.changes_weights
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether an edit acts on the weights after the softmax."""
+        return self.gain is not None or self.take is not None or self.counterfactual is not None
+
+    @property
+    def numbers_rows_twice(self) -> bool:
+        """Whether tables of the edit and others see the queries in different segments: some rows are left alone."""
+        masked = self.segment_mask is not None or self.segment_open is not None
+        return masked and self.edit_q_segments is not None and self.edit_q_segments is not self.q_segments
+
+    @property
+    def table_q_segments(self) -> Int[Tensor, "#B M"] | None:
+        """The queries as all tables see them, unless `numbers_rows_twice`."""
+        masked = self.segment_mask is not None or self.segment_open is not None
+        return self.q_segments if masked else self.edit_q_segments
+
+    def unedited(self) -> Call:
+        """The same call without its edit."""
+        defaults = {f.name: f.default for f in fields(self) if f.name in EDITS}
+        return replace(self, **defaults)
+
+    @cached_property
+    def may_be_empty(self) -> bool:
+        """Whether some query may see no key; True for whatever is not known to leave each query a key."""
+        given = (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
+        return not LEAVE_A_KEY.issuperset(given) or (self.offset < 0 and (self.causal or self.window is not None))
 
     def gated(self, z: Shaped[Tensor, "B H M Dv"]) -> Shaped[Tensor, "B H M Dv"]:
         """gate * z + (1 - gate) * replacement, in z's dtype."""
@@ -133,9 +173,9 @@ class Call:
     def visible(
         self, i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY, cut: bool = True
     ) -> Bool[Tensor, "#b #h m n"]:
-        """Which keys the queries see, in a part of the call: causality, window, segments, padding and bias.
+        """Which keys the queries see, in a part of the call: causality, window, segments, padding, bias, knock-out.
 
-        cut: cells that are knocked out do not count as visible.
+        cut: cells that are zeroed after the softmax do not count as visible.
         """
         d = self.distances(i.start, i.stop, j.start, j.stop)
         mask = torch.ones_like(d, dtype=torch.bool)
@@ -148,8 +188,10 @@ class Call:
             mask = mask | self.cells(self.segment_open, i, j, b, heads)
         if self.segment_mask is not None:
             mask = mask & self.cells(self.segment_mask, i, j, b, heads)
-        if self.knockout is not None and cut:
-            mask = mask & ~self.cells(self.knockout, i, j, b, heads)
+        if self.knockout is not None:
+            mask = mask & ~self.edit_cells(self.knockout, i, j, b, heads)
+        if self.gain is not None and cut:
+            mask = mask & (self.edit_cells(self.gain, i, j, b, heads) > 0)
         if self.key_padding is not None:
             mask = mask & self.key_padding[b, None, None, j]
         if self.bias is not None:
@@ -161,21 +203,39 @@ class Call:
     ) -> Shaped[Tensor, "#b #h m n"]:
         """A table over pairs of segments, spread over cells. Segment -1 is the table's last row or column."""
         assert self.q_segments is not None and self.k_segments is not None  # validated: a table needs both
-        table = part(part(table, b), heads, 1)
-        rows = part(self.q_segments, b)[:, i].remainder(table.shape[2])
-        columns = part(self.k_segments, b)[:, j].remainder(table.shape[3])
-        if rows.shape[0] == columns.shape[0] == 1:
-            return table[:, :, rows[0]][..., columns[0]]
-        nb, nh = max(rows.shape[0], columns.shape[0]), table.shape[1]
-        rows, columns = rows.expand(nb, -1)[:, None, :, None], columns.expand(nb, -1)[:, None, None]
-        table = table.expand(nb, -1, -1, -1).gather(2, rows.expand(-1, nh, -1, table.shape[3]))
-        return table.gather(3, columns.expand(-1, nh, table.shape[2], -1))
+        return spread(table, self.q_segments, self.k_segments, (b, heads, i, j))
+
+    def edit_cells(
+        self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
+    ) -> Shaped[Tensor, "#b #h m n"]:
+        """The same for a table of the edit, which is neutral in rows that the edit leaves alone."""
+        assert self.edit_q_segments is not None and self.k_segments is not None  # validated: a table needs both
+        return spread(table, self.edit_q_segments, self.k_segments, (b, heads, i, j))
 
     def key_rank(self) -> Int[Tensor, "#B N"]:
         """0, 1, ... over the real keys of each batch row from the left; N for padded keys."""
         if self.key_padding is None:
             return torch.arange(self.n, device=self.k.device)[None]
         return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, self.n)
+
+
+def spread(
+    table: Shaped[Tensor, "#B #H Sq+1 Sk+1"],
+    q_segments: Int[Tensor, "#B M"],
+    k_segments: Int[Tensor, "#B N"],
+    where: tuple[slice, slice, slice, slice],
+) -> Shaped[Tensor, "#b #h m n"]:
+    """A table over pairs of segments at the cells of some batch rows, heads, queries and keys."""
+    b, heads, i, j = where
+    table = part(part(table, b), heads, 1)
+    rows = part(q_segments, b)[:, i].remainder(table.shape[2])
+    columns = part(k_segments, b)[:, j].remainder(table.shape[3])
+    if rows.shape[0] == columns.shape[0] == 1:
+        return table[:, :, rows[0]][..., columns[0]]
+    nb, nh = max(rows.shape[0], columns.shape[0]), table.shape[1]
+    rows, columns = rows.expand(nb, -1)[:, None, :, None], columns.expand(nb, -1)[:, None, None]
+    table = table.expand(nb, -1, -1, -1).gather(2, rows.expand(-1, nh, -1, table.shape[3]))
+    return table.gather(3, columns.expand(-1, nh, table.shape[2], -1))
 
 
 def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Tensor, "#b *rest"]:

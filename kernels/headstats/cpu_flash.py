@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Below this many keys a single tile is faster, unless there are few rows and the call's overhead counts.
 MIN_KEYS, FEW_ROWS = 48, 512
 UNKNOWN = ("softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open",
-           "temperature", "edit_bias", "knockout")  # fmt: skip
+           "pattern_q", "logit_factor", "logit_raise", "temperature", "edit_bias", "knockout", "counterfactual", "gain",
+           "take")  # fmt: skip
 
 
 def suits(call: Call) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headstats.call import HIDDEN, Call, part
 from headstats.rows import Rows, as_pattern, top_and_place
-from headstats.stats import BY_NAME, Result, TopK, Value, mapped
-from headstats.tiles import CELLS, LOG2E, Tile, by_group
+from headstats.stats import BY_NAME, Result, TopK, Value, mapped, members
+from headstats.tiles import CELLS, LOG2E, Tile, by_group, mixed
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -28,14 +29,13 @@ def statistic(call: Call, t: Tile, row: Rows, name: str, value: Value) -> Result
     result = FAST[name](call, t, row, value) if name in FAST else stat.dense(as_pattern(call, t, row), value)
     if stat.axis == "key" or isinstance(result, TopK):
         return result
-    return mapped(result, lambda x: x.masked_fill(row.empty if x.dim() == 4 else row.empty[..., None], stat.empty))
+    return mapped(result, lambda x: row.where_empty(x, stat.empty))
 
 
 def _entropy(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    # -sum p log2 p with p = e * inverse and log2 p = x + log2 inverse
-    assert row.x is not None  # kept, since entropy is among NEEDS_LOGITS
-    weighted = (row.e * row.x).sum(-1)
-    return row.inverse * (weighted + row.mass * row.inverse.log2()) / -LOG2E
+    # -sum p log2 p with p = e * inverse and log2 p = x - log_total
+    assert row.ex is not None  # summed by softmax, since an entropy was asked for
+    return (row.mass * row.log_total).sub_(row.ex).mul_(row.inverse).mul_(1 / LOG2E)
 
 
 def _entropy_normalised(call: Call, t: Tile, row: Rows, _) -> Tensor:
@@ -50,14 +50,14 @@ def _argmax(call: Call, t: Tile, row: Rows, _) -> Tensor:
 
 
 def _max_prob(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    return torch.exp2(row.top - row.shift) * row.inverse
+    return torch.exp2(row.top) * row.inverse
 
 
 def _topk(call: Call, t: Tile, row: Rows, k: int) -> TopK:
     # Largest, next largest, ...: unlike torch.topk this settles ties, and a maximum is cheap.
     assert row.x is not None
     x = row.x.clone()
-    values, indices = x.new_zeros(*x.shape[:-1], k), row.empty.new_full((*x.shape[:-1], k), -1, dtype=torch.int64)
+    values, indices = x.new_zeros(*x.shape[:-1], k), x.new_full((*x.shape[:-1], k), -1, dtype=torch.int64)
     for place in range(min(k, x.shape[-1])):
         top, at = top_and_place(x)
         values[..., place] = torch.exp2(top) * row.inverse
@@ -73,20 +73,21 @@ def _participation(call: Call, t: Tile, row: Rows, _) -> Tensor:
 def _effective(call: Call, t: Tile, row: Rows, _) -> Tensor:
     e, mass = row.e, row.mass
     if call.leaky:  # weights may all be tiny beside what is no key: their squares would be lost
-        up = torch.exp2((row.shift - row.top).clamp(max=100))
+        up = torch.exp2(-row.top.clamp(min=-100))
         e, mass = e * up[..., None], mass * up
     return mass.square() / e.square().sum(-1).clamp_min(torch.finfo(e.dtype).tiny)
 
 
 def _distance(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    return _weighted_distance(call, t, row) * row.inverse
+    return _weighted_distance(call, t, row).mul_(row.inverse)
 
 
 def _weighted_distance(call: Call, t: Tile, row: Rows) -> Tensor:
     # (i + N - M - j) split into the query's place in the tile and the distance from the tile's first query
-    back = call.distances(t.i.start, t.i.start + 1, t.j.start, t.j.stop)[0].to(row.e.dtype)
-    place = torch.arange(row.e.shape[-2], device=row.e.device, dtype=row.e.dtype)
-    return row.e @ back + place * row.mass
+    (m, n), first = row.e.shape[-2:], t.i.start + call.offset - t.j.start
+    back = torch.arange(first, first - n, -1, device=row.e.device, dtype=row.e.dtype)
+    place = torch.arange(m, device=row.e.device, dtype=row.e.dtype)
+    return (row.e @ back).addcmul_(place, row.mass)
 
 
 def _distances(call: Call, t: Tile, like: Tensor) -> Float[Tensor, "m n"]:
@@ -142,8 +143,33 @@ def _per_key(row: Rows, w: Float[Tensor, "#b n F"]) -> Tensor:
 
 def _segments(call: Call, t: Tile, row: Rows, _) -> Tensor:
     assert call.k_segments is not None  # validated
-    ids = torch.arange(call.n_segments, device=row.e.device)
-    return _per_key(row, (part(call.k_segments, t.b)[:, t.j, None] == ids).to(row.e.dtype))
+    return _per_key(row, members(part(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype))
+
+
+def _segment_value_norms(call: Call, t: Tile, row: Rows, _) -> Tensor:
+    assert call.k_segments is not None and row.v is not None
+    inside = members(part(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype)
+    total = row.e.new_zeros(*row.e.shape[:-1], call.n_segments)
+    for columns, v in row.v.parts(t):
+        weights = v.norm(dim=-1, keepdim=True) * inside[:, None, columns]
+        total += row.e[..., columns] @ weights[:, :, None]
+    return total.mul_(row.inverse[..., None])
+
+
+def _segment_outputs(call: Call, t: Tile, row: Rows, _) -> Tensor:
+    assert call.k_segments is not None and row.v is not None
+    ids = part(call.k_segments, t.b)[:, t.j]
+    total = row.e.new_zeros(*row.e.shape[:-1], call.n_segments, row.v.own.shape[-1])
+    for s in range(call.n_segments):
+        inside = ids == s
+        where = inside.any(0).nonzero()
+        if len(where) == 0:
+            continue
+        lo, hi = int(where[0]), int(where[-1]) + 1  # a segment is most often one run of keys
+        weights = row.e[..., lo:hi] * inside[:, None, None, None, lo:hi]
+        run = replace(t, j=slice(t.j.start + lo, t.j.start + hi))
+        total[..., s, :] = mixed(weights, row.v, run)
+    return total.mul_(row.inverse[..., None, None])
 
 
 def _key_features(call: Call, t: Tile, row: Rows, _) -> Tensor:
@@ -187,6 +213,11 @@ def _fai(call: Call, t: Tile, row: Rows, horizon: tuple[int, int]) -> Tensor:
     return (_column_weights(call, t, row)[..., None, :] @ counted)[..., 0, :]
 
 
+def _column_norm(call: Call, t: Tile, row: Rows, _) -> Tensor:
+    weights = row.where_empty(_column_weights(call, t, row), 0)  # 1 / tiny there, whose square is infinite
+    return (weights.square()[..., None, :] @ row.e.square())[..., 0, :]
+
+
 FAST: dict[str, Callable[[Call, Tile, Rows, Any], Result]] = {
     "entropy": _entropy,
     "entropy_normalised": _entropy_normalised,
@@ -206,11 +237,14 @@ FAST: dict[str, Callable[[Call, Tile, Rows, Any], Result]] = {
     "targets": _targets,
     "key_features": _key_features,
     "value_norm": _value_norm,
+    "segment_value_norms": _segment_value_norms,
+    "segment_outputs": _segment_outputs,
     "received": _received,
     "received_max": _received_max,
     "fai": _fai,
+    "column_norm": _column_norm,
 }
-NEEDS_LOGITS = {"entropy", "entropy_normalised", "topk"}
+NEEDS_LOGITS = {"entropy_normalised", "topk"}
 
 
 def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, value: Value) -> Tensor:
@@ -218,7 +252,7 @@ def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, 
     stat = BY_NAME[name]
     count = total.new_zeros(total.shape)
     m, n = call.q.shape[2], call.n
-    tables = (call.bias, call.segment_mask, call.segment_open, call.knockout)
+    tables = (call.bias, call.segment_mask, call.segment_open, call.knockout, call.gain)
     wide = total[..., 0].numel() if any(x is not None for x in tables) else 1
     step = max(1, CELLS // 4 // (n * wide))
     for i in range(0, m, step):

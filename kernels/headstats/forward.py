@@ -7,9 +7,12 @@ alpha = 2^(m - m'):
     sum of squared weights              ->  alpha^2 * old + new
 and at the end  lse = ln2 (m + log2 l),  entropy = ln2 (log2 l - T / l),  largest weight = 1 / l.
 Every statistic is a compile-time switch: what is not asked for leaves no instruction behind.
+
+A prefix that batch rows share is a region of keys of its own. A tile then holds queries of several batch rows, and
+their own keys follow as one long axis on which a query sees its own row's part: one pass, and nothing to merge.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
 # (Python constants stand for tl.constexpr in calls between kernels)
 
 import os
@@ -17,176 +20,217 @@ import os
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when @triton.jit runs, that is, here
+from headstats.row_sums import add_tile, add_weights, no_sums, normalise, store_output, store_statistics
+from headstats.tile_scores import LN2, reweighted, row_terms, tile_logits
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-HIDDEN = tl.constexpr(-1e30)
-LOWEST = tl.constexpr(-5e29)  # the running maximum starts here, so that 2^(HIDDEN - m) = 0 in an empty row
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when @triton.jit runs, that is, here
 
 
 @triton.jit
-def tanh(x):
-    """Overflow of the power gives 1 and underflow -1, as it should."""
-    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+def load_keys(
+    region, p_k, p_v, i_n, stop, i_kb,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Keys [BD, BN] and values [BN, BDV] from i_n on, which of them exist, their batch rows and places therein."""
+    o_d = tl.arange(0, BD)
+    o_v = tl.arange(0, BDV)
+    o_r = i_n + tl.arange(0, BN)
+    if FLAT:
+        here = o_r < stop
+        o_b = (i_kb + o_r // region.n).to(tl.int64)
+        o_r = o_r % region.n
+        o_k = o_b * region.k_strides[0] + o_r.to(tl.int64) * region.k_strides[2]
+        o_z = o_b * region.v_strides[0] + o_r.to(tl.int64) * region.v_strides[2]
+    else:
+        here = o_r < region.n
+        o_b = tl.full([BN], 0, tl.int64) + i_kb
+        o_k = o_r.to(tl.int64) * region.k_strides[2]
+        o_z = o_r.to(tl.int64) * region.v_strides[2]
+    p_kt = p_k + o_k[None, :] + o_d[:, None]
+    p_vt = p_v + o_z[:, None] + o_v[None, :]
+    if MASKED:
+        b_k = tl.load(p_kt, mask=here[None, :] & (o_d[:, None] < D), other=0.0)
+        b_v = tl.load(p_vt, mask=here[:, None] & (o_v[None, :] < DV), other=0.0)
+    else:
+        b_k = tl.load(p_kt) if BD == D else tl.load(p_kt, mask=o_d[:, None] < D, other=0.0)
+        b_v = tl.load(p_vt) if BDV == DV else tl.load(p_vt, mask=o_v[None, :] < DV, other=0.0)
+    if UPCAST:
+        b_k = b_k.to(tl.float32)
+        b_v = b_v.to(tl.float32)
+    return b_k, b_v, here, o_b, o_r
 
 
 @triton.jit
 def visit_keys(
-    b_o, b_m, b_l, b_t, b_a, b_d, b_p,
-    b_q, p_k, p_v, p_pad, o_m, start, stop, N, OFFSET, window, softcap, scale, s_kn, s_vn,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PADDING: tl.constexpr,
-    ENTROPY: tl.constexpr, ARGMAX: tl.constexpr, DISTANCE: tl.constexpr, PARTICIPATION: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    sums, b_q, region, p_k, p_v, cells, row, stats, i_b, o_m, start, stop, i_kb, first,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys start <= j < stop into the running sums. start is a multiple of BN."""
-    o_d = tl.arange(0, BD)
-    o_v = tl.arange(0, BDV)
+    """Takes the keys start <= c < stop of a region into the running sums. Without MASKED, start is a multiple of BN.
+
+    p_k, p_v: of this head, and of batch row i_kb; but if FLAT, the region's batch rows from i_kb on stand one after
+    another, and c counts through them.  first: position of a batch row's first key among all N.
+    """
+    b_o, softmax, before, found, b_f = sums
     o_c = tl.arange(0, BN)
     for i_n in range(start, stop, BN):
-        o_n = i_n + o_c
-        p_kt = p_k + o_n[None, :].to(tl.int64) * s_kn + o_d[:, None]
-        p_vt = p_v + o_n[:, None].to(tl.int64) * s_vn + o_v[None, :]
-        if MASKED:
-            b_k = tl.load(p_kt, mask=(o_n[None, :] < N) & (o_d[:, None] < D), other=0.0)  # [BD, BN]
-            b_v = tl.load(p_vt, mask=(o_n[:, None] < N) & (o_v[None, :] < DV), other=0.0)  # [BN, BDV]
-        else:
-            b_k = tl.load(p_kt) if BD == D else tl.load(p_kt, mask=o_d[:, None] < D, other=0.0)
-            b_v = tl.load(p_vt) if BDV == DV else tl.load(p_vt, mask=o_v[None, :] < DV, other=0.0)
-        if UPCAST:
-            b_k = b_k.to(tl.float32)
-            b_v = b_v.to(tl.float32)
+        b_k, b_v, here, o_b, o_r = load_keys(
+            region, p_k, p_v, i_n, stop, i_kb, D, DV, BD, BDV, BN, MASKED, FLAT, UPCAST
+        )
+        inside = here[None, :]
+        if FLAT:
+            inside = inside & (i_b == o_b[None, :])
         b_x = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
-        if SOFTCAP:
-            b_x = tanh(b_x * (scale / softcap)) * (softcap * LOG2E)
+        o_n = first + o_r
+        b_x = tile_logits(b_x, cells, row, o_m[:, None], o_n[None, :], inside, MASKED)
+        if cells.weight_gain is not None:
+            before = add_weights(before, b_x)
+            b_x = reweighted(b_x, cells, row, o_m[:, None], o_n[None, :], inside)
+        b_far = (o_m + cells.offset)[:, None] - o_n[None, :]
+        if FLAT:  # distance = near - place
+            b_near = tl.zeros_like(o_m).to(tl.float32)
+            b_place = -b_far.to(tl.float32)
         else:
-            b_x = b_x * (scale * LOG2E)
-        if MASKED:
-            seen = (o_n < N)[None, :]
-            b_far = (o_m + OFFSET)[:, None] - o_n[None, :]
-            if CAUSAL:
-                seen = seen & (b_far >= 0)
-            if WINDOW:
-                seen = seen & (b_far < window) & (b_far > -window)
-            if PADDING:
-                b_real = tl.load(p_pad + o_n, mask=o_n < N, other=0)
-                seen = seen & (b_real != 0)[None, :]
-            b_x = tl.where(seen, b_x, HIDDEN)
+            b_near = (o_m + (cells.offset - first - i_n)).to(tl.float32)
+            b_place = o_c.to(tl.float32)[None, :]
+        softmax, found, b_w, b_alpha = add_tile(
+            softmax, found, stats, b_x, b_near, b_place, b_far, i_n, first, region.n, MASKED, FLAT
+        )
+        if stats.per_key is not None:
+            o_f = tl.arange(0, BF)[None, :]
+            p_f = stats.features + o_b[:, None] * stats.features_stride + o_n[:, None] * stats.n_features + o_f
+            b_feature = tl.load(p_f, mask=here[:, None] & (o_f < stats.n_features), other=0.0)
+            b_f = tl.dot(b_w, b_feature, b_f * b_alpha[:, None], input_precision=EXACT)
+        b_o = tl.dot(b_w.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision=MIX_PRECISION)
+    return b_o, softmax, before, found, b_f
 
-        if ARGMAX:
-            b_top, b_at = tl.max(b_x, 1, return_indices=True, return_indices_tie_break_left=True)
-            b_a = tl.where(b_top > b_m, i_n + b_at, b_a)  # strictly greater: ties go to the leftmost key
-        else:
-            b_top = tl.max(b_x, 1)
-        b_new = tl.maximum(b_m, b_top)
-        b_alpha = tl.exp2(b_m - b_new)
-        b_x = b_x - b_new[:, None]
-        b_w = tl.exp2(b_x)
-        b_sum = tl.sum(b_w, 1)
-        if ENTROPY:
-            b_t = b_alpha * (b_t + (b_m - b_new) * b_l) + tl.sum(b_w * b_x, 1)
-        if DISTANCE:
-            # Distances inside the tile are small numbers: subtracting positions after summing would cancel.
-            b_near = (o_m + OFFSET - i_n).to(tl.float32)
-            b_d = b_alpha * b_d + b_near * b_sum - tl.sum(b_w * o_c.to(tl.float32)[None, :], 1)
-        if PARTICIPATION:
-            b_p = b_alpha * b_alpha * b_p + tl.sum(b_w * b_w, 1)
-        b_l = b_alpha * b_l + b_sum
-        b_o = tl.dot(b_w.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision=PRECISION)
-        b_m = b_new
-    return b_o, b_m, b_l, b_t, b_a, b_d, b_p
+
+@triton.jit
+def key_range(cells, reach, n, first, low, high, BN: tl.constexpr):
+    """(start, left, right, stop) of a region's n keys for queries at positions low ... high: start ... stop holds what
+    some of them see, and left ... right what all of them see, out of reach of any. All but stop are multiples of BN."""
+    start = 0
+    stop = n
+    right = n // BN * BN
+    left = 0
+    if cells.opens is None:
+        if cells.nearest is not None:
+            stop = tl.minimum(n, high - cells.nearest - first + 1)
+            right = tl.maximum(tl.minimum(n, low - cells.nearest - first + 1), 0) // BN * BN
+        if cells.farthest is not None:
+            start = tl.maximum(0, low - cells.farthest - first) // BN * BN
+            left = tl.maximum(start, tl.cdiv(tl.maximum(high - cells.farthest - first, 0), BN) * BN)
+    if reach is not None:
+        right = tl.minimum(right, tl.maximum(low - reach - first + 1, 0) // BN * BN)
+    if cells.hides is not None:
+        left = start
+        right = start
+    return start, left, tl.maximum(left, right), stop
+
+
+@triton.jit
+def visit_region(
+    sums, b_q, region, p_k, p_v, cells, row, stats, i_b, o_m, low, high, i_kb, first,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Takes all keys of a region into the running sums: those at the edges with masks, those between without."""
+    start, left, right, stop = key_range(cells, stats.reach, region.n, first, low, high, BN)
+    if (cells.farthest is not None) and (cells.hides is None):
+        sums = visit_keys(
+            sums, b_q, region, p_k, p_v, cells, row, stats, i_b, o_m, start, tl.minimum(left, stop), i_kb, first,
+            D, DV, BD, BDV, BF, BN, True, False, UPCAST, PRECISION, MIX_PRECISION, EXACT,
+        )  # fmt: skip
+    if cells.hides is None:
+        sums = visit_keys(
+            sums, b_q, region, p_k, p_v, cells, row, stats, i_b, o_m, left, right, i_kb, first,
+            D, DV, BD, BDV, BF, BN, False, False, UPCAST, PRECISION, MIX_PRECISION, EXACT,
+        )  # fmt: skip
+    return visit_keys(
+        sums, b_q, region, p_k, p_v, cells, row, stats, i_b, o_m, right, stop, i_kb, first,
+        D, DV, BD, BDV, BF, BN, True, False, UPCAST, PRECISION, MIX_PRECISION, EXACT,
+    )  # fmt: skip
 
 
 @triton.jit
 def attend_kernel(
-    p_q, p_k, p_v, p_out, p_lse, p_sinks, p_pad, p_gate, p_entropy, p_max, p_argmax, p_distance, p_participation,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm,
-    H, M, N, window, softcap, scale,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    p_q, q_strides, own, prefix, p_out, p_lse, cells, stats, ends, H, M, N, run,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PADDING: tl.constexpr,
-    GATE: tl.constexpr, ENTROPY: tl.constexpr, MAX_PROB: tl.constexpr, ARGMAX: tl.constexpr,
-    DISTANCE: tl.constexpr, PARTICIPATION: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head. out [B,H,M,DV] and the statistics [B,H,M] are contiguous."""
-    n_m = tl.cdiv(M, BM)
+    """One program: BM queries of one head, from one batch row, or from all `run` rows that share a prefix.
+
+    out [B,H,M,DV] and the statistics are contiguous.
+    """
+    n_q = M
+    if prefix is not None:
+        n_q = M * run
+    n_m = tl.cdiv(n_q, BM)
     i_m = n_m - 1 - tl.program_id(0) % n_m  # long rows first, when causal
     i_bh = (tl.program_id(0) // n_m).to(tl.int64)
-    i_b = i_bh // H
     i_h = i_bh % H
-    OFFSET = N - M
-    o_m = i_m * BM + tl.arange(0, BM)
+    i_kb = i_bh // H  # batch row
+    o_q = i_m * BM + tl.arange(0, BM)
+    rows = o_q < n_q
+    low = i_m * BM
+    high = i_m * BM + BM - 1
+    i_b = i_kb
+    o_m = o_q
+    if prefix is not None:
+        i_g = i_kb
+        i_kb = i_g * run
+        i_first = low // M  # the tile's first and last batch row, within the run
+        i_last = tl.minimum(high, n_q - 1) // M
+        low = tl.where(i_first == i_last, low % M, 0)
+        high = tl.where(i_first == i_last, tl.minimum(high, n_q - 1) % M, M - 1)
+        i_b = (i_kb + tl.minimum(o_q, n_q - 1) // M)[:, None]
+        o_m = o_q % M
+    low += cells.offset
+    high += cells.offset
+
     o_d = tl.arange(0, BD)
-    rows = o_m < M
-    p_qt = p_q + i_b * s_qb + i_h * s_qh + o_m[:, None].to(tl.int64) * s_qm + o_d[None, :]
+    o_m64 = o_m[:, None].to(tl.int64)
+    p_qt = p_q + i_b * q_strides[0] + i_h * q_strides[1] + o_m64 * q_strides[2] + o_d[None, :]
     b_q = tl.load(p_qt, mask=rows[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
     if UPCAST:
         b_q = b_q.to(tl.float32)
-    p_kh = p_k + i_b * s_kb + (i_h // G) * s_kh
-    p_vh = p_v + i_b * s_vb + (i_h // G) * s_vh
-    p_padb = p_pad + i_b * N if PADDING else p_pad
+    row = row_terms(cells, i_b, i_h, o_m[:, None], M, N)
+    sums = no_sums(BM, BDV, BF)
+    p_k = own.k + (i_h // G) * own.k_strides[1]
+    p_v = own.v + (i_h // G) * own.v_strides[1]
+    if prefix is not None:
+        p_k0 = prefix.k + i_g * prefix.k_strides[0] + (i_h // G) * prefix.k_strides[1]
+        p_v0 = prefix.v + i_g * prefix.v_strides[0] + (i_h // G) * prefix.v_strides[1]
+        sums = visit_region(
+            sums, b_q, prefix, p_k0, p_v0, cells, row, stats, i_b, o_m, low, high, i_kb, 0,
+            D, DV, BD, BDV, BF, BN, UPCAST, PRECISION, MIX_PRECISION, EXACT,
+        )  # fmt: skip
+        start, _left, _right, stop = key_range(cells, stats.reach, own.n, prefix.n, low, high, BN)
+        one = i_first == i_last  # else every key of the rows between is visited
+        start = i_first * own.n + tl.where(one, start, 0)
+        stop = i_last * own.n + tl.where(one, stop, own.n)
+        sums = visit_keys(
+            sums, b_q, own, p_k, p_v, cells, row, stats, i_b, o_m, start, stop, i_kb, prefix.n,
+            D, DV, BD, BDV, BF, BN, True, True, UPCAST, PRECISION, MIX_PRECISION, EXACT,
+        )  # fmt: skip
+    else:
+        p_k += i_kb * own.k_strides[0]
+        p_v += i_kb * own.v_strides[0]
+        sums = visit_region(
+            sums, b_q, own, p_k, p_v, cells, row, stats, i_b, o_m, low, high, i_kb, 0,
+            D, DV, BD, BDV, BF, BN, UPCAST, PRECISION, MIX_PRECISION, EXACT,
+        )  # fmt: skip
 
-    start = 0
-    stop = N
-    whole = N // BN * BN  # keys before this are seen by every query of the block
-    if CAUSAL:
-        stop = tl.minimum(N, (i_m + 1) * BM + OFFSET)
-        whole = tl.maximum(tl.minimum(N, i_m * BM + OFFSET + 1), 0) // BN * BN
-    if WINDOW:
-        start = tl.maximum(0, i_m * BM + OFFSET - window + 1) // BN * BN
-        stop = tl.minimum(stop, (i_m + 1) * BM + OFFSET + window - 1)
-    if WINDOW or PADDING:
-        whole = start
-
-    b_o = tl.zeros([BM, BDV], tl.float32)
-    b_m = tl.full([BM], LOWEST, tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
-    b_t = tl.zeros([BM], tl.float32)
-    b_a = tl.full([BM], -1, tl.int32)
-    b_d = tl.zeros([BM], tl.float32)
-    b_p = tl.zeros([BM], tl.float32)
-    b_o, b_m, b_l, b_t, b_a, b_d, b_p = visit_keys(
-        b_o, b_m, b_l, b_t, b_a, b_d, b_p,
-        b_q, p_kh, p_vh, p_padb, o_m, start, whole, N, OFFSET, window, softcap, scale, s_kn, s_vn,
-        D, DV, BD, BDV, BN, False, CAUSAL, WINDOW, SOFTCAP, PADDING,
-        ENTROPY, ARGMAX, DISTANCE, PARTICIPATION, UPCAST, PRECISION,
-    )  # fmt: skip
-    b_o, b_m, b_l, b_t, b_a, b_d, b_p = visit_keys(
-        b_o, b_m, b_l, b_t, b_a, b_d, b_p,
-        b_q, p_kh, p_vh, p_padb, o_m, whole, stop, N, OFFSET, window, softcap, scale, s_kn, s_vn,
-        D, DV, BD, BDV, BN, True, CAUSAL, WINDOW, SOFTCAP, PADDING,
-        ENTROPY, ARGMAX, DISTANCE, PARTICIPATION, UPCAST, PRECISION,
-    )  # fmt: skip
-
-    empty = b_l == 0.0
-    b_shift = b_m
-    b_total = b_l
-    b_scale = 1.0
-    if SINKS:
-        b_sink = tl.load(p_sinks + i_h).to(tl.float32) * LOG2E
-        b_shift = tl.maximum(b_m, b_sink)
-        b_scale = tl.exp2(b_m - b_shift)
-        b_total = b_l * b_scale + tl.exp2(b_sink - b_shift)
-    b_inv = tl.where(empty, 0.0, b_scale / tl.where(empty, 1.0, b_total))  # weight = 2^(x - m) * inv
-    b_log = tl.log2(tl.where(empty, 1.0, b_total))
+    b_o, softmax, before, found, b_f = sums
+    _slope, b_cool, _bias, _padding, _columns, _table = row
+    norm = normalise(softmax, before, ends, cells, b_cool, i_h, BM)
+    empty, b_shift, b_log, b_inv = norm
     o_row = i_bh * M + o_m
+    if prefix is not None:
+        o_row = (tl.reshape(i_b, [BM]) * H + i_h) * M + o_m
     tl.store(p_lse + o_row, tl.where(empty, float("-inf"), (b_shift + b_log) * LN2), mask=rows)
-    if ENTROPY:
-        # -sum p log2 p with log2 p = (x - m) + (m - shift) - log2 total
-        b_h = b_inv * (b_l * (b_log + b_shift - b_m) - b_t)
-        tl.store(p_entropy + o_row, tl.where(empty, 0.0, b_h * LN2), mask=rows)
-    if MAX_PROB:
-        tl.store(p_max + o_row, b_inv, mask=rows)
-    if ARGMAX:
-        tl.store(p_argmax + o_row, b_a.to(tl.int64), mask=rows)
-    if DISTANCE:
-        tl.store(p_distance + o_row, b_d * b_inv, mask=rows)
-    if PARTICIPATION:
-        tl.store(p_participation + o_row, b_p * b_inv * b_inv, mask=rows)
-    if GATE:
-        p_g = p_gate + i_b * s_gb + i_h * s_gh + o_m.to(tl.int64) * s_gm
-        b_inv = b_inv * tl.load(p_g, mask=rows, other=0.0).to(tl.float32)
-    o_v = tl.arange(0, BDV)
-    p_o = p_out + o_row[:, None] * DV + o_v[None, :]
-    tl.store(p_o, (b_o * b_inv[:, None]).to(p_out.dtype.element_ty), mask=rows[:, None] & (o_v[None, :] < DV))
+    store_statistics(stats, softmax, found, b_o, b_f, norm, o_row, rows, BF)
+    store_output(p_out, ends, b_o, b_inv, i_b, i_h, o_m[:, None], o_row, rows, DV, BDV)

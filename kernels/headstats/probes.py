@@ -23,15 +23,19 @@ PROBED = ("sink", "diagonal", "previous", "targets")
 
 def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
     """One of the statistics in PROBED."""
+    weights = weights_at(call, lse, keys_of(call, name, value))
+    return weights if name == "targets" else weights.sum(-1)
+
+
+def keys_of(call: Call, name: str, value: Value) -> Int[Tensor, "#B #M T"]:
+    """The keys that a statistic in PROBED looks at, for each query; -1 or beyond N where there is none."""
     if name == "targets":
         assert call.targets is not None  # validated
-        return weights_at(call, lse, call.targets)
+        return call.targets
     if name == "sink":
         assert isinstance(value, int)
-        keys = first_real_keys(call, value)[:, None]
-    else:
-        keys = call.distances(0, call.q.shape[2], 0, 1)[None] - int(name == "previous")
-    return weights_at(call, lse, keys).sum(-1)
+        return first_real_keys(call, value)[:, None]
+    return call.distances(0, call.q.shape[2], 0, 1)[None] - int(name == "previous")
 
 
 def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.call import HIDDEN, Call
-from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, mapped
+from headstats import weights
+from headstats.call import HIDDEN, Call, hidden_by_bias
+from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, mapped, over_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -32,9 +33,9 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 
 def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
-    """softmax over [keys, learned sink] of the logits, with hidden cells exactly 0; and its log-sum-exp."""
+    """softmax over [keys, learned sink] of the logits, hidden cells exactly 0, then edited; and its log-sum-exp."""
     i, j = slice(0, call.q.shape[2]), slice(0, call.n)
-    visible = call.visible(i, j, cut=call.renormalise)
+    visible = call.visible(i, j, cut=False)
     scores = logits(call).masked_fill(~visible, HIDDEN)
     columns = scores
     if call.sinks is not None:
@@ -45,10 +46,13 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
     seen = visible.any(-1)
     log_norm = torch.where(seen, torch.logsumexp(columns, -1), 0.0)
     lse = torch.where(seen, log_norm, -torch.inf)
-    if call.knockout is not None and not call.renormalise:  # the row's norm stays, the cells go
-        visible = visible & ~call.cells(call.knockout, i, j)
-        scores = scores.masked_fill(~visible, HIDDEN)
     p = torch.where(visible, torch.exp(scores - log_norm[..., None]), 0.0)
+    if (change := weights.spread(call, i, j)) is not None:
+        log_p = (scores - log_norm[..., None]).masked_fill(~visible, HIDDEN)
+        p, scores = weights.changed(change, log_p, torch.ones_like(log_norm), weights.NATURAL)
+        log_norm, visible = torch.zeros_like(log_norm), call.visible(i, j)
+        scores = scores.masked_fill(~visible, HIDDEN)
+    v = expanded(call, call.v, call.prefix_v)
     real_query = call.query_padding if call.query_padding is not None else visible.new_ones(1, i.stop)
     pattern = Pattern(
         p=p,
@@ -58,7 +62,8 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
         distance=call.distances(0, i.stop, 0, j.stop).to(call.dtype),
         key_rank=call.key_rank()[:, None, None],
         real_query=real_query[:, None, :, None],
-        z=p @ expanded(call, call.v, call.prefix_v),
+        v=v,
+        z=p @ v,
         first_key=0,
         key_segment=None if call.k_segments is None else call.k_segments[:, None],
         n_segments=call.n_segments,
@@ -69,22 +74,32 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
 
 
 def logits(call: Call) -> Float[Tensor, "B H M N"]:
-    """(softcap(scale q.k) - alibi |distance| + bias) / temperature + Edit.bias, before any mask."""
-    k = expanded(call, call.k, call.prefix_k)
-    scores = call.q.to(call.dtype) @ k.transpose(-1, -2) * call.scale
+    """(edited(softcap(scale q.k)) - alibi |distance| + bias) / temperature + log gain, before any mask."""
+    i, j = slice(0, call.q.shape[2]), slice(0, call.n)
+    scores = _products(call, call.q, call.k)
+    if call.pattern_q is not None and call.pattern_k is not None:
+        acts = scores.new_ones((), dtype=torch.bool) if call.pattern_rows is None else call.pattern_rows[..., None]
+        scores = torch.where(acts, _products(call, call.pattern_q, call.pattern_k), scores)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.logit_factor is not None:
+        scores = scores * call.edit_cells(call.logit_factor, i, j).to(call.dtype)
+    if call.logit_raise is not None:
+        scores = scores + call.edit_cells(call.logit_raise, i, j).to(call.dtype) * scores.abs()
     if call.alibi is not None:
-        away = call.distances(0, scores.shape[2], 0, scores.shape[3]).abs()
-        scores = scores - call.alibi.to(call.dtype)[:, None, None] * away
+        scores = scores - call.alibi.to(call.dtype)[:, None, None] * call.distances(0, i.stop, 0, j.stop).abs()
     if call.bias is not None:
-        scores = scores + call.bias.to(call.dtype)
+        bias = call.bias.to(call.dtype)  # where it hides, the mask does: an infinity would spoil gradients
+        scores = scores + bias.masked_fill(hidden_by_bias(bias), 0)
     if call.temperature is not None:
         scores = scores / call.temperature[..., None].to(call.dtype)
     if call.edit_bias is not None:
-        gain = call.cells(call.edit_bias, slice(0, scores.shape[2]), slice(0, scores.shape[3]))
-        scores = scores + gain.to(call.dtype)
+        scores = scores + call.edit_cells(call.edit_bias, i, j).to(call.dtype)
     return scores
+
+
+def _products(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "B H M N"]:
+    return q.to(call.dtype) @ expanded(call, k, call.prefix_k).transpose(-1, -2) * call.scale
 
 
 def expanded(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:
@@ -102,6 +117,8 @@ def _statistic(call: Call, pattern: Pattern, name: str, value: Value) -> Result:
     if stat.axis == "key":
         seen = pattern.visible & pattern.real_query
         count = stat.among(seen, pattern.distance, value).sum(-2)
-        return torch.where(count > 0, result / (count.clamp_min(1) if stat.reduce == "mean" else 1), stat.empty)
+        if stat.reduce == "mean":
+            result = result / count.clamp_min(1)
+        return torch.where(count > 0, result.sqrt() if stat.reduce == "norm" else result, stat.empty)
     seen = pattern.visible.any(-1)
-    return mapped(result, lambda x: torch.where(seen if x.dim() == 3 else seen[..., None], x, stat.empty))
+    return mapped(result, lambda x: torch.where(over_rows(seen, x), x, stat.empty))

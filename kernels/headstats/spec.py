@@ -24,8 +24,9 @@ class StatSpec:
     """Which statistics to compute. What is not asked for is None in the result and costs nothing.
 
     sink, topk, local, waad: a number, 0 or False for off.  fai: (nearest, farthest) distance of the queries that
-    count, or False.  segments, targets, key_features: None computes them when `attend` is given k_segments, targets
-    or key_features; True insists, False switches off.  The others are switches.
+    count, or False.  segments, targets, key_features, segment_value_norms, segment_outputs: None computes them when
+    `attend` is given the argument they need (k_segments, targets or key_features); True insists, False switches off.
+    The others are switches.
     """
 
     entropy: bool = True
@@ -46,9 +47,12 @@ class StatSpec:
     targets: bool | None = None
     key_features: bool | None = None
     value_norm: bool = False
+    segment_value_norms: bool | None = False
+    segment_outputs: bool | None = False
     received: bool = False
     received_max: bool = False
     fai: tuple[int, int] | Literal[False] = False
+    column_norm: bool = False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -115,9 +119,12 @@ class AttentionStats:
     targets: Float[Tensor, "B H M T"] | None = None
     key_features: Float[Tensor, "B H M F"] | None = None
     value_norm: Float[Tensor, "B H M"] | None = None
+    segment_value_norms: Float[Tensor, "B H M S"] | None = None
+    segment_outputs: Float[Tensor, "B H M S Dv"] | None = None
     received: Float[Tensor, "B H N"] | None = None
     received_max: Float[Tensor, "B H N"] | None = None
     fai: Float[Tensor, "B H N"] | None = None
+    column_norm: Float[Tensor, "B H N"] | None = None
 
     def as_dict(self) -> dict[str, Result]:
         """The statistics that were computed, by name."""

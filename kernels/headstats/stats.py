@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, Shaped
 
 
 @dataclass
@@ -27,12 +27,13 @@ class Pattern:
     """A pattern, or the part of one that holds all keys visible to some queries; any leading dimensions."""
 
     p: Float[Tensor, "*lead m n"]  # weights, 0 where hidden
-    scores: Float[Tensor, "*lead m n"]  # logits after scale, softcap, bias; about -1e30 where hidden
-    log_norm: Float[Tensor, "*lead m"]  # log-sum-exp of the row (with the learned sink); 0 where no key is visible
+    scores: Float[Tensor, "*lead m n"]  # logits after scale, softcap, bias and edits; about -1e30 where hidden
+    log_norm: Float[Tensor, "*lead m"]  # scores - log_norm = ln p where visible; 0 where no key is
     visible: Bool[Tensor, "*#lead m n"]
     distance: Float[Tensor, "m n"]  # i + N - M - j, in tokens
     key_rank: Int[Tensor, "*#lead #m n"]  # 0, 1, ... counts real keys from the left; N for padded keys
     real_query: Bool[Tensor, "*#lead m #n"]
+    v: Float[Tensor, "*#lead n Dv"]
     z: Float[Tensor, "*lead m Dv"]  # sum_j p_ij v_j
     first_key: int  # index of the first key held here
     key_segment: Int[Tensor, "*#lead n"] | None
@@ -59,7 +60,8 @@ class Statistic:
     axis: "query" gives numbers for each [B, H, M]; "key" one for each [B, H, N].  shape: of the result.
     empty: the value for a query that sees no key, or for a key that no query counts for.
     dense: (pattern, the value given in StatSpec) -> statistic. For axis="key": the sum ("mean") or the maximum
-        ("max") over the pattern's queries; a sum is divided by the number of queries that `among` counts.
+        ("max") over the pattern's queries, or a sum whose square root is the result ("norm"). The sum of a mean is
+        divided by the number of queries that `among` counts.
     among: (cells that are visible to a real query, distances, value) -> cells that count, for axis="key".
     default: what StatSpec() asks for; None: computed when the argument that it needs is given.
     full: what StatSpec.all() asks for.
@@ -76,7 +78,7 @@ class Statistic:
     default: Value | None = False
     full: Value | None = True
     shape: str = "B H M"
-    reduce: Literal["mean", "max"] = "mean"
+    reduce: Literal["mean", "max", "norm"] = "mean"
     among: Callable[[Tensor, Tensor, Any], Tensor] = lambda seen, distance, value: seen
 
 
@@ -129,8 +131,23 @@ def _at_distance(a: Pattern, d: int) -> Tensor:
 
 def _segments(a: Pattern, _) -> Tensor:
     assert a.key_segment is not None  # validated: asked only with k_segments
-    ids = torch.arange(a.n_segments, device=a.p.device)
-    return a.p @ (a.key_segment[..., None] == ids).to(a.p.dtype)
+    return a.p @ members(a.key_segment, a.n_segments, a.p.dtype)
+
+
+def members(ids: Int[Tensor, "*lead n"], n_segments: int, dtype: torch.dtype) -> Float[Tensor, "*lead n S"]:
+    """1 where a key is in a segment."""
+    return (ids[..., None] == torch.arange(n_segments, device=ids.device)).to(dtype)
+
+
+def _segment_value_norms(a: Pattern, _) -> Tensor:
+    assert a.key_segment is not None  # validated
+    return a.p @ (members(a.key_segment, a.n_segments, a.p.dtype) * a.v.norm(dim=-1, keepdim=True))
+
+
+def _segment_outputs(a: Pattern, _) -> Tensor:
+    assert a.key_segment is not None  # validated
+    inside = members(a.key_segment, a.n_segments, a.p.dtype).mT[..., None, :]  # S, one query for all, n
+    return ((a.p[..., None, :, :] * inside) @ a.v[..., None, :, :]).transpose(-3, -2)
 
 
 def _targets(a: Pattern, _) -> Tensor:
@@ -158,6 +175,7 @@ def _fai(a: Pattern, horizon: tuple[int, int]) -> Tensor:
 
 SPANS = "Attention Illuminates LLM Reasoning (arXiv 2510.13554)"
 GU = "Gu et al. 2024, When Attention Sink Emerges"
+KOBAYASHI = "Kobayashi et al. 2020, Attention is Not Only a Weight"
 STATISTICS: tuple[Statistic, ...] = (
     Statistic(
         "entropy", "query", "nats", "[0, ln n_visible]", "-sum_j p_ij ln p_ij", "Shannon 1948", _entropy, default=True
@@ -230,7 +248,17 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     Statistic(
         "value_norm", "query", "of v", "[0, max_j norm(v_j)]", "Euclidean norm of sum_j p_ij v_j, before the gate",
-        "after Kobayashi et al. 2020, Attention is Not Only a Weight", lambda a, _: a.z.norm(dim=-1),
+        f"after {KOBAYASHI}", lambda a, _: a.z.norm(dim=-1),
+    ),
+    Statistic(
+        "segment_value_norms", "query", "of v", "[0, max_j norm(v_j)]",
+        "sum of p_ij norm(v_j) over the keys j with k_segments[j] = s; norm is Euclidean", f"after {KOBAYASHI}",
+        _segment_value_norms, full=None, shape="B H M S",
+    ),
+    Statistic(
+        "segment_outputs", "query", "of v", "of v",
+        "partial outputs: sum of p_ij v_j over the keys j with k_segments[j] = s, before the gate", "",
+        _segment_outputs, full=None, shape="B H M S Dv",
     ),
     Statistic(
         "received", "key", "probability", "[0, 1]", "mean of p_ij over the real queries i that can see key j",
@@ -247,15 +275,28 @@ STATISTICS: tuple[Statistic, ...] = (
         f"{SPANS}, Eq. 10; the value of an empty horizon is not published", _fai,
         full=(10, 100), shape="B H N", among=_within,
     ),
+    Statistic(
+        "column_norm", "key", "none", "[0, sqrt(M)]", "sqrt(sum of p_ij^2 over the real queries i)",
+        "hardness of Han et al. 2023, HyperAttention", lambda a, _: (a.p * a.real_query).square().sum(-2),
+        shape="B H N", reduce="norm",
+    ),
 )  # fmt: skip
 BY_NAME = {s.name: s for s in STATISTICS}
 # Statistics that an argument of `attend` asks for, and that argument.
-ARGUMENT = {"segments": "k_segments", "targets": "targets", "key_features": "key_features"}
+ARGUMENT = {
+    "segments": "k_segments", "targets": "targets", "key_features": "key_features",
+    "segment_value_norms": "k_segments", "segment_outputs": "k_segments",
+}  # fmt: skip
 
 
 def tensors(result: Result) -> tuple[Tensor, ...]:
     """The tensors of a statistic: one, or values and indices."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def over_rows(rows: Shaped[Tensor, "*lead"], x: Shaped[Tensor, "*lead *rest"]) -> Shaped[Tensor, "*lead #rest"]:
+    """What is given for each query, shaped to stand beside a statistic that has further axes."""
+    return rows.reshape(*rows.shape, *[1] * (x.dim() - rows.dim()))
 
 
 def mapped(result: Result, f: Callable[[Tensor], Tensor]) -> Result:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from headstats.call import Call
-from headstats.edit import Edit
+from headstats.edit import TABLES, Edit
 from headstats.spec import StatSpec
-from headstats.validate_edit import edit_fields
+from headstats.stats import ARGUMENT
+from headstats.validate_edit import Sizes, edit_fields
 from headstats.validate_keys import features_of_keys, resolved, same_device, segment_ids, segment_table, target_keys
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,11 +52,13 @@ def make_call(
         query_padding = _query_padding_from_keys(key_padding, m, causal)
     tables = {"segment_mask": segment_mask, "segment_open": segment_open}
     if edit is not None:
-        tables |= {"Edit.knockout": edit.knockout, "Edit.bias": edit.bias}
+        tables |= {f"Edit.{name}": getattr(edit, name) for name in TABLES}
     q_segments, k_segments, n_segments = segment_ids(q_segments, k_segments, tables, (b, m, n), q)
     reported = edit is not None and edit.report_mass
-    if k_segments is not None and not (spec.segments or reported or any(t is not None for t in tables.values())):
+    read = any(getattr(spec, name) for name, argument in ARGUMENT.items() if argument == "k_segments")
+    if k_segments is not None and not (read or reported or any(t is not None for t in tables.values())):
         raise ValueError("k_segments is given, but StatSpec(segments=False) and no table over segments leave it unread")
+    sizes = Sizes(b, h, m, n, v.shape[3], prefix=prefix_k is not None)
     return Call(
         q=q, k=k, v=v, causal=causal, window=window, softcap=None if softcap is None else float(softcap),
         scale=float(scale), spec=spec, bias=_bias(bias, (b, h, m, n), q),
@@ -65,7 +68,7 @@ def make_call(
         segment_mask=segment_table("segment_mask", segment_mask, (b, h), q, neutral=True),
         segment_open=segment_table("segment_open", segment_open, (b, h), q, neutral=False),
         targets=target_keys(targets, (b, m), n, q), key_features=features_of_keys(key_features, (b, n), q),
-        **({} if edit is None else edit_fields(edit, (b, h, m, v.shape[3]), q, k_segments)),
+        **({} if edit is None else edit_fields(edit, sizes, q, k, q_segments, k_segments)),
     )  # fmt: skip
 
 

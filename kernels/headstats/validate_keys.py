@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headstats.edit import TABLES
 from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT
+from headstats.values import checked, tracing
 
 
 def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
@@ -53,11 +55,7 @@ def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str,
             f"{name} has shape {list(t.shape)}: [{letters}] = [{sizes}] or [B, {letters}] = [{shape[0]}, {sizes}] "
             "expected"
         )
-    whole = whole.long()
-    if whole.numel() and (int(whole.min()) < -1 or (limit is not None and int(whole.max()) >= limit)):
-        allowed = "-1 (none) or more" if limit is None else f"-1 (none) to {limit - 1}"
-        raise ValueError(f"{name} holds ids from {int(whole.min())} to {int(whole.max())}: {allowed} allowed")
-    return whole
+    return checked(whole.long(), name, "ids", limit)
 
 
 def segment_ids(
@@ -74,14 +72,21 @@ def segment_ids(
             if ids is None:
                 raise ValueError(f"{name} needs {argument}=, which is None")
     if q_ids is not None and not tables:
-        readers = "segment_mask, segment_open, Edit.knockout or Edit.bias"
-        raise ValueError(f"q_segments is given, but nothing reads it: it goes with {readers}")
-    rows = min((t.shape[-2] for t in tables.values()), default=None)
-    columns = min((t.shape[-1] for t in tables.values()), default=None)
+        readers = f"segment_mask, segment_open, Edit.{', Edit.'.join(TABLES)}"
+        raise ValueError(f"q_segments is given, but nothing reads it: it goes with one of {readers}")
+    rows = min([t.shape[-2] for t in tables.values()]) if tables else None
+    columns = min([t.shape[-1] for t in tables.values()]) if tables else None
     q_ids = integers("q_segments", q_ids, (b, m), q, "M", limit=rows)
     k_ids = integers("k_segments", k_ids, (b, n), q, "N", limit=columns)
-    count = 0 if k_ids is None else int(k_ids.max()) + 1 if columns is None else columns
-    return q_ids, k_ids, count
+    if k_ids is None or columns is not None:
+        return q_ids, k_ids, columns or 0
+    if tracing(k_ids):
+        raise ValueError(
+            "k_segments without a table over segments: their number would be read from the ids, which torch.compile "
+            "does not know; give q_segments and segment_mask=torch.ones(S, S, dtype=torch.bool) too, or "
+            "StatSpec(segments=False)"
+        )
+    return q_ids, k_ids, int(k_ids.max()) + 1
 
 
 def segment_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:

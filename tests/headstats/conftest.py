@@ -1,7 +1,11 @@
 """These tensors are tiny: one thread is faster than waiting for a second on a busy machine."""
 
+import os
+
+import headstats
 import pytest
 import torch
+from headstats.cpu import build, library, trial
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -10,3 +14,31 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def compiled_library(tmp_path_factory):
+    """The compiled CPU backend: the one that is there, or one built for this session. Skips without a compiler."""
+    if trial.failure(torch.float32) is not None:
+        try:
+            build.compiler()
+        except build.BuildError as error:
+            pytest.skip(f"the compiled CPU backend was not tested: {error}")
+        os.environ["HEADSTATS_CACHE"] = str(tmp_path_factory.mktemp("compiled"))
+        build.build()
+        library.find.cache_clear()
+        trial.tried.cache_clear()
+    assert trial.failure(torch.float32) is None
+
+
+@pytest.fixture
+def attend_compiled(compiled_library):
+    """attend with backend="compiled"; skips, with its words, what that backend says it does not do."""
+
+    def attend(*qkv, **options):
+        try:
+            return headstats.attend(*qkv, backend="compiled", **options)
+        except NotImplementedError as error:
+            pytest.skip(str(error))
+
+    return attend

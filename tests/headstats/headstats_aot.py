@@ -1,4 +1,4 @@
-"""Compiles the Triton forward for GPUs that need not be present and prints one JSON line for each variant.
+"""Compiles the Triton forward for GPUs that need not be present and prints one JSON line for each kernel.
 
 Run as a script, in a process without TRITON_INTERPRET: the interpreter replaces @triton.jit altogether.
 """
@@ -13,93 +13,111 @@ from dataclasses import replace
 
 import torch
 import triton
-from headstats import StatSpec, forward, launch
-from headstats.edit import Edit
+from headstats import StatSpec, carried, forward, launch
+from headstats.stats import BY_NAME
 from headstats.validate import make_call
+from headstats_cases import EDITED, WITH_BIAS, inputs
+from headstats_plain import plain_kernel
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-POINTERS = {"p_lse": "*fp32", "p_pad": "*u8", "p_gate": "*fp32", "p_sinks": "*fp32", "p_argmax": "*i64"}
-ONES = ("H", "M", "N", "window")
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32),
+           "gfx942": GPUTarget("hip", "gfx942", 64)}  # fmt: skip
+NVIDIA = ("sm_80", "sm_90")
+FULL = replace(StatSpec.none(), **{name: BY_NAME[name].full for name in launch.IN_KERNEL})
 
 
-def variant(d: int, dtype: torch.dtype, spec: StatSpec, full: bool):
-    """A validated call that asks for everything (full) or for plain causal attention."""
-    q, k = torch.zeros(1, 2, 4, d, dtype=dtype), torch.zeros(1, 1, 4, d, dtype=dtype)
-    more = (
-        {"window": 3, "softcap": 1.0, "sinks": torch.zeros(2), "key_padding": torch.ones(1, 4).bool()} if full else {}
-    )
-    arguments = {"window": None, "softcap": None, "sinks": None, "key_padding": None} | more
-    edit = Edit(gate=torch.zeros(1)) if full else None
-    return make_call(q, k, k, spec=spec, edit=edit, **arguments)
+def call_of(spec: StatSpec, d: int, dtype: torch.dtype, n: int = 48, **options):
+    """A validated call with four heads on two key heads."""
+    qkv, given = inputs(m=n, n=n, d=d, dv=d, **options)
+    if "prefix" in given:
+        given["prefix"] = tuple(x.to(dtype) for x in given["prefix"])
+    return make_call(*(x.to(dtype) for x in qkv), **given, spec=spec)
 
 
-def source(call, decode: bool = False) -> tuple[ASTSource, dict]:
-    """What the launcher would compile for ordinary tensors; `decode`: for one query and one key."""
-    meta = launch.constants(call)
-    options = {name: meta.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    asked = call.spec.requested()
-    absent = {"p_sinks": call.sinks, "p_pad": call.key_padding, "p_gate": call.gate}
-    absent = {n for n, x in absent.items() if x is None}
-    fields = {"p_max": "max_prob", "p_entropy": "entropy", "p_argmax": "argmax", "p_distance": "distance",
-              "p_participation": "participation"}  # fmt: skip
-    absent |= {p for p, name in fields.items() if name not in asked}
-    signature, constexprs, attrs = {}, dict(meta), {}
-    for index, name in enumerate(forward.attend_kernel.arg_names):
-        if name in ONES and decode:
-            signature[name], constexprs[name] = "constexpr", 1  # the launcher makes a constant of an integer 1
-        elif name in meta or name in absent:
-            signature[name] = "constexpr"
-            constexprs.setdefault(name, None)
-        elif name in ("p_q", "p_k", "p_v", "p_out"):
-            signature[name] = "*" + TYPES[call.q.dtype]
-        elif name.startswith("p_"):
-            signature[name] = POINTERS.get(name, "*fp32")
-        else:
-            signature[name] = "fp32" if name in ("softcap", "scale") else "i32"
-        if (name.startswith("p_") and name not in absent) or re.fullmatch("s_[qkv].", name):
-            attrs[(index,)] = [["tt.divisibility", 16]]  # what the launcher finds for ordinary tensors
-    return ASTSource(forward.attend_kernel, signature, constexprs, attrs), options
+def compiled(kernel, given, meta, target: GPUTarget):
+    """What the launcher would compile for these arguments."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*given, **meta)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack, which is where spilled registers go."""
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def kernel_of(call, target: GPUTarget):
+    """The forward kernel of a call."""
+    _, given, meta, _ = launch.prepare(call, carried.features(call), amd=target.backend == "hip")
+    return compiled(forward.attend_kernel, given, meta, target)
+
+
+def plain_of(call, target: GPUTarget):
+    """Plain causal attention with the same tiles."""
+    _, given, meta, _ = launch.prepare(call, None)
+    q, q_strides, own, _, out, lse, cells, *_ = given
+    meta = {name: x for name, x in meta.items() if name in plain_kernel.arg_names or name.islower()}
+    given = (q, *q_strides, own.k, own.v, *own.k_strides, *own.v_strides, own.n, out, lse, cells.scale, cells.offset,
+             q.shape[1], q.shape[2])  # fmt: skip
+    return compiled(plain_kernel, given, meta, target)
+
+
+def tool(name: str, *arguments: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools in Triton's wheel prints about a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        command = [tool, "--dump-resource-usage", f.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"Function attend_kernel:\s+REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", report)
-    registers, stack, local = map(int, found.groups())
-    return {"registers": registers, "spilled": stack + local}
+        command = [pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments, f.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def variants() -> list[tuple[int, torch.dtype, str, StatSpec, bool]]:
-    """Plain attention and everything at once in each tile shape, then each statistic alone."""
-    everything = StatSpec(participation=True)
-    full = [
-        (d, dtype, "all", everything, True)
-        for d, dtype in ((64, torch.bfloat16), (80, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16),
-                         (64, torch.float32), (128, torch.float32))
-    ]  # fmt: skip
-    alone = [(64, torch.bfloat16, name, replace(StatSpec.none(), **{name: True}), False) for name in launch.IN_KERNEL]
-    off = [(d, torch.bfloat16, "off", StatSpec.none(), False) for d in (64, 128)]
-    ones = [(64, torch.bfloat16, "one query, one key", everything, True)]
-    return off + alone + full + ones
+def resources(kernel) -> dict[str, int]:
+    """Registers of a thread, machine instructions, and bytes of stack, which is where spilled registers go."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.{x}:\s+(\d+)", text)[1]) for x in ("vgpr_count", "vgpr_spill_count"))
+        return {"registers": registers, "spilled": spilled, "instructions": len(re.findall(r"^\t[vs]_", text, re.M))}
+    cubin = kernel.asm["cubin"]
+    report = tool("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", report).groups())
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", tool("nvdisasm", "-c", cubin=cubin), re.M))
+    return {"registers": registers, "spilled": stack + local, "instructions": instructions}
 
 
-def main(capabilities: list[int]) -> None:
-    """Every statistic alone needs one target only; the rest is compiled for each."""
-    for d, dtype, name, spec, full in variants():
-        src, options = source(variant(d, dtype, spec, full), decode=name.startswith("one"))
-        for capability in capabilities if name in ("off", "all") else capabilities[-1:]:
-            kernel = triton.compile(src, target=GPUTarget("cuda", capability, 32), options=options)
-            line = {"d": d, "dtype": TYPES[dtype], "stats": name, "sm": capability, "shared": kernel.metadata.shared}
-            line |= {op: kernel.asm["ttir"].count(op) for op in ("tt.store", 'tt.reduce"', "math.exp2")}
-            print(json.dumps(line | resources(kernel.asm["cubin"])), flush=True)
+def variants():
+    """(name, head size, dtype, targets, call): attention alone, default and full statistics, each alone, options."""
+    none, usual, half = StatSpec.none(), StatSpec(), torch.bfloat16
+    for d in (64, 128):
+        yield "off", d, half, tuple(TARGETS), call_of(none, d, half)
+        yield "default", d, half, tuple(TARGETS), call_of(usual, d, half)
+        yield "full", d, half, NVIDIA, call_of(FULL, d, half)
+    for name in launch.IN_KERNEL:
+        yield name, 64, half, ("sm_90",), call_of(replace(none, **{name: BY_NAME[name].full}), 64, half)
+    yield "features", 64, half, ("sm_90",), call_of(usual, 64, half, key_features=torch.ones(48, 9))
+    for name, options in {
+        "window": {"window": 9}, "everything": WITH_BIAS["everything"], "prefix": {"prefix": 9},
+        "edits": EDITED["all edits"], "edits, not renormalised": EDITED["all edits, not renormalised"],
+    }.items():  # fmt: skip
+        spec = replace(usual, segments=False) if "edits" in name else usual
+        yield name, 64, half, ("sm_90",), call_of(spec, 64, half, **options)
+    for d, dtype in ((80, half), (128, torch.float16), (256, half), (64, torch.float32), (128, torch.float32)):
+        yield "default", d, dtype, ("sm_80",), call_of(usual, d, dtype)
+    yield "default, one query, one key", 64, half, ("sm_90",), call_of(usual, 64, half, n=1)
+
+
+def main() -> None:
+    """Compiles all variants, and plain attention for each that is off."""
+    for name, d, dtype, targets, call in variants():
+        for target in targets:
+            kernels = {name: kernel_of(call, TARGETS[target])}
+            if name == "off" and target in NVIDIA:
+                kernels["plain"] = plain_of(call, TARGETS[target])
+            for label, kernel in kernels.items():
+                line = {"d": d, "dtype": TYPES[dtype], "stats": label, "target": target}
+                line |= {"shared": kernel.metadata.shared, "stores": kernel.asm["ttir"].count("tt.store")}
+                print(json.dumps(line | resources(kernel)), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(x) for x in sys.argv[1].split(",")])
+    sys.exit(main())

@@ -6,24 +6,29 @@ from dataclasses import replace
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, launch
-from headstats_cases import OPTIONS, assert_same, extras, inputs, oracle
+from headstats import Edit, StatSpec, launch, probes
+from headstats.stats import BY_NAME
+from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
 
-MOST = replace(
-    StatSpec.none(), entropy=True, max_prob=True, argmax=True, distance=True, participation=True, sink=4, diagonal=True,
-    previous=True, targets=None,
-)  # fmt: skip
+NAMES = (*launch.IN_KERNEL, *launch.PER_KEY, *probes.PROBED)
+MOST = replace(StatSpec.none(), **{name: BY_NAME[name].full for name in NAMES})
+CALLS = {**OPTIONS, **WITH_BIAS, **SEGMENTED, **EDITED, **CELLS, **PREFIX}
+SHAPES = ((35, 35), (5, 21), (9, 4), (18, 40))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("shape", [(35, 35), (5, 21), (9, 4)], ids=str)
-def test_options(name, shape):
-    m, n = shape
-    qkv, options = inputs(b=2, h=2, hk=1, m=m, n=n, d=20, dv=12, **OPTIONS[name])
-    options["targets"] = extras(m, n)["targets"]
-    got = headstats.attend(*qkv, **options, spec=MOST, backend="triton")
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name):
+    """Every option and edit with every statistic; shapes take turns."""
+    m, n = SHAPES[list(CALLS).index(name) % len(SHAPES)]
+    qkv, options = inputs(b=2, h=2, hk=1, m=m, n=n, d=20, dv=12, **CALLS[name])
+    total = n + CALLS[name].get("prefix", 0)
+    options = extras(m, total, shared="prefix" in options) | options
+    mixed = "prefix" in options and options["k_segments"].dim() > 1  # segments that differ between batch rows
+    off = dict.fromkeys(("segments", "segment_value_norms", "segment_outputs"), False) if mixed else {}
+    spec = replace(MOST, **off)
+    got = headstats.attend(*qkv, **options, spec=spec, backend="triton")
     assert got.backend == "triton"
-    assert_same(got, oracle(qkv, **options, spec=MOST))
+    assert_same(got, oracle(qkv, **options, spec=spec))
 
 
 @pytest.mark.parametrize("n", [1, 15, 63, 111])
@@ -36,10 +41,18 @@ def test_ragged_sizes(n, causal):
 
 @pytest.mark.parametrize("name", launch.IN_KERNEL)
 def test_each_statistic_alone(name):
-    spec = replace(StatSpec.none(), **{name: True})
+    spec = replace(StatSpec.none(), **{name: BY_NAME[name].full})
     qkv, options = inputs(b=1, h=1, hk=1, m=17, n=33, d=16, dv=16)
     got = headstats.attend(*qkv, **options, spec=spec, backend="triton")
     assert list(got.stats.as_dict()) == [name]
+    assert_same(got, oracle(qkv, **options, spec=spec))
+
+
+def test_more_features_than_ride_along():
+    qkv, options = inputs(b=2, h=2, hk=1, m=5, n=19, d=16, dv=16, prefix=4)
+    options |= {"key_features": torch.randn(23, 290), "k_segments": torch.arange(23) % 3}
+    spec = replace(StatSpec.none(), key_features=True, segments=True)
+    got = headstats.attend(*qkv, **options, spec=spec, backend="triton")
     assert_same(got, oracle(qkv, **options, spec=spec))
 
 
@@ -77,29 +90,53 @@ def test_gradients_by_recomputation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spec": StatSpec.all()}, "does not compute .*received"),
-        ({"bias": torch.zeros(9)}, "takes no bias"),
-        ({"edit": headstats.Edit(temperature=torch.ones(2))}, "takes no Edit.temperature"),
-        ({"edit": headstats.Edit(replacement=torch.ones(16))}, "takes no Edit.replacement"),
-        ({"alibi": torch.zeros(2)}, "takes no alibi"),
-        ({"prefix": (torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16))}, "takes no prefix"),
         (
             {
+                "edit": Edit(
+                    counterfactual="uniform", take=torch.eye(2)[:1] > 0, give=torch.eye(2)[1:] > 0, keep_fraction=0.5
+                ),
                 "q_segments": torch.zeros(7).long(),
-                "k_segments": torch.zeros(9).long(),
-                "segment_mask": torch.ones(1, 1).bool(),
+                "k_segments": torch.arange(9) % 2,
             },
-            "takes no segment_mask",
+            "it takes no Edit.counterfactual together with Edit.take",
+        ),
+        ({"edit": Edit(counterfactual="random")}, "it takes no Edit.counterfactual='random'"),
+        ({"spec": StatSpec(topk=65)}, "it keeps up to 64 largest weights, given topk=65"),
+        (
+            {
+                "prefix": (torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)),
+                "k_segments": torch.zeros(2, 12).long(),
+            },
+            "segments want k_segments that all batch rows share",
         ),
     ],
     ids=str,
 )
 def test_what_it_cannot_do(change, message):
-    qkv, _ = inputs(b=1, h=2, hk=1, m=7, n=9)
-    with pytest.raises(
-        NotImplementedError, match=f"backend='triton' cannot do this call: it .*{message.split(' ', 1)[1]}"
-    ):
+    qkv, _ = inputs(b=2, h=2, hk=1, m=7, n=9)
+    with pytest.raises(NotImplementedError, match=f"backend='triton' cannot do this call: .*{message}"):
         headstats.attend(*qkv, **change, backend="triton")
     with pytest.raises(NotImplementedError, match="inputs are float64"):
         headstats.attend(*(x.double() for x in qkv), backend="triton")
-    assert headstats.attend(*qkv, **change).backend in ("blocked", "reference")
+    assert headstats.attend(*qkv, **change).backend in ("compiled", "blocked", "reference")
+
+
+def test_patterns_of_some_heads_need_twice_the_channels():
+    qkv, options = inputs(b=1, h=2, hk=1, m=3, n=5, d=144, edits=("pattern_from", "pattern_heads"))
+    with pytest.raises(NotImplementedError, match=r"for some heads or rows, head sizes up to 128 fit, given D=144"):
+        headstats.attend(*qkv, **options, backend="triton")
+    options["edit"] = replace(options["edit"], pattern_heads=None)
+    assert_same(headstats.attend(*qkv, **options, backend="triton"), oracle(qkv, **options))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
+def test_redistribution_to_keys_of_hardly_any_weight(keep):
+    """Log-sum-exps tell apart what is small beside the row: here about e^-120 of it."""
+    qkv, _ = inputs(b=1, h=1, hk=1, m=20, n=35)
+    ids = torch.arange(35) % 3
+    bias = torch.where(ids == 2, -120.0, 0.0).expand(1, 1, 20, 35)
+    take, give = (torch.arange(3).expand(3, 3) == s for s in (0, 2))
+    options = {"bias": bias, "k_segments": ids, "q_segments": torch.zeros(20).long()}
+    options["edit"] = Edit(take=take, give=give, keep_fraction=keep)
+    got, want = headstats.attend(*qkv, **options, backend="triton"), oracle(qkv, **options)
+    assert_same(got, want, tolerance=1e-4, distance=1e-3)  # logits of 120 in float32

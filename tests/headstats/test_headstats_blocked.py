@@ -3,13 +3,26 @@
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, blocked, cpu_flash, rows, tiles
-from headstats_cases import EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
+from headstats import StatSpec, blocked, cpu_flash, fast, rows, tiles
+from headstats.validate import make_call
+from headstats_cases import (
+    CHANGED,
+    EDITED,
+    OPTIONS,
+    PREFIX,
+    SEGMENTED,
+    WITH_BIAS,
+    assert_same,
+    choice_on_cpu,
+    extras,
+    inputs,
+    oracle,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ALL = StatSpec.all()
-EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX | EDITED
+EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX | EDITED | CHANGED
 
 
 def check(qkv, options, spec=ALL):
@@ -142,22 +155,24 @@ def test_no_pattern_is_held(monkeypatch):
                     Largest.size = max(Largest.size, x.untyped_storage().nbytes())
             return out
 
-    n = 2048
+    n = 1024
+    for module in (tiles, fast):
+        monkeypatch.setattr(module, "CELLS", 1 << 17)
     qkv, _ = inputs(b=1, h=2, hk=1, m=n, n=n, d=8, dv=8)
     with Largest():
-        headstats.attend(*qkv, spec=ALL, backend="blocked")
-    assert Largest.size <= 4 * 2 * tiles.CELLS < 4 * 2 * n * n / 4
+        headstats.attend(*qkv, k_segments=torch.arange(n) * 3 // n, spec=ALL, backend="blocked")
+    assert Largest.size <= 4 * tiles.CELLS < 4 * n * n / 4
 
 
-def test_blocked_is_the_choice_on_cpu():
+def test_blocked_is_the_choice_where_nothing_else_can():
     qkv, _ = inputs()
-    assert headstats.attend(*qkv).backend == "blocked"
-    assert blocked.unsupported.__doc__
+    assert headstats.attend(*qkv).backend == choice_on_cpu()
+    assert blocked.unsupported(make_call(*qkv)) is None
 
 
 def test_place_of_the_maximum_in_long_rows():
     """Against the plain maximum, with ties everywhere: few distinct values."""
-    for n in (511, 512, 527, 1030):
+    for n in (63, 64, 127, 512, 1030, 2048, 4100):
         s = torch.randint(0, 4, (3, 50, n)).float()
         s[0] = torch.randn(50, n)
         s[1, :, -3:] = 9.0

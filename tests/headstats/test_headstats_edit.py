@@ -15,11 +15,13 @@ CUT = torch.tensor([[False, False], [True, False]])  # what the second half read
 SECOND = slice(3, 6)
 
 
-@pytest.fixture(params=["reference", "blocked", "blocked in small tiles"])
+@pytest.fixture(params=["reference", "blocked", "blocked in small tiles", "compiled"])
 def attend(request, monkeypatch):
     if "small" in request.param:
         monkeypatch.setattr(tiles, "CELLS", 32)
         monkeypatch.setattr(tiles, "ROWS", 2)
+    if request.param == "compiled":
+        return request.getfixturevalue("attend_compiled")
     return lambda q, k, v, **o: headstats.attend(q, k, v, backend=request.param.split()[0], **o)
 
 

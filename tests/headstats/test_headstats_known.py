@@ -13,8 +13,11 @@ N = 12
 BACKENDS = ["reference", "blocked"]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, "compiled"])
 def attend(request):
+    if request.param == "compiled":
+        run = request.getfixturevalue("attend_compiled")
+        return lambda q, k, v, **options: run(q, k, v, spec=options.pop("spec", ALL), **options)
     return lambda q, k, v, **options: headstats.attend(
         q, k, v, spec=options.pop("spec", ALL), backend=request.param, **options
     )

@@ -7,11 +7,13 @@ from headstats import StatSpec, tiles
 from headstats_cases import inputs
 
 
-@pytest.fixture(params=["reference", "blocked", "blocked in small tiles"])
+@pytest.fixture(params=["reference", "blocked", "blocked in small tiles", "compiled"])
 def attend(request, monkeypatch):
     if "small" in request.param:
         monkeypatch.setattr(tiles, "CELLS", 8)
         monkeypatch.setattr(tiles, "ROWS", 2)
+    if request.param == "compiled":
+        return request.getfixturevalue("attend_compiled")
     return lambda q, k, v, **o: headstats.attend(q, k, v, backend=request.param.split()[0], **o)
 
 

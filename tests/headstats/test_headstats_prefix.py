@@ -15,11 +15,13 @@ def written_out(k, v, prefix):
     )
 
 
-@pytest.fixture(params=["reference", "blocked", "blocked in small tiles"])
+@pytest.fixture(params=["reference", "blocked", "blocked in small tiles", "compiled"])
 def attend(request, monkeypatch):
     if "small" in request.param:
         monkeypatch.setattr(tiles, "CELLS", 64)
         monkeypatch.setattr(tiles, "ROWS", 2)
+    if request.param == "compiled":
+        return request.getfixturevalue("attend_compiled")
     return lambda q, k, v, **o: headstats.attend(q, k, v, backend=request.param.split()[0], **o)
 
 
@@ -47,7 +49,7 @@ def test_flash_over_both_regions_and_their_merge(runs, m, causal, monkeypatch):
     used = []
     monkeypatch.setattr(cpu_flash, "forward", lambda call, f=cpu_flash.forward: used.append(1) or f(call))
     (q, k, v), options = inputs(b=6, m=m, n=4, prefix=90, runs=runs, causal=causal, gate=True)
-    r = headstats.attend(q, k, v, spec=StatSpec.none(), **options)
+    r = headstats.attend(q, k, v, spec=StatSpec.none(), **options, backend="blocked")
     whole = headstats.attend(
         q, *written_out(k, v, options["prefix"]), causal=causal, edit=options["edit"], backend="reference"
     )

@@ -11,11 +11,14 @@ from headstats_cases import inputs, oracle
 N = 12
 
 
-@pytest.fixture(params=["reference", "blocked", "blocked in small tiles"])
+@pytest.fixture(params=["reference", "blocked", "blocked in small tiles", "compiled"])
 def attend(request, monkeypatch):
     if "small" in request.param:
         monkeypatch.setattr(tiles, "CELLS", 32)
         monkeypatch.setattr(tiles, "ROWS", 2)
+    if request.param == "compiled":
+        run = request.getfixturevalue("attend_compiled")
+        return lambda q, k, v, spec, **options: run(q, k, v, spec=spec, **options).stats
     backend = request.param.split()[0]
     return lambda q, k, v, spec, **options: headstats.attend(q, k, v, spec=spec, backend=backend, **options).stats
 
@@ -161,3 +164,46 @@ def test_gradients_flow_beside_all_statistics():
     assert r.stats.topk.indices.dtype == torch.int64 and not r.stats.topk.values.requires_grad
     r.out.sum().backward()
     assert q.grad.abs().sum() > 0
+
+
+def test_column_norms_of_the_hardness_measure(attend):
+    """n times the largest squared norm: 1 for uniform attention, n for the identity, n^2 for one sink column."""
+    eye = 500 * torch.eye(N, dtype=torch.float64)[None, None]
+    sink = torch.zeros(1, 1, N, N, dtype=torch.float64)
+    sink[..., 0] = 500
+    for q, want in ((torch.zeros_like(eye), 1), (eye, N), (sink, N**2)):
+        s = attend(q, eye / 500, eye, StatSpec(column_norm=True), causal=False, scale=1.0)
+        close(N * s.column_norm.square().amax(-1), want)
+
+
+def test_column_norm_counts_real_queries_and_rows_with_keys(attend):
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.6, 0.3, 0.1], [0.0, 0.0, 1.0]])
+    q, k, v = chosen(p)
+    real, nothing = torch.tensor([[False, True, True]]), torch.zeros(3, 3).double()
+    nothing[2] = -torch.inf
+    s = attend(q, k, v, StatSpec(column_norm=True), causal=False, scale=1.0, query_padding=real, bias=nothing)
+    close(s.column_norm[0, 0], [0.6, 0.3, 0.1])
+
+
+def test_partial_outputs_and_their_norms(attend):
+    p = torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.1, 0.2, 0.3, 0.4]])
+    q, k, _ = chosen(p)
+    v = torch.tensor([[3.0, 4], [-3, -4], [0, 1], [5, 12]]).double()[None, None]
+    spec = StatSpec(segment_outputs=True, segment_value_norms=True)
+    s = attend(q, k, v, spec, causal=False, scale=1.0, k_segments=torch.tensor([2, 2, 0, -1]))
+    close(s.segment_outputs[0, 0], [[[0, 0.1], [0, 0], [0.3, 0.4]], [[0, 0.3], [0, 0], [-0.3, -0.4]]])
+    close(s.segment_value_norms[0, 0], [[0.1, 0, 4.5], [0.3, 0, 1.5]])
+    none = attend(q, k, v, spec, causal=False, k_segments=torch.full((4,), -1))
+    assert none.segment_outputs.shape == (1, 1, 2, 0, 2) and none.segment_value_norms.shape == (1, 1, 2, 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_partial_outputs_add_up_to_the_output_before_the_gate(backend):
+    (q, k, v), more = inputs(m=9, n=15, padding="left", gate=True, sinks=True, prefix=4)
+    ids = torch.randint(0, 5, (2, 19))
+    r = headstats.attend(
+        q, k, v, **more, k_segments=ids, spec=StatSpec(segment_outputs=True, value_norm=True), backend=backend
+    )
+    z = r.stats.segment_outputs.sum(-2)
+    torch.testing.assert_close(z * more["edit"].gate[..., None], r.out)
+    torch.testing.assert_close(z.norm(dim=-1), r.stats.value_norm)

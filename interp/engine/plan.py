@@ -1,0 +1,242 @@
+"""What a sweep will cost, and what was saved, before anything runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interp.engine.cells import Cell
+from interp.engine.runs import Run
+from interp.errors import InterpError
+from interp.model import Model
+
+if TYPE_CHECKING:
+    from interp.engine.core import Engine
+
+EFFICIENCY = 0.8  # of the matrix products' own rate; norms, activations and attention take the rest
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What one block costs: FLOPs of a row's matrix products (``keys``: of those before attention), and of one cell
+    of its attention pattern, over all heads; and bytes that a packed row needs at its widest.
+    """  # fmt: skip
+
+    row: float
+    keys: float
+    pattern: float
+    bytes: float
+
+    @classmethod
+    def of(cls, model: Model) -> BlockCost:
+        """Of the model's first block; of experts only the active ones count."""
+        block = model.bridge.blocks[0]
+        config = getattr(model.bridge.original_model, "config", None)
+        total = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
+        active = int(getattr(config, "num_experts_per_tok", None) or total)
+        weights = attention = widest = 0
+        for name, weight in block.original_component.named_parameters():
+            if weight.ndim < 2:
+                continue
+            numel = weight.numel() * (active / total if "experts" in name else 1)
+            weights += numel
+            widest += numel / model.d_model
+            attention += numel if "attn" in name or "attention" in name else 0
+        d_head = int(model.bridge.cfg.d_head)
+        heads, kv = model.n_heads * d_head, model.n_kv_heads * d_head
+        keys = min(attention, model.d_model * (heads + 2 * kv))
+        size = torch.finfo(model.dtype).bits // 8
+        # the residual and its copies, and everything that the block's products put out
+        return cls(2 * weights, 2 * keys, 4 * heads, size * (6 * model.d_model + widest))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep before it runs: `explain` says what it will cost. `interp.explain` makes it.
+
+    ``lengths``: tokens of each base run.  ``cells``: without their values.  ``unasked``: cells that the recipe answers
+    from base runs by itself.  ``runs_bytes``: of the base runs that are held at one time.
+    """
+
+    engine: Engine
+    lengths: Sequence[int]
+    cells: Sequence[Cell]
+    unasked: int = 0
+    runs_bytes: float = 0
+
+    @cached_property
+    def cost(self) -> BlockCost:
+        """Of one block."""
+        return BlockCost.of(self.engine.model)
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Cells that will go through the model together; a full forward each on the naive path."""
+        runs = [range(n) for n in self.lengths]
+        seen = [b for b in self.engine.batches(runs, self.cells) if not self.engine.blind(runs, self.cells[b[0]])]
+        return seen
+
+    @property
+    def n_cells(self) -> int:
+        """All cells, answered ones included."""
+        return len(self.cells) + self.unasked
+
+    @property
+    def n_answered(self) -> int:
+        """Cells that provably change nothing: their answer is the base run's."""
+        return self.n_cells - sum(map(len, self.batches))
+
+    @cached_property
+    def steps(self) -> dict[str, float]:
+        """FLOPs of the sweep, first as one full forward per cell, then with each saving on top of those before."""
+        model = self.engine.model
+        n_layers, unembed = model.n_layers, 2 * model.d_model * int(model.bridge.cfg.d_vocab)
+        full = self.n_cells * unembed + sum(self._rows(c, c_rows=(0, 0, None, False)) for c in self.cells)
+        full += self.unasked * self._mean_full()
+        steps = {"one full forward per cell": full}
+        if not self.engine.fast:
+            return steps
+        asked = [self.cells[i] for b in self.batches for i in b]
+        head = len(asked) * unembed
+        kept = {
+            "without cells that can change nothing": lambda c, n: (0, 0, None, False),
+            "without blocks before the change": lambda c, n: (c.first_layer, 0, None, False),
+            "without positions before the change": lambda c, n: (c.first_layer, c.first_row, None, False),
+            "without positions that the first block leaves": lambda c, n: (
+                c.first_layer, c.first_row, c.entry_stop(n), False,
+            ),
+            "without positions that the answer does not read": lambda c, n: (
+                c.first_layer, c.first_row, c.entry_stop(n), True,
+            ),
+        }  # fmt: skip
+        for name, rows in kept.items():
+            steps[name] = head + sum(self._rows(c, rows(c, self.lengths[c.run])) for c in asked)
+        assert n_layers > 0
+        return steps
+
+    def _mean_full(self) -> float:
+        """FLOPs of a full forward, averaged over base runs."""
+        return sum(self._whole(n) for n in self.lengths) / max(1, len(self.lengths))
+
+    def _whole(self, n: int) -> float:
+        return self.engine.model.n_layers * (n * self.cost.row + self.cost.pattern * n * (n + 1) / 2)
+
+    def _rows(self, cell: Cell, c_rows: tuple[int, int, int | None, bool]) -> float:
+        """FLOPs of a cell's blocks: from a layer and a row on, with a shorter first block and a last one of one row."""
+        layer, row, stop, last_only = c_rows
+        n, cost, blocks = self.lengths[cell.run], self.cost, self.engine.model.n_layers - layer
+        if blocks <= 0:
+            return 0
+        rows = n - row
+        seen = (n * (n + 1) - row * (row + 1)) / 2  # cells of the pattern below the diagonal, in these rows
+        block = rows * cost.row + cost.pattern * seen
+        total = blocks * block
+        if stop is not None and stop < n:
+            total -= (n - stop) * cost.row + cost.pattern * (n * (n + 1) - stop * (stop + 1)) / 2
+        if last_only and rows > 1:
+            total -= (rows - 1) * (cost.row - cost.keys) - cost.keys + cost.pattern * (seen - n)
+        return total
+
+    @property
+    def flops(self) -> float:
+        """Of the sweep as it will run, without its base runs."""
+        return list(self.steps.values())[-1]
+
+    @cached_property
+    def rate(self) -> float:
+        """FLOP/s to expect, by a matrix product like the model's, timed now."""
+        model = self.engine.model
+        x = torch.randn(512, model.d_model, device=model.device, dtype=model.dtype)
+        w = torch.randn(4 * model.d_model, model.d_model, device=model.device, dtype=model.dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return EFFICIENCY * 2 * x.shape[0] * w.numel() / sorted(times)[2]
+
+    @property
+    def seconds(self) -> float:
+        """Predicted, base runs included."""
+        return (self.flops + sum(map(self._whole, self.lengths))) / self.rate
+
+    @property
+    def batch_bytes(self) -> float:
+        """The largest batch's activations at their widest."""
+        rows = (sum(self.lengths[self.cells[i].run] - self.cells[i].first_row for i in b) for b in self.batches)
+        most = max(rows, default=0) if self.engine.fast else max(self.lengths, default=0)
+        return most * self.cost.bytes
+
+    def explain(self) -> str:
+        """The plan in words: cells, forwards, FLOPs and what saved them, time, memory."""
+        engine, full = self.engine, next(iter(self.steps.values()))
+        lines = [f"{self.n_cells} cells on {len(self.lengths)} base run(s), engine: {engine.describe()}"]
+        if self.n_answered:
+            lines.append(f"  {self.n_answered} change nothing that the answer reads: taken from the base run")
+        lines.append(f"  {sum(map(len, self.batches))} in {len(self.batches)} forward(s)")
+        for name, flops in self.steps.items():
+            lines.append(f"  {_unit(flops, 'FLOP'):>12}  {flops / full:6.1%}  {name}")
+        lines.append(
+            f"about {self.seconds:.3g} s at {_unit(self.rate, 'FLOP/s')}; memory beside the model about "
+            f"{_unit(self.runs_bytes + self.batch_bytes, 'B')}"
+        )
+        return "\n".join(lines)
+
+    __str__ = explain
+
+
+class Planner:
+    """Takes the place of running: keeps the cells that engines are asked to score."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.lengths: list[int] = []
+        self.cells: list[Cell] = []
+        self.unasked = 0
+        self.runs_bytes = 0.0
+
+    def add(self, engine: Engine, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
+        """Cells of some runs, which may be followed by others."""
+        first, self.engine = len(self.lengths), engine
+        self.lengths += [len(r) for r in runs]
+        for cell in cells:
+            writes = tuple(replace(w, value=None) for w in cell.writes)
+            self.cells.append(replace(cell, run=cell.run + first, writes=writes))
+        held = sum(x.numel() * x.element_size() for r in runs for x in r.tensors())
+        self.runs_bytes = max(self.runs_bytes, held)
+
+
+PLANNING: ContextVar[Planner | None] = ContextVar("planning", default=None)
+
+
+def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """What ``recipe(*args, **kwargs)`` would cost: ``print(interp.explain(interp.patch, model, pairs, sites))``.
+
+    Runs the recipe's base runs, which hold what its cells are made of, and none of its cells. Raises what the recipe
+    raises for bad input, and InterpError for a function that sweeps nothing.
+    """
+    planner = Planner()
+    token = PLANNING.set(planner)
+    try:
+        recipe(*args, **{"show_progress": False, **kwargs})
+    finally:
+        PLANNING.reset(token)
+    if planner.engine is None:
+        raise InterpError(f"{getattr(recipe, '__name__', recipe)} asked the engine for nothing: there is no sweep")
+    return Plan(planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes)
+
+
+def _unit(x: float, name: str) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if x < 1000:
+            return f"{x:.3g} {prefix}{name}"
+        x /= 1000
+    return f"{x:.3g} E{name}"

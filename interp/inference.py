@@ -1,0 +1,53 @@
+"""Is an effect more than chance? Sign-flip permutation tests over examples, and control of false discoveries."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from jaxtyping import Float
+
+EXACT_UP_TO = 12  # examples: all 2^12 sign patterns are tried
+
+
+def sign_flip(
+    values: Float[np.ndarray, "groups examples"], n_perm: int = 10_000, seed: int = 0
+) -> Float[np.ndarray, " groups"]:
+    """Two-sided p-values that the mean of each row is zero, under the null that each value's sign is a coin toss.
+
+    That null is exact for paired differences that are exchangeable (Fisher 1935; one-sample permutation test).
+    Up to `EXACT_UP_TO` values per row all sign patterns are counted; beyond, ``n_perm`` are drawn by ``seed`` and
+    p = (1 + hits) / (1 + n_perm), so that it is never 0 (Phipson & Smyth 2010). NaN values are left out; a row
+    without any gives NaN. The smallest p that n values can give is 2^(1 − n).
+    """
+    values = np.asarray(values, dtype=float)
+    seen = np.isfinite(values)
+    x = np.where(seen, values, 0.0)
+    n = values.shape[1]
+    exact = n <= EXACT_UP_TO
+    if exact:
+        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n))).reshape(-1, n)
+    else:
+        signs = np.random.default_rng(seed).choice((1.0, -1.0), size=(n_perm, n))
+    observed = np.abs(x.sum(1))
+    slack = 1e-12 * np.abs(x).sum(1)  # the same sum in another order
+    hits = np.zeros(len(x))
+    for part in np.array_split(signs, max(1, len(signs) // 1000)):
+        hits += (np.abs(x @ part.T) >= (observed - slack)[:, None]).sum(1)
+    p = hits / len(signs) if exact else (1 + hits) / (1 + len(signs))
+    return np.where(seen.any(1), p, np.nan)
+
+
+def benjamini_hochberg(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """q-values: rejecting all tests with q ≤ α keeps the expected share of false discoveries at or below α.
+
+    Benjamini & Hochberg 1995: q of the i-th smallest of m p-values = min over j ≥ i of p_(j) m / j. Valid for
+    independent or positively dependent tests. NaN stays NaN and does not count as a test.
+    """
+    p = np.asarray(p, dtype=float)
+    q = np.full_like(p, np.nan)
+    tested = np.flatnonzero(np.isfinite(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    scaled = p[order] * len(order) / np.arange(1, len(order) + 1)
+    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return q

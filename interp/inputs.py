@@ -1,0 +1,72 @@
+"""Refusals of weights and inputs that would give wrong numbers without an error: NaN, images, lengths, devices."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.errors import ModelError, PromptError
+
+IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "input_features")
+
+
+def refuse_nan_weights(model: torch.nn.Module) -> None:
+    """ModelError if a weight is NaN or infinite, naming it."""
+    for name, weight in model.named_parameters():
+        # A sum is several times quicker than isfinite, and finite only if every weight is; if it overflows, look again.
+        if weight.is_floating_point() and not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ModelError(
+                f"weight {name} {tuple(weight.shape)} holds {bad} NaN or infinite value(s): the checkpoint is "
+                "damaged, and every number made from it would be wrong. Fetch it again."
+            )
+
+
+def refuse_images(prompt: Any) -> None:
+    """PromptError if a prompt of text is an image (an array of two or three dimensions, or a picture object)."""
+    if hasattr(prompt, "convert") or len(getattr(prompt, "shape", ())) >= 2:
+        raise PromptError(
+            f"a prompt is text, but this is an image ({type(prompt).__name__}): a vision-language model gets it "
+            "through its processor, as model(input_ids, pixel_values=…)"
+        )
+
+
+def refuse_wrong_inputs(model: Any, tokens: Any, options: dict[str, Any]) -> None:
+    """PromptError for what a forward of an `interp.Model` would silently ignore, or fail on far from the cause."""
+    takes = inspect.signature(model.bridge.original_model.forward).parameters
+    unread = [name for name in IMAGES if options.get(name) is not None and name not in takes]
+    if unread:  # transformers' text models swallow unknown keyword arguments
+        raise PromptError(
+            f"{unread[0]} was given to {model.name}, a {type(model.bridge.original_model).__name__}, which reads no "
+            "images or sound: load a model that does, or leave it out"
+        )
+    if not isinstance(tokens, Tensor):
+        return
+    if tokens.device.type != model.device.type:
+        raise PromptError(
+            f"the tokens are on {tokens.device} and {model.name} is on {model.device}: "
+            f"pass tokens.to({str(model.device)!r}), or load the model with device={str(tokens.device)!r}"
+        )
+    if not tokens.is_floating_point() and tokens.ndim == 2 and tokens.shape[1] > model.n_ctx:
+        raise PromptError(
+            f"{tokens.shape[1]} tokens are more than {model.name}'s context of {model.n_ctx}: shorten them, or call "
+            "model.bridge(tokens) if you want to see what the model does beyond it"
+        )
+
+
+def mask_positions(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Where the mask token stands in each row of ``tokens`` [batch, position]; PromptError unless it does once."""
+    mask = getattr(model.tokenizer, "mask_token_id", None)
+    if mask is None:
+        raise PromptError(f"{model.name} is a masked language model, but its tokenizer has no mask token")
+    found = tokens == mask
+    counts = found.sum(-1)
+    if (counts != 1).any():
+        raise PromptError(
+            f"{model.name} is a masked language model, read at its mask token: a prompt must hold "
+            f"{model.tokenizer.mask_token!r} exactly once, but one holds it {int(counts[counts != 1][0])} times"
+        )
+    return found.int().argmax(-1)

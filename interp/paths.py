@@ -1,0 +1,243 @@
+"""Path patching: change what one component sends along one path, and nothing else.
+
+Wang et al. 2022, "Interpretability in the wild" (MLPs recomputed along the path); Goldowsky-Dill et al. 2023,
+"Localizing model behavior with path patching" (the direct edge: everything else frozen). An edge runs from a sender,
+whose output is added to the residual stream, to a receiver, which reads it:
+
+1. the sender's activation is taken from the other run; every attention output is frozen at the base run's, and MLPs
+   are frozen (``mlps="frozen"``) or recomputed (``mlps="recomputed"``);
+2. what the receiver would read then is written into the base run, in which everything downstream is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from interp.effects import Effects
+from interp.engine import Cell, Engine, Run, Write
+from interp.engine.cells import rows_of
+from interp.engine.core import EngineKind
+from interp.engine.probe import Probe
+from interp.errors import InterpError, SiteError
+from interp.metrics import Metric, MetricFn, as_metric, logit_diff
+from interp.model import Model
+from interp.progress import progress
+from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.recipes import Rows, as_sites, check_metric, evaluate, provenance_of, readout, score_runs
+from interp.sites import COMPONENTS, Site, Sites
+
+SENDERS = ("z", "attn_out", "mlp_out")
+RECEIVERS = ("q", "k", "v", "mlp_out", "resid_post")
+LOGITS = "logits"
+SENDER_ROWS = 1 << 16  # senders × rows whose paths are held at one time
+
+
+@dataclass(frozen=True)
+class Edge:
+    """From a sender's output to a receiver's input."""
+
+    sender: Site
+    receiver: Site
+
+
+def path_patch(
+    model: Model,
+    pairs: PromptPair | Iterable[PromptPair],
+    senders: Iterable[Site | str] | Site | str,
+    receivers: Iterable[Site | str] | Site | str = LOGITS,
+    metric: Metric | MetricFn | str = logit_diff,
+    mode: Literal["noise", "denoise"] = "noise",
+    mlps: Literal["frozen", "recomputed"] = "frozen",
+    engine: EngineKind = "auto",
+    show_progress: bool | None = None,
+) -> Effects:
+    """The effect of every path from a sender to a later receiver, one at a time.
+
+    ``senders``: sites of z (a head), attn_out or mlp_out. ``receivers``: sites of q, k, v (a head's query, key or
+    value; k and v per KV head), mlp_out (the input of that MLP), or ``"logits"`` (the final residual stream, which is
+    resid_post of the last layer). Positions of both restrict where the path starts and ends. Pairs of sites in which
+    the receiver cannot read the sender are left out. ``mode="noise"`` (as published) sends the corrupt activation
+    within the clean run, ``"denoise"`` the clean one within the corrupt run. ``mlps``: see this module's first lines.
+
+    Returns one row per (pair, edge): the receiver's site, and the ``sender``. Raises SiteError, PromptError or
+    InterpError for bad input, before the sweep, and where the model cannot be run packed.
+    """
+    if mode not in ("noise", "denoise") or mlps not in ("frozen", "recomputed"):
+        raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
+    metric, senders, receivers = as_metric(metric), as_sites(senders), _receivers(model, receivers)
+    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    prompts = encode_pairs(listed, model.coder)
+    check_metric(metric, prompts)
+    runner = Engine(model, engine)
+    edges = _edges(runner, senders, receivers)
+    for prompt in prompts:
+        for site in senders | receivers:
+            rows_of(site, prompt)
+    known_hooks = model.bridge.hook_dict
+    kept = [c for c in SENDERS if COMPONENTS[c].hook.format(layer=0) in known_hooks]  # some models have no MLPs
+    recompute = mlps == "recomputed" and "mlp_out" in kept
+    rows = Rows(f"path, MLPs {mlps}", mode, metric)
+    with progress(f"path patching ({mode})", len(edges) * len(prompts), show_progress) as advance:
+        for i, prompt in enumerate(prompts):
+            clean, corrupt = runner.record([prompt.clean, prompt.corrupt], kept)
+            if not runner.fast and engine != "naive":
+                raise InterpError(
+                    f"path patching needs the packed engine, which cannot run this model: {runner.reason}"
+                )
+            base, source = (clean, corrupt) if mode == "noise" else (corrupt, clean)
+            read = readout([prompt], [clean.logits])
+            known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]
+            probe = Probe(model, runner.frame, base, prompt.first_difference)
+            for found in _cells(probe, source, prompt, recompute, edges):
+                changed = [cell for _, cell in found if cell is not None]
+                advance(runner.leave(len(found) - len(changed)))
+                values = iter(evaluate(runner, metric, [base], changed, read, advance).tolist())
+                for edge, cell in found:
+                    value = known[2] if cell is None else next(values)
+                    rows.add(i, edge.receiver, prompt, known[0], known[1], value, sender=edge.sender)
+    recipe = {"mlps": mlps, "engine": runner.describe(), **provenance_of(pairs)}
+    return rows.effects(model, listed, **recipe)
+
+
+def _receivers(model: Model, receivers: Iterable[Site | str] | Site | str) -> Sites:
+    final = Site("resid_post", model.n_layers - 1)
+    if isinstance(receivers, Site | str):
+        receivers = [receivers]
+    return as_sites([final if r == LOGITS else r for r in receivers])
+
+
+def _edges(runner: Engine, senders: Sites, receivers: Sites) -> list[Edge]:
+    """Every pair in which the receiver reads the sender. Raises SiteError for sites that cannot be one or the other."""
+    runner.check_sites(senders)
+    runner.check_sites(receivers)
+    last = runner.model.n_layers - 1
+    for sites, allowed, what in ((senders, SENDERS, "sender"), (receivers, RECEIVERS, "receiver")):
+        wrong = next((s for s in sites if s.component not in allowed), None)
+        if wrong is not None:
+            raise SiteError(f"{wrong} cannot be a {what} of a path: {', '.join(allowed)} can")
+    wrong = next((r for r in receivers if r.component == "resid_post" and r.layer != last), None)
+    if wrong is not None:
+        raise SiteError(
+            f"{wrong} is no receiver: of the residual stream, only resid_post of the last layer, the logits"
+        )
+    parallel = "blocks.0.hook_resid_mid" not in runner.model.bridge.hook_dict  # MLPs read what attention reads
+    edges = [Edge(s, r) for r in receivers for s in senders if _reads(r, s, parallel)]
+    if not edges:
+        raise SiteError("there are no paths: every receiver comes before every sender")
+    return edges
+
+
+def _reads(receiver: Site, sender: Site, parallel: bool) -> bool:
+    assert receiver.layer is not None and sender.layer is not None
+    if receiver.component == "resid_post":
+        return True
+    same_layer = not parallel and receiver.component == "mlp_out" and sender.component != "mlp_out"
+    return sender.layer < receiver.layer or (same_layer and sender.layer == receiver.layer)
+
+
+def _cells(
+    probe: Probe, source: Run, prompt: Encoded, recompute: bool, edges: Sequence[Edge]
+) -> Iterator[list[tuple[Edge, Cell | None]]]:
+    """The cells of all edges in one base run, some senders at a time."""
+    if probe.start == len(prompt):  # the prompts are the same
+        yield [(e, None) for e in edges]
+        return
+    probe.check_sums()
+    senders = list(dict.fromkeys(e.sender for e in edges))
+    step = max(1, SENDER_ROWS // (len(prompt) - probe.start))
+    for first in range(0, len(senders), step):
+        some = set(senders[first : first + step])
+        yield from _Paths(probe, source, prompt, recompute).cells([e for e in edges if e.sender in some])
+
+
+class _Paths:
+    """The cells of all edges within one base run, receiver layer by receiver layer."""
+
+    def __init__(self, probe: Probe, source: Run, prompt: Encoded, recompute: bool):
+        self.probe, self.base, self.source = probe, probe.run, source
+        self.prompt, self.recompute = prompt, recompute
+
+    def rows(self, edge: Edge) -> slice:
+        """Rows in which the receiver may read something else, counted from the probe's first."""
+        (a, b), (c, d) = rows_of(edge.sender, self.prompt), rows_of(edge.receiver, self.prompt)
+        start, stop = max(a, c, self.probe.start), min(b, d)
+        return slice(start - self.probe.start, max(start, stop) - self.probe.start)
+
+    def cells(self, edges: Sequence[Edge]) -> Iterator[list[tuple[Edge, Cell | None]]]:
+        """Cells by receiver layer; None for an edge that changes nothing."""
+        n_layers = self.probe.model.n_layers
+        senders = list(dict.fromkeys(e.sender for e in edges))
+        sent: dict[Site, Tensor] = {}  # what each sender has added to the residual stream so far [rows, d_model]
+        for layer in range(n_layers):
+            here = [s for s in senders if s.layer == layer]
+            added = self._attention(layer, [s for s in here if s.component != "mlp_out"])
+            before = list(sent)
+            group = before + list(added)
+            into = [e for e in edges if e.receiver.layer == layer and e.receiver.component != "resid_post"]
+            if group and (into or self.recompute):
+                yield from self._through(layer, into, before, sent, added)
+            sent |= {s: sent.get(s, 0) + x for s, x in added.items()}
+            sent |= {s: self._difference(s, "mlp_out") for s in here if s.component == "mlp_out"}
+        final = [e for e in edges if e.receiver.component == "resid_post"]
+        if final:
+            base = self.base.resid[n_layers][self.probe.start :]
+            yield [(e, self._cell(e, base + sent[e.sender])) for e in final]
+
+    def _through(
+        self, layer: int, into: Sequence[Edge], before: list[Site], sent: dict[Site, Tensor], added: dict[Site, Tensor]
+    ) -> Iterator[list[tuple[Edge, Cell | None]]]:
+        """Edges into one layer; with MLPs recomputed, what its MLP makes of every sender is added to ``sent``."""
+        zero = torch.zeros_like(self.base.resid[0][self.probe.start :])
+        group = before + list(added)
+        delta = torch.stack([sent.get(s, zero) for s in group])
+        attention = torch.stack([added.get(s, zero) for s in group])
+        wanted = {e.receiver.component for e in into} | ({"mlp_out"} if self.recompute else set())
+        read = self.probe.block(layer, delta, attention, wanted)
+        number = {s: i for i, s in enumerate(group)}
+        found: list[tuple[Edge, Cell | None]] = []
+        for edge in into:
+            values = read[edge.receiver.component][number[edge.sender]]
+            found.append(
+                (edge, self._cell(edge, values if edge.receiver.head is None else values[:, edge.receiver.head]))
+            )
+        if found:
+            yield found
+        if self.recompute:
+            change = read["mlp_out"] - self.base.acts["mlp_out"][layer][self.probe.start :]
+            sent |= {s: sent.get(s, zero) + change[i] for s, i in number.items()}
+
+    def _attention(self, layer: int, senders: Sequence[Site]) -> dict[Site, Tensor]:
+        """By how much each sender changes its layer's attention output [rows, d_model]."""
+        heads = [s for s in senders if s.component == "z"]
+        out = {s: self._difference(s, "attn_out") for s in senders if s.component == "attn_out"}
+        if heads:
+            cells = []
+            for site in heads:
+                start, stop = rows_of(site, self.prompt)
+                start = max(start, self.probe.start)
+                writes = (Write(site, start, stop, self.source.value(site, start, stop)),) if start < stop else ()
+                cells.append(Cell(0, writes))
+            base = self.base.acts["attn_out"][layer][self.probe.start :]
+            out |= dict(zip(heads, self.probe.attention(layer, cells) - base, strict=True))
+        return out
+
+    def _difference(self, site: Site, component: str) -> Tensor:
+        """Source − base of an output that is added to the residual stream, 0 outside the site's rows."""
+        assert site.layer is not None
+        start, stop = rows_of(site, self.prompt)
+        change = self.source.acts[component][site.layer] - self.base.acts[component][site.layer]
+        kept = torch.zeros_like(change)
+        kept[start:stop] = change[start:stop]
+        return kept[self.probe.start :]
+
+    def _cell(self, edge: Edge, value: Tensor) -> Cell | None:
+        rows = self.rows(edge)
+        if rows.start >= rows.stop:
+            return None
+        first = self.probe.start
+        return Cell(0, (Write(edge.receiver, first + rows.start, first + rows.stop, value[rows]),))

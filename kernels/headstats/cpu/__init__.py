@@ -1,0 +1,61 @@
+"""Compiled CPU backend: attention and every statistic in C++. Optional; ``python -m headstats.cpu`` builds it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from headstats import recompute
+from headstats.call import Call
+from headstats.cpu import library, trial
+from headstats.cpu.arguments import COMPUTED, Arguments
+from headstats.stats import Result
+from headstats.values import tracing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# All of a call that this backend reads. What is added to Call later is refused until it stands here.
+READ = {
+    "q", "k", "v", "causal", "window", "softcap", "scale", "spec", "bias", "alibi", "sinks", "prefix_k", "prefix_v",
+    "key_padding", "query_padding", "q_segments", "k_segments", "segment_mask", "segment_open", "n_segments",
+    "targets", "key_features", "gate", "replacement", "temperature", "edit_bias", "knockout", "gain",
+    "edit_q_segments",
+}  # fmt: skip
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this backend cannot do the call, or None."""
+    if call.q.device.type != "cpu":
+        return f"it runs on CPU, and q is on {call.q.device}"
+    if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not tracing(call.q):
+        return f"it reads memory, which a {type(call.q).__name__} may not have"
+    unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
+    if unread:
+        return f"it does not read {', '.join(unread)}"
+    if call.numbers_rows_twice:
+        return "it takes no Edit.rows or phase with tables of Edit beside segment_mask or segment_open"
+    if call.gain is not None and (tracing(call.q) or bool(((call.gain != 0) & (call.gain != 1)).any())):
+        return "it takes no Edit.gain without renormalisation"
+    if missing := [name for name in call.spec.requested() if name not in COMPUTED]:
+        return f"it does not compute {', '.join(missing)}"
+    return trial.failure(call.dtype)
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
+    """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+    return recompute.with_gradients(call, forward, backward) if call.trainable else forward(call)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
+    """The same without gradients."""
+    found, reason = library.find()
+    assert found is not None, reason  # unsupported() has looked
+    arguments = Arguments(call, found.structure)
+    found.attend(arguments.c)
+    return arguments.out.to(call.q.dtype), arguments.lse, arguments.stats
+
+
+backward = recompute.backward

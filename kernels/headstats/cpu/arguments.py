@@ -1,0 +1,153 @@
+"""A Call as the compiled library reads it: numbers, addresses and strides."""
+
+from __future__ import annotations
+
+from ctypes import Structure
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headstats.call import HIDDEN, Call
+from headstats.stats import Result, TopK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Statistics by the shape of their result, and the numbers that go with some.
+OF_ROWS = (
+    "entropy", "entropy_normalised", "max_prob", "argmax", "participation", "effective_keys", "distance",
+    "distance_var", "waad", "sink", "diagonal", "previous", "local", "value_norm",
+)  # fmt: skip
+OF_KEYS = ("received", "received_max", "fai", "column_norm")
+LISTS = ("topk", "segments", "segment_value_norms", "segment_outputs", "targets", "key_features")
+COMPUTED = (*OF_ROWS, *OF_KEYS, *LISTS)
+
+
+class Arguments:
+    """The structure of one call, the tensors it points to, and the results it will hold."""
+
+    def __init__(self, call: Call, structure: type[Structure]):
+        self.call, self.c = call, structure()
+        self.names = {field[0] for field in structure._fields_}
+        self.alive: list[Tensor] = []
+        b, h, m, _ = call.q.shape
+        self.out = torch.empty(b, h, m, call.v.shape[3], dtype=call.dtype)
+        self.lse = torch.empty(b, h, m, dtype=call.dtype)
+        self.stats: dict[str, Result] = {}
+        self._set(
+            dtype=DTYPES[call.q.dtype], B=b, H=h, Hk=call.k.shape[1], M=m, N=call.n, D=call.q.shape[3],
+            Dv=call.v.shape[3], prefixed=call.n - call.k.shape[2], causal=call.causal, window=call.window or 0,
+            softcap=call.softcap or 0.0, scale=call.scale, out=self.out, lse=self.lse,
+        )  # fmt: skip
+        self._inputs()
+        self._options()
+        self._segments()
+        self._edit()
+        for name, value in call.spec.requested().items():
+            self._statistic(name, value)
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            assert name in self.names, name
+            if isinstance(value, torch.Tensor):
+                self.alive.append(value)
+                value = value.data_ptr()
+            setattr(self.c, name, value)
+
+    def _strided(self, name: str, x: Tensor | None, axes: str) -> None:
+        """An array in the dtype of logits, with its strides; axes of size 1 only broadcast."""
+        if x is not None:
+            x = self._number(x)
+            strides = {f"{name}_{a}": s if n > 1 else 0 for a, s, n in zip(axes, x.stride(), x.shape, strict=True)}
+            self._set(**{name: x}, **strides)
+
+    def _number(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.call.dtype)
+
+    def _inputs(self) -> None:
+        call = self.call
+        for name in ("q", "k", "v", "prefix_k", "prefix_v"):
+            if (x := getattr(call, name)) is not None:
+                self._set(**{name: x}, **dict(zip((f"{name}_{a}" for a in "bhmd"), x.stride(), strict=True)))
+        if call.prefix_k is not None:
+            self._set(runs=call.prefix_k.shape[0])
+
+    def _options(self) -> None:
+        call = self.call
+        self._strided("bias", call.bias, "bhmd")
+        if call.bias is not None:
+            self._set(bias_hides=max(torch.finfo(call.bias.dtype).min, HIDDEN))
+        for name in ("alibi", "sinks", "key_padding", "query_padding"):
+            if (x := getattr(call, name)) is not None:
+                self._set(**{name: (x if x.dtype == torch.bool else self._number(x)).contiguous()})
+
+    def _segments(self) -> None:
+        """Ids count from 1 and tables begin with what is in no segment, so that -1 needs no care in the loops."""
+        call = self.call
+        for name, ids in (("q_segments", call.table_q_segments), ("k_segments", call.k_segments)):
+            if ids is not None:
+                ids = (ids + 1).to(torch.int32).contiguous()
+                self._set(**{name: ids, f"{name}_b": ids.shape[1] if len(ids) > 1 else 0})
+        cut = call.knockout if call.gain is None else call.gain == 0
+        tables = (call.segment_mask, call.segment_open, cut, call.edit_bias)
+        for name, table in zip(("segment_mask", "segment_open", "knockout", "edit_bias"), tables, strict=True):
+            if table is not None:
+                table = table if table.dtype == torch.bool else self._number(table)
+                table = table.roll((1, 1), (2, 3)).contiguous()
+                strides = [s if n > 1 else 0 for s, n in zip(table.stride(), table.shape, strict=True)]
+                self._set(**{name: table}, **{f"{name}_{a}": s for a, s in zip("bhm", strides[:3], strict=True)})
+
+    def _edit(self) -> None:
+        call = self.call
+        self._set(renormalise=call.gain is None)
+        self._strided("temperature", call.temperature, "bhm")
+        self._strided("gate", call.gate, "bhm")
+        self._strided("replacement", call.replacement, "bhmd")
+
+    def _room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.empty(*self.call.q.shape[:2], *shape, dtype=dtype or self.call.dtype)
+        self._set(**{name: x})
+        return x
+
+    def _statistic(self, name: str, value: Any) -> None:
+        call, m = self.call, self.call.q.shape[2]
+        if name in OF_KEYS:
+            self.stats[name] = self._room(name, call.n)
+        elif name in OF_ROWS:
+            self.stats[name] = self._room(name, m, dtype=torch.int64 if name == "argmax" else None)
+        if name == "topk":
+            self._set(topk_count=value)
+            indices = self._room("topk_indices", m, value, dtype=torch.int64)
+            self.stats[name] = TopK(self._room("topk_values", m, value), indices)
+        elif name in ("waad", "local"):
+            self._set(**{f"{name}_at": value})
+        elif name == "fai":
+            self._set(fai_near=value[0], fai_far=value[1])
+        elif name == "sink":
+            keys = first_real_keys(call, value)
+            self._set(sink_keys=keys, sink_keys_b=keys.shape[1] if len(keys) > 1 else 0, sink_count=keys.shape[1])
+        elif name in ("segments", "segment_value_norms", "segment_outputs"):
+            self._set(n_segments=call.n_segments)
+            last = (call.v.shape[3],) if name == "segment_outputs" else ()
+            self.stats[name] = self._room(name, m, call.n_segments, *last)
+        elif name == "targets":
+            assert call.targets is not None  # validated
+            keys = call.targets.to(torch.int64).contiguous()
+            self._set(target_keys=keys, target_keys_b=keys[0].numel() if len(keys) > 1 else 0, n_targets=keys.shape[2])
+            self.stats[name] = self._room(name, m, keys.shape[2])
+        elif name == "key_features":
+            assert call.key_features is not None  # validated
+            x = self._number(call.key_features).contiguous()
+            self._set(features=x, features_b=x[0].numel() if len(x) > 1 else 0, n_features=x.shape[2])
+            self.stats[name] = self._room(name, m, x.shape[2])
+
+
+def first_real_keys(call: Call, count: int) -> Tensor:
+    """Indices of the first real keys of each batch row, [#B, count], -1 where there are fewer."""
+    count = min(count, call.n)
+    keys = torch.arange(call.n)[None]
+    if call.key_padding is None:
+        return keys[:, :count].contiguous()
+    found = keys.masked_fill(~call.key_padding, call.n).sort(1).values[:, :count]
+    return found.masked_fill(found == call.n, -1).contiguous()

@@ -1,0 +1,104 @@
+// What is written once a row has seen all its keys.
+#pragma once
+#include "rows.h"
+
+namespace {
+
+// log2 of the row's softmax denominator; LOWEST where the row sees no key; no number where a logit is none.
+template <class T>
+double log_norm(const Call& c, const Row<T>& r) {
+  const bool cut = r.cut && !c.renormalise;
+  const double top = cut ? r.all_top : r.top, mass = cut ? r.all_mass : r.mass;
+  if (std::isnan(mass)) return mass;
+  if (!(top > LOWEST)) return LOWEST;
+  if (!c.sinks) return top + std::log2(mass);
+  const double sink = double(static_cast<const T*>(c.sinks)[r.h]) * LOG2E * r.cool, high = std::max(top, sink);
+  return high + std::log2(mass * std::exp2(top - high) + std::exp2(sink - high));
+}
+
+template <class T>
+void put(void* to, int64_t number, double value) {
+  if (to) static_cast<T*>(to)[number] = T(value);
+}
+
+template <class T>
+double weight_of(double x, double norm) {
+  return x > LOWEST ? std::exp2(x - norm) : 0;
+}
+
+template <class T>
+void write_lists(const Call& c, const Row<T>& r, Kept<T> kept, double norm) {
+  for (int64_t t = 0; c.targets && t < c.n_targets; t++)
+    put<T>(c.targets, r.number * c.n_targets + t, weight_of<T>(kept.targets[t], norm));
+  for (int64_t t = 0; c.topk_values && t < c.topk_count; t++) {
+    put<T>(c.topk_values, r.number * c.topk_count + t, weight_of<T>(kept.top[t], norm));
+    put<int64_t>(c.topk_indices, r.number * c.topk_count + t, kept.top[t] > T(LOWEST) ? kept.top_at[t] : -1);
+  }
+}
+
+template <class T>
+void write_statistics(const Call& c, const Row<T>& r, Kept<T> kept, double norm, double unit) {
+  const bool any = std::isnan(norm) || r.top > T(LOWEST);
+  const double per_mass = r.mass > 0 ? 1 / r.mass : 0;
+  const double entropy = any ? std::max(-LN2 * unit * (r.entropy + (r.top - norm) * r.mass), 0.0) : 0;
+  put<T>(c.entropy, r.number, entropy);
+  put<T>(c.entropy_normalised, r.number, r.seen > 1 ? entropy / std::log(double(r.seen)) : 0);
+  put<T>(c.max_prob, r.number, unit);
+  put<int64_t>(c.argmax, r.number, any ? double(r.argmax) : -1);
+  put<T>(c.participation, r.number, r.squares * unit * unit);
+  put<T>(c.effective_keys, r.number, r.squares > 0 ? r.mass * r.mass / r.squares : 0);
+  put<T>(c.distance, r.number, r.distance * unit);
+  put<T>(c.distance_var, r.number, r.spread * per_mass);
+  put<T>(c.waad, r.number, (double(c.waad_at) * r.mass - r.close) * unit);
+  put<T>(c.sink, r.number, r.sink * unit);
+  put<T>(c.local, r.number, r.local * unit);
+  put<T>(c.diagonal, r.number, weight_of<T>(r.diagonal, norm));
+  put<T>(c.previous, r.number, weight_of<T>(r.previous, norm));
+  write_lists(c, r, kept, norm);
+}
+
+template <class T>
+T unit_of(const Row<T>& r, double norm) {
+  return T(std::isnan(norm) ? norm : r.top > T(LOWEST) ? std::exp2(double(r.top) - norm) : 0);
+}
+
+// Sums of weights times values, for each segment.
+template <class T>
+void write_outputs(const Call& c, const Row<T>& r, const T* sums, int64_t v_width) {
+  if (!c.segment_outputs) return;
+  const T unit = unit_of(r, log_norm(c, r));
+  for (int64_t s = 0; s < c.n_segments; s++)
+    for (int64_t d = 0; d < c.Dv; d++)
+      put<T>(c.segment_outputs, (r.number * c.n_segments + s) * c.Dv + d, sums[s * v_width + d] * unit);
+}
+
+// z: sum of weights times what Plan::pack_values puts side by side.
+template <class T>
+void write_row(const Call& c, const Row<T>& r, Kept<T> kept, const T* z) {
+  const double norm = log_norm(c, r);
+  const bool empty = norm <= LOWEST;
+  const T unit = unit_of(r, norm);
+  put<T>(c.lse, r.number, empty ? -std::numeric_limits<double>::infinity() : norm * LN2);
+  write_statistics(c, r, kept, norm, unit);
+  double square = 0;
+  for (int64_t d = 0; c.value_norm && d < c.Dv; d++) square += double(z[d]) * z[d];
+  put<T>(c.value_norm, r.number, std::sqrt(square) * unit);
+  for (int64_t s = 0; c.segments && s < c.n_segments; s++)
+    put<T>(c.segments, r.number * c.n_segments + s, z[c.Dv + s] * unit);
+  const T* norms = z + c.Dv + (c.segments ? c.n_segments : 0);
+  for (int64_t s = 0; c.segment_value_norms && s < c.n_segments; s++)
+    put<T>(c.segment_value_norms, r.number * c.n_segments + s, norms[s] * unit);
+  const T* features = norms + (c.segment_value_norms ? c.n_segments : 0);
+  for (int64_t f = 0; c.key_features && f < c.n_features; f++)
+    put<T>(c.key_features, r.number * c.n_features + f, features[f] * unit);
+
+  T* out = static_cast<T*>(c.out) + r.number * c.Dv;
+  const T gate = c.gate ? *row_of<T>(c.gate, r.b * c.gate_b + r.h * c.gate_h + r.i * c.gate_m) : T(1);
+  for (int64_t d = 0; d < c.Dv; d++) out[d] = z[d] * unit * gate;
+  if (!c.replacement) return;
+  const T* instead = row_of<T>(
+      c.replacement, r.b * c.replacement_b + r.h * c.replacement_h + r.i * c.replacement_m);
+  for (int64_t d = 0; d < c.Dv; d++) out[d] += (1 - gate) * instead[d * c.replacement_d];
+}
+
+}  // namespace

@@ -1,0 +1,156 @@
+"""Attention as operators of torch.library: tensors and plain values in, tensors out, so that torch.compile and
+torch.export see one node where the loop over tiles, or the launch of a kernel, would be. Without a compiler at work
+`attend` calls its backend directly: the dispatcher would only cost time.
+
+The schemas follow the fields of `Call`: a new field needs nothing here, as long as it is a tensor or a plain value.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headstats.call import LEAVES, Call
+from headstats.spec import StatSpec
+from headstats.stats import BY_NAME, Result, TopK, tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN = {"bool": "bool", "int": "SymInt", "float": "float", "str": "str", "StatSpec": "str"}
+FIELDS = tuple(f.name for f in fields(Call))
+TENSORS = tuple(f.name for f in fields(Call) if "[Tensor" in str(f.type))
+INDEX = {name: i for i, name in enumerate(FIELDS)}
+
+
+def run(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
+    """What the backend's own `run` returns, through the operator."""
+    if not call.trainable:
+        return _forward(call, backend)
+    out, lse, stats = _forward(replace(call, gate=None, replacement=None), backend)
+    return call.gated(out), lse, stats  # as recompute.with_gradients does
+
+
+def _forward(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
+    text = "; ".join([f"{name}={value}" for name, value in call.spec.requested().items()])
+    arguments = [text if name == "spec" else getattr(call, name) for name in FIELDS]
+    out, lse, found = torch.ops.headstats.attend(*arguments, backend)
+    rest, stats = list(found), {}
+    for name in call.spec.requested():
+        stats[name] = TopK(rest.pop(0), rest.pop(0)) if name == "topk" else rest.pop(0)
+    return out, lse, stats
+
+
+def _call(arguments: Sequence[Any]) -> Call:
+    """The call that an operator's arguments, in the order of FIELDS, stand for."""
+    values: dict[str, Any] = dict(zip(FIELDS, arguments, strict=True))
+    values["spec"] = _spec(values["spec"])
+    return Call(**values)
+
+
+@cache
+def _spec(text: str) -> StatSpec:
+    values = {name: literal_eval(value) for name, value in (x.split("=") for x in text.split("; ") if x)}
+    return replace(StatSpec.none(), **values)
+
+
+def _engine(name: str) -> ModuleType:
+    from headstats.api import BACKENDS  # which imports this module
+
+    return BACKENDS[name]
+
+
+def _schema(*more: str) -> str:
+    """Parameters named and typed as the fields of Call are."""
+    found = []
+    for f in fields(Call):
+        kind, optional, _ = str(f.type).partition(" | None")
+        kind = "Tensor" if f.name in TENSORS else PLAIN[kind]
+        found.append(f"{kind}{'?' if optional else ''} {f.name}")
+    return ", ".join([*found, *more])
+
+
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *rest, backend = arguments
+    call = _call(rest)
+    with torch.no_grad():
+        out, lse, stats = _engine(backend).run(call)
+    found = [x.contiguous() for name in call.spec.requested() for x in tensors(stats[name])]
+    return out.contiguous(), lse.contiguous(), found
+
+
+def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    call = _call(arguments[:-1])
+    b, h, m, _ = call.q.shape
+    sizes = {"B": b, "H": h, "M": m, "N": call.n, "Dv": call.v.shape[3], "S": call.n_segments}
+    sizes |= {"T": 0 if call.targets is None else call.targets.shape[2]}
+    sizes |= {"F": 0 if call.key_features is None else call.key_features.shape[2], "k": call.spec.topk}
+    found = []
+    for name in call.spec.requested():
+        shape = [sizes[letter] for letter in BY_NAME[name].shape.split()]
+        if name != "argmax":
+            found.append(call.q.new_empty(shape, dtype=call.dtype))
+        if name in ("argmax", "topk"):
+            found.append(call.q.new_empty(shape, dtype=torch.int64))
+    out = call.q.new_empty(b, h, m, call.v.shape[3])
+    return out, call.q.new_empty(b, h, m, dtype=call.dtype), found
+
+
+def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    out, lse, stats = output
+    ctx.mark_non_differentiable(*stats)
+    ctx.save_for_backward(*(inputs[INDEX[name]] for name in TENSORS), out, lse)
+    ctx.plain = [None if name in TENSORS else x for name, x in zip(FIELDS, inputs, strict=False)]
+    ctx.backend = inputs[-1]
+
+
+def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Any, ...]:
+    *given, out, lse = ctx.saved_tensors
+    arguments = list(ctx.plain)
+    for name, x in zip(TENSORS, given, strict=True):
+        arguments[INDEX[name]] = x
+    wanted = [name for name in LEAVES if ctx.needs_input_grad[INDEX[name]]]
+    found = torch.ops.headstats.attend_backward(
+        *arguments, out, lse, grad_out, grad_lse, ", ".join(wanted), ctx.backend
+    )
+    grads: list[Any] = [None] * (len(FIELDS) + 1)
+    for name, x in zip(wanted, found, strict=True):
+        grads[INDEX[name]] = x
+    return tuple(grads)
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    """d loss / d leaf for each of the wanted leaves, in its dtype."""
+    *rest, out, lse, grad_out, grad_lse, wanted, backend = arguments
+    call, names = _call(rest), wanted.split(", ")
+    with torch.no_grad():
+        found = _engine(backend).backward(call, set(names), out, lse, grad_out, grad_lse)
+        return [found[name].to(getattr(call, name).dtype).contiguous() for name in names]
+
+
+def _backward_shapes(*arguments: Any) -> list[Tensor]:
+    call, names = _call(arguments[: len(FIELDS)]), arguments[-2].split(", ")
+    leaves = [getattr(call, name) for name in names]
+    return [x.new_empty(x.shape) for x in leaves]
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("headstats' backward is not differentiable: use backend='reference' for second derivatives")
+
+
+library = torch.library.Library("headstats", "FRAGMENT")
+library.define(f"attend({_schema('str backend')}) -> (Tensor, Tensor, Tensor[])")
+library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("headstats::attend", _attend_shapes, lib=library)
+torch.library.register_autograd("headstats::attend", _gradient, setup_context=_setup, lib=library)
+_TO_BACKWARD = ("Tensor out", "Tensor lse", "Tensor grad_out", "Tensor grad_lse", "str wanted", "str backend")
+library.define(f"attend_backward({_schema(*_TO_BACKWARD)}) -> Tensor[]")
+library.impl("attend_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("headstats::attend_backward", _backward_shapes, lib=library)
+torch.library.register_autograd("headstats::attend_backward", _no_second_derivative, lib=library)

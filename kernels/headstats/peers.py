@@ -1,0 +1,67 @@
+"""What headstats is measured against: PyTorch's fused attention, FlexAttention, and eager attention with statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+SINK = 4  # first keys whose mass is summed, as in StatSpec()
+
+
+def eager(
+    q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
+) -> dict[str, Tensor]:
+    """Causal attention with the statistics of StatSpec(), from the whole pattern in float32 and plain operators.
+
+    Written to be as quick as that allows: one pattern, changed in place, and no copy that is not read.
+    """
+    m, groups = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.mT).mul_(q.shape[3] ** -0.5)
+    scores.masked_fill_(torch.ones(m, m, dtype=torch.bool, device=q.device).triu_(1), -torch.inf)
+    p = scores.softmax(-1, dtype=torch.float32)
+    del scores
+    places = torch.arange(m, device=q.device, dtype=torch.float32)
+    max_prob, argmax = p.max(-1)
+    return {
+        "out": p.to(v.dtype) @ v,
+        "entropy": torch.special.entr(p).sum(-1),
+        "max_prob": max_prob,
+        "argmax": argmax,
+        "distance": places - p @ places,
+        "sink": p[..., :SINK].sum(-1),
+    }
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused attention, causal, no statistics; on CUDA its flash backend and no other."""
+    if not q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+    """FlexAttention, causal, compiled for these inputs; with LSE on CUDA. On CPU the compiler refuses to return LSE."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    m = q.shape[2]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, m, m, device=q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    more: dict[str, Any] = {"return_lse": True} if q.is_cuda else {}
+
+    def run() -> Tensor | tuple[Tensor, ...]:
+        with torch.no_grad():
+            return compiled(q, k, v, block_mask=mask, enable_gqa=True, **more)
+
+    run()  # compiles
+    return run

@@ -1,0 +1,155 @@
+"""Saliency of attention: each weight times the gradient of a loss with respect to it, s_ij = p_ij dL/dp_ij.
+
+Given the gradient dz_i at z_i = sum_j p_ij v_j, dL/dp_ij = dz_i . v_j, so that s_ij is known in the tile where p_ij is:
+no M x N matrix is held, and none of gradients either. s_ij is the first-order change of the loss, with its sign
+turned, if cell (i, j) were cut without renormalising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headstats import tiles
+from headstats.call import Call
+from headstats.patterns import How, SegmentPairs, Weights, call_of, chosen_queries, row_tiles
+from headstats.tiles import Tile, heads_apart, scores
+from headstats.validate_keys import same_device
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+@dataclass(eq=False)
+class Saliency:
+    """Sums of s_ij = p_ij dL/dp_ij, signed, and of |s_ij|. float32, or float64 for float64 inputs.
+
+    query, query_abs: over the keys of each query; query = dz_i . z_i.  key, key_abs: over the queries of each key.
+    segments, segments_abs: over the cells of each pair (segment of the query, segment of the key); None if not asked.
+    rows: s_ij of the chosen queries; None if not asked.
+    head_norm: sqrt(sum_ij (sum_h |s_hij|)^2), by which LVLMs-Saliency (arXiv 2601.20279) divides the sum over heads:
+        rows.abs().sum(1) / head_norm[:, None, None] are rows of its map; None if not asked.
+    """
+
+    query: Float[Tensor, "B H M"]
+    query_abs: Float[Tensor, "B H M"]
+    key: Float[Tensor, "B H N"]
+    key_abs: Float[Tensor, "B H N"]
+    segments: Float[Tensor, "B H S T"] | None = None
+    segments_abs: Float[Tensor, "B H S T"] | None = None
+    rows: Float[Tensor, "B H R N"] | None = None
+    head_norm: Float[Tensor, " B"] | None = None
+
+
+@torch.no_grad()
+def saliency(
+    q: Float[Tensor, "B H M D"],
+    k: Float[Tensor, "B Hk N D"],
+    v: Float[Tensor, "B Hk N Dv"],
+    lse: Float[Tensor, "B H M"] | None,
+    grad_out: Float[Tensor, "B H M Dv"],
+    *,
+    queries: Int[Tensor, "#B R"] | None = None,
+    from_segments: Int[Tensor, "#B M"] | None = None,
+    to_segments: Int[Tensor, "#B N"] | None = None,
+    head_norm: bool = False,
+    **how: Unpack[How],
+) -> Saliency:
+    """What each head's reading of each token did for a loss, to first order.
+
+    grad_out: the loss's gradient at `out` of `attend`: call `r.out.retain_grad()` before `backward`, then pass
+        `r.out.grad`. The gate of an edit is taken account of: dz = gate * grad_out.
+    queries: whose rows are wanted, [R] or [B, R]; -1 = none.  from_segments, to_segments: segment of each query and
+        key, both or neither; -1 = in none.  head_norm: needs all heads at once, in tiles of few queries: slower.
+    lse, how: as in `pattern_rows`. Padded queries (`query_padding`) are left out of everything.
+
+    The gradient at the row of query i is of what follows from out_i: with a causal model, rows after the position
+    whose prediction the loss reads are exactly 0. Raises TypeError or ValueError for arguments that do not fit.
+    """
+    call = call_of(q, k, v, how)
+    if (from_segments is None) != (to_segments is None):
+        missing = "from_segments" if from_segments is None else "to_segments"
+        raise ValueError(f"{missing} is None: pairs of segments need both from_segments and to_segments")
+    pairs = None if from_segments is None else SegmentPairs(call, from_segments, to_segments)
+    chosen = None if queries is None else chosen_queries(queries, call)
+    cells = Cells(call, lse, grad_out)
+    totals = Totals(call, pairs, head_norm)
+    for t in _tiles_of_all_heads(call) if head_norm else tiles.tiles(call):
+        totals.add(t, cells.of(t))
+    cells.weights.compare()
+    rows = None
+    if chosen is not None:
+        rows = q.new_zeros(*q.shape[:2], chosen.shape[1], call.n, dtype=call.dtype)
+        for t, at in row_tiles(call, chosen):
+            rows[t.b, :, at, t.j] = cells.of(t).flatten(1, 2)
+    return Saliency(**totals.found(), rows=rows)
+
+
+class Cells:
+    """s_ij of a call, tile by tile."""
+
+    def __init__(self, call: Call, lse: Tensor | None, grad_out: Any):
+        same_device("grad_out", grad_out, call.q)
+        shape = (*call.q.shape[:3], call.v.shape[3])
+        if grad_out.shape != shape:
+            raise ValueError(f"grad_out has shape {list(grad_out.shape)}: that of out, {list(shape)}, expected")
+        dz = grad_out.to(call.dtype)
+        if call.gate is not None:
+            dz = dz * call.gate[..., None].to(call.dtype)
+        if call.query_padding is not None:
+            dz = dz * call.query_padding[:, None, :, None]
+        self.dz, self.weights = heads_apart(call, dz), Weights(call, lse)
+
+    def of(self, t: Tile) -> Float[Tensor, "b h g m n"]:
+        """s of a tile."""
+        p, _ = self.weights.of(t)
+        return p.mul_(scores(self.dz[t.b, t.h, :, t.i], self.weights.v, t))
+
+
+class Totals:
+    """Sums over tiles: signed, and of absolute values."""
+
+    def __init__(self, call: Call, pairs: SegmentPairs | None, head_norm: bool):
+        b, h, m, _ = call.q.shape
+        hk, self.pairs = call.k.shape[1], pairs
+
+        def zeros(*shape: int) -> Tensor:
+            return call.q.new_zeros(shape, dtype=call.dtype)
+
+        self.query, self.key = ([zeros(b, hk, h // hk, size) for _ in range(2)] for size in (m, call.n))
+        self.segments = [] if pairs is None else [pairs.space() for _ in range(2)]
+        self.squares = zeros(b) if head_norm else None
+
+    def add(self, t: Tile, s: Float[Tensor, "b h g m n"]) -> None:
+        """Takes in a tile, which is overwritten."""
+        for turn in range(2):
+            self.query[turn][t.b, t.h, :, t.i] = s.sum(-1)
+            self.key[turn][t.b, t.h, :, t.j] += s.sum(-2)
+            if self.pairs is not None:
+                self.pairs.add(self.segments[turn], t, s)
+            s.abs_()
+        if self.squares is not None:
+            self.squares[t.b] += s.sum((1, 2)).square().sum((1, 2))
+
+    def found(self) -> dict[str, Tensor]:
+        """Fields of Saliency."""
+        sums = {"query": self.query, "key": self.key} | ({"segments": self.segments} if self.segments else {})
+        found = {f"{name}{suffix}": x.flatten(1, 2) for name, both in sums.items()
+                 for suffix, x in zip(("", "_abs"), both, strict=True)}  # fmt: skip
+        return found if self.squares is None else found | {"head_norm": self.squares.sqrt()}
+
+
+def _tiles_of_all_heads(call: Call) -> Iterator[Tile]:
+    """One batch row at a time, and as many queries as the budget allows."""
+    (nb, h, m, _), hk = call.q.shape, call.k.shape[1]
+    rows = max(1, tiles.CELLS // (h * call.n))
+    for b in range(nb):
+        for i in range(0, m, rows):
+            i1 = min(i + rows, m)
+            yield Tile(slice(b, b + 1), slice(0, hk), slice(i, i1), slice(*call.keys_seen(i, i1)))

@@ -1,0 +1,33 @@
+"""Triton's passes beside the forward one (columns, largest weights, backward): in the interpreter, and compiled."""
+
+import importlib.util
+import json
+
+import pytest
+from test_headstats_triton import HERE, process
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["columns", "largest", "backward"])
+def test_in_the_interpreter(name):
+    file = str(HERE / f"headstats_interpreted_{name}.py")
+    done = process(["-m", "pytest", "-p", "no:cacheprovider", file], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiles_without_spills(tmp_path):
+    done = process([str(HERE / "headstats_aot_passes.py")], TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {k["pass"] for k in compiled} == {"columns", "largest", "dk, dv", "dq"}
+    assert {k["target"] for k in compiled} == {"sm80", "sm90", "gfx942"}
+    # What one multiprocessor has: more could not be launched.
+    limits = {"sm80": 163, "sm90": 227, "gfx942": 64}
+    assert all(k["shared"] <= limits[k["target"]] * 1024 for k in compiled)
+    assert [k for k in compiled if not k["full"] and k["target"] != "gfx942" and k["spilled"]] == []

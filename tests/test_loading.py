@@ -1,0 +1,159 @@
+"""What cannot be loaded or run, or only wrongly, is refused with one message that says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import interp
+from interp.errors import ModelError, PromptError
+from interp.zoo.architectures import tiny_hf
+
+
+@pytest.fixture()
+def folder(tmp_path: Path, word_tokenizer) -> Path:
+    """A small model as it lies on disk."""
+    tiny_hf("llama", torch.float32).save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_weights(folder: Path, **changed: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, value in changed.items():
+        weights.pop(name, None)
+        if value is not None:
+            weights[name] = value
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changed: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({UP: None}, rf"checkpoint lacks {UP}, which would be random"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}, "also holds model.layers.9.* would be ignored"),
+        ({UP: torch.zeros(3, 3)}, "some tensors have other shapes"),
+    ],
+)
+def test_weights_that_do_not_match_the_config_are_refused(folder: Path, changed, words: str) -> None:
+    change_weights(folder, **changed)
+    with pytest.raises(ModelError, match=words):
+        interp.load(folder)
+
+
+def test_more_layers_in_the_config_than_in_the_weights_are_refused(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.3\..* and \d+ more"):
+        interp.load(folder)
+
+
+def test_an_unknown_architecture_is_named(folder: Path) -> None:
+    change_config(folder, model_type="perceptron9000", architectures=["Perceptron9000"])
+    with pytest.raises(ModelError, match=r"'perceptron9000'.*upgrade transformers"):
+        interp.load(folder)
+
+
+def test_weights_without_a_tokenizer_say_so(folder: Path, word_tokenizer) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer that can be read.*pass tokenizer="):
+        interp.load(folder)
+    assert interp.load(folder, tokenizer=word_tokenizer).n_layers == 3
+
+
+def test_weights_on_several_devices_or_none_are_refused(word_tokenizer) -> None:
+    hf = tiny_hf("llama", torch.float32)
+    hf.model.layers[1].to("meta")
+    with pytest.raises(ModelError, match="not in memory"):
+        interp.load(hf, tokenizer=word_tokenizer)
+
+
+@pytest.mark.gpu
+def test_weights_on_several_devices_without_a_device_map_are_refused(word_tokenizer) -> None:
+    hf = tiny_hf("llama", torch.float32)
+    hf.model.layers[1].to("cuda")
+    with pytest.raises(ModelError, match="weights lie on cpu, cuda:0"):
+        interp.load(hf, tokenizer=word_tokenizer)
+
+
+def test_device_map_places_the_weights_and_changes_no_logit(folder: Path) -> None:
+    tokens = torch.tensor([[5, 9, 5, 77, 12]])
+    spread = interp.load(folder, device_map={"": "cpu"})
+    assert torch.equal(spread(tokens), interp.load(folder)(tokens))
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    offloaded = {part: "disk" if part == "model.layers" else "cpu" for part in parts}
+    (folder / "offload").mkdir()
+    with pytest.raises(ModelError, match=r"not in memory|offload"):
+        interp.load(folder, device_map=offloaded)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "device= .* or device_map= .*not both"),
+        ({"quantize": "2bit"}, "quantize='2bit': one of '8bit', '4bit' expected"),
+        ({"dtype": "float33"}, "dtype must be a floating torch dtype"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder: Path, options, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        interp.load(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("accelerate", {"device_map": "auto"}), ("bitsandbytes", {"quantize": "4bit"})]
+)
+def test_a_missing_package_is_named_with_its_remedy(folder: Path, monkeypatch, package: str, options) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else found(name, *a))
+    with pytest.raises(ModelError, match=f"needs the package {package}.*pip install {package}"):
+        interp.load(folder, **options)
+
+
+def test_options_of_reading_are_refused_for_model_objects(word_tokenizer) -> None:
+    with pytest.raises(ModelError, match="give a name, not a model object"):
+        interp.load(tiny_hf("llama", torch.float32), tokenizer=word_tokenizer, device_map={"": "cpu"})
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def test_more_tokens_than_the_context_are_refused(tiny) -> None:
+    model = tiny("llama")
+    tokens = torch.zeros(1, 65, dtype=torch.long)
+    for run in (model, model.run_with_cache):
+        with pytest.raises(PromptError, match=r"65 tokens are more than .* context of 64"):
+            run(tokens)
+    assert model.bridge(tokens).shape[1] == 65
+
+
+def test_tokens_on_another_device_are_refused(tiny) -> None:
+    with pytest.raises(PromptError, match=r"the tokens are on meta and .* is on cpu"):
+        tiny("llama")(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+
+
+def test_images_given_to_a_text_model_are_refused(tiny) -> None:
+    class Picture:  # what tells PIL's images from text; PIL itself need not be installed
+        def convert(self, mode: str) -> Picture:
+            return self
+
+    model = tiny("llama")
+    with pytest.raises(PromptError, match=r"pixel_values was given to .*reads no images"):
+        model(torch.zeros(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 8, 8))
+    for image in (Picture(), torch.zeros(3, 8, 8)):
+        with pytest.raises(PromptError, match="this is an image"):
+            model.attention_stats([image])

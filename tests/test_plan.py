@@ -1,0 +1,101 @@
+"""Plans: what a sweep will cost, before it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import interp
+import interp.engine.packed as packed
+from interp.engine import Engine
+from interp.errors import InterpError
+
+EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
+LATE = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w1 w2 w3 w4 w9 w6", "w95", "w96")
+
+
+def test_a_plan_counts_cells_and_what_they_need(tiny) -> None:
+    model = tiny("llama")
+    n = len(model.coder.encode(LATE.clean))
+    plan = interp.explain(interp.patch, model, LATE, model.sites("resid_pre"))
+    assert plan.n_cells == model.n_layers * n
+    assert plan.n_answered == model.n_layers * (n - 2)  # all positions before the difference
+    steps = list(plan.steps.values())
+    assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] / 5
+    early = interp.explain(interp.patch, model, EARLY, model.sites("resid_pre"))
+    assert early.flops > 2 * plan.flops
+    text = str(early)
+    assert f"{early.n_cells} cells" in text and "FLOP" in text and "memory" in text and "without blocks" in text
+
+
+def test_a_blind_cell_is_answered_without_a_forward(tiny, monkeypatch) -> None:
+    """In the last layer, what is written after the keys elsewhere than in the last row is read by nothing."""
+    model = tiny("llama")
+    site = interp.Site("mlp_out", model.n_layers - 1, position=3)
+    want = interp.patch(model, EARLY, site, engine="naive").frame()
+    assert interp.explain(interp.patch, model, EARLY, site).n_answered == 1
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self: pytest.fail("a forward was run"))
+    e = interp.patch(model, EARLY, site, engine="fast").frame()
+    assert e["raw"][0] == 0 and want["raw"][0] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["ablate", "trace", "steer", "knock_out", "mediate", "path_patch"])
+def test_every_recipe_can_be_explained(tiny, recipe: str) -> None:
+    model = tiny("llama")
+    fact = interp.Fact("w1 w2 w3 w4", "w2 w3", "w95")
+    arguments = {
+        "ablate": (EARLY, model.sites("z")), "trace": (fact,), "knock_out": (EARLY, 1), "mediate": (EARLY, "z.L1H1"),
+        "steer": (EARLY, "resid_pre.L1", torch.ones(model.d_model)), "path_patch": (EARLY, "z.L0H1", "q.L2H0"),
+    }  # fmt: skip
+    plan = interp.explain(getattr(interp, recipe), model, *arguments[recipe])
+    assert plan.n_cells > 0 and plan.flops > 0 and plan.seconds > 0 and plan.runs_bytes > 0
+
+
+def test_a_naive_plan_promises_no_savings(tiny) -> None:
+    model = tiny("llama")
+    plan = interp.explain(interp.patch, model, EARLY, model.sites("z"), engine="naive")
+    assert list(plan.steps) == ["one full forward per cell"] and "full forward per cell" in str(plan)
+    assert len(plan.batches) == plan.n_cells
+    with pytest.raises(InterpError, match="there is no sweep"):
+        interp.explain(lambda show_progress: None)
+
+
+def test_the_flops_of_a_plan_are_those_that_run(tiny) -> None:
+    """Counted by torch's own counter: matrix products of the packed forwards, within the rotary and norm rest."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny("llama")
+    sites = model.sites("resid_pre", layers=[0, 1])
+    interp.patch(model, EARLY, sites)  # its self-check is done
+    plan = interp.explain(interp.patch, model, EARLY, sites)
+    runs = Engine(model).record([model.coder.encode(EARLY.clean)] * 2)
+    with FlopCounterMode(display=False) as base:
+        Engine(model).record([model.coder.encode(t) for t in (EARLY.clean, EARLY.corrupt)], ("resid_pre",))
+    with FlopCounterMode(display=False) as all_of_it:
+        interp.patch(model, EARLY, sites)
+    assert len(runs) == 2
+    measured = all_of_it.get_total_flops() - base.get_total_flops()
+    assert measured == pytest.approx(plan.flops, rel=0.1)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog) -> None:
+    model = tiny("llama")
+    sites = model.sites("resid_pre")
+    want = interp.patch(model, EARLY, sites).frame()["patched"]
+    real = packed.PackedForward.logits
+
+    def small_machine(self):
+        if len(self.cells) > 5:
+            raise torch.OutOfMemoryError("pretend")
+        return real(self)
+
+    monkeypatch.setattr(packed.PackedForward, "logits", small_machine)
+    got = interp.patch(model, EARLY, sites).frame()["patched"]
+    assert (got - want).abs().max() < 1e-9 and "half as many" in caplog.text
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self: small_machine_of_nothing())
+    with pytest.raises(InterpError, match="one cell on a prompt of"):
+        interp.patch(model, EARLY, sites)
+
+
+def small_machine_of_nothing():
+    raise torch.OutOfMemoryError("pretend")
