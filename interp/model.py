@@ -414,7 +414,16 @@ class Model:
 
 
 def _count_hooks(bridge: Any) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in bridge.modules())
+    """Hooks that a user may have added: not those by which the libraries themselves only look, which come and stay.
+
+    transformers wires its recording of attentions and hidden states at the first forward that asks for them, and a
+    bridge's blocks capture inputs to be shown at hook points.
+    """
+    found = [
+        hook for m in bridge.modules() for held in (m._forward_hooks, m._forward_pre_hooks) for hook in held.values()
+    ]
+    looking = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
+    return sum(not getattr(hook, "__module__", "").startswith(looking) for hook in found)
 
 
 def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:

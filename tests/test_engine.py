@@ -245,6 +245,15 @@ def test_a_hook_that_mixes_positions_is_noticed_even_after_a_sweep_without_it(ti
     assert "one full forward per cell" in auto.provenance["engine"]
 
 
+def test_hooks_by_which_libraries_only_look_do_not_slow_the_engine(tiny) -> None:
+    """transformers wires its capture of attentions at the first forward that asks for them, and never removes it."""
+    model = tiny("llama")
+    model.bridge.original_model(torch.tensor([[3, 4]]), output_attentions=True, output_hidden_states=True)
+    assert not model.hooks_added()
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
+    assert "full forward" not in interp.patch(model, pair, model.sites("resid_pre")).provenance["engine"]
+
+
 def test_training_mode_takes_full_forwards_and_says_so(tiny) -> None:
     model = tiny("gpt2")
     pair = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96")
