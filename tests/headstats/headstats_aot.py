@@ -34,6 +34,8 @@ def call_of(spec: StatSpec, d: int, dtype: torch.dtype, n: int = 48, **options):
     qkv, given = inputs(m=n, n=n, d=d, dv=d, **options)
     if "prefix" in given:
         given["prefix"] = tuple(x.to(dtype) for x in given["prefix"])
+    if "edit" in given and (pattern := given["edit"].pattern_from) is not None:
+        given["edit"] = replace(given["edit"], pattern_from=tuple(x.to(dtype) for x in pattern))
     return make_call(*(x.to(dtype) for x in qkv), **given, spec=spec)
 
 

@@ -4,8 +4,14 @@ import importlib.util
 import json
 
 import pytest
-from test_headstats_triton import HERE, process
+from headstats_cases import COUNTERFACTUALS
+from test_headstats_triton import HERE, SHARED, process
 
+REFUSED = {"reversed", "shuffled", "random"}
+# Registers of the forward pass with an edit, on sm_90, in bfloat16 at head size 64.
+CEILINGS = {
+    "gain": 184, "logits": 248, "redistribution": 184, "pattern": 184, "rows": 184, "uniform": 184, "identity": 232,
+}  # fmt: skip
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -31,3 +37,21 @@ def test_compiles_without_spills(tmp_path):
     limits = {"sm80": 163, "sm90": 227, "gfx942": 64}
     assert all(k["shared"] <= limits[k["target"]] * 1024 for k in compiled)
     assert [k for k in compiled if not k["full"] and k["target"] != "gfx942" and k["spilled"]] == []
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_edit_compiles_without_spills(tmp_path):
+    """On every target, with the passes that an edit takes before the main one."""
+    done = process([str(HERE / "headstats_aot_edits.py")], TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    forward = [k for k in compiled if k["pass"] == "forward"]
+    for target in SHARED:
+        assert {k["edit"] for k in forward if k["target"] == target} == set(CEILINGS)
+    assert set(COUNTERFACTUALS) - set(CEILINGS) == REFUSED
+    assert {k["pass"] for k in compiled} == {"forward", "cells", "columns", "largest"}
+    assert [k for k in compiled if k["spilled"]] == []
+    assert [k for k in compiled if k["shared"] > SHARED[k["target"]]] == []
+    at_90 = [(k["edit"], k["registers"]) for k in forward if k["target"] == "sm_90"]
+    assert [x for x in at_90 if x[1] > CEILINGS[x[0]]] == []
