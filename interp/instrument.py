@@ -28,6 +28,7 @@ from interp.errors import ModelError
 
 IMPLEMENTATION = "interp_headstats"
 _LINK = "_interp_link"
+NO_STATISTICS = headstats.StatSpec.none()
 
 Handler = Callable[[AttentionCall], Tensor]
 
@@ -105,7 +106,7 @@ def attend(
         call.q, call.k, call.v,
         causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
         sinks=call.sinks, key_padding=call.key_padding,
-        spec=headstats.StatSpec.none() if spec is None else spec, backend=backend, **more,
+        spec=NO_STATISTICS if spec is None else spec, backend=backend, **more,
     )  # fmt: skip
 
 

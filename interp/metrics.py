@@ -44,7 +44,8 @@ class Metric:
     """A named metric. ``fn(logits [batch, vocab], readout) -> [batch]``.
 
     ``direction`` is +1 if larger means that the model does the task better, −1 if worse. ``unit`` is
-    shown on axes. ``needs_foil`` lets a recipe refuse a pair without one before any forward is run.
+    shown on axes. ``needs_foil`` lets a recipe refuse a pair without one before any forward is run. ``reads_pair``:
+    of the logits, only the answer's and the foil's are read, so that no others need to be computed.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Metric:
     unit: str = ""
     direction: int = 1
     needs_foil: bool = False
+    reads_pair: bool = False
 
     def __call__(self, logits: Float[Tensor, "batch vocab"], readout: Readout) -> Float[Tensor, " batch"]:
         """Evaluate on a batch of final-position logits."""
@@ -76,7 +78,7 @@ def _kl(logits: Tensor, r: Readout) -> Tensor:
     return (clean.exp() * (clean - logits.float().log_softmax(-1))).sum(-1)
 
 
-logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True)
+logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True)
 """logit(answer) − logit(foil) (Wang et al. 2022)."""
 
 prob = Metric("prob", lambda x, r: _pick(x.float().softmax(-1), r.answer), unit="probability")

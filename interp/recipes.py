@@ -97,11 +97,31 @@ def evaluate(
     advance: Advance,
 ) -> torch.Tensor:
     """The metric of every cell; row i of ``read`` belongs to run i."""
+    if metric.reads_pair and read.foil is not None:
+        return _evaluate_pair(runner, metric, runs, cells, read.answer, read.foil, advance)
 
     def score(logits: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
         return metric(logits, read.rows(torch.tensor([cells[i].run for i in which])))
 
     return runner.score(runs, cells, score, advance)
+
+
+def _evaluate_pair(
+    runner: engine.Engine,
+    metric: Metric,
+    runs: Sequence[engine.Run],
+    cells: Sequence[engine.Cell],
+    answer: torch.Tensor,
+    foil: torch.Tensor,
+    advance: Advance,
+) -> torch.Tensor:
+    """The same where answer and foil are all that is read: logits of two columns, the answer's first."""
+
+    def score(logits: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        first = answer.new_zeros(len(which))
+        return metric(logits, Readout(first, first + 1))
+
+    return runner.score(runs, cells, score, advance, torch.stack([answer, foil], dim=1))
 
 
 @dataclass

@@ -214,14 +214,14 @@ def test_batches_do_not_change_results(tiny, monkeypatch) -> None:
 
 def test_a_wrong_fast_path_is_noticed_and_left(tiny, monkeypatch, caplog) -> None:
     """Negative control of the self-check: break the packed attention, and auto must fall back to naive, saying so."""
-    import interp.engine.packed as packed
+    import interp.engine.joint as joint
 
     model = tiny("llama")
     pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
     right = interp.patch(model, pair, model.sites("z")).frame()["patched"]
     model.engine_checks.clear()  # of the sweep just run, which had nothing to complain about
-    real = packed.attend
-    monkeypatch.setattr(packed, "attend", lambda call, **k: _scaled(real(call, **k)))
+    real = joint.attend
+    monkeypatch.setattr(joint, "attend", lambda call, **k: _scaled(real(call, **k)))
     e = interp.patch(model, pair, model.sites("z"))
     np.testing.assert_allclose(e.frame()["patched"], right, **EXACT)
     assert "differ from the naive path" in e.provenance["engine"] and "naive path" in caplog.text

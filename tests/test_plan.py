@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import interp
-import interp.engine.packed as packed
-from interp.engine import Engine
+from interp.engine import Engine, joint, packed, products
 from interp.errors import InterpError
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
@@ -60,14 +62,18 @@ def test_a_naive_plan_promises_no_savings(tiny) -> None:
         interp.explain(lambda show_progress: None)
 
 
-def test_the_flops_of_a_plan_are_those_that_run(tiny) -> None:
+def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch) -> None:
     """Counted by torch's own counter: matrix products of the packed forwards, within the rotary and norm rest."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    monkeypatch.setattr(products, "onednn_pays", lambda threads: False)  # the counter does not know its operators
     model = tiny("llama")
     sites = model.sites("resid_pre", layers=[0, 1])
     interp.patch(model, EARLY, sites)  # its self-check is done
     plan = interp.explain(interp.patch, model, EARLY, sites)
+    # Without attention: the counter does not see into every backend.
+    monkeypatch.setattr(joint, "attend", lambda call, **_: SimpleNamespace(out=call.q.new_zeros(call.q.shape)))
+    vars(plan)["cost"] = replace(plan.cost, pattern=0.0)
     runs = Engine(model).record([model.coder.encode(EARLY.clean)] * 2)
     with FlopCounterMode(display=False) as base:
         Engine(model).record([model.coder.encode(t) for t in (EARLY.clean, EARLY.corrupt)], ("resid_pre",))
@@ -84,15 +90,15 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog) -
     want = interp.patch(model, EARLY, sites).frame()["patched"]
     real = packed.PackedForward.logits
 
-    def small_machine(self):
+    def small_machine(self, columns):
         if len(self.cells) > 5:
             raise torch.OutOfMemoryError("pretend")
-        return real(self)
+        return real(self, columns)
 
     monkeypatch.setattr(packed.PackedForward, "logits", small_machine)
     got = interp.patch(model, EARLY, sites).frame()["patched"]
     assert (got - want).abs().max() < 1e-9 and "half as many" in caplog.text
-    monkeypatch.setattr(packed.PackedForward, "logits", lambda self: small_machine_of_nothing())
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, columns: small_machine_of_nothing())
     with pytest.raises(InterpError, match="one cell on a prompt of"):
         interp.patch(model, EARLY, sites)
 

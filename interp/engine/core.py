@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from interp.engine import naive, packed
 from interp.engine.cells import Cell, Write
+from interp.engine.lean import WRITABLE, LeanBlock, lean_blocks
 from interp.engine.plan import PLANNING
 from interp.engine.runs import Frame, Run, record
 from interp.errors import InterpError, SiteError
@@ -21,10 +23,11 @@ from interp.sites import COMPONENTS, Site
 log = logging.getLogger("interp")
 
 EngineKind = Literal["auto", "fast", "naive"]
-Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab], cell numbers) -> one number per cell
+Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab or columns], cell numbers) -> one number each
 
 ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix products, keeps memory at ~100 MB
 LOGITS_PER_BATCH = 256  # cells whose full logits exist at one time
+NOT_LEAN = frozenset({"not lean"})  # stands among the checks done on a model
 CHECK_TOLERANCE = 1e-3  # of the logits' own scale; float32 rounding is far below
 
 
@@ -40,6 +43,7 @@ class Engine:
         self.frame = Frame()
         self.reason: str | None = "asked for" if kind == "naive" else None
         self.rows_per_batch = ROWS_PER_BATCH
+        self.lean: list[LeanBlock] | None = None
         self.planner = PLANNING.get()  # inside `explain`, cells are counted in place of being run
 
     @property
@@ -90,34 +94,48 @@ class Engine:
             runs = record(self.model, prompts, components, noise, self.frame, keep_kv=self.kind != "naive")
         if self.kind != "naive" and self.reason is None:
             self._decide(packed.unsupported(self.model, self.frame))
+            self.lean = None if NOT_LEAN in self.model.engine_checks else lean_blocks(self.model)
         return runs
 
     @torch.no_grad()
-    def score(self, runs: Sequence[Run], cells: Sequence[Cell], score: Score, done: Callable[[int], None]) -> Tensor:
-        """``score`` of every cell's last-position logits, in order; ``done(n)`` is called as cells finish."""
+    def score(
+        self,
+        runs: Sequence[Run],
+        cells: Sequence[Cell],
+        score: Score,
+        done: Callable[[int], None],
+        columns: Int[Tensor, "runs k"] | None = None,
+    ) -> Tensor:
+        """``score`` of every cell's last-position logits, in order; ``done(n)`` is called as cells finish.
+
+        ``columns``: for each run the token ids of the only logits that ``score`` reads; it then gets those alone.
+        """
         if self.planner is not None:
-            self.planner.add(self, runs, cells)
+            self.planner.add(self, runs, cells, None if columns is None else columns.shape[1])
             return torch.zeros(len(cells), dtype=torch.float64)
         values = torch.full((len(cells),), float("nan"), dtype=torch.float64)
         components = {w.site.component for c in cells for w in c.writes}
         with self._extra_hooks(tuple(components)):
             if self.fast and not all(self.blind(runs, c) for c in cells):
                 self._check(runs, cells)
-            for batch in self.batches(runs, cells):
-                values[batch] = self._run(runs, cells, batch, score)
+            for batch in self.batches(runs, cells, None if columns is None else columns.shape[1]):
+                values[batch] = self._run(runs, cells, batch, score, columns)
                 done(len(batch))
         return values
 
-    def _run(self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score) -> Tensor:
+    def _run(
+        self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score, columns: Tensor | None
+    ) -> Tensor:
         """Scores of one batch; out of memory, those of its halves."""
         chosen = [cells[i] for i in batch]
+        wanted = None if columns is None else columns[torch.tensor([c.run for c in chosen], device=columns.device)]
         try:
-            if all(self.blind(runs, c) for c in chosen):
-                logits = torch.stack([runs[c.run].logits for c in chosen])
-            elif self.fast:
-                logits = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
+            if self.fast and not all(self.blind(runs, c) for c in chosen):
+                logits = self._forward(runs, chosen).logits(wanted)
             else:
-                logits = torch.stack(naive.run_cells(self.model, runs, chosen))
+                whole = [runs[c.run].logits for c in chosen] if self.fast else naive.run_cells(self.model, runs, chosen)
+                logits = torch.stack(whole)
+                logits = logits if wanted is None else logits.gather(1, wanted)
             return score(logits, batch).cpu().double()
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -130,17 +148,24 @@ class Engine:
         log.warning("engine: out of memory with %d cells in a batch; going on with half as many", len(batch))
         self.rows_per_batch = max(1, self.rows_per_batch // 2)
         half = len(batch) // 2
-        return torch.cat([self._run(runs, cells, part, score) for part in (batch[:half], batch[half:])])
+        return torch.cat([self._run(runs, cells, part, score, columns) for part in (batch[:half], batch[half:])])
 
     def blind(self, runs: Sequence[Sized], cell: Cell) -> bool:
         """Whether the cell provably changes nothing that is read, so that the base run answers it."""
         return self.fast and cell.blind(self.model.n_layers, len(runs[cell.run]))
 
-    def batches(self, runs: Sequence[Sized], cells: Sequence[Cell]) -> Iterator[list[int]]:
+    def _forward(self, runs: Sequence[Run], chosen: Sequence[Cell]) -> packed.PackedForward:
+        lean = self.lean if all(w.site.component in WRITABLE for c in chosen for w in c.writes) else None
+        return packed.PackedForward(self.model, runs, chosen, self.frame, lean)
+
+    def batches(self, runs: Sequence[Sized], cells: Sequence[Cell], columns: int | None = None) -> Iterator[list[int]]:
         """Cells in order of (run, start), cut where a batch would hold too many rows or logits.
+
+        ``columns``: how many logits are read of a cell; None: all.
 
         Those that cannot change anything come first, together: they are answered from the base runs.
         """
+        most = LOGITS_PER_BATCH if columns is None else len(cells)
         seeing = [i for i in range(len(cells)) if not self.blind(runs, cells[i])]
         blind = sorted(set(range(len(cells))) - set(seeing))
         for i in range(0, len(blind), LOGITS_PER_BATCH):
@@ -152,7 +177,7 @@ class Engine:
         rows = 0
         for i in sorted(seeing, key=lambda i: (cells[i].run, cells[i].first_row)):
             n = len(runs[cells[i].run]) - cells[i].first_row
-            if batch and (rows + n > self.rows_per_batch or len(batch) >= LOGITS_PER_BATCH):
+            if batch and (rows + n > self.rows_per_batch or len(batch) == most):
                 yield batch
                 batch, rows = [], 0
             batch.append(i)
@@ -174,13 +199,20 @@ class Engine:
         middle = len(runs[run]) // 2
         unpatched = Cell(run, (Write(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
         chosen = [unpatched, *random.Random(len(cells)).sample(list(cells), min(2, len(cells)))]
-        fast = packed.PackedForward(self.model, runs, chosen, self.frame).logits()
         slow = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, chosen[1:])])
-        gap, scale = (fast - slow).abs().max().item(), slow.abs().max().item()
-        if not gap <= CHECK_TOLERANCE * max(scale, 1.0):
+        allowed = CHECK_TOLERANCE * max(slow.abs().max().item(), 1.0)
+        gap = self._gap(runs, chosen, slow)
+        if self.lean and not gap <= allowed:
+            self.lean = None  # weights that its bridges hold processed, for one: the model's own blocks know
+            gap = self._gap(runs, chosen, slow)
+            self.model.engine_checks.add(NOT_LEAN)
+        if not gap <= allowed:
             self._decide(f"its logits differ from the naive path by {gap:.1e} on this model")
             return
         self.model.engine_checks.add(kind)
+
+    def _gap(self, runs: Sequence[Run], cells: Sequence[Cell], logits: Tensor) -> float:
+        return (self._forward(runs, cells).logits() - logits).abs().max().item()
 
     def _decide(self, reason: str | None) -> None:
         self.reason = reason

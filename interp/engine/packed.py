@@ -17,19 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import Any
 
 import headstats
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.dense import AttentionCall
 from interp.engine.cells import Cell, cut_table
-from interp.engine.pieces import Changes, Group, Piece, place, positions
+from interp.engine.joint import packed_attention
+from interp.engine.lean import LeanBlock, RowsOf, rotation
+from interp.engine.pieces import Changes, Group, Piece, place, positions, unpack
+from interp.engine.products import redirected
 from interp.engine.runs import Frame, Run, hooks
-from interp.instrument import attend
 from interp.model import Model
 from interp.sites import COMPONENTS
 
@@ -38,7 +39,6 @@ DROPPED_KWARGS = (
     "attention_mask", "past_key_values", "layer_past", "use_cache", "cache_position", "encoder_attention_mask",
     "position_bias",  # a linear bias: the recorded calls hold it, per key
 )  # fmt: skip
-SHARED_KEYS = 2048  # prefix keys × cells from which reading the prefix once beats writing it out for every cell
 
 
 def unsupported(model: Model, frame: Frame) -> str | None:
@@ -67,10 +67,17 @@ class Enough(Exception):
 
 
 class PackedForward:
-    """One batch of cells, advanced block by block."""
+    """One batch of cells, advanced block by block. ``lean``: the blocks in bare products, where they are known."""
 
-    def __init__(self, model: Model, runs: Sequence[Run], cells: Sequence[Cell], frame: Frame):
-        self.model, self.cells, self.frame = model, cells, frame
+    def __init__(
+        self,
+        model: Model,
+        runs: Sequence[Run],
+        cells: Sequence[Cell],
+        frame: Frame,
+        lean: Sequence[LeanBlock] | None = None,
+    ):
+        self.model, self.cells, self.frame, self.lean = model, cells, frame, lean
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
@@ -78,8 +85,8 @@ class PackedForward:
             groups.setdefault(key, Group(runs[cells[i].run], cells[i].first_row)).waiting.append(i)
         self.groups = list(groups.values())
 
-    def logits(self) -> Float[Tensor, "cells vocab"]:
-        """Last-position logits of every cell, in the order of ``cells``."""
+    def logits(self, columns: Int[Tensor, "cells k"] | None = None) -> Float[Tensor, "cells vocab"]:
+        """Last-position logits of every cell, in the order of ``cells``; with ``columns``, those [cells, k] alone."""
         n = self.model.n_layers
         for layer in range(n):
             pieces = self._enter(layer)
@@ -90,11 +97,11 @@ class PackedForward:
         for group in self.groups:  # what changes the last block's output alone
             if group.waiting:
                 group.admit(group.waiting, group.run.resid[n][-1:].expand(len(group.waiting), -1, -1))
-        final = [Piece(g, g.active, len(g.run) - 1, len(g.run), hidden(g)) for g in self.groups]
-        self._write_residual(n, final)
-        logits = final_logits(self.model, torch.cat([p.hidden[:, -1] for p in final]))
-        order = torch.tensor([i for piece in final for i in piece.cells], device=logits.device)
-        return logits[torch.argsort(order)]
+        final = [Piece(g, g.active, len(g.run) - 1, len(g.run), g.parts) for g in self.groups]
+        rows = place(final)
+        self._write_residual(n, final, rows)
+        order = torch.argsort(torch.tensor([i for piece in final for i in piece.cells], device=rows.device))
+        return final_logits(self.model, rows[order], columns)
 
     # ------------------------------------------------------------ which rows
 
@@ -110,73 +117,97 @@ class PackedForward:
             wide = narrow.pop(n, [])
             if wide:
                 group.admit(wide, resid[group.start :].expand(len(wide), -1, -1))
-            if group.hidden is not None:
-                pieces.append(Piece(group, group.active, group.start, n, group.hidden))
+            if group.parts:
+                pieces.append(Piece(group, group.active, group.start, n, group.parts))
             for stop, cells in narrow.items():
                 fresh = resid[group.start : stop].expand(len(cells), -1, -1)
-                pieces.append(Piece(group, cells, group.start, stop, fresh, narrow=True))
-        self._write_residual(layer, pieces)
+                pieces.append(Piece(group, cells, group.start, stop, [fresh], narrow=True))
         return pieces
 
-    def _write_residual(self, layer: int, pieces: list[Piece]) -> None:
-        if not self.changes.writes.get((layer, "resid_pre")):
-            return
-        packed = place(pieces)
+    def _write_residual(self, layer: int, pieces: Sequence[Piece], packed: Tensor) -> None:
         rows = self.changes.rows(layer, "resid_pre", pieces, packed.device)
         if rows is not None:
-            self._unpack(rows.put(packed, headed=False)[0], pieces)
-
-    def _unpack(self, packed: Tensor, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            piece.hidden = packed[piece.span].unflatten(0, (len(piece.cells), piece.rows))
-            if not piece.narrow:
-                piece.group.hidden = piece.hidden
+            rows.put_(packed, headed=False)
 
     # ------------------------------------------------------------ one block
 
     def _block(self, layer: int, pieces: list[Piece]) -> None:
         """Runs one block on the packed rows of all cells that are in."""
-        self._unpack(self.run_block(layer, pieces, lambda call: self.attend(call, pieces)), pieces)
+        packed = place(pieces)
+        self._write_residual(layer, pieces, packed)
+        if self.lean is None:
+            packed = self.run_block(layer, pieces, packed, lambda call: self.attend(call, pieces))
+        else:
+            rows = self._rows_of(layer, pieces, packed.device)
+            q, k, v = self.lean[layer].project(packed, "qkv", self._rotation(layer, pieces), rows)
+            self.lean[layer].finish(packed, self._attend(layer, q, k, v, pieces, pieces), rows)
+        unpack(packed, pieces)
         for piece in pieces:
             if piece.narrow:  # from the next block on with all its rows: the others are the base run's
                 group = piece.group
                 whole = group.run.resid[layer + 1][group.start :].repeat(len(piece.cells), 1, 1)
-                whole[:, : piece.rows] = piece.hidden
+                whole[:, : piece.rows] = piece.parts[0]
                 group.admit(piece.cells, whole)
 
     def _last_block(self, layer: int, pieces: list[Piece]) -> None:
         """The same, but only keys and values are computed for all rows, and the rest for the last one."""
+        unpack(packed := place(pieces), pieces)
+        self._write_residual(layer, pieces, packed)
         wide = [p for p in pieces if not p.narrow]
-        keys = self._keys_and_values(layer, wide) if any(p.rows > 1 for p in wide) else None
-        last = [p.last_rows() for p in wide]
-        if last:
-            rows = self.run_block(layer, last, lambda call: self.attend(call, last, keys))
+        if wide:
+            last = [p.last_rows() for p in wide]
+            run = self._last_rows if self.lean is None else self._lean_last_rows
+            rows = run(layer, wide, last)
             for piece in last:
-                piece.group.hidden = rows[piece.span][:, None]
+                piece.group.parts = [piece.by_cell(rows)]
         for piece in pieces:
             if piece.narrow:  # rows that nothing reads any more
                 base = piece.group.run.resid[layer + 1][-1:]
                 piece.group.admit(piece.cells, base.expand(len(piece.cells), -1, -1))
 
-    def _keys_and_values(self, layer: int, pieces: list[Piece]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every piece, by a run of the block that ends where attention begins."""
-        found: list[tuple[Tensor, Tensor]] = []
+    def _last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
+        """The block's output in the last row of every cell."""
+        found: dict[str, Tensor] = {}
 
         def keep(call: AttentionCall) -> Tensor:
-            found.extend((by_cell(call.k, p), by_cell(call.v, p)) for p in pieces)
+            found.update(k=rows_first(call.k), v=rows_first(call.v))
             raise Enough
 
         with suppress(Enough):
-            self.run_block(layer, pieces, keep)
-        return found
+            self.run_block(layer, wide, place(wide), keep)
 
-    def run_block(self, layer: int, pieces: list[Piece], handler: Callable[[AttentionCall], Tensor]) -> Tensor:
-        """The block's output for packed rows [rows, d_model]."""
-        packed = place(pieces)
+        def handler(call: AttentionCall) -> Tensor:
+            return heads_first(self._attend(layer, rows_first(call.q), found["k"], found["v"], last, wide))
+
+        return self.run_block(layer, last, place(last), handler)
+
+    def _lean_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
+        block, packed = self.lean[layer], place(wide)  # type: ignore[index]
+        rows = self._rows_of(layer, wide, packed.device)
+        k, v = block.project(packed, "kv", self._rotation(layer, wide), rows)
+        packed = place(last)
+        rows = self._rows_of(layer, last, packed.device)
+        (q,) = block.project(packed, "q", self._rotation(layer, last), rows)
+        block.finish(packed, self._attend(layer, q, k, v, last, wide), rows)
+        return packed
+
+    def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> RowsOf:
+        return lambda component: self.changes.rows(layer, component, pieces, device)
+
+    def _rotation(self, layer: int, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+        cos, sin = self.frame.kwargs[layer]["position_embeddings"]
+        return rotation(cos, sin, positions(pieces, self.model.device))
+
+    def run_block(
+        self, layer: int, pieces: list[Piece], packed: Tensor, handler: Callable[[AttentionCall], Tensor]
+    ) -> Tensor:
+        """The model's own block, its hooks included, on packed rows [rows, d_model]."""
+        packed = packed[None]
         kwargs = self._kwargs(layer, pieces)
         with ExitStack() as stack:
             stack.enter_context(hooks(self.model, *self._write_hooks(layer, pieces, packed)))
             stack.enter_context(self.model.instrument.handled_by(handler))
+            stack.enter_context(redirected(packed.dtype, packed.device))
             out = self.model.bridge.blocks[layer](packed, **kwargs)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
@@ -213,36 +244,20 @@ class PackedForward:
             name = spec.hook.format(layer=layer)
             if component == "resid_mid":  # see naive._hooks_for: the residual itself, not the MLP branch
                 name = f"blocks.{layer}.hook_attn_out"
-                rows.value = torch.where(rows.add, rows.value, rows.value - packed[0, rows.at])
+                relative = rows.value - packed[0, rows.at]
+                rows.value = relative if rows.add is None else torch.where(rows.add, rows.value, relative)
             yield name, lambda x, hook, rows=rows, headed=spec.heads is not None: rows.put(x, headed)
 
-    def attend(
-        self, packed: AttentionCall, pieces: list[Piece], keys: list[tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
-        """Attention of packed rows: each group's own rows after the base run's shared prefix.
+    def attend(self, call: AttentionCall, pieces: list[Piece]) -> Tensor:
+        """A handler: attention of packed rows, each group's own after the base run's shared prefix."""
+        q, k, v = (rows_first(x) for x in (call.q, call.k, call.v))
+        return heads_first(self._attend(call.layer, q, k, v, pieces, pieces))
 
-        keys: each piece's own keys and values, where they have more rows than its queries.
-        """
-        like, layer = self.frame.calls[packed.layer], packed.layer
-        out = packed.q.new_empty(*packed.q.shape[:3], packed.v.shape[-1])
-        for n, piece in enumerate(pieces):
-            k, v = (by_cell(packed.k, piece), by_cell(packed.v, piece)) if keys is None else keys[n]
-            start, run = piece.group.start, piece.group.run
-            more = self._cuts(layer, piece)
-            if start:
-                prefix = tuple(x[layer][None, :, :start] for x in (run.keys, run.values))
-                if start * len(piece.cells) >= SHARED_KEYS:
-                    more["prefix"] = prefix
-                else:
-                    k, v = (
-                        torch.cat([x.expand(len(piece.cells), -1, -1, -1), own], dim=2)
-                        for x, own in zip(prefix, (k, v), strict=True)
-                    )
-            bias = None if like.bias is None else like.bias[:1, ..., : piece.stop]  # per key: the same for every run
-            call = replace(like, q=by_cell(packed.q, piece), k=k, v=v, key_padding=None, bias=bias)
-            result = attend(call, backend=self.model.instrument.backend, **more)
-            out[0, :, piece.span] = result.out.transpose(0, 1).flatten(1, 2)
-        return out
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, queries: list[Piece], keys: list[Piece]
+    ) -> Float[Tensor, "rows heads d_value"]:
+        like, backend = self.frame.calls[layer], self.model.instrument.backend
+        return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._cuts(layer, piece))
 
     def _cuts(self, layer: int, piece: Piece) -> dict[str, Any]:
         """The piece's cuts in a layer as arguments of headstats."""
@@ -255,21 +270,33 @@ class PackedForward:
         return {"edit": headstats.Edit(knockout=moved.pop("knockout")), **moved}
 
 
-def by_cell(x: Tensor, piece: Piece) -> Tensor:
-    """A piece's part of [1, heads, packed rows, d] as [cells, heads, rows, d]."""
-    return x[0, :, piece.span].unflatten(1, (len(piece.cells), piece.rows)).transpose(0, 1)
+def rows_first(x: Tensor) -> Tensor:
+    """[1, heads, rows, d] as [rows, heads, d]."""
+    return x[0].transpose(0, 1)
 
 
-def hidden(group: Group) -> Tensor:
-    """The last rows of all the group's cells."""
-    assert group.hidden is not None  # every group has a cell
-    return group.hidden
+def heads_first(x: Tensor) -> Tensor:
+    """[rows, heads, d] as [1, heads, rows, d]."""
+    return x.transpose(0, 1)[None]
 
 
-def final_logits(model: Model, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
-    """Final norm and unembedding of some residual rows, with the scalings that some architectures apply after."""
+def final_logits(
+    model: Model, rows: Float[Tensor, "rows d_model"], columns: Int[Tensor, "rows k"] | None = None
+) -> Float[Tensor, "rows vocab"]:
+    """Final norm and unembedding of some residual rows, with the scalings that some architectures apply after.
+
+    ``columns``: token ids of the only logits wanted, row by row; then [rows, k].
+    """
     bridge, config = model.bridge, getattr(model.bridge.original_model, "config", None)
-    logits = bridge.unembed(bridge.ln_final(rows[None]))[0]
+    unembed = getattr(bridge.unembed, "original_component", None)
+    with redirected(rows.dtype, rows.device):
+        normed = bridge.ln_final(rows[None])
+        if columns is not None and type(unembed) is torch.nn.Linear:
+            logits = torch.einsum("rd,rkd->rk", normed[0], unembed.weight[columns])
+            logits = logits if unembed.bias is None else logits + unembed.bias[columns]
+        else:
+            logits = bridge.unembed(normed)[0]
+            logits = logits if columns is None else logits.gather(1, columns)
     divide = getattr(config, "logits_scaling", None)  # Granite
     multiply = getattr(config, "logit_scale", None)  # Cohere
     cap = getattr(config, "final_logit_softcapping", None) or getattr(bridge.cfg, "output_logits_soft_cap", None)

@@ -18,19 +18,20 @@ from interp.engine.runs import Run
 class Group:
     """Cells of one run that start at one position: they share the base run's prefix keys and values.
 
-    ``hidden`` [active cells, rows from ``start``, d_model] holds those that have entered, in the order of ``active``.
+    ``parts``, each [cells, rows from ``start``, d_model], hold the rows of those that have entered, in the order of
+    ``active``. A part may be a view of a base run: `place` copies, and only its copy is ever written to.
     """
 
     run: Run
     start: int
     waiting: list[int] = field(default_factory=list)  # numbers within the batch, in order of entry
     active: list[int] = field(default_factory=list)
-    hidden: Tensor | None = None
+    parts: list[Tensor] = field(default_factory=list)
 
     def admit(self, cells: list[int], hidden: Tensor) -> None:
         """Takes cells in, with their hidden rows."""
         self.active += cells
-        self.hidden = hidden.clone() if self.hidden is None else torch.cat([self.hidden, hidden])
+        self.parts.append(hidden)
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Piece:
     cells: list[int]
     start: int
     stop: int
-    hidden: Tensor
+    parts: list[Tensor]  # [some of the cells, rows, d_model], one after the other
     narrow: bool = False
     offset: int = 0
 
@@ -58,18 +59,35 @@ class Piece:
         """Where the piece stands among packed rows."""
         return slice(self.offset, self.offset + len(self.cells) * self.rows)
 
+    def by_cell(self, packed: Tensor) -> Tensor:
+        """The piece's part of [packed rows, ...] as [cells, rows, ...]."""
+        return packed[self.span].unflatten(0, (len(self.cells), self.rows))
+
     def last_rows(self) -> Piece:
         """The same cells' last rows alone."""
-        return Piece(self.group, self.cells, self.stop - 1, self.stop, self.hidden[:, -1:])
+        return Piece(self.group, self.cells, self.stop - 1, self.stop, [part[:, -1:] for part in self.parts])
 
 
 def place(pieces: Sequence[Piece]) -> Tensor:
-    """Sets the offsets and returns the packed hidden state [1, rows, d_model]."""
+    """Sets the offsets and returns the packed hidden state [rows, d_model], a copy that may be written to."""
+    like = pieces[0].parts[0]
+    packed = like.new_empty(sum(len(p.cells) * p.rows for p in pieces), like.shape[-1])
     offset = 0
     for piece in pieces:
         piece.offset = offset
-        offset += len(piece.cells) * piece.rows
-    return torch.cat([p.hidden.flatten(0, 1) for p in pieces])[None]
+        for part in piece.parts:
+            stop = offset + part.shape[0] * part.shape[1]
+            packed[offset:stop].view(part.shape).copy_(part)
+            offset = stop
+    return packed
+
+
+def unpack(packed: Tensor, pieces: Sequence[Piece]) -> None:
+    """Hands every piece its rows, as a view."""
+    for piece in pieces:
+        piece.parts = [piece.by_cell(packed)]
+        if not piece.narrow:
+            piece.group.parts = piece.parts
 
 
 def positions(pieces: Sequence[Piece], device: torch.device) -> Int[Tensor, " rows"]:
@@ -84,15 +102,19 @@ class Rows:
     at: Int[Tensor, " R"]
     head: Int[Tensor, " R"]
     value: Tensor  # [R, width]
-    add: Tensor  # bool [R, 1]
+    add: Tensor | None  # bool [R, 1]; None if all are set
 
     def put(self, x: Tensor, headed: bool) -> Tensor:
         """A copy of x [1, rows, (heads,) width] with the writes applied."""
         changed = x.clone()
-        where = (0, self.at, self.head) if headed else (0, self.at)
-        value = self.value.to(x.dtype)
-        changed[where] = torch.where(self.add, changed[where] + value, value)
+        self.put_(changed[0], headed)
         return changed
+
+    def put_(self, x: Tensor, headed: bool) -> None:
+        """Applies the writes to x [rows, (heads,) width]."""
+        where = (self.at, self.head) if headed else (self.at,)
+        value = self.value.to(x.dtype)
+        x[where] = value if self.add is None else torch.where(self.add, x[where] + value, value)
 
 
 class Changes:
@@ -116,9 +138,15 @@ class Changes:
 
     def rows(self, layer: int, component: str, pieces: Iterable[Piece], device: torch.device) -> Rows | None:
         """The writes of one component that fall on the pieces' rows, or None."""
+        writes = self.writes.get((layer, component))
+        if not writes:
+            return None
         home = {i: (piece, n) for piece in pieces for n, i in enumerate(piece.cells)}
-        at, heads, values, add = [], [], [], []
-        for i, write in self.writes.get((layer, component), ()):
+        at: list[int] = []
+        heads: list[int] = []
+        add: list[bool] = []
+        values: list[Tensor] = []
+        for i, write in writes:
             if i not in home:
                 continue
             piece, n = home[i]
@@ -127,9 +155,16 @@ class Changes:
                 continue
             assert write.value is not None  # the cell is being run
             first = piece.offset + n * piece.rows - piece.start
-            at.append(torch.arange(first + low, first + high, device=device))
-            heads.append(torch.full((high - low,), write.site.head or 0, device=device))
+            at += range(first + low, first + high)
+            heads += [write.site.head or 0] * (high - low)
+            add += [write.how == "add"] * (high - low)
             value = write.value.expand(write.stop - write.start, -1)
             values.append(value[low - write.start : high - write.start])
-            add.append(torch.full((high - low, 1), write.how == "add", device=device))
-        return Rows(torch.cat(at), torch.cat(heads), torch.cat(values), torch.cat(add)) if at else None
+        if not at:
+            return None
+        added = torch.tensor(add, device=device)[:, None] if any(add) else None
+        where, head = (torch.tensor(x, device=device) for x in (at, heads))
+        widths = {v.shape[-1] for v in values}
+        if len(widths) > 1:  # zero ablation writes one number for all
+            values = [v.expand(-1, max(widths)) for v in values]
+        return Rows(where, head, torch.cat(values), added)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interp.engine.cells import Cell
+from interp.engine.products import products_for
 from interp.engine.runs import Run
 from interp.errors import InterpError
 from interp.model import Model
@@ -61,7 +62,8 @@ class Plan:
     """A sweep before it runs: `explain` says what it will cost. `interp.explain` makes it.
 
     ``lengths``: tokens of each base run.  ``cells``: without their values.  ``unasked``: cells that the recipe answers
-    from base runs by itself.  ``runs_bytes``: of the base runs that are held at one time.
+    from base runs by itself.  ``runs_bytes``: of the base runs that are held at one time.  ``columns``: how many logits
+    of a cell are computed, if not all.
     """
 
     engine: Engine
@@ -69,6 +71,7 @@ class Plan:
     cells: Sequence[Cell]
     unasked: int = 0
     runs_bytes: float = 0
+    columns: int | None = None
 
     @cached_property
     def cost(self) -> BlockCost:
@@ -79,8 +82,8 @@ class Plan:
     def batches(self) -> list[list[int]]:
         """Cells that will go through the model together; a full forward each on the naive path."""
         runs = [range(n) for n in self.lengths]
-        seen = [b for b in self.engine.batches(runs, self.cells) if not self.engine.blind(runs, self.cells[b[0]])]
-        return seen
+        cut = self.engine.batches(runs, self.cells, self.columns)
+        return [b for b in cut if not self.engine.blind(runs, self.cells[b[0]])]
 
     @property
     def n_cells(self) -> int:
@@ -104,6 +107,7 @@ class Plan:
             return steps
         asked = [self.cells[i] for b in self.batches for i in b]
         head = len(asked) * unembed
+        few = len(asked) * 2 * model.d_model * self.columns if self.columns else head
         kept = {
             "without cells that can change nothing": lambda c, n: (0, 0, None, False),
             "without blocks before the change": lambda c, n: (c.first_layer, 0, None, False),
@@ -117,6 +121,8 @@ class Plan:
         }  # fmt: skip
         for name, rows in kept.items():
             steps[name] = head + sum(self._rows(c, rows(c, self.lengths[c.run])) for c in asked)
+        if self.columns:
+            steps["without logits that the metric does not read"] = list(steps.values())[-1] - head + few
         assert n_layers > 0
         return steps
 
@@ -155,9 +161,11 @@ class Plan:
         x = torch.randn(512, model.d_model, device=model.device, dtype=model.dtype)
         w = torch.randn(4 * model.d_model, model.d_model, device=model.device, dtype=model.dtype)
         times = []
+        with torch.no_grad():
+            product = products_for(model.dtype, model.device)
         for _ in range(5):
             start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
+            product.linear(x, w)
             if x.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
@@ -202,9 +210,11 @@ class Planner:
         self.cells: list[Cell] = []
         self.unasked = 0
         self.runs_bytes = 0.0
+        self.columns: int | None = None
 
-    def add(self, engine: Engine, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
-        """Cells of some runs, which may be followed by others."""
+    def add(self, engine: Engine, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
+        """Cells of some runs, which may be followed by others, and how many logits of each are read if not all."""
+        self.columns = columns
         first, self.engine = len(self.lengths), engine
         self.lengths += [len(r) for r in runs]
         for cell in cells:
@@ -231,7 +241,9 @@ def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         PLANNING.reset(token)
     if planner.engine is None:
         raise InterpError(f"{getattr(recipe, '__name__', recipe)} asked the engine for nothing: there is no sweep")
-    return Plan(planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes)
+    return Plan(
+        planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes, planner.columns
+    )  # fmt: skip
 
 
 def _unit(x: float, name: str) -> str:

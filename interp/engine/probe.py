@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.engine.cells import Cell, Write
 from interp.engine.packed import Enough, PackedForward
-from interp.engine.pieces import Changes, Group, Piece
+from interp.engine.pieces import Changes, Group, Piece, place
 from interp.engine.runs import Frame, Run, hooks
 from interp.errors import InterpError
 from interp.model import Model
@@ -64,7 +64,7 @@ class Probe:
     def _run(self, layer: int, cells: Sequence[Cell], hidden: Tensor, wanted: set[str]) -> dict[str, Tensor]:
         forward = PackedForward(self.model, [self.run], (), self.frame)
         forward.changes = Changes(cells)
-        piece = Piece(Group(self.run, self.start), list(range(len(cells))), self.start, len(self.run), hidden)
+        piece = Piece(Group(self.run, self.start), list(range(len(cells))), self.start, len(self.run), [hidden])
         found: dict[str, Tensor] = {}
 
         def keep(component: str):
@@ -76,5 +76,5 @@ class Probe:
             return COMPONENTS[component].hook.format(layer=layer), hook
 
         with suppress(Enough), hooks(self.model, *map(keep, sorted(wanted))):
-            forward.run_block(layer, [piece], lambda call: forward.attend(call, [piece]))
+            forward.run_block(layer, [piece], place([piece]), lambda call: forward.attend(call, [piece]))
         return found

@@ -110,9 +110,10 @@ def _n_keys(bias: Tensor | None) -> int:
 def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
     """Temporary TransformerLens forward hooks: (hook name, fn(tensor, hook) -> tensor or None)."""
     handles = []
+    known = model.bridge.hook_dict if pairs else {}  # a property that looks through the whole model
     try:
         for name, function in pairs:
-            point = model.bridge.hook_dict[name]
+            point = known[name]
             heads_first = getattr(point, "pos_dim", 1) == 2
             handles.append((point, point.add_hook(_positions_first(function) if heads_first else function)))
         yield

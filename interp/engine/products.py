@@ -1,0 +1,120 @@
+"""Matrix products by the faster of the two CPU libraries that PyTorch carries.
+
+PyTorch sends float32 products to MKL, which on processors that are not Intel's takes its older instructions; oneDNN,
+which PyTorch keeps for compiled models and half precision, takes what the processor has. On an AVX-512 machine of
+AMD's it is twice as fast. Both round in float32, each in an order of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+WORTH = 1.15  # times faster before oneDNN takes over
+ROWS, WIDTH = 256, 768  # of the product that decides
+
+
+class Products:
+    """x weightᵀ + bias, and what is done at once with the result. Subclasses say how; here by PyTorch's own way."""
+
+    def linear(
+        self, x: Float[Tensor, "*rows inner"], weight: Float[Tensor, "outer inner"], bias: Tensor | None = None
+    ) -> Float[Tensor, "*rows outer"]:
+        """x weightᵀ + bias."""
+        return F.linear(x, weight, bias)
+
+    def silu(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(x weightᵀ + bias)."""
+        return F.silu(F.linear(x, weight, bias), inplace=True)
+
+    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+        """(x weightᵀ + bias) · other, element by element."""
+        return F.linear(x, weight, bias).mul_(other)
+
+
+class OneDNN(Products):
+    """By the operators that torch.compile puts into its CPU code. Float32, without autograd."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As Products."""
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    def silu(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As Products."""
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish", [], "")
+
+    def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+        """As Products."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "mul")
+
+
+PLAIN, ONEDNN = Products(), OneDNN()
+
+
+@cache
+def onednn_pays(threads: int) -> bool:
+    """Whether oneDNN is there, agrees with PyTorch's own way, and is faster on ``threads``: tried once a process."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, other = (torch.randn(n, WIDTH, generator=generator) for n in (ROWS, WIDTH, ROWS))
+    bias = weight[0]
+    calls: tuple[Callable[[Products], Tensor], ...] = (
+        lambda p: p.linear(x, weight, bias),
+        lambda p: p.silu(x, weight),
+        lambda p: p.times(x, weight, bias, other),
+    )
+    try:
+        gaps = [(call(ONEDNN) - call(PLAIN)).abs().max().item() for call in calls]
+    except (RuntimeError, TypeError, AttributeError):  # a build without it, or another signature in another version
+        return False
+    if not max(gaps) < 1e-5 * WIDTH:
+        return False
+    return WORTH * _seconds(ONEDNN, x, weight) < _seconds(PLAIN, x, weight)
+
+
+def _seconds(products: Products, x: Tensor, weight: Tensor) -> float:
+    """The quickest of some runs: what else the machine does only ever adds."""
+    times = []
+    for _ in range(9):
+        begun = time.perf_counter()
+        products.linear(x, weight)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def products_for(dtype: torch.dtype, device: torch.device) -> Products:
+    """The faster way for such matrices, with autograd where it is on."""
+    plain = torch.is_grad_enabled() or dtype != torch.float32 or device.type != "cpu"
+    return PLAIN if plain or not onednn_pays(torch.get_num_threads()) else ONEDNN
+
+
+def redirected(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside the block, a model's own products (F.linear, and addmm in Hugging Face's Conv1D) go the faster way."""
+    return nullcontext() if products_for(dtype, device) is PLAIN else _Redirected()
+
+
+class _Redirected(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs and _plain(*args):
+            return ONEDNN.linear(*args)
+        if func is torch.addmm and not kwargs and _plain(*args) and args[0].ndim == 1:
+            bias, x, weight = args
+            return ONEDNN.linear(x, weight.t(), bias)
+        return func(*args, **(kwargs or {}))
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    return all(
+        t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.is_cpu)
+        for t in tensors
+    )
