@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from interp.omission import leave_out
     from interp.patching import patch
     from interp.paths import path_patch
+    from interp.pictures import ImagePair
     from interp.plots.report import Report, report
     from interp.prompts import Fact, PairSet, Prompt, PromptPair
     from interp.sites import Site, Sites
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ablate": "ablation", "AttentionStats": "attention", "Effects": "effects", "InterpError": "errors",
-    "Metric": "metrics", "kl": "metrics", "logit_diff": "metrics", "logprob": "metrics", "prob": "metrics",
-    "rank": "metrics", "Model": "model", "load": "model", "patch": "patching", "Report": "plots.report",
-    "report": "plots.report", "Fact": "prompts", "PairSet": "prompts", "Prompt": "prompts", "PromptPair": "prompts",
+    "ImagePair": "pictures", "Metric": "metrics", "kl": "metrics", "logit_diff": "metrics", "logprob": "metrics",
+    "prob": "metrics", "rank": "metrics", "Model": "model", "load": "model", "patch": "patching",
+    "Report": "plots.report", "report": "plots.report", "Fact": "prompts", "PairSet": "prompts", "Prompt": "prompts",
+    "PromptPair": "prompts",
     "Site": "sites", "Sites": "sites", "trace": "tracing", "knock_out": "knockout", "mediate": "mediation",
     "leave_out": "omission", "path_patch": "paths", "explain": "engine.plan", "Plan": "engine.plan",
     "mean_difference": "steering", "steer": "steering",
@@ -48,10 +50,10 @@ _MODULES = ("doctor", "metrics", "spans", "tasks", "zoo")
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionStats", "Effects", "Fact", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt", "PromptPair",
-    "Report", "Site", "Sites", "ablate", "doctor", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff",
-    "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "prob", "rank", "report", "spans",
-    "steer", "tasks", "trace", "zoo",
+    "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
+    "PromptPair", "Report", "Site", "Sites", "ablate", "doctor", "explain", "kl", "knock_out", "leave_out", "load",
+    "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "prob", "rank", "report",
+    "spans", "steer", "tasks", "trace", "zoo",
 ]  # fmt: skip
 
 

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 # transformers' class -> the class under which TransformerLens knows the same architecture
-SAME_AS = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+SAME_AS = {
+    "PhimoeForCausalLM": "PhiMoEForCausalLM",
+    "SmolVLMForConditionalGeneration": "Idefics3ForConditionalGeneration",
+}
 
 
 @cache
@@ -21,11 +24,14 @@ def register() -> None:
     """Add to TransformerLens' registry of architectures; done once."""
     from transformer_lens.factories import architecture_adapter_factory as factory
 
+    from interp.image_adapters import image_adapters
+
     known = factory.SUPPORTED_ARCHITECTURES
     ours = {name: known[same] for name, same in SAME_AS.items()} | {"FalconForCausalLM": _falcon()}
     ours |= {"BertModel": _headless(known["BertForMaskedLM"]), "RobertaModel": _headless(known["RobertaForMaskedLM"])}
     ours |= {"WhisperForConditionalGeneration": _whisper()}
     ours |= {"ModernBertForMaskedLM": _modernbert(), "ModernBertModel": _headless(_modernbert())}
+    ours |= image_adapters()
     for name, adapter in ours.items():
         known[name] = adapter  # where configs are recognised
         factory.ArchitectureAdapterFactory.register_adapter(name, adapter)  # where adapters are made

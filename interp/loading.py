@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from interp import adapters
+from interp import adapters, towers
 from interp.errors import InterpError, ModelError
 
 EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
@@ -134,7 +134,7 @@ def _from_pretrained(
         raise ModelError(_why_not(name, error)) from error
     model, info = loaded
     _refuse_mismatch(name, model, info)
-    if tokenizer is None:
+    if tokenizer is None and not towers.reads_images_alone(model):
         tokenizer = _tokenizer_at(name, where, hub)
     if device is not None:
         model = model.to(device)
@@ -150,6 +150,8 @@ def _auto_class(where: str | Path, hub: dict[str, Any]) -> Any:
         return tf.AutoModelForCausalLM
     known = {key: hub[key] for key in ("trust_remote_code", "revision") if key in hub}
     config = tf.AutoConfig.from_pretrained(where, **known)
+    if (for_images := towers.class_for_images(config)) is not None:
+        return for_images
     made_for = (getattr(config, "architectures", None) or [""])[0]
     if config.model_type in MASKED and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
         return tf.AutoModel if made_for.endswith("Model") else tf.AutoModelForMaskedLM
@@ -198,7 +200,7 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights
             f"TransformerBridge{inner}"
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    if tokenizer is None:
+    if tokenizer is None and not towers.reads_images_alone(model):
         tokenizer = _tokenizer_of(name)
     if dtype is not None or device is not None:
         model = model.to(*(x for x in (device, dtype) if x is not None))
@@ -224,13 +226,8 @@ def wrap(weights: Weights) -> tuple[Any, str]:
     """A TransformerBridge around a Hugging Face model, and its name."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    name, model, tokenizer = weights.name, weights.model, weights.tokenizer
+    name, model, tokenizer = weights.name, towers.vision_tower(weights.model), weights.tokenizer
     _refuse_scattered(name, model)
-    if model.main_input_name == "pixel_values":
-        raise ModelError(
-            f"{name} ({type(model).__name__}) takes images alone; interp reads models of text, and speech models with "
-            "a text decoder"
-        )
     adapters.register()
     adapters.repair(model)
     if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
@@ -302,10 +299,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _never_install() -> None:
-    """TransformerLens would pip-install torchvision (and with it another torch) when some models boot."""
-    from transformer_lens.model_bridge.sources.transformers import helpers
+    """Booting a model that reads images, TransformerLens would ask the hub for a processor and pip-install torchvision.
+
+    A torchvision brings another torch with it, and a model object need not be on any hub.
+    """
+    from transformer_lens.model_bridge.sources.transformers import helpers, source
 
     helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+    booting: Any = source
+    booting.load_modality_processor = lambda *_args, **_options: None
 
 
 @contextlib.contextmanager

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import headstats
 import pandas as pd
 import torch
-from headstats.stats import tensors
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.alignment import label, offsets_by_bytes, token_bytes
 from interp.attention import AttentionStats
+from interp.batching import collate, equal_length_batches
+from interp.encoding import TextEncoder
 from interp.errors import ModelError, PromptError
-from interp.inputs import mask_positions, refuse_images, refuse_nan_weights, refuse_wrong_inputs
+from interp.head_statistics import prompt_stats
+from interp.inputs import mask_positions, refuse_nan_weights, refuse_wrong_inputs
 from interp.instrument import Instrument, install, stacks
 from interp.loading import boot, collector_paused
-from interp.prompts import Coder, Prompt, PromptPair, Span
-from interp.provenance import now, prompt_hash, versions
-from interp.seq2seq import probe_logits, stack_stats
+from interp.pictures import Pictures, layout_of, output_of
+from interp.prompts import Coder, Prompt, PromptPair
+from interp.provenance import versions
+from interp.seq2seq import stack_stats
 from interp.sites import COMPONENTS, Sites, enumerate_sites
+from interp.verification import count_hooks, probe, reads_of, verify
 
 log = logging.getLogger("interp")
 
@@ -38,7 +41,6 @@ GATED_HOOKS = {
     "hook_k_input": "use_split_qkv_input",
     "hook_v_input": "use_split_qkv_input",
 }
-TOKENS_PER_FORWARD = 2048  # batches of full forwards are cut so that logits stay small
 
 
 def load(
@@ -95,13 +97,15 @@ class Model:
         self.instrument = self.instruments.get("") or self.instruments["decoder"]
         refuse_nan_weights(bridge.original_model)
         bridge.eval()
-        before = self._probe_logits()
+        self.reads = reads_of(bridge.original_model)
+        before, entering = probe(self)
         install(bridge, self.instruments)
-        self._verify(before)
+        verify(self, before)
         for instrument in self.instruments.values():
             instrument.layers.clear()
         self._told_about_cache = False
-        self._hooks_of_its_own = _count_hooks(bridge)
+        self._hooks_of_its_own = count_hooks(bridge)
+        self._layout = layout_of(bridge.original_model.config, entering) if self.reads == "images" else None
         self.engine_checks: set[frozenset[str]] = set()  # kinds of sweep that the engine has checked on this model
 
     # ------------------------------------------------------------ facts
@@ -215,47 +219,23 @@ class Model:
 
     @property
     def coder(self) -> Coder:
-        """How this model turns text into tokens (special tokens as TransformerLens' ``to_tokens`` adds them)."""
-        if self.tokenizer is None:
+        """How this model turns prompts into tokens (special tokens as TransformerLens' ``to_tokens`` adds them)."""
+        if self.tokenizer is None and self.pictures is None:
             raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
-        return Coder(self._encode, self._texts, self._offsets, self._continuation)
+        text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
+        pictured = None if self.pictures is None else self.pictures.encode_pair
+        return Coder(text.encode, text.texts, text.offsets, text.continuation, pictured)
 
-    def _encode(self, text: str) -> list[int]:
-        ids = self.bridge.to_tokens(text, truncate=False)[0].tolist()
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]  # a chat template has written the special token already
-        if len(ids) > self.n_ctx:
-            raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
-        return ids
-
-    def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [label(self.tokenizer, i) for i in ids]
-
-    def _offsets(self, text: str) -> list[Span]:
-        ids = self._encode(text)
-        if getattr(self.tokenizer, "is_fast", False):
-            coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-            bare, spans = list(coded["input_ids"]), [tuple(o) for o in coded["offset_mapping"]]
-            for shift in range(len(ids) - len(bare) + 1):
-                if ids[shift : shift + len(bare)] == bare:
-                    tail = len(ids) - len(bare) - shift
-                    return [(0, 0)] * shift + spans + [(0, 0)] * tail  # type: ignore[return-value]
-        spelled = offsets_by_bytes(text, [token_bytes(self.tokenizer, i) for i in ids])
-        if spelled is not None:
-            return spelled
-        ends = [len(self.tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
-
-    def _continuation(self, text: str) -> list[int]:
-        bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(bare) <= 1 or not text[0].isspace():
-            return bare
-        # Some tokenizers mark the start of a string; a continuation is what follows other text.
-        anchor = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        joined = list(self.tokenizer("a" + text, add_special_tokens=False)["input_ids"])
-        follows = joined[: len(anchor)] == anchor and len(joined) > len(anchor)
-        return joined[len(anchor) :] if follows else bare
+    @property
+    def pictures(self) -> Pictures | None:
+        """How this model reads images; None if it reads none."""
+        if "images" not in self.reads:
+            return None
+        text = None
+        if self.tokenizer is not None and self._layout is None:
+            encoder = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
+            text = Coder(encoder.encode, encoder.texts, encoder.offsets, encoder.continuation)
+        return Pictures(self.name, self.bridge.original_model, self._layout, text, self.n_ctx)
 
     # ------------------------------------------------------------ forwards
 
@@ -291,48 +271,63 @@ class Model:
         """Logits after the last token of each prompt, float32 on the CPU; lengths may differ (no padding is used)."""
         out: list[Tensor | None] = [None] * len(ids)
         for batch in equal_length_batches(ids):
-            tokens = torch.tensor([ids[i] for i in batch], device=self.device)
-            for i, row in zip(batch, self.last_logits(tokens), strict=True):
+            for i, row in zip(batch, self.last_logits([ids[i] for i in batch]), strict=True):
                 out[i] = row.float().cpu()
         return torch.stack([row for row in out if row is not None])
 
-    def last_logits(self, tokens: Tensor) -> Float[Tensor, "batch vocab"]:
-        """Logits that metrics read, of equal-length prompts ``tokens`` [batch, position].
+    def last_logits(self, prompts: Tensor | Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
+        """What metrics read, of prompts alike: tokens [batch, position], or `interp.given.Given` inputs.
 
-        Those of the last position; of a masked language model, those at the prompt's one mask token.
+        The logits of the last position; of a masked language model, those at the prompt's one mask token; of a
+        vision encoder, its class logits, or else its embedding or pooled output.
         """
-        logits = self._forward(tokens)
-        return logits[torch.arange(len(tokens)), mask_positions(self, tokens)] if self.masked else logits[:, -1]
+        logits = self.forward(prompts)
+        if self.reads == "images":
+            return logits
+        if self.masked:
+            tokens = prompts if isinstance(prompts, Tensor) else torch.tensor(prompts, device=self.device)
+            return logits[torch.arange(len(tokens)), mask_positions(self, tokens)]
+        return logits[:, -1]
 
     @property
     def masked(self) -> bool:
         """Whether this is a masked language model (BERT, RoBERTa, ModernBERT): it fills in its mask token."""
         return type(self.bridge.original_model).__name__.endswith("ForMaskedLM")
 
-    def _forward(self, tokens: Tensor) -> Tensor:
-        return self.bridge(tokens, **self._forward_options())
+    def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Output of prompts alike, with hooks: logits [batch, position, vocab], or a vision encoder's one row each."""
+        if isinstance(prompts, Tensor):
+            return self.bridge(prompts, **self._forward_options())
+        inputs = collate(prompts, self.device, self.dtype)
+        if list(inputs) == ["input_ids"]:
+            return self.bridge(inputs["input_ids"], **self._forward_options())
+        done = self.bridge.original_model(**inputs, **self._forward_options())
+        return output_of(done) if self.reads == "images" else done.logits
 
     def _forward_options(self) -> dict[str, Any]:
         """Keep the KV cache and the earlier positions' logits from being built, where the model knows how."""
-        import inspect
-
         accepted = inspect.signature(self.bridge.original_model.forward).parameters
         return {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in accepted}
 
     @torch.no_grad()
     def attention_stats(
         self,
-        prompts: str | Prompt | PromptPair | Iterable[str | Prompt | PromptPair],
+        prompts: str | Prompt | PromptPair | Tensor | Mapping[str, Any] | Iterable[Any] = (),
         spec: headstats.StatSpec | None = None,
         *,
+        pixel_values: Tensor | None = None,
         target: str | Sequence[str] | None = None,
         stack: str | None = None,
     ) -> AttentionStats:
-        """Per-head attention statistics of one prompt or many (of a PromptPair: its clean prompt).
+        """Per-head attention statistics of one prompt or many (of a pair: its clean prompt).
 
         ``spec`` says which (default: `headstats.StatSpec()`); those with more than one number for a position
         (topk) are left out, and ``provenance["left_out"]`` names them. No n×n pattern is built, on any backend
         except ``reference``. Layers without softmax attention (of hybrid models) hold NaN, and −1 for indices.
+
+        A vision encoder takes images [channel, height, width], as its processor makes them (or ``pixel_values=``, a
+        batch of them); its positions are CLS, registers and patches. A vision–language model takes what its
+        processor makes of images and text.
 
         Encoder–decoder models take a source (text, or a speech model's input features) and its ``target``, and
         count one ``stack``: "encoder", "decoder" (its self-attention) or "cross" (default: what each decoder
@@ -340,25 +335,7 @@ class Model:
         """
         if self.stacks or target is not None or stack is not None:
             return stack_stats(self, prompts, target, stack, headstats.StatSpec() if spec is None else spec)
-        texts = _texts_of(prompts)
-        spec, left_out = _one_number_each(headstats.StatSpec() if spec is None else spec)
-        ids = [self.coder.encode(t) for t in texts]
-        values: dict[str, list[Any]] = {}
-        for batch in equal_length_batches(ids):
-            tokens = torch.tensor([ids[i] for i in batch], device=self.device)
-            with self.instrument.collecting(spec) as collected:
-                self._forward(tokens)
-            for name, stacked in _stack_layers(collected, self.n_layers).items():
-                rows = values.setdefault(name, [None] * len(ids))
-                for i, row in zip(batch, stacked, strict=True):
-                    rows[i] = row
-        backends = {i: ", ".join(self.instrument.record(i).backends) for i in range(self.n_layers)}
-        definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
-        provenance = {
-            **self.provenance(), "prompts": prompt_hash(texts), "created": now(), "definitions": definitions,
-            "left_out": left_out,
-        }  # fmt: skip
-        return AttentionStats([self.coder.texts(i) for i in ids], values, backends, provenance)
+        return prompt_stats(self, prompts if pixel_values is None else pixel_values, spec)
 
     def provenance(self) -> dict[str, Any]:
         """What a result needs to be reproduced: model, weights, dtype, device, backend, package versions."""
@@ -375,101 +352,4 @@ class Model:
 
     def hooks_added(self) -> bool:
         """Whether modules carry other forward hooks than when the model was loaded: what they do is not known."""
-        return _count_hooks(self.bridge) != self._hooks_of_its_own
-
-    @torch.no_grad()
-    def _probe_logits(self) -> Tensor:
-        """Logits of two fixed token rows; before installation this is TransformerLens' own eager attention."""
-        vocab = int(self.bridge.cfg.d_vocab)
-        length = min(12, self.n_ctx)
-        tokens = torch.arange(2 * length).reshape(2, length).mul(7919).add(11).remainder(min(vocab, 30_000))
-        try:
-            if self.stacks:
-                return probe_logits(self, tokens.to(self.device))
-            return self.bridge(tokens.to(self.device))
-        except Exception as error:
-            raise ModelError(f"{self.name}: a first forward of 12 tokens failed: {error}") from error
-
-    def _verify(self, before: Tensor) -> None:
-        """Refuse a model that bypasses headstats in any layer, or whose logits changed."""
-        after = self._probe_logits()
-        architecture = type(self.bridge.original_model).__name__
-        attentions = [(stack, i) for stack, layers in stacks(self.bridge).items() for i in layers]
-        silent = [i for stack, i in attentions if self.instruments[stack].record(i).calls == 0]
-        if silent:
-            raise ModelError(
-                f"{self.name} ({architecture}) computes attention outside the interface that interp intercepts: "
-                f"no call arrived from {len(silent)} of {len(attentions)} layers (first: layer {silent[0]}). "
-                "Its statistics and edits would be silently wrong, so it is refused."
-            )
-        scale = before.float().abs().max().item() or 1.0
-        gap = (after.float() - before.float()).abs().max().item()
-        # transformers' eager softmax rounds to float32 even in a float64 model
-        allowed = {torch.float32: 1e-4, torch.float64: 1e-5}.get(before.dtype, 5e-2) * max(scale, 1.0)
-        if not gap <= allowed:
-            raise ModelError(
-                f"{self.name} ({architecture}): logits through headstats differ from eager attention by {gap:.2e} "
-                f"(allowed {allowed:.1e}); this architecture is not routed correctly and is refused."
-            )
-
-
-def _count_hooks(bridge: Any) -> int:
-    """Hooks that a user may have added: not those by which the libraries themselves only look, which come and stay.
-
-    transformers wires its recording of attentions and hidden states at the first forward that asks for them, and a
-    bridge's blocks capture inputs to be shown at hook points.
-    """
-    found = [
-        hook for m in bridge.modules() for held in (m._forward_hooks, m._forward_pre_hooks) for hook in held.values()
-    ]
-    looking = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
-    return sum(not getattr(hook, "__module__", "").startswith(looking) for hook in found)
-
-
-def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of prompts grouped by length and cut to `TOKENS_PER_FORWARD`: batches without padding."""
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(ids):
-        by_length.setdefault(len(row), []).append(i)
-    batches = []
-    for length, members in by_length.items():
-        step = max(1, TOKENS_PER_FORWARD // length)
-        batches += [members[i : i + step] for i in range(0, len(members), step)]
-    return batches
-
-
-def _texts_of(prompts: Any) -> list[str]:
-    listed = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
-    listed = [p.text if isinstance(p, Prompt) else p for p in listed]
-    texts = [p.clean if isinstance(p, PromptPair) else getattr(p, "prompt", p) for p in listed]
-    if not texts:
-        raise PromptError("there are no prompts: pass a string, a PromptPair or a list of them")
-    wrong = next((t for t in texts if not isinstance(t, str)), None)
-    if wrong is not None:
-        refuse_images(wrong)
-        raise PromptError(f"attention_stats takes strings or PromptPairs, got {type(wrong).__name__}")
-    return texts
-
-
-def _one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[str]]:
-    """The spec without the statistics that are not one number for a position, and their names."""
-    if not isinstance(spec, headstats.StatSpec):
-        raise PromptError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
-    shapes = {s.name: s.shape for s in headstats.STATISTICS}
-    left_out = [name for name in spec.requested() if shapes[name] not in ("B H M", "B H N")]
-    kept = dataclasses.replace(spec, **dict.fromkeys(left_out, False))
-    if not kept.requested():
-        raise PromptError(
-            f"spec asks for {', '.join(left_out) or 'nothing'}: attention_stats keeps statistics with one number for a "
-            "position; the others come from headstats.attend"
-        )
-    return kept, left_out
-
-
-def _stack_layers(collected: dict[int, headstats.AttentionStats], n_layers: int) -> dict[str, Any]:
-    """Per-layer kernel statistics → {name: array [batch, layers, heads, position]}."""
-    found = {i: {n: tensors(x)[0] for n, x in stats.as_dict().items()} for i, stats in collected.items()}
-    like = next(iter(found.values()))
-    none = {n: torch.full_like(x, float("nan") if x.is_floating_point() else -1) for n, x in like.items()}
-    layers = [found.get(i, none) for i in range(n_layers)]
-    return {n: torch.stack([layer[n] for layer in layers], dim=1).cpu().numpy() for n in like}
+        return count_hooks(self.bridge) != self._hooks_of_its_own

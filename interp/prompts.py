@@ -110,6 +110,7 @@ class Encoded:
     """One prompt (or aligned pair) as token ids of one tokenizer.
 
     ``spans`` are token ranges. For a `Fact` the corrupt ids equal the clean ones: the noise comes later.
+    ``changed_from``: the first position whose input differs where the ids do not (where another image begins).
     """
 
     clean: tuple[int, ...]
@@ -118,15 +119,17 @@ class Encoded:
     foil: int | None
     tokens: tuple[str, ...]
     spans: Mapping[str, Span]
+    changed_from: int | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
 
     @property
     def first_difference(self) -> int:
-        """First token at which clean and corrupt differ; the length if they are the same."""
+        """First position at which clean and corrupt differ; the length if they are the same."""
         pairs = zip(self.clean, self.corrupt, strict=True)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self))
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(self))
+        return first if self.changed_from is None else min(first, self.changed_from)
 
     def role(self, position: int) -> str:
         """Name of the shortest span that covers a token, or ''."""
@@ -140,13 +143,15 @@ class Coder:
 
     ``encode(text)`` gives ids with the model's usual special tokens; ``texts(ids)`` gives one string per
     token; ``offsets(text)`` the character range of each token of ``encode(text)``, (0, 0) for specials;
-    ``continuation(text)`` the ids of a continuation, without special tokens.
+    ``continuation(text)`` the ids of a continuation, without special tokens. ``pictured(index, pair)`` encodes a pair
+    of prompts with images, for a model that reads any.
     """
 
     encode: Callable[[str], list[int]]
     texts: Callable[[Sequence[int]], list[str]]
     offsets: Callable[[str], list[Span]]
     continuation: Callable[[str], list[int]]
+    pictured: Callable[[int, PromptPair], Encoded] | None = None
 
 
 def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
@@ -161,6 +166,8 @@ def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list
 
 
 def _encode_pair(index: int, pair: PromptPair, coder: Coder) -> Encoded:
+    if coder.pictured is not None and not isinstance(pair.clean, str):
+        return coder.pictured(index, pair)
     clean, corrupt = (_nonempty(text, coder) for text in (pair.clean, pair.corrupt))
     if len(clean) != len(corrupt):
         raise PromptError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -29,8 +29,17 @@ def prompt_hash(items: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for item in items:
         fields = vars(item) if hasattr(item, "__dict__") else item
-        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(fields, sort_keys=True, default=_content).encode())
     return digest.hexdigest()
+
+
+def _content(x: Any) -> Any:
+    """What JSON does not know, as what it does: of tensors all their numbers (their text form leaves some out)."""
+    if hasattr(x, "detach"):
+        from interp.given import content
+
+        return hashlib.blake2b(f"{tuple(x.shape)}".encode() + content(x), digest_size=8).hexdigest()
+    return dict(x) if isinstance(x, Mapping) else str(x)
 
 
 def now() -> str:

@@ -9,7 +9,7 @@ import pytest
 from interp.zoo.architectures import FAMILIES
 
 ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")  # the ways in which attention is intercepted
-QUICK = {*ARCHITECTURES, "bert", "t5"}
+QUICK = {*ARCHITECTURES, "bert", "t5", "vit", "dinov2", "llava", "paligemma"}
 
 
 def of_kind(*kinds: str) -> list[Any]:

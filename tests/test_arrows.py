@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "sites": ("errors",),
     "prompts": ("errors",),
     "metrics": ("errors",),
-    "provenance": (),
+    "provenance": ("given",),
     "progress": (),
     "dense": (),
     "inference": (),
@@ -26,27 +26,40 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "attention_bridges": ("dense", "errors", "instrument"),
     "inputs": ("errors",),
     "instrument": ("dense", "errors", "attention_bridges"),
-    "adapters": (),
+    "adapters": ("image_adapters",),
+    "image_adapters": (),
+    "towers": ("errors", "image_adapters"),
+    "given": ("prompts",),
+    "batching": ("given",),
+    "encoding": ("alignment", "errors", "prompts"),
+    "made_up": (),
+    "pictures": ("errors", "given", "prompts", "spans"),
+    "verification": ("errors", "instrument", "made_up", "pictures", "seq2seq"),
+    "head_statistics": ("attention", "batching", "errors", "given", "inputs", "prompts", "provenance"),
     "seq2seq": ("attention", "errors", "provenance"),
-    "loading": ("adapters", "errors", "zoo.embedded"),
+    "loading": ("adapters", "errors", "towers", "zoo.embedded"),
     "alignment": (),
     "spans": ("errors", "prompts"),
     "model": (
-        "alignment",
         "attention",
+        "batching",
+        "encoding",
         "errors",
+        "head_statistics",
         "inputs",
         "instrument",
         "loading",
+        "pictures",
         "prompts",
         "provenance",
         "seq2seq",
         "sites",
+        "verification",
     ),
     "memory": ("dense", "model"),
     "doctor": ("dense", "engine", "errors", "instrument", "loading", "matrix", "memory", "model", "sites"),
     "matrix": ("dense", "errors", "instrument", "loading", "model", "zoo"),
-    "engine": ("dense", "engine", "errors", "instrument", "model", "prompts", "sites"),
+    "engine": ("batching", "dense", "engine", "errors", "given", "instrument", "model", "prompts", "sites"),
     "recipes": ("effects", "engine", "errors", "metrics", "model", "progress", "prompts", "provenance", "sites"),
     "plots": ("attention", "effects", "errors", "plots", "sites"),
     "results": ("attention", "effects", "errors"),
@@ -96,7 +109,7 @@ def test_mediation_is_patching_twice() -> None:
 
 
 def test_only_model_rooms_import_transformer_lens() -> None:
-    homes = {"adapters", "model", "loading", "instrument", "attention_bridges"}
+    homes = {"adapters", "image_adapters", "model", "loading", "instrument", "attention_bridges"}
     for path in (ROOT / "interp").rglob("*.py"):
         if path.stem in homes or "zoo" in path.parts:
             continue

@@ -10,7 +10,7 @@ from headstats import StatSpec
 
 import interp
 from interp.attention import AttentionStats
-from interp.errors import ModelError, PromptError, SiteError
+from interp.errors import PromptError, SiteError
 from interp.zoo.architectures import tiny_hf
 
 KINDS = of_kind("seq2seq")
@@ -111,12 +111,3 @@ def test_what_does_not_fit_is_explained(paired, tiny) -> None:
         model.attention_stats(torch.zeros(8, 24), target=TARGET)
     with pytest.raises(SiteError, match="has no 'z'"):
         interp.patch(model, interp.PromptPair("w1 w2", "w1 w3", "w4", "w5"), model.sites("z", layers=0))
-
-
-def test_a_model_of_images_alone_is_refused(word_tokenizer) -> None:
-    import transformers as tf
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    hf = tf.ViTModel(tf.ViTConfig(**sizes, image_size=8, patch_size=4))
-    with pytest.raises(ModelError, match=r"ViTModel.*takes images alone"):
-        interp.load(hf, tokenizer=word_tokenizer)

@@ -25,20 +25,26 @@ def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
     for layer in {c.layer for c in cell.cuts}:
         mask = cut_mask([c for c in cell.cuts if c.layer == layer], model.n_heads, len(run)).to(model.device)
         pairs += _hide(layer, mask)
-    tokens = torch.tensor([list(run.ids)], device=model.device)
     with hooks(model, *pairs):
-        return model.last_logits(tokens)[0]
+        return model.last_logits([run.ids])[0]
 
 
 def _hide(layer: int, mask: Tensor) -> list[tuple[str, Any]]:
     """Takes the layer off the kernel: dense scores are lowered where attention is cut.
 
-    A row with nothing left reads nothing: its pattern, which softmax made uniform, is cleared.
+    A row with nothing left reads nothing: its pattern, which softmax made uniform, is cleared where it was cut and
+    where the model's own mask (causal or not) lowered the score.
     """
-    unseen = mask | mask.new_ones(mask.shape[1:]).triu(1)
+    unseen: list[Tensor] = []
+
+    def lower(scores: Tensor, hook: Any) -> Tensor:
+        least = torch.finfo(scores.dtype).min
+        unseen.append(mask | (scores <= least))
+        return scores.masked_fill(mask, least)
+
     return [
-        (f"blocks.{layer}.attn.hook_attn_scores", lambda x, hook: x.masked_fill(mask, torch.finfo(x.dtype).min)),
-        (f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x.masked_fill(unseen, 0)),
+        (f"blocks.{layer}.attn.hook_attn_scores", lower),
+        (f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x.masked_fill(unseen[-1], 0)),
     ]
 
 

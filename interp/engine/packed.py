@@ -50,6 +50,8 @@ def unsupported(model: Model, frame: Frame) -> str | None:
             return f"layer {layer} is not causal (bidirectional, or behind a custom mask)"
         if call.bias is not None and call.bias.shape[-2] != 1:
             return f"layer {layer} adds a bias that depends on the query's position"
+    if frame.positions_differ:
+        return "rotary positions differ between prompts, with where and how large their images are"
     if len(frame.calls) < model.n_layers or len(frame.kwargs) < model.n_layers:
         return "not every layer was seen by the recorder"
     for layer, kwargs in enumerate(frame.kwargs):
@@ -288,6 +290,8 @@ def final_logits(
     ``columns``: token ids of the only logits wanted, row by row; then [rows, k].
     """
     bridge, config = model.bridge, getattr(model.bridge.original_model, "config", None)
+    if config is not None and model.pictures is not None:
+        config = config.get_text_config()
     unembed = getattr(bridge.unembed, "original_component", None)
     with redirected(rows.dtype, rows.device):
         normed = bridge.ln_final(rows[None])

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.batching import equal_length_batches
 from interp.dense import AttentionCall
+from interp.given import frozen
 from interp.instrument import attend
-from interp.model import Model, equal_length_batches
+from interp.model import Model
 from interp.sites import COMPONENTS, Site
 
 
@@ -57,12 +59,26 @@ class Frame:
     """What a block was called with, from which a packed forward's arguments are rebuilt.
 
     ``kwargs`` are block 0's keyword arguments in the longest recorded batch; ``calls`` are the layers'
-    attention calls without their tensors (causality, window, scale, …).
+    attention calls without their tensors (causality, window, scale, …). ``positions_differ``: rotary positions are not
+    the same for all prompts (those of an image's tokens can depend on the image).
     """
 
     length: int = 0
     kwargs: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[int, AttentionCall] = field(default_factory=dict)
+    positions_differ: bool = False
+
+    def compare_positions(self, kwargs: dict[str, Any]) -> None:
+        """Notes it if the rotary positions of these block arguments are others than those recorded."""
+        known = self.kwargs[0] if self.kwargs else kwargs
+        for here, there in zip(_rotary(kwargs), _rotary(known), strict=True):
+            n = min(here.shape[1], there.shape[1])
+            self.positions_differ |= not bool((here[:, :n] == there[:1, :n]).all())
+
+
+def _rotary(kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    found = kwargs.get("position_embeddings")
+    return found if isinstance(found, tuple) else ()
 
 
 def record(
@@ -78,20 +94,19 @@ def record(
     ``noise[i]`` [position, d_model] is added to prompt i's token embeddings. Without noise, equal prompts share a run.
     """
     if noise is None:
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        distinct = list(dict.fromkeys(map(frozen, prompts)))
         if len(distinct) < len(prompts):
             runs = dict(zip(distinct, record(model, distinct, components, None, frame, keep_kv), strict=True))
-            return [runs[tuple(p)] for p in prompts]
+            return [runs[frozen(p)] for p in prompts]
     noises = list(noise) if noise is not None else [None] * len(prompts)
     out: list[Run | None] = [None] * len(prompts)
     for batch in equal_length_batches(prompts):
-        tokens = torch.tensor([list(prompts[i]) for i in batch], device=model.device)
         recorder = _Recorder(model, components, keep_kv, frame)
         added = _stack_noise([noises[i] for i in batch])
         with recorder.attached(added):
-            logits = model.last_logits(tokens)
+            logits = model.last_logits([prompts[i] for i in batch])
         for row, i in enumerate(batch):
-            out[i] = recorder.run(row, tuple(prompts[i]), logits[row], noises[i])
+            out[i] = recorder.run(row, frozen(prompts[i]), logits[row], noises[i])
     return [run for run in out if run is not None]
 
 
@@ -179,6 +194,8 @@ class _Recorder:
 
     def _keep_kwargs(self, block: Any, args: Any, kwargs: dict[str, Any]) -> None:
         frame, length = self.frame, args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
+        if frame is not None and self.model.pictures is not None:
+            frame.compare_positions(kwargs)
         if frame is None or length < frame.length:
             return
         if length > frame.length or len(frame.kwargs) == self.model.n_layers:

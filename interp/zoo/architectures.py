@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from interp.zoo.family import COMMON, GROUPED, NARROW, SIZES, Family
+from interp.zoo.image_architectures import IMAGE_FAMILIES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-COMMON: dict[str, Any] = {"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-SIZES: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}  # fmt: skip
-GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
-NARROW: dict[str, Any] = {**GROUPED, "head_dim": 8}
 FALCON: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -36,25 +31,6 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to build a tiny model of an architecture.
-
-    ``config``: transformers' config class; ``arguments`` for it, beside `COMMON`. ``kind`` tells what the model
-    takes and gives: "decoder", "hybrid" (a decoder with recurrent or convolutional layers too, beside or instead of
-    softmax attention), "encoder" (bidirectional text) or "seq2seq" (encoder and decoder). ``auto``: transformers'
-    class for it. ``float64``: whether every operation of the model has it (torch's grouped matrix product has not).
-    ``eager``: whether transformers' eager attention is right; where it is not, its SDPA attention is the reference.
-    """
-
-    config: str
-    arguments: dict[str, Any]
-    kind: str = "decoder"
-    auto: str = "AutoModelForCausalLM"
-    float64: bool = True
-    eager: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -174,6 +150,7 @@ FAMILIES: dict[str, Family] = {
         {**PAIRED, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 32},
         kind="seq2seq", auto="AutoModelForSpeechSeq2Seq",
     ),
+    **IMAGE_FAMILIES,
 }  # fmt: skip
 
 
@@ -186,7 +163,8 @@ def config(family: str) -> Any:
     import transformers
 
     make: Callable[..., Any] = getattr(transformers, FAMILIES[family].config)
-    return make(**COMMON, **FAMILIES[family].arguments)
+    common = COMMON if not FAMILIES[family].kind.startswith("vision") else {}
+    return make(**common, **FAMILIES[family].arguments)
 
 
 def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -202,9 +180,9 @@ def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype = torch.float32
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = getattr(tf, family.auto).from_config(
-            config(kind), attn_implementation="eager" if family.eager else "sdpa"
-        )
+        made: Any = getattr(tf, family.auto)
+        make = getattr(made, "from_config", None) or made._from_config  # a class of its own has no public one
+        model = make(config(kind), attn_implementation="eager" if family.eager else "sdpa")
         model = model.to(dtype or torch.float64).eval()
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
