@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from headstats import noise
 from headstats.call import HIDDEN, Call
-from headstats.lowering import LOG2E, Lowered
+from headstats.lowering import LAYOUTS, LOG2E, Lowered
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped
@@ -59,8 +60,13 @@ class Cells(NamedTuple):
     logit_raise: Tensor | None  # float32: then add so many times its size
     log_gain: Tensor | None  # float32: added to the logits, in base 2
     weight_gain: Tensor | None  # float32: added to logits in base 2 after the softmax; HIDDEN takes all weight
-    laid_out: Tensor | None  # float32, beside weight_gain: what logits of visible cells become after the softmax
-    own_only: int | None  # 1 if that is so at the query's own position alone, and other weights become 0
+    heads: int | None  # H, where one of the next is given
+    layout: Any  # a constexpr, place in lowering.LAYOUTS: how logits of visible cells are replaced after the softmax
+    levels: Tensor | None  # float32 [B, H, M], contiguous, as `lowering.Lowered` has them
+    tops: Tensor | None  # the same
+    states: Tensor | None  # int32 [B, H], contiguous: `noise.states`
+    after: int | None  # 1 if weight_gain or layout act after the softmax
+    within: int | None  # 1 if they act before it
     hides: int | None  # 1 if bias, padding, a rule or a gain of 0 may hide a cell wherever it stands
     opens: int | None  # 1 if some rule may open cells
 
@@ -158,10 +164,29 @@ def cells(call: Call) -> Cells:
         table_strides=strides(some, 3),
         rules=tables.get("rules"), logit_factor=tables.get("logit_factor"), logit_raise=tables.get("logit_raise"),
         log_gain=tables.get("log_gain"), weight_gain=tables.get("weight_gain"),
-        laid_out=tables.get("laid_out"), own_only=1 if isinstance(call, Lowered) and call.own_only else None,
+        **_after(call, "weight_gain" in tables),
         hides=None if bias is None and padding is None and not {"rules", "weight_gain"} & set(tables) else 1,
         opens=None if call.segment_open is None else 1,
     )  # fmt: skip
+
+
+def _after(call: Call, gain: bool) -> dict[str, Any]:
+    """What acts after the softmax, by field of `Cells`."""
+    from triton.language import constexpr
+
+    if not isinstance(call, Lowered) or (call.layout is None and not gain):
+        unused = dict.fromkeys(("heads", "layout", "levels", "tops", "states", "within"))
+        return {**unused, "after": 1 if gain else None}
+    states = None
+    if call.layout == "random":
+        rows, heads = (torch.arange(size, device=call.q.device) for size in call.q.shape[:2])
+        states = noise.states(call.counterfactual_seed, rows, heads).to(torch.int32)  # the low 32 bits
+    return {
+        "heads": call.q.shape[1], "layout": None if call.layout is None else constexpr(LAYOUTS.index(call.layout)),
+        "levels": None if call.levels is None else call.levels.float().contiguous(),
+        "tops": None if call.tops is None else call.tops.float().contiguous(),
+        "states": states, "after": None if call.within else 1, "within": 1 if call.within else None,
+    }  # fmt: skip
 
 
 def ends(call: Call) -> Ends:
@@ -192,8 +217,8 @@ def _tables(call: Call) -> dict[str, Shaped[Tensor, "#B #H R C"]]:
     """The tables over pairs of segments, by field of `Cells`: in one shape, so that one place serves to read all."""
     masks = (call.segment_mask, call.segment_open)
     edits = (call.knockout, call.logit_factor, call.logit_raise, call.edit_bias, call.gain)
-    log2_gain, laid_out = (call.log2_gain, call.laid_out) if isinstance(call, Lowered) else (None, None)
-    given = [t for t in (*masks, *edits, log2_gain, laid_out) if t is not None]
+    log2_gain = call.log2_gain if isinstance(call, Lowered) else None
+    given = [t for t in (*masks, *edits, log2_gain) if t is not None]
     if not given:
         return {}
     sizes = tuple(min(t.shape[axis] for t in given) for axis in (2, 3))
@@ -221,8 +246,6 @@ def _tables(call: Call) -> dict[str, Shaped[Tensor, "#B #H R C"]]:
         tables["weight_gain"] = ready(call.gain.float().log2().clamp_min(HIDDEN))
     if log2_gain is not None:
         tables["weight_gain"] = ready(log2_gain)
-    if laid_out is not None:
-        tables["laid_out"] = ready(laid_out)
     return tables
 
 

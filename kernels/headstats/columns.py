@@ -62,7 +62,7 @@ def visit_queries(
         b_x = tl.dot(b_k, b_q, input_precision=PRECISION)  # [BN, BM]
         row = row_terms(cells, i_b, i_h, o_m[None, :], M, N)
         b_x = tile_logits(b_x, cells, row, o_m[None, :], o_n[:, None], inside[:, None], MASKED)
-        if cells.weight_gain is not None:
+        if cells.after is not None:
             b_x = reweighted(b_x, cells, row, o_m[None, :], o_n[:, None], inside[:, None])
         b_p = tl.exp2(b_x - b_lse[None, :])
         counted = (b_x > LOWEST) & real[None, :]

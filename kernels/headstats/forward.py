@@ -85,7 +85,7 @@ def visit_keys(
         b_x = tl.dot(b_q, b_k, input_precision=PRECISION)  # [BM, BN]
         o_n = first + o_r
         b_x = tile_logits(b_x, cells, row, o_m[:, None], o_n[None, :], inside, MASKED)
-        if cells.weight_gain is not None:
+        if cells.after is not None:
             before = add_weights(before, b_x)
             b_x = reweighted(b_x, cells, row, o_m[:, None], o_n[None, :], inside)
         b_far = (o_m + cells.offset)[:, None] - o_n[None, :]
@@ -225,7 +225,7 @@ def attend_kernel(
         )  # fmt: skip
 
     b_o, softmax, before, found, b_f = sums
-    _slope, b_cool, _bias, _padding, _columns, _table = row
+    _slope, b_cool, _bias, _padding, _columns, _table, _after = row
     norm = normalise(softmax, before, ends, cells, b_cool, i_h, BM)
     empty, b_shift, b_log, b_inv = norm
     o_row = i_bh * M + o_m

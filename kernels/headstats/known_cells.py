@@ -46,7 +46,7 @@ def weigh_cells_kernel(
         b_k = tl.load(p_kt, mask=real[:, None] & (o_d < D), other=0.0).to(tl.float32)
         b_x = tl.sum(b_q * b_k, 1)[:, None]
         b_x = tile_logits(b_x, cells, row, o_m[:, None], o_n[:, None], real[:, None], True)
-        if cells.weight_gain is not None:
+        if cells.after is not None:
             b_x = reweighted(b_x, cells, row, o_m[:, None], o_n[:, None], real[:, None])
         b_x = tl.reshape(b_x, [BM])
         b_p = tl.where(b_x > LOWEST, tl.exp2(b_x - b_lse), 0.0)

@@ -69,7 +69,7 @@ def visit_keys(
         b_k = load_block(p_k, region.k_strides[2], o_r, region.n, D, BD, UPCAST)  # [BN, BD]
         b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         b_x = tile_logits(b_x, cells, row, o_m[:, None], (first + o_r)[None, :], inside, MASKED)
-        if cells.weight_gain is not None:
+        if cells.after is not None:
             b_x = reweighted(b_x, cells, row, o_m[:, None], (first + o_r)[None, :], inside)
         b_best, b_place = keep_larger(b_x, b_best, b_place, first + i_n, BM, BN, K)
     return b_best, b_place

@@ -58,10 +58,8 @@ def unsupported(call: Call) -> str | None:
 
 
 def _unsupported_edit(call: Call) -> str | None:
-    if (kind := call.counterfactual) not in (None, "uniform", "identity"):
-        return f"it takes no Edit.counterfactual={kind!r}"
-    if kind is not None and call.take is not None:
-        return "it takes no Edit.counterfactual together with Edit.take"
+    if (reason := lowering.unsupported(call)) is not None:
+        return reason
     if call.pattern_rows is not None and (d := call.q.shape[3]) > MAX_HEAD // 2:
         return f"beside Edit.pattern_from for some heads or rows, head sizes up to {MAX_HEAD // 2} fit, given D={d}"
     return None
@@ -82,7 +80,7 @@ def run(call: Call) -> Attended:
 
 def launch(call: Call) -> Attended:
     """The same without gradients."""
-    call = lowering.lowered(call, lambda part: forward_pass(part, None)[:2])
+    call = lowering.lowered(call, lambda part: forward_pass(part, None))
     asked, features = call.spec.requested(), carried.features(call)
     out, lse, found = forward_pass(call, None if features is None else features[..., :BESIDE])
     for name, value in asked.items():

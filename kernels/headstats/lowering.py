@@ -1,14 +1,16 @@
-"""Edits that the Triton kernels do not know, put in terms of what they do: before any kernel of a call runs."""
+"""Edits that the Triton kernels and the compiled CPU backend do not know, put in terms of what they do: before any
+pass of a call runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.call import HIDDEN, Call
+from headstats.call import EDITS, HIDDEN, Call
 from headstats.spec import StatSpec
 from headstats.weights import ZERO
 
@@ -16,25 +18,45 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
     from torch import Tensor
 
-    Attend = Callable[[Call], tuple[Tensor, Tensor]]
+    Attend = Callable[[Call], tuple[Tensor, Tensor, dict[str, Any]]]
 
 LOG2E = 1.4426950408889634
+LAYOUTS = ("uniform", "identity", "reversed", "random")  # of counterfactuals: what a cell's own number decides
+TINY = 1e-37  # no row's largest weight
+ALONE = -HIDDEN  # among levels: the row's weights stay
 
 
 @dataclass(eq=False, kw_only=True)
 class Lowered(Call):
-    """A call whose gain after the softmax is given by its logarithm, which reaches further than a gain could."""
+    """A call whose gain after the softmax is given by its logarithm, which reaches further than a gain could, and whose
+    counterfactual has become a formula for single cells, given two numbers of their row.
+
+    Logarithms of weights are those of logits, in base 2: weight = 2^(x - lse log2 e). Of a visible cell x becomes
+    level + r, with r = 0 (uniform), 0 at the query's own position (identity), log2 u (random) or
+    log2(2^top - 2^x) (reversed); then the gain is added.
+    """
 
     log2_gain: Float[Tensor, "#B #H R C"] | None = None  # at or below HIDDEN: the cell is hidden; at ZERO: has weight 0
-    laid_out: Float[Tensor, "#B #H R C"] | None = None  # as `arguments.Cells` has it; -HIDDEN: the weight stays
-    own_only: bool = False
+    layout: str | None = None  # one of LAYOUTS
+    levels: Float[Tensor, "B H M"] | None = None
+    tops: Float[Tensor, "B H M"] | None = None  # for "reversed": the row's largest logit; what is as large gets none
+    within: bool = False  # all of this acts before the softmax, so that lse is that of the weights it leaves
+
+
+def unsupported(call: Call) -> str | None:
+    """Why a call cannot be put in these terms, or None."""
+    if call.counterfactual not in (None, *LAYOUTS):
+        kind = call.counterfactual
+        return f"Edit.counterfactual={kind!r} wants whole rows, which backends 'blocked' and 'reference' hold"
+    return None
 
 
 def lowered(call: Call, attend: Attend) -> Call:
-    """The call without pattern_from, counterfactual, take and give. attend: a pass over the keys, for out and lse."""
+    """The call without pattern_from, counterfactual, take and give. attend: a pass over the keys, for out, lse and
+    statistics by name."""
     call = with_pattern(call)
     if call.counterfactual is not None:
-        return laid_out(call, attend)
+        call = laid_out(call, attend)
     return call if call.take is None else redistributed(call, attend)
 
 
@@ -77,37 +99,49 @@ def _rows_of(table: Shaped[Tensor, "#B #H R C"], ids: Int[Tensor, "#B M"] | None
 
 
 def laid_out(call: Call, attend: Attend) -> Lowered:
-    """Edit.counterfactual "uniform" or "identity" as what logits become, given the row's log-sum-exp L: L, or L less
-    the logarithm of a number of keys. L is without a learned sink where the row keeps its sum, else with it."""
-    call = by_query(call)
-    if call.k_segments is None:
-        call = replace(call, k_segments=torch.zeros(1, call.n, dtype=torch.int64, device=call.q.device))
-    given = [x.shape[3] for f in fields(Call) if "Sq+1" in str(f.type) and (x := getattr(call, f.name)) is not None]
-    columns, keeps = min(given, default=1), call.counterfactual_renormalise
-    neutral = call.q.new_zeros(1, 1, call.q.shape[2], columns, dtype=torch.float32)
-    bare = replace(
-        call, v=torch.ones_like(call.v[..., :1], dtype=torch.float32), counterfactual=None, counterfactual_rows=None,
-        prefix_v=None if call.prefix_v is None else torch.ones_like(call.prefix_v[..., :1], dtype=torch.float32),
-        gain=None, sinks=None if keeps else call.sinks, gate=None, replacement=None, spec=StatSpec.none(),
-    )  # fmt: skip
-    lse = attend(bare)[1]
-    level = (lse.masked_fill(lse == -torch.inf, 0) * LOG2E)[..., None]
-    if call.counterfactual == "uniform":
-        count = torch.full_like(level, call.n)
-        if keeps:  # as many ones, all of the weight 1 / exp(lse - L) = 1, as there are visible keys
-            even = _with(bare, log2_gain=neutral, laid_out=level.expand(-1, -1, -1, columns))
-            count = attend(even)[0].round().clamp_min(1)
-        level = level - count.log2()
+    """Edit.counterfactual as the formula of `Lowered`: a row of the sum m = 2^L / 2^lse keeps it (L: the log-sum-exp
+    without a learned sink) when level is L less the log-sum-exp of what the formula gives at level 0."""
+    kind, keeps = call.counterfactual, call.counterfactual_renormalise
+    bare = _bare(call)
+    spec = replace(bare.spec, max_prob=kind == "reversed")
+    with_sink = None if keeps or kind == "reversed" else call.sinks
+    _, lse, found = attend(replace(bare, spec=spec, sinks=with_sink))
+    level = lse.masked_fill(lse == -torch.inf, 0) * LOG2E
+    top = None if kind != "reversed" else level + found["max_prob"].clamp_min(TINY).log2()
+    flat = _with(bare, layout=kind, levels=torch.zeros_like(level), tops=top, within=True)
+    if keeps and kind != "identity":
+        even = attend(flat)[1]
+        level = torch.where(even > ZERO / 2, level - even * LOG2E, ALONE)  # equal weights stay when reversed
+    elif kind == "uniform":
+        level = level - math.log2(call.n)
+    elif kind == "random":
+        level = level - attend(_open(flat))[1] * LOG2E
+    elif kind == "reversed":
+        level = torch.zeros_like(level)
     if call.counterfactual_rows is not None:
-        level = torch.where(call.counterfactual_rows[..., None], level, -HIDDEN)
-    log2_gain = neutral if call.gain is None else call.gain.float().log2().clamp_min(HIDDEN)
-    done = replace(call, counterfactual=None, counterfactual_rows=None, gain=None)
-    level = level.expand(-1, -1, -1, columns)
-    return _with(done, log2_gain=log2_gain, laid_out=level, own_only=call.counterfactual == "identity")
+        level = torch.where(call.counterfactual_rows, level, ALONE)
+    done = replace(call, counterfactual=None, counterfactual_rows=None)
+    return _with(done, layout=kind, levels=level.contiguous(), tops=top)
+
+
+def _bare(call: Call) -> Call:
+    """Attention for its log-sum-exp: no learned sink, hardly any values, nothing after the softmax."""
+    return replace(
+        call, v=call.v[..., :1], prefix_v=None if call.prefix_v is None else call.prefix_v[..., :1], sinks=None,
+        counterfactual=None, counterfactual_rows=None, gain=None, take=None, give=None, keep_fraction=None, gate=None,
+        replacement=None, spec=StatSpec.none(),
+    )  # fmt: skip
+
+
+def _open(call: Lowered) -> Lowered:
+    """The same with all keys in sight and no edit."""
+    gone = {"bias", "key_padding", "segment_mask", "segment_open", *EDITS} - {"counterfactual_seed"}
+    defaults = {f.name: f.default for f in fields(Call) if f.name in gone}
+    return replace(call, causal=False, window=None, **defaults)
 
 
 def _with(call: Call, **more: Any) -> Lowered:
-    return Lowered(**{f.name: getattr(call, f.name) for f in fields(Call)}, **more)
+    return Lowered(**{f.name: getattr(call, f.name) for f in fields(call)} | more)
 
 
 def redistributed(call: Call, attend: Attend) -> Lowered:
@@ -119,30 +153,21 @@ def redistributed(call: Call, attend: Attend) -> Lowered:
     call = by_query(call)
     take, give, keep = call.take, call.give, call.keep_fraction
     assert take is not None and give is not None and keep is not None  # validated: all or none
-    keep = keep.float()
-    given, taken = (attend(_only(call, cells))[1][..., None] for cells in (give, take))
-    ratio = (1 - keep).log()[..., None] + taken - given
+    keep, gain = keep.to(call.dtype), _log2_gain(call)
+    bare = _with(_bare(call), within=True)
+    given, taken = (
+        attend(replace(bare, log2_gain=torch.where(cells, gain, HIDDEN)))[1][..., None] for cells in (give, take)
+    )
+    acts = given > ZERO / 2  # else nothing is there to give to
+    ratio = (1 - keep).log()[..., None] + taken - torch.where(acts, given, 0)
     grown = torch.logaddexp(ratio, torch.zeros_like(ratio)) * LOG2E
     kept = keep.log2().clamp_min(ZERO)[..., None]
-    log2_gain = torch.where(give, grown, torch.where(take, kept, 0))
-    log2_gain = torch.where(given > -torch.inf, log2_gain, 0)  # else nothing is there to give to
-    if call.gain is not None:
-        log2_gain = log2_gain + call.gain.float().log2().clamp_min(HIDDEN)
+    moved = torch.where(give, grown, torch.where(take, kept, 0))
     done = replace(call, take=None, give=None, keep_fraction=None, gain=None)
-    return _with(done, log2_gain=log2_gain)
+    return _with(done, log2_gain=gain + torch.where(acts, moved, 0))
 
 
-def _only(call: Call, cells: Shaped[Tensor, "#B #H M C"]) -> Call:
-    """Attention to some cells alone, with gains before the softmax, for its log-sum-exp: no sink, hardly any values."""
-    hidden, bias = ~cells, call.edit_bias
-    if call.knockout is not None:
-        hidden = hidden | call.knockout
-    if call.gain is not None:
-        hidden = hidden | (call.gain == 0)
-        log_gain = torch.where(call.gain == 0, 1, call.gain).float().log()
-        bias = log_gain if bias is None else bias + log_gain
-    first = None if call.prefix_v is None else call.prefix_v[..., :1]
-    return replace(
-        call, v=call.v[..., :1], prefix_v=first, knockout=hidden, edit_bias=bias, gain=None, take=None, give=None,
-        keep_fraction=None, sinks=None, gate=None, replacement=None, spec=StatSpec.none(),
-    )  # fmt: skip
+def _log2_gain(call: Call) -> Float[Tensor, "#B #H R C"]:
+    if call.gain is None:
+        return call.q.new_zeros((), dtype=call.dtype)
+    return call.gain.to(call.dtype).log2().clamp_min(HIDDEN)

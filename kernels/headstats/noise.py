@@ -35,11 +35,14 @@ def words(
     keys: Int[Tensor, " n"],
 ) -> Int[Tensor, "b h m n"]:
     """mix(mix(key) ^ mix(query ^ mix(head ^ mix(row ^ mix(seed))))): for one query, no two keys share a word."""
-    state = mix(torch.full_like(rows, seed))
-    state = mix((rows & WORD) ^ state)[:, None]
-    state = mix((heads & WORD) ^ state)[:, :, None]
-    state = mix((queries & WORD) ^ state)[..., None]
+    state = mix((queries & WORD) ^ states(seed, rows, heads)[:, :, None])[..., None]
     return mix(mix(keys & WORD) ^ state)
+
+
+def states(seed: int, rows: Int[Tensor, " b"], heads: Int[Tensor, " h"]) -> Int[Tensor, "b h"]:
+    """The part of `words` that all queries of a batch row and head share."""
+    state = mix((rows & WORD) ^ mix(torch.full_like(rows, seed)))[:, None]
+    return mix((heads & WORD) ^ state)
 
 
 def uniform(word: Int[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

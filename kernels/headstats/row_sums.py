@@ -97,7 +97,7 @@ def normalise(softmax, before, ends, cells, b_cool, i_h, BM: tl.constexpr):
     """
     b_m, b_l = softmax
     b_shift, b_total = softmax
-    if cells.weight_gain is not None:
+    if cells.after is not None:
         b_shift, b_total = before
     empty = b_total == 0.0
     if ends.sinks is not None:
@@ -108,7 +108,7 @@ def normalise(softmax, before, ends, cells, b_cool, i_h, BM: tl.constexpr):
         b_total = b_total * tl.exp2(b_shift - b_high) + tl.exp2(b_sink - b_high)
         b_shift = b_high
     b_scale = 1.0
-    if (cells.weight_gain is not None) or (ends.sinks is not None):
+    if (cells.after is not None) or (ends.sinks is not None):
         b_scale = tl.where(b_l == 0.0, 0.0, tl.exp2(b_m - b_shift))
     b_inv = tl.where(empty, 0.0, b_scale / tl.where(empty, 1.0, b_total))
     return empty, b_shift, tl.log2(tl.where(empty, 1.0, b_total)), b_inv

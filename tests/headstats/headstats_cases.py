@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import headstats
 import torch
 from headstats.cpu import trial
+from headstats.lowering import LAYOUTS
 from headstats.stats import BY_NAME, tensors
 
 # Every way to shape attention, alone and in the combinations that have met in one model.
@@ -99,10 +100,21 @@ RESHAPED = {
 }  # fmt: skip
 # Edits that need to know whole rows, or other queries and keys.
 MOVED = {
-    **{name: x for name, x in CHANGED.items() if name.startswith(("redistribution", "pattern", "uniform", "identity"))},
+    **{name: x for name, x in CHANGED.items() if name.startswith(("redistribution", "pattern", *LAYOUTS))},
     "uniform and gain, in some rows": {
         "edits": ("uniform", "gain", "temperature", "leave", "rows"), "table": ("segment_mask",), "prefix": 5,
         "sinks": True, "alibi": True, "bias": True, "hide": 0.2,
+    },
+    **{f"redistribution of what {kind} left": {
+        "edits": (*REDISTRIBUTION, kind, "counterfactual_heads", "gain", "leave"), "sinks": kind == "random", "prefix": 4,
+    } for kind in LAYOUTS},
+    "random beside tables, in some rows": {
+        "edits": ("random", "knockout", "bias", "gain", "leave", "rows"), "table": ("segment_mask", "segment_open"),
+        "tables": (2, 4), "prefix": 5, "runs": 2, "sinks": True, "window": 6,
+    },
+    "reversed, all before it": {
+        "edits": ("reversed", "knockout", "temperature", "logit_factor", "pattern_from", "pattern_heads"), "prefix": 5,
+        "bias": True, "hide": 0.3, "softcap": 2.0, "sinks": True, "alibi": True,
     },
     "redistribution of what gains left": {
         "edits": (*REDISTRIBUTION, "gain", "bias", "knockout", "leave", "temperature"), "prefix": 5, "runs": 2,
