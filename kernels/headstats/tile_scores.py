@@ -164,4 +164,5 @@ def reweighted(b_x, cells, row, o_i, o_n, inside):
         b_x = tl.where((b_x > LOWEST) & (b_level < ALONE), b_new, b_x)
     if cells.weight_gain is not None:
         b_x += of_cells(cells.weight_gain, cells, row, o_n, inside)
+        b_x = tl.where(b_x > LOWEST, tl.maximum(b_x, ZERO), b_x)  # all weights that are 0 are alike
     return b_x

@@ -116,7 +116,8 @@ def laid_out(c: Change, e: Tensor, x: Tensor, total: Tensor, base: Base) -> tupl
         of = e.sum(-1, keepdim=True) if c.renormalise else total[..., None]
         other = of * (reversed_shares(c, e, x, of) if c.counterfactual == "reversed" else fixed_shares(c, x))
         some = other > 0
-        log = torch.where(some, base.log(torch.where(some, other, 1)), torch.where(x > HIDDEN / 4, ZERO, HIDDEN))
+        none = x.new_full((), ZERO)  # in x's dtype: every weight of 0 has the same logarithm
+        log = torch.where(some, base.log(torch.where(some, other, 1)), torch.where(x > HIDDEN / 4, none, HIDDEN))
     acts = acting(c, x)
     return torch.where(acts, other, e), torch.where(acts, log, x)
 

@@ -106,15 +106,17 @@ MOVED = {
         "sinks": True, "alibi": True, "bias": True, "hide": 0.2,
     },
     **{f"redistribution of what {kind} left": {
-        "edits": (*REDISTRIBUTION, kind, "counterfactual_heads", "gain", "leave"), "sinks": kind == "random", "prefix": 4,
+        # Gains and fractions are few round numbers: with weights that are equal, they would tie but for rounding.
+        "edits": (*REDISTRIBUTION, kind, "counterfactual_heads", "leave", *(("gain",) if kind == "random" else ())),
+        "sinks": kind == "random", "prefix": 4,
     } for kind in LAYOUTS},
     "random beside tables, in some rows": {
         "edits": ("random", "knockout", "bias", "gain", "leave", "rows"), "table": ("segment_mask", "segment_open"),
         "tables": (2, 4), "prefix": 5, "runs": 2, "sinks": True, "window": 6,
     },
     "reversed, all before it": {
-        "edits": ("reversed", "knockout", "temperature", "logit_factor", "pattern_from", "pattern_heads"), "prefix": 5,
-        "bias": True, "hide": 0.3, "softcap": 2.0, "sinks": True, "alibi": True,
+        "edits": ("reversed", "knockout", "temperature", "pattern_from", "pattern_heads"), "prefix": 5, "softcap": 1.0,
+        "sinks": True, "padding": "left",
     },
     "redistribution of what gains left": {
         "edits": (*REDISTRIBUTION, "gain", "bias", "knockout", "leave", "temperature"), "prefix": 5, "runs": 2,

@@ -12,12 +12,26 @@ N = 6
 SEEN = torch.ones(N, N).tril().bool()
 
 
-@pytest.fixture(params=["reference", "blocked", "blocked in small tiles"])
+@pytest.fixture(params=["reference", "blocked", "blocked in small tiles", "compiled"])
 def attend(request, monkeypatch):
+    if request.param == "compiled":
+        request.getfixturevalue("compiled_library")
+        return compiled_or_told
     if "small" in request.param:
         monkeypatch.setattr(tiles, "CELLS", 32)
         monkeypatch.setattr(tiles, "ROWS", 2)
     return lambda q, k, v, **o: headstats.attend(q, k, v, backend=request.param.split()[0], **o)
+
+
+def compiled_or_told(q, k, v, edit=None, **options):
+    """The compiled backend; what it says it cannot do goes to the backend that it names."""
+    if edit is None or edit.counterfactual != "shuffled":
+        return headstats.attend(q, k, v, edit=edit, **options, backend="compiled")
+    with pytest.raises(NotImplementedError, match=r"'shuffled' wants whole rows, which backends 'blocked' and"):
+        headstats.attend(q, k, v, edit=edit, **options, backend="compiled")
+    r = headstats.attend(q, k, v, edit=edit, **options)
+    assert r.backend == "blocked"
+    return r
 
 
 def pattern(attend, scores, **options):
@@ -160,8 +174,8 @@ def test_other_rows_are_left_alone_to_the_last_bit(attend, name):
     plain_options = {x: y for x, y in options.items() if x not in ids or "segment_mask" in options}
     if "segment_open" in options:
         plain_options |= ids
-    plain = attend(*qkv, **plain_options)
     r = attend(*qkv, **options, edit=edit, spec=replace(StatSpec(), segments=False))
+    plain = headstats.attend(*qkv, **plain_options, backend=r.backend)
     away = ~rows[:, None].expand(-1, 4, -1)
     assert torch.equal(r.out[away], plain.out[away]) and torch.equal(r.lse[away], plain.lse[away])
     assert torch.equal(r.stats.entropy[away], plain.stats.entropy[away])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import recompute
+from headstats import lowering, recompute
 from headstats.call import Call
 from headstats.cpu import library, trial
 from headstats.cpu.arguments import COMPUTED, Arguments
@@ -22,7 +22,8 @@ READ = {
     "q", "k", "v", "causal", "window", "softcap", "scale", "spec", "bias", "alibi", "sinks", "prefix_k", "prefix_v",
     "key_padding", "query_padding", "q_segments", "k_segments", "segment_mask", "segment_open", "n_segments",
     "targets", "key_features", "gate", "replacement", "temperature", "edit_bias", "knockout", "gain",
-    "edit_q_segments",
+    "edit_q_segments", "pattern_q", "pattern_k", "pattern_rows", "logit_factor", "logit_raise", "counterfactual",
+    "counterfactual_rows", "counterfactual_renormalise", "counterfactual_seed", "take", "give", "keep_fraction",
 }  # fmt: skip
 
 
@@ -35,10 +36,8 @@ def unsupported(call: Call) -> str | None:
     unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
     if unread:
         return f"it does not read {', '.join(unread)}"
-    if call.numbers_rows_twice:
-        return "it takes no Edit.rows or phase with tables of Edit beside segment_mask or segment_open"
-    if call.gain is not None and (tracing(call.q) or bool(((call.gain != 0) & (call.gain != 1)).any())):
-        return "it takes no Edit.gain without renormalisation"
+    if (reason := lowering.unsupported(call)) is not None:
+        return reason
     if missing := [name for name in call.spec.requested() if name not in COMPUTED]:
         return f"it does not compute {', '.join(missing)}"
     return trial.failure(call.dtype)
@@ -51,6 +50,10 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """The same without gradients."""
+    return _pass(lowering.lowered(call, _pass))
+
+
+def _pass(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     found, reason = library.find()
     assert found is not None, reason  # unsupported() has looked
     arguments = Arguments(call, found.structure)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstats import noise
 from headstats.call import HIDDEN, Call
+from headstats.lowering import LAYOUTS, Lowered
 from headstats.stats import Result, TopK
 
 if TYPE_CHECKING:
@@ -85,22 +87,48 @@ class Arguments:
     def _segments(self) -> None:
         """Ids count from 1 and tables begin with what is in no segment, so that -1 needs no care in the loops."""
         call = self.call
-        for name, ids in (("q_segments", call.table_q_segments), ("k_segments", call.k_segments)):
-            if ids is not None:
-                ids = (ids + 1).to(torch.int32).contiguous()
-                self._set(**{name: ids, f"{name}_b": ids.shape[1] if len(ids) > 1 else 0})
-        cut = call.knockout if call.gain is None else call.gain == 0
-        tables = (call.segment_mask, call.segment_open, cut, call.edit_bias)
-        for name, table in zip(("segment_mask", "segment_open", "knockout", "edit_bias"), tables, strict=True):
-            if table is not None:
-                table = table if table.dtype == torch.bool else self._number(table)
-                table = table.roll((1, 1), (2, 3)).contiguous()
-                strides = [s if n > 1 else 0 for s, n in zip(table.stride(), table.shape, strict=True)]
-                self._set(**{name: table}, **{f"{name}_{a}": s for a, s in zip("bhm", strides[:3], strict=True)})
+        log2_gain = None if call.gain is None else call.gain.to(call.dtype).log2().clamp_min(HIDDEN)
+        if isinstance(call, Lowered) and call.log2_gain is not None:
+            log2_gain = call.log2_gain
+        masks = {"segment_mask": call.segment_mask, "segment_open": call.segment_open}
+        edits = {
+            "knockout": call.knockout, "edit_bias": call.edit_bias, "logit_factor": call.logit_factor,
+            "logit_raise": call.logit_raise, "log2_gain": log2_gain,
+        }  # fmt: skip
+        self._tables("q_segments", call.q_segments, masks)
+        self._tables("edit_q_segments", call.edit_q_segments, edits)
+        if call.k_segments is not None:
+            self._ids("k_segments", call.k_segments + 1)
+        gained = isinstance(call, Lowered) and (call.layout is not None or log2_gain is not None)
+        within = gained and call.within
+        self._set(after=(gained or call.gain is not None) and not within, within=within)
+
+    def _tables(self, ids_name: str, ids: Tensor | None, tables: dict[str, Tensor | None]) -> None:
+        given = {name: t for name, t in tables.items() if t is not None}
+        if not given:
+            return
+        assert ids is not None  # validated: a table needs them
+        # `lowering.by_query` makes tables of as many rows as there are queries, and so none for segment -1.
+        self._ids(ids_name, (ids + 1).remainder(min(t.shape[2] for t in given.values())))
+        for name, table in given.items():
+            table = table if table.dtype == torch.bool else self._number(table)
+            table = table.roll((1, 1), (2, 3)).contiguous()
+            strides = [s if n > 1 else 0 for s, n in zip(table.stride(), table.shape, strict=True)]
+            self._set(**{name: table}, **{f"{name}_{a}": s for a, s in zip("bhm", strides[:3], strict=True)})
+
+    def _ids(self, name: str, ids: Tensor) -> None:
+        ids = ids.to(torch.int32).contiguous()
+        self._set(**{name: ids, f"{name}_b": ids.shape[1] if len(ids) > 1 else 0})
 
     def _edit(self) -> None:
         call = self.call
-        self._set(renormalise=call.gain is None)
+        if isinstance(call, Lowered) and call.layout is not None:
+            self._set(layout=1 + LAYOUTS.index(call.layout))
+            for name, x in (("levels", call.levels), ("tops", call.tops)):
+                if x is not None:
+                    self._set(**{name: self._number(x).contiguous()})
+            rows, heads = (torch.arange(size) for size in call.q.shape[:2])
+            self._set(states=noise.states(call.counterfactual_seed, rows, heads).to(torch.int32))
         self._strided("temperature", call.temperature, "bhm")
         self._strided("gate", call.gate, "bhm")
         self._strided("replacement", call.replacement, "bhmd")

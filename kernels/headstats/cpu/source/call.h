@@ -16,7 +16,11 @@
   P(key_padding) P(query_padding) /* bytes [B, N], [B, M] */                                                  \
   P(q_segments) I(q_segments_b) P(k_segments) I(k_segments_b) /* int32, 0 = none, which tables have too */       \
   HEADSTATS_ROWS(I, P, segment_mask) HEADSTATS_ROWS(I, P, segment_open) HEADSTATS_ROWS(I, P, knockout)        \
-  HEADSTATS_ROWS(I, P, edit_bias) I(renormalise) /* tables: their last axis has stride 1 */                   \
+  HEADSTATS_ROWS(I, P, edit_bias) /* tables: their last axis has stride 1 */                                  \
+  P(edit_q_segments) I(edit_q_segments_b) /* rows of the tables of an edit: knockout and edit_bias, and these */ \
+  HEADSTATS_ROWS(I, P, logit_factor) HEADSTATS_ROWS(I, P, logit_raise) HEADSTATS_ROWS(I, P, log2_gain)        \
+  I(layout) P(levels) P(tops) P(states) /* see logits.h; [B, H, M] and, uint32, [B, H] */                     \
+  I(after) I(within) /* whether log2_gain and layout act after the softmax, or before */                      \
   HEADSTATS_ROWS(I, P, temperature) HEADSTATS_ROWS(I, P, gate) HEADSTATS_FULL(I, P, replacement)              \
   P(out) P(lse) /* here and below: float for half precision and float inputs, double for double */           \
   P(entropy) P(entropy_normalised) P(max_prob) P(argmax) P(participation) P(effective_keys) P(distance)       \

@@ -53,7 +53,7 @@ struct ColumnWorker {
                       c.D, width - p, factor);
     for (int64_t r = 0; r < count; r++) {
       shape_logits(c, rows[r], x + r * BLOCK, start, 0, width, valid);
-      if (rows[r].cut && !c.renormalise) hide_cut(rows[r], x + r * BLOCK, start, 0, valid);
+      if (c.after) reweigh(c, rows[r], x + r * BLOCK, start, 0, valid);
       add(g, rows[r], x + r * BLOCK, norms[r], start, width);
     }
   }

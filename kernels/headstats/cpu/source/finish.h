@@ -7,8 +7,7 @@ namespace {
 // log2 of the row's softmax denominator; LOWEST where the row sees no key; no number where a logit is none.
 template <class T>
 double log_norm(const Call& c, const Row<T>& r) {
-  const bool cut = r.cut && !c.renormalise;
-  const double top = cut ? r.all_top : r.top, mass = cut ? r.all_mass : r.mass;
+  const double top = c.after ? r.all_top : r.top, mass = c.after ? r.all_mass : r.mass;
   if (std::isnan(mass)) return mass;
   if (!(top > LOWEST)) return LOWEST;
   if (!c.sinks) return top + std::log2(mass);
@@ -39,16 +38,17 @@ void write_lists(const Call& c, const Row<T>& r, Kept<T> kept, double norm) {
 template <class T>
 void write_statistics(const Call& c, const Row<T>& r, Kept<T> kept, double norm, double unit) {
   const bool any = std::isnan(norm) || r.top > T(LOWEST);
-  const double per_mass = r.mass > 0 ? 1 / r.mass : 0;
-  const double entropy = any ? std::max(-LN2 * unit * (r.entropy + (r.top - norm) * r.mass), 0.0) : 0;
+  const bool some = r.mass > 0 && unit != 0;  // weights may all have become 0
+  double entropy = any ? -LN2 * unit * (r.entropy + (r.top - norm) * r.mass) : 0;
+  if (!c.after) entropy = std::max(entropy, 0.0);  // rounding; a gain takes weights beyond 1
   put<T>(c.entropy, r.number, entropy);
   put<T>(c.entropy_normalised, r.number, r.seen > 1 ? entropy / std::log(double(r.seen)) : 0);
   put<T>(c.max_prob, r.number, unit);
   put<int64_t>(c.argmax, r.number, any ? double(r.argmax) : -1);
   put<T>(c.participation, r.number, r.squares * unit * unit);
-  put<T>(c.effective_keys, r.number, r.squares > 0 ? r.mass * r.mass / r.squares : 0);
+  put<T>(c.effective_keys, r.number, some && r.squares > 0 ? r.mass * r.mass / r.squares : 0);
   put<T>(c.distance, r.number, r.distance * unit);
-  put<T>(c.distance_var, r.number, r.spread * per_mass);
+  put<T>(c.distance_var, r.number, some ? r.spread / r.mass : 0);
   put<T>(c.waad, r.number, (double(c.waad_at) * r.mass - r.close) * unit);
   put<T>(c.sink, r.number, r.sink * unit);
   put<T>(c.local, r.number, r.local * unit);

@@ -1,112 +1,8 @@
-// One query of one head: what it may see, and the running sums of its softmax.
-//
-// Logits are in base 2, x = logit * log2(e). Sums are relative to `top`, the largest x so far; when it rises, each
-// term w = 2^(x - top) shrinks by alpha = 2^(old - new). Sums within a block of keys are made in T, and joined in double.
+// Sums of a row over blocks of keys, for what `finish.h` then writes.
 #pragma once
-#include <limits>
-#include <vector>
-
-#include "load.h"
+#include "logits.h"
 
 namespace {
-
-constexpr double LOG2E = 1.44269504088896340735992468100, LN2 = 0.693147180559945309417232121458;
-constexpr double HIDDEN = -1e30;  // of a hidden cell: -inf would give 0 * inf in the entropy
-constexpr double LOWEST = -5e29;  // `top` starts here, so that 2^(HIDDEN - top) = 0 in an empty row
-
-template <class T>
-struct Row {
-  int64_t b, h, i;       // batch row, head, query
-  int64_t number;        // of the row among B * H * M
-  int64_t at;            // the query's position among keys
-  int64_t near, beyond;  // keys near <= j < beyond: those causality and window allow
-  int64_t first, stop;   // keys that may be visible: the same, or all where a table opens cells
-  T cool = 1;            // 1 / temperature
-  T slope = 0;           // ALiBi
-  const T* bias = nullptr;
-  const uint8_t *mask = nullptr, *open = nullptr, *cut = nullptr, *real = nullptr;  // of its segment; of its keys
-  const T* gain = nullptr;
-  const int32_t* segments = nullptr;  // of keys
-
-  T top = T(LOWEST);
-  double mass = 0, entropy = 0, distance = 0, squares = 0;
-  T all_top = T(LOWEST);  // with cells that are cut from the norm's share
-  double all_mass = 0;
-  double sink = 0, local = 0, close = 0, spread = 0;
-  int64_t argmax = -1, seen = 0;
-  T diagonal = T(HIDDEN), previous = T(HIDDEN);
-};
-
-template <class T>
-const T* row_of(const void* at, int64_t offset) {
-  return at ? static_cast<const T*>(at) + offset : nullptr;
-}
-
-template <class T>
-Row<T> make_row(const Call& c, int64_t b, int64_t h, int64_t i) {
-  Row<T> r;
-  r.b = b, r.h = h, r.i = i;
-  r.number = (b * c.H + h) * c.M + i;
-  r.at = i + c.N - c.M;
-  r.near = c.window ? r.at - c.window + 1 : 0;
-  r.beyond = c.causal ? r.at + 1 : c.window ? r.at + c.window : c.N;
-  r.near = std::min(std::max(r.near, int64_t(0)), c.N);
-  r.beyond = std::max(std::min(r.beyond, c.N), r.near);
-  r.first = c.segment_open ? 0 : r.near;
-  r.stop = c.segment_open ? c.N : r.beyond;
-  if (c.temperature)
-    r.cool = T(1) / *row_of<T>(c.temperature, b * c.temperature_b + h * c.temperature_h + i * c.temperature_m);
-  if (c.alibi) r.slope = static_cast<const T*>(c.alibi)[h] * T(LOG2E);
-  r.bias = row_of<T>(c.bias, b * c.bias_b + h * c.bias_h + i * c.bias_m);
-  r.real = row_of<uint8_t>(c.key_padding, b * c.N);
-  if (!c.q_segments) return r;
-  const int64_t s = static_cast<const int32_t*>(c.q_segments)[b * c.q_segments_b + i];
-  r.segments = row_of<int32_t>(c.k_segments, b * c.k_segments_b);
-  r.mask = row_of<uint8_t>(c.segment_mask, b * c.segment_mask_b + h * c.segment_mask_h + s * c.segment_mask_m);
-  r.open = row_of<uint8_t>(c.segment_open, b * c.segment_open_b + h * c.segment_open_h + s * c.segment_open_m);
-  r.cut = row_of<uint8_t>(c.knockout, b * c.knockout_b + h * c.knockout_h + s * c.knockout_m);
-  r.gain = row_of<T>(c.edit_bias, b * c.edit_bias_b + h * c.edit_bias_h + s * c.edit_bias_m);
-  return r;
-}
-
-// Turns scaled products x[from ... to) into logits: x[c] belongs to key j0 + c. Products end at `valid`, x at `to`.
-template <class T>
-void shape_logits(const Call& c, const Row<T>& r, T* x, int64_t j0, int64_t from, int64_t to, int64_t valid) {
-  constexpr int64_t n = WIDTH<T>;
-  valid = std::min(valid, to);
-  if (c.softcap > 0)
-    for (int64_t at = from; at < to; at += n) store(x + at, tanh_all(load(x + at)) * T(c.softcap * LOG2E));
-  if (c.alibi)
-    for (int64_t at = from; at < valid; at++) x[at] -= r.slope * T(std::abs(r.at - j0 - at));
-  if (r.bias)
-    for (int64_t at = from; at < valid; at++) x[at] += r.bias[(j0 + at) * c.bias_d] * T(LOG2E);
-  if (c.temperature)
-    for (int64_t at = from; at < valid; at++) x[at] *= r.cool;
-  const int32_t* segments = r.segments + j0;
-  if (r.gain)
-    for (int64_t at = from; at < valid; at++) x[at] += r.gain[segments[at]] * T(LOG2E);
-  if (r.open) {
-    for (int64_t at = from; at < valid; at++)
-      if ((j0 + at < r.near || j0 + at >= r.beyond) && !r.open[segments[at]]) x[at] = T(HIDDEN);
-  } else {
-    for (int64_t at = from; at < std::min(valid, r.near - j0); at++) x[at] = T(HIDDEN);
-    for (int64_t at = std::max(from, r.beyond - j0); at < valid; at++) x[at] = T(HIDDEN);
-  }
-  for (int64_t at = std::max(from, valid); at < to; at++) x[at] = T(HIDDEN);
-  if (r.real)
-    for (int64_t at = from; at < valid; at++) x[at] = r.real[j0 + at] ? x[at] : T(HIDDEN);
-  if (r.bias)
-    for (int64_t at = from; at < valid; at++)
-      x[at] = r.bias[(j0 + at) * c.bias_d] <= T(c.bias_hides) ? T(HIDDEN) : x[at];
-  if (r.mask)
-    for (int64_t at = from; at < valid; at++) x[at] = r.mask[segments[at]] ? x[at] : T(HIDDEN);
-  if (r.cut && c.renormalise) hide_cut(r, x, j0, from, valid);
-}
-
-template <class T>
-void hide_cut(const Row<T>& r, T* x, int64_t j0, int64_t from, int64_t valid) {
-  for (int64_t at = from; at < valid; at++) x[at] = r.cut[r.segments[j0 + at]] ? T(HIDDEN) : x[at];
-}
 
 template <class T>
 T top_of(const T* x, int64_t from, int64_t to) {
@@ -225,14 +121,13 @@ void add_few(const Call& c, Row<T>& r, const T* w, int64_t j0, int64_t from, int
 // those held elsewhere too, are to be multiplied by.
 template <class T>
 T take_block(const Call& c, Row<T>& r, Kept<T> kept, T* x, int64_t j0, int64_t from, int64_t to, int64_t valid) {
-  const bool cut = r.cut && !c.renormalise;
-  if (cut) {
+  if (c.after) {
     const T all = std::max(r.all_top, top_of(x, from, to));
     Vec<T> mass{};
     for (int64_t at = from; at < to; at += WIDTH<T>) mass += exp2_below<T>(load(x + at) - all);
     r.all_mass = r.all_mass * exp2_one(r.all_top - all) + sum<T>(mass);
     r.all_top = all;
-    hide_cut(r, x, j0, from, std::min(valid, to));
+    reweigh(c, r, x, j0, from, std::min(valid, to));
   }
   const T here = top_of(x, from, to), before = r.top;
   if (c.entropy_normalised)
