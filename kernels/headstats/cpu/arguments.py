@@ -99,9 +99,9 @@ class Arguments:
         self._tables("edit_q_segments", call.edit_q_segments, edits)
         if call.k_segments is not None:
             self._ids("k_segments", call.k_segments + 1)
-        gained = isinstance(call, Lowered) and (call.layout is not None or log2_gain is not None)
-        within = gained and call.within
-        self._set(after=(gained or call.gain is not None) and not within, within=within)
+        acts = log2_gain is not None or (isinstance(call, Lowered) and call.layout is not None)
+        within = acts and isinstance(call, Lowered) and call.within
+        self._set(after=acts and not within, within=within)
 
     def _tables(self, ids_name: str, ids: Tensor | None, tables: dict[str, Tensor | None]) -> None:
         given = {name: t for name, t in tables.items() if t is not None}
