@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from interp.prompts import Fact, PairSet, Prompt, PromptPair
     from interp.sites import Site, Sites
     from interp.steering import mean_difference, steer
-    from interp.tracing import trace
+    from interp.tracing import trace, trace_table
 
 _HOMES = {
     "ablate": "ablation", "AttentionStats": "attention", "Effects": "effects", "InterpError": "errors",
@@ -44,7 +44,7 @@ _HOMES = {
     "PromptPair": "prompts",
     "Site": "sites", "Sites": "sites", "trace": "tracing", "knock_out": "knockout", "mediate": "mediation",
     "leave_out": "omission", "path_patch": "paths", "explain": "engine.plan", "Plan": "engine.plan",
-    "mean_difference": "steering", "steer": "steering",
+    "mean_difference": "steering", "steer": "steering", "trace_table": "tracing",
 }  # fmt: skip
 _MODULES = ("doctor", "metrics", "spans", "tasks", "zoo")
 
@@ -53,7 +53,7 @@ __all__ = [
     "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
     "PromptPair", "Report", "Site", "Sites", "ablate", "doctor", "explain", "kl", "knock_out", "leave_out", "load",
     "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "prob", "rank", "report",
-    "spans", "steer", "tasks", "trace", "zoo",
+    "spans", "steer", "tasks", "trace", "trace_table", "zoo",
 ]  # fmt: skip
 
 

@@ -7,6 +7,8 @@ recipe is part of every row and of the provenance.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -18,94 +20,175 @@ from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError, PromptError
+from interp.means import KEYS, Ids, Means, check_support, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
-from interp.prompts import Encoded, PromptPair, encode_pairs
-from interp.recipes import Rows, as_sites, check_metric, chunks, evaluate, provenance_of, readout, resolve, score_runs
-from interp.sites import Site, Sites
+from interp.prompts import Encoded, Prompt, PromptPair, encode_pairs
+from interp.provenance import prompt_hash
+from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
+from interp.sites import Site
+from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
-Using = Literal["zero", "mean", "resample"]
+Using = Literal["zero", "mean", "position_mean", "cama", "resample"]
 RECIPES = {
     "zero": "activation set to 0",
     "mean": "activation set to its mean over all tokens of all clean prompts of the set",
+    "position_mean": "activation set to its mean over tokens at the same place in clean prompts of the same length",
+    "cama": "activation set to its mean over the same token at the same place in clean prompts of the same length",
     "resample": "activation taken, position by position from the last token back, from another example's clean prompt",
 }
+Schedule = Literal["each", "cumulative", "all but one"]
+SCHEDULES = ("each", "cumulative", "all but one")
+MOST_WRITES = 5_000_000  # that the cells of one call may hold: each takes a few microseconds to make
 
 
 def ablate(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],
-    sites: Iterable[Site | str] | Site | str,
+    sites: Iterable[Site | str] | Site | str | None = None,
     metric: Metric | MetricFn | str = logit_diff,
     using: Using = "mean",
     engine: EngineKind = "auto",
     seed: int = 0,
     show_progress: bool | None = None,
+    *,
+    groups: Groups | None = None,
+    window: int = 1,
+    schedule: Schedule = "each",
+    reference: Iterable[str | Prompt | PromptPair] | None = None,
+    memory: int | str | None = None,
 ) -> Effects:
     """Ablate every site in the clean run of every pair, one at a time.
 
-    ``using``: ``"zero"``; ``"mean"`` (over all tokens of all clean prompts given); ``"resample"`` (from the
-    clean prompt of another example, drawn by ``seed`` among those of the same token length if there are any,
-    else of the nearest length, aligned at the last token). ``effect`` is on the noising
-    scale, (patched − clean)/(corrupt − clean): 1 means that losing this site costs as much as corrupting the
-    prompt. ``raw`` is patched − clean in the metric's units. Raises InterpError for a recipe that the set
-    cannot support (resampling needs two examples), before any sweep.
+    ``using``: ``"zero"``; ``"mean"``, over all tokens; ``"position_mean"``, over what stands at the same place (prompts
+    of one template); ``"cama"``, context-aware: over the same token at the same place, which leaves what the token
+    itself says and takes away what its context added (arXiv 2509.09650, "All for One"); ``"resample"``, the clean
+    prompt of another example, drawn by ``seed`` among those of the same token length if there are any, else of the
+    nearest length, aligned at the last token. ``reference``: the prompts (of a pair: the clean one) that means are
+    taken over and examples drawn from; default the clean prompts given.
+
+    ``schedule``: ``"each"`` site alone; ``"cumulative"``: each with all before it, in the order given; ``"all but
+    one"``: everything but the site whose row it is. ``window`` and ``groups``: sites ablated together, as in
+    `interp.patch`.
+
+    ``effect`` is on the noising scale, (patched − clean)/(corrupt − clean): 1 means that losing this site costs as much
+    as corrupting the prompt. ``raw`` is patched − clean in the metric's units. Raises InterpError for a recipe that the
+    set cannot support (resampling needs two examples; means by place or token need two prompts for each), before any
+    sweep.
     """
     if using not in RECIPES:
         raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
-    metric, sites = as_metric(metric), as_sites(sites)
+    if schedule not in SCHEDULES:
+        raise InterpError(f"unknown schedule {schedule!r}: choose one of {', '.join(map(repr, SCHEDULES))}")
+    metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
-    runner = Engine(model, engine)
-    runner.check_sites(sites)
-    plan = [list(resolve(sites, p)) for p in prompts]
-    components = sorted({s.component for s in sites})
-    donors = _donors(prompts, seed) if using == "resample" else list(range(len(prompts)))
-    means = _means(runner, prompts, sites) if using == "mean" else {}
-    rows = Rows(f"ablate {using}", "noise", metric)
-    kept = components if using == "resample" else []
-    with progress(f"ablate {'+'.join(components)} ({using})", sum(map(len, plan)), show_progress) as advance:
-        for chunk in chunks(prompts, model, len(kept), runs_per_example=2 + len(kept)):
+    runner = Engine(model, engine, memory)
+    every = all_sites(targets)
+    runner.check_sites(every)
+    plan = [_scheduled(list(spelled(targets, p)), schedule) for p in prompts]
+    _check_writes(plan)
+    given = None if reference is None else list(reference)
+    known = reference_ids(given, prompts, model.coder.encode)
+    donors = _donors(prompts, known, given is None, seed) if using == "resample" else [p.clean for p in prompts]
+    means = None
+    if using in KEYS:
+        check_support(using, prompts, known, every)
+        means = Means(runner, known, every, using)
+    rows = Rows(f"ablate {using}" + _suffix(schedule, window), "noise", metric)
+    kept = components_of(targets) if using == "resample" else []
+    with progress(
+        f"ablate {'+'.join(components_of(targets))} ({using})", sum(map(len, plan)), show_progress
+    ) as advance:
+        for chunk in chunks(prompts, runner, kept, runs_per_example=3):
             here = [prompts[i] for i in chunk]
             both = runner.record([ids for p in here for ids in (p.clean, p.corrupt)])
             clean, corrupt = both[::2], both[1::2]
-            donor_runs = runner.record([prompts[donors[i]].clean for i in chunk], kept) if kept else clean
+            donor_runs = runner.record([donors[i] for i in chunk], kept) if kept else clean
             read = readout(here, [r.logits for r in clean])
             scores = [score_runs(metric, runs, read).tolist() for runs in (clean, corrupt)]
-            asked = [(n, site) for n in range(len(here)) for site in plan[chunk[n]]]
-            cells = [_cell(n, site, here[n], using, means, donor_runs[n], clean[n]) for n, site in asked]
+            asked = [(n, target) for n in range(len(here)) for target in plan[chunk[n]]]
+            writer = _Writer(here, donor_runs, means, using)
+            cells = [Cell(n, tuple(writer(n, site) for site in target.sites)) for n, target in asked]
             values = evaluate(runner, metric, clean, cells, read, advance).tolist()
-            for (n, site), value in zip(asked, values, strict=True):
-                rows.add(chunk[n], site, here[n], scores[0][n], scores[1][n], value)
-    recipe = {"ablation": RECIPES[using], "ablation_seed": seed, **provenance_of(pairs)}
-    return rows.effects(model, listed, engine=runner.describe(), **recipe)
+            for (n, target), value in zip(asked, values, strict=True):
+                rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
+    recipe = {"ablation": RECIPES[using], "ablation_seed": seed, "schedule": schedule, "window": window}
+    if given is not None:
+        recipe |= {"reference": prompt_hash(given), "n_reference": len(given)}
+    if schedule == "cumulative":
+        recipe["order"] = [str(t.address) for t in targets]
+    return rows.effects(model, listed, engine=runner.describe(), **recipe, **provenance_of(pairs))
 
 
-def _cell(
-    run: int, site: Site, prompt: Encoded, using: Using, means: dict[Site, Tensor], donor: Run, clean: Run
-) -> Cell:
-    start, stop = rows_of(site, prompt)
-    if using == "zero":
-        value = clean.resid.new_zeros(1, 1)
-    elif using == "mean":
-        value = means[site.at(None)][None]
-    else:
-        value = _aligned(donor, site, start, stop, len(prompt))
-    return Cell(run, (Write(site, start, stop, value),))
+def _suffix(schedule: Schedule, window: int) -> str:
+    words = {"each": "", "cumulative": ", cumulative", "all but one": ", all but this"}[schedule]
+    return words + ("" if window == 1 else f", window of {window} layers")
 
 
-def _donors(prompts: Sequence[Encoded], seed: int) -> list[int]:
-    """For each example another one: a random cyclic order within each token length, else one of the nearest length."""
-    if len(prompts) < 2:
+def _scheduled(targets: list[Target], schedule: Schedule) -> list[Target]:
+    """What each cell ablates, filed under the address of the site that is added or spared."""
+    if schedule == "each":
+        return targets
+    if schedule == "cumulative":
+        upto = accumulate((t.sites for t in targets), lambda before, sites: (*before, *sites))
+        return [replace(t, sites=sites) for t, sites in zip(targets, upto, strict=True)]
+    if len(targets) < 2:
+        raise InterpError("schedule='all but one' spares one site in turn, and there is only one: give several")
+    spared = [tuple(s for j, t in enumerate(targets) if j != i for s in t.sites) for i in range(len(targets))]
+    return [replace(t, sites=sites) for t, sites in zip(targets, spared, strict=True)]
+
+
+def _check_writes(plan: Sequence[Sequence[Target]]) -> None:
+    writes = sum(len(t.sites) for targets in plan for t in targets)
+    if writes > MOST_WRITES:
+        raise InterpError(
+            f"these cells change {writes:,} sites in all, more than {MOST_WRITES:,}: ablate in groups= (a layer at a "
+            "time, say), at fewer positions, or for fewer pairs in a call"
+        )
+
+
+class _Writer:
+    """The write that ablates a site in an example's clean run, made once for all cells that share it."""
+
+    def __init__(self, prompts: Sequence[Encoded], donors: Sequence[Run], means: Means | None, using: Using):
+        self.prompts, self.donors, self.means, self.using = prompts, donors, means, using
+        self.made: dict[tuple[int, Site], Write] = {}
+
+    def __call__(self, n: int, site: Site) -> Write:
+        if (n, site) not in self.made:
+            start, stop = rows_of(site, self.prompts[n])
+            self.made[n, site] = Write(site, start, stop, self._value(n, site, start, stop))
+        return self.made[n, site]
+
+    def _value(self, n: int, site: Site, start: int, stop: int) -> Tensor:
+        if self.means is not None:
+            return self.means.value(site, self.prompts[n].clean, start, stop)
+        if self.using == "resample":
+            return _aligned(self.donors[n], site, start, stop, len(self.prompts[n]))
+        return self.donors[n].resid.new_zeros(1, 1)
+
+
+def _donors(prompts: Sequence[Encoded], known: Sequence[Ids], own: bool, seed: int) -> list[Ids]:
+    """For each example the prompt that it is resampled from.
+
+    ``own``: ``known`` are the examples themselves, and each takes another one, in a random cyclic order within each
+    token length. Of the same length, or else of the nearest.
+    """
+    if own and len(prompts) < 2:
         raise PromptError(
-            "resample ablation draws from another example, and there is only one: add some, or use 'mean'"
+            "resample ablation draws from another example, and there is only one: add some, give reference= prompts, "
+            "or use 'mean'"
         )
     rng = np.random.default_rng(seed)
     by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
+    for i, ids in enumerate(known):
+        by_length.setdefault(len(ids), []).append(i)
+    if not own:
+        nearest = [min(by_length, key=lambda n, p=p: abs(n - len(p))) for p in prompts]
+        return [known[int(rng.choice(by_length[n]))] for n in nearest]
     donors = [0] * len(prompts)
     for length, members in by_length.items():
         if len(members) == 1:
@@ -115,7 +198,7 @@ def _donors(prompts: Sequence[Encoded], seed: int) -> list[int]:
         order = rng.permutation(members).tolist()
         for taker, giver in zip(order, order[1:] + order[:1], strict=True):
             donors[taker] = giver
-    return donors
+    return [known[i] for i in donors]
 
 
 def _aligned(donor: Run, site: Site, start: int, stop: int, length: int) -> Tensor:
@@ -125,19 +208,3 @@ def _aligned(donor: Run, site: Site, start: int, stop: int, length: int) -> Tens
     """
     rows = torch.arange(start, stop, device=donor.resid.device) + len(donor) - length
     return donor.value(site, 0, len(donor))[rows.clamp(min=0)]
-
-
-def _means(runner: Engine, prompts: Sequence[Encoded], sites: Sites) -> dict[Site, Tensor]:
-    """Mean activation of each site (position set aside) over all tokens of all clean prompts, in float64."""
-    wanted = list(dict.fromkeys(s.at(None) for s in sites))
-    components = sorted({s.component for s in wanted})
-    totals: dict[Site, Tensor] = {}
-    count = 0
-    for chunk in chunks(prompts, runner.model, len(components), runs_per_example=1):
-        for run in runner.record([prompts[i].clean for i in chunk], components):
-            count += len(run)
-            for site in wanted:
-                total = run.value(site, 0, len(run)).cpu().double().sum(0)  # on the CPU: MPS has no float64
-                totals[site] = totals[site] + total if site in totals else total
-    dtype = torch.float64 if runner.model.dtype == torch.float64 else torch.float32
-    return {site: (total / count).to(runner.model.device, dtype) for site, total in totals.items()}

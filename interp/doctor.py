@@ -229,7 +229,10 @@ def _sites(model: Model) -> Iterator[Finding]:
 
 
 def _try(model: Model, component: str) -> str:
-    """Set a component to zero at each layer (head 0): the logits must change, and both engines agree."""
+    """Set a component to zero at each layer (head 0): the logits must change, and both engines agree.
+
+    Neuron 0 is set to one, since it may well be zero.
+    """
     heads = {"heads": 0} if COMPONENTS[component].heads else {}
     sites: list[Site] = [s.at(None) for s in model.sites(component, **heads)]
     gaps: dict[str, Tensor] = {}
@@ -239,13 +242,14 @@ def _try(model: Model, component: str) -> str:
         runner = Engine(model, kind)
         runner.check_sites(chosen)
         (run,) = runner.record([_ids(model)], [component])
-        cells = [Cell(0, (Write(s, 0, len(run), torch.zeros_like(run.value(s, 0, len(run)))),)) for s in chosen]
+        to = float(COMPONENTS[component].heads == "neuron")
+        cells = [Cell(0, (Write(s, 0, len(run), torch.full_like(run.value(s, 0, len(run)), to)),)) for s in chosen]
         base = run.logits
         gaps[kind] = runner.score([run], cells, lambda logits, _, b=base: (logits - b).abs().amax(-1), lambda _: None)
         how = how or runner.describe()
     idle = [str(s) for s, gap in zip(sites, gaps["auto"].tolist(), strict=True) if not gap > 0]
     if idle:
-        raise InterpError(f"setting {', '.join(idle[:3])} to zero changes no logit")
+        raise InterpError(f"setting {', '.join(idle[:3])} to {to:g} changes no logit")
     ends = gaps["auto"][[0, -1]]
     scale = max(float(ends.max()), 1.0)
     if float((ends - gaps["naive"]).abs().max()) > 1e-2 * scale:

@@ -39,13 +39,15 @@ COLUMNS: dict[str, str] = {
 SITE_COLUMNS = ("component", "layer", "head", "position")
 ADDED = ("sender",)  # columns that tables written by earlier versions lack
 SCHEMA_VERSION = 1
+BOOTSTRAP_ROWS = 4096
 
 
 class Effects:
     """A long tidy table of causal effects and its provenance.
 
     Columns: ``example``; the site (``component``, ``layer``, ``head``, ``position``; missing position =
-    all positions at once) with its ``token`` text and ``role`` (named span); for an edge, the ``sender`` whose
+    all positions at once; of mlp_post ``head`` is the neuron; a group of sites has its name as component)
+    with its ``token`` text and ``role`` (named span); for an edge, the ``sender`` whose
     path into that site was changed; ``intervention``, ``mode``
     (``denoise``/``noise``), ``metric``; the metric on the ``clean``, ``corrupt`` and ``patched`` runs;
     ``effect`` on the recovery scale; ``raw`` = patched − the run that was patched into.
@@ -156,6 +158,13 @@ class Effects:
 
 def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:
     """Percentile bootstrap over columns (examples) of [groups, examples] arrays; NaN = not measured."""
+    rows = len(table["raw"])
+    if rows > BOOTSTRAP_ROWS:  # draws × groups numbers are held at one time
+        parts = [
+            _bootstrap({c: x[i : i + BOOTSTRAP_ROWS] for c, x in table.items()}, level=level, n_boot=n_boot, seed=seed)
+            for i in range(0, rows, BOOTSTRAP_ROWS)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     seen = {c: np.isfinite(x) for c, x in table.items()}
     filled = {c: np.where(seen[c], x, 0.0) for c, x in table.items()}
     n_examples = table["raw"].shape[1]

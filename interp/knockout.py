@@ -20,8 +20,9 @@ from interp.metrics import Metric, MetricFn, as_metric, logprob
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs, window_layers
+from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
 from interp.sites import Site
+from interp.targets import window_layers
 
 
 def knock_out(
@@ -36,6 +37,7 @@ def knock_out(
     metric: Metric | MetricFn | str = logprob,
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
+    memory: int | str | None = None,
 ) -> Effects:
     """Cut what ``queries`` read from ``keys``, in ``window`` layers around each of ``layers``, in the clean run.
 
@@ -56,12 +58,12 @@ def knock_out(
         raise InterpError(f"window must be at least 1 layer, got {window!r}")
     sites = model.sites("attn_out", layers=layers, positions="all" if queries is None else queries)
     chosen = None if heads is None else tuple(sorted({s.head or 0 for s in model.sites("z", layers=0, heads=heads)}))
-    runner = Engine(model, engine)
+    runner = Engine(model, engine, memory)
     runner.check_sites(sites)
     spans = [_spans(p, keys, queries) for p in encoded]
     rows = Rows(f"cut attention to {keys}", "noise", metric)
     with progress(f"knock out {keys}", len(sites) * len(encoded), show_progress) as advance:
-        for chunk in chunks(encoded, model, 0, runs_per_example=2):
+        for chunk in chunks(encoded, runner, [], runs_per_example=2):
             here = [encoded[i] for i in chunk]
             clean = runner.record([p.clean for p in here])
             read = readout(here, [r.logits for r in clean])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from interp.effects import Effects
@@ -22,6 +23,7 @@ from interp.model import Model
 from interp.patching import patch
 from interp.prompts import PromptPair
 from interp.sites import Site
+from interp.targets import Groups
 
 TOTAL, DIRECT, INDIRECT, INTERACTION = (
     "total effect",
@@ -34,26 +36,32 @@ TOTAL, DIRECT, INDIRECT, INTERACTION = (
 def mediate(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],
-    mediators: Iterable[Site | str] | Site | str,
+    mediators: Iterable[Site | str] | Site | str | None = None,
     metric: Metric | MetricFn | str = logit_diff,
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
+    *,
+    groups: Groups | None = None,
+    window: int = 1,
+    memory: int | str | None = None,
 ) -> Effects:
     """Total, direct and indirect effect of the change from clean to corrupt prompt, for each mediator.
 
     Four rows per (pair, mediator), told apart by ``intervention``: "total effect", "natural direct effect",
     "natural indirect effect", "interaction". ``raw`` is the effect in the metric's units, ``effect`` its share of the
     total effect, ``patched`` the metric of the counterfactual run (for the interaction: clean + interaction).
-    A mediator is one site; to treat several as one, use a site that contains them (attn_out for all heads).
+    A mediator is one site: a head (z), a neuron (mlp_post), a layer's attn_out or mlp_out, …; or several as one, by
+    ``groups`` and ``window`` as in `interp.patch`.
 
     Vig et al. report effects relative to Y(x) of a positive ratio metric; with ``metric=interp.prob`` that is
     ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates.
     Raises as `interp.patch` does.
     """
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
-    sites = list(mediators) if not isinstance(mediators, Site | str) else [mediators]
+    sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
+    options = {"groups": groups, "window": window, "memory": memory}
     indirect, direct = (
-        patch(model, listed, sites, metric, mode, engine, show_progress) for mode in ("noise", "denoise")
+        patch(model, listed, sites, metric, mode, engine, show_progress, **options) for mode in ("noise", "denoise")
     )
     into_clean, into_corrupt = indirect.frame(), direct.frame()
     total = into_clean.assign(patched=into_clean["corrupt"])
@@ -62,7 +70,7 @@ def mediate(
     crossed = into_clean.assign(patched=into_clean["clean"] + into_clean["corrupt"] - both)
     named = {TOTAL: total, DIRECT: held, INDIRECT: into_clean, INTERACTION: crossed}
     frame = pd.concat([_effects(f.assign(intervention=name)) for name, f in named.items()], ignore_index=True)
-    frame = frame.sort_values(["example", "component", "layer", "head", "position"], kind="stable")
+    frame = frame.iloc[np.arange(len(frame)).reshape(len(named), -1).T.ravel()]  # a mediator's four rows together
     provenance = {**indirect.provenance, "intervention": "mediation", "mode": "noise"}
     return Effects(frame, provenance)
 

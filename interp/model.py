@@ -142,6 +142,18 @@ class Model:
         return int(getattr(self.bridge.cfg, "n_key_value_heads", None) or self.n_heads)
 
     @property
+    def n_neurons(self) -> int:
+        """Neurons of each MLP (mlp_post); 0 where there are none to address: no MLPs, or experts."""
+        widths = []
+        for block in self.bridge.blocks:
+            # the hook of mlp_post is the input of the output projection (of experts it is their output)
+            project = getattr(getattr(block, "mlp", None), "out", None)
+            weight = getattr(getattr(project, "original_component", None), "weight", None)
+            known = getattr(getattr(project, "original_component", None), "in_features", None)
+            widths.append(0 if weight is None else known or weight.numel() // self.d_model)
+        return min(widths)
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream."""
         return int(self.bridge.cfg.d_model)
@@ -182,11 +194,12 @@ class Model:
         Of a hybrid model, heads are enumerated in its attention layers. Raises SiteError for an unknown
         component or an index out of range.
         """
-        if layers is None and component in COMPONENTS and COMPONENTS[component].heads:
+        if layers is None and component in COMPONENTS and COMPONENTS[component].heads in ("query", "kv"):
             layers = self.attention_layers
         return enumerate_sites(
             component, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads,
-            layers=layers, heads=heads, positions=positions,
+            n_neurons=self.n_neurons if component == "mlp_post" else 0, layers=layers, heads=heads,
+            positions=positions,
         )  # fmt: skip
 
     def backend_report(self) -> pd.DataFrame:

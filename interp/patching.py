@@ -6,30 +6,39 @@ what is necessary for it. Heimersheim & Nanda 2024, "How to use and interpret ac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from interp.effects import Effects
 from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
-from interp.errors import InterpError
+from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
-from interp.prompts import Encoded, PromptPair, encode_pairs
-from interp.recipes import Rows, as_sites, check_metric, chunks, evaluate, provenance_of, readout, resolve, score_runs
+from interp.prompts import Encoded, PromptPair, encode_pairs, first_difference
+from interp.provenance import prompt_hash
+from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
 from interp.sites import Site
+from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
+
+Mode = Literal["denoise", "noise"]
 
 
 def patch(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],
-    sites: Iterable[Site | str] | Site | str,
+    sites: Iterable[Site | str] | Site | str | None = None,
     metric: Metric | MetricFn | str = logit_diff,
-    mode: Literal["denoise", "noise"] = "denoise",
+    mode: Mode = "denoise",
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
+    *,
+    groups: Groups | None = None,
+    window: int = 1,
+    sources: Iterable[PromptPair] | None = None,
+    memory: int | str | None = None,
 ) -> Effects:
     """Patch every site of every pair, one at a time.
 
@@ -38,52 +47,98 @@ def patch(
     (pair, site): the metric on the clean, corrupt and patched runs, and ``effect``, 0 for a patch that does
     nothing and 1 for one that carries the whole difference over (NaN where clean and corrupt score the same).
 
+    ``window``: layers patched together around each site's layer, as in `interp.trace`.  ``groups``: sites patched
+    together, by name, ``{"movers": ["z.L9H6", "z.L10H0"]}``, or a list of lists; a group's row has its name as
+    component, and the layer, head and position that its sites share.  ``sources``: for each pair another one of the
+    same length, from whose clean (denoising) or corrupt (noising) run the activations come; metric, answer and scale
+    stay the pair's own (an interchange intervention: Geiger et al. 2021, "Causal abstractions of neural networks").
+
     ``engine="naive"`` runs one full forward per cell; ``"auto"`` re-runs only what a patch can change, where
-    that is exact. Raises PromptError, SiteError or InterpError for bad input, before any sweep begins.
+    that is exact. ``memory``: bytes beside the model's weights, or ``"4GiB"``; batches are cut to fit. Raises
+    PromptError, SiteError or InterpError for bad input, before any sweep begins.
     """
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
-    metric, sites = as_metric(metric), as_sites(sites)
+    metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
-    runner = Engine(model, engine)
-    runner.check_sites(sites)
-    plan = [list(resolve(sites, p)) for p in prompts]
-    rows = Rows("patch", mode, metric)
-    components = sorted({s.component for s in sites})
+    runner = Engine(model, engine, memory)
+    runner.check_sites(all_sites(targets))
+    plan = [list(spelled(targets, p)) for p in prompts]
+    given = None if sources is None else list(sources)
+    donors = _donors(prompts, given, model, mode)
+    rows = Rows("patch" if window == 1 else f"patch, window of {window} layers", mode, metric)
+    components = components_of(targets)
     with progress(f"patch {'+'.join(components)} ({mode})", sum(map(len, plan)), show_progress) as advance:
-        for chunk in chunks(prompts, model, len(components), runs_per_example=2):
+        for chunk in chunks(prompts, runner, components, runs_per_example=3 if given else 2):
             here = [prompts[i] for i in chunk]
-            both = runner.record([ids for p in here for ids in (p.clean, p.corrupt)], components)
-            clean, corrupt = both[::2], both[1::2]
+            # equal prompts share a run, so that without sources nothing is run twice
+            ids = [row for i in chunk for row in (prompts[i].clean, prompts[i].corrupt, donors[i])]
+            runs = runner.record(ids, components)
+            clean, corrupt, source = runs[::3], runs[1::3], runs[2::3]
             read = readout(here, [r.logits for r in clean])
             scores = {"clean": score_runs(metric, clean, read), "corrupt": score_runs(metric, corrupt, read)}
-            target, source = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
-            unchanged = scores["corrupt" if mode == "denoise" else "clean"]
+            into, unchanged = (corrupt, scores["corrupt"]) if mode == "denoise" else (clean, scores["clean"])
+            # under causal attention an activation depends on tokens up to its own position only
+            pair_of = zip(here, source, into, strict=True)
+            first = [_first(p, a, b, own=given is None) if runner.fast else 0 for p, a, b in pair_of]
             asked = [
-                (n, site, _cell(n, site, prompt, source[n], runner.fast))
+                (n, target, _cell(n, target, prompt, source[n], first[n]))
                 for n, prompt in enumerate(here)
-                for site in plan[chunk[n]]
+                for target in plan[chunk[n]]
             ]
             cells = [cell for *_, cell in asked if cell is not None]
             advance(runner.leave(len(asked) - len(cells)))
-            patched = iter(evaluate(runner, metric, target, cells, read, advance).tolist())
-            for n, site, cell in asked:
+            patched = iter(evaluate(runner, metric, into, cells, read, advance).tolist())
+            for n, target, cell in asked:
                 value = float(unchanged[n]) if cell is None else next(patched)
-                rows.add(chunk[n], site, here[n], float(scores["clean"][n]), float(scores["corrupt"][n]), value)
-    return rows.effects(model, listed, engine=runner.describe(), **provenance_of(pairs))
+                known = float(scores["clean"][n]), float(scores["corrupt"][n])
+                rows.add(chunk[n], target.address, here[n], *known, value)
+    recipe = {"window": window, "groups": _members(targets), **provenance_of(pairs)}
+    if given:
+        recipe["sources"] = prompt_hash(given)
+    return rows.effects(model, listed, engine=runner.describe(), **recipe)
 
 
-def _cell(run: int, site: Site, prompt: Encoded, source: Run, causal: bool) -> Cell | None:
-    """The cell that writes ``source``'s activation; None if it provably changes nothing.
+def _donors(
+    prompts: Sequence[Encoded], sources: Sequence[PromptPair] | None, model: Model, mode: Mode
+) -> list[tuple[int, ...]]:
+    """Token ids of the runs that activations are taken from, one per pair."""
+    if sources is None:
+        encoded = list(prompts)
+    else:
+        encoded = encode_pairs(sources, model.coder)
+        if len(encoded) != len(prompts):
+            raise PromptError(f"sources has {len(encoded)} pairs for {len(prompts)}: one for each expected")
+    donors = [e.clean if mode == "denoise" else e.corrupt for e in encoded]
+    for i, (prompt, donor) in enumerate(zip(prompts, donors, strict=True)):
+        if len(prompt) != len(donor):
+            raise PromptError(
+                f"pair {i} has {len(prompt)} tokens and its source {len(donor)}, so positions do not correspond: "
+                "choose sources of the same length"
+            )
+    return donors
 
-    Under causal attention an activation depends on tokens up to its own position only: where clean and
-    corrupt agree up to there, the patch writes what is there already.
-    """
-    start, stop = rows_of(site, prompt)
-    if causal:
-        start = max(start, prompt.first_difference)
-        if start >= stop:
-            return None
-    return Cell(run, (Write(site, start, stop, source.value(site, start, stop)),))
+
+def _first(prompt: Encoded, source: Run, into: Run, own: bool) -> int:
+    """The first row in which two runs can differ: before it their prompts are the same."""
+    if own:
+        return prompt.first_difference
+    alike = getattr(source.ids, "digest", None) == getattr(into.ids, "digest", None)  # what is read beside the tokens
+    return first_difference(source.ids, into.ids) if alike else 0
+
+
+def _cell(run: int, target: Target, prompt: Encoded, source: Run, first: int) -> Cell | None:
+    """The cell that writes ``source``'s activations; None if all are before row ``first``, where the runs differ."""
+    writes = []
+    for site in target.sites:
+        start, stop = rows_of(site, prompt)
+        start = max(start, first)
+        if start < stop:
+            writes.append(Write(site, start, stop, source.value(site, start, stop)))
+    return Cell(run, tuple(writes)) if writes else None
+
+
+def _members(targets: Sequence[Target]) -> dict[str, list[str]]:
+    return {str(t.address): [str(s) for s in t.sites] for t in targets if not isinstance(t.address, Site)}

@@ -12,7 +12,7 @@ whose output is added to the residual stream, to a receiver, which reads it:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,17 +24,18 @@ from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.engine.probe import Probe
 from interp.errors import InterpError, SiteError
+from interp.means import Means
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, PromptPair, encode_pairs
-from interp.recipes import Rows, as_sites, check_metric, evaluate, provenance_of, readout, score_runs
+from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
 from interp.sites import COMPONENTS, Site, Sites
+from interp.targets import as_sites
 
 SENDERS = ("z", "attn_out", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_out", "resid_post")
 LOGITS = "logits"
-SENDER_ROWS = 1 << 16  # senders × rows whose paths are held at one time
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def path_patch(
     mlps: Literal["frozen", "recomputed"] = "frozen",
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
+    *,
+    using: Literal["patch", "zero", "mean"] = "patch",
+    memory: int | str | None = None,
 ) -> Effects:
     """The effect of every path from a sender to a later receiver, one at a time.
 
@@ -63,17 +67,21 @@ def path_patch(
     resid_post of the last layer). Positions of both restrict where the path starts and ends. Pairs of sites in which
     the receiver cannot read the sender are left out. ``mode="noise"`` (as published) sends the corrupt activation
     within the clean run, ``"denoise"`` the clean one within the corrupt run. ``mlps``: see this module's first lines.
+    ``using="zero"`` or ``"mean"`` ablates the edge in place of patching it: the sender sends 0, or its mean over all
+    tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
 
     Returns one row per (pair, edge): the receiver's site, and the ``sender``. Raises SiteError, PromptError or
     InterpError for bad input, before the sweep, and where the model cannot be run packed.
     """
     if mode not in ("noise", "denoise") or mlps not in ("frozen", "recomputed"):
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
+    if using not in ("patch", "zero", "mean") or (using != "patch" and mode != "noise"):
+        raise InterpError(f"using={using!r}, mode={mode!r}: 'patch', or 'zero' or 'mean' with mode='noise' expected")
     metric, senders, receivers = as_metric(metric), as_sites(senders), _receivers(model, receivers)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
-    runner = Engine(model, engine)
+    runner = Engine(model, engine, memory)
     edges = _edges(runner, senders, receivers)
     for prompt in prompts:
         for site in senders | receivers:
@@ -81,26 +89,28 @@ def path_patch(
     known_hooks = model.bridge.hook_dict
     kept = [c for c in SENDERS if COMPONENTS[c].hook.format(layer=0) in known_hooks]  # some models have no MLPs
     recompute = mlps == "recomputed" and "mlp_out" in kept
-    rows = Rows(f"path, MLPs {mlps}", mode, metric)
+    sent = _Ablated(runner, prompts, senders, using)
+    rows = Rows(("path" if using == "patch" else f"ablate {using}, path") + f", MLPs {mlps}", mode, metric)
     with progress(f"path patching ({mode})", len(edges) * len(prompts), show_progress) as advance:
         for i, prompt in enumerate(prompts):
-            clean, corrupt = runner.record([prompt.clean, prompt.corrupt], kept)
+            for _ in chunks([prompt], runner, kept, runs_per_example=3):
+                clean, corrupt = runner.record([prompt.clean, prompt.corrupt], kept)
             if not runner.fast and engine != "naive":
                 raise InterpError(
                     f"path patching needs the packed engine, which cannot run this model: {runner.reason}"
                 )
-            base, source = (clean, corrupt) if mode == "noise" else (corrupt, clean)
+            base, source = (clean, sent(corrupt)) if mode == "noise" else (corrupt, clean)
             read = readout([prompt], [clean.logits])
             known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]
-            probe = Probe(model, runner.frame, base, prompt.first_difference)
-            for found in _cells(probe, source, prompt, recompute, edges):
+            probe = Probe(model, runner.frame, base, prompt.first_difference if using == "patch" else 0)
+            for found in _cells(probe, source, prompt, recompute, edges, runner.rows_per_batch):
                 changed = [cell for _, cell in found if cell is not None]
                 advance(runner.leave(len(found) - len(changed)))
                 values = iter(evaluate(runner, metric, [base], changed, read, advance).tolist())
                 for edge, cell in found:
                     value = known[2] if cell is None else next(values)
                     rows.add(i, edge.receiver, prompt, known[0], known[1], value, sender=edge.sender)
-    recipe = {"mlps": mlps, "engine": runner.describe(), **provenance_of(pairs)}
+    recipe = {"mlps": mlps, "sent": using, "engine": runner.describe(), **provenance_of(pairs)}
     return rows.effects(model, listed, **recipe)
 
 
@@ -141,18 +151,40 @@ def _reads(receiver: Site, sender: Site, parallel: bool) -> bool:
 
 
 def _cells(
-    probe: Probe, source: Run, prompt: Encoded, recompute: bool, edges: Sequence[Edge]
+    probe: Probe, source: Run, prompt: Encoded, recompute: bool, edges: Sequence[Edge], rows: int
 ) -> Iterator[list[tuple[Edge, Cell | None]]]:
-    """The cells of all edges in one base run, some senders at a time."""
+    """The cells of all edges in one base run, some senders at a time: ``rows`` go through a block together."""
     if probe.start == len(prompt):  # the prompts are the same
         yield [(e, None) for e in edges]
         return
     probe.check_sums()
     senders = list(dict.fromkeys(e.sender for e in edges))
-    step = max(1, SENDER_ROWS // (len(prompt) - probe.start))
+    step = max(1, rows // (len(prompt) - probe.start))
     for first in range(0, len(senders), step):
         some = set(senders[first : first + step])
         yield from _Paths(probe, source, prompt, recompute).cells([e for e in edges if e.sender in some])
+
+
+class _Ablated:
+    """What senders send: the other run's activations, or zeros, or means over all clean prompts, in its place."""
+
+    def __init__(self, runner: Engine, prompts: Sequence[Encoded], senders: Sites, using: str):
+        self.using = using
+        self.places = list(dict.fromkeys((s.component, s.layer) for s in senders))
+        self.means = Means(runner, [p.clean for p in prompts], senders, "mean") if using == "mean" else None
+
+    def __call__(self, run: Run) -> Run:
+        if self.using == "patch":
+            return run
+        acts = {component: dict(layers) for component, layers in run.acts.items()}
+        for component, layer in self.places:
+            old = acts[component][layer or 0]
+            new = torch.zeros_like(old)
+            if self.means is not None:
+                mean = self.means.totals[component, layer][0] / self.means.count[0]
+                new = mean.to(old).expand_as(old)
+            acts[component][layer or 0] = new
+        return replace(run, acts=acts)
 
 
 class _Paths:

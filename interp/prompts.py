@@ -127,14 +127,18 @@ class Encoded:
     @property
     def first_difference(self) -> int:
         """First position at which clean and corrupt differ; the length if they are the same."""
-        pairs = zip(self.clean, self.corrupt, strict=True)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), len(self))
+        first = first_difference(self.clean, self.corrupt)
         return first if self.changed_from is None else min(first, self.changed_from)
 
     def role(self, position: int) -> str:
         """Name of the shortest span that covers a token, or ''."""
         inside = [(b - a, name) for name, (a, b) in self.spans.items() if a <= position < b]
         return min(inside)[1] if inside else ""
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """First index at which two equally long rows of token ids differ; their length if they are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 @dataclass(frozen=True)

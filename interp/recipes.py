@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,9 @@ from interp.progress import Advance
 from interp.prompts import Encoded, PairSet
 from interp.provenance import now, prompt_hash
 from interp.sites import EACH, Site, Sites
+from interp.targets import Address
 
 RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
-
-
-def as_sites(sites: Iterable[Site | str] | Site | str) -> Sites:
-    """Accept one site, several, or their text forms."""
-    return Sites([sites] if isinstance(sites, Site | str) else sites)
 
 
 def provenance_of(items: Any) -> dict[str, Any]:
@@ -44,11 +40,6 @@ def resolve(sites: Sites, prompt: Encoded) -> Iterator[Site]:
             yield site
 
 
-def window_layers(layer: int, window: int, n_layers: int) -> range:
-    """Layers restored together, centred on ``layer`` and clipped to the model (as in the published code)."""
-    return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
-
-
 def check_metric(metric: Metric, prompts: Sequence[Encoded]) -> None:
     """Refuse a metric that needs foils when some pair has none, before any forward."""
     missing = [i for i, p in enumerate(prompts) if metric.needs_foil and p.foil is None]
@@ -59,17 +50,30 @@ def check_metric(metric: Metric, prompts: Sequence[Encoded]) -> None:
         )
 
 
-def chunks(prompts: Sequence[Encoded], model: Model, components: int, runs_per_example: int) -> Iterator[range]:
-    """Consecutive examples whose base runs fit in `RUN_BYTES` together."""
-    per_token = model.n_layers * model.d_model * 4 * (3 + components) * runs_per_example
-    start, used = 0, 0
-    for i, prompt in enumerate(prompts):
-        size = len(prompt) * per_token
-        if i > start and used + size > RUN_BYTES:
-            yield range(start, i)
+def chunks(
+    prompts: Sequence[Encoded], runner: engine.Engine, components: Sequence[str], runs_per_example: int
+) -> Iterator[range]:
+    """Consecutive examples whose base runs fit in `RUN_BYTES` together, or in half of the engine's budget if less.
+
+    Cuts the engine's batches to what is left of the budget. Raises InterpError, before anything is run, if not one
+    cell fits beside the base runs of one example.
+    """
+    budget = runner.budget
+    held = [runs_per_example * budget.run(len(p), components) for p in prompts]
+    # while it is recorded, a run needs a forward's rows too
+    sizes = [h + runs_per_example * budget.row * len(p) for h, p in zip(held, prompts, strict=True)]
+    limit = RUN_BYTES if budget.limit is None else min(RUN_BYTES, budget.limit / 2)
+    for size, own, prompt in zip(sizes, held, prompts, strict=True):
+        budget.check(len(prompt), max(own, size - budget.cell(len(prompt))))
+    parts, start, used = [], 0, 0.0
+    for i, size in enumerate(sizes):
+        if i > start and used + size > limit:
+            parts.append(range(start, i))
             start, used = i, 0
         used += size
-    yield range(start, len(prompts))
+    for part in [*parts, range(start, len(prompts))]:
+        runner.allot(max(len(prompts[i]) for i in part), sum(held[i] for i in part))
+        yield part
 
 
 def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) -> Readout:
@@ -136,7 +140,7 @@ class Rows:
         self.columns: dict[str, list[Any]] = {c: [] for c in COLUMNS if c not in ("effect", "raw")}
 
     def add(
-        self, example: int, site: Site, prompt: Encoded, clean: float, corrupt: float, patched: float,
+        self, example: int, site: Site | Address, prompt: Encoded, clean: float, corrupt: float, patched: float,
         sender: Site | None = None,
     ) -> None:  # fmt: skip
         """One row; position, token and role follow from the site. ``sender``: the other end, if it is an edge."""

@@ -5,7 +5,10 @@ Component names are TransformerLens names. A site's `position` is one of
 * an int (negative counts from the end of the prompt),
 * ``None``: every position at once (one cell),
 * ``"each"``: a sweep, one cell per position of each prompt,
-* any other string: a named span of the prompt (``"subject"``, ``"S2"``, …), all its tokens at once.
+* any other string: a named span of the prompt (``"subject"``, ``"S2"``, …), all its tokens at once;
+  ``"subject:first"`` and ``"subject:last"`` are its first and last token.
+
+A neuron is a site of ``mlp_post``, the input of the MLP's output projection: its number stands where heads have theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class ComponentSpec:
 
     hook: str
     per_layer: bool = True
-    heads: str | None = None  # None, "query" or "kv" heads
+    heads: str | None = None  # None, "query" or "kv" heads, or "neuron"s, which are one number wide
     sweep_positions: bool = False  # does `model.sites(component)` enumerate positions by default?
 
 
@@ -41,6 +44,7 @@ COMPONENTS: dict[str, ComponentSpec] = {
     "v": ComponentSpec("blocks.{layer}.attn.hook_v", heads="kv"),
     "z": ComponentSpec("blocks.{layer}.attn.hook_z", heads="query"),
     "result": ComponentSpec("blocks.{layer}.attn.hook_result", heads="query"),
+    "mlp_post": ComponentSpec("blocks.{layer}.mlp.hook_post", heads="neuron"),
 }
 
 
@@ -48,7 +52,8 @@ COMPONENTS: dict[str, ComponentSpec] = {
 class Site:
     """A frozen address in a model: (component, layer, head, position).
 
-    ``str(site)`` reads ``z.L9H6@14``; `Site.parse` reads it back.
+    ``str(site)`` reads ``z.L9H6@14``; `Site.parse` reads it back. ``head`` is the number of the neuron in mlp_post,
+    which is written ``mlp_post.L9N130``.
     """
 
     component: str
@@ -67,7 +72,8 @@ class Site:
         if spec.heads is None and self.head is not None:
             raise SiteError(f"{self.component!r} has no heads, got head={self.head}")
         if spec.heads is not None and self.head is None:
-            raise SiteError(f"a {self.component!r} site needs a head (for all heads of a layer use 'attn_out')")
+            unit, whole = ("neuron", "mlp_out") if spec.heads == "neuron" else ("head", "attn_out")
+            raise SiteError(f"a {self.component!r} site needs a {unit} (for all {unit}s of a layer use {whole!r})")
 
     @property
     def spec(self) -> ComponentSpec:
@@ -86,16 +92,20 @@ class Site:
     def __str__(self) -> str:
         text = self.component
         if self.layer is not None:
-            text += f".L{self.layer}" + ("" if self.head is None else f"H{self.head}")
+            unit = "N" if self.spec.heads == "neuron" else "H"
+            text += f".L{self.layer}" + ("" if self.head is None else f"{unit}{self.head}")
         return text if self.position is None else f"{text}@{self.position}"
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read ``resid_pre.L3@-1``, ``z.L9H6``, ``z.L9H6@S2``. Raises SiteError on anything else."""
-        match = re.fullmatch(r"(\w+?)(?:\.L(\d+)(?:H(\d+))?)?(?:@(.+))?", text.strip())
+        """Read ``resid_pre.L3@-1``, ``z.L9H6@S2``, ``mlp_post.L9N130``. Raises SiteError on anything else."""
+        match = re.fullmatch(r"(\w+?)(?:\.L(\d+)(?:([HN])(\d+))?)?(?:@(.+))?", text.strip())
         if not match:
             raise SiteError(f"cannot read {text!r} as a site; write e.g. 'z.L9H6' or 'resid_pre.L3@-1'")
-        component, layer, head, where = match.groups()
+        component, layer, unit, head, where = match.groups()
+        neurons = component in COMPONENTS and COMPONENTS[component].heads == "neuron"
+        if unit is not None and (unit == "N") != neurons:
+            raise SiteError(f"cannot read {text!r}: H is the number of a head, N that of a neuron (of mlp_post)")
         position: int | str | None = where
         if where is not None and re.fullmatch(r"-?\d+", where):
             position = int(where)
@@ -155,11 +165,12 @@ def enumerate_sites(
     n_layers: int,
     n_heads: int,
     n_kv_heads: int,
+    n_neurons: int = 0,
     layers: Iterable[int] | int | None = None,
     heads: Iterable[int] | int | None = None,
     positions: Iterable[int | str] | int | str | None = None,
 ) -> Sites:
-    """All sites of one component: the product of layers × heads × positions.
+    """All sites of one component: the product of layers × heads × positions (of mlp_post: ``heads`` are neurons).
 
     ``positions=None`` takes the component's habit: residual-stream components sweep every position
     (``"each"``), head components (q, k, v, z, result) take all positions at once. Pass
@@ -173,8 +184,11 @@ def enumerate_sites(
     if spec.heads is None and heads is not None:
         raise SiteError(f"{component!r} has no heads; leave heads=None")
     layer_list: list[int | None] = [*_chosen("layer", layers, n_layers)] if spec.per_layer else [None]
-    n = n_kv_heads if spec.heads == "kv" else n_heads
-    head_list: list[int | None] = [None] if spec.heads is None else [*_chosen("head", heads, n)]
+    n = {"kv": n_kv_heads, "neuron": n_neurons}.get(spec.heads or "", n_heads)
+    if spec.heads == "neuron" and not n:
+        raise SiteError(f"this model's MLPs have no neurons that can be addressed one by one ({component!r})")
+    unit = "neuron" if spec.heads == "neuron" else "head"
+    head_list: list[int | None] = [None] if spec.heads is None else [*_chosen(unit, heads, n)]
     return Sites(
         Site(component, layer, head, position)
         for layer in layer_list

@@ -21,8 +21,9 @@ from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Fact, PromptPair, encode_any
-from interp.recipes import Rows, as_sites, check_metric, chunks, evaluate, provenance_of, readout, resolve, score_runs
+from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, resolve, score_runs
 from interp.sites import Site
+from interp.targets import as_sites
 
 
 def steer(
@@ -34,6 +35,7 @@ def steer(
     metric: Metric | MetricFn | str = logit_diff,
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
+    memory: int | str | None = None,
 ) -> Effects:
     """Add ``scale`` × ``direction`` to the activation at every site in the clean run, one site at a time.
 
@@ -45,14 +47,14 @@ def steer(
     listed = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
-    runner = Engine(model, engine)
+    runner = Engine(model, engine, memory)
     runner.check_sites(sites)
     plan = [list(resolve(sites, p)) for p in encoded]
     push = (scale * direction.detach()).to(model.device)
     components = sorted({s.component for s in sites})
     rows = Rows(f"steer × {scale:g}", "noise", metric)
     with progress(f"steer {'+'.join(components)}", sum(map(len, plan)), show_progress) as advance:
-        for chunk in chunks(encoded, model, len(components), runs_per_example=2):
+        for chunk in chunks(encoded, runner, components, runs_per_example=2):
             here = [encoded[i] for i in chunk]
             clean = runner.record([p.clean for p in here], components)
             _check_width(push, clean[0], plan[chunk[0]])

@@ -42,7 +42,7 @@ def site_lists(draw) -> list[Site]:
     def one() -> Site:
         component = draw(st.sampled_from(COMPONENTS_SWEPT))
         spec = COMPONENTS[component]
-        n_heads = {"query": 4, "kv": 2, None: 0}[spec.heads]
+        n_heads = {"query": 4, "kv": 2, "neuron": 48, None: 0}[spec.heads]
         return Site(
             component,
             draw(st.integers(0, 2)) if spec.per_layer else None,

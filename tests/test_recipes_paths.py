@@ -33,10 +33,16 @@ def cached(model: interp.Model, text: str) -> dict[str, Any]:
     return found
 
 
-def slow_path(model: interp.Model, sender: Site, receiver: Site, recompute: bool, mode: str) -> float:
+def slow_path(
+    model: interp.Model, sender: Site, receiver: Site, recompute: bool, mode: str, using: str = "patch"
+) -> float:
     """Two full forwards with TransformerLens hooks, as the publications describe them."""
     texts = (PAIR.clean, PAIR.corrupt) if mode == "noise" else (PAIR.corrupt, PAIR.clean)
     base, source = (cached(model, t) for t in texts)
+    if using == "zero":
+        source = {name: torch.zeros_like(x) for name, x in source.items()}
+    elif using == "mean":
+        source = {name: x.mean(1, keepdim=True).expand_as(x) for name, x in base.items() if x.ndim > 1}
     tokens = torch.tensor([model.coder.encode(texts[0])])
     got: dict[str, torch.Tensor] = {}
     pairs: list[tuple[str, Any]] = []
@@ -93,6 +99,40 @@ def test_paths_equal_two_hooked_forwards(tiny, kind: str, mlps: str) -> None:
             want = slow_path(model, Site.parse(row.sender), receiver, mlps == "recomputed", mode)
             assert row.patched == pytest.approx(want, abs=1e-8), (row.sender, str(receiver), mode)
     assert e["raw"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("using", ["zero", "mean"])
+def test_edges_are_ablated_as_two_hooked_forwards_do(tiny, using: str) -> None:
+    model = tiny("llama")
+    senders = [Site("z", 0, 1), Site("attn_out", 1), Site("mlp_out", 0)]
+    receivers = [Site("q", 2, 0), Site("v", 1, 0), Site("resid_post", 2)]
+    for mlps in ("frozen", "recomputed"):
+        e = interp.path_patch(model, PAIR, senders, receivers, mlps=mlps, using=using).frame()
+        for row in e.itertuples():
+            head = None if str(row.head) == "<NA>" else int(row.head)
+            receiver = Site(row.component, int(row.layer), head)
+            want = slow_path(model, Site.parse(row.sender), receiver, mlps == "recomputed", "noise", using)
+            assert row.patched == pytest.approx(want, abs=1e-8), (row.sender, str(receiver))
+        assert e["raw"].abs().min() > 0 and set(e["intervention"]) == {f"ablate {using}, path, MLPs {mlps}"}
+    with pytest.raises(InterpError, match="with mode='noise' expected"):
+        interp.path_patch(model, PAIR, "z.L0H1", mode="denoise", using=using)
+
+
+def test_mediators_can_be_neurons_groups_and_windows(tiny) -> None:
+    model = tiny("gpt2")
+    groups = {"pair": ["z.L0H1", "z.L1H2"], "all": [Site("resid_pre", 0)]}
+    f = interp.mediate(model, PAIR, ["mlp_post.L1N5", "mlp_out.L1"], groups=groups).frame()
+    assert f["intervention"].tolist()[:4] == [
+        "total effect", "natural direct effect", "natural indirect effect", "interaction",
+    ]  # fmt: skip
+    by = f.set_index(["component", "intervention"])["raw"]
+    for mediator in ("mlp_post", "mlp_out", "pair", "all"):
+        parts = [by[mediator, n] for n in ("natural direct effect", "natural indirect effect", "interaction")]
+        assert by[mediator, "total effect"] == pytest.approx(sum(parts), abs=1e-12)
+    assert by["all", "natural indirect effect"] == pytest.approx(by["all", "total effect"], abs=1e-9)
+    wide = interp.mediate(model, PAIR, "mlp_out.L1", window=2).frame()
+    grouped = interp.mediate(model, PAIR, groups={"w": ["mlp_out.L0", "mlp_out.L1"]}).frame()
+    np.testing.assert_allclose(wide["raw"], grouped["raw"], atol=1e-12)
 
 
 def test_all_positions_or_some(tiny) -> None:

@@ -8,7 +8,8 @@ import torch
 
 import interp
 from interp.prompts import encode_facts
-from interp.tracing import _noise, subject_std, window_layers
+from interp.targets import window_layers
+from interp.tracing import _noise, subject_std
 
 FACTS = [interp.Fact("w1 w2 w3 w4", "w2 w3", "w95"), interp.Fact("w7 w8 w9 w1", "w8", "w90")]
 
@@ -41,8 +42,8 @@ def test_noise_falls_on_the_subject_with_the_asked_spread_and_follows_the_seed(t
 
 def test_sigma_is_the_spread_of_subject_embeddings(tiny) -> None:
     model = tiny("llama")
-    prompts = encode_facts(FACTS, model.coder)
-    ids = sorted({i for p in prompts for i in p.clean[slice(*p.spans["subject"])]})
+    prompts = encode_facts([*FACTS, FACTS[0]], model.coder)
+    ids = [i for p in prompts for i in p.clean[slice(*p.spans["subject"])]]  # as published: as often as they occur
     table = model.bridge.original_model.get_input_embeddings().original_component.weight
     assert subject_std(model, prompts) == pytest.approx(table[ids].float().std().item())
 
@@ -80,3 +81,104 @@ def test_facts_are_recalled_at_the_subject_early_and_at_the_end_late(smollm2) ->
     by = frame.assign(end=frame["position"] == last).groupby(["layer", "end", "role"])["effect"].mean()
     assert by[0, False, "subject"] > 0.3 > abs(by[28, False, "subject"])
     assert by[28, True, ""] > 0.8 > 0.2 > abs(by[0, True, ""])
+
+
+# ------------------------------------------------------------------ severed paths, replacement, tables
+
+PAIR = interp.PromptPair("w1 w2 w3 w4", "w1 w7 w8 w4", "w95", "w96").span("subject", "w2 w3")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
+@pytest.mark.parametrize("sever", ["mlp", "attn"])
+def test_severed_paths_equal_two_hooked_forwards(tiny, kind: str, sever: str) -> None:
+    """Restore one state while later outputs of that token keep the values of the corrupted run."""
+    model = tiny(kind)
+    e = interp.trace(model, PAIR, sever=sever, metric="logit_diff").frame()
+    naive = interp.trace(model, PAIR, sever=sever, metric="logit_diff", engine="naive").frame()
+    np.testing.assert_allclose(e["patched"], naive["patched"], atol=1e-9)
+    layer, position = 0, 2
+    out = [f"blocks.{i}.hook_{sever}_out" for i in range(layer + 1, model.n_layers)]
+    state = f"blocks.{layer}.hook_resid_post"
+    clean, corrupt = (seen(model, t, [state, *out]) for t in (PAIR.clean, PAIR.corrupt))
+
+    def put(name: str, source: dict):
+        def hook(x, hook):
+            x = x.clone()
+            x[0, position] = source[name][0, position]
+            return x
+
+        return name, hook
+
+    from interp.engine.runs import hooks
+
+    with torch.no_grad(), hooks(model, put(state, clean), *(put(n, corrupt) for n in out)):
+        logits = model.last_logits(torch.tensor([model.coder.encode(PAIR.corrupt)]))[0]
+    answer, foil = (model.coder.continuation(w)[0] for w in ("w95", "w96"))
+    row = e[(e["layer"] == layer) & (e["position"] == position)]
+    assert row["patched"].item() == pytest.approx(float(logits[answer] - logits[foil]), abs=1e-8)
+    whole = interp.trace(model, PAIR, metric="logit_diff").frame()
+    assert (whole["patched"] - e["patched"]).abs().max() > 1e-6  # something went that way
+    last = e[e["layer"] == model.n_layers - 1]["patched"].to_numpy()
+    np.testing.assert_allclose(last, whole[whole["layer"] == model.n_layers - 1]["patched"], atol=1e-12)
+
+
+def seen(model, text: str, names: list[str]) -> dict:
+    from interp.engine.runs import hooks
+
+    found: dict = {}
+    keep = [(n, lambda x, hook, n=n: found.update({n: x.detach()})) for n in names]
+    with torch.no_grad(), hooks(model, *keep):
+        model.last_logits(torch.tensor([model.coder.encode(text)]))
+    return found
+
+
+def test_replacement_is_denoising(tiny) -> None:
+    model = tiny("gpt2")
+    for positions in ("each", "subject", "subject:last"):
+        traced = interp.trace(model, PAIR, "mlp_out", window=2, positions=positions, metric="logit_diff")
+        sites = model.sites("mlp_out", positions=positions)
+        patched = interp.patch(model, PAIR, sites, window=2)
+        np.testing.assert_allclose(traced.frame()["patched"], patched.frame()["patched"], atol=1e-9)
+    assert traced.provenance["samples"] == 1 and "replacement" in traced.provenance["corruption"]
+    with pytest.raises(interp.InterpError, match="are for Facts"):
+        interp.trace(model, PAIR, samples=3)
+
+
+def test_a_given_sigma_is_used(tiny) -> None:
+    model = tiny("gpt2")
+    own = interp.trace(model, FACTS, layers=1, samples=2, metric="logprob")
+    given = interp.trace(model, FACTS, layers=1, samples=2, metric="logprob", sigma=own.provenance["sigma"])
+    assert (own.frame()["patched"] == given.frame()["patched"]).all()
+    other = interp.trace(model, FACTS, layers=1, samples=2, metric="logprob", sigma=1e-6).frame()
+    assert (other["clean"] - other["corrupt"]).abs().max() < 1e-4  # next to no noise
+    for wrong in ({"sever": "mlp", "component": "mlp_out"}, {"sever": "norm"}):
+        with pytest.raises(interp.InterpError, match="sever="):
+            interp.trace(model, FACTS, **wrong)
+
+
+def test_tables_average_over_facts_by_kind_of_token(tiny) -> None:
+    model = tiny("llama")
+    facts = [interp.Fact("w1 w2 w3 w5 w6 w4 w7", "w2 w3 w5", "w95"), interp.Fact("w7 w8 w9 w1", "w8", "w90")]
+    e = interp.trace(model, facts, samples=2, metric="logprob")
+    table = interp.trace_table(e)
+    f = e.frame()
+    # tokens: <bos> w1 | w2 w3 w5 | w6 w4 w7 and <bos> w7 | w8 | w9 w1
+    places = {
+        "before the subject": [(0, 0), (0, 1), (1, 0), (1, 1)], "first subject token": [(0, 2)],
+        "middle subject tokens": [(0, 3)], "last subject token": [(0, 4), (1, 2)],
+        "first subsequent token": [(0, 5), (1, 3)], "further tokens": [(0, 6)], "last token": [(0, 7), (1, 4)],
+    }  # fmt: skip
+    for row in table.itertuples():
+        at = [f.query(f"example == {i} and position == {p} and layer == {row.layer}") for i, p in places[row.category]]
+        by_fact = [
+            np.mean([x["raw"].item() for x in at if x["example"].item() == i])
+            for i in {int(x["example"].item()) for x in at}
+        ]
+        assert pytest.approx(np.mean(by_fact), abs=1e-12) == row.AIE and row.n == len(by_fact)
+    assert len(table) == len(places) * model.n_layers
+    one = f.drop_duplicates("example")
+    assert table["ATE"][0] == pytest.approx((one["clean"] - one["corrupt"]).mean())
+    with pytest.raises(interp.InterpError, match="positions='each'"):
+        interp.trace_table(interp.trace(model, facts, layers=1, positions="subject", samples=1))
+    with pytest.raises(interp.InterpError, match="every token must be traced"):
+        interp.trace_table(interp.trace(model, facts, layers=1, positions=[0, 2], samples=1))

@@ -14,7 +14,7 @@ from interp.prompts import Encoded
 from interp.sites import Site
 
 # A change here reaches other positions only in later blocks: within its own block it comes after the keys and values.
-AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_out"})
+AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_post", "mlp_out"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +103,18 @@ def entry_layer(site: Site) -> int:
 
 
 def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
-    """Token rows [start, stop) of a site's position in one prompt. Raises PromptError if it is not there."""
+    """Token rows [start, stop) of a site's position in one prompt. Raises PromptError if it is not there.
+
+    ``"name:first"`` and ``"name:last"`` are the first and last token of the span ``name``.
+    """
     position, n = site.position, len(prompt)
     if position is None:
         return 0, n
     if isinstance(position, str):
+        name, colon, end = position.rpartition(":")
+        if colon and position not in prompt.spans and end in ("first", "last") and name in prompt.spans:
+            start, stop = prompt.spans[name]
+            return (start, start + 1) if end == "first" else (stop - 1, stop)
         if position not in prompt.spans:
             known = ", ".join(map(repr, prompt.spans)) or "none"
             raise PromptError(f"site {site} names the span {position!r}, but the prompt's spans are: {known}")
@@ -125,7 +132,8 @@ def write_into(activation: Tensor, write: Write, value: Tensor | None = None) ->
     value = write.value if value is None else value
     assert value is not None  # the cell is being run
     changed = activation.clone()
-    target = changed[0] if write.site.head is None else changed[0, :, write.site.head]
+    whole = changed[0].unsqueeze(-1) if write.site.spec.heads == "neuron" else changed[0]
+    target = whole if write.site.head is None else whole[:, write.site.head]
     rows = slice(write.start, write.stop)
     value = value.to(changed.dtype)
     target[rows] = value if write.how == "set" else target[rows] + value

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.engine import naive, packed
+from interp.engine.budget import Budget, as_bytes
 from interp.engine.cells import Cell, Write
 from interp.engine.lean import WRITABLE, LeanBlock, lean_blocks
 from interp.engine.plan import PLANNING
@@ -33,16 +34,18 @@ CHECK_TOLERANCE = 1e-3  # of the logits' own scale; float32 rounding is far belo
 
 class Engine:
     """Runs cells on one model. ``kind``: ``"fast"``, ``"naive"`` (one full forward per cell: the oracle), or
-    ``"auto"``: fast where it is exact, else naive, saying why in ``reason`` and in the log.
+    ``"auto"``: fast where it is exact, else naive, saying why in ``reason`` and in the log. ``memory``: bytes (or
+    ``"4GiB"``) that a sweep may take beside the model's weights; batches are cut to fit.
     """
 
-    def __init__(self, model: Model, kind: EngineKind = "auto"):
+    def __init__(self, model: Model, kind: EngineKind = "auto", memory: int | str | None = None):
         if kind not in ("auto", "fast", "naive"):
             raise InterpError(f"unknown engine {kind!r}: use 'auto', 'fast' or 'naive'")
         self.model, self.kind = model, kind
         self.frame = Frame()
         self.reason: str | None = "asked for" if kind == "naive" else None
-        self.rows_per_batch = ROWS_PER_BATCH
+        self.budget = Budget(model, as_bytes(memory))
+        self.rows_per_batch, self.cells_per_batch = ROWS_PER_BATCH, LOGITS_PER_BATCH
         self.lean: list[LeanBlock] | None = None
         self.planner = PLANNING.get()  # inside `explain`, cells are counted in place of being run
 
@@ -61,18 +64,30 @@ class Engine:
             self.planner.unasked += n
         return n
 
+    def allot(self, longest: int, held: float) -> None:
+        """Cuts batches to the budget, beside ``held`` bytes of base runs whose longest has ``longest`` tokens.
+
+        Raises InterpError if not one cell fits.
+        """
+        self.budget.check(longest, held)
+        self.rows_per_batch, self.cells_per_batch = self.budget.batch(held, ROWS_PER_BATCH, LOGITS_PER_BATCH)
+
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Raise SiteError, before any work, for sites that this model does not have."""
         if not sites:
             raise SiteError("there are no sites to sweep: pass e.g. model.sites('z')")
         known = self.model.bridge.hook_dict
         heads = {"query": self.model.n_heads, "kv": self.model.n_kv_heads}
+        if any(s.spec.heads == "neuron" for s in sites):
+            heads["neuron"] = self.model.n_neurons
         for site in sites:
             if site.layer is not None and not 0 <= site.layer < self.model.n_layers:
                 raise SiteError(f"site {site}: the model has layers 0 to {self.model.n_layers - 1}")
             n = heads.get(COMPONENTS[site.component].heads or "", 0)
             if site.head is not None and not 0 <= site.head < n:
-                raise SiteError(f"site {site}: {site.component!r} has heads 0 to {n - 1} in this model")
+                unit = "neuron" if site.spec.heads == "neuron" else "head"
+                has = f"has {unit}s 0 to {n - 1} in this model" if n else f"has no {unit}s in this model"
+                raise SiteError(f"site {site}: {site.component!r} {has}")
             if site.hook_name not in known:
                 raise SiteError(f"site {site}: {self.model.name} has no {site.component!r} ({site.hook_name})")
         if self.fast and any(s.component == "embed" for s in sites):
@@ -165,11 +180,11 @@ class Engine:
 
         Those that cannot change anything come first, together: they are answered from the base runs.
         """
-        most = LOGITS_PER_BATCH if columns is None else len(cells)
+        most = self.cells_per_batch if columns is None else len(cells)
         seeing = [i for i in range(len(cells)) if not self.blind(runs, cells[i])]
         blind = sorted(set(range(len(cells))) - set(seeing))
-        for i in range(0, len(blind), LOGITS_PER_BATCH):
-            yield blind[i : i + LOGITS_PER_BATCH]
+        for i in range(0, len(blind), self.cells_per_batch):
+            yield blind[i : i + self.cells_per_batch]
         if not self.fast:
             yield from ([i] for i in seeing)
             return

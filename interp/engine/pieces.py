@@ -105,9 +105,9 @@ class Rows:
     add: Tensor | None  # bool [R, 1]; None if all are set
 
     def put(self, x: Tensor, headed: bool) -> Tensor:
-        """A copy of x [1, rows, (heads,) width] with the writes applied."""
+        """A copy of x [1, rows, (heads,) width] with the writes applied; neurons are heads that are one number wide."""
         changed = x.clone()
-        self.put_(changed[0], headed)
+        self.put_(changed[0, ..., None] if headed and x.ndim == 3 else changed[0], headed)
         return changed
 
     def put_(self, x: Tensor, headed: bool) -> None:

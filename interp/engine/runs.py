@@ -44,13 +44,18 @@ class Run:
         for layers in self.acts.values():
             yield from layers.values()
 
+    def whole(self, component: str, layer: int | None) -> Float[Tensor, "position *heads width"]:
+        """A component's activation, all its heads (or neurons, one number wide)."""
+        if component == "resid_pre":
+            return self.resid[layer]  # type: ignore[index]
+        if component == "resid_post":
+            return self.resid[layer + 1]  # type: ignore[operator]
+        found = self.acts[component][layer or 0]
+        return found.unsqueeze(-1) if COMPONENTS[component].heads == "neuron" else found
+
     def value(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows width"]:
         """The activation at a site in rows [start, stop)."""
-        if site.component == "resid_pre":
-            return self.resid[site.layer][start:stop]  # type: ignore[index]
-        if site.component == "resid_post":
-            return self.resid[site.layer + 1][start:stop]  # type: ignore[operator]
-        found = self.acts[site.component][site.layer or 0][start:stop]
+        found = self.whole(site.component, site.layer)[start:stop]
         return found if site.head is None else found[:, site.head]
 
 
@@ -181,7 +186,11 @@ class _Recorder:
     def _layers(self, component: str) -> Sequence[int]:
         """Where a component is: heads only in the layers with attention."""
         spec = COMPONENTS[component]
-        return self.model.attention_layers if spec.heads else range(self.model.n_layers if spec.per_layer else 1)
+        return (
+            self.model.attention_layers
+            if spec.heads in ("query", "kv")
+            else range(self.model.n_layers if spec.per_layer else 1)
+        )
 
     def _keep_resid(self, x: Tensor, hook: Any) -> None:
         self.resid.append(x.detach())

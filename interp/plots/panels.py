@@ -37,6 +37,7 @@ COMPONENT_WORDS = {
     "v": "values of each head",
     "z": "attention heads (z, before the output projection)",
     "result": "attention heads (result, after the output projection)",
+    "mlp_post": "neurons of each MLP",
 }
 MODE_WORDS = {"denoise": "denoising", "noise": "noising"}
 OTHER_ROLE = "other tokens"
