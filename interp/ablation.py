@@ -91,7 +91,7 @@ def ablate(
     plan = [_scheduled(list(spelled(targets, p)), schedule) for p in prompts]
     _check_writes(plan)
     given = None if reference is None else list(reference)
-    known = reference_ids(given, prompts, model.coder.encode)
+    known = reference_ids(given, prompts, model.coder)
     donors = _donors(prompts, known, given is None, seed) if using == "resample" else [p.clean for p in prompts]
     means = None
     if using in KEYS:

@@ -12,7 +12,7 @@ from torch import Tensor
 from interp.engine import Engine
 from interp.engine.cells import rows_of
 from interp.errors import PromptError
-from interp.prompts import Encoded, Prompt, PromptPair
+from interp.prompts import Coder, Encoded, Prompt, PromptPair, encode_pairs
 from interp.sites import Site, Sites
 
 Ids = tuple[int, ...]
@@ -115,17 +115,22 @@ def _rows(site: Site, prompt: Encoded) -> tuple[int, int]:
 def reference_ids(
     reference: Iterable[str | Prompt | PromptPair] | None,
     prompts: Sequence[Encoded],
-    encode: Callable[[str], list[int]],
+    coder: Coder,
 ) -> list[Ids]:
     """Token ids of the prompts to average over; by default the clean prompts themselves."""
     if reference is None:
         return [p.clean for p in prompts]
     if isinstance(reference, str):
         raise PromptError("reference= takes several prompts; got one string")
-    texts = [r.clean if isinstance(r, PromptPair) else r.text if isinstance(r, Prompt) else r for r in reference]
-    if not texts:
+    listed = list(reference)
+    if not listed:
         raise PromptError("reference= is empty: give prompts to average over, or leave it out")
-    return [tuple(encode(t)) for t in texts]
+    return [
+        encode_pairs(r, coder)[0].clean
+        if isinstance(r, PromptPair)
+        else tuple(coder.encode(r.text if isinstance(r, Prompt) else r))
+        for r in listed
+    ]
 
 
 def _parts(reference: Sequence[Ids], tokens: int) -> Iterable[list[Ids]]:
