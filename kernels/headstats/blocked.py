@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import cpu_flash, fast, recompute, rows
+from headstats import cpu_flash, fast, recompute, rows, workers
 from headstats.call import Call
 from headstats.stats import BY_NAME, Result, Value, mapped, tensors
 from headstats.tiles import Keys, Scratch, Tile, keys_and_values, logits, mixed, of_rows, pattern_keys, queries, tiles
@@ -48,14 +48,23 @@ def by_tiles(call: Call) -> Attended:
         out = call.q.new_empty(b, hk, g, m, v.own.shape[3])
         lse = k.own.new_empty(b, hk, g, m)
         stats: dict[str, Result] = {}
-        room = Scratch(call, work), Scratch(call, work)
-        for t in work:
+
+        def put(t: Tile, attended: Attended) -> None:
             rows_of = (t.b, t.h, slice(None), t.i)
-            out[rows_of], lse[rows_of], found = _one_tile(call, t, k, v, other, room)
+            out[rows_of], lse[rows_of], found = attended
             for name, x in found.items():
                 if name not in stats:
                     stats[name] = _space(call, x, name)
                 _put(name, stats[name], x, t)
+
+        work.reverse()  # under causality the last tiles are the longest: no thread is left alone with one
+        workers.each(
+            work,
+            lambda: (Scratch(call, work), Scratch(call, work)),
+            lambda room, t: _one_tile(call, t, k, v, other, room),
+            put,
+            side_by_side=call.q.device.type == "cpu",
+        )
     for name, value in call.spec.requested().items():
         if BY_NAME[name].axis == "key":
             stats[name] = _columns(call, name, stats[name], value)
