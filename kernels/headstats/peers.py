@@ -18,10 +18,30 @@ SINK = 4  # first keys whose mass is summed, as in StatSpec()
 def eager(
     q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
 ) -> dict[str, Tensor]:
-    """Causal attention with the statistics of StatSpec(), from the whole pattern in float32 and plain operators.
+    """Causal attention with the statistics of StatSpec(), as it is written in a notebook: one expression for each.
 
-    Written to be as quick as that allows: one pattern, changed in place, and no copy that is not read.
+    The pattern is made as transformers' eager attention makes it: product, scale, additive mask, softmax in float32.
     """
+    m, groups = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    mask = torch.full((m, m), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
+    scores = q @ k.mT * q.shape[3] ** -0.5
+    p = (scores + mask).softmax(-1, dtype=torch.float32)
+    places = torch.arange(m, device=q.device, dtype=torch.float32)
+    return {
+        "out": p.to(v.dtype) @ v,
+        "entropy": -(p * p.clamp_min(1e-20).log()).sum(-1),
+        "max_prob": p.amax(-1),
+        "argmax": p.argmax(-1),
+        "distance": (p * (places[:, None] - places)).sum(-1),
+        "sink": p[..., :SINK].sum(-1),
+    }
+
+
+def eager_lean(
+    q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
+) -> dict[str, Tensor]:
+    """The same by few passes over the pattern: changed in place, no copy that is not read, sums as matrix products."""
     m, groups = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.mT).mul_(q.shape[3] ** -0.5)

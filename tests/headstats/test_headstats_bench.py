@@ -14,10 +14,11 @@ from headstats_cases import inputs, oracle
 from torch.nn.functional import scaled_dot_product_attention
 
 
+@pytest.mark.parametrize("eager", [peers.eager, peers.eager_lean])
 @pytest.mark.parametrize("n", [1, 15, 70])
-def test_eager_computes_the_same_statistics(n):
+def test_eager_computes_the_same_statistics(n, eager):
     qkv, _ = inputs(b=2, h=6, hk=2, m=n, n=n)
-    want, found = oracle(qkv), peers.eager(*qkv)
+    want, found = oracle(qkv), eager(*qkv)
     assert set(found) == {"out", *want.stats.as_dict()}
     for name, x in found.items():
         one = want.out if name == "out" else getattr(want.stats, name)
@@ -47,7 +48,7 @@ def test_every_path_of_every_case_is_known():
             if what:
                 assert isinstance(bench_cases.spec_of(what), headstats.StatSpec)
             else:
-                assert backend in ("sdpa", "eager", "flex", "sdpa, whole", "sdpa, keys written out")
+                assert backend in ("sdpa", "eager", "eager, lean", "flex", "sdpa, whole", "sdpa, keys written out")
         for target in case.targets:
             assert {target.path, target.per or target.path, target.minus or target.path} <= set(case.paths)
 
