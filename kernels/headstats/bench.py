@@ -153,7 +153,7 @@ def print_peak(text: str, path: str, threads: str) -> None:
 
 def peak(case: Case, path: str) -> float:
     """MiB that preparing and running a path takes beyond its inputs, in this process. On CPU for Linux alone."""
-    small = Case("warm-up", (path,), 64, case.d, case.heads, case.rows, min(case.prefix, 64), case.device)
+    small = Case("warm-up", (path,), 256, case.d, case.heads, case.rows, min(case.prefix, 64), case.device)
     ready(small, path, small.inputs())()  # libraries make their own room at first use
     inputs = case.inputs()
     compiled = ready(case, path, inputs) if path == "flex" else None  # what compiling takes is not counted

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import cpu_flash, fast, recompute, rows, workers
+from headstats import cpu_flash, fast, products, recompute, rows, workers
 from headstats.call import Call
 from headstats.stats import BY_NAME, Result, Value, mapped, tensors
 from headstats.tiles import Keys, Scratch, Tile, keys_and_values, logits, mixed, of_rows, pattern_keys, queries, tiles
@@ -57,6 +57,7 @@ def by_tiles(call: Call) -> Attended:
                     stats[name] = _space(call, x, name)
                 _put(name, stats[name], x, t)
 
+        products.onednn_pays()  # tried here, where no other thread disturbs the trial
         work.reverse()  # under causality the last tiles are the longest: no thread is left alone with one
         workers.each(
             work,

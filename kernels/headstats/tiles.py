@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import weights
+from headstats import products, weights
 from headstats.call import HIDDEN, Call, hidden_by_bias, part, parts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tiles(call: Call) -> Iterator[Tile]:
     """Cuts the call. Every query is in exactly one tile for each head."""
     nb, m = call.q.shape[0], call.q.shape[2]
     hk, n, g = call.k.shape[1], call.n, call.groups
-    rows = m if nb * hk * g * m * n <= CELLS // 4 else min(m, ROWS)
+    rows = m if nb * hk * g * m * n <= CELLS // 4 else min(m, _height(g * n))
     fit = max(1, CELLS // (g * rows * n))  # how many heads, or heads of batch rows
     heads, batch, run = _even(hk, fit), _even(nb, fit // hk), nb
     if call.prefix_k is not None:  # one head, and many batch rows that share its prefix
@@ -53,6 +53,13 @@ def tiles(call: Call) -> Iterator[Tile]:
                 i1 = min(i + rows, m)
                 j = slice(*call.keys_seen(i, i1))
                 yield Tile(slice(b, b1), slice(h, min(h + heads, hk)), slice(i, i1), j)
+
+
+def _height(width: int) -> int:
+    """Queries of a tile, `width` being the cells of each: more where threads share the work, whose time between
+    operators is what they wait for each other."""
+    most = ROWS if torch.get_num_threads() == 1 else 3 * ROWS
+    return max(ROWS, min(most, 2 * CELLS // width // 32 * 32))
 
 
 def _even(count: int, most: int) -> int:
@@ -140,7 +147,11 @@ def scores(
     for columns, x in keys.parts(t):
         k = x.flatten(0, 1)
         lines = s.view(len(k), -1, shape[-1])[:, :, columns]
-        torch.bmm(rows.reshape(len(k), -1, rows.shape[-1]), k.mT, out=lines)
+        found = products.batched(rows.reshape(len(k), -1, rows.shape[-1]), k.mT, out=lines)
+        if found is not lines and found.numel() == s.numel():
+            return found.view(shape)  # in memory of its own, and all there is
+        if found is not lines:
+            lines.copy_(found)
     return s
 
 
@@ -150,7 +161,7 @@ def mixed(weights: Float[Tensor, "b h g m n"], values: Keys, t: Tile) -> Float[T
     for columns, x in values.parts(t):
         v = x.flatten(0, 1)
         lines = weights.reshape(len(v), -1, weights.shape[-1])[:, :, columns]
-        found = torch.bmm(lines, v).view(*weights.shape[:-1], -1)
+        found = products.batched(lines, v).view(*weights.shape[:-1], -1)
         out = found if out is None else out.add_(found)
     return values.own.new_zeros(*weights.shape[:-1], values.own.shape[-1]) if out is None else out
 
@@ -160,7 +171,7 @@ def collect(into: Keys, t: Tile, weights: Float[Tensor, "b h g m n"], rows: Floa
     for columns, x in into.parts(t):
         r = x.shape[0] * x.shape[1]
         lines = weights.reshape(r, -1, weights.shape[-1])[:, :, columns]
-        x += torch.bmm(lines.mT, rows.reshape(r, -1, rows.shape[-1])).view(x.shape)
+        x += products.batched(lines.mT, rows.reshape(r, -1, rows.shape[-1])).view(x.shape)
 
 
 @dataclass

@@ -12,7 +12,9 @@ from typing import TypeVar
 
 import torch
 
-Item, Room, Found = TypeVar("Item"), TypeVar("Room"), TypeVar("Found")
+Item = TypeVar("Item")
+Room = TypeVar("Room")
+Found = TypeVar("Found")
 
 MOST = 8  # tiles at a time, since each has its own memory; beyond it every thread has some threads of torch
 
@@ -29,7 +31,7 @@ def each(
     `put` is called by one thread at a time and in the order of items, so that sums come out the same in every run.
     prepare() makes the room that a thread keeps for itself. What `do` raises on any thread is raised here.
     """
-    count = min(len(items), MOST, torch.get_num_threads()) if side_by_side and not _watched() else 1
+    count = min(len(items), MOST, torch.get_num_threads()) if side_by_side and not watched() else 1
     if count < 2:
         room = prepare()
         for item in items:
@@ -38,8 +40,8 @@ def each(
         _Crew(items, prepare, do, put).work(count)
 
 
-def _watched() -> bool:
-    """Whether the calling thread carries state that other threads would not have: a compiler, a mode, autocast."""
+def watched() -> bool:
+    """Whether the calling thread carries what must see every operator, and other threads lack: a mode, autocast."""
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
     functions = getattr(torch._C, "_len_torch_function_stack", lambda: 0)()
     return bool(modes or functions) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")

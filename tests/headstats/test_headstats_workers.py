@@ -8,6 +8,7 @@ import headstats
 import pytest
 import torch
 from headstats import workers
+from headstats.stats import tensors
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -47,8 +48,8 @@ def test_every_statistic_is_the_same_bit_for_bit_in_every_run(two_threads, ran_o
     for r in others:
         assert torch.equal(r.out, first.out) and torch.equal(r.lse, first.lse)
         for name, x in first.stats.as_dict().items():
-            parts = zip(x, r.stats.as_dict()[name], strict=True) if name == "topk" else [(x, r.stats.as_dict()[name])]
-            assert all(torch.equal(a, b) for a, b in parts), name
+            pairs = zip(tensors(x), tensors(r.stats.as_dict()[name]), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs), name
 
 
 def test_two_threads_agree_with_one_and_with_the_reference(two_threads, ran_on) -> None:
@@ -61,7 +62,7 @@ def test_two_threads_agree_with_one_and_with_the_reference(two_threads, ran_on) 
         other = headstats.attend(q, k, v, spec=spec, backend=backend)
         torch.testing.assert_close(two.out, other.out, rtol=0, atol=1e-12)
         for name, x in other.stats.as_dict().items():
-            torch.testing.assert_close(two.stats.as_dict()[name], x, rtol=0, atol=1e-9)
+            torch.testing.assert_close(tensors(two.stats.as_dict()[name])[0], tensors(x)[0], rtol=0, atol=1e-9)
 
 
 def test_an_error_on_any_thread_reaches_the_caller_and_threads_are_given_back(two_threads) -> None:
@@ -97,10 +98,10 @@ def test_grad_and_inference_mode_are_those_of_the_caller(two_threads, inference:
 
 def test_what_watches_operators_sees_all_of_them(two_threads, ran_on) -> None:
     """A dispatch mode belongs to one thread: then that thread does all."""
-    counts = []
-    for n_threads in (1, 2):
-        torch.set_num_threads(n_threads)
-        with FlopCounterMode(display=False) as counter:
-            headstats.attend(*inputs(), backend="blocked")
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0 and not ran_on
+    q, k, v = inputs()
+    with FlopCounterMode(display=False) as counter:
+        headstats.attend(q, k, v, backend="blocked")
+    n = q.shape[2]
+    visible = q[:, :, 0, 0].numel() * n * (n + 1) // 2
+    assert counter.get_total_flops() >= 2 * 2 * q.shape[3] * visible  # two products, a multiplication and an addition
+    assert not ran_on
