@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from interp.commands import register
 from interp.errors import InterpError
 
 app = typer.Typer(
@@ -80,6 +81,8 @@ def fetch() -> None:
 
     typer.echo(f"the embedded model is in {embedded_model()}")
 
+
+register(app)
 
 bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -30,7 +30,7 @@ from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, PromptPair, encode_pairs
 from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
-from interp.sites import COMPONENTS, Site, Sites
+from interp.sites import COMPONENTS, EACH, Site, Sites
 from interp.targets import as_sites
 
 SENDERS = ("z", "attn_out", "mlp_out")
@@ -64,11 +64,11 @@ def path_patch(
 
     ``senders``: sites of z (a head), attn_out or mlp_out. ``receivers``: sites of q, k, v (a head's query, key or
     value; k and v per KV head), mlp_out (the input of that MLP), or ``"logits"`` (the final residual stream, which is
-    resid_post of the last layer). Positions of both restrict where the path starts and ends. Pairs of sites in which
-    the receiver cannot read the sender are left out. ``mode="noise"`` (as published) sends the corrupt activation
-    within the clean run, ``"denoise"`` the clean one within the corrupt run. ``mlps``: see this module's first lines.
-    ``using="zero"`` or ``"mean"`` ablates the edge in place of patching it: the sender sends 0, or its mean over all
-    tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
+    resid_post of the last layer). Positions of both restrict where the path starts and ends ("each": all at once).
+    Pairs of sites in which the receiver cannot read the sender are left out. ``mode="noise"`` (as published) sends the
+    corrupt activation within the clean run, ``"denoise"`` the clean one within the corrupt run. ``mlps``: see this
+    module's first lines. ``using="zero"`` or ``"mean"`` ablates the edge in place of patching it: the sender sends 0,
+    or its mean over all tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
 
     Returns one row per (pair, edge): the receiver's site, and the ``sender``. Raises SiteError, PromptError or
     InterpError for bad input, before the sweep, and where the model cannot be run packed.
@@ -77,7 +77,7 @@ def path_patch(
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
     if using not in ("patch", "zero", "mean") or (using != "patch" and mode != "noise"):
         raise InterpError(f"using={using!r}, mode={mode!r}: 'patch', or 'zero' or 'mean' with mode='noise' expected")
-    metric, senders, receivers = as_metric(metric), as_sites(senders), _receivers(model, receivers)
+    metric, senders, receivers = as_metric(metric), _whole(as_sites(senders)), _receivers(model, receivers)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
@@ -118,7 +118,12 @@ def _receivers(model: Model, receivers: Iterable[Site | str] | Site | str) -> Si
     final = Site("resid_post", model.n_layers - 1)
     if isinstance(receivers, Site | str):
         receivers = [receivers]
-    return as_sites([final if r == LOGITS else r for r in receivers])
+    return _whole(as_sites([final if r == LOGITS else r for r in receivers]))
+
+
+def _whole(sites: Sites) -> Sites:
+    """All positions at once where each was meant: a path is an edge between components."""
+    return Sites(s.at(None) if s.position == EACH else s for s in sites)
 
 
 def _edges(runner: Engine, senders: Sites, receivers: Sites) -> list[Edge]:

@@ -1,0 +1,213 @@
+"""Every recipe as a verb of the command line; heavy imports wait for the verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interp.errors import InterpError
+from interp.sweep_options import GROUPS, LAYERS, SITES, WINDOW, Sweep, groups_of, numbers, place, sites_of, with_sweep
+
+Layers = Annotated[str | None, typer.Option(help=LAYERS)]
+Window = Annotated[int, typer.Option(help=WINDOW)]
+Group = Annotated[list[str] | None, typer.Option(help=GROUPS)]
+SiteText = Annotated[str | None, typer.Option("--sites", help=SITES)]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verbs."""
+    named = {"path-patch": path_patch, "knock-out": knock_out, "leave-out": leave_out}
+    plain = {f.__name__: f for f in (patch, ablate, trace, mediate, steer)}
+    for name, body in {**plain, **named}.items():
+        app.command(name)(with_sweep(body))
+
+
+def patch(
+    sweep: Sweep,
+    sites: SiteText = None,
+    mode: Annotated[str, typer.Option(help="denoise: clean into corrupt; noise: corrupt into clean.")] = "denoise",
+    layers: Layers = None,
+    window: Window = 1,
+    group: Group = None,
+) -> None:
+    """Activation patching: carry an activation from one prompt's run into the other's.
+
+    Default: every head (z).
+    """
+    import interp
+
+    model = sweep.loaded()
+    groups = groups_of(model, group)
+    chosen = sites_of(model, sites or "z", layers) if sites or not groups else None
+    sweep.run(
+        interp.patch, model, sweep.prompts(model), chosen,
+        **sweep.options(mode=mode, window=window, groups=groups),
+    )  # fmt: skip
+
+
+def ablate(
+    sweep: Sweep,
+    sites: SiteText = None,
+    using: Annotated[
+        str, typer.Option(help="zero; mean; position_mean; cama (context-aware mean); resample.")
+    ] = "mean",
+    schedule: Annotated[
+        str, typer.Option(help="each; cumulative (in the order given); all-but-one (leave one out).")
+    ] = "each",
+    layers: Layers = None,
+    window: Window = 1,
+    group: Group = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Texts to take means over and to draw from, one a line. Default: the prompts.")
+    ] = None,
+) -> None:
+    """Ablation: take a component's activation away from the clean run, by a stated recipe.
+
+    Default: every head (z).
+    """
+    import interp
+    from interp.prompt_files import read_texts
+
+    texts = None if reference is None else read_texts(reference)
+    model = sweep.loaded()
+    groups = groups_of(model, group)
+    chosen = sites_of(model, sites or "z", layers) if sites or not groups else None
+    how = sweep.options(
+        using=using, schedule=schedule.replace("-", " "), window=window, groups=groups, reference=texts, seed=sweep.seed
+    )
+    sweep.run(interp.ablate, model, sweep.prompts(model), chosen, **how)
+
+
+def trace(
+    sweep: Sweep,
+    component: Annotated[str, typer.Option(help="resid_post, mlp_out or attn_out.")] = "resid_post",
+    window: Annotated[
+        int | None, typer.Option(help="Layers restored together. Default: 1 or 10, as published.")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="each; subject; subject:last; a number; another span.")] = "each",
+    layers: Layers = None,
+    noise: Annotated[float | None, typer.Option(help="Of the standard deviation of subject embeddings [3].")] = None,
+    samples: Annotated[int | None, typer.Option(help="Corrupted runs of each fact [10].")] = None,
+    sever: Annotated[str | None, typer.Option(help="mlp or attn: keep later ones at their corrupted values.")] = None,
+) -> None:
+    """Causal tracing: corrupt a fact's subject, restore one state, see what comes back.
+
+    Facts are corrupted by noise; prompt pairs (of a file, or of the other tasks) by their corrupt prompt.
+    """
+    import interp
+
+    model = sweep.loaded()
+    sweep.run(
+        interp.trace, model, sweep.prompts(model, tracing=True), component,
+        **sweep.options(
+            window=window, positions=place(positions), layers=numbers(layers, "layers"), noise=noise, samples=samples,
+            sever=sever, seed=sweep.seed,
+        ),
+    )  # fmt: skip
+
+
+def mediate(
+    sweep: Sweep, sites: SiteText = None, layers: Layers = None, window: Window = 1, group: Group = None
+) -> None:
+    """Causal mediation: total, natural direct and natural indirect effect, and interaction, of each mediator.
+
+    Default: every head (z).
+    """
+    import interp
+
+    model = sweep.loaded()
+    groups = groups_of(model, group)
+    chosen = sites_of(model, sites or "z", layers) if sites or not groups else None
+    sweep.run(
+        interp.mediate, model, sweep.prompts(model), chosen, **sweep.options(window=window, groups=groups)
+    )  # fmt: skip
+
+
+def path_patch(
+    sweep: Sweep,
+    senders: Annotated[str, typer.Option(help="Sites of z, attn_out or mlp_out, as for --sites of patch.")] = "z",
+    receivers: Annotated[
+        str, typer.Option(help="logits; or sites of q, k, v or mlp_out, e.g. q,k,v for every head.")
+    ] = "logits",
+    mode: Annotated[str, typer.Option(help="noise (as published) or denoise.")] = "noise",
+    mlps: Annotated[str, typer.Option(help="frozen, or recomputed along the path.")] = "frozen",
+    using: Annotated[str, typer.Option(help="patch; zero or mean: ablate the edge.")] = "patch",
+) -> None:
+    """Path patching: change what one component sends along one path, and nothing else."""
+    import interp
+
+    model = sweep.loaded()
+    into = "logits" if receivers.strip() == "logits" else sites_of(model, receivers)
+    sweep.run(
+        interp.path_patch, model, sweep.prompts(model), sites_of(model, senders), into,
+        **sweep.options(mode=mode, mlps=mlps, using=using),
+    )  # fmt: skip
+
+
+def knock_out(
+    sweep: Sweep,
+    keys: Annotated[str, typer.Option(help="What is no longer read: a span (subject) or a position.")] = "subject",
+    queries: Annotated[str, typer.Option(help="Who no longer reads it: a span, a position, or all.")] = "-1",
+    layers: Layers = None,
+    window: Annotated[int | None, typer.Option(help="Layers cut together. Default: a fifth of the model's.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads: 0-3,7. Default: all.")] = None,
+) -> None:
+    """Attention knock-out: forbid some tokens to read others, in a window of layers."""
+    import interp
+
+    model = sweep.loaded()
+    sweep.run(
+        interp.knock_out, model, sweep.prompts(model, tracing=True), place(keys),
+        None if queries == "all" else place(queries),
+        **sweep.options(layers=numbers(layers, "layers"), window=window, heads=numbers(heads, "heads")),
+    )  # fmt: skip
+
+
+def steer(
+    sweep: Sweep,
+    sites: SiteText = None,
+    positive: Annotated[Path | None, typer.Option(help="Texts to steer towards, one a line.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Texts to steer away from, one a line.")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="The site whose mean difference is the direction. Default: the first of --sites.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="How many times the direction is added.")] = 1.0,
+    layers: Layers = None,
+) -> None:
+    """Steering: add the difference of means of two sets of texts, and see where the answer moves.
+
+    Default: the residual stream entering each layer, at all positions (resid_pre@all).
+    """
+    import interp
+    from interp.prompt_files import read_texts
+
+    if positive is None or negative is None:
+        raise InterpError("steer needs two files of texts, one a line: --positive FILE --negative FILE")
+    texts = read_texts(positive), read_texts(negative)
+    model = sweep.loaded()
+    chosen = sites_of(model, sites or "resid_pre@all", layers)
+    source = interp.Site.parse(at) if at else next(iter(chosen)).at(None)
+    direction = interp.mean_difference(model, *texts, source)
+    sweep.run(interp.steer, model, sweep.prompts(model), chosen, direction, scale, **sweep.options())
+
+
+def leave_out(
+    sweep: Sweep,
+    spans: Annotated[
+        str | None, typer.Option(help="Names of spans, comma-separated. Default: all of each prompt.")
+    ] = None,
+) -> None:
+    """Leave-one-out: the answer without each named span of the prompt."""
+    import interp
+
+    model = sweep.loaded()
+    prompts = sweep.prompts(model)
+    names = None if spans is None else [s.strip() for s in spans.split(",")]
+    if sweep.explain:
+        cells = sum(len(names or getattr(p, "spans", None) or ["subject"]) for p in prompts)
+        typer.echo(f"{cells} cells, one full forward each (positions move, so that nothing can be reused)")
+        return
+    metric = "logprob" if sweep.metric is None else sweep.metric
+    sweep.finish(interp.leave_out(model, prompts, names, metric=metric))

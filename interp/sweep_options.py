@@ -1,0 +1,192 @@
+"""What the verbs of the command line have in common: which model and prompts, what it costs, where results go."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from interp.errors import InterpError
+
+if TYPE_CHECKING:
+    from interp.effects import Effects
+    from interp.model import Model
+    from interp.sites import Sites
+
+ASK_FROM = 600.0  # predicted seconds from which a sweep is started only when told to
+TASKS = ("ioi", "induction", "facts")
+SITES = (
+    "Comma-separated: a component (z: every head; resid_pre: layer × position; attn_out, mlp_out, q, k, v, mlp_post, "
+    "…), one with a position (resid_pre@-1, mlp_out@subject, z@each, resid_pre@all), or single sites (z.L9H6, "
+    "resid_pre.L3@-1, mlp_post.L9N130)."
+)
+GROUPS = "Sites changed together, under a name: movers=z.L9H6,z.L10H0. May be given again."
+WINDOW = "Layers changed together around each layer."
+LAYERS = "Layers of the components: 0-5,9. Default: all."
+
+
+@dataclass
+class Sweep:
+    """The options that every verb has."""
+
+    model: Annotated[str, typer.Option(help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")] = (
+        "smollm2"
+    )
+    task: Annotated[
+        str | None,
+        typer.Option(help="Prompts of a task: ioi, induction or facts. Default: ioi; facts where one is traced."),
+    ] = None
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Prompts of your own: .csv or .jsonl with clean, corrupt, answer, foil (or prompt, subject, "
+                          "answer), in place of a task."),
+    ] = None  # fmt: skip
+    n: Annotated[int, typer.Option(help="Prompts of the task.")] = 16
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0
+    metric: Annotated[str | None, typer.Option(help="logit_diff, logprob, prob, rank or kl.")] = None
+    engine: Annotated[str, typer.Option(help="auto; fast; or naive: one full forward per cell.")] = "auto"
+    memory: Annotated[str | None, typer.Option(help="What the sweep may take beside the weights, e.g. 4GiB.")] = None
+    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the table goes: a .parquet file.")] = None
+    explain: Annotated[bool, typer.Option("--explain", help="Print what it would cost, and run none of it.")] = False
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start long sweeps without asking.")] = False
+
+    def check(self) -> None:
+        """Refuse, before anything is loaded, what cannot end well."""
+        if self.pairs is not None and self.task is not None:
+            raise InterpError("give --task or --pairs, not both")
+        if self.task is not None and self.task not in TASKS:
+            raise InterpError(f"unknown task {self.task!r}: choose one of {', '.join(TASKS)}, or give --pairs FILE")
+        if self.n < 1:
+            raise InterpError(f"--n must be at least 1, got {self.n}")
+        if self.out is not None:
+            if self.out.suffix != ".parquet":
+                raise InterpError(f"--out {self.out}: the name of a .parquet file expected")
+            existing = next(p for p in (self.out.parent, *self.out.parent.absolute().parents) if p.exists())
+            if not existing.is_dir():
+                raise InterpError(f"cannot write to {self.out}: {existing} is not a folder. Choose another with --out")
+
+    def loaded(self) -> Model:
+        """The model."""
+        import interp
+
+        return interp.load(self.model, dtype=self.dtype, device=self.device)
+
+    def prompts(self, model: Model, tracing: bool = False) -> Any:
+        """Pairs of the file or task; for tracing, facts of the task."""
+        from interp import tasks
+        from interp.prompt_files import read_prompts
+
+        if self.pairs is not None:
+            return read_prompts(self.pairs)
+        if tracing and self.task in (None, "facts"):
+            return tasks.facts(model, n=self.n, seed=self.seed)
+        make = {"ioi": tasks.ioi, "induction": tasks.induction, "facts": tasks.fact_pairs}[self.task or "ioi"]
+        return make(model, n=self.n, seed=self.seed)
+
+    def options(self, **given: Any) -> dict[str, Any]:
+        """Those of ``given`` that were given, with engine, memory and metric."""
+        common = {"engine": self.engine, "memory": self.memory, "metric": self.metric}
+        return {k: v for k, v in {**common, **given}.items() if v is not None}
+
+    def run(self, recipe: Callable[..., Effects], *args: Any, **options: Any) -> None:
+        """Explain, ask if it will take long, run, print the strongest effects and write the table."""
+        from interp.engine import explain
+
+        plan = explain(recipe, *args, **options)
+        if self.explain:
+            typer.echo(str(plan))
+            return
+        if plan.seconds > ASK_FROM and not self.yes:
+            self._ask(str(plan), plan.seconds)
+        self.finish(recipe(*args, **options))
+
+    def finish(self, effects: Effects) -> None:
+        """Print the strongest effects; write the table."""
+        import pandas as pd
+
+        summary: Any = effects.summary()
+        shown = [c for c in summary.columns if not summary[c].isna().all()]
+        with pd.option_context(
+            "display.width", 160, "display.max_columns", 30, "display.float_format", "{:.4g}".format
+        ):
+            typer.echo(summary[shown].head(10).to_string(index=False))
+        typer.echo(f"{effects!r}")
+        if self.out is not None:
+            typer.echo(f"wrote {effects.write(self.out)}")
+
+    def _ask(self, plan: str, seconds: float) -> None:
+        long = f"this will take about {seconds / 60:.0f} minutes"
+        typer.echo(plan, err=True)
+        if not sys.stdin.isatty():
+            raise InterpError(f"{long}, and nobody is here to ask: start it with --yes, or take fewer prompts or sites")
+        if not typer.confirm(f"{long}. Go on?", err=True):
+            raise typer.Exit(1)
+
+
+def with_sweep(body: Callable[..., None]) -> Callable[..., None]:
+    """``body(sweep, …)`` as a command that has the options of `Sweep` beside its own."""
+    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    common = list(inspect.signature(Sweep, eval_str=True).parameters.values())
+    names = [f.name for f in fields(Sweep)]
+
+    def command(**given: Any) -> None:
+        sweep = Sweep(**{name: given.pop(name) for name in names})
+        sweep.check()
+        body(sweep, **given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    everything = [p.replace(kind=keyword) for p in (*own, *common)]
+    command.__name__, command.__doc__ = body.__name__, body.__doc__
+    command.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in everything}
+    return command
+
+
+def numbers(text: str | None, what: str) -> list[int] | None:
+    """``0-5,9`` as [0, 1, 2, 3, 4, 5, 9]; None stays None."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise InterpError(f"--{what} {text}: numbers and ranges like 0-5,9 expected")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found
+
+
+def place(text: str) -> int | str:
+    """A position: a number, or the name of a span."""
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def sites_of(model: Model, text: str, layers: str | None = None) -> Sites:
+    """Sites by the grammar of --sites."""
+    from interp.sites import COMPONENTS, Site, Sites
+
+    found = Sites([])
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        component, at, position = item.partition("@")
+        if component in COMPONENTS:
+            found |= model.sites(component, layers=numbers(layers, "layers"), positions=place(position) if at else None)
+        else:
+            found |= [Site.parse(item)]
+    return found
+
+
+def groups_of(model: Model, texts: list[str] | None) -> dict[str, Sites] | None:
+    """Named groups of sites, from ``name=site,site``."""
+    found: dict[str, Sites] = {}
+    for text in texts or ():
+        name, equals, sites = text.partition("=")
+        if not equals or not name.strip():
+            raise InterpError(f"--group {text}: name=site,site expected")
+        found[name.strip()] = sites_of(model, sites)
+    return found or None

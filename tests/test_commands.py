@@ -1,0 +1,147 @@
+"""The recipes as verbs: run in this process on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import interp
+from interp import cli
+from interp.errors import InterpError, PromptError
+from interp.prompt_files import read_prompts, read_texts
+from interp.zoo.architectures import tiny_hf
+
+PAIRS = [
+    {"clean": "w1 w2 w3 w4", "corrupt": "w1 w9 w3 w4", "answer": "w95", "foil": "w96", "spans": {"name": "w2"}},
+    {"clean": "w5 w6 w7", "corrupt": "w5 w6 w8", "answer": "w95", "foil": "w96", "spans": {"name": "w7"}},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, word_tokenizer):
+    path = tmp_path_factory.mktemp("model")
+    tiny_hf("llama").float().save_pretrained(path / "m")
+    word_tokenizer.save_pretrained(path / "m")
+    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    rows = [
+        "clean,corrupt,answer,foil",
+        *(",".join(p[c] for c in ("clean", "corrupt", "answer", "foil")) for p in PAIRS),
+    ]
+    (path / "pairs.csv").write_text("\n".join(rows))
+    (path / "facts.csv").write_text("prompt,subject,answer\nw1 w2 w3 w4,w2 w3,w95\n")
+    (path / "up.txt").write_text("w1 w2\nw3 w2\n")
+    (path / "down.txt").write_text("w9\n")
+    return path
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """run("patch …") -> (exit code, stdout, stderr); {f} in it is the folder."""
+
+    def call(line: str) -> tuple[int, str, str]:
+        words = [w.format(f=folder) for w in line.split()]
+        monkeypatch.setattr(sys, "argv", ["interp", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        caught = capsys.readouterr()
+        return code, caught.out, caught.err
+
+    return call
+
+
+VERBS = {
+    "patch": "--sites resid_pre,z@each,mlp_post.L0N3 --mode noise --pairs {f}/pairs.csv",
+    "patch ": "--group both=z.L0H1,mlp_out.L1 --pairs {f}/pairs.csv",
+    "ablate": "--sites z --layers 0-1 --using zero --schedule cumulative --pairs {f}/pairs.jsonl",
+    "trace": "--pairs {f}/facts.csv --component mlp_out --window 2 --samples 2 --positions subject:last",
+    "trace ": "--pairs {f}/pairs.jsonl --sever mlp --metric logit_diff",
+    "mediate": "--sites attn_out@-1 --window 2 --pairs {f}/pairs.csv",
+    "path-patch": "--senders z,mlp_out --receivers q,k,v --mlps recomputed --pairs {f}/pairs.csv",
+    "knock-out": "--keys name --queries -1 --window 1 --pairs {f}/pairs.jsonl --heads 0,2",
+    "steer": "--positive {f}/up.txt --negative {f}/down.txt --scale 2 --pairs {f}/pairs.csv",
+    "leave-out": "--spans name --pairs {f}/pairs.jsonl --metric logit_diff",
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_recipe_is_a_verb(run, tmp_path, verb: str) -> None:
+    out = tmp_path / "new" / "x.parquet"
+    code, text, err = run(f"{verb} --model {{f}}/m {VERBS[verb]} --out {out}")
+    assert code == 0, text + err
+    effects = interp.Effects.read(out)
+    assert len(effects) > 0 and f"wrote {out}" in text and "effect" in text
+    code, text, _ = run(f"{verb} --model {{f}}/m {VERBS[verb]} --explain")
+    assert code == 0 and "cells" in text and ("FLOP" in text or verb == "leave-out")
+
+
+def test_a_verb_does_what_its_function_does(run, tmp_path, folder) -> None:
+    run(f"patch --model {{f}}/m --sites z --pairs {{f}}/pairs.csv --metric logit_diff --out {tmp_path}/x.parquet")
+    got = interp.Effects.read(tmp_path / "x.parquet").frame()
+    model = interp.load(str(folder / "m"))
+    want = interp.patch(model, read_prompts(folder / "pairs.csv"), model.sites("z")).frame()
+    np.testing.assert_allclose(got["patched"], want["patched"], atol=1e-6)
+
+
+def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
+    line = "patch --model {f}/m --sites z --pairs {f}/pairs.csv"
+    monkeypatch.setattr("interp.sweep_options.ASK_FROM", 0.0)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    code, text, err = run(line)
+    assert code == 2 and "--yes" in err and "FLOP" in err and not text
+    assert run(line + " --yes")[0] == 0
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    for answer, ending in ((False, 1), (True, 0)):
+        monkeypatch.setattr("typer.confirm", lambda *a, answer=answer, **k: answer)
+        assert run(line)[0] == ending
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("patch --task chess", "unknown task 'chess'"),
+        ("patch --task ioi --pairs x.csv", "not both"),
+        ("patch --n 0", "--n must be at least 1"),
+        ("patch --out x.csv", "a .parquet file expected"),
+        ("patch --out {f}/up.txt/x.parquet", "is not a folder"),
+        ("steer --model {f}/m", "--positive FILE --negative FILE"),
+        ("ablate --model {f}/m --pairs {f}/pairs.csv --layers 0-x", "ranges like 0-5,9"),
+        ("patch --model {f}/m --pairs {f}/pairs.csv --sites zz", "unknown component"),
+        ("patch --model {f}/m --pairs {f}/pairs.csv --group z.L0H1", "name=site,site expected"),
+        ("patch --model {f}/m --pairs {f}/facts.csv", "expected PromptPair objects"),
+        ("patch --model {f}/m --pairs {f}/pairs.csv --memory 3kB", "too small for one cell"),
+        ("patch --model {f}/m --pairs {f}/pairs.csv --memory lots", "a size like '4GiB'"),
+        ("patch --model {f}/m --pairs {f}/nowhere.csv", "cannot read"),
+    ],
+)
+def test_bad_options_end_with_a_message_and_exit_code_2(run, line: str, words: str) -> None:
+    code, _, err = run(line)
+    assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_prompt_files(tmp_path, folder) -> None:
+    pairs = read_prompts(folder / "pairs.jsonl")
+    assert pairs[0] == interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w95", "w96").span("name", "w2")
+    assert read_prompts(folder / "facts.csv") == [interp.Fact("w1 w2 w3 w4", "w2 w3", "w95")]
+    assert read_texts(folder / "up.txt") == ["w1 w2", "w3 w2"]
+    quoted = tmp_path / "q.csv"
+    quoted.write_text('clean,corrupt,answer,foil\n"When John, and Mary",b," Mary",\n')
+    assert read_prompts(quoted) == [interp.PromptPair("When John, and Mary", "b", " Mary")]
+    for name, text, words in (
+        ("a.csv", "clean,corrupt\nx,y\n", "line 2 lacks answer"),
+        ("a.jsonl", '{"clean": "x"\n', "line 1 is not JSON"),
+        ("b.jsonl", "[1]\n", "line 1: an object"),
+        ("c.jsonl", "\n", "holds no prompts"),
+        ("d.txt", "x", "a .csv or .jsonl"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(PromptError, match=words):
+            read_prompts(tmp_path / name)
+    (tmp_path / "e.txt").write_text("\n")
+    with pytest.raises(InterpError, match="holds no text"):
+        read_texts(tmp_path / "e.txt")
