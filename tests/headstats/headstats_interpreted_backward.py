@@ -6,10 +6,11 @@ import torch
 from headstats import Edit, StatSpec, launch, launch_backward, recompute
 from headstats.validate import make_call
 from headstats_cases import CHANGED, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
+from headstats_device import attend, shapes
 
 GAINS = {name: x for name, x in CHANGED.items() if "gain" in name or name in ("rows", "phase")}
 EVERY = OPTIONS | SEGMENTED | WITH_BIAS | PREFIX | EDITED | GAINS
-SHAPES = ((18, 35), (18, 18), (20, 9))  # they take turns
+SHAPES = shapes((18, 35), (18, 18), (20, 9))  # they take turns
 UNKNOWN = ("bias", "gain")  # of the call or the edit: PyTorch's backward takes over
 
 
@@ -33,7 +34,7 @@ def gradients(backend, leaves, options, dtype=torch.float32, trained=None):
         given["edit"] = Edit(**vars(edit) | {n[5:]: x for n, x in leaves.items() if n.startswith("edit.")})
     if "prefix" in options:
         given["prefix"] = leaves["prefix_k"], leaves["prefix_v"]
-    r = headstats.attend(leaves["q"], leaves["k"], leaves["v"], **given, spec=StatSpec.none(), backend=backend)
+    r = attend(leaves["q"], leaves["k"], leaves["v"], **given, spec=StatSpec.none(), backend=backend)
     g = torch.Generator().manual_seed(5)
     weight = torch.randn(r.out.shape, generator=g).to(dtype)
     loss = (r.out * weight).sum() + r.lse.masked_fill(r.lse == -torch.inf, 0).sin().sum()
@@ -109,7 +110,7 @@ def test_gradients_of_a_pattern_from_elsewhere():
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         q, k, v, *pattern = leaves[backend] = [x.detach().to(dtype).requires_grad_() for x in given]
         edit = Edit(pattern_from=tuple(pattern), pattern_heads=torch.tensor([True, False]))
-        headstats.attend(q, k, v, edit=edit, backend=backend).out.square().sum().backward()
+        attend(q, k, v, edit=edit, backend=backend).out.square().sum().backward()
     for a, b in zip(leaves["triton"], leaves["reference"], strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-5, rtol=1e-5)
 

@@ -3,14 +3,14 @@ test_headstats_triton_passes.py."""
 
 from dataclasses import replace
 
-import headstats
 import pytest
 import torch
 from headstats import StatSpec
 from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, inputs, oracle
+from headstats_device import attend, shapes
 
 EVERY = OPTIONS | SEGMENTED | WITH_BIAS | PREFIX | EDITED | CELLS
-SHAPES = ((18, 35), (18, 18), (20, 9))  # they take turns
+SHAPES = shapes((18, 35), (18, 18), (20, 9))  # they take turns
 
 
 def spec(k):
@@ -21,14 +21,14 @@ def spec(k):
 def test_options(name):
     m, n = SHAPES[list(EVERY).index(name) % len(SHAPES)]
     qkv, options = inputs(b=2, h=2, hk=1, m=m, n=n, d=20, dv=12, **EVERY[name])
-    got = headstats.attend(*qkv, **options, spec=spec(5), backend="triton")
+    got = attend(*qkv, **options, spec=spec(5))
     assert_same(got, oracle(qkv, **options, spec=spec(5)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 16, 17, 40, 64])
 def test_how_many(k):
     qkv, _ = inputs(b=1, h=1, hk=1, m=3, n=50)
-    got = headstats.attend(*qkv, spec=spec(k), backend="triton")
+    got = attend(*qkv, spec=spec(k))
     assert_same(got, oracle(qkv, spec=spec(k)))
 
 
@@ -38,7 +38,7 @@ def test_ties_go_left_within_and_across_tiles(causal):
     g = torch.Generator().manual_seed(3)
     k = torch.randint(-1, 2, (1, 1, 50, 4), generator=g).float()
     q = torch.randint(-1, 2, (1, 1, 20, 4), generator=g).float()
-    got = headstats.attend(q, k, k, causal=causal, spec=spec(9), backend="triton").stats.topk
+    got = attend(q, k, k, causal=causal, spec=spec(9)).stats.topk
     want = oracle((q, k, k), causal=causal, spec=spec(9)).stats.topk
     assert (got.indices == want.indices).all()
     assert (want.values[..., 1:] == want.values[..., :-1]).any()
@@ -46,5 +46,5 @@ def test_ties_go_left_within_and_across_tiles(causal):
 
 def test_argmax_is_the_first():
     qkv, _ = inputs(b=1, h=2, hk=1, m=20, n=33)
-    stats = headstats.attend(*qkv, spec=StatSpec(topk=3, sink=0), backend="triton").stats
+    stats = attend(*qkv, spec=StatSpec(topk=3, sink=0)).stats
     assert (stats.topk.indices[..., 0] == stats.argmax).all()

@@ -6,9 +6,8 @@ import os
 import pathlib
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
-import headstats
 import pytest
 import torch
 from headstats import StatSpec
@@ -16,6 +15,7 @@ from headstats.launch import IN_KERNEL, PER_KEY
 from headstats.probes import PROBED
 from headstats.stats import BY_NAME
 from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
+from headstats_device import attend
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -92,7 +92,8 @@ def test_registers_stay_below_their_ceilings(compiled):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", CALLS)
-def test_on_the_gpu(name):
+def test_head_sizes_on_the_gpu(name):
+    """Beside test_headstats_gpu.py, which takes one head size through everything."""
     for m, n, d in [(257, 257, 64), (63, 300, 64), (1, 111, 128), (9, 4, 80), (111, 111, 80), (63, 1100, 256)]:
         if d > 128 and "pattern_from" in CALLS[name].get("edits", ()):
             continue  # refused
@@ -101,8 +102,9 @@ def test_on_the_gpu(name):
         spec = MOST
         if "prefix" in options and options["k_segments"].dim() > 1:  # segments that differ between batch rows
             spec = replace(MOST, segments=False, segment_value_norms=False, segment_outputs=False)
-        assert_same(on_gpu(qkv, options, spec, backend="triton"), oracle(qkv, **options, spec=spec))
-        assert on_gpu(qkv, options, spec).backend == "triton"
+        got = attend(*qkv, **options, spec=spec, backend="auto")
+        assert got.backend == "triton"
+        assert_same(got, oracle(qkv, **options, spec=spec))
 
 
 @pytest.mark.gpu
@@ -115,24 +117,9 @@ def test_half_precision_on_the_gpu(dtype):
         qkv = tuple(x.to(dtype) for x in qkv)
         spec = replace(MOST, **dict.fromkeys(("targets", *PER_KEY), False))
         want = oracle(qkv, **options, spec=spec)
-        got = on_gpu(qkv, options, spec, backend="triton")
+        got = attend(*qkv, **options, spec=spec)
         sdpa = torch.nn.functional.scaled_dot_product_attention
         plain = sdpa(*(x.cuda() for x in qkv), is_causal=True, enable_gqa=True)
         assert (got.out.double() - want.out).norm() <= 2 * (plain.cpu().double() - want.out).norm()
         got.out, got.stats.argmax = want.out, want.stats.argmax
         assert_same(got, want, tolerance=1e-4, distance=1e-2)
-
-
-def on_gpu(qkv, options, spec=MOST, **more):
-    """The call on CUDA, with its result brought back."""
-
-    def moved(x):
-        if isinstance(x, headstats.Edit):
-            return replace(x, **{f.name: moved(getattr(x, f.name)) for f in fields(x)})
-        if isinstance(x, tuple):
-            return tuple(map(moved, x))
-        return x.cuda() if isinstance(x, torch.Tensor) else x
-
-    r = headstats.attend(*map(moved, qkv), **{name: moved(x) for name, x in options.items()}, spec=spec, **more)
-    stats = headstats.AttentionStats(**{name: x.cpu() for name, x in r.stats.as_dict().items()})
-    return headstats.Attended(r.out.cpu(), r.lse.cpu(), stats, r.backend)
