@@ -104,7 +104,7 @@ def test_head_sizes_on_the_gpu(name):
             spec = replace(MOST, segments=False, segment_value_norms=False, segment_outputs=False)
         got = attend(*qkv, **options, spec=spec, backend="auto")
         assert got.backend == "triton"
-        assert_same(got, oracle(qkv, **options, spec=spec))
+        assert_same(got, oracle(qkv, **options, spec=spec), tolerance=5e-5, distance=5e-3)
 
 
 @pytest.mark.gpu
