@@ -33,14 +33,14 @@ def demo(
             "sequence. facts: recall a fact about a subject."
         ),
     ] = "ioi",
-    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 8,
+    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 64,
     seed: Annotated[int, typer.Option(help="Everything random (names, donors, noise) follows from it.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the Parquet files and report.html.")] = Path("results/demo"),
     model: Annotated[
         str,
         typer.Option(help="smollm2 (embedded, needs no model hub), a hub id, a local model folder or a .gguf file."),
     ] = "smollm2",
-    facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 4,
+    facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 3,
     samples: Annotated[int, typer.Option(help="Noise samples per fact in causal tracing (published: 10).")] = 10,
 ) -> None:
     """Run the main job on a real model: behaviour, attention statistics, patching, ablation, causal tracing, report.

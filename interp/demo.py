@@ -7,6 +7,7 @@ leaves what it finished.
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from interp.effects import Effects
 from interp.errors import InterpError, TaskError
 
 TASKS = ("ioi", "induction", "facts")
+HEADS = "patch every head's output, layer × head (denoise)"
+STRONGEST, OTHERS = 10, 10  # heads that are looked at in every way: those with most effect, and as many drawn by lot
 Say = Callable[[str], None]
 
 
@@ -27,14 +30,15 @@ class Demo:
     """What to run and where to put it; `run` does it and returns the page's path."""
 
     task: str = "ioi"
-    n: int = 8
+    n: int = 64
     seed: int = 0
     out: Path = Path("results/demo")
     model: str = "smollm2"
-    trace_facts: int = 4
+    trace_facts: int = 3
     samples: int = 10
     say: Say = print
     finished: list[Path] = field(default_factory=list)
+    results: dict[str, Effects] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse bad options and an unwritable folder before any work."""
@@ -69,17 +73,18 @@ class Demo:
             stats = model.attention_stats(pairs, StatSpec(previous=True, diagonal=True, received=True))
             self.keep(stats.write(self.out / "attention_stats.parquet"))
             self.say(f"      attention computed by: {', '.join(sorted(set(stats.backends.values())))}")
-        results: dict[str, Any] = {}
         for title, name, job in self.jobs(interp, model, pairs):
             with self.step(title):
-                results[title] = job()
-                self.keep(results[title].write(self.out / f"{name}.parquet"))
+                self.results[title] = job()
+                self.keep(self.results[title].write(self.out / f"{name}.parquet"))
         with self.step("write the page"):
             notes = f"{behaviour}. Made by: interp demo --task {self.task} --n {self.n} --seed {self.seed}"
-            page = interp.report({**results, "attention": stats}, title=f"{self.task} on {model.name}", notes=notes)
+            page = interp.report(
+                {**self.results, "attention": stats}, title=f"{self.task} on {model.name}", notes=notes
+            )
             path = page.write(self.out / "report.html")
             self.keep(path)
-        self.summarise(results, time.perf_counter() - started)
+        self.summarise(time.perf_counter() - started)
         return path
 
     def pairs(self, model: Any) -> tuple[Any, Any]:
@@ -100,19 +105,28 @@ class Demo:
                 f"patch_resid_pre_{mode}",
                 lambda mode=mode: interp.patch(model, pairs, model.sites("resid_pre"), mode=mode),
             )
-        for mode in ("denoise", "noise"):
-            yield (
-                f"patch every head's output, layer × head ({mode})",
-                f"patch_z_{mode}",
-                lambda mode=mode: interp.patch(model, pairs, model.sites("z"), mode=mode),
-            )
+        yield HEADS, "patch_z_denoise", lambda: interp.patch(model, pairs, model.sites("z"))
+        heads = self.chosen(model)  # read only once the step before is done
+        which = f"the {min(STRONGEST, len(heads))} heads of most effect and {max(0, len(heads) - STRONGEST)} others"
+        yield (
+            f"patch {which} (noise)",
+            "patch_z_noise",
+            lambda: interp.patch(model, pairs, heads, mode="noise"),
+        )
         for using in ("zero", "mean", "resample"):
             yield (
-                f"ablate every head ({using})",
+                f"ablate {which} ({using})",
                 f"ablate_z_{using}",
-                lambda using=using: interp.ablate(model, pairs, model.sites("z"), using=using, seed=self.seed),
+                lambda using=using: interp.ablate(model, pairs, heads, using=using, seed=self.seed),
             )
         yield from self.traces(interp, model)
+
+    def chosen(self, model: Any) -> list[Any]:
+        """The heads with most effect, whichever its sign, and others drawn by lot, to compare them with."""
+        size = self.results[HEADS].frame().groupby(["layer", "head"])["effect"].mean().abs()
+        sites = sorted(model.sites("z"), key=lambda site: -size[site.layer, site.head])
+        others = sites[STRONGEST:]
+        return sites[:STRONGEST] + random.Random(self.seed).sample(others, min(OTHERS, len(others)))
 
     def traces(self, interp: Any, model: Any) -> Iterator[tuple[str, str, Callable[[], Effects]]]:
         """Causal tracing of facts that the model knows; left out, saying so, if it knows too few."""
@@ -140,14 +154,11 @@ class Demo:
         """Remember a finished file."""
         self.finished.append(path)
 
-    def summarise(self, results: dict[str, Effects], seconds: float) -> None:
+    def summarise(self, seconds: float) -> None:
         """The strongest heads, and where everything lies."""
-        for title, effects in results.items():
-            if "denoise" not in title or "head" not in title:
-                continue
-            self.say(f"\nStrongest heads when patched from clean into corrupt (n = {self.n}):")
-            for row in effects.summary().head(5).to_dict("records"):
-                self.say(f"  L{row['layer']}H{row['head']}  {row['effect']:+.2f}  [{row['lo']:+.2f}, {row['hi']:+.2f}]")
+        self.say(f"\nStrongest heads when patched from clean into corrupt (n = {self.n}):")
+        for row in self.results[HEADS].summary().head(5).to_dict("records"):
+            self.say(f"  L{row['layer']}H{row['head']}  {row['effect']:+.2f}  [{row['lo']:+.2f}, {row['hi']:+.2f}]")
         self.say(f"\nDone in {seconds:.0f} s. Results:")
         for path in self.finished:
             self.say(f"  {os.path.relpath(path)}")
