@@ -7,29 +7,26 @@ computes each layer, which sites can be read and patched, what half precision ch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from interp import trial
 from interp.dense import AttentionCall
 from interp.engine import Cell, Engine, Write
 from interp.errors import InterpError
 from interp.instrument import attend
-from interp.loading import Weights, read, wrap
+from interp.loading import read, wrap
 from interp.matrix import difference
 from interp.memory import needed
 from interp.model import Model, load
 from interp.sites import COMPONENTS, Site
+from interp.towers import vision_tower
 
-PROMPTS = (
-    "When John and Mary went to the store, John gave a drink to",
-    "The capital of France is",
-    "1, 2, 3, 4, 5, 6,",
-)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit; other dtypes: HALF
 HALF = 5e-2
 
@@ -96,7 +93,8 @@ def examine(
         model = load(source, dtype=dtype, device=device)
     else:
         weights = read(source, dtype=_dtype(dtype), device=device, **options)
-        batches = _batches(weights)
+        weights = replace(weights, model=vision_tower(weights.model))
+        batches = trial.batches(weights.model, weights.tokenizer)
         expected = _eager(weights.model, batches)
         bridge, name = wrap(weights)
         model = Model(bridge, name=name)
@@ -121,31 +119,13 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 # ---------------------------------------------------------------- logits
 
 
-def _batches(weights: Weights) -> dict[str, dict[str, Tensor]]:
-    """The prompts alone, padded left and padded right, as inputs of the Hugging Face model."""
-    device = next(weights.model.parameters()).device
-    ids = [list(weights.tokenizer(text)["input_ids"]) for text in PROMPTS]
-    longest = max(map(len, ids))
-    made = {"one prompt": {"input_ids": torch.tensor([ids[0]], device=device)}}
-    for side in ("left", "right"):
-        tokens = torch.zeros(len(ids), longest, dtype=torch.long)
-        real = torch.zeros_like(tokens)
-        for row, own in enumerate(ids):
-            where = slice(longest - len(own), longest) if side == "left" else slice(0, len(own))
-            tokens[row, where], real[row, where] = torch.tensor(own), 1
-        positions = (real.cumsum(-1) - 1).clamp(min=0)
-        batch = {"input_ids": tokens, "attention_mask": real, "position_ids": positions}
-        made[f"padded on the {side}"] = {name: value.to(device) for name, value in batch.items()}
-    return made
-
-
 @torch.no_grad()
 def _eager(model: Any, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Logits by Hugging Face's eager attention, before anything is wrapped."""
     model.eval()
     with suppress(ValueError, NotImplementedError):  # models that predate the attention interface are always eager
         model.set_attn_implementation("eager")
-    return {name: model(**batch).logits for name, batch in batches.items()}
+    return {name: trial.outputs(model, batch) for name, batch in batches.items()}
 
 
 @torch.no_grad()
@@ -158,9 +138,10 @@ def _logits(
         return
     allowed = TOLERANCE.get(model.dtype, HALF)
     for name, batch in batches.items():
-        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        gap = difference(model.bridge.original_model(**batch).logits[real], expected[name][real])
+        gap = difference(trial.outputs(model.bridge.original_model, batch), expected[name])
         yield _compared(section, name, gap, allowed)
+    if "one prompt" not in batches or not all(call.causal for call in _calls(model)):
+        return
     tokens = batches["one prompt"]["input_ids"]
     try:
         steps = _decode(model, tokens)
@@ -185,33 +166,40 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
 # ---------------------------------------------------------------- layers and sites
 
 
-def _ids(model: Model) -> list[int]:
-    if model.tokenizer is not None:
-        return model.coder.encode(PROMPTS[0])
-    return [i % int(model.bridge.cfg.d_vocab) for i in range(min(8, model.n_ctx))]
-
-
 @torch.no_grad()
 def _calls(model: Model) -> list[AttentionCall]:
     """What each layer asks of the kernel; and, from a plain forward after it, the record of who answered."""
     seen: list[AttentionCall] = []
-    tokens = torch.tensor([_ids(model)], device=model.device)
-    with model.instrument.handled_by(lambda call: (seen.append(call), attend(call).out)[1]):
-        model(tokens)
-    model.instrument.layers.clear()
-    model(tokens)
+    with ExitStack() as held:
+        for instrument in model.instruments.values():
+            held.enter_context(instrument.handled_by(lambda call: (seen.append(call), attend(call).out)[1]))
+        _forward(model)
+    for instrument in model.instruments.values():
+        instrument.layers.clear()
+    _forward(model)
     return seen
+
+
+def _forward(model: Model) -> Tensor:
+    """Output of the prompt that everything is tried on."""
+    if not model.stacks:
+        return model.forward([trial.prompt(model)])
+    (batch,) = trial.batches(model.bridge.original_model, model.tokenizer).values()
+    return trial.outputs(model.bridge.original_model, batch)
 
 
 def _layers(model: Model) -> Iterator[Finding]:
     report = model.backend_report()
     report["backend"] = report["backend"].str.replace(r" ×\d+", "", regex=True)
-    for kind, rows in report.groupby(["attention", "backend"], sort=False):
-        attention, backend = cast("tuple[str, str]", kind)
+    if "stack" not in report:
+        report["stack"] = ""
+    for kind, rows in report.groupby(["stack", "attention", "backend"], sort=False):
+        stack, attention, backend = cast("tuple[str, str, str]", kind)
         layers = rows["layer"].tolist()
-        where = f"layers {layers[0]}–{layers[-1]}" if len(layers) == layers[-1] - layers[0] + 1 else f"layers {layers}"
+        run = len(layers) == layers[-1] - layers[0] + 1
+        where = f"{stack} layers {layers[0]}–{layers[-1]}" if run else f"{stack} layers {layers}"
         why = ", ".join(filter(None, rows["dense_because"].unique()))
-        yield Finding("backend", where, None, f"{attention}: {backend}" + (f" (dense: {why})" if why else ""))
+        yield Finding("backend", where.strip(), None, f"{attention}: {backend}" + (f" (dense: {why})" if why else ""))
     bypassing = report["layer"][report["calls"] == 0].tolist()
     value = f"attention of layers {bypassing} never arrived" if bypassing else "every layer's attention arrives"
     yield Finding("backend", "call count", not bypassing, value)
@@ -219,6 +207,9 @@ def _layers(model: Model) -> Iterator[Finding]:
 
 def _sites(model: Model) -> Iterator[Finding]:
     """Read and patch every component at every layer, on one prompt; say why where that fails."""
+    if model.stacks:
+        yield Finding("sites", "all", None, "not available: an encoder–decoder cannot be patched yet")
+        return
     for component in COMPONENTS:
         try:
             value = _try(model, component)
@@ -241,7 +232,7 @@ def _try(model: Model, component: str) -> str:
         chosen = sites if kind == "auto" else [sites[0], sites[-1]]
         runner = Engine(model, kind)
         runner.check_sites(chosen)
-        (run,) = runner.record([_ids(model)], [component])
+        (run,) = runner.record([trial.prompt(model)], [component])
         to = float(COMPONENTS[component].heads == "neuron")
         cells = [Cell(0, (Write(s, 0, len(run), torch.full_like(run.value(s, 0, len(run)), to)),)) for s in chosen]
         base = run.logits
@@ -271,14 +262,13 @@ def _precision(model: Model) -> Iterator[Finding]:
                     if there and d != here]  # fmt: skip
     trials = [(dtype, here) for dtype in (torch.bfloat16, torch.float16) if wide]
     trials += [(torch.float32, device) for device in accelerators if model.dtype == torch.float32]
-    tokens = torch.tensor([_ids(model)], device=model.device)
     with torch.no_grad():
-        exact = model(tokens).double().cpu()
+        exact = _forward(model).double().cpu()
         for dtype, device in trials:
             name = f"{str(dtype).removeprefix('torch.')} on {device}"
             try:
                 with _changed(model, dtype, device):
-                    rounded = model(tokens.to(device)).double().cpu()
+                    rounded = _forward(model).double().cpu()
             except Exception as error:
                 yield Finding(section, name, None, f"cannot run: {type(error).__name__}: {error}")
                 continue
@@ -304,7 +294,7 @@ def _consequences(rounded: Tensor, exact: Tensor) -> str:
     gap = (rounded - exact).abs().max().item()
     return (
         f"logits by up to {gap:.1g} (largest: {exact.abs().max():.3g}), KL up to {kl:.1g} nats, next token at "
-        f"{changed} of {exact.shape[0] * exact.shape[1]} positions"
+        f"{changed} of {exact.shape[:-1].numel()} positions"
     )
 
 
@@ -331,6 +321,15 @@ def _changed(model: Model, dtype: torch.dtype, device: str) -> Iterator[None]:
 
 
 def _memory(model: Model, calls: list[AttentionCall], context: int) -> Iterator[Finding]:
+    if model.reads != "text":
+        size = sum(p.numel() * p.element_size() for p in model.bridge.original_model.parameters())
+        yield Finding(
+            "memory",
+            "weights",
+            None,
+            f"{_bytes(size):>9}  parameters; activations are measured of models of text alone",
+        )
+        return
     section = f"memory for one prompt of {context:,} tokens"
     for name, (size, how) in needed(model, calls, context).items():
         yield Finding(section, name, None, f"{_bytes(size):>9}  {how}")

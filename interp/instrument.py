@@ -243,11 +243,14 @@ class Link:
 def stacks(bridge: Any) -> dict[str, dict[int, Any]]:
     """Attention bridges by stack and layer: one nameless stack, or an encoder's, a decoder's and the cross-attention's.
 
-    In a hybrid model only some layers are there.
+    In a hybrid model only some layers are there. A vision–language model also has "vision", where the inside of its
+    vision tower is bridged.
     """
     if not hasattr(bridge, "encoder_blocks"):
         layers = {i: getattr(block, "attn", None) for i, block in enumerate(bridge.blocks)}
-        return {"": {i: attn for i, attn in layers.items() if attn is not None}}
+        tower = getattr(getattr(bridge, "vision_encoder", None), "encoder_layers", None)
+        seeing = {} if tower is None else {"vision": {i: block.attn for i, block in enumerate(tower)}}
+        return {"": {i: attn for i, attn in layers.items() if attn is not None}, **seeing}
     encoder, decoder = bridge.encoder_blocks, bridge.decoder_blocks
     return {
         "encoder": {i: block.attn for i, block in enumerate(encoder)},

@@ -55,7 +55,7 @@ def forward_peak(model: Model, length: int) -> int:
     tokens = torch.arange(length, device=model.device).remainder(int(model.bridge.cfg.d_vocab))[None]
     held = [*model.bridge.parameters(), *model.bridge.buffers(), tokens]
     with PeakMemory(held) as meter:
-        model.last_logits(tokens)
+        model.forward(tokens)
     return meter.peak
 
 

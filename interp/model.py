@@ -129,7 +129,7 @@ class Model:
     @property
     def stacks(self) -> list[str]:
         """Names of an encoder–decoder model's stacks: encoder, decoder, cross; empty for a model of one stack."""
-        return [stack for stack in self.instruments if stack]
+        return list(self.instruments) if "decoder" in self.instruments else []
 
     @property
     def n_heads(self) -> int:
@@ -216,7 +216,7 @@ class Model:
                     "calls": record.calls,
                     "dense_because": record.dense_because,
                 }
-                rows.append({"stack": stack, **row} if stack else row)
+                rows.append(row if len(self.instruments) == 1 else {"stack": stack or "text", **row})
         return pd.DataFrame(rows)
 
     def fingerprint(self) -> str:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "pictures": ("errors", "given", "prompts", "spans"),
     "verification": ("errors", "instrument", "made_up", "pictures", "seq2seq"),
     "head_statistics": ("attention", "batching", "errors", "given", "inputs", "prompts", "provenance"),
-    "seq2seq": ("attention", "errors", "provenance"),
+    "seq2seq": ("attention", "errors", "made_up", "provenance"),
     "loading": ("adapters", "errors", "towers", "zoo.embedded"),
     "alignment": (),
     "spans": ("errors", "prompts"),
@@ -57,8 +57,11 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "verification",
     ),
     "memory": ("dense", "model"),
-    "doctor": ("dense", "engine", "errors", "instrument", "loading", "matrix", "memory", "model", "sites"),
-    "matrix": ("dense", "errors", "instrument", "loading", "model", "zoo"),
+    "trial": ("made_up", "pictures", "seq2seq", "verification"),
+    "doctor": (
+        "dense", "engine", "errors", "instrument", "loading", "matrix", "memory", "model", "sites", "towers", "trial",
+    ),
+    "matrix": ("dense", "errors", "instrument", "loading", "made_up", "matrix", "model", "pictures", "zoo"),
     "engine": ("batching", "dense", "engine", "errors", "given", "instrument", "model", "prompts", "sites"),
     "recipes": (
         "effects",
@@ -76,7 +79,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "means": ("engine", "errors", "prompts", "sites"),
     "plots": ("attention", "effects", "errors", "plots", "sites"),
     "results": ("attention", "effects", "errors"),
-}
+}  # fmt: skip
 RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission")
 
 

@@ -132,12 +132,12 @@ def test_the_command_line_says_by_its_exit_code_whether_all_is_well(tmp_path, to
 
 @pytest.mark.parametrize(("options", "marks"), [([], "✓"), (["--markdown"], "| llama | LlamaForCausalLM |")])
 def test_the_command_line_prints_the_matrix(options: list[str], marks: str, monkeypatch) -> None:
-    from interp import matrix
+    from interp.matrix import table
 
-    monkeypatch.setattr(matrix, "FAMILIES", {"llama": matrix.FAMILIES["llama"]})
+    monkeypatch.setattr(table, "FAMILIES", {"llama": table.FAMILIES["llama"]})
     done = CliRunner().invoke(app, ["doctor", "--architectures", *options])
     assert done.exit_code == 0 and marks in done.stdout
-    monkeypatch.setattr(matrix, "ALLOWED", 0.0)
+    monkeypatch.setattr(table, "ALLOWED", 0.0)
     assert CliRunner().invoke(app, ["doctor", "--architectures", *options]).exit_code == 1
 
 
@@ -147,3 +147,34 @@ def test_the_embedded_model_is_well() -> None:
     found = doctor.examine("smollm2")
     assert found.passed and "layers 0–29" in str(found)
     assert all(v.startswith("available") for v in values(found, "sites").values())
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "whisper", "vit", "llava", "blip2"])
+def test_the_doctor_sees_every_kind_of_model(family: str) -> None:
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.add_special_tokens({"mask_token": "w50"})
+    found = doctor.examine(tiny_hf(family, torch.float32), tokenizer=tokenizer)
+    assert found.passed, str(found)
+    checks = found.frame().dropna(subset="passed")
+    sites = values(found, "sites")
+    if family in ("t5", "whisper"):
+        assert "a source and a target" in set(checks["item"]) and "encoder–decoder" in sites["all"]
+        assert [k.split()[0] for k in values(found, "backend") if "layers" in k] == ["encoder", "decoder", "cross"]
+        return
+    assert all(sites[c].startswith("available at 3 layer(s)") for c in ("resid_pre", "attn_out", "mlp_out", "z"))
+    first = {"bert": "one prompt", "vit": "two images"}.get(family, "a prompt with an image")
+    assert checks["item"].iloc[0] == first
+
+
+def test_the_doctor_notices_a_model_of_images_that_changed(monkeypatch) -> None:
+    real = Instrument.__call__
+    hf = tiny_hf("vit", torch.float32)
+    from interp import verification
+
+    monkeypatch.setattr(verification, "verify", lambda model, before: None)
+    monkeypatch.setattr("interp.model.verify", lambda model, before: None)
+    monkeypatch.setattr(
+        Instrument, "__call__", lambda self, call, bridge: real(self, replace(call, scale=call.scale * 1.1), bridge)
+    )
+    found = doctor.examine(hf)
+    assert not found.passed and not found.findings[0].passed

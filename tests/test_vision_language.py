@@ -50,7 +50,8 @@ def test_logits_and_statistics_equal_eager(built, family: str) -> None:
     assert (elsewhere - ours).abs().max() > 1e-2 * ours.abs().max()  # the image is read
     attentions = getattr(done, "attentions", None) or done.language_model_outputs.attentions
     p = torch.stack(attentions, dim=1)[0].double().numpy()
-    model.instrument.layers.clear()
+    for instrument in model.instruments.values():
+        instrument.layers.clear()
     stats = model.attention_stats(prompt)
     assert (model.backend_report()["calls"] == 1).all()
     logs = np.log(np.where(p > 0, p, 1))
@@ -132,6 +133,18 @@ def test_what_cannot_be_read_is_refused(built, words, monkeypatch) -> None:
     monkeypatch.setattr(type(odd.config), "model_type", "llava_of_another_kind")
     with pytest.raises(ModelError, match="has not been tried on"):
         interp.load(odd, tokenizer=words)
+
+
+def test_the_vision_tower_is_a_stack_of_its_own(built) -> None:
+    _, model, (clean, _) = built("llava")
+    model.bridge.original_model(**clean)
+    report = model.backend_report()
+    assert list(report["stack"]) == ["text"] * 3 + ["vision"] * 3 and set(report["attention"][3:]) == {"CLIPAttention"}
+    seen: list[torch.Tensor] = []
+    hook = [("vision_encoder.encoder_layers.1.attn.hook_pattern", lambda x, hook: seen.append(x))]
+    with model.bridge.hooks(fwd_hooks=hook):
+        model.bridge.original_model(**clean)
+    assert seen[0].shape == (1, 4, 10, 10) and torch.allclose(seen[0].sum(-1), torch.ones(1, 4, 10).double())
 
 
 def test_no_processor_is_asked_for(words, monkeypatch) -> None:

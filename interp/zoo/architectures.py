@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         "T5Config",
         {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0,
          "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16},
-        kind="seq2seq", auto="AutoModelForSeq2SeqLM",
+        kind="seq2seq", auto="AutoModelForSeq2SeqLM", gain=4.0,  # its scores are not divided by √d
     ),
     "bart": Family(
         "BartConfig", {**PAIRED, "max_position_embeddings": 64}, kind="seq2seq", auto="AutoModelForSeq2SeqLM"
@@ -152,10 +152,6 @@ FAMILIES: dict[str, Family] = {
     ),
     **IMAGE_FAMILIES,
 }  # fmt: skip
-
-
-# What takes text and gives next-token logits: what the architecture matrix examines.
-DECODERS = {name: family for name, family in FAMILIES.items() if family.kind in ("decoder", "hybrid")}
 
 
 def config(family: str) -> Any:
@@ -186,6 +182,6 @@ def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         model = model.to(dtype or torch.float64).eval()
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
-                weight.mul_(8.0 if "embed" not in name and "wte" not in name else 20.0)
+                weight.mul_(family.gain if "embed" not in name and "wte" not in name else 20.0)
     model.config.architectures = [type(model).__name__]
     return model

@@ -23,7 +23,8 @@ class Family:
     instead of softmax attention), "encoder" (bidirectional text), "seq2seq" (encoder and decoder), "vision" (images
     alone) or "vision-language" (images among tokens). ``auto``: transformers' class for it. ``float64``: whether every
     operation of the model has it (torch's grouped matrix product has not). ``eager``: whether transformers' eager
-    attention is right; where it is not, its SDPA attention is the reference.
+    attention is right; where it is not, its SDPA attention is the reference. ``gain``: by how much
+    weights are made larger, so that attention is far from uniform (and float32 still exact enough).
     """
 
     config: str
@@ -32,3 +33,4 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     float64: bool = True
     eager: bool = True
+    gain: float = 8.0
