@@ -208,7 +208,9 @@ def _layers(model: Model) -> Iterator[Finding]:
 def _sites(model: Model) -> Iterator[Finding]:
     """Read and patch every component at every layer, on one prompt; say why where that fails."""
     if model.stacks:
-        yield Finding("sites", "all", None, "not available: an encoder–decoder cannot be patched yet")
+        yield Finding(
+            "sites", "all", None, "not available: sites name one stack, and an encoder–decoder has three; use hooks"
+        )
         return
     for component in COMPONENTS:
         try:

@@ -145,13 +145,13 @@ class Model:
     def n_neurons(self) -> int:
         """Neurons of each MLP (mlp_post); 0 where there are none to address: no MLPs, or experts."""
         widths = []
-        for block in self.bridge.blocks:
+        for block in getattr(self.bridge, "blocks", ()):
             # the hook of mlp_post is the input of the output projection (of experts it is their output)
             project = getattr(getattr(block, "mlp", None), "out", None)
             weight = getattr(getattr(project, "original_component", None), "weight", None)
             known = getattr(getattr(project, "original_component", None), "in_features", None)
             widths.append(0 if weight is None else known or weight.numel() // self.d_model)
-        return min(widths)
+        return min(widths, default=0)
 
     @property
     def d_model(self) -> int:

@@ -109,5 +109,33 @@ def test_what_does_not_fit_is_explained(paired, tiny) -> None:
         tiny("llama").attention_stats(SOURCE, target=TARGET)
     with pytest.raises(PromptError, match="takes as its source text"):
         model.attention_stats(torch.zeros(8, 24), target=TARGET)
-    with pytest.raises(SiteError, match="has no 'z'"):
+    with pytest.raises(SiteError, match=r"is an encoder–decoder.*decoder_blocks\.1\.cross_attn\.hook_z"):
         interp.patch(model, interp.PromptPair("w1 w2", "w1 w3", "w4", "w5"), model.sites("z", layers=0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_patch_what_sites_cannot_name(paired, kind: str) -> None:
+    """A head of the cross-attention carried from one source's run into another's, and all of them: the clean logits."""
+    model = paired(kind)
+    hf, given = model.bridge.original_model, inputs(kind, 2)
+    target = given.pop("decoder_input_ids")[:1]
+    (name,) = given
+    clean, corrupt = ({name: given[name][i : i + 1], "decoder_input_ids": target} for i in (0, 1))
+    kept: dict[str, torch.Tensor] = {}
+    names = [f"decoder_blocks.{i}.cross_attn.hook_z" for i in range(len(model.bridge.decoder_blocks))]
+
+    def keep(z: torch.Tensor, hook) -> None:
+        kept[hook.name.replace("o.hook_in", "hook_z")] = z
+
+    with torch.no_grad():
+        with model.bridge.hooks(fwd_hooks=[(n, keep) for n in names]):
+            expected = hf(**clean).logits
+        base = hf(**corrupt).logits
+        with model.bridge.hooks(fwd_hooks=[(n, lambda z, hook, n=n: kept[n]) for n in names]):
+            whole = hf(**corrupt).logits  # the decoder knows the source by its cross-attention alone
+        one = (names[1], lambda z, hook: torch.cat([kept[names[1]][:, :, :1], z[:, :, 1:]], 2))
+        with model.bridge.hooks(fwd_hooks=[one]):
+            part = hf(**corrupt).logits
+    scale = expected.abs().max()
+    assert (base - expected).abs().max() > 1e-4 * scale and (whole - expected).abs().max() < 1e-9 * scale
+    assert (part - base).abs().max() > 1e-7 * scale

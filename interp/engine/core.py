@@ -41,6 +41,12 @@ class Engine:
     def __init__(self, model: Model, kind: EngineKind = "auto", memory: int | str | None = None):
         if kind not in ("auto", "fast", "naive"):
             raise InterpError(f"unknown engine {kind!r}: use 'auto', 'fast' or 'naive'")
+        if model.stacks:
+            raise SiteError(
+                f"{model.name} is an encoder–decoder: a site names a layer and a position of one stack, and it has "
+                "three, on two sequences. Patch it by hooks: model.bridge.hooks(fwd_hooks=[('decoder_blocks.1."
+                "cross_attn.hook_z', edit)]) around model.bridge.original_model(…)"
+            )
         self.model, self.kind = model, kind
         self.frame = Frame()
         self.reason: str | None = "asked for" if kind == "naive" else None
