@@ -123,7 +123,8 @@ class Demo:
 
     def chosen(self, model: Any) -> list[Any]:
         """The heads with most effect, whichever its sign, and others drawn by lot, to compare them with."""
-        size = self.results[HEADS].frame().groupby(["layer", "head"])["effect"].mean().abs()
+        frame = self.results[HEADS].frame()
+        size = {heads: abs(rows["effect"].mean()) for heads, rows in frame.groupby(["layer", "head"])}
         sites = sorted(model.sites("z"), key=lambda site: -size[site.layer, site.head])
         others = sites[STRONGEST:]
         return sites[:STRONGEST] + random.Random(self.seed).sample(others, min(OTHERS, len(others)))
