@@ -312,13 +312,18 @@ def _never_install() -> None:
 
 @contextlib.contextmanager
 def collector_paused() -> Any:
-    """Loading makes a million objects that all stay; looking through them for garbage is a fifth of the time."""
+    """Loading makes a million objects that all stay; looking through them for garbage is a fifth of the time.
+
+    At the end they are handed to the collector as old ones, which it need not look through at once.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
+            gc.freeze()
+            gc.unfreeze()  # back from the permanent generation into the oldest
             gc.enable()
 
 

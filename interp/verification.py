@@ -12,6 +12,8 @@ from interp import made_up, pictures, seq2seq
 from interp.errors import ModelError
 from interp.instrument import stacks
 
+PROBED = 8  # tokens of each of two rows: loading waits for them twice
+
 
 def reads_of(hf: Any) -> str:
     """What a Hugging Face model reads: "text", "images", "images and text", or "pairs" (an encoder–decoder)."""
@@ -30,7 +32,7 @@ def probe(model: Any) -> tuple[Tensor, int]:
     Before installation this is TransformerLens' own eager attention. Raises ModelError if the forward fails.
     """
     vocab = int(model.bridge.cfg.d_vocab)
-    length = min(12, model.n_ctx)
+    length = min(PROBED, model.n_ctx)
     seen: list[int] = []
 
     def note(block: Any, args: Any, kwargs: dict[str, Any]) -> None:

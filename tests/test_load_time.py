@@ -28,7 +28,7 @@ def seconds(*arguments: str) -> float:
     return statistics.median(times)
 
 
-# import torch takes 1.0 to 1.4 s here; the targets: 1.5 s for import interp, 0.5 s for --help, 5 s for the model
+# import torch takes 0.9 to 1.4 s here; the targets: 1.5 s for import interp, 0.5 s for --help
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "most"),
@@ -37,14 +37,33 @@ def seconds(*arguments: str) -> float:
         (("-m", "interp.cli", "--help"), 0.35),
         (("-m", "interp.cli", "doctor", "--help"), 0.35),
         (("-c", "import interp; interp.load"), 3.0),
-        pytest.param(
-            ("-c", "import interp; interp.load('smollm2')('The capital of France is')"), 6.5, marks=pytest.mark.model
-        ),
     ],
-    ids=["import", "help", "help-of-a-verb", "load-function", "embedded-model-to-first-forward"],
+    ids=["import", "help", "help-of-a-verb", "load-function"],
 )
 def test_starting_is_quick_beside_importing_torch(arguments: tuple[str, ...], most: float, record_property) -> None:
     ratio = seconds(*arguments) / seconds("-c", "import torch")
     record_property("ratio", ratio)
     print(f"{ratio:.2f} × import torch")
     assert ratio < most, f"{ratio:.2f} times the processor time of import torch; at most {most} allowed"
+
+
+def until(code: str) -> float:
+    """Median processor time that three processes have used when the code has run; ending them is not counted."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    told = f"import time; {code}; print('used', time.process_time())"
+    runs = [
+        subprocess.run([sys.executable, "-c", told], check=True, env=env, capture_output=True, text=True, cwd=ROOT)
+        for _ in range(3)
+    ]
+    return statistics.median(float(run.stdout.split("used")[-1]) for run in runs)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_embedded_model_answers_soon(record_property) -> None:
+    """The target is 5 s, of which import torch takes one, and the imports of transformers and TransformerLens two."""
+    until("import interp; interp.load('smollm2')")  # converted, and in the page cache
+    ratio = until("import interp; m = interp.load('smollm2'); m('The capital of France is')") / until("import torch")
+    record_property("ratio", ratio)
+    print(f"{ratio:.2f} × import torch")
+    assert ratio < 5.5, f"the first forward ends after {ratio:.2f} times the processor time of import torch"
