@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -113,6 +114,28 @@ def kernel(
     result = kernel_bench.run(cases or kernel_bench.KINDS, quick, threads, say=typer.echo)
     if json:
         kernel_bench.write(result, json)
+
+
+@bench.command()
+def sweeps(
+    json: Annotated[
+        Path | None, typer.Option(help="Where to write all numbers; cases that it has from before stay.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="Names in interp/bench/cases.py; may be given again. Default: all."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times that each library runs each case; medians count.")] = 3,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+) -> None:
+    """Sweeps of the embedded model beside TransformerLens' loop, Hugging Face hooks in batches, and nnsight.
+
+    In turn in one process; a time counts only if all numbers agree within 1e-4. Half an hour for everything.
+    """
+    os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; read when tqdm is imported
+    from interp.bench import sweeps as measured
+
+    measured.run(cases or measured.NAMES, rounds, threads, json, say=typer.echo)
 
 
 @app.command()

@@ -31,4 +31,5 @@ def test_verbs_named_in_the_readme_exist() -> None:
     from interp.cli import app
 
     verbs = {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}
+    verbs |= {group.name or "" for group in app.registered_groups}
     assert set(re.findall(r"`(?:\.venv/bin/)?interp ([\w-]+)", TEXT)) <= verbs

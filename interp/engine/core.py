@@ -16,6 +16,7 @@ from interp.engine.budget import Budget, as_bytes
 from interp.engine.cells import Cell, Write
 from interp.engine.lean import WRITABLE, LeanBlock, lean_blocks
 from interp.engine.plan import PLANNING
+from interp.engine.products import redirected
 from interp.engine.runs import Frame, Run, record
 from interp.errors import InterpError, SiteError
 from interp.model import Model
@@ -112,7 +113,11 @@ class Engine:
         if self.fast and self.model.bridge.training:
             self._decide("the model is in training mode, where dropout makes no two forwards alike")
         with self._extra_hooks(components):
-            runs = record(self.model, prompts, components, noise, self.frame, keep_kv=self.kind != "naive")
+            if self.kind == "naive":
+                runs = record(self.model, prompts, components, noise, self.frame, keep_kv=False)
+            else:
+                with redirected(self.model.dtype, self.model.device):
+                    runs = record(self.model, prompts, components, noise, self.frame)
         if self.kind != "naive" and self.reason is None:
             self._decide(packed.unsupported(self.model, self.frame))
             self.lean = None if NOT_LEAN in self.model.engine_checks else lean_blocks(self.model)

@@ -71,7 +71,7 @@ def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: Cuts) -> lis
         if theirs.stop > SHORT or cuts(piece):
             alone.append([i])
         else:
-            joint[theirs.stop, piece.rows.bit_length()].append(i)
+            joint[theirs.stop, piece.rows.bit_length()].append(i)  # 1 row, 2 or 3, 4 to 7, …
     return [*joint.values(), *alone]
 
 

@@ -63,7 +63,7 @@ class LeanBlock:
         self,
         x: Float[Tensor, "rows d_model"],
         names: str,
-        rotation: tuple[Float[Tensor, "rows d_head"], Float[Tensor, "rows d_head"]],
+        rotation: Float[Tensor, "rows 2 d_head"],
         rows: RowsOf,
     ) -> list[Heads]:
         """Those of q, k and v that ``names`` has, with their writes, q and k then rotated."""
@@ -73,7 +73,7 @@ class LeanBlock:
             heads = product.linear(normed, layer.weight, layer.bias).unflatten(-1, (-1, self.d_head))
             if (written := rows(name)) is not None:
                 written.put_(heads, headed=True)
-            found.append(heads if name == "v" else _rotated(heads, *rotation))
+            found.append(heads if name == "v" else _rotated(heads, *rotation.unbind(1)))
         return found
 
     def finish(self, x: Float[Tensor, "rows d_model"], z: Heads, rows: RowsOf) -> None:
@@ -117,10 +117,10 @@ def _rotated(heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
     return torch.addcmul(heads * cos[:, None], turned, sin[:, None])
 
 
-def rotation(cos: Tensor, sin: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary tables [1, positions, d_head] at some positions, with the minus of the first half moved into sin."""
-    first, second = sin[0, at].chunk(2, dim=-1)
-    return cos[0, at], torch.cat([-first, second], dim=-1)
+def rotation(cos: Tensor, sin: Tensor) -> Float[Tensor, "positions 2 d_head"]:
+    """Rotary tables [1, positions, d_head] as one, with the minus of the first half moved into sin."""
+    first, second = sin[0].chunk(2, dim=-1)
+    return torch.stack([cos[0], torch.cat([-first, second], dim=-1)], dim=1)
 
 
 def lean_blocks(model: Model) -> list[LeanBlock] | None:

@@ -80,6 +80,7 @@ class PackedForward:
         lean: Sequence[LeanBlock] | None = None,
     ):
         self.model, self.cells, self.frame, self.lean = model, cells, frame, lean
+        self.table: tuple[Tensor, Tensor] | None = None  # of rotary positions
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
@@ -196,9 +197,11 @@ class PackedForward:
     def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> RowsOf:
         return lambda component: self.changes.rows(layer, component, pieces, device)
 
-    def _rotation(self, layer: int, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+    def _rotation(self, layer: int, pieces: list[Piece]) -> Tensor:
         cos, sin = self.frame.kwargs[layer]["position_embeddings"]
-        return rotation(cos, sin, positions(pieces, self.model.device))
+        if self.table is None or self.table[0] is not cos:  # layers share theirs
+            self.table = cos, rotation(cos, sin)
+        return self.table[1].index_select(0, positions(pieces, self.model.device))
 
     def run_block(
         self, layer: int, pieces: list[Piece], packed: Tensor, handler: Callable[[AttentionCall], Tensor]

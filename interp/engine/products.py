@@ -94,7 +94,9 @@ def _seconds(products: Products, x: Tensor, weight: Tensor) -> float:
 
 def products_for(dtype: torch.dtype, device: torch.device) -> Products:
     """The faster way for such matrices, with autograd where it is on."""
-    plain = torch.is_grad_enabled() or dtype != torch.float32 or device.type != "cpu"
+    # Where the user lets float32 products be rounded to less, oneDNN would do so.
+    strict = torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "highest"
+    plain = torch.is_grad_enabled() or dtype != torch.float32 or device.type != "cpu" or not strict
     return PLAIN if plain or not onednn_pays(torch.get_num_threads()) else ONEDNN
 
 

@@ -1,0 +1,1 @@
+"""Measurements of interp beside other libraries, on this machine: `interp bench sweeps`."""

@@ -1,0 +1,279 @@
+"""What is measured: the sweeps, their prompts, and which of their cells the slower libraries are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import interp
+from interp.bench.peers import Cell, HuggingFace, Job, Loop, NNsight, OneByOne, Record, TransformerLens
+from interp.engine.cells import rows_of
+from interp.engine.plan import Plan
+from interp.prompts import Encoded, encode_facts, encode_pairs
+from interp.sites import Site, Sites
+from interp.tracing import _noise, subject_std
+
+CLEAN = "When John and Mary went to the store, John gave a drink to"
+LATE = CLEAN.replace("store, John", "store, Mary")
+EARLY = CLEAN.replace("When John", "When Tom")
+FILLER = " and then they walked on and talked for a while about the weather and the town"
+SETTERS = {
+    ("resid_pre", True): "layer_pos_patch_setter",
+    ("z", False): "layer_head_vector_patch_setter",
+    ("z", True): "layer_pos_head_vector_patch_setter",
+}
+ALL_PEERS = (TransformerLens, HuggingFace, NNsight)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A peer's share: a job, and which of our results its cells answer (the mean of every ``samples`` cells)."""
+
+    job: Job
+    rows: Sequence[int]
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sweep. ``differ``: first token at which clean and corrupt differ. ``targets``: times faster than a peer."""
+
+    name: str
+    tokens: str
+    differ: str
+    ours: Callable[[], pd.DataFrame]
+    plan: Callable[[], Plan]
+    parts: list[Part]
+    samples: int = 1
+    peers: tuple[type, ...] = ALL_PEERS
+    targets: dict[type, float] = field(default_factory=dict)
+    note: str = ""
+    order: Callable[[pd.DataFrame], np.ndarray] = lambda frame: frame["patched"].to_numpy()
+
+
+@dataclass
+class Workbench:
+    """The model as interp has it, and two more copies as the others have them."""
+
+    model: interp.Model
+    hf: Any
+    bridge: Any
+    seed: int = 0
+
+    def some(self, n: int, most: int | None) -> list[int]:
+        """``most`` of n numbers, drawn by the seed; all without it."""
+        if most is None or most >= n:
+            return list(range(n))
+        return sorted(np.random.default_rng(self.seed).choice(n, most, replace=False).tolist())
+
+    def encode(self, pair: interp.PromptPair) -> Encoded:
+        """The pair's tokens."""
+        return encode_pairs([pair], self.model.coder)[0]
+
+    # ------------------------------------------------------------ activation patching
+
+    def patching(
+        self, name: str, pair: interp.PromptPair, sites: Sequence[Site], most: int | None, **targets: float
+    ) -> Case:
+        """Sites of one pair; peers get ``most`` of them. targets: by `loop` and `hf`."""
+        prompt, chosen = self.encode(pair), self.some(len(sites), most)
+        asked = [sites[i] for i in chosen]
+
+        def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
+            source = record(prompt.clean)
+            return [self._cell(site, prompt, source) for site in asked]
+
+        by_position, component = asked[0].position is not None, asked[0].component
+        axes = ["layer", *(["pos"] if by_position else []), *(["head"] if component == "z" else [])]
+        places = {"layer": "layer", "pos": "position", "head": "head"}
+        index = pd.DataFrame([[getattr(s, places[a]) for a in axes] for s in asked], columns=axes)
+        loop = Loop(component, SETTERS[component, by_position], index, prompt.clean)
+        job = Job(prompt.corrupt, prompt.answer, prompt.foil, make, loop)
+        recipe = (interp.patch, self.model, pair, Sites(sites))
+        return Case(
+            name, str(len(prompt)), str(prompt.first_difference), *_ours(*recipe), [Part(job, chosen)],
+            targets=_targets(targets), note=_share(len(chosen), len(sites)),
+        )  # fmt: skip
+
+    def _cell(self, site: Site, prompt: Encoded, source: Record) -> Cell:
+        start, stop = rows_of(site, prompt)
+        assert site.layer is not None
+        value = source[site.component, site.layer][start:stop]
+        return Cell(site, start, stop, value if site.head is None else value[:, _head(site.head, self.d_head)])
+
+    def long_pair(self, tokens: int) -> interp.PromptPair:
+        """A pair of ``tokens`` tokens that differs at its first name."""
+        start, end = "When John and Mary went to the store", ", John gave a drink to"
+        room = tokens - len(self.model.coder.encode(start + end))
+        words = (FILLER.split() * (1 + room // 10))[:room]
+        while len(self.model.coder.encode(start + "".join(f" {w}" for w in words) + end)) > tokens:
+            words.pop()
+        text = start + "".join(f" {w}" for w in words) + end
+        return interp.PromptPair(text, text.replace("When John", "When Tom"), " Mary", " John")
+
+    # ------------------------------------------------------------ ablation, tracing, paths
+
+    def ablation(self, name: str, pairs: Sequence[interp.PromptPair], shared: int, most: int, **targets: float) -> Case:
+        """Every head set to zero; peers get ``most`` heads each of the first ``shared`` pairs."""
+        sites, prompts = list(self.model.sites("z")), encode_pairs(list(pairs), self.model.coder)
+        chosen = self.some(len(sites), most)
+        parts = []
+        for i, prompt in enumerate(prompts[:shared]):
+            zero = torch.zeros(1, self.d_head)
+            cells = [Cell(sites[n], 0, len(prompt), zero) for n in chosen]
+            index = pd.DataFrame([[sites[n].layer, sites[n].head] for n in chosen], columns=["layer", "head"])
+            loop = Loop("z", SETTERS["z", False], index, None)
+            job = Job(prompt.clean, prompt.answer, prompt.foil, lambda record, cells=cells: cells, loop)
+            parts.append(Part(job, [i * len(sites) + n for n in chosen]))
+        lengths = sorted({len(p) for p in prompts})
+        return Case(
+            name, f"{lengths[0]} to {lengths[-1]}", "all are clean runs",
+            *_ours(interp.ablate, self.model, list(pairs), Sites(sites), using="zero"), parts,
+            targets=_targets(targets), note=_share(len(chosen) * shared, len(sites) * len(prompts)),
+        )  # fmt: skip
+
+    def tracing(self, name: str, fact: interp.Fact, samples: int, most: int, **targets: float) -> Case:
+        """One fact, one state restored at a time; peers get ``most`` sites with all their noise samples."""
+        (prompt,) = encode_facts([fact], self.model.coder)
+        sites = [s.at(p) for s in self.model.sites("resid_post", positions="each") for p in range(len(prompt))]
+        chosen = self.some(len(sites), most)
+        std = 3.0 * subject_std(self.model, [prompt])
+        noises = [_noise(self.model, prompt, std, 0, 0, s) for s in range(samples)]
+
+        def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
+            source, cells = record(prompt.clean), []
+            for site in (sites[i] for i in chosen):
+                assert site.layer is not None and isinstance(site.position, int)
+                at = slice(site.position, site.position + 1)
+                value = source["resid_pre", site.layer + 1][at]
+                cells += [Cell(site, at.start, at.stop, value, noise) for noise in noises]
+            return cells
+
+        job = Job(prompt.clean, prompt.answer, None, make)
+        recipe = (interp.trace, self.model, fact, "resid_post")
+        return Case(
+            name, str(len(prompt)), f"{prompt.spans['subject'][0]} (noise on the subject)",
+            *_ours(*recipe, samples=samples), [Part(job, chosen, samples)], samples,
+            targets=_targets(targets), note=_share(len(chosen) * samples, len(sites) * samples),
+        )  # fmt: skip
+
+    def edges(self, name: str, pair: interp.PromptPair, heads: Sequence[int], most: int, **targets: float) -> Case:
+        """Direct paths from every head to q, k and v of some heads; peers get ``most``, a forward each."""
+        prompt, model = self.encode(pair), self.model
+        receivers = Sites(s for c in "qkv" for s in model.sites(c) if s.head in heads)
+        every = [(s, r) for r in receivers for s in model.sites("z") if s.layer < r.layer]  # type: ignore[operator]
+        chosen = self.some(len(every), most)
+
+        def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
+            base, source = record(prompt.clean), record(prompt.corrupt)
+            return [self._edge(*every[i], base, source) for i in chosen]
+
+        def order(frame: pd.DataFrame) -> np.ndarray:
+            keys = frame[["sender", "component", "layer", "head"]].itertuples(index=False, name=None)
+            value = dict(zip(keys, frame["patched"], strict=True))
+            return np.array([value[str(s), r.component, r.layer, r.head] for s, r in every])
+
+        job = Job(prompt.clean, prompt.answer, prompt.foil, make)
+        return Case(
+            name, str(len(prompt)), str(prompt.first_difference),
+            *_ours(interp.path_patch, model, pair, model.sites("z"), receivers), [Part(job, chosen)],
+            peers=(TransformerLens, OneByOne, HuggingFace), targets=_targets(targets),
+            note=_share(len(chosen), len(every)), order=order,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _edge(self, sender: Site, receiver: Site, base: Record, source: Record) -> Cell:
+        """What the receiver projects when the sender's own output alone is the other run's."""
+        assert sender.layer is not None and receiver.layer is not None
+        columns = _head(sender.head, self.d_head)
+        change = (source["z", sender.layer] - base["z", sender.layer])[:, columns]
+        sent = change @ self.hf.model.layers[sender.layer].self_attn.o_proj.weight[:, columns].T
+        block = self.hf.model.layers[receiver.layer]
+        read = block.input_layernorm(base["resid_pre", receiver.layer] + sent)
+        projected = getattr(block.self_attn, f"{receiver.component}_proj")(read)
+        return Cell(receiver, 0, len(read), projected[:, _head(receiver.head, self.d_head)])
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return int(self.model.bridge.cfg.d_head)
+
+
+def _head(head: int | None, width: int) -> slice:
+    assert head is not None
+    return slice(head * width, (head + 1) * width)
+
+
+def _share(some: int, of: int) -> str:
+    return "" if some == of else f"the other libraries ran {some} of {of} cells, drawn at random; compared by the cell"
+
+
+def _targets(named: dict[str, float]) -> dict[type, float]:
+    kinds = {"loop": TransformerLens, "hf": HuggingFace, "one": OneByOne}
+    return {kinds[name]: value for name, value in named.items()}
+
+
+def _ours(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Callable[[], Any], Callable[[], Plan]]:
+    """The recipe's table, and its plan."""
+    return (
+        lambda: recipe(*args, show_progress=False, **kwargs).frame(),
+        lambda: interp.explain(recipe, *args, **kwargs),
+    )
+
+
+def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
+    """All cases by name, made when they are asked for."""
+    late, early = (interp.PromptPair(CLEAN, corrupt, " Mary", " John") for corrupt in (LATE, EARLY))
+    sites, n = bench.model.sites, bench.model.n_layers
+
+    def resid(pair: interp.PromptPair, every: int = 1) -> list[Site]:
+        length = len(bench.encode(pair))
+        return [Site("resid_pre", i, position=p) for i in range(n) for p in range(every // 2, length, every)]
+
+    def z_positions() -> list[Site]:
+        return [s.at(p) for s in sites("z") for p in range(len(bench.encode(early)))]
+
+    made: dict[str, Callable[[], Case]] = {
+        "resid-early": lambda: bench.patching(
+            "layer × position resid_pre, differing early", early, resid(early), 136, loop=25, hf=4.5
+        ),
+        "resid-late": lambda: bench.patching(
+            "layer × position resid_pre, differing late", late, resid(late), 136, loop=150, hf=25
+        ),
+        "z": lambda: bench.patching("layer × head z, all positions", early, list(sites("z")), 136, loop=15, hf=3),
+        "z-positions": lambda: bench.patching(
+            "layer × head × position z", early, z_positions(), 136, loop=25, hf=4.5
+        ),
+        "ablation": lambda: bench.ablation(
+            "every single-head ablation, 64 prompts", interp.tasks.ioi(bench.model, n=64, seed=0), 2, 64, hf=3
+        ),
+        "tracing": lambda: bench.tracing(
+            "causal tracing, resid_post", interp.tasks.facts(bench.model, n=1, seed=0)[0], 10, 16, hf=5
+        ),
+        "edges": lambda: bench.edges(
+            "direct edges, every head → q, k, v of one head a layer", late, [0], 64, one=40
+        ),
+    }  # fmt: skip
+    for tokens, every, most, loop, z_loop in ((128, 8, 32, 8, 4), (512, 64, 8, 6.5, 3.5)):
+
+        def position(tokens: int = tokens, every: int = every, most: int = most, loop: float = loop) -> Case:
+            pair = bench.long_pair(tokens)
+            name = f"layer × position resid_pre, {tokens} tokens, every {every}th position"
+            return bench.patching(name, pair, resid(pair, every), most, loop=loop)
+
+        def heads(tokens: int = tokens, most: int = most, loop: float = z_loop) -> Case:
+            some = list(sites("z"))[:: 1 if tokens < 200 else 7]
+            return bench.patching(f"layer × head z, all positions, {tokens} tokens", bench.long_pair(tokens), some,
+                                  most, loop=loop)  # fmt: skip
+
+        made[f"resid-{tokens}"], made[f"z-{tokens}"] = position, heads
+    return made
+
+
+NAMES = ("resid-early", "resid-late", "z", "z-positions", "ablation", "tracing", "edges",
+         "resid-128", "z-128", "resid-512", "z-512")  # fmt: skip

@@ -1,0 +1,191 @@
+"""interp's sweeps beside other libraries': seconds a cell, in turn in one process, once their numbers agree."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from json import dumps, loads
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import interp
+from interp.bench.cases import NAMES, Case, Workbench, cases
+from interp.bench.peers import HuggingFace, NNsight, OneByOne, TransformerLens, missing_nnsight
+from interp.engine.products import PLAIN, Products, products_for
+from interp.errors import InterpError
+from interp.provenance import now, versions
+
+TOLERANCE = 1e-4  # logits, or probability
+SLOW = 20.0  # seconds from which a path runs twice at most
+Say = Callable[[str], None]
+
+
+def workbench(seed: int = 0) -> tuple[Workbench, Any]:
+    """The embedded model three times (interp's, plain, TransformerLens'), and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from interp.loading import boot
+    from interp.zoo.embedded import embedded_model
+
+    folder = embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    bridge, _ = boot(load(), tokenizer=tokenizer)
+    bridge.eval()
+    return Workbench(interp.load("smollm2"), load(), bridge, seed), tokenizer
+
+
+def run(
+    names: Sequence[str] = NAMES, rounds: int = 3, threads: int = 2, json: Path | None = None, say: Say = print
+) -> dict[str, Any]:
+    """Measure the named cases, saying each, and writing all to ``json``, as it is done; returns what was written."""
+    if wrong := set(names) - set(NAMES):
+        raise InterpError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(NAMES)}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        bench, tokenizer = workbench()
+        result: dict[str, Any] = {
+            "made": now(),
+            "machine": f"{platform.machine()}, {threads} threads",
+            "versions": versions() | _version("nnsight"),
+            "model": repr(bench.model),
+            "products_gflops": rates(bench.model.d_model),
+            "cases": [],
+        }
+        say(f"{result['model']}; {result['machine']}; matrix products: " + _rates(result["products_gflops"]))
+        missing = missing_nnsight()
+        if missing:
+            say(f"not measured: {missing}")
+        peers = peers_of(bench, tokenizer, bool(missing))
+        made = cases(bench)
+        for name in names:
+            result["cases"].append(measure(made[name](), peers, rounds, result["products_gflops"]))
+            say(table(result["cases"][-1]))
+            if json:
+                write(result, json)
+        return result
+    finally:
+        torch.set_num_threads(before)
+
+
+def peers_of(bench: Workbench, tokenizer: Any, without_nnsight: bool) -> dict[type, Any]:
+    """The other libraries, ready to sweep."""
+    hf = HuggingFace(bench.hf)
+    found: dict[type, Any] = {
+        TransformerLens: TransformerLens(bench.bridge, hf), HuggingFace: hf, OneByOne: OneByOne(bench.hf),
+    }  # fmt: skip
+    return found if without_nnsight else found | {NNsight: NNsight(hf, tokenizer)}
+
+
+def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, float]) -> dict[str, Any]:
+    """Times of one case. Raises InterpError if a library's numbers differ from ours by more than `TOLERANCE`."""
+    plan, ours = case.plan(), case.order(case.ours())  # which checks the engine, once for a model
+    used = {kind: peers[kind] for kind in case.peers if kind in peers}
+    seconds: dict[str, list[float]] = {"interp": [], **{p.name: [] for p in used.values()}}
+    gaps: dict[str, float] = {}
+    for _ in range(rounds):
+        if len(seconds["interp"]) < 2 or seconds["interp"][0] < SLOW:
+            seconds["interp"].append(_timed(case.ours)[0])
+        for peer in used.values():
+            if len(seconds[peer.name]) >= 2 and seconds[peer.name][0] > SLOW:
+                continue
+            took, values = _timed(lambda peer=peer: [peer.sweep(part.job) for part in case.parts])
+            means = np.concatenate([v.reshape(-1, p.samples).mean(1) for v, p in zip(values, case.parts, strict=True)])
+            gaps[peer.name] = float(abs(means - ours[[i for p in case.parts for i in p.rows]]).max())
+            if not gaps[peer.name] < TOLERANCE:
+                raise InterpError(f"{case.name}: interp and {peer.name} disagree by {gaps[peer.name]:.1e}")
+            seconds[peer.name].append(took)
+    shares = sum(len(p.rows) * p.samples for p in case.parts)
+    cells = {"interp": len(ours) * case.samples, **{p.name: shares for p in used.values()}}
+    paths = {
+        name: {"seconds": s, "median_s": statistics.median(s), "cells": cells[name],
+               "ms_a_cell": 1e3 * statistics.median(s) / cells[name], "max_gap": gaps.get(name)}
+        for name, s in seconds.items()
+    }  # fmt: skip
+    own = paths["interp"]["ms_a_cell"]
+    targets = {
+        used[kind].name: {"at_least": bound, "ratio": paths[used[kind].name]["ms_a_cell"] / own}
+        for kind, bound in case.targets.items() if kind in used
+    }  # fmt: skip
+    return {
+        "name": case.name, "tokens": case.tokens, "differ_from": case.differ, "note": case.note,
+        "gflop": plan.flops / 1e9, "naive_gflop": next(iter(plan.steps.values())) / 1e9,
+        "bound_s": {name: plan.flops / 1e9 / rate for name, rate in peaks.items()},
+        "gflops": plan.flops / 1e9 / paths["interp"]["median_s"],
+        "memory_mb": (plan.runs_bytes + plan.batch_bytes) / 1e6,
+        "paths": paths, "targets": targets,
+        "not_measured": [kind.__name__ for kind in case.peers if kind not in peers],
+    }  # fmt: skip
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    begun = time.perf_counter()
+    found = function()
+    return time.perf_counter() - begun, found
+
+
+@torch.no_grad()
+def rates(d_model: int) -> dict[str, float]:
+    """GFLOP/s of a large float32 product: by PyTorch's own way, and by the one that the engine takes."""
+    x, weight = torch.randn(2048, d_model), torch.randn(4 * d_model, d_model)
+
+    def rate(products: Products) -> float:
+        times = sorted(_timed(lambda: products.linear(x, weight))[0] for _ in range(15))
+        return 2 * x.shape[0] * weight.numel() / times[len(times) // 2] / 1e9
+
+    return {"torch": rate(PLAIN), "engine": rate(products_for(x.dtype, x.device))}
+
+
+def _rates(peaks: dict[str, float]) -> str:
+    return ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in peaks.items())
+
+
+def _version(package: str) -> dict[str, str]:
+    from importlib import metadata
+
+    try:
+        return {package: metadata.version(package)}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def table(case: dict[str, Any]) -> str:
+    """A case for people."""
+    own = case["paths"]["interp"]["ms_a_cell"]
+    lines = ["", f"{case['name']}: {case['tokens']} tokens, differing from token {case['differ_from']}"]
+    lines += [f"  ({case['note']})"] if case["note"] else []
+    for name, path in case["paths"].items():
+        lines.append(
+            f"  {name:36} {path['median_s']:8.2f} s {path['cells']:7} cells {path['ms_a_cell']:9.3f} ms a cell "
+            f"{path['ms_a_cell'] / own:7.1f} ×"
+        )
+    lines += [f"  {name:36} not measured: {missing_nnsight()}" for name in case["not_measured"]]
+    bound = case["bound_s"]
+    lines.append(
+        f"  {case['gflop']:.0f} GFLOP of {case['naive_gflop']:.0f}: at best {bound['engine']:.2f} s at the engine's "
+        f"products' rate ({bound['torch']:.2f} s at torch's); reached {case['gflops']:.0f} GFLOP/s"
+    )
+    for name, t in case["targets"].items():
+        met = "met" if t["ratio"] >= t["at_least"] else "NOT MET"
+        lines.append(f"  target: {t['at_least']:g} × over {name}: {t['ratio']:.1f} × {met}")
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """The result as JSON; cases of an earlier result in the same file that were not measured again stay."""
+    if path.exists():
+        again = {c["name"] for c in result["cases"]}
+        earlier = loads(path.read_text())
+        kept = [c for c in earlier["cases"] if c["name"] not in again]
+        result = {**result, "cases": kept + result["cases"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dumps(result, indent=1) + "\n")
