@@ -15,6 +15,7 @@ from interp.batching import equal_length_batches
 from interp.errors import PromptError
 from interp.given import Given
 from interp.inputs import refuse_images
+from interp.pictures import layout_of
 from interp.prompts import Prompt, PromptPair
 from interp.provenance import now, prompt_hash
 
@@ -45,6 +46,32 @@ def prompt_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> A
     }  # fmt: skip
     tokens = [list(p.texts) if isinstance(p, Given) else model.coder.texts(p) for p in ids]
     return AttentionStats(tokens, values, backends, provenance)
+
+
+@torch.no_grad()
+def tower_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+    """Statistics of a vision–language model's vision tower: an example for each image (or tile) of each prompt."""
+    instrument = model.instruments["vision"]
+    spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
+    values: dict[str, list[Any]] = {}
+    asked = [p for p in model.pictures.prompts(prompts) if isinstance(p, Given)]
+    if not asked:
+        raise PromptError("the vision tower reads images, and no prompt holds one")
+    for prompt in asked:
+        with instrument.collecting(spec) as collected:
+            model.forward([prompt])
+        for name, stacked in _stack_layers(collected, len(collected)).items():
+            values.setdefault(name, []).extend(stacked)
+    positions = next(iter(values.values()))
+    layouts = [layout_of(model.bridge.original_model.config, x.shape[-1]) for x in positions]
+    tokens = [layout.texts(*layout.size) for layout in layouts]
+    definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
+    provenance = {
+        **model.provenance(), "prompts": prompt_hash([[list(p), p.digest.hex()] for p in asked]), "created": now(),
+        "definitions": definitions, "left_out": left_out,
+    }  # fmt: skip
+    backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
+    return AttentionStats(tokens, values, backends, provenance, "vision", tokens)
 
 
 def texts_of(prompts: Any) -> list[str]:

@@ -18,7 +18,7 @@ from interp.attention import AttentionStats
 from interp.batching import collate, equal_length_batches
 from interp.encoding import TextEncoder
 from interp.errors import ModelError, PromptError
-from interp.head_statistics import prompt_stats
+from interp.head_statistics import prompt_stats, tower_stats
 from interp.inputs import mask_positions, refuse_nan_weights, refuse_wrong_inputs
 from interp.instrument import Instrument, install, stacks
 from interp.loading import boot, collector_paused
@@ -340,12 +340,15 @@ class Model:
 
         A vision encoder takes images [channel, height, width], as its processor makes them (or ``pixel_values=``, a
         batch of them); its positions are CLS, registers and patches. A vision–language model takes what its
-        processor makes of images and text.
+        processor makes of images and text; ``stack="vision"`` counts the heads of its vision tower instead, an example
+        for each image.
 
         Encoder–decoder models take a source (text, or a speech model's input features) and its ``target``, and
         count one ``stack``: "encoder", "decoder" (its self-attention) or "cross" (default: what each decoder
         head reads of the source).
         """
+        if stack == "vision" and "vision" in self.instruments and target is None:
+            return tower_stats(self, prompts, spec)
         if self.stacks or target is not None or stack is not None:
             return stack_stats(self, prompts, target, stack, headstats.StatSpec() if spec is None else spec)
         return prompt_stats(self, prompts if pixel_values is None else pixel_values, spec)

@@ -35,7 +35,9 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "made_up": (),
     "pictures": ("errors", "given", "prompts", "spans"),
     "verification": ("errors", "instrument", "made_up", "pictures", "seq2seq"),
-    "head_statistics": ("attention", "batching", "errors", "given", "inputs", "prompts", "provenance"),
+    "head_statistics": (
+        "attention", "batching", "errors", "given", "inputs", "pictures", "prompts", "provenance",
+    ),
     "seq2seq": ("attention", "errors", "made_up", "provenance"),
     "loading": ("adapters", "errors", "towers", "zoo.embedded"),
     "alignment": (),

@@ -147,6 +147,26 @@ def test_the_vision_tower_is_a_stack_of_its_own(built) -> None:
     assert seen[0].shape == (1, 4, 10, 10) and torch.allclose(seen[0].sum(-1), torch.ones(1, 4, 10).double())
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "paligemma", "idefics3"])
+def test_the_heads_of_the_vision_tower_are_counted(built, tmp_path, family: str) -> None:
+    _, model, (clean, _) = built(family)
+    stats = model.attention_stats([clean], stack="vision")
+    seen: list[torch.Tensor] = []
+    hook = [("vision_encoder.encoder_layers.1.attn.hook_pattern", lambda x, hook: seen.append(x))]
+    with model.bridge.hooks(fwd_hooks=hook):
+        model.bridge.original_model(**clean)
+    p = seen[0].detach().double().numpy()
+    assert len(stats) == len(p) == (3 if family == "llava_next" else 1)  # its tiles
+    for image, pattern in enumerate(p):
+        logs = np.log(np.where(pattern > 0, pattern, 1))
+        np.testing.assert_allclose(stats.values["entropy"][image][1], -(pattern * logs).sum(-1), atol=1e-6)
+    frame = stats.frame()
+    assert set(frame["stack"]) == {"vision"} and frame["token"].iloc[-1].startswith("patch")
+    assert type(stats).read(stats.write(tmp_path / "tower.parquet")).stack == "vision"
+    with pytest.raises(PromptError, match="no prompt holds one"):
+        model.attention_stats("w1 w2", stack="vision")
+
+
 def test_no_processor_is_asked_for(words, monkeypatch) -> None:
     import transformers as tf
 
