@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import of_kind
 from headstats import StatSpec
+from pictured import blocks_of, cut
 
 import interp
 from interp.errors import PromptError
@@ -101,6 +102,20 @@ def test_metrics_are_read_at_the_mask_token(encoder, kind: str) -> None:
     assert whole["effect"].abs().max() > 1e-3
     with pytest.raises(PromptError, match="exactly once, but one holds it 0 times"):
         model.last_logits(torch.tensor([[4, 5]]))
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_a_cut_hides_nothing_else(encoder, kind: str) -> None:
+    """What a query reads to its right stays, in a layer where attention to its left is cut."""
+    model, eager = encoder(kind), tiny_hf(kind)
+    pair = interp.PromptPair("w1 w2 w50 w4", "w1 w9 w50 w4", "w7", "w8")
+    found = interp.knock_out(model, pair, 0, 1, layers=[0, 1], window=1, metric="logit_diff", show_progress=False)
+    ids = torch.tensor([model.coder.encode(pair.clean)])
+    answer, foil = (model.coder.continuation(w)[0] for w in ("w7", "w8"))
+    for layer, value in enumerate(found.frame()["patched"]):
+        with torch.no_grad(), cut(blocks_of(eager, model)[layer], slice(1, 2), slice(0, 1)):
+            logits = eager(input_ids=ids).logits[ids == model.tokenizer.mask_token_id][0]
+        assert value == pytest.approx((logits[answer] - logits[foil]).item(), abs=1e-6)
 
 
 def test_folders_open_by_what_their_config_says(tmp_path, masking_tokenizer) -> None:
