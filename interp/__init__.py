@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from interp.omission import leave_out
     from interp.patching import patch
     from interp.paths import path_patch
+    from interp.peeking import peek
     from interp.pictures import ImagePair
     from interp.plots.report import Report, report
     from interp.prompts import Fact, PairSet, Prompt, PromptPair
@@ -44,7 +45,7 @@ _HOMES = {
     "PromptPair": "prompts",
     "Site": "sites", "Sites": "sites", "trace": "tracing", "knock_out": "knockout", "mediate": "mediation",
     "leave_out": "omission", "path_patch": "paths", "explain": "engine.plan", "Plan": "engine.plan",
-    "mean_difference": "steering", "steer": "steering", "trace_table": "tracing",
+    "mean_difference": "steering", "steer": "steering", "trace_table": "tracing", "peek": "peeking",
 }  # fmt: skip
 _MODULES = ("doctor", "metrics", "spans", "tasks", "zoo")
 
@@ -52,8 +53,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
     "PromptPair", "Report", "Site", "Sites", "ablate", "doctor", "explain", "kl", "knock_out", "leave_out", "load",
-    "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "prob", "rank", "report",
-    "spans", "steer", "tasks", "trace", "trace_table", "zoo",
+    "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "rank",
+    "report", "spans", "steer", "tasks", "trace", "trace_table", "zoo",
 ]  # fmt: skip
 
 

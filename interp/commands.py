@@ -19,7 +19,7 @@ SiteText = Annotated[str | None, typer.Option("--sites", help=SITES)]
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
     named = {"path-patch": path_patch, "knock-out": knock_out, "leave-out": leave_out}
-    plain = {f.__name__: f for f in (patch, ablate, trace, mediate, steer)}
+    plain = {f.__name__: f for f in (patch, ablate, trace, mediate, peek, steer)}
     for name, body in {**plain, **named}.items():
         app.command(name)(with_sweep(body))
 
@@ -163,6 +163,26 @@ def knock_out(
         None if queries == "all" else place(queries),
         **sweep.options(layers=numbers(layers, "layers"), window=window, heads=numbers(heads, "heads")),
     )  # fmt: skip
+
+
+def peek(
+    sweep: Sweep,
+    layers: Annotated[str | None, typer.Option(help="Layers up to which tokens wait: 0-5,9. Default: all.")] = None,
+    full: Annotated[int, typer.Option(help="Layers after it in which the last token reads the others.")] = 2,
+    context: Annotated[str, typer.Option(help="mean: take context away while waiting; keep: only mask.")] = "mean",
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Texts of the template to take means over, one a line. Default: the prompts."),
+    ] = None,
+) -> None:
+    """All for one: the last token alone, after the others waited and it peeked at them for a few layers."""
+    import interp
+    from interp.prompt_files import read_texts
+
+    texts = None if reference is None else read_texts(reference)
+    model = sweep.loaded()
+    how = sweep.options(context=context, reference=texts)
+    sweep.run(interp.peek, model, sweep.prompts(model), numbers(layers, "layers"), full, **how)
 
 
 def steer(

@@ -82,7 +82,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "plots": ("attention", "effects", "errors", "plots", "sites"),
     "results": ("attention", "effects", "errors"),
 }  # fmt: skip
-RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission")
+RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission", "peeking")
 
 
 def imports_of(path: Path) -> set[str]:

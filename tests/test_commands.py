@@ -64,6 +64,7 @@ VERBS = {
     "mediate": "--sites attn_out@-1 --window 2 --pairs {f}/pairs.csv",
     "path-patch": "--senders z,mlp_out --receivers q,k,v --mlps recomputed --pairs {f}/pairs.csv",
     "knock-out": "--keys name --queries -1 --window 1 --pairs {f}/pairs.jsonl --heads 0,2",
+    "peek": "--context keep --full 1 --layers 0-1 --pairs {f}/pairs.csv",
     "steer": "--positive {f}/up.txt --negative {f}/down.txt --scale 2 --pairs {f}/pairs.csv",
     "leave-out": "--spans name --pairs {f}/pairs.jsonl --metric logit_diff",
 }

@@ -143,25 +143,30 @@ def write_into(activation: Tensor, write: Write, value: Tensor | None = None) ->
 def cut_table(cuts: list[list[Cut]], n_heads: int, rows: tuple[int, int], keys: int) -> dict[str, Tensor]:
     """The cuts of several cells in one layer as headstats arguments.
 
-    Cut number e of a cell is bit e of a segment id: a query is in segment Σ 2^e over the cuts that name it, a key
-    likewise, and a pair of segments is cut where they share a bit.  rows: [start, stop) of the queries.
+    Queries that are named by the same cuts share a segment, and so do keys; a pair of segments is cut where some cut
+    names both.  rows: [start, stop) of the queries.
 
-    Returns q_segments [cells, rows], k_segments [cells, keys], knockout [cells, heads, S, S].
+    Returns q_segments [cells, rows], k_segments [cells, keys], knockout [cells, heads, Sq, Sk].
     """
-    width = 1 << max(len(c) for c in cuts)
-    ids = torch.arange(width)
-    q = torch.zeros(len(cuts), rows[1] - rows[0], dtype=torch.int64)
-    k = torch.zeros(len(cuts), keys, dtype=torch.int64)
-    table = torch.zeros(len(cuts), n_heads, width, width, dtype=torch.bool)
-    for cell, listed in enumerate(cuts):
-        for e, cut in enumerate(listed):
-            q[cell, max(cut.start - rows[0], 0) : max(cut.stop - rows[0], 0)] |= 1 << e
-            k[cell, slice(*cut.keys)] |= 1 << e
-            has = (ids >> e & 1).bool()
-            shared = has[:, None] & has[None]
-            heads = slice(None) if cut.heads is None else list(cut.heads)
-            table[cell, heads] |= shared
-    return {"q_segments": q, "k_segments": k, "knockout": table}
+    parts = [_segments(listed, n_heads, rows, keys) for listed in cuts]
+    size = [max(table.shape[i] for *_, table in parts) for i in (1, 2)]
+    whole = torch.zeros(len(cuts), n_heads, *size, dtype=torch.bool)
+    for cell, (*_, table) in enumerate(parts):
+        whole[cell, :, : table.shape[1], : table.shape[2]] = table
+    q, k = (torch.stack([p[i] for p in parts]) for i in (0, 1))
+    return {"q_segments": q, "k_segments": k, "knockout": whole}
+
+
+def _segments(cuts: list[Cut], n_heads: int, rows: tuple[int, int], keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment of every query and key of one cell, and which pairs are cut [heads, Sq, Sk]."""
+    named = torch.zeros(rows[1] - rows[0], max(1, len(cuts))), torch.zeros(keys, max(1, len(cuts)))
+    concerned = torch.zeros(n_heads, max(1, len(cuts)))
+    for e, cut in enumerate(cuts):
+        named[0][max(cut.start - rows[0], 0) : max(cut.stop - rows[0], 0), e] = 1
+        named[1][slice(*cut.keys), e] = 1
+        concerned[slice(None) if cut.heads is None else list(cut.heads), e] = 1
+    (queries, q), (kept, k) = (torch.unique(x, dim=0, return_inverse=True) for x in named)
+    return q, k, torch.einsum("he,qe,ke->hqk", concerned, queries, kept) > 0
 
 
 def cut_mask(cuts: list[Cut], n_heads: int, length: int) -> Bool[Tensor, "heads length length"]:
