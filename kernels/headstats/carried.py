@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,15 +18,24 @@ if TYPE_CHECKING:
     Carried = tuple[Float[Tensor, "#B #Hk n F"], Float[Tensor, "#G #Hk P F"] | None]
 
 
-def unsupported(call: Call) -> str | None:
-    """Keys of a prefix carry the same for all batch rows that share it."""
-    if call.prefix_k is None or call.q.shape[0] == call.prefix_k.shape[0]:
-        return None
-    for name, argument in ARGUMENT.items():
-        x = getattr(call, argument)
-        if name != "targets" and getattr(call.spec, name) and x.shape[0] > 1:
-            return f"beside a prefix its {name} want {argument} that all batch rows share, given {list(x.shape)}"
-    return None
+def apart(call: Call) -> Call:
+    """The call with a prefix for each batch row, where what keys of a shared prefix carry differs between the rows.
+
+    One prefix for all is not repeated in memory, but each row reads it for itself.
+    """
+    k, v, rows = call.prefix_k, call.prefix_v, call.q.shape[0]
+    if k is None or v is None or k.shape[0] == rows or not _differs(call):
+        return call
+    if k.shape[0] == 1:
+        return replace(call, prefix_k=k.expand(rows, -1, -1, -1), prefix_v=v.expand(rows, -1, -1, -1))
+    run = rows // k.shape[0]
+    return replace(call, prefix_k=k.repeat_interleave(run, 0), prefix_v=v.repeat_interleave(run, 0))
+
+
+def _differs(call: Call) -> bool:
+    given = {getattr(call, argument) for name, argument in ARGUMENT.items()
+             if name != "targets" and getattr(call.spec, name)}  # fmt: skip
+    return any(x.shape[0] > 1 for x in given)
 
 
 def features(call: Call) -> Float[Tensor, "#B N F"] | None:

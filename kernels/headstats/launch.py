@@ -48,7 +48,7 @@ def unsupported(call: Call) -> str | None:
         return "it computes in float32, and the inputs are float64"
     if max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
         return f"head sizes up to {MAX_HEAD} fit, given D={call.q.shape[3]}, Dv={call.v.shape[3]}"
-    if (reason := carried.unsupported(call) or _unsupported_edit(call)) is not None:
+    if (reason := _unsupported_edit(call)) is not None:
         return reason
     if call.spec.topk > MOST_KEPT:
         return f"it keeps up to {MOST_KEPT} largest weights, given topk={call.spec.topk}"
@@ -80,7 +80,7 @@ def run(call: Call) -> Attended:
 
 def launch(call: Call) -> Attended:
     """The same without gradients."""
-    call = lowering.lowered(call, lambda part: forward_pass(part, None))
+    call = carried.apart(lowering.lowered(call, lambda part: forward_pass(part, None)))
     asked, features = call.spec.requested(), carried.features(call)
     out, lse, found = forward_pass(call, None if features is None else features[..., :BESIDE])
     for name, value in asked.items():

@@ -24,12 +24,9 @@ def test_calls(name):
     qkv, options = inputs(b=2, h=2, hk=1, m=m, n=n, d=20, dv=12, **CALLS[name])
     total = n + CALLS[name].get("prefix", 0)
     options = extras(m, total, shared="prefix" in options) | options
-    mixed = "prefix" in options and options["k_segments"].dim() > 1  # segments that differ between batch rows
-    off = dict.fromkeys(("segments", "segment_value_norms", "segment_outputs"), False) if mixed else {}
-    spec = replace(MOST, **off)
-    got = attend(*qkv, **options, spec=spec)
+    got = attend(*qkv, **options, spec=MOST)
     assert got.backend == "triton"
-    assert_same(got, oracle(qkv, **options, spec=spec))
+    assert_same(got, oracle(qkv, **options, spec=MOST))
 
 
 @pytest.mark.parametrize("n", [1, 15, 63, 111])
@@ -47,6 +44,13 @@ def test_each_statistic_alone(name):
     got = attend(*qkv, **options, spec=spec)
     assert list(got.stats.as_dict()) == [name]
     assert_same(got, oracle(qkv, **options, spec=spec))
+
+
+@pytest.mark.parametrize("runs", [1, 2, 4])
+def test_what_keys_of_a_shared_prefix_carry_may_differ_between_batch_rows(runs):
+    qkv, options = inputs(b=4, h=2, hk=1, m=5, n=19, d=16, dv=16, prefix=6, runs=runs)
+    options = extras(5, 25, b=4) | options
+    assert_same(attend(*qkv, **options, spec=MOST), oracle(qkv, **options, spec=MOST))
 
 
 def test_more_features_than_ride_along():
@@ -97,13 +101,6 @@ def test_gradients_by_recomputation():
             "counterfactual='shuffled' wants whole rows, which backends 'blocked' and 'reference' hold",
         ),
         ({"spec": StatSpec(topk=65)}, "it keeps up to 64 largest weights, given topk=65"),
-        (
-            {
-                "prefix": (torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)),
-                "k_segments": torch.zeros(2, 12).long(),
-            },
-            "segments want k_segments that all batch rows share",
-        ),
     ],
     ids=str,
 )
