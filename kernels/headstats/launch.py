@@ -30,7 +30,6 @@ PER_KEY = ("segments", "key_features", "segment_value_norms", "segment_outputs")
 BESIDE = 16  # features that ride along with the values; more take passes of their own
 MAX_HEAD = 256
 AMD = torch.version.hip is not None
-MOST_KEPT = 64  # of topk
 PROBE_ROWS = 32  # queries of one program
 # Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256: shapes that spill no register on sm_80
 # and sm_90 with every statistic and option on. float32 runs on the plain cores and holds twice the bytes.
@@ -50,8 +49,6 @@ def unsupported(call: Call) -> str | None:
         return f"head sizes up to {MAX_HEAD} fit, given D={call.q.shape[3]}, Dv={call.v.shape[3]}"
     if (reason := _unsupported_edit(call)) is not None:
         return reason
-    if call.spec.topk > MOST_KEPT:
-        return f"it keeps up to {MOST_KEPT} largest weights, given topk={call.spec.topk}"
     if missing := set(call.spec.requested()) - {*IN_KERNEL, *PER_KEY, *COLUMNS, *probes.PROBED, "topk"}:
         return f"it does not compute {', '.join(sorted(missing))}"
     return None

@@ -30,7 +30,7 @@ EDITS = {
 }
 WITH_PASSES = ("logits", "rows", "identity", "reversed", "random")  # all that the other passes may have to do
 USUAL = replace(StatSpec(sink=0), segments=False)  # the forward kernel's part of StatSpec()
-PASSES = replace(USUAL, sink=4, received=True, received_max=True, column_norm=True, fai=(10, 100), topk=8)
+PASSES = replace(USUAL, sink=4, received=True, received_max=True, column_norm=True, fai=(10, 100), topk=100)
 
 
 def launches(call, target):

@@ -32,6 +32,18 @@ def test_how_many(k):
     assert_same(got, oracle(qkv, spec=spec(k)))
 
 
+@pytest.mark.parametrize("name", ["prefix, everything", "identity"])
+def test_more_than_one_pass_holds(name):
+    qkv, options = inputs(b=2, h=2, hk=1, m=9, n=90, **EVERY[name])
+    assert_same(attend(*qkv, **options, spec=spec(85)), oracle(qkv, **options, spec=spec(85)))
+
+
+def test_ties_go_left_from_pass_to_pass():
+    q, k = torch.zeros(1, 1, 3, 4), torch.randn(1, 1, 150, 4)
+    got = attend(q, k, k, causal=False, spec=spec(150)).stats.topk
+    assert (got.indices == torch.arange(150)).all()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_ties_go_left_within_and_across_tiles(causal):
     """Small integers: equal keys give equal logits to the last bit."""
