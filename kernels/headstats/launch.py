@@ -47,18 +47,10 @@ def unsupported(call: Call) -> str | None:
         return "it computes in float32, and the inputs are float64"
     if max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
         return f"head sizes up to {MAX_HEAD} fit, given D={call.q.shape[3]}, Dv={call.v.shape[3]}"
-    if (reason := _unsupported_edit(call)) is not None:
+    if (reason := lowering.unsupported(call, MAX_HEAD)) is not None:
         return reason
     if missing := set(call.spec.requested()) - {*IN_KERNEL, *PER_KEY, *COLUMNS, *probes.PROBED, "topk"}:
         return f"it does not compute {', '.join(sorted(missing))}"
-    return None
-
-
-def _unsupported_edit(call: Call) -> str | None:
-    if (reason := lowering.unsupported(call)) is not None:
-        return reason
-    if call.pattern_rows is not None and (d := call.q.shape[3]) > MAX_HEAD // 2:
-        return f"beside Edit.pattern_from for some heads or rows, head sizes up to {MAX_HEAD // 2} fit, given D={d}"
     return None
 
 
@@ -77,7 +69,7 @@ def run(call: Call) -> Attended:
 
 def launch(call: Call) -> Attended:
     """The same without gradients."""
-    call = carried.apart(lowering.lowered(call, lambda part: forward_pass(part, None)))
+    call = carried.apart(lowering.lowered(call, lambda part: forward_pass(part, None), MAX_HEAD))
     asked, features = call.spec.requested(), carried.features(call)
     out, lse, found = forward_pass(call, None if features is None else features[..., :BESIDE])
     for name, value in asked.items():

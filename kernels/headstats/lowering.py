@@ -43,37 +43,54 @@ class Lowered(Call):
     within: bool = False  # all of this acts before the softmax, so that lse is that of the weights it leaves
 
 
-def unsupported(call: Call) -> str | None:
+def unsupported(call: Call, channels: int | None = None) -> str | None:
     """Why a call cannot be put in these terms, or None."""
+    rows, d = call.pattern_rows, call.q.shape[3]
+    if channels is not None and rows is not None and rows.shape[2] > 1 and 2 * d > channels:
+        return f"beside Edit.pattern_from in some rows, head sizes up to {channels // 2} fit, given D={d}"
     if call.counterfactual not in (None, *LAYOUTS):
         kind = call.counterfactual
         return f"Edit.counterfactual={kind!r} wants whole rows, which backends 'blocked' and 'reference' hold"
     return None
 
 
-def lowered(call: Call, attend: Attend) -> Call:
+def lowered(call: Call, attend: Attend, channels: int | None = None) -> Call:
     """The call without pattern_from, counterfactual, take and give. attend: a pass over the keys, for out, lse and
-    statistics by name."""
-    call = with_pattern(call)
+    statistics by name.  channels: how many q and k may have, if not any number."""
+    call = with_pattern(call, channels)
     if call.counterfactual is not None:
         call = laid_out(call, attend)
     return call if call.take is None else redistributed(call, attend)
 
 
-def with_pattern(call: Call) -> Call:
+def with_pattern(call: Call, channels: int | None = None) -> Call:
     """Edit.pattern_from as more channels: [q, 0] and [0, q2] against [k, k2] give q.k and q2.k2, row by row.
 
     Queries and keys that are swapped for all need no more than that. A NaN or an infinity in k2 reaches all rows.
+    Where so many channels do not fit, heads that are swapped whole get keys and values for each query head.
     """
     if call.pattern_q is None or call.pattern_k is None:
         return call
     done = replace(call, pattern_q=None, pattern_k=None, pattern_rows=None)
     if call.pattern_rows is None:
         return replace(done, q=call.pattern_q, k=call.pattern_k)
+    if channels is not None and 2 * call.q.shape[3] > channels:
+        return _keys_of_query_heads(call, done, call.pattern_rows[..., None], call.pattern_q, call.pattern_k)
     other = call.pattern_rows[..., None]
     q = torch.cat([call.q.masked_fill(other, 0), call.pattern_q.masked_fill(~other, 0)], -1)
     shared = None if call.prefix_k is None else torch.cat([call.prefix_k] * 2, -1)
     return replace(done, q=q, k=torch.cat([call.k, call.pattern_k], -1), prefix_k=shared)
+
+
+def _keys_of_query_heads(call: Call, done: Call, other: Tensor, q: Tensor, k: Tensor) -> Call:
+    def each(x: Tensor | None) -> Any:
+        return None if x is None else x.repeat_interleave(call.groups, 1)
+
+    assert other.shape[2] == 1  # else `unsupported` has refused
+    return replace(
+        done, q=torch.where(other, q, call.q), k=torch.where(other, each(k), each(call.k)), v=each(call.v),
+        prefix_k=each(call.prefix_k), prefix_v=each(call.prefix_v),
+    )  # fmt: skip
 
 
 def by_query(call: Call) -> Call:
