@@ -209,14 +209,13 @@ def test_what_is_no_number_passes_through():
         assert torch.equal(x.isnan(), spoilt)
 
 
-@pytest.mark.parametrize("name", TYPICAL)
+@pytest.mark.parametrize("name", [*TYPICAL, *EDITS_TOO])
 def test_gradients_are_those_of_blocked(name):
     grads = []
     for backend in ("compiled", "blocked"):
         qkv, options = inputs(m=9, n=15, **EVERY[name])
+        options = in_double(options)
         leaves = [x.double().requires_grad_() for x in qkv]
-        if "prefix" in options:
-            options["prefix"] = tuple(x.double() for x in options["prefix"])
         r = headstats.attend(*leaves, **options, backend=backend)
         loss = r.out.square().sum() + r.lse.clamp_min(-9).sum()
         grads.append(torch.autograd.grad(loss, leaves))
