@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import doctor, metrics, spans, tasks, zoo
+    from interp import circuits, doctor, metrics, spans, tasks, zoo
     from interp.ablation import ablate
     from interp.attention import AttentionStats
     from interp.effects import Effects
@@ -47,14 +47,14 @@ _HOMES = {
     "leave_out": "omission", "path_patch": "paths", "explain": "engine.plan", "Plan": "engine.plan",
     "mean_difference": "steering", "steer": "steering", "trace_table": "tracing", "peek": "peeking",
 }  # fmt: skip
-_MODULES = ("doctor", "metrics", "spans", "tasks", "zoo")
+_MODULES = ("circuits", "doctor", "metrics", "spans", "tasks", "zoo")
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
-    "PromptPair", "Report", "Site", "Sites", "ablate", "doctor", "explain", "kl", "knock_out", "leave_out", "load",
-    "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "rank",
-    "report", "spans", "steer", "tasks", "trace", "trace_table", "zoo",
+    "PromptPair", "Report", "Site", "Sites", "ablate", "circuits", "doctor", "explain", "kl", "knock_out",
+    "leave_out", "load", "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch",
+    "peek", "prob", "rank", "report", "spans", "steer", "tasks", "trace", "trace_table", "zoo",
 ]  # fmt: skip
 
 

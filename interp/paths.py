@@ -12,7 +12,7 @@ whose output is added to the residual stream, to a receiver, which reads it:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -30,20 +30,12 @@ from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, PromptPair, encode_pairs
 from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
-from interp.sites import COMPONENTS, EACH, Site, Sites
+from interp.sites import COMPONENTS, EACH, Edge, Site, Sites
 from interp.targets import as_sites
 
 SENDERS = ("z", "attn_out", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_out", "resid_post")
 LOGITS = "logits"
-
-
-@dataclass(frozen=True)
-class Edge:
-    """From a sender's output to a receiver's input."""
-
-    sender: Site
-    receiver: Site
 
 
 def path_patch(

@@ -113,6 +113,25 @@ class Site:
         return cls(component, number[0], number[1], position)
 
 
+@dataclass(frozen=True)
+class Edge:
+    """From a sender's output to a receiver's input. ``str(edge)`` reads ``z.L3H1 → q.L5H0``."""
+
+    sender: Site
+    receiver: Site
+
+    def __str__(self) -> str:
+        return f"{self.sender} → {self.receiver}"
+
+    @classmethod
+    def parse(cls, text: str) -> Edge:
+        """Read ``z.L3H1 → q.L5H0`` (or ``->``). Raises SiteError on anything else."""
+        ends = re.split(r"→|->", text)
+        if len(ends) != 2:
+            raise SiteError(f"cannot read {text!r} as an edge; write e.g. 'z.L3H1 -> q.L5H0'")
+        return cls(Site.parse(ends[0]), Site.parse(ends[1]))
+
+
 class Sites(Sequence[Site]):
     """An ordered set of sites; ``a | b`` joins two, keeping order and dropping repeats."""
 
