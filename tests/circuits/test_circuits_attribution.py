@@ -128,8 +128,10 @@ def test_integrated_gradients_find_known_circuits(name: str) -> None:
 
 
 def test_what_has_no_edges_is_refused(tiny) -> None:
-    with pytest.raises(ModelError, match="attn_out = Σ W_O z"):
-        attribute_edges(tiny("gemma2"), PAIR)
+    because = {"gemma2": "attn_out = Σ W_O z", "olmo2": "no norm in front", "deepseek_v3": "no plain q projection"}
+    for kind, why in because.items():
+        with pytest.raises(ModelError, match=why):
+            attribute_edges(tiny(kind), PAIR)
     for bad in ({"method": "x"}, {"mode": "x"}, {"steps": 0}, {"steps": True}):
         with pytest.raises(InterpError):
             attribute_edges(tiny("llama"), PAIR, **bad)
