@@ -8,6 +8,7 @@ import torch
 import interp
 from interp.engine import Engine, packed, products
 from interp.engine.lean import lean_blocks
+from interp.engine.products import ONEDNN, PLAIN, filled_rows
 from interp.zoo.architectures import tiny_hf
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
@@ -123,3 +124,17 @@ def test_logits_that_no_metric_reads_are_not_computed(tiny, monkeypatch) -> None
     assert seen[-1][1] == model.bridge.cfg.d_vocab
     assert abs(pairwise - custom).max() < 1e-12
     assert Engine(model, "naive").fast is False
+
+
+def test_few_numbers_of_rows_are_compiled_for() -> None:
+    """Each costs a megabyte or two for as long as the process lives, and a sweep meets thousands."""
+    filled = [filled_rows(n) for n in range(1, 4097)]
+    assert len(set(filled)) <= 28 and all(f >= n for n, f in enumerate(filled, 1))
+    assert max(f / n for n, f in enumerate(filled, 1) if n > 128) < 1.25
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this build of torch has no oneDNN")
+def test_rows_that_fill_up_leave_no_trace() -> None:
+    x, weight, other = torch.randn(2, 101, 64), torch.randn(48, 64), torch.randn(2, 101, 48)
+    for call in (lambda p: p.linear(x, weight), lambda p: p.silu(x, weight), lambda p: p.times(x, weight, None, other)):
+        torch.testing.assert_close(call(ONEDNN), call(PLAIN), rtol=1e-4, atol=1e-4)

@@ -42,19 +42,40 @@ class Products:
 
 
 class OneDNN(Products):
-    """By the operators that torch.compile puts into its CPU code. Float32, without autograd."""
+    """By the operators that torch.compile puts into its CPU code. Float32, without autograd.
+
+    oneDNN compiles code for every number of rows and keeps it, a megabyte or two each: rows are filled up so that few
+    numbers of them occur.
+    """
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As Products."""
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _cut(torch.ops.mkldnn._linear_pointwise(_filled(x), weight, bias, "none", [], ""), x)
 
     def silu(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As Products."""
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish", [], "")
+        return _cut(torch.ops.mkldnn._linear_pointwise(_filled(x), weight, bias, "swish", [], ""), x)
 
     def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
         """As Products."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "mul")
+        product = torch.ops.mkldnn._linear_pointwise.binary(_filled(x), _filled(other), weight, bias, "mul")
+        return _cut(product, x)
+
+
+def filled_rows(rows: int) -> int:
+    """The next number of rows that is worth code of its own: four for each power of two, or multiples of 16."""
+    step = max(16, (1 << max(0, rows - 1).bit_length()) // 8)
+    return -(-rows // step) * step
+
+
+def _filled(x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "more inner"]:
+    flat = x.reshape(-1, x.shape[-1])
+    more = filled_rows(len(flat)) - len(flat)
+    return F.pad(flat, (0, 0, 0, more)) if more else flat
+
+
+def _cut(found: Float[Tensor, "more outer"], x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows outer"]:
+    return found[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
 
 
 PLAIN, ONEDNN = Products(), OneDNN()

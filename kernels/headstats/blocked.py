@@ -9,7 +9,19 @@ import torch
 from headstats import cpu_flash, fast, products, recompute, rows, workers
 from headstats.call import Call
 from headstats.stats import BY_NAME, Result, Value, mapped, tensors
-from headstats.tiles import Keys, Scratch, Tile, keys_and_values, logits, mixed, of_rows, pattern_keys, queries, tiles
+from headstats.tiles import (
+    Keys,
+    Scratch,
+    Tile,
+    cells,
+    keys_and_values,
+    logits,
+    mixed,
+    of_rows,
+    pattern_keys,
+    queries,
+    tiles,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +76,7 @@ def by_tiles(call: Call) -> Attended:
             lambda: (Scratch(call, work), Scratch(call, work)),
             lambda room, t: _one_tile(call, t, k, v, other, room),
             put,
-            side_by_side=call.q.device.type == "cpu",
+            workers.worth(cells(call)) if call.q.device.type == "cpu" else None,
         )
     for name, value in call.spec.requested().items():
         if BY_NAME[name].axis == "key":

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WORTH = 1.15  # times faster before oneDNN takes over
 LEAST = 1 << 14  # numbers in a product below which a call for each matrix costs more than it gains
+# oneDNN compiles code for every shape and keeps it, a megabyte each: only shapes that return are given to it.
+ROWS, KEYS, WIDTH = 64, 128, 256  # rows and keys in multiples of these; a head's width (at most WIDTH) as it is
 
 
 def batched(
@@ -37,11 +39,25 @@ def batched(
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[1] * b.shape[2] < LEAST or a.shape[2] == 0:
+    (m, k), n = a.shape[1:], b.shape[2]
+    if m * n < LEAST or k == 0 or m % ROWS or any(x > WIDTH and x % KEYS for x in (k, n)):
+        return False
+    return takes(a)
+
+
+def takes(like: Tensor) -> bool:
+    """Whether products of such numbers go to oneDNN where their shapes allow."""
+    if like.dtype != torch.float32 or like.device.type != "cpu":
         return False
     # Where the user lets float32 products be rounded to less, oneDNN would do so.
     strict = torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "highest"
     return strict and not workers.watched() and onednn_pays()
+
+
+def regular(stop: int, n: int) -> int:
+    """The end of a tile's keys, moved up so that few ends occur: an eighth of the keys apart, and 128 at least."""
+    step = max(KEYS, 1 << max(0, (n - 1).bit_length() - 3))
+    return min(n, -(-stop // step) * step)
 
 
 @cache

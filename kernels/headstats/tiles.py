@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import products, weights
+from headstats import products, weights, workers
 from headstats.call import HIDDEN, Call, hidden_by_bias, part, parts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tiles(call: Call) -> Iterator[Tile]:
     """Cuts the call. Every query is in exactly one tile for each head."""
     nb, m = call.q.shape[0], call.q.shape[2]
     hk, n, g = call.k.shape[1], call.n, call.groups
-    rows = m if nb * hk * g * m * n <= CELLS // 4 else min(m, _height(g * n))
+    rows = m if cells(call) <= CELLS // 4 else min(m, _height(g * n, workers.worth(cells(call))))
     fit = max(1, CELLS // (g * rows * n))  # how many heads, or heads of batch rows
     heads, batch, run = _even(hk, fit), _even(nb, fit // hk), nb
     if call.prefix_k is not None:  # one head, and many batch rows that share its prefix
@@ -47,19 +47,26 @@ def tiles(call: Call) -> Iterator[Tile]:
         heads, batch = 1, _even(run, fit)
     if not call.causal:  # no diagonal: higher tiles waste nothing
         rows = max(rows, min(m, fit // (heads * batch) * rows))
+    regular = rows < m and call.window is None and products.takes(call.q)
     for b, b1 in ((b, min(b + batch, r + run)) for r in range(0, nb, run) for b in range(r, r + run, batch)):
         for h in range(0, hk, heads):
             for i in range(0, m, rows):
                 i1 = min(i + rows, m)
-                j = slice(*call.keys_seen(i, i1))
+                first, stop = call.keys_seen(i, i1)
+                j = slice(first, products.regular(stop, n) if regular else stop)
                 yield Tile(slice(b, b1), slice(h, min(h + heads, hk)), slice(i, i1), j)
 
 
-def _height(width: int) -> int:
+def cells(call: Call) -> int:
+    """Of the whole pattern."""
+    return call.q.shape[0] * call.q.shape[1] * call.q.shape[2] * call.n
+
+
+def _height(width: int, threads: int) -> int:
     """Queries of a tile, `width` being the cells of each: more where threads share the work, whose time between
     operators is what they wait for each other."""
-    most = ROWS if torch.get_num_threads() == 1 else 3 * ROWS
-    return max(ROWS, min(most, 2 * CELLS // width // 32 * 32))
+    most = ROWS if threads == 1 else 3 * ROWS
+    return max(ROWS, min(most, 2 * CELLS // width // ROWS * ROWS))
 
 
 def _even(count: int, most: int) -> int:

@@ -17,6 +17,12 @@ Room = TypeVar("Room")
 Found = TypeVar("Found")
 
 MOST = 8  # tiles at a time, since each has its own memory; beyond it every thread has some threads of torch
+CELLS = 1 << 20  # of attention that are worth a thread
+
+
+def worth(cells: int) -> int:
+    """How many threads should share a call with so many cells."""
+    return max(1, min(MOST, torch.get_num_threads(), cells // CELLS))
 
 
 def each(
@@ -24,20 +30,19 @@ def each(
     prepare: Callable[[], Room],
     do: Callable[[Room, Item], Found],
     put: Callable[[Item, Found], None],
-    side_by_side: bool,
+    threads: int | None,
 ) -> None:
-    """put(item, do(room, item)) for every item; on as many threads as torch would use, if side_by_side.
+    """put(item, do(room, item)) for every item, on so many threads; None: on this one, as it is.
 
     `put` is called by one thread at a time and in the order of items, so that sums come out the same in every run.
     prepare() makes the room that a thread keeps for itself. What `do` raises on any thread is raised here.
     """
-    count = min(len(items), MOST, torch.get_num_threads()) if side_by_side and not watched() else 1
-    if count < 2:
+    if threads is None or watched():
         room = prepare()
         for item in items:
             put(item, do(room, item))
     else:
-        _Crew(items, prepare, do, put).work(count)
+        _Crew(items, prepare, do, put).work(min(len(items), threads))
 
 
 def watched() -> bool:
@@ -56,9 +61,9 @@ class _Crew:
         self.failure: BaseException | None = None
 
     def work(self, count: int) -> None:
-        """Runs all items on the calling thread and count - 1 others."""
+        """Runs all items on the calling thread and count - 1 others; alone, it needs no help with each operator."""
         before = torch.get_num_threads()
-        share = before // count
+        share = before // count if count > 1 else 1
         state = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         others = [threading.Thread(target=self._run, args=(share, *state), daemon=True) for _ in range(count - 1)]
         try:

@@ -27,7 +27,7 @@ def paying(monkeypatch):
     return calls
 
 
-def pair(r: int = 3, m: int = 150, k: int = 48, n: int = 170, dtype: torch.dtype = torch.float32):
+def pair(r: int = 3, m: int = 192, k: int = 48, n: int = 256, dtype: torch.dtype = torch.float32):
     g = torch.Generator().manual_seed(0)
     return torch.randn(r, m, k, generator=g, dtype=dtype), torch.randn(r, n, k, generator=g, dtype=dtype).mT
 
@@ -39,19 +39,20 @@ def test_products_are_those_of_bmm(paying, r: int, strided: bool) -> None:
     a, b = pair(r)
     b = b if strided else b.contiguous()
     want = torch.bmm(a.double(), b.double())
-    room = torch.full((r, 150, 200), float("nan"))
-    for out in (None, torch.full(want.shape, float("nan")), room[:, :, 10:180]):
+    room = torch.full((r, 192, 300), float("nan"))
+    for out in (None, torch.full(want.shape, float("nan")), room[:, :, 10:266]):
         found = products.batched(a, b, out)
         torch.testing.assert_close(found.double(), want, rtol=0, atol=2e-5)
     assert len(paying) == 3 * r
-    assert room[:, :, :10].isnan().all() and room[:, :, 180:].isnan().all()
+    assert room[:, :, :10].isnan().all() and room[:, :, 266:].isnan().all()
 
 
 @needs_onednn
 def test_where_it_must_not_be_taken(paying) -> None:
     products.batched(*pair(dtype=torch.float64))
     products.batched(*pair(dtype=torch.bfloat16))
-    products.batched(*pair(m=2, n=3))  # small
+    products.batched(*pair(m=64, n=3))  # small
+    products.batched(*pair(m=150)), products.batched(*pair(n=300))  # shapes of which too many would occur
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # bfloat16 products would be let pass
     try:
@@ -60,7 +61,15 @@ def test_where_it_must_not_be_taken(paying) -> None:
         torch.set_float32_matmul_precision(before)
     with FlopCounterMode(display=False) as counter:  # which knows no private operators
         products.batched(*pair())
-    assert not paying and counter.get_total_flops() == 2 * 3 * 150 * 48 * 170
+    assert not paying and counter.get_total_flops() == 2 * 3 * 192 * 48 * 256
+
+
+@pytest.mark.parametrize("n", [257, 1000, 4096, 8192, 20000])
+def test_tiles_end_at_few_places(n: int) -> None:
+    """Each shape costs a megabyte for as long as the process lives."""
+    ends = {products.regular(stop, n) for stop in range(1, n + 1)}
+    assert len(ends) <= 8 and max(ends) == n
+    assert all(products.regular(stop, n) >= stop for stop in range(1, n + 1))
 
 
 def test_the_trial_leaves_the_threads_as_they_were() -> None:
