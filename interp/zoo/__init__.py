@@ -2,19 +2,24 @@
 
 >>> from interp import zoo
 >>> known = zoo.induction()
->>> known.pairs(8, seed=0)[0].answer, known.truth  # doctest: +SKIP
+>>> known.pairs(8, seed=0)[0].answer, known.truth, known.circuit  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from interp.zoo.composed import greater_than, ioi, two_hop
 from interp.zoo.known import Known, induction, one_head, random
+from interp.zoo.single_heads import duplicate_token, previous_token
 
 if TYPE_CHECKING:
     from interp.zoo.embedded import embedded_model
 
-__all__ = ["Known", "embedded_model", "induction", "one_head", "random"]
+__all__ = [
+    "Known", "duplicate_token", "embedded_model", "greater_than", "induction", "ioi", "one_head", "previous_token",
+    "random", "two_hop",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,8 @@ difference, so it is 1 when the ablated model is as undecided as the corrupt run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES
 if TYPE_CHECKING:
     import torch
     from transformer_lens.model_bridge import TransformerBridge
+
+    from interp.circuits import Circuit
 
 MAX_PAIRS = 72
 """Most pairs in one set of a hand-set model: beyond this many, answers would have to repeat."""
@@ -54,19 +56,27 @@ class Known:
 
     ``pairs(n=32, seed=0)`` makes prompt pairs that it solves, ``facts(n=32, seed=0)`` the same as facts
     whose subject is the word that matters. ``truth``: the heads that carry the answer (z sites, all
-    positions), empty for the random model. ``truth_resid(pair)``: the resid_pre and resid_post sites
+    positions) and MLPs (mlp_out), empty for the random model. ``truth_resid(pair)``: the resid_pre and resid_post sites
     through which all of the difference between clean and corrupt flows, with positions.
     ``attends(pair)``: per planted head, the key position that each query position of the clean prompt puts
     at least 0.999 of its attention on.
+
+    ``circuit``: the edges along which all of the difference between clean and corrupt flows: what methods that compare
+    the two can find, each with a non-zero effect (in a set of at least 12 pairs, which has every kind of them), every
+    other edge with none. ``mechanism``: those, and the edges that carry what is the same in both (positions, the word
+    that is looked for): the model run with these alone, and 0 along all others, answers as before, and needs each.
     """
 
     name: str
-    bridge: TransformerBridge
+    bridge: TransformerBridge = field(repr=False)
     truth: Sites
     _pairs: Callable[[int, Random], list[PromptPair]]
     _resid: Callable[[PromptPair], Sites]
     _attends: Callable[[PromptPair], Mapping[Site, list[int]]]
     _max_pairs: int | None = MAX_PAIRS
+    carries: Sequence[str] = ()
+    holds: Sequence[str] = ()
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Any:
@@ -74,6 +84,25 @@ class Known:
         import interp
 
         return interp.load(self.bridge)
+
+    @cached_property
+    def circuit(self) -> Circuit:
+        """Ground truth for methods that compare clean and corrupt, with roles. TaskError for the random model."""
+        return self._circuit(self.carries)
+
+    @cached_property
+    def mechanism(self) -> Circuit:
+        """`circuit`, and the edges that carry what is the same in clean and corrupt. TaskError for the random model."""
+        return self._circuit([*self.carries, *self.holds])
+
+    def _circuit(self, edges: Sequence[str]) -> Circuit:
+        from interp.circuits import Circuit
+
+        if not edges:
+            raise TaskError(f"zoo.{self.name} has no circuit: its weights are random")
+        circuit = Circuit.of(self.model, edges, roles={Site.parse(s): role for s, role in self.roles.items()})
+        circuit.provenance["method"] = "set by hand"
+        return circuit
 
     def pairs(self, n: int = 32, seed: int = 0) -> PairSet:
         """``n`` pairs, the same ones for the same seed. TaskError if n is not possible."""
@@ -87,12 +116,16 @@ class Known:
 
         For causal tracing, read the *pooled* effect by role: noise of three standard deviations on a
         one-hot embedding breaks only some of the runs. Much stronger noise reaches every channel of the
-        residual stream, and the subject's own position then matters beyond what `truth_resid` says.
+        residual stream, and the subject's own position then matters beyond what `truth_resid` says. TaskError where
+        that word stands earlier in the prompt too, so that a subject does not name it.
         """
         facts = []
         for pair in self.pairs(n, seed):
-            words = zip(pair.clean.split(), pair.corrupt.split(), strict=True)
-            facts.append(Fact(pair.clean, next(a for a, b in words if a != b), pair.answer))
+            clean, corrupt = pair.clean.split(), pair.corrupt.split()
+            place = next(i for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)) if a != b)
+            if clean.index(clean[place]) < place:
+                raise TaskError(f"zoo.{self.name}: {clean[place]!r} stands twice in {pair.clean!r}: use pairs")
+            facts.append(Fact(pair.clean, clean[place], pair.answer))
         return facts
 
     def truth_resid(self, pair: PromptPair) -> Sites:
@@ -134,9 +167,14 @@ def induction(*, dtype: torch.dtype | None = None) -> Known:
         1, 2, q={"tok": MATCH * words}, q_bias=SINK * bos[build.ids[BOS]],
         k={"prev": words, "tok": bos}, v={"tok": words}, o={"out": everything},
     )  # fmt: skip
-    _fill(build, planted={(0, 1), (1, 2)})
-    truth = Sites([PREVIOUS_TOKEN, INDUCTION])
-    return Known("induction", build.bridge, truth, _induction_pairs, _induction_resid, _induction_attends)
+    build.fill()
+    return Known(
+        "induction", build.bridge, Sites([PREVIOUS_TOKEN, INDUCTION]), _induction_pairs, _induction_resid,
+        _induction_attends,
+        carries=("resid_pre.L0 -> v.L0H1", "z.L0H1 -> k.L1H2", "z.L1H2 -> resid_post.L1"),
+        holds=("resid_pre.L0 -> q.L0H1", "resid_pre.L0 -> k.L0H1", "resid_pre.L0 -> q.L1H2", "resid_pre.L0 -> v.L1H2"),
+        roles={"z.L0H1": "previous token", "z.L1H2": "induction"},
+    )  # fmt: skip
 
 
 def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
@@ -207,8 +245,12 @@ def one_head(*, dtype: torch.dtype | None = None) -> Known:
         1, 2, q={"tok": MATCH * asks[None]}, q_bias=torch.tensor([0.0, SINK]),
         k={"tok": torch.stack([marked, begins])}, v={"tok": torch.diag(marked)}, o={"out": torch.eye(n)},
     )  # fmt: skip
-    _fill(build, planted={(1, 2)})
-    return Known("one_head", build.bridge, Sites([COPY]), _one_head_pairs, _one_head_resid, _one_head_attends)
+    build.fill()
+    return Known(
+        "one_head", build.bridge, Sites([COPY]), _one_head_pairs, _one_head_resid, _one_head_attends,
+        carries=("resid_pre.L0 -> v.L1H2", "z.L1H2 -> resid_post.L2"),
+        holds=("resid_pre.L0 -> q.L1H2", "resid_pre.L0 -> k.L1H2"), roles={"z.L1H2": "copies the marked word"},
+    )  # fmt: skip
 
 
 def _one_head_pairs(n: int, rng: Random) -> list[PromptPair]:
@@ -282,13 +324,27 @@ def _random_pairs(n: int, rng: Random) -> list[PromptPair]:
     return pairs
 
 
-def _fill(build: Any, planted: set[tuple[int, int]]) -> None:
-    """Make every head that is not planted inert: active, but writing only where nothing reads."""
-    import torch
+def answers_and_foils(words: Sequence[str], n: int, rng: Random) -> list[tuple[str, str]]:
+    """``n`` different answers; the foil of each is the next one's answer, so that both weigh the same in a mean."""
+    answers = rng.sample(words, n)
+    if n == 1:
+        return [(answers[0], rng.choice([w for w in words if w != answers[0]]))]
+    return list(zip(answers, [*answers[1:], answers[0]], strict=True))
 
-    generator = torch.Generator().manual_seed(0)
-    n_layers = build.bridge.cfg.n_layers
-    for layer in range(n_layers):
-        for head in range(build.n_heads):
-            if (layer, head) not in planted:
-                build.plant_inert(layer, head, generator)
+
+def positions_of(path: Sequence[int]) -> Sites:
+    """Sites of the residual stream through which a difference flows, by its position before each layer and at last."""
+    layers = range(len(path) - 1)
+    return Sites([
+        *(Site("resid_pre", layer, position=path[layer]) for layer in layers),
+        *(Site("resid_post", layer, position=path[layer + 1]) for layer in layers),
+    ])  # fmt: skip
+
+
+def spans_of(words: Sequence[str], positions: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Character ranges in " ".join(words) of single words, by position (with <bos> as 0)."""
+    spans = {}
+    for name, position in positions.items():
+        start = sum(len(w) + 1 for w in words[: position - 1])
+        spans[name] = (start, start + len(words[position - 1]))
+    return spans

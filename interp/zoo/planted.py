@@ -1,4 +1,4 @@
-"""Setting attention heads by hand: named channels of the residual stream, and what a head reads and writes.
+"""Setting heads and neurons by hand: named channels of the residual stream, and what a head reads and writes.
 
 The residual stream is cut into channels (token, position, …) with one dimension per token or position, so
 that a planted head's scores and values are exact: there is no interference to average out.
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 MATCH = 400.0
 SINK = 0.85 * MATCH
 LOGIT = 20.0  # logit that a planted head gives to the token it copies
+# The same, gentler: off by e^-10, but with gradients through the softmax that are well above rounding.
+SOFT_MATCH = 40.0
+SOFT_SINK = 30.0
 
 
 class Planted:
-    """An attention-only model under construction: zero everywhere, except what is planted.
+    """A model under construction: zero everywhere, except what is planted. It has MLPs (ReLU) if ``d_mlp`` is given.
 
     ``channels`` maps channel names to widths; ``tok`` and ``pos`` hold the embeddings, ``out`` is what the
-    unembedding reads, ``junk`` is where inert heads write: nothing that matters reads it.
+    unembedding reads, ``junk`` is where inert heads and MLPs write: nothing that matters reads it. ``shift``, if there
+    is one, is added to every logit alike: inert parts write there too, and it changes no probability.
     """
 
     def __init__(
@@ -41,11 +45,16 @@ class Planted:
         n_heads: int,
         d_head: int,
         dtype: torch.dtype | None,
+        n_kv_heads: int | None = None,
+        d_mlp: int | None = None,
     ) -> None:
         import torch
 
         self.dtype = dtype or torch.float32
-        self.n_heads, self.d_head = n_heads, d_head
+        self.n_heads, self.d_head, self.n_layers = n_heads, d_head, n_layers
+        self.group = n_heads // (n_kv_heads or n_heads)
+        self.d_mlp = d_mlp
+        self.planted: set[tuple[int, int]] = set()
         self.ids = {word: i for i, word in enumerate((*SPECIALS, *words))}
         starts = [0]
         for width in channels.values():
@@ -55,8 +64,12 @@ class Planted:
         config = {
             "d_model": self.d_model, "d_head": d_head, "n_heads": n_heads, "n_layers": n_layers,
             "n_ctx": channels["pos"], "d_vocab": len(self.ids), "positional_embedding_type": "standard",
-            "attn_only": True, "normalization_type": None, "init_weights": False,
+            "attn_only": d_mlp is None, "normalization_type": None, "init_weights": False,
         }  # fmt: skip
+        if d_mlp is not None:
+            config |= {"d_mlp": d_mlp, "act_fn": "relu"}
+        if n_kv_heads is not None:
+            config["n_key_value_heads"] = n_kv_heads
         self.bridge = boot(name, config, words, self.dtype)
         self._embed(n_ctx=channels["pos"])
 
@@ -73,13 +86,19 @@ class Planted:
             unembed = LOGIT * torch.eye(n, dtype=self.dtype)
             unembed[: len(SPECIALS)] = 0  # the model never says a special token
             part(model.head).weight[:, self.where["out"]] = unembed
+            if "shift" in self.where:
+                part(model.head).weight[:, self.where["shift"]] = 1.0
 
     def _weights(self, layer: int, head: int) -> dict[str, Tensor]:
-        """Views of one head's weights: q, k, v [d_head, d_model], o [d_model, d_head], q_bias [d_head]."""
+        """Views of one head's weights: q, k, v [d_head, d_model], o [d_model, d_head], q_bias [d_head].
+
+        Heads of one group of grouped queries share k and v.
+        """
         model: Any = self.bridge.original_model
         attn = part(part(model.layers[layer]).attn)
         rows = slice(head * self.d_head, (head + 1) * self.d_head)
-        weights = {name: part(getattr(attn, name)).weight[rows] for name in "qkv"}
+        shared = slice(head // self.group * self.d_head, (head // self.group + 1) * self.d_head)
+        weights = {name: part(getattr(attn, name)).weight[rows if name == "q" else shared] for name in "qkv"}
         weights["o"] = part(attn.o).weight[:, rows]
         weights["q_bias"] = part(attn.q).bias[rows]
         return weights
@@ -92,6 +111,7 @@ class Planted:
         """
         import torch
 
+        self.planted.add((layer, head))
         weights = self._weights(layer, head)
         with torch.no_grad():
             for name, reads in (("q", q), ("k", k), ("v", v)):
@@ -105,20 +125,76 @@ class Planted:
             weights["q"].mul_(math.sqrt(self.d_head))
             weights["q_bias"].mul_(math.sqrt(self.d_head))
 
-    def plant_inert(self, layer: int, head: int, generator: torch.Generator) -> None:
-        """A head that attends and moves information at random, but only into the junk channel."""
+    def plant_neurons(self, layer: int, first: int, *, reads: Mapping[str, Tensor], bias: Tensor,
+                      writes: Mapping[str, Tensor]) -> None:  # fmt: skip
+        """Set neurons ``first``, ``first`` + 1, … of an MLP: relu(Σ reads·x + bias), and what each of them writes.
+
+        Matrices are [neurons, channel width], ``bias`` [neurons].
+        """
         import torch
 
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+        fc_in, fc_out = self._mlp(layer)
+        rows = slice(first, first + len(bias))
+        with torch.no_grad():
+            for channel, matrix in reads.items():
+                fc_in.weight[rows, self.where[channel]] = matrix.to(self.dtype)
+            fc_in.bias[rows] = bias.to(self.dtype)
+            for channel, matrix in writes.items():
+                fc_out.weight[self.where[channel], rows] = matrix.T.to(self.dtype)
 
+    def fill(self, neurons: Mapping[int, int] | None = None) -> None:
+        """Make every head that is not planted inert, and every neuron of MLPs from the number in ``neurons`` on (by
+        layer; default: all). Inert parts read everything and are busy, but write only where nothing reads."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        for layer in range(self.n_layers):
+            for head in range(self.n_heads):
+                if (layer, head) not in self.planted:
+                    self.plant_inert(layer, head, generator)
+            if self.d_mlp is not None:
+                self._inert_neurons(layer, (neurons or {}).get(layer, 0), generator)
+
+    def plant_inert(self, layer: int, head: int, generator: torch.Generator) -> None:
+        """A head that attends and moves information at random, but only into the channels ``junk`` and ``shift``.
+
+        Where a planted head of its group owns keys and values, it reads those.
+        """
+        import torch
+
+        first = head // self.group * self.group
+        owned = any((layer, mate) in self.planted for mate in range(first, first + self.group))
         weights = self._weights(layer, head)
         with torch.no_grad():
-            for name in "qkv":
-                weights[name].copy_(draw(self.d_head, self.d_model) / math.sqrt(2.0))
-            junk = self.where["junk"]
-            width = junk.stop - junk.start  # scaled to write vectors of norm about 1, like an embedding
-            weights["o"][junk] = draw(width, self.d_head) / math.sqrt(width * self.d_head)
+            for name in "q" if owned else "qkv":
+                weights[name].copy_(self._draw(generator, self.d_head, self.d_model) / math.sqrt(2.0))
+            self._write_junk(weights["o"], generator)
+
+    def _inert_neurons(self, layer: int, first: int, generator: torch.Generator) -> None:
+        import torch
+
+        fc_in, fc_out = self._mlp(layer)
+        with torch.no_grad():
+            fc_in.weight[first:] = self._draw(generator, fc_in.weight.shape[0] - first, self.d_model) / math.sqrt(2.0)
+            self._write_junk(fc_out.weight[:, first:], generator)
+
+    def _write_junk(self, matrix: Tensor, generator: torch.Generator) -> None:
+        """Fill a matrix [d_model, inputs] that writes: vectors of norm about 1, like an embedding."""
+        for channel in ("junk", "shift"):
+            if channel in self.where:
+                rows = self.where[channel]
+                width = rows.stop - rows.start
+                matrix[rows] = self._draw(generator, width, matrix.shape[1]) / math.sqrt(width * matrix.shape[1])
+
+    def _draw(self, generator: torch.Generator, *shape: int) -> Tensor:
+        import torch
+
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
+
+    def _mlp(self, layer: int) -> tuple[Any, Any]:
+        model: Any = self.bridge.original_model
+        mlp = part(part(model.layers[layer]).mlp)
+        return part(mlp.fc_in), part(mlp.fc_out)
 
 
 def boot(name: str, config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None) -> TransformerBridge:
