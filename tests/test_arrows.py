@@ -82,9 +82,11 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "circuits": (
         "batching",
         "circuits",
+        "dense",
         "effects",
         "engine",
         "errors",
+        "instrument",
         "means",
         "metrics",
         "model",

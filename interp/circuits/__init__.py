@@ -10,19 +10,20 @@ if TYPE_CHECKING:
     from interp.circuits.baselines import magnitude_scores, random_scores
     from interp.circuits.faithful import Curve, Faithfulness, completeness, curve, faithfulness, minimality
     from interp.circuits.graph import Circuit
+    from interp.circuits.nodes import atp_star, attribute_sites
     from interp.circuits.scores import EdgeScores
-    from interp.circuits.screening import attribute_sites, screen
+    from interp.circuits.screening import screen
 
 _HOMES = {
     "attribute_edges": "attribution", "magnitude_scores": "baselines", "random_scores": "baselines",
     "Curve": "faithful", "Faithfulness": "faithful", "completeness": "faithful", "curve": "faithful",
     "faithfulness": "faithful", "minimality": "faithful", "Circuit": "graph", "EdgeScores": "scores",
-    "attribute_sites": "screening", "screen": "screening",
+    "atp_star": "nodes", "attribute_sites": "nodes", "screen": "screening",
 }  # fmt: skip
 
 __all__ = [
-    "Circuit", "Curve", "EdgeScores", "Faithfulness", "attribute_edges", "attribute_sites", "completeness", "curve",
-    "faithfulness", "magnitude_scores", "minimality", "random_scores", "screen",
+    "Circuit", "Curve", "EdgeScores", "Faithfulness", "atp_star", "attribute_edges", "attribute_sites", "completeness",
+    "curve", "faithfulness", "magnitude_scores", "minimality", "random_scores", "screen",
 ]  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""How many sites of effect a screen can have missed: a bound from a random sample of what it passed over.
+
+A screen ranks N sites by an estimate and leaves M of them unverified. Draw m of those M uniformly, without replacement,
+and measure their exact effects. If D of the M have an |effect| above τ, the number of those in the sample is
+hypergeometric, whatever the estimates are worth. So, having seen x,
+
+    D ≤ max{d : P(Hypergeometric(M, d, m) ≤ x) > 1 − confidence}
+
+holds with probability ≥ confidence over the draw: Clopper and Pearson's argument on a finite population. It needs that
+the sample is drawn independently of the effects, and that an effect is a fixed number: the exact mean over the given
+prompts. It says nothing about other prompts, about sites that were not ranked, or about sites that act only together.
+
+The same bound with x = 0 holds for τ = the largest |effect| in the sample, though τ is then chosen by the sample: more
+than D sites lie above that maximum only if none of the D + 1 largest was drawn, whose probability the bound keeps below
+1 − confidence. The diagnostic of Kramár et al. 2024 (arXiv 2403.00745), which also samples what was not
+verified, is another: its formula was not available, and no assumption of additive effects is made here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from jaxtyping import Float
+
+from interp.errors import InterpError
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A bound on what was passed over. ``str(missed)`` says it in words.
+
+    Of ``population`` unverified sites ``sampled`` were measured, ``found`` of them above ``threshold``; with the given
+    ``confidence`` at most ``at_most`` of the population are (those found included), and at most ``above_sample`` are
+    above ``largest``, the largest |effect| in the sample. Each of the two holds with that confidence by itself.
+    """
+
+    population: int
+    sampled: int
+    confidence: float
+    largest: float
+    above_sample: int
+    threshold: float
+    found: int
+    at_most: int
+
+    def __str__(self) -> str:
+        if not self.population:
+            return "every site was verified: nothing was passed over"
+        return (
+            f"of {self.population} sites passed over, {self.sampled} drawn at random were measured: with "
+            f"{self.confidence:.0%} confidence at most {self.above_sample} have an |effect| above {self.largest:.4g} "
+            f"(the largest drawn), and at most {self.at_most} one above {self.threshold:.4g} ({self.found} drawn)"
+        )
+
+
+def missed(
+    effects: Float[np.ndarray, " sampled"], population: int, threshold: float, confidence: float = 0.95
+) -> Missed:
+    """The bound from the exact effects of a uniform sample of ``population`` sites, in the effects' unit.
+
+    ``threshold`` is to be chosen without looking at the sample. Raises InterpError for impossible numbers.
+    """
+    size = np.abs(np.asarray(effects, dtype=float))
+    if not 0 < confidence < 1 or not threshold >= 0:
+        raise InterpError(f"confidence={confidence}, threshold={threshold}: between 0 and 1, and at least 0")
+    if len(size) > population or (population > 0 and not len(size)) or np.isnan(size).any():
+        raise InterpError(f"{len(size)} effects of {population} sites: a sample of at least 1, without NaN, is needed")
+    largest, found = (float(size.max()), int((size > threshold).sum())) if len(size) else (0.0, 0)
+    return Missed(
+        population, len(size), confidence,
+        largest, at_most(population, len(size), 0, confidence),
+        float(threshold), found, at_most(population, len(size), found, confidence),
+    )  # fmt: skip
+
+
+def at_most(population: int, sampled: int, found: int, confidence: float = 0.95) -> int:
+    """The largest number of marked sites in a population under which so few in a sample are not improbable.
+
+    That is max{d : P(Hypergeometric(population, d, sampled) ≤ found) > 1 − confidence}.
+    """
+    low, high = found, population - (sampled - found)  # the probability falls with d
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _at_least_so_few(population, middle, sampled, found) > 1 - confidence:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _at_least_so_few(population: int, marked: int, sampled: int, found: int) -> float:
+    """P(Hypergeometric(population, marked, sampled) ≤ found)."""
+    first = max(0, sampled - (population - marked))
+    few = sum(comb(marked, x) * comb(population - marked, sampled - x) for x in range(first, min(found, marked) + 1))
+    return few / comb(population, sampled)
