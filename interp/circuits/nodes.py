@@ -32,8 +32,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution import weights_fixed
 from interp.circuits.evaluation import TOKENS, token_batches
+from interp.circuits.gradients import weights_fixed
 from interp.circuits.softmax import Rerun, calls_kept, check_heads_apart
 from interp.circuits.wiring import capture
 from interp.effects import SITE_COLUMNS, Effects

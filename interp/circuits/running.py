@@ -2,8 +2,8 @@
 
 What a receiver reads is the residual stream of this very run plus, for each sender whose edge into it is left out,
 (ablated − current) of what that sender adds. Every sender's current output is itself computed by the circuit. One full
-forward per batch, through hooks; of senders' outputs in d_model numbers one layer's exist at a time, of receivers'
-inputs one component's of one layer.
+forward per batch, through hooks. What senders change, d_model numbers each, is held where it is small (`HELD_BYTES`);
+beyond that, for long prompts, it is computed again for every receiver, one layer's at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.circuits.wiring import Wiring
+from interp.engine.products import redirected
 from interp.engine.runs import hooks
+
+HELD_BYTES = 256 * 2**20  # of what senders change, d_model numbers per sender and token
 
 
 def sender_hooks(wiring: Wiring) -> list[str]:
@@ -45,33 +48,67 @@ class _Forward:
         self.wiring, self.graph, self.ablated = wiring, wiring.graph, ablated
         self.cut = torch.from_numpy(self.graph.allowed) & ~kept
         self.now: dict[str, Tensor] = {}
+        self.held: Float[Tensor, "senders batch*position*d_model"] | None = None
+        self.reads: Float[Tensor, "receivers batch position d_model"] | None = None  # of one layer's q, k and v
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
         model, last = self.wiring.model, self.graph.n_layers - 1
         pairs: list[tuple[str, Any]] = []
         for layer in range(self.graph.n_layers):
             at = f"blocks.{layer}."
-            pairs += [(at + name, self._keep(at + name)) for name in ("hook_resid_pre", "attn.hook_z", "hook_attn_out")]
+            pairs.append((at + "hook_resid_pre", self._enter(layer)))
             pairs += [(f"{at}attn.hook_{c}", self._project(layer, c)) for c in "qkv"]
+            pairs.append((at + "attn.hook_z", self._keep(at + "attn.hook_z", self.graph.columns(layer, "z"), layer)))
+            pairs.append((at + "hook_attn_out", lambda x, hook, at=at: self.now.__setitem__(at + "hook_attn_out", x)))
             if self.graph.mlps:
+                columns = self.graph.columns(layer, "mlp_out")
                 pairs.append((at + "mlp.hook_in", self._mlp(layer)))
-                pairs.append((at + "hook_mlp_out", self._keep(at + "hook_mlp_out")))
+                pairs.append((at + "hook_mlp_out", self._keep(at + "hook_mlp_out", columns, None)))
         final = self.graph.rows(last, "resid_post")
-        pairs.append((f"blocks.{last}.hook_resid_post", lambda x, hook: self._add(x, final, last, heads=False)))
-        with hooks(model, *pairs):
+        pairs.append((f"blocks.{last}.hook_resid_post", lambda x, hook: self._add(x, final, last)[0]))
+        with hooks(model, *pairs), redirected(model.dtype, model.device):
             return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
 
-    def _keep(self, name: str) -> Any:
-        return lambda x, hook: self.now.__setitem__(name, x)
+    # ------------------------------------------------------------ what senders send
+
+    def _enter(self, layer: int) -> Any:
+        keep = self._keep("blocks.0.hook_resid_pre", slice(0, 1), None)
+
+        def hook(x: Tensor, hook: Any) -> None:
+            if layer == 0:
+                size = len(self.graph.senders) * x.numel()
+                if size * x.element_size() <= HELD_BYTES:
+                    self.held = x.new_zeros(len(self.graph.senders), x.numel())
+                keep(x, hook)
+            self.now[f"blocks.{layer}.hook_resid_pre"], self.reads = x, None
+
+        return hook
+
+    def _keep(self, name: str, columns: slice, layer: int | None) -> Any:
+        def hook(x: Tensor, hook: Any) -> None:
+            self.now[name] = x
+            if self.held is not None and self.cut[:, columns].any():
+                self.held[columns] = self._change(name, layer).flatten(1)
+
+        return hook
+
+    def _change(self, name: str, layer: int | None) -> Float[Tensor, "senders batch position d_model"]:
+        """Ablated − current of what some senders add. ``layer``: of heads."""
+        change = self.ablated[name] - self.now[name]
+        return change[None] if layer is None else self.wiring.contributions(layer, change)
+
+    # ------------------------------------------------------------ what receivers read
 
     def _project(self, layer: int, component: str) -> Any:
-        rows = self.graph.rows(layer, component)
+        rows, first = self.graph.rows(layer, component), self.graph.rows(layer, "q").start
+        every = slice(first, self.graph.rows(layer, "v").stop)
 
         def hook(x: Tensor, hook: Any) -> Tensor | None:
             if not self.cut[rows].any():
                 return None
-            read = self._add(self.now[f"blocks.{layer}.hook_resid_pre"], rows, layer - 1, heads=True)
-            return self.wiring.project(layer, component, read)
+            if self.reads is None:
+                self.reads = self._add(self.now[f"blocks.{layer}.hook_resid_pre"], every, layer - 1)
+            return self.wiring.project(layer, component, self.reads[rows.start - first : rows.stop - first])
 
         return hook
 
@@ -84,26 +121,27 @@ class _Forward:
             stream = self.now[f"blocks.{layer}.hook_resid_pre"]
             if not self.graph.parallel:
                 stream = stream + self.now[f"blocks.{layer}.hook_attn_out"]
-            return self.wiring.norm(layer, "mlp")(self._add(stream, rows, layer, heads=False))
+            return self.wiring.norm(layer, "mlp")(self._add(stream, rows, layer)[0])
 
         return hook
 
-    def _add(self, x: Tensor, rows: slice, upto: int, heads: bool) -> Tensor:
-        """x plus ablated − current of the cut edges into ``rows``; of layers ≤ upto.  [rows, batch, position, d_model],
-        or without the first axis for a receiver alone (``heads=False``)."""
-        out = x.expand(rows.stop - rows.start, *x.shape).clone()
-        self._send(out, rows, slice(0, 1), "blocks.0.hook_resid_pre", None)
+    def _add(self, x: Tensor, rows: slice, upto: int) -> Float[Tensor, "rows batch position d_model"]:
+        """x plus ablated − current of the cut edges into ``rows``, of senders in layers ≤ ``upto``."""
+        out = x.expand(rows.stop - rows.start, *x.shape)
+        if self.held is not None:
+            # of this layer's senders that are not computed yet, no edge into these rows exists, so that none is cut
+            stop = 1 if upto < 0 else self.graph.columns(upto, "mlp_out" if self.graph.mlps else "z").stop
+            cut = self.cut[rows, :stop].to(x)
+            return out + (cut @ self.held[:stop]).view(out.shape)
+        out = out.clone()
+        self._send(out, self.cut[rows, :1], "blocks.0.hook_resid_pre", None)
         for layer in range(upto + 1):
-            self._send(out, rows, self.graph.columns(layer, "z"), f"blocks.{layer}.attn.hook_z", layer)
+            self._send(out, self.cut[rows, self.graph.columns(layer, "z")], f"blocks.{layer}.attn.hook_z", layer)
             if self.graph.mlps:
                 columns = self.graph.columns(layer, "mlp_out")
-                self._send(out, rows, columns, f"blocks.{layer}.hook_mlp_out", None)
-        return out if heads else out[0]
+                self._send(out, self.cut[rows, columns], f"blocks.{layer}.hook_mlp_out", None)
+        return out
 
-    def _send(self, out: Tensor, rows: slice, columns: slice, name: str, layer: int | None) -> None:
-        cut = self.cut[rows, columns]
-        if not cut.any():
-            return
-        change = self.ablated[name] - self.now[name]
-        sent = change[None] if layer is None else self.wiring.contributions(layer, change)
-        out += torch.einsum("rs,s...->r...", cut.to(out), sent)
+    def _send(self, out: Tensor, cut: Bool[Tensor, "rows senders"], name: str, layer: int | None) -> None:
+        if cut.any():
+            out += torch.einsum("rs,s...->r...", cut.to(out), self._change(name, layer))
