@@ -86,6 +86,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "effects",
         "engine",
         "errors",
+        "inference",
         "instrument",
         "means",
         "metrics",
@@ -147,6 +148,7 @@ def test_mediation_is_patching_twice() -> None:
 
 def test_only_model_rooms_import_transformer_lens() -> None:
     homes = {"adapters", "image_adapters", "model", "loading", "instrument", "attention_bridges"}
+    homes |= {"weights", "interchange"}  # which wrap its FactoredMatrix and its interchange interventions
     for path in (ROOT / "interp").rglob("*.py"):
         if path.stem in homes or "zoo" in path.parts or path.parts[-2:] == ("bench", "peers.py"):
             continue

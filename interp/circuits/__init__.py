@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from interp.circuits.attribution import attribute_edges
     from interp.circuits.baselines import magnitude_scores, random_scores
     from interp.circuits.faithful import Curve, Faithfulness, completeness, curve, faithfulness, minimality
+    from interp.circuits.gates import causal_head_gating, contrastive_head_gating
     from interp.circuits.graph import Circuit
+    from interp.circuits.head_gates import HeadGates
     from interp.circuits.nodes import atp_star, attribute_sites
     from interp.circuits.scores import EdgeScores
     from interp.circuits.screening import screen
@@ -19,11 +21,13 @@ _HOMES = {
     "Curve": "faithful", "Faithfulness": "faithful", "completeness": "faithful", "curve": "faithful",
     "faithfulness": "faithful", "minimality": "faithful", "Circuit": "graph", "EdgeScores": "scores",
     "atp_star": "nodes", "attribute_sites": "nodes", "screen": "screening",
+    "HeadGates": "head_gates", "causal_head_gating": "gates", "contrastive_head_gating": "gates",
 }  # fmt: skip
 
 __all__ = [
-    "Circuit", "Curve", "EdgeScores", "Faithfulness", "atp_star", "attribute_edges", "attribute_sites", "completeness",
-    "curve", "faithfulness", "magnitude_scores", "minimality", "random_scores", "screen",
+    "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "atp_star", "attribute_edges", "attribute_sites",
+    "causal_head_gating", "completeness", "contrastive_head_gating", "curve", "faithfulness", "magnitude_scores",
+    "minimality", "random_scores", "screen",
 ]  # fmt: skip
 
 

@@ -141,12 +141,12 @@ def _parts(model: Model, layer: int) -> dict[str, Any]:
     """The torch modules of one block that edges are computed with."""
     block = model.bridge.blocks[layer]
     where = f"{model.name}, layer {layer}"
-    norms = {name: _module(getattr(block, name, None)) for name in ("ln1", "ln2")}
+    norms = {name: module_behind(getattr(block, name, None)) for name in ("ln1", "ln2")}
     if norms["ln1"] is None:
         raise ModelError(f"{where} has no norm in front of its attention (ln1), so that edges are not defined")
     found = {"attn": norms["ln1"], "mlp": norms["ln2"] or norms["ln1"]}
     for c in "qkvo":
-        linear = _module(getattr(block.attn, c, None))
+        linear = module_behind(getattr(block.attn, c, None))
         weight = getattr(linear, "weight", None)
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
             raise ModelError(f"{where}: its attention has no plain {c} projection, so that edges are not defined")
@@ -154,7 +154,7 @@ def _parts(model: Model, layer: int) -> dict[str, Any]:
     return found
 
 
-def _module(bridge: Any) -> Any:
+def module_behind(bridge: Any) -> Any:
     """The torch module behind a bridge component; None if there is none."""
     if bridge is None:
         return None
