@@ -4,12 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-quick lint notebook clean
+.PHONY: demo test test-quick lint docs notebooks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "interp needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/python -m headstats.cpu --if-missing --if-possible  # needs a C++ compiler; all else works without
 	touch $@
 
@@ -27,5 +27,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(STAMP)  ## the documentation in site/; a broken link or name is an error
+	$(BIN)/zensical build --clean --strict
+
+notebooks: $(STAMP)  ## run every notebook and keep its outputs
+	$(BIN)/python notebooks/refresh.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis results
+	rm -rf site $(VENV) .pytest_cache .ruff_cache .hypothesis results

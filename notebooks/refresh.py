@@ -1,0 +1,88 @@
+"""Runs notebooks from a fresh kernel and keeps their outputs, figures as pictures beside their data.
+
+Run: python notebooks/refresh.py [NOTEBOOK ...] (default: all). Figures stay interactive where a viewer knows plotly,
+and are PNGs, drawn by headless Chromium, where it does not. Without Chromium they are kept as data alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from plotly.offline import get_plotlyjs
+
+FIGURE = "application/vnd.plotly.v1+json"
+SIZE = (760, 440)  # of a figure that does not say
+
+
+def execute(path: Path) -> Any:
+    """The notebook with the outputs of a run from top to bottom, in a folder of its own."""
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"  # the figure's data, without the library that draws it
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+    for cell in notebook.cells:
+        cell.metadata = {}
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        if cell.cell_type == "code":  # progress bars and log lines are not results
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
+
+
+def draw(notebook: Any) -> int:
+    """Give every figure a PNG; returns how many there are."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    figures = [o.data for c in notebook.cells for o in c.get("outputs", []) if FIGURE in o.get("data", {})]
+    for data in figures:
+        if browser:
+            data["image/png"] = base64.b64encode(picture(browser, data[FIGURE])).decode()
+    return len(figures)
+
+
+def picture(browser: str, figure: dict[str, Any]) -> bytes:
+    """A PNG of a plotly figure."""
+    layout = figure.get("layout", {})
+    width, height = (layout.get(k) or default for k, default in zip(("width", "height"), SIZE, strict=True))
+    shown = json.dumps({"data": figure["data"], "layout": {**layout, "width": width, "height": height}})
+    with tempfile.TemporaryDirectory() as folder:
+        page, png = Path(folder, "figure.html"), Path(folder, "figure.png")
+        draws = f"const f = {shown}; Plotly.newPlot('f', f.data, f.layout, {{staticPlot: true}})".replace("</", "<\\/")
+        page.write_text(
+            "<meta charset=utf-8><body style='margin:0'><div id=f></div>"
+            f"<script>{get_plotlyjs()}</script><script>{draws}</script>",
+            encoding="utf-8",
+        )
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000",
+            f"--window-size={width},{height}", f"--screenshot={png}", page.as_uri(),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return png.read_bytes()
+
+
+def main(paths: list[Path]) -> None:
+    """Run and write each of them."""
+    for path in paths:
+        start = time.perf_counter()
+        notebook = execute(path)
+        seconds = time.perf_counter() - start
+        n = draw(notebook)
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {seconds:.0f} s, {n} figures, {path.stat().st_size / 1000:.0f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main([Path(a) for a in sys.argv[1:]] or sorted(Path(__file__).parent.glob("*.ipynb")))

@@ -1,0 +1,88 @@
+"""The documentation's Python runs, its commands and links exist, and its pictures are those that the script draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(p for p in DOCS.rglob("*.md") if "```python" in p.read_text(encoding="utf-8") and not p.is_symlink())
+NEEDS_MODEL = ("quickstart",)
+
+
+def _case(path: Path):
+    marks = [pytest.mark.model, pytest.mark.slow] if path.stem in NEEDS_MODEL else []
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", [_case(p) for p in PAGES])
+def test_the_code_on_a_page_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": path.stem}
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(path.relative_to(ROOT)), "exec"), names)
+
+
+def test_every_page_is_reachable() -> None:
+    """The strict build finds broken links; pages that nothing leads to it leaves out in silence."""
+    config = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    assert {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")} == set(re.findall(r'"([\w/-]+\.md)"', config))
+
+
+def test_commands_on_the_pages_exist() -> None:
+    import typer
+    from click import Context
+
+    from interp.cli import app
+
+    known = typer.main.get_command(app)
+    context = Context(known)
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in DOCS.rglob("*.md") if not p.is_symlink())
+    lines = re.findall(r"^interp (.+)$", pages, re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        verb, *rest = line.split()
+        command = known.get_command(context, verb)  # type: ignore[attr-defined]
+        assert command is not None, line
+        if rest and hasattr(command, "commands"):
+            command = command.commands[rest[0]]
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+        assert {word for word in rest if word.startswith("-")} <= options, line
+
+
+def test_pictures_are_those_that_the_script_draws() -> None:
+    spec = importlib.util.spec_from_file_location("draw_concepts", ROOT / "experiments" / "draw_concepts.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    drawn = {f"{name}.svg": draw() for name, draw in script.PICTURES.items()}
+    kept = {p.name: p.read_text(encoding="utf-8") for p in (DOCS / "pictures").glob("*.svg")}
+    assert kept == drawn, "run python experiments/draw_concepts.py"
+
+
+def test_strict_build_makes_pages_that_ask_the_network_for_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("zensical", reason="pip install -e '.[docs]'")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    config = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    here = config.replace('paths = [".", "kernels"]', f"paths = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]")
+    assert here != config
+    (tmp_path / "zensical.toml").write_text(here, encoding="utf-8")
+    command = [Path(sys.executable).with_name("zensical"), "build", "--clean", "--strict"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        asked = re.findall(r"<(?:script|img|iframe|source)[^>]+src=\"?([^\" >]+)", html)
+        asked += re.findall(r"<link[^>]+rel=\"?(?:stylesheet|icon|preload|preconnect)[^>]+href=\"?([^\" >]+)", html)
+        assert asked and not [a for a in asked if a.startswith(("http", "//"))], page
+    for style in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"url\([\"']?(?:https?:)?//|@import", style.read_text(encoding="utf-8")), style
