@@ -7,7 +7,7 @@ recipe is part of every row and of the provenance.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -23,15 +23,15 @@ from interp.errors import InterpError, PromptError
 from interp.means import KEYS, Ids, Means, check_support, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
-from interp.progress import progress
+from interp.progress import Advance, progress
 from interp.prompts import Encoded, Prompt, PromptPair, encode_pairs
 from interp.provenance import prompt_hash
 from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
-from interp.sites import Site
+from interp.sites import Site, Sites
 from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
 Using = Literal["zero", "mean", "position_mean", "cama", "resample"]
-RECIPES = {
+RECIPES: dict[Using, str] = {
     "zero": "activation set to 0",
     "mean": "activation set to its mean over all tokens of all clean prompts of the set",
     "position_mean": "activation set to its mean over tokens at the same place in clean prompts of the same length",
@@ -91,36 +91,69 @@ def ablate(
     plan = [_scheduled(list(spelled(targets, p)), schedule) for p in prompts]
     _check_writes(plan)
     given = None if reference is None else list(reference)
-    known = reference_ids(given, prompts, model.coder)
-    donors = _donors(prompts, known, given is None, seed) if using == "resample" else [p.clean for p in prompts]
-    means = None
-    if using in KEYS:
-        check_support(using, prompts, known, every)
-        means = Means(runner, known, every, using)
+    taken = _Taken(runner, prompts, every, using, reference_ids(given, prompts, model.coder), given is None, seed)
+    sweep = _Sweep(runner, metric, prompts, plan, taken)
     rows = Rows(f"ablate {using}" + _suffix(schedule, window), "noise", metric)
-    kept = components_of(targets) if using == "resample" else []
-    with progress(
-        f"ablate {'+'.join(components_of(targets))} ({using})", sum(map(len, plan)), show_progress
-    ) as advance:
-        for chunk in chunks(prompts, runner, kept, runs_per_example=3):
-            here = [prompts[i] for i in chunk]
-            both = runner.record([ids for p in here for ids in (p.clean, p.corrupt)])
-            clean, corrupt = both[::2], both[1::2]
-            donor_runs = runner.record([donors[i] for i in chunk], kept) if kept else clean
-            read = readout(here, [r.logits for r in clean])
-            scores = [score_runs(metric, runs, read).tolist() for runs in (clean, corrupt)]
-            asked = [(n, target) for n in range(len(here)) for target in plan[chunk[n]]]
-            writer = _Writer(here, donor_runs, means, using)
-            cells = [Cell(n, tuple(writer(n, site) for site in target.sites)) for n, target in asked]
-            values = evaluate(runner, metric, clean, cells, read, advance).tolist()
-            for (n, target), value in zip(asked, values, strict=True):
-                rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
+    title = f"ablate {'+'.join(components_of(targets))} ({using})"
+    with progress(title, sum(map(len, plan)), show_progress) as advance:
+        for chunk in chunks(prompts, runner, taken.kept, runs_per_example=3):
+            sweep.run(chunk, rows, advance)
     recipe = {"ablation": RECIPES[using], "ablation_seed": seed, "schedule": schedule, "window": window}
     if given is not None:
         recipe |= {"reference": prompt_hash(given), "n_reference": len(given)}
     if schedule == "cumulative":
         recipe["order"] = [str(t.address) for t in targets]
     return rows.effects(model, listed, engine=runner.describe(), **recipe, **provenance_of(pairs))
+
+
+class _Taken:
+    """Where the activations come from that stand in place of the ablated ones.
+
+    ``known``: ids of the prompts that means are over and that others are resampled from; ``own``: they are the examples
+    themselves. Raises PromptError or InterpError for a recipe that they cannot support.
+    """
+
+    def __init__(
+        self, runner: Engine, prompts: Sequence[Encoded], sites: Sites, using: Using, known: Sequence[Ids],
+        own: bool, seed: int,
+    ):  # fmt: skip
+        self.runner, self.using = runner, using
+        self.kept = sorted({s.component for s in sites}) if using == "resample" else []
+        self.donors = _donors(prompts, known, own, seed) if using == "resample" else []
+        self.means = None
+        if using in KEYS:
+            check_support(using, prompts, known, sites)
+            self.means = Means(runner, known, sites, using)
+
+    def writer(self, chunk: range, here: Sequence[Encoded], clean: Sequence[Run]) -> _Writer:
+        """Makes the writes of some examples."""
+        donors = self.runner.record([self.donors[i] for i in chunk], self.kept) if self.kept else clean
+        return _Writer(here, donors, self.means, self.using)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """The cells of every example."""
+
+    runner: Engine
+    metric: Metric
+    prompts: Sequence[Encoded]
+    plan: Sequence[Sequence[Target]]
+    taken: _Taken
+
+    def run(self, chunk: range, rows: Rows, advance: Advance) -> None:
+        """Adds the rows of some examples."""
+        here = [self.prompts[i] for i in chunk]
+        both = self.runner.record([ids for p in here for ids in (p.clean, p.corrupt)])
+        clean, corrupt = both[::2], both[1::2]
+        read = readout(here, [r.logits for r in clean])
+        scores = [score_runs(self.metric, runs, read).tolist() for runs in (clean, corrupt)]
+        writer = self.taken.writer(chunk, here, clean)
+        asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
+        cells = [Cell(n, tuple(writer(n, site) for site in target.sites)) for n, target in asked]
+        values = evaluate(self.runner, self.metric, clean, cells, read, advance).tolist()
+        for (n, target), value in zip(asked, values, strict=True):
+            rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
 
 
 def _suffix(schedule: Schedule, window: int) -> str:

@@ -13,13 +13,14 @@ from interp.effects import Effects
 from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
+from interp.engine.runs import differs
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
-from interp.progress import progress
+from interp.progress import Advance, progress
 from interp.prompts import Encoded, PromptPair, encode_pairs, first_difference
 from interp.provenance import prompt_hash
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
+from interp.recipes import Rows, check_metric, chunks, evaluate_or_keep, provenance_of, readout, score_runs
 from interp.sites import Site
 from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
@@ -65,40 +66,68 @@ def patch(
     check_metric(metric, prompts)
     runner = Engine(model, engine, memory)
     runner.check_sites(all_sites(targets))
-    plan = [list(spelled(targets, p)) for p in prompts]
     given = None if sources is None else list(sources)
-    donors = _donors(prompts, given, model, mode)
+    sweep = _Sweep(runner, metric, prompts, targets, _donors(prompts, given, model, mode), mode, own=given is None)
     rows = Rows("patch" if window == 1 else f"patch, window of {window} layers", mode, metric)
-    components = components_of(targets)
-    with progress(f"patch {'+'.join(components)} ({mode})", sum(map(len, plan)), show_progress) as advance:
-        for chunk in chunks(prompts, runner, components, runs_per_example=3 if given else 2):
-            here = [prompts[i] for i in chunk]
-            # equal prompts share a run, so that without sources nothing is run twice
-            ids = [row for i in chunk for row in (prompts[i].clean, prompts[i].corrupt, donors[i])]
-            runs = runner.record(ids, components)
-            clean, corrupt, source = runs[::3], runs[1::3], runs[2::3]
-            read = readout(here, [r.logits for r in clean])
-            scores = {"clean": score_runs(metric, clean, read), "corrupt": score_runs(metric, corrupt, read)}
-            into, unchanged = (corrupt, scores["corrupt"]) if mode == "denoise" else (clean, scores["clean"])
-            # under causal attention an activation depends on tokens up to its own position only
-            pair_of = zip(here, source, into, strict=True)
-            first = [_first(p, a, b, own=given is None) if runner.fast else 0 for p, a, b in pair_of]
-            asked = [
-                (n, target, _cell(n, target, prompt, source[n], first[n]))
-                for n, prompt in enumerate(here)
-                for target in plan[chunk[n]]
-            ]
-            cells = [cell for *_, cell in asked if cell is not None]
-            advance(runner.leave(len(asked) - len(cells)))
-            patched = iter(evaluate(runner, metric, into, cells, read, advance).tolist())
-            for n, target, cell in asked:
-                value = float(unchanged[n]) if cell is None else next(patched)
-                known = float(scores["clean"][n]), float(scores["corrupt"][n])
-                rows.add(chunk[n], target.address, here[n], *known, value)
+    with progress(f"patch {'+'.join(sweep.components)} ({mode})", sweep.size, show_progress) as advance:
+        for chunk in chunks(prompts, runner, sweep.components, runs_per_example=3 if given else 2):
+            sweep.run(chunk, rows, advance)
     recipe = {"window": window, "groups": _members(targets), **provenance_of(pairs)}
     if given:
         recipe["sources"] = prompt_hash(given)
     return rows.effects(model, listed, engine=runner.describe(), **recipe)
+
+
+class _Sweep:
+    """The cells of every pair. ``donors``: ids of the runs that activations come from; ``own``: the pairs' other runs.
+
+    Raises PromptError for a position that a pair does not have.
+    """
+
+    def __init__(
+        self, runner: Engine, metric: Metric, prompts: Sequence[Encoded], targets: Sequence[Target],
+        donors: Sequence[tuple[int, ...]], mode: Mode, own: bool,
+    ):  # fmt: skip
+        self.runner, self.metric, self.prompts, self.donors = runner, metric, prompts, donors
+        self.mode, self.own = mode, own
+        self.components = components_of(targets)
+        self.plan = [list(spelled(targets, p)) for p in prompts]
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return sum(map(len, self.plan))
+
+    def run(self, chunk: range, rows: Rows, advance: Advance) -> None:
+        """Adds the rows of some pairs."""
+        here = [self.prompts[i] for i in chunk]
+        # equal prompts share a run, so that with a pair's own runs as sources nothing is run twice
+        ids = [row for i in chunk for row in (self.prompts[i].clean, self.prompts[i].corrupt, self.donors[i])]
+        runs = self.runner.record(ids, self.components)
+        clean, corrupt, source = runs[::3], runs[1::3], runs[2::3]
+        read = readout(here, [r.logits for r in clean])
+        scores = [score_runs(self.metric, base, read).tolist() for base in (clean, corrupt)]
+        into, unchanged = (corrupt, scores[1]) if self.mode == "denoise" else (clean, scores[0])
+        asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
+        cells = [self._cell(n, target, here[n], source[n], into[n]) for n, target in asked]
+        known = [unchanged[n] for n, _ in asked]
+        values = evaluate_or_keep(self.runner, self.metric, into, cells, known, read, advance)
+        for (n, target), value in zip(asked, values, strict=True):
+            rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
+
+    def _cell(self, number: int, target: Target, prompt: Encoded, source: Run, into: Run) -> Cell | None:
+        """The cell that writes ``source``'s activations into run ``into``; None if they are the same there."""
+        first = 0
+        if self.runner.fast:  # under causal attention an activation depends on tokens up to its own position only
+            first = prompt.first_difference if self.own else _first_difference(source, into)
+        writes = []
+        for site in target.sites:
+            start, stop = rows_of(site, prompt)
+            start = max(start, first)
+            if start < stop:
+                writes.append(Write(site, start, stop, source.value(site, start, stop)))
+        changing = any(differs(w, into) for w in writes) if self.runner.fast else writes
+        return Cell(number, tuple(writes)) if changing else None
 
 
 def _donors(
@@ -121,23 +150,10 @@ def _donors(
     return donors
 
 
-def _first(prompt: Encoded, source: Run, into: Run, own: bool) -> int:
+def _first_difference(source: Run, into: Run) -> int:
     """The first row in which two runs can differ: before it their prompts are the same."""
-    if own:
-        return prompt.first_difference
     alike = getattr(source.ids, "digest", None) == getattr(into.ids, "digest", None)  # what is read beside the tokens
     return first_difference(source.ids, into.ids) if alike else 0
-
-
-def _cell(run: int, target: Target, prompt: Encoded, source: Run, first: int) -> Cell | None:
-    """The cell that writes ``source``'s activations; None if all are before row ``first``, where the runs differ."""
-    writes = []
-    for site in target.sites:
-        start, stop = rows_of(site, prompt)
-        start = max(start, first)
-        if start < stop:
-            writes.append(Write(site, start, stop, source.value(site, start, stop)))
-    return Cell(run, tuple(writes)) if writes else None
 
 
 def _members(targets: Sequence[Target]) -> dict[str, list[str]]:

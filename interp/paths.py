@@ -27,9 +27,9 @@ from interp.errors import InterpError, SiteError
 from interp.means import Means
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
-from interp.progress import progress
+from interp.progress import Advance, progress
 from interp.prompts import Encoded, PromptPair, encode_pairs
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
+from interp.recipes import Rows, check_metric, chunks, evaluate_or_keep, provenance_of, readout, score_runs
 from interp.sites import COMPONENTS, EACH, Edge, Site, Sites
 from interp.targets import as_sites
 
@@ -78,32 +78,43 @@ def path_patch(
     for prompt in prompts:
         for site in senders | receivers:
             rows_of(site, prompt)
-    known_hooks = model.bridge.hook_dict
-    kept = [c for c in SENDERS if COMPONENTS[c].hook.format(layer=0) in known_hooks]  # some models have no MLPs
-    recompute = mlps == "recomputed" and "mlp_out" in kept
-    sent = _Ablated(runner, prompts, senders, using)
+    sweep = _Sweep(runner, metric, edges, mode, mlps == "recomputed", _Ablated(runner, prompts, senders, using))
     rows = Rows(("path" if using == "patch" else f"ablate {using}, path") + f", MLPs {mlps}", mode, metric)
     with progress(f"path patching ({mode})", len(edges) * len(prompts), show_progress) as advance:
         for i, prompt in enumerate(prompts):
-            for _ in chunks([prompt], runner, kept, runs_per_example=3):
-                clean, corrupt = runner.record([prompt.clean, prompt.corrupt], kept)
-            if not runner.fast and engine != "naive":
-                raise InterpError(
-                    f"path patching needs the packed engine, which cannot run this model: {runner.reason}"
-                )
-            base, source = (clean, sent(corrupt)) if mode == "noise" else (corrupt, clean)
-            read = readout([prompt], [clean.logits])
-            known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]
-            probe = Probe(model, runner.frame, base, prompt.first_difference if using == "patch" else 0)
-            for found in _cells(probe, source, prompt, recompute, edges, runner.rows_per_batch):
-                changed = [cell for _, cell in found if cell is not None]
-                advance(runner.leave(len(found) - len(changed)))
-                values = iter(evaluate(runner, metric, [base], changed, read, advance).tolist())
-                for edge, cell in found:
-                    value = known[2] if cell is None else next(values)
-                    rows.add(i, edge.receiver, prompt, known[0], known[1], value, sender=edge.sender)
+            for _ in chunks([prompt], runner, sweep.kept, runs_per_example=3):
+                sweep.run(i, prompt, rows, advance)
     recipe = {"mlps": mlps, "sent": using, "engine": runner.describe(), **provenance_of(pairs)}
     return rows.effects(model, listed, **recipe)
+
+
+class _Sweep:
+    """The cells of every edge in a pair. ``recompute``: MLPs on the way; ``sent``: what senders send."""
+
+    def __init__(
+        self, runner: Engine, metric: Metric, edges: Sequence[Edge], mode: str, recompute: bool, sent: _Ablated
+    ):
+        self.runner, self.metric, self.edges, self.mode, self.sent = runner, metric, edges, mode, sent
+        hooks = runner.model.bridge.hook_dict
+        self.kept = [c for c in SENDERS if COMPONENTS[c].hook.format(layer=0) in hooks]  # some models have no MLPs
+        self.recompute = recompute and "mlp_out" in self.kept
+
+    def run(self, number: int, prompt: Encoded, rows: Rows, advance: Advance) -> None:
+        """Adds the rows of one pair. Raises InterpError where the model cannot be run packed."""
+        runner, metric = self.runner, self.metric
+        clean, corrupt = runner.record([prompt.clean, prompt.corrupt], self.kept)
+        if not runner.fast and runner.kind != "naive":
+            raise InterpError(f"path patching needs the packed engine, which cannot run this model: {runner.reason}")
+        base, source = (clean, self.sent(corrupt)) if self.mode == "noise" else (corrupt, clean)
+        read = readout([prompt], [clean.logits])
+        known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]
+        start = prompt.first_difference if self.sent.using == "patch" else 0
+        probe = Probe(runner.model, runner.frame, base, start)
+        for found in _cells(probe, source, prompt, self.recompute, self.edges, runner.rows_per_batch):
+            cells = [cell for _, cell in found]
+            values = evaluate_or_keep(runner, metric, [base], cells, [known[2]] * len(cells), read, advance)
+            for (edge, _), value in zip(found, values, strict=True):
+                rows.add(number, edge.receiver, prompt, known[0], known[1], value, sender=edge.sender)
 
 
 def _receivers(model: Model, receivers: Iterable[Site | str] | Site | str) -> Sites:

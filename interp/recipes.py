@@ -110,6 +110,22 @@ def evaluate(
     return runner.score(runs, cells, score, advance)
 
 
+def evaluate_or_keep(
+    runner: engine.Engine,
+    metric: Metric,
+    runs: Sequence[engine.Run],
+    cells: Sequence[engine.Cell | None],
+    unchanged: Sequence[float],
+    read: Readout,
+    advance: Advance,
+) -> list[float]:
+    """The metric of every cell; of one that is None, because it would change nothing, ``unchanged`` of its number."""
+    changing = [c for c in cells if c is not None]
+    advance(runner.leave(len(cells) - len(changing)))
+    found = iter(evaluate(runner, metric, runs, changing, read, advance).tolist())
+    return [known if cell is None else next(found) for cell, known in zip(cells, unchanged, strict=True)]
+
+
 def _evaluate_pair(
     runner: engine.Engine,
     metric: Metric,

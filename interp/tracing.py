@@ -25,10 +25,10 @@ from interp.engine.core import EngineKind
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, as_metric, prob
 from interp.model import Model
-from interp.progress import progress
+from interp.progress import Advance, progress
 from interp.prompts import Encoded, Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, resolve, score_runs
-from interp.sites import EACH, Site
+from interp.recipes import Rows, check_metric, chunks, evaluate_or_keep, provenance_of, readout, resolve, score_runs
+from interp.sites import EACH, Site, Sites
 from interp.targets import window_layers
 
 Component = Literal["resid_post", "mlp_out", "attn_out"]
@@ -82,36 +82,58 @@ def trace(
     sites = model.sites(component, layers=layers, positions=positions)
     runner = Engine(model, engine, memory)
     runner.check_sites(sites)
-    plan = [list(resolve(sites, p)) for p in prompts]
-    many = corruption.samples
     restore = _Restore(model.n_layers, window, None if sever is None else SEVERED[sever])
+    sweep = _Sweep(runner, metric, prompts, sites, component, corruption, restore)
     rows = Rows(f"restore {component}{_suffix(window, sever)}", "denoise", metric)
-    with progress(f"trace: {rows.intervention}", many * sum(map(len, plan)), show_progress) as advance:
-        for chunk in chunks(prompts, runner, [component, *restore.frozen], runs_per_example=1 + many):
-            here = [prompts[i] for i in chunk]
-            clean = runner.record([p.clean for p in here], [component])
-            noisy = corruption.runs(runner, here, chunk, restore.frozen)
-            source = [i for i in range(len(here)) for _ in range(many)]
-            read = readout(here, [r.logits for r in clean])
-            noisy_read = read.rows(torch.tensor(source))
-            start = score_runs(metric, noisy, noisy_read)
-            first = [corruption.first(p) if runner.fast else 0 for p in here]
-            asked = [(r, site) for r, i in enumerate(source) for site in plan[chunk[i]]]
-            possible = [
-                restore.cell(r, site, here[source[r]], clean[source[r]], noisy[r], first[source[r]])
-                for r, site in asked
-            ]
-            cells = [c for c in possible if c is not None]
-            advance(runner.leave(len(possible) - len(cells)))
-            scored = iter(evaluate(runner, metric, noisy, cells, noisy_read, advance).tolist())
-            patched = torch.tensor(
-                [float(start[r]) if c is None else next(scored) for (r, _), c in zip(asked, possible, strict=True)],
-                dtype=torch.float64,
-            )
-            _add_means(rows, chunk, here, plan, score_runs(metric, clean, read), start, patched, many)
+    with progress(f"trace: {rows.intervention}", sweep.size, show_progress) as advance:
+        for chunk in chunks(prompts, runner, [component, *restore.frozen], runs_per_example=1 + corruption.samples):
+            sweep.run(chunk, rows, advance)
     recipe = {"window": window, "severed": sever, "trace_seed": seed, **corruption.recipe()}
     about = provenance_of(facts) if pairs else {"task": "facts"}
     return rows.effects(model, listed, engine=runner.describe(), **recipe, **about)
+
+
+class _Sweep:
+    """The cells of every fact, in each of its corrupted runs. Raises PromptError for a position that one lacks."""
+
+    def __init__(
+        self, runner: Engine, metric: Metric, prompts: Sequence[Encoded], sites: Sites, component: str,
+        corruption: _Noise | _Replacement, restore: _Restore,
+    ):  # fmt: skip
+        self.runner, self.metric, self.prompts, self.component = runner, metric, prompts, component
+        self.corruption, self.restore, self.samples = corruption, restore, corruption.samples
+        self.plan = [list(resolve(sites, p)) for p in prompts]
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return self.samples * sum(map(len, self.plan))
+
+    def run(self, chunk: range, rows: Rows, advance: Advance) -> None:
+        """Adds the rows of some facts, each the mean over its corrupted runs."""
+        here = [self.prompts[i] for i in chunk]
+        clean = self.runner.record([p.clean for p in here], [self.component])
+        noisy = self.corruption.runs(self.runner, here, chunk, self.restore.frozen)
+        fact_of = [n for n in range(len(here)) for _ in range(self.samples)]
+        read = readout(here, [r.logits for r in clean])
+        noisy_read = read.rows(torch.tensor(fact_of))
+        start = score_runs(self.metric, noisy, noisy_read)
+        first = [self.corruption.first(p) if self.runner.fast else 0 for p in here]
+        asked = [(r, site) for r, n in enumerate(fact_of) for site in self.plan[chunk[n]]]
+        cells = [
+            self.restore.cell(r, site, here[fact_of[r]], clean[fact_of[r]], noisy[r], first[fact_of[r]])
+            for r, site in asked
+        ]
+        known = [float(start[r]) for r, _ in asked]
+        values = evaluate_or_keep(self.runner, self.metric, noisy, cells, known, noisy_read, advance)
+        patched = torch.tensor(values, dtype=torch.float64)
+        scores = score_runs(self.metric, clean, read).tolist()
+        for n, i in enumerate(chunk):
+            sites = self.plan[i]
+            mine, patched = patched.split([self.samples * len(sites), len(patched) - self.samples * len(sites)])
+            corrupt = float(start[n * self.samples : (n + 1) * self.samples].mean())
+            for site, value in zip(sites, mine.view(self.samples, len(sites)).mean(0).tolist(), strict=True):
+                rows.add(i, site, here[n], scores[n], corrupt, value)
 
 
 def _suffix(window: int, sever: str | None) -> str:
@@ -145,7 +167,7 @@ class _Noise:
     def runs(self, runner: Engine, prompts: Sequence[Encoded], numbers: range, kept: Sequence[str]) -> list[Run]:
         many = [(i, p, s) for i, p in zip(numbers, prompts, strict=True) for s in range(self.samples)]
         std = self.multiple * self.sigma
-        noises = [_noise(self.model, p, std, self.seed, i, s) for i, p, s in many]
+        noises = [subject_noise(self.model, p, std, self.seed, i, s) for i, p, s in many]
         return runner.record([p.clean for _, p, _ in many], kept, noises)
 
     def first(self, prompt: Encoded) -> int:
@@ -199,7 +221,7 @@ def subject_std(model: Model, prompts: Sequence[Encoded]) -> float:
     return float(embed.detach().float().std())
 
 
-def _noise(model: Model, prompt: Encoded, std: float, seed: int, example: int, sample: int) -> Tensor:
+def subject_noise(model: Model, prompt: Encoded, std: float, seed: int, example: int, sample: int) -> Tensor:
     """Noise on the subject's embeddings, zero elsewhere; the same for the same (seed, example, sample)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + example) * 10_007 + sample)
     start, stop = prompt.spans["subject"]
@@ -233,21 +255,6 @@ class _Restore:
             later = [Site(self.severed, layer) for layer in range((there[-1].layer or 0) + 1, self.n_layers)]
             writes += [Write(s, start, stop, noisy.value(s, start, stop)) for s in later]
         return Cell(run, tuple(writes))
-
-
-def _add_means(
-    rows: Rows, chunk: range, here: Sequence[Encoded], plan: Sequence[Sequence[Site]],
-    clean: Tensor, start: Tensor, patched: Tensor, samples: int,
-) -> None:  # fmt: skip
-    """Average over noise samples and add one row per (fact, site)."""
-    at = 0
-    for n, prompt in enumerate(here):
-        sites = plan[chunk[n]]
-        block = patched[at : at + samples * len(sites)].view(samples, len(sites)).mean(0).tolist()
-        at += samples * len(sites)
-        corrupt = float(start[n * samples : (n + 1) * samples].mean())
-        for site, value in zip(sites, block, strict=True):
-            rows.add(chunk[n], site, prompt, float(clean[n]), corrupt, value)
 
 
 CATEGORIES = (

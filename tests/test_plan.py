@@ -21,7 +21,8 @@ def test_a_plan_counts_cells_and_what_they_need(tiny) -> None:
     n = len(model.coder.encode(LATE.clean))
     plan = interp.explain(interp.patch, model, LATE, model.sites("resid_pre"))
     assert plan.n_cells == model.n_layers * n
-    assert plan.n_answered == model.n_layers * (n - 2)  # all positions before the difference
+    # all positions before the difference, and what the same token after it is embedded as
+    assert plan.n_answered == model.n_layers * (n - 2) + 1
     steps = list(plan.steps.values())
     assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] / 5
     early = interp.explain(interp.patch, model, EARLY, model.sites("resid_pre"))

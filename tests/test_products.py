@@ -7,8 +7,10 @@ import torch
 
 import interp
 from interp.engine import Engine, packed, products
-from interp.engine.lean import lean_blocks
+from interp.engine.base import lean_runs
+from interp.engine.lean import WRITABLE, lean_blocks
 from interp.engine.products import ONEDNN, PLAIN, filled_rows
+from interp.engine.runs import record
 from interp.zoo.architectures import tiny_hf
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
@@ -89,6 +91,48 @@ def test_lean_blocks_equal_the_models_own_in_float64(tiny) -> None:
         model.engine_checks.clear()
     assert abs(lean - own).max() < 1e-9
     assert abs(lean - lean.mean()).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_base_runs_in_bare_products_are_the_models_own(tiny, kind: str) -> None:
+    """All that a run holds, of prompts of several lengths, twice the same, with and without noise."""
+    model = tiny(kind)
+    components = ["resid_pre", *sorted(WRITABLE - {"resid_pre"})]
+    prompts = [model.coder.encode(t) for t in ("w1 w2 w3 w4 w5", "w7", "w9 w8 w7 w6 w5", "w7", "w1 w2 w3 w4 w5")]
+    loud = torch.randn(len(prompts[2]), model.d_model, dtype=model.dtype)
+    noise = [None, None, loud, None, loud]
+    runner = Engine(model, "fast")
+    with torch.no_grad():
+        want = record(model, prompts, components, noise, runner.frame)
+        got = lean_runs(model, lean_blocks(model) or [], runner.frame, prompts, components, noise)
+        plain = lean_runs(model, lean_blocks(model) or [], runner.frame, prompts, components)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.ids == theirs.ids and ours.noise is theirs.noise
+        for c in components:
+            for layer in range(model.n_layers):
+                torch.testing.assert_close(ours.whole(c, layer), theirs.whole(c, layer), atol=1e-9, rtol=1e-9)
+        pairs = zip((*ours.keys, *ours.values, ours.logits), (*theirs.keys, *theirs.values, theirs.logits), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    assert plain[1] is plain[3] and plain[0] is plain[4]  # equal prompts share a run
+    assert (got[0].logits - got[4].logits).abs().max() > 1e-3
+
+
+def test_only_what_was_seen_is_run_lean(tiny, monkeypatch) -> None:
+    """Longer prompts than any before, and components inside experts' or fused parts, go through the model itself."""
+    model = tiny("llama")
+    model.engine_checks.clear()
+    seen = []
+    real = type(model).last_logits
+    monkeypatch.setattr(type(model), "last_logits", lambda self, t: seen.append(len(t)) or real(self, t))
+    short, long = ([model.coder.encode(t)] for t in ("w1 w2", "w1 w2 w3"))
+    for prompts, components, forwards in (
+        (short, (), 1), (short, ("z",), 0), (long, (), 1), (long, ("v",), 0), (short, ("mlp_post",), 1),
+    ):  # fmt: skip
+        seen.clear()
+        Engine(model).record(prompts, components)
+        assert len(seen) == forwards, (prompts, components)
+    model.engine_checks.clear()
 
 
 def test_a_lean_block_that_is_wrong_gives_way_to_the_models_own(word_tokenizer, monkeypatch) -> None:

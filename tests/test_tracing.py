@@ -9,7 +9,7 @@ import torch
 import interp
 from interp.prompts import encode_facts
 from interp.targets import window_layers
-from interp.tracing import _noise, subject_std
+from interp.tracing import subject_noise, subject_std
 
 FACTS = [interp.Fact("w1 w2 w3 w4", "w2 w3", "w95"), interp.Fact("w7 w8 w9 w1", "w8", "w90")]
 
@@ -32,12 +32,12 @@ def test_noise_falls_on_the_subject_with_the_asked_spread_and_follows_the_seed(t
     model = tiny("llama")
     (prompt, _) = encode_facts(FACTS, model.coder)
     start, stop = prompt.spans["subject"]
-    draws = torch.stack([_noise(model, prompt, 0.7, seed=0, example=0, sample=s) for s in range(400)])
+    draws = torch.stack([subject_noise(model, prompt, 0.7, seed=0, example=0, sample=s) for s in range(400)])
     assert draws[:, :start].abs().sum() == 0 and draws[:, stop:].abs().sum() == 0
     assert draws[:, start:stop].std().item() == pytest.approx(0.7, rel=0.02)
-    assert torch.equal(draws[3], _noise(model, prompt, 0.7, 0, 0, 3))
-    assert not torch.equal(draws[3], _noise(model, prompt, 0.7, 1, 0, 3))
-    assert not torch.equal(draws[3], _noise(model, prompt, 0.7, 0, 1, 3))
+    assert torch.equal(draws[3], subject_noise(model, prompt, 0.7, 0, 0, 3))
+    assert not torch.equal(draws[3], subject_noise(model, prompt, 0.7, 1, 0, 3))
+    assert not torch.equal(draws[3], subject_noise(model, prompt, 0.7, 0, 1, 3))
 
 
 def test_sigma_is_the_spread_of_subject_embeddings(tiny) -> None:
@@ -65,7 +65,7 @@ def test_rows_are_means_over_noise_samples(tiny) -> None:
         prompt = encode_facts(FACTS[0], model.coder)[0]
         from interp.engine import Engine
 
-        noise = _noise(model, prompt, 3.0 * subject_std(model, [prompt]), 0, 0, s)
+        noise = subject_noise(model, prompt, 3.0 * subject_std(model, [prompt]), 0, 0, s)
         (run,) = Engine(model).record([prompt.clean], (), [noise])
         singles.append(run.logits.float().log_softmax(-1)[prompt.answer].item())
     assert many.loc[0, "corrupt"] == pytest.approx(np.mean(singles), abs=1e-6)

@@ -16,7 +16,7 @@ from interp.engine.cells import rows_of
 from interp.engine.plan import Plan
 from interp.prompts import Encoded, encode_facts, encode_pairs
 from interp.sites import Site, Sites
-from interp.tracing import _noise, subject_std
+from interp.tracing import subject_noise, subject_std
 
 CLEAN = "When John and Mary went to the store, John gave a drink to"
 LATE = CLEAN.replace("store, John", "store, Mary")
@@ -143,7 +143,7 @@ class Workbench:
         sites = [s.at(p) for s in self.model.sites("resid_post", positions="each") for p in range(len(prompt))]
         chosen = self.some(len(sites), most)
         std = 3.0 * subject_std(self.model, [prompt])
-        noises = [_noise(self.model, prompt, std, 0, 0, s) for s in range(samples)]
+        noises = [subject_noise(self.model, prompt, std, 0, 0, s) for s in range(samples)]
 
         def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
             source, cells = record(prompt.clean), []

@@ -16,6 +16,7 @@ from interp.instrument import attend
 
 SHARED_KEYS = 2048  # prefix keys × cells from which reading the prefix once beats writing it out for every cell
 SHORT = 64  # keys up to which cells that start elsewhere, or in other runs, are worth a joint call
+WASTED = 8192  # cells of attention patterns, of rows that fill a call up, that cost as much as another call
 
 Cuts = Callable[[Piece], dict[str, Any]]
 
@@ -65,14 +66,23 @@ def packed_attention(
 
 def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: Cuts) -> list[list[int]]:
     """Numbers of the pieces that go into one call: short ones of as many keys and about as many rows."""
-    joint: dict[tuple[int, int], list[int]] = defaultdict(list)
-    alone: list[list[int]] = []
+    joint: dict[int, list[int]] = defaultdict(list)
+    out: list[list[int]] = []
     for i, (piece, theirs) in enumerate(zip(queries, keys, strict=True)):
         if theirs.stop > SHORT or cuts(piece):
-            alone.append([i])
+            out.append([i])
         else:
-            joint[theirs.stop, piece.rows.bit_length()].append(i)  # 1 row, 2 or 3, 4 to 7, …
-    return [*joint.values(), *alone]
+            joint[theirs.stop].append(i)
+    for stop, some in joint.items():
+        bundle: list[int] = []
+        wasted = 0
+        for i in sorted(some, key=lambda i: -queries[i].rows):
+            wasted += (queries[bundle[0]].rows - queries[i].rows) * len(queries[i].cells) * stop if bundle else 0
+            if not bundle or wasted > WASTED:
+                bundle, wasted = [], 0
+                out.append(bundle)
+            bundle.append(i)
+    return out
 
 
 def _right_aligned(x: Tensor, pieces: Sequence[Piece]) -> Tensor:

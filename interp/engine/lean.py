@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.engine.pieces import Rows
 from interp.engine.products import products_for
 from interp.model import Model
 
@@ -23,7 +22,16 @@ WRITABLE = frozenset({"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_o
 ROWS = 512  # rows that go through an MLP together: its inner activations stay in the processor's cache
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
-RowsOf = Callable[[str], Rows | None]  # the writes of a component
+
+class Written(Protocol):
+    """What happens to a component where it is computed: `Rows` are written into it."""
+
+    def put_(self, x: Tensor, headed: bool) -> None:
+        """To [rows, (heads,) width], in place."""
+        ...
+
+
+RowsOf = Callable[[str], Written | None]  # the writes of a component
 Heads = Float[Tensor, "rows heads dim"]
 
 
@@ -96,7 +104,7 @@ class LeanBlock:
         self._add(x, mlp, written["mlp_out"])
 
     @staticmethod
-    def _add(x: Tensor, compute: Callable[[slice], Tensor], written: Rows | None) -> None:
+    def _add(x: Tensor, compute: Callable[[slice], Tensor], written: Written | None) -> None:
         """x += compute, some rows at a time; whole if something is written into it."""
         if written is not None:
             out = torch.cat([compute(part) for part in _parts(len(x))])

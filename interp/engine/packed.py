@@ -81,6 +81,7 @@ class PackedForward:
     ):
         self.model, self.cells, self.frame, self.lean = model, cells, frame, lean
         self.table: tuple[Tensor, Tensor] | None = None  # of rotary positions
+        self.rotated: tuple[list[Piece], Tensor] | None = None  # the same for rows of pieces
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
@@ -142,8 +143,8 @@ class PackedForward:
             packed = self.run_block(layer, pieces, packed, lambda call: self.attend(call, pieces))
         else:
             rows = self._rows_of(layer, pieces, packed.device)
-            q, k, v = self.lean[layer].project(packed, "qkv", self._rotation(layer, pieces), rows)
-            self.lean[layer].finish(packed, self._attend(layer, q, k, v, pieces, pieces), rows)
+            q, k, v = self.lean[layer].project(packed, "qkv", self.rotation(layer, pieces), rows)
+            self.lean[layer].finish(packed, self.attention(layer, q, k, v, pieces, pieces), rows)
         unpack(packed, pieces)
         for piece in pieces:
             if piece.narrow:  # from the next block on with all its rows: the others are the base run's
@@ -180,28 +181,32 @@ class PackedForward:
             self.run_block(layer, wide, place(wide), keep)
 
         def handler(call: AttentionCall) -> Tensor:
-            return heads_first(self._attend(layer, rows_first(call.q), found["k"], found["v"], last, wide))
+            return heads_first(self.attention(layer, rows_first(call.q), found["k"], found["v"], last, wide))
 
         return self.run_block(layer, last, place(last), handler)
 
     def _lean_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
         block, packed = self.lean[layer], place(wide)  # type: ignore[index]
         rows = self._rows_of(layer, wide, packed.device)
-        k, v = block.project(packed, "kv", self._rotation(layer, wide), rows)
+        k, v = block.project(packed, "kv", self.rotation(layer, wide), rows)
         packed = place(last)
         rows = self._rows_of(layer, last, packed.device)
-        (q,) = block.project(packed, "q", self._rotation(layer, last), rows)
-        block.finish(packed, self._attend(layer, q, k, v, last, wide), rows)
+        (q,) = block.project(packed, "q", self.rotation(layer, last), rows)
+        block.finish(packed, self.attention(layer, q, k, v, last, wide), rows)
         return packed
 
     def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> RowsOf:
         return lambda component: self.changes.rows(layer, component, pieces, device)
 
-    def _rotation(self, layer: int, pieces: list[Piece]) -> Tensor:
+    def rotation(self, layer: int, pieces: list[Piece]) -> Float[Tensor, "rows 2 d_head"]:
+        """Rotary tables of all packed rows."""
         cos, sin = self.frame.kwargs[layer]["position_embeddings"]
         if self.table is None or self.table[0] is not cos:  # layers share theirs
             self.table = cos, rotation(cos, sin)
-        return self.table[1].index_select(0, positions(pieces, self.model.device))
+            self.rotated = None
+        if self.rotated is None or self.rotated[0] is not pieces:
+            self.rotated = pieces, self.table[1].index_select(0, positions(pieces, self.model.device))
+        return self.rotated[1]
 
     def run_block(
         self, layer: int, pieces: list[Piece], packed: Tensor, handler: Callable[[AttentionCall], Tensor]
@@ -254,13 +259,14 @@ class PackedForward:
             yield name, lambda x, hook, rows=rows, headed=spec.heads is not None: rows.put(x, headed)
 
     def attend(self, call: AttentionCall, pieces: list[Piece]) -> Tensor:
-        """A handler: attention of packed rows, each group's own after the base run's shared prefix."""
+        """`attention` as a handler of the model's own blocks."""
         q, k, v = (rows_first(x) for x in (call.q, call.k, call.v))
-        return heads_first(self._attend(call.layer, q, k, v, pieces, pieces))
+        return heads_first(self.attention(call.layer, q, k, v, pieces, pieces))
 
-    def _attend(
+    def attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, queries: list[Piece], keys: list[Piece]
     ) -> Float[Tensor, "rows heads d_value"]:
+        """Attention of packed rows, each group's own after the base run's shared prefix."""
         like, backend = self.frame.calls[layer], self.model.instrument.backend
         return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._cuts(layer, piece))
 

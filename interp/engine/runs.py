@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.batching import equal_length_batches
 from interp.dense import AttentionCall
+from interp.engine.cells import Write
 from interp.given import frozen
 from interp.instrument import attend
 from interp.model import Model
@@ -57,6 +58,11 @@ class Run:
         """The activation at a site in rows [start, stop)."""
         found = self.whole(site.component, site.layer)[start:stop]
         return found if site.head is None else found[:, site.head]
+
+
+def differs(write: Write, run: Run) -> bool:
+    """Whether a write sets anything in ``run``, which holds the write's component, to another value than it has."""
+    return write.value is None or not torch.equal(write.value, run.value(write.site, write.start, write.stop))
 
 
 @dataclass
