@@ -117,7 +117,8 @@ class _Taken:
         self, runner: Engine, prompts: Sequence[Encoded], sites: Sites, using: Using, known: Sequence[Ids],
         own: bool, seed: int,
     ):  # fmt: skip
-        self.runner, self.using = runner, using
+        self.runner = runner
+        self.using: Using = using
         self.kept = sorted({s.component for s in sites}) if using == "resample" else []
         self.donors = _donors(prompts, known, own, seed) if using == "resample" else []
         self.means = None

@@ -222,12 +222,9 @@ def leave_out(
     """Leave-one-out: the answer without each named span of the prompt."""
     import interp
 
+    if sweep.engine == "fast":
+        raise InterpError("leave-out runs a full forward per cell (tokens move): leave --engine out")
     model = sweep.loaded()
-    prompts = sweep.prompts(model)
     names = None if spans is None else [s.strip() for s in spans.split(",")]
-    if sweep.explain:
-        cells = sum(len(names or getattr(p, "spans", None) or ["subject"]) for p in prompts)
-        typer.echo(f"{cells} cells, one full forward each (positions move, so that nothing can be reused)")
-        return
-    metric = "logprob" if sweep.metric is None else sweep.metric
-    sweep.finish(interp.leave_out(model, prompts, names, metric=metric))
+    given = {"memory": sweep.memory, "metric": sweep.metric}
+    sweep.run(interp.leave_out, model, sweep.prompts(model), names, **{k: v for k, v in given.items() if v is not None})

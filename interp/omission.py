@@ -6,16 +6,20 @@ without S), which is minus ``raw`` of metric logprob here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from interp.effects import Effects
+from interp.engine import Engine
 from interp.errors import PromptError
-from interp.metrics import Metric, MetricFn, as_metric, logprob
+from interp.given import Given
+from interp.metrics import Metric, MetricFn, Readout, as_metric, logprob
 from interp.model import Model
-from interp.prompts import Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, provenance_of, readout
+from interp.progress import progress
+from interp.prompts import Encoded, Fact, PromptPair, encode_any
+from interp.recipes import Rows, check_metric, chunks, provenance_of, readout, score_runs
 from interp.sites import Site
 
 
@@ -26,25 +30,59 @@ def leave_out(
     *,
     instead: Mapping[str, str] | None = None,
     metric: Metric | MetricFn | str = logprob,
+    show_progress: bool | None = None,
+    memory: int | str | None = None,
 ) -> Effects:
     """The metric of the clean prompt with each named span's tokens left out, or replaced, one span at a time.
 
     ``spans``: names; default all spans of each prompt.  ``instead``: words to stand in a span's place (by its name),
-    tokenised as a continuation; other spans are left out. Later tokens move up: positions change with the length. One
-    row per (prompt, span), with the span's name as ``role``: ``raw`` is patched − clean in the metric's units,
-    ``effect`` its share of corrupt − clean (NaN for a Fact).
+    tokenised as a continuation; other spans are left out. Later tokens move up: positions change with the length, so
+    that each cell is a full forward. One row per (prompt, span), with the span's name as ``role``: ``raw`` is patched −
+    clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact).
 
-    Raises PromptError for a span that a prompt lacks, or that is the whole prompt.
+    Raises PromptError for a span that a prompt lacks, or that is the whole prompt; InterpError for a ``memory`` (bytes
+    beside the weights, or ``"4GiB"``) that does not hold one prompt.
     """
     metric = as_metric(metric)
     listed = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
     words = {name: model.coder.continuation(text) for name, text in (instead or {}).items()}
-    wanted = None if spans is None else list(spans)
-    asked: list[tuple[int, str]] = []
-    ids: list[tuple[int, ...]] = []
-    for i, prompt in enumerate(encoded):
+    plan = _shortened(encoded, None if spans is None else list(spans), words)
+    runner = Engine(model, "naive", memory)
+    runner.reason = "tokens move, so that nothing can be reused"
+    rows = Rows("leave out" if not words else "leave out or replace", "noise", metric)
+    with progress(rows.intervention, sum(map(len, plan)), show_progress) as advance:
+        for chunk in chunks(encoded, runner, [], runs_per_example=2):
+            here = [encoded[i] for i in chunk]
+            clean = runner.record([p.clean for p in here])
+            read = readout(here, [r.logits for r in clean])
+            scores = score_runs(metric, clean, read).tolist()
+            corrupt = [float("nan")] * len(here)
+            if pairs:
+                corrupt = score_runs(metric, runner.record([p.corrupt for p in here]), read).tolist()
+            asked = [(n, name, ids) for n, i in enumerate(chunk) for name, ids in plan[i]]
+
+            def score(logits: Tensor, which: Sequence[int], read: Readout = read, asked: list = asked) -> Tensor:
+                return metric(logits, read.rows(torch.tensor([asked[i][0] for i in which])))
+
+            values = runner.score_prompts(clean, [ids for *_, ids in asked], score, advance).tolist()
+            for (n, name, _), value in zip(asked, values, strict=True):
+                rows.add(chunk[n], Site("embed", position=name), here[n], scores[n], corrupt[n], value)
+    return rows.effects(
+        model, listed, engine=runner.describe(), instead=dict(instead or {}), **provenance_of(prompts)
+    )  # fmt: skip
+
+
+def _shortened(
+    prompts: Sequence[Encoded], wanted: Sequence[str] | None, words: Mapping[str, Sequence[int]]
+) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """For each prompt the names of its spans, with the ids that are left without each."""
+    plan = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt.clean, Given):
+            raise PromptError(f"prompt {i} has an image: what follows a left-out span would no longer be where it was")
+        mine = []
         for name in prompt.spans if wanted is None else wanted:
             if name not in prompt.spans:
                 known = ", ".join(map(repr, prompt.spans)) or "none"
@@ -53,18 +91,8 @@ def leave_out(
             left = (*prompt.clean[:start], *words.get(name, ()), *prompt.clean[stop:])
             if not left:
                 raise PromptError(f"prompt {i}: span {name!r} is the whole prompt, and nothing would be left")
-            asked.append((i, name))
-            ids.append(left)
-    if not asked:
+            mine.append((name, left))
+        plan.append(mine)
+    if not any(plan):
         raise PromptError("no prompt has a named span: PromptPair(…).span('subject', 'words') names one")
-    base = model.next_token_logits([p.clean for p in encoded])
-    read = readout(encoded, list(base))
-    clean = metric(base, read).double()
-    corrupt = torch.full_like(clean, torch.nan)
-    if pairs:
-        corrupt = metric(model.next_token_logits([p.corrupt for p in encoded]), read).double()
-    values = metric(model.next_token_logits(ids), read.rows(torch.tensor([i for i, _ in asked]))).double()
-    rows = Rows("leave out" if not words else "leave out or replace", "noise", metric)
-    for (i, name), value in zip(asked, values.tolist(), strict=True):
-        rows.add(i, Site("embed", position=name), encoded[i], float(clean[i]), float(corrupt[i]), value)
-    return rows.effects(model, listed, instead=dict(instead or {}), **provenance_of(prompts))
+    return plan

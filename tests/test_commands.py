@@ -78,7 +78,7 @@ def test_every_recipe_is_a_verb(run, tmp_path, verb: str) -> None:
     effects = interp.Effects.read(out)
     assert len(effects) > 0 and f"wrote {out}" in text and "effect" in text
     code, text, _ = run(f"{verb} --model {{f}}/m {VERBS[verb]} --explain")
-    assert code == 0 and "cells" in text and ("FLOP" in text or verb == "leave-out")
+    assert code == 0 and "cells" in text and "FLOP" in text
 
 
 def test_a_verb_does_what_its_function_does(run, tmp_path, folder) -> None:
@@ -118,6 +118,8 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory 3kB", "too small for one cell"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory lots", "a size like '4GiB'"),
         ("patch --model {f}/m --pairs {f}/nowhere.csv", "cannot read"),
+        ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --memory 3kB", "too small for one cell"),
+        ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --engine fast", "full forward per cell"),
     ],
 )
 def test_bad_options_end_with_a_message_and_exit_code_2(run, line: str, words: str) -> None:

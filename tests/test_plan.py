@@ -72,8 +72,13 @@ def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch) -> None:
     sites = model.sites("resid_pre", layers=[0, 1])
     interp.patch(model, EARLY, sites)  # its self-check is done
     plan = interp.explain(interp.patch, model, EARLY, sites)
-    # Without attention: the counter does not see into every backend.
-    monkeypatch.setattr(joint, "attend", lambda call, **_: SimpleNamespace(out=call.q.new_zeros(call.q.shape)))
+    # With means in place of attention: the counter does not see into every backend.
+
+    def means(call, **_):
+        mean = call.v.mean(2, keepdim=True).repeat_interleave(call.q.shape[1] // call.v.shape[1], 1)
+        return SimpleNamespace(out=mean.expand(call.q.shape).clone())
+
+    monkeypatch.setattr(joint, "attend", means)
     vars(plan)["cost"] = replace(plan.cost, pattern=0.0)
     runs = Engine(model).record([model.coder.encode(EARLY.clean)] * 2)
     with FlopCounterMode(display=False) as base:
@@ -106,3 +111,19 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog) -
 
 def small_machine_of_nothing():
     raise torch.OutOfMemoryError("pretend")
+
+
+def test_prompts_that_are_cells_of_their_own_are_planned(tiny, monkeypatch) -> None:
+    model = tiny("llama")
+    pairs = [EARLY.span("a", "w2 w3").span("b", "w4"), LATE.span("a", "w2 w3")]
+    seen = []
+    real = type(model).last_logits
+    monkeypatch.setattr(type(model), "last_logits", lambda self, t: seen.append(list(map(len, t))) or real(self, t))
+    plan = interp.explain(interp.leave_out, model, pairs)
+    assert sorted(map(tuple, seen)) == [(7,), (7, 7)]  # base runs alone: one clean prompt, two corrupt ones
+    assert plan.n_cells == 3 and plan.n_answered == 0 and plan.whole == [5, 6, 5]
+    text = str(plan)
+    assert "3 cells" in text and "3 in 2 forward(s)" in text and "tokens move" in text and plan.flops > 0
+    seen.clear()
+    interp.leave_out(model, pairs)
+    assert sorted(map(tuple, seen)) == [(5, 5), (6,), (7,), (7, 7)]

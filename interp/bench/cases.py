@@ -166,7 +166,7 @@ class Workbench:
         """Direct paths from every head to q, k and v of some heads; peers get ``most``, a forward each."""
         prompt, model = self.encode(pair), self.model
         receivers = Sites(s for c in "qkv" for s in model.sites(c) if s.head in heads)
-        every = [(s, r) for r in receivers for s in model.sites("z") if s.layer < r.layer]  # type: ignore[operator]
+        every = [(s, r) for r in receivers for s in model.sites("z") if (s.layer or 0) < (r.layer or 0)]
         chosen = self.some(len(every), most)
 
         def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:

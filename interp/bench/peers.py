@@ -7,6 +7,7 @@ models of Llama's layout, which the embedded one has.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -193,11 +194,12 @@ class TransformerLens:
         source = tokens if loop.source is None else torch.tensor([list(loop.source)])
         _, cache = before.run_with_cache(source, names_filter=lambda n: n.endswith(name))
         values = {k: torch.zeros_like(v) if loop.source is None else v for k, v in cache.items()}
-        found = patching.generic_activation_patch(
-            self.bridge, tokens, values, lambda logits: job.read(logits[:, -1])[0],  # type: ignore[arg-type]
-            getattr(patching, loop.setter), loop.component, index_df=loop.index,
+        sweep: Any = patching.generic_activation_patch  # written for HookedTransformer, which a bridge stands in for
+        found = sweep(
+            self.bridge, tokens, values, lambda logits: job.read(logits[:, -1])[0], getattr(patching, loop.setter),
+            loop.component, index_df=loop.index,
         )  # fmt: skip
-        return found.numpy()  # type: ignore[union-attr]
+        return found.numpy()
 
     def _one(self, job: Job, tokens: Tensor, cell: Cell) -> Tensor:
         def put(x: Tensor, hook: Any) -> Tensor:
@@ -218,9 +220,8 @@ class NNsight:
     name = "nnsight invokes, batched"
 
     def __init__(self, hf: HuggingFace, tokenizer: Any):
-        from nnsight import TransformersModel  # type: ignore[import-not-found]
-
-        self.hf, self.model = hf, TransformersModel(hf.hf, tokenizer=tokenizer)
+        nnsight: Any = importlib.import_module("nnsight")  # an extra: type checkers need not have it
+        self.hf, self.model = hf, nnsight.TransformersModel(hf.hf, tokenizer=tokenizer)
 
     @torch.no_grad()
     def sweep(self, job: Job) -> np.ndarray:

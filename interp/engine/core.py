@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from interp.batching import TOKENS_PER_FORWARD
 from interp.engine import naive, packed
 from interp.engine.base import lean_runs
 from interp.engine.budget import Budget, as_bytes
@@ -181,6 +182,34 @@ class Engine:
                 values[batch] = self._run(runs, cells, batch, score, columns)
                 done(len(batch))
         return values
+
+    @torch.no_grad()
+    def score_prompts(
+        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, done: Callable[[int], None]
+    ) -> Tensor:
+        """``score`` of the logits of prompts that are cells of their own, in order: a full forward of each.
+
+        ``runs``: the base runs that they are compared with.
+        """
+        values = torch.full((len(prompts),), float("nan"), dtype=torch.float64)
+        if self.planner is not None:
+            self.planner.add(self, runs, (), None)
+            self.planner.whole += map(len, prompts)
+            return values.zero_()
+        for batch in self.prompt_batches([len(p) for p in prompts]):
+            values[batch] = score(self.model.last_logits([prompts[i] for i in batch]), batch).cpu().double()
+            done(len(batch))
+        return values
+
+    def prompt_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of prompts of one length that go through the model together: unpadded, within the budget."""
+        by_length: dict[int, list[int]] = {}
+        for i, n in enumerate(lengths):
+            by_length.setdefault(n, []).append(i)
+        for n, some in by_length.items():
+            step = max(1, min(self.rows_per_batch, TOKENS_PER_FORWARD) // n)
+            step = min(step, self.cells_per_batch)
+            yield from (some[i : i + step] for i in range(0, len(some), step))
 
     def _run(
         self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score, columns: Tensor | None

@@ -137,7 +137,8 @@ def lean_blocks(model: Model) -> list[LeanBlock] | None:
     if model.dtype not in (torch.float32, torch.float64) or any(getattr(config, switch, False) for switch in SWITCHES):
         return None
     blocks = [_block(bridge, int(config.d_head)) for bridge in model.bridge.blocks]
-    return None if None in blocks else blocks  # type: ignore[return-value]
+    known = [block for block in blocks if block is not None]
+    return known if len(known) == len(blocks) else None
 
 
 def _inner(module: Any) -> Any:

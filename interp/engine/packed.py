@@ -186,7 +186,8 @@ class PackedForward:
         return self.run_block(layer, last, place(last), handler)
 
     def _lean_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
-        block, packed = self.lean[layer], place(wide)  # type: ignore[index]
+        assert self.lean is not None
+        block, packed = self.lean[layer], place(wide)
         rows = self._rows_of(layer, wide, packed.device)
         k, v = block.project(packed, "kv", self.rotation(layer, wide), rows)
         packed = place(last)

@@ -63,7 +63,7 @@ class Plan:
 
     ``lengths``: tokens of each base run.  ``cells``: without their values.  ``unasked``: cells that the recipe answers
     from base runs by itself.  ``runs_bytes``: of the base runs that are held at one time.  ``columns``: how many logits
-    of a cell are computed, if not all.
+    of a cell are computed, if not all.  ``whole``: tokens of prompts that are cells of their own, a full forward each.
     """
 
     engine: Engine
@@ -72,6 +72,7 @@ class Plan:
     unasked: int = 0
     runs_bytes: float = 0
     columns: int | None = None
+    whole: Sequence[int] = ()
 
     @cached_property
     def cost(self) -> BlockCost:
@@ -88,12 +89,12 @@ class Plan:
     @property
     def n_cells(self) -> int:
         """All cells, answered ones included."""
-        return len(self.cells) + self.unasked
+        return len(self.cells) + self.unasked + len(self.whole)
 
     @property
     def n_answered(self) -> int:
         """Cells that provably change nothing: their answer is the base run's."""
-        return self.n_cells - sum(map(len, self.batches))
+        return self.n_cells - sum(map(len, self.batches)) - len(self.whole)
 
     @cached_property
     def steps(self) -> dict[str, float]:
@@ -101,7 +102,7 @@ class Plan:
         model = self.engine.model
         n_layers, unembed = model.n_layers, 2 * model.d_model * int(model.bridge.cfg.d_vocab)
         full = self.n_cells * unembed + sum(self._rows(c, c_rows=(0, 0, None, False)) for c in self.cells)
-        full += self.unasked * self._mean_full()
+        full += self.unasked * self._mean_full() + sum(map(self._whole, self.whole))
         steps = {"one full forward per cell": full}
         if not self.engine.fast:
             return steps
@@ -181,7 +182,8 @@ class Plan:
         """The largest batch's activations at their widest."""
         rows = (sum(self.lengths[self.cells[i].run] - self.cells[i].first_row for i in b) for b in self.batches)
         most = max(rows, default=0) if self.engine.fast else max(self.lengths, default=0)
-        return most * self.cost.bytes
+        together = max((len(b) * self.whole[b[0]] for b in self.engine.prompt_batches(self.whole)), default=0)
+        return max(most, together) * self.cost.bytes
 
     def explain(self) -> str:
         """The plan in words: cells, forwards, FLOPs and what saved them, time, memory."""
@@ -189,7 +191,8 @@ class Plan:
         lines = [f"{self.n_cells} cells on {len(self.lengths)} base run(s), engine: {engine.describe()}"]
         if self.n_answered:
             lines.append(f"  {self.n_answered} change nothing that the answer reads: taken from the base run")
-        lines.append(f"  {sum(map(len, self.batches))} in {len(self.batches)} forward(s)")
+        forwards = len(self.batches) + len(list(self.engine.prompt_batches(self.whole)))
+        lines.append(f"  {self.n_cells - self.n_answered} in {forwards} forward(s)")
         for name, flops in self.steps.items():
             lines.append(f"  {_unit(flops, 'FLOP'):>12}  {flops / full:6.1%}  {name}")
         lines.append(
@@ -211,6 +214,7 @@ class Planner:
         self.unasked = 0
         self.runs_bytes = 0.0
         self.columns: int | None = None
+        self.whole: list[int] = []  # tokens of prompts that are cells of their own
 
     def add(self, engine: Engine, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
         """Cells of some runs, which may be followed by others, and how many logits of each are read if not all."""
@@ -242,7 +246,8 @@ def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     if planner.engine is None:
         raise InterpError(f"{getattr(recipe, '__name__', recipe)} asked the engine for nothing: there is no sweep")
     return Plan(
-        planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes, planner.columns
+        planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes, planner.columns,
+        planner.whole,
     )  # fmt: skip
 
 

@@ -47,11 +47,10 @@ class Run:
 
     def whole(self, component: str, layer: int | None) -> Float[Tensor, "position *heads width"]:
         """A component's activation, all its heads (or neurons, one number wide)."""
-        if component == "resid_pre":
-            return self.resid[layer]  # type: ignore[index]
-        if component == "resid_post":
-            return self.resid[layer + 1]  # type: ignore[operator]
-        found = self.acts[component][layer or 0]
+        at = layer or 0  # what is there once, the embedding, is kept as layer 0
+        if component in ("resid_pre", "resid_post"):
+            return self.resid[at + (component == "resid_post")]
+        found = self.acts[component][at]
         return found.unsqueeze(-1) if COMPONENTS[component].heads == "neuron" else found
 
     def value(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows width"]:
