@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp.batching import equal_length_batches
 from interp.circuits.running import run_circuit, sender_hooks
+from interp.circuits.together import run_circuits
 from interp.circuits.wiring import Wiring, capture
 from interp.engine import Engine
 from interp.errors import InterpError, PromptError
@@ -86,9 +87,23 @@ class Evaluator:
         for batch, ablated, read in self.batches:
             logits = run_circuit(self.wiring, [self.prompts[i].clean for i in batch], mask, ablated)
             out[batch] = self.metric(logits, read).double().cpu().numpy()
-        if np.isnan(out).any():
-            raise InterpError(f"metric {self.metric.name!r} returned NaN for {int(np.isnan(out).sum())} examples")
-        return out
+        return self._known(out)
+
+    def many(self, kept: Bool[np.ndarray, "circuits receivers senders"]) -> Float[np.ndarray, "circuits examples"]:
+        """The same of several circuits, as many in one forward as `TOKENS` allow."""
+        out, masks = np.zeros((len(kept), len(self.prompts))), torch.from_numpy(kept)
+        for batch, ablated, read in self.batches:
+            ids = [self.prompts[i].clean for i in batch]
+            step = max(1, TOKENS // (len(ids) * len(ids[0])))
+            for start in range(0, len(kept), step):
+                for i, logits in enumerate(run_circuits(self.wiring, ids, masks[start : start + step], ablated), start):
+                    out[i, batch] = self.metric(logits, read).double().cpu().numpy()
+        return self._known(out)
+
+    def _known(self, values: np.ndarray) -> np.ndarray:
+        if np.isnan(values).any():
+            raise InterpError(f"metric {self.metric.name!r} returned NaN for {int(np.isnan(values).sum())} examples")
+        return values
 
 
 def _constants(model: Model, prompts: Sequence[Encoded], sends: Sequence[str], using: Ablation) -> dict[str, Tensor]:

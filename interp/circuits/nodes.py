@@ -4,7 +4,11 @@ What patching a site would change, estimated as (source − base) · gradient of
 
 * ``"atp"``: the gradient in the base run (Nanda 2023; Kramár et al. 2024, arXiv 2403.00745, eq. 4): one backward pass
   for all sites, first order in the change, and blind to saturated attention.
-* ``"atp-qk"``: the same, but queries and keys by the exact change of their head's z (`interp.circuits.softmax`).
+* ``"atp-qk"``: the same, but queries and keys by the exact change of their head's z (`interp.circuits.softmax`), as
+  published: what lies before a saturated head still has no gradient through it.
+* ``"atp-carried"``: the same, and carried on to what queries and keys are made of (ours; the rescale rule of DeepLIFT,
+  Shrikumar et al. 2017, on softmax): with δ the difference of a query or key between both runs, its gradient g becomes
+  g + (E − g·δ) δ/‖δ‖², E the exact effect. The effects of all that a key reads then add up to E.
 * ``"ig-inputs"``: the mean of the gradient over ``steps`` runs in which the token embeddings lie between both prompts'
   (Sundararajan et al. 2017), at shares (k − ½)/steps of the way; the change is that of the site itself. It sums to the
   whole difference of the metric over all positions of the embeddings.
@@ -14,7 +18,8 @@ What patching a site would change, estimated as (source − base) · gradient of
 
 `atp_star` ranks by |estimate| and adds GradDrop: the estimate is taken anew with the gradient through one layer's
 contribution to the residual stream set to zero, for each layer in turn, and the absolute values are averaged, so that
-two paths of opposite sign do not hide each other.
+two paths of opposite sign do not hide each other. The estimate with nothing dropped counts as one more (eq. 12 leaves
+it out): in a model of few layers a node whose only path passes through all of them would score 0.
 
 Activations and gradients of the hooks that were asked for are held for a batch of tokens (`TOKENS`): memory grows with
 positions × d_model × layers, not with the number of sites. No effect of one site on another is formed.
@@ -34,7 +39,7 @@ from torch import Tensor
 
 from interp.circuits.evaluation import TOKENS, token_batches
 from interp.circuits.gradients import weights_fixed
-from interp.circuits.softmax import Rerun, calls_kept, check_heads_apart
+from interp.circuits.softmax import Rerun, Secants, calls_kept, check_heads_apart
 from interp.circuits.wiring import capture
 from interp.effects import SITE_COLUMNS, Effects
 from interp.engine import Engine
@@ -49,10 +54,11 @@ from interp.sites import EACH, Site, Sites
 from interp.targets import as_sites
 
 Mode = Literal["denoise", "noise"]
-NodeMethod = Literal["atp", "atp-qk", "ig-inputs", "ig-activations"]
+NodeMethod = Literal["atp", "atp-qk", "atp-carried", "ig-inputs", "ig-activations"]
 METHODS = {
     "atp": "attribution patching (estimate)",
     "atp-qk": "attribution patching, QK fix (estimate)",
+    "atp-carried": "attribution patching, QK fix carried on (estimate)",
     "ig-inputs": "integrated gradients on inputs (estimate)",
     "ig-activations": "integrated gradients on activations (estimate)",
 }
@@ -92,29 +98,31 @@ def atp_star(
     pairs: PromptPair | Iterable[PromptPair],
     sites: SiteList | None = None,
     metric: Metric | MetricFn | str = logit_diff,
-    mode: Mode = "denoise",
+    mode: Mode = "noise",
     *,
-    qk_fix: bool = True,
+    qk_fix: Literal["carried", "nodes"] | bool = "carried",
     grad_drop: bool = True,
 ) -> pd.DataFrame:
     """AtP* (Kramár et al. 2024, arXiv 2403.00745): a ranking of sites, with the QK fix and GradDrop.
 
     One row per site, best first: ``score``, the mean over pairs of |estimate| (with GradDrop: of the mean of
-    |estimate| over the layers dropped, the site's own left out: eq. 11–12), and ``estimate``, the mean of the signed
-    estimate without GradDrop; both in the metric's unit. GradDrop takes one backward pass per layer and helps where
-    estimates of a single pair cancel; over many pairs it matters little, and ``grad_drop=False`` is as good.
+    |estimate| with nothing dropped and with each layer dropped but the site's own), and ``estimate``, the mean of the
+    signed estimate without GradDrop; both in the metric's unit. ``qk_fix="nodes"`` (or True) is the published fix, of
+    queries and keys alone; ``"carried"`` reaches what they are made of: see this module's first lines. GradDrop takes a
+    backward pass per layer and helps where estimates of a single pair cancel; over many pairs it matters little.
 
     Raises as `attribute_sites`, and InterpError for named spans, or positions that are not in every prompt.
     """
+    if qk_fix not in ("carried", "nodes", True, False):
+        raise InterpError(f"qk_fix={qk_fix!r}: 'carried', 'nodes' or False expected")
     job = _Job(model, pairs, sites, metric, mode, 1)
-    method = "atp-qk" if qk_fix else "atp"
+    method = "atp-carried" if qk_fix == "carried" else "atp-qk" if qk_fix else "atp"
     keys, scores, signed = [], [], []
     for found in job.estimates(method, grad_drop):
         keys.append((found.site.component, found.site.layer, found.site.head, found.site.position))
         signed.append(found.change[0])
-        dropped = np.abs(found.change[1:]) if grad_drop else np.abs(found.change[:1])
         own = grad_drop and found.site.layer is not None and not found.site.component.startswith("resid")
-        scores.append(dropped.sum() / max(1, len(dropped) - own))
+        scores.append(np.abs(found.change).sum() / (len(found.change) - own))
     table = pd.DataFrame(keys, columns=pd.Index(SITE_COLUMNS)).assign(score=scores, estimate=signed)
     ranked = by_site(table, len(job.listed), {"score": ("score", "mean"), "estimate": ("estimate", "mean")})
     ranked.attrs.update(model.provenance(), method="AtP*", qk_fix=qk_fix, grad_drop=grad_drop, mode=mode)
@@ -174,11 +182,11 @@ class _Job:
     def estimates(self, method: str, grad_drop: bool = False) -> Iterator[Estimate]:
         """For every prompt and site, in batches of one length."""
         components = {s.component for s in self.wanted}
-        fixed = sorted(components & {"q", "k"}) if method == "atp-qk" else []
+        fixed = sorted(components & {"q", "k"}) if method == "atp-qk" else ["k", "q"] * (method == "atp-carried")
         if fixed:
             check_heads_apart(self.model, self.prompts[0].clean, fixed)
         for batch in token_batches(self.prompts, TOKENS):
-            here = _Batch(self, [self.prompts[i] for i in batch], fixed, grad_drop)
+            here = _Batch(self, [self.prompts[i] for i in batch], fixed, method == "atp-carried", grad_drop)
             for row, i in enumerate(batch):
                 prompt = self.prompts[i]
                 known = here.known["clean"][row], here.known["corrupt"][row]
@@ -190,14 +198,18 @@ class _Job:
 class _Batch:
     """Prompts of one length: both runs' activations, and the estimates of all their sites."""
 
-    def __init__(self, job: _Job, prompts: Sequence[Encoded], fixed: Sequence[str], grad_drop: bool) -> None:
+    def __init__(
+        self, job: _Job, prompts: Sequence[Encoded], fixed: Sequence[str], carried: bool, grad_drop: bool
+    ) -> None:
         self.job, self.model, self.fixed, self.grad_drop = job, job.model, fixed, grad_drop
         self.prompts = prompts
         self.ids = {run: [getattr(p, run) for p in prompts] for run in ("clean", "corrupt")}
         self.base, self.source = ("corrupt", "clean") if job.mode == "denoise" else ("clean", "corrupt")
         self.names = list(dict.fromkeys(s.hook_name for s in job.wanted))
         self.behind = list(dict.fromkeys(z_of(s) for s in job.wanted if s.component in fixed))
-        hooked = list(dict.fromkeys([*self.names, *self.behind, first_hook(self.model)]))
+        layers = self.model.attention_layers if carried else ()
+        qk = [f"blocks.{i}.attn.hook_{c}" for i in layers for c in "qk"]
+        hooked = list(dict.fromkeys([*self.names, *self.behind, *qk, first_hook(self.model)]))
         self.acts, calls = {}, {}
         for run, ids in self.ids.items():
             if fixed:
@@ -206,6 +218,7 @@ class _Batch:
             else:
                 self.acts[run] = capture(self.model, ids, hooked)
         self.rerun = Rerun(self.model.instrument.backend, calls[self.base], calls[self.source]) if fixed else None
+        self.secants = Secants(self.rerun, {n: self._difference(n) for n in qk}) if carried and self.rerun else None
         self.read = readout(prompts, list(self.acts["clean"]["logits"]))
         self.known = {run: job.metric(self.acts[run]["logits"], self.read).double().tolist() for run in self.ids}
         self.products: dict[tuple[str, str], Tensor] | None = None
@@ -237,7 +250,7 @@ class _Batch:
         if component in self.fixed and name.endswith(f"attn.hook_{component}"):
             found = self._through_softmax(component, int(layer), reach, grads[_z(int(layer))])
         else:
-            found = (self.acts[self.source][name] - self.acts[self.base][name]) * grads[name]
+            found = self._difference(name) * grads[name]
             found = found if component == "post" else found.sum(-1)  # neurons are one number wide
         found = found.double().cpu()
         return found.sum(1, keepdim=True) if reach == "all" else found
@@ -275,12 +288,16 @@ class _Batch:
                 whole |= _mean((self._backward([name], self._between(name, x)) for x in shares), steps)
             yield whole
         else:
-            drops = range(self.model.n_layers) if self.grad_drop else ()
-            yield from backward(self.model, self.ids[self.base], names, self.job.metric, self.read, drops=drops)
+            drops, ids = range(self.model.n_layers) if self.grad_drop else (), self.ids[self.base]
+            metric = self.job.metric
+            yield from backward(self.model, ids, names, metric, self.read, drops=drops, secants=self.secants)
 
     def _backward(self, names: Sequence[str], override: tuple[str, Any]) -> dict[str, Tensor]:
         ids = self.ids[self.base]
         return next(backward(self.model, ids, names, self.job.metric, self.read, override=override))
+
+    def _difference(self, name: str) -> Tensor:
+        return self.acts[self.source][name] - self.acts[self.base][name]
 
     def _between(self, name: str, share: float) -> tuple[str, Any]:
         a, b = self.acts[self.base][name], self.acts[self.source][name]
@@ -322,11 +339,13 @@ def backward(
     *,
     override: tuple[str, Any] | None = None,
     drops: Sequence[int] = (),
+    secants: Secants | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Gradients of the metric, summed over a batch of one length, at some hooks; one forward.
 
     First the plain ones, then for each layer in ``drops`` those without what flows through the layer's attention and
-    MLP output. ``override``: a hook that sets an activation. InterpError for a metric without a gradient.
+    MLP output. ``override``: a hook that sets an activation; ``secants``: what turns slopes into secants on the way.
+    InterpError for a metric without a gradient.
     """
     kept: dict[str, Tensor] = {}
     dropped: list[int] = []
@@ -351,6 +370,7 @@ def backward(
     pairs: list[tuple[str, Any]] = [(first_hook(model), lambda x, hook: x.detach().requires_grad_())]
     pairs += [] if override is None else [override]
     pairs += map(branch, names)
+    pairs += [] if secants is None else secants.hooks()
     for layer in drops:
         writes = [f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"]
         writes = [w for w in writes if w in model.bridge.hook_dict]

@@ -40,10 +40,12 @@ def run_circuit(
 
     ``ablated``: by `sender_hooks`, what senders send along the other edges; broadcast to the activations' shapes.
     """
-    return _Forward(wiring, kept, ablated)(ids)
+    return Forward(wiring, kept, ablated)(ids)
 
 
-class _Forward:
+class Forward:
+    """One forward of prompts of one length with some edges cut: ``forward(ids)`` is its logits."""
+
     def __init__(self, wiring: Wiring, kept: Bool[Tensor, "receivers senders"], ablated: dict[str, Tensor]):
         self.wiring, self.graph, self.ablated = wiring, wiring.graph, ablated
         self.cut = torch.from_numpy(self.graph.allowed) & ~kept
@@ -52,6 +54,7 @@ class _Forward:
         self.reads: Float[Tensor, "receivers batch position d_model"] | None = None  # of one layer's q, k and v
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
+        """Logits of the last position."""
         model, last = self.wiring.model, self.graph.n_layers - 1
         pairs: list[tuple[str, Any]] = []
         for layer in range(self.graph.n_layers):
@@ -131,8 +134,7 @@ class _Forward:
         if self.held is not None:
             # of this layer's senders that are not computed yet, no edge into these rows exists, so that none is cut
             stop = 1 if upto < 0 else self.graph.columns(upto, "mlp_out" if self.graph.mlps else "z").stop
-            cut = self.cut[rows, :stop].to(x)
-            return out + (cut @ self.held[:stop]).view(out.shape)
+            return out + self._sum(self.cut[rows, :stop], self.held[:stop]).view(out.shape)
         out = out.clone()
         self._send(out, self.cut[rows, :1], "blocks.0.hook_resid_pre", None)
         for layer in range(upto + 1):
@@ -144,4 +146,10 @@ class _Forward:
 
     def _send(self, out: Tensor, cut: Bool[Tensor, "rows senders"], name: str, layer: int | None) -> None:
         if cut.any():
-            out += torch.einsum("rs,s...->r...", cut.to(out), self._change(name, layer))
+            out += self._sum(cut, self._change(name, layer)).view(out.shape)
+
+    def _sum(
+        self, cut: Bool[Tensor, "rows senders"], change: Float[Tensor, "senders ..."]
+    ) -> Float[Tensor, "rows numbers"]:
+        """For each row, the sum of what the senders cut from it change."""
+        return cut.to(change) @ change.flatten(1)

@@ -18,7 +18,7 @@ from interp.patching import patch
 from interp.prompts import PromptPair
 from interp.sites import Site, Sites
 
-ScreenMethod = Literal["atp", "atp-qk", "atp*", "ig-inputs", "ig-activations"]
+ScreenMethod = Literal["atp", "atp-qk", "atp-carried", "atp*", "ig-inputs", "ig-activations"]
 
 
 def screen(

@@ -15,9 +15,10 @@ Where one key holds nearly all attention, 1 − A is lost to rounding; the other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,7 @@ from interp.instrument import attend
 from interp.model import Model
 from interp.sites import COMPONENTS
 
+RELATIVE = 1e-4  # of the largest change in a layer: below it, slopes stay as they are
 TILE = 2**21  # scores that exist at one time
 
 Change = Float[Tensor, "batch position heads dim"]
@@ -71,6 +73,58 @@ class Rerun:
             found = _one_key(_scores(call, call.k, here), _scores(call, other, here), slope, _sinks(call, total))
             total += found.sum((2, 3))
         return total.transpose(1, 2)
+
+
+class Secants:
+    """Hooks that make the gradients of queries and keys, on their way back, agree with their exact effects.
+
+    ``change``: source − base of q and k by hook name. See ``"atp-carried"`` in `interp.circuits.nodes`.
+    """
+
+    def __init__(self, rerun: Rerun, change: dict[str, Change]):
+        self.rerun, self.change = rerun, change
+        self.grads: dict[int, Change] = {}  # of z, as a backward pass comes by
+        self.moved: dict[int, Change] = {}
+
+    def hooks(self) -> list[tuple[str, Any]]:
+        """For a forward through which gradients are taken."""
+        layers = sorted({int(name.split(".")[1]) for name in self.change})
+        found: list[tuple[str, Any]] = []
+        for layer in layers:
+            found.append((COMPONENTS["z"].hook.format(layer=layer), self._on_the_way_back(self._note(layer))))
+            for component in "qk":
+                name = COMPONENTS[component].hook.format(layer=layer)
+                found.append((name, self._on_the_way_back(self._turn(name, layer, component))))
+        return found
+
+    def _on_the_way_back(self, function: Callable[[Tensor], Tensor | None]) -> Any:
+        def hook(x: Tensor, hook: object) -> Tensor | None:
+            if not x.requires_grad:
+                return None
+            x = x.clone()
+            x.register_hook(function)
+            return x
+
+        return hook
+
+    def _note(self, layer: int) -> Callable[[Tensor], None]:
+        return lambda grads: self.grads.__setitem__(layer, grads)
+
+    def _turn(self, name: str, layer: int, component: str) -> Callable[[Tensor], Tensor]:
+        def turn(slope: Tensor) -> Tensor:
+            change = self.change[name]
+            size = change.square().sum(-1)
+            if component == "k":
+                exact = self.rerun.each_key(layer, self.grads[layer])
+            else:
+                if layer not in self.moved:
+                    self.moved[layer] = self.rerun.queries(layer)
+                exact = (self.moved[layer] * self.grads[layer]).sum(-1)
+            error = (exact - (slope * change).sum(-1)) / size
+            known = size > (RELATIVE**2) * size.amax()  # of what hardly differs a secant would be rounding
+            return slope + torch.where(known, error, 0.0).to(slope)[..., None] * change
+
+        return turn
 
 
 def _one_key(
@@ -165,5 +219,5 @@ def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str
             if not change[0] > 0 or (change[1:] > 0).any():
                 raise ModelError(
                     f"{model.name}: what a head's {component} hook carries does not reach that head's attention alone "
-                    "(it is normed over all heads, or rebuilt), so that the QK fix is not defined; use plain AtP"
+                    "(it is normed over all heads, or rebuilt), so that the QK fix is not defined: take AtP without it"
                 )

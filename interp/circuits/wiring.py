@@ -55,6 +55,10 @@ class Wiring:
         """W_O by head."""
         return _matrix(self._linears[layer]["o"]).unflatten(1, (self.graph.n_heads, -1)).transpose(0, 1)
 
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """What a layer's attention adds beside its heads."""
+        return self._linears[layer]["o"].bias
+
     def project(
         self, layer: int, component: str, x: Float[Tensor, "#heads *rows d_model"]
     ) -> Float[Tensor, "*rows heads d_head"]:

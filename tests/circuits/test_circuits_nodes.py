@@ -13,7 +13,8 @@ import interp
 from interp import zoo
 from interp.circuits import atp_star, attribute_sites, screen
 from interp.circuits.nodes import first_hook
-from interp.circuits.softmax import Rerun, calls_kept
+from interp.circuits.softmax import Rerun, Secants, calls_kept
+from interp.circuits.wiring import capture
 from interp.dense import dense_attention
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
@@ -73,9 +74,52 @@ def test_saturated_attention_is_seen_with_the_fix_alone() -> None:
         plain = attribute_sites(model, pairs, sites, mode="noise").frame()
         np.testing.assert_allclose(fixed["raw"], exact["raw"], atol=1e-3)
         assert plain["raw"].abs().max() < 1e-6 and exact["raw"].abs().max() > 19
-    ranking = atp_star(model, pairs, model.sites("k") | model.sites("q"))
+    ranking = atp_star(model, pairs, model.sites("k") | model.sites("q"), qk_fix="nodes")
     assert ranking["score"].iloc[0] > 100 * max(ranking["score"].iloc[1], 1e-9)
     assert str(ranking["component"].iloc[0]) == "k" and ranking["head"].iloc[0] == 2
+
+
+def test_carried_on_the_fix_finds_what_lies_before_saturated_attention() -> None:
+    known = zoo.induction()
+    model, pairs = known.model, known.pairs(3)
+    previous = [
+        attribute_sites(model, pairs, "z.L0H1", mode="noise", method=m).frame()["raw"]
+        for m in ("atp-qk", "atp-carried")
+    ]
+    exact = interp.patch(model, pairs, "z.L0H1", mode="noise").frame()["raw"]
+    assert previous[0].abs().max() < 1e-6 and exact.abs().min() > 19
+    np.testing.assert_allclose(previous[1], exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_a_key_reads_adds_up_to_its_exact_effect(tiny, kind: str) -> None:
+    """The turned gradient times the change of all queries, or keys, is the sum of what each does exactly."""
+    model = tiny(kind)
+    job = dict(mode="noise", method="atp-carried")
+    own = attribute_sites(model, PAIR, model.sites("q", layers=0) | model.sites("k", layers=0, positions="each"), **job)
+    base, source = calls(model, PAIR.clean, PAIR.corrupt)
+    assert own.frame()["raw"].abs().max() > 1e-4
+    rerun = Rerun("auto", base, source)
+    names = [f"blocks.{layer}.attn.hook_{c}" for layer in range(model.n_layers) for c in "qk"]
+    acts = [capture(model, [model.coder.encode(t)], names) for t in (PAIR.corrupt, PAIR.clean)]
+    change = {n: acts[0][n] - acts[1][n] for n in names}
+    secants, kept = Secants(rerun, change), {}
+
+    def keep(name: str):
+        def hook(x, hook):
+            kept[name] = x.clone()
+            return kept[name]
+
+        return name, hook
+
+    with torch.enable_grad(), hooks(model, *map(keep, names), *secants.hooks()):
+        logits = model.last_logits(ids(model, PAIR.clean))[0]
+        answer, foil = (model.coder.continuation(w)[0] for w in (PAIR.answer, PAIR.foil))
+        grads = torch.autograd.grad(logits[answer] - logits[foil], list(kept.values()))
+    found = [float((change[n] * g).sum()) for n, g in zip(kept, grads, strict=True) if ".0." in n]
+    frame = own.frame()
+    want = [frame[frame["component"] == c]["raw"].sum() for c in ("q", "k")]
+    assert found == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "neox"])
@@ -114,21 +158,22 @@ def test_dropped_gradients_equal_detached_layers(tiny, kind: str) -> None:
 
     dropped = np.abs([estimates(layer) for layer in range(model.n_layers)])
     for i, site in enumerate(sites):
-        n = model.n_layers - (site.component != "resid_pre")
-        assert found[site.component, site.layer] == pytest.approx(dropped[:, i].sum() / n, rel=1e-6), str(site)
+        n = model.n_layers + (site.component == "resid_pre")
+        want = (dropped[:, i].sum() + abs(estimates(-1)[i])) / n
+        assert found[site.component, site.layer] == pytest.approx(want, rel=1e-6), str(site)
 
 
 def test_integrated_gradients_add_up_and_tend_to_the_slope(tiny) -> None:
     model = tiny("llama")
     pair = [PAIR, interp.PromptPair("w1 w2 w3 w4 w5 w6 w7", "w1 w9 w3 w7 w5 w6 w7", "w95", "w96")]
     whole = interp.patch(model, pair, "resid_pre.L0").frame()["raw"].to_numpy()
-    inputs = attribute_sites(model, pair, model.sites("embed", positions="each"), method="ig-inputs", steps=60).frame()
+    inputs = attribute_sites(model, pair, model.sites("embed", positions="each"), method="ig-inputs", steps=40).frame()
     np.testing.assert_allclose(inputs.groupby("example")["raw"].sum(), whole, atol=2e-3)
     for component in ("resid_pre", "z", "mlp_post"):
         sites = model.sites(component, layers=[1], positions="each" if component == "resid_pre" else "all")
         group = {"all": list(model.sites(component, layers=[1], positions="all"))}
         want = interp.patch(model, pair, groups=group).frame()["raw"].to_numpy()
-        found = attribute_sites(model, pair, sites, method="ig-activations", steps=60).frame()
+        found = attribute_sites(model, pair, sites, method="ig-activations", steps=40).frame()
         np.testing.assert_allclose(found.groupby("example")["raw"].sum(), want, atol=2e-3)
     # the first of the published sums, by hand: one step is the slope half way
     a, b = (model.coder.encode(t) for t in (PAIR.corrupt, PAIR.clean))
@@ -175,11 +220,13 @@ def test_what_cannot_be_estimated_is_refused(tiny) -> None:
     for bad in (0, True, 1.5):
         with pytest.raises(InterpError, match="steps="):
             attribute_sites(model, PAIR, method="ig-inputs", steps=bad)  # type: ignore[arg-type]
+    with pytest.raises(InterpError, match="qk_fix='x'"):
+        atp_star(model, PAIR, qk_fix="x")  # type: ignore[arg-type]
     with pytest.raises(InterpError, match="has no gradient"):
         atp_star(model, PAIR, metric=interp.metrics.rank)
     with pytest.raises(ModelError, match="does not reach that head's attention alone"):
         atp_star(tiny("olmo2"), PAIR, tiny("olmo2").sites("q"))
-    assert len(atp_star(tiny("olmo2"), PAIR)) == tiny("olmo2").n_layers * tiny("olmo2").n_heads
+    assert len(atp_star(tiny("olmo2"), PAIR, qk_fix=False)) == tiny("olmo2").n_layers * tiny("olmo2").n_heads
     assert all(p.requires_grad for p in model.bridge.parameters())
 
 
