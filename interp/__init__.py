@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from interp.prompts import Fact, PairSet, Prompt, PromptPair
     from interp.sites import Site, Sites
     from interp.steering import mean_difference, steer
+    from interp.sweep.api import Sweep
     from interp.tracing import trace, trace_table
 
 _HOMES = {
@@ -46,13 +47,14 @@ _HOMES = {
     "Site": "sites", "Sites": "sites", "trace": "tracing", "knock_out": "knockout", "mediate": "mediation",
     "leave_out": "omission", "path_patch": "paths", "explain": "engine.plan", "Plan": "engine.plan",
     "mean_difference": "steering", "steer": "steering", "trace_table": "tracing", "peek": "peeking",
+    "Sweep": "sweep.api",
 }  # fmt: skip
 _MODULES = ("circuits", "doctor", "metrics", "spans", "tasks", "zoo")
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
-    "PromptPair", "Report", "Site", "Sites", "ablate", "circuits", "doctor", "explain", "kl", "knock_out",
+    "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate", "circuits", "doctor", "explain", "kl", "knock_out",
     "leave_out", "load", "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch",
     "peek", "prob", "rank", "report", "spans", "steer", "tasks", "trace", "trace_table", "zoo",
 ]  # fmt: skip

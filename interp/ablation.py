@@ -6,7 +6,7 @@ recipe is part of every row and of the provenance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -20,13 +20,13 @@ from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError, PromptError
-from interp.means import KEYS, Ids, Means, check_support, reference_ids
+from interp.means import KEYS, Ids, Means, check_support, means_of, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import Advance, progress
 from interp.prompts import Encoded, Prompt, PromptPair, encode_pairs
 from interp.provenance import prompt_hash
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
+from interp.recipes import Rows, check_metric, chosen, chunks, evaluate, provenance_of, readout, score_runs
 from interp.sites import Site, Sites
 from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
@@ -88,14 +88,14 @@ def ablate(
     runner = Engine(model, engine, memory)
     every = all_sites(targets)
     runner.check_sites(every)
-    plan = [_scheduled(list(spelled(targets, p)), schedule) for p in prompts]
-    _check_writes(plan)
+    plan = {i: _scheduled(list(spelled(targets, prompts[i])), schedule) for i in chosen(len(prompts))}
+    _check_writes(plan.values())
     given = None if reference is None else list(reference)
     taken = _Taken(runner, prompts, every, using, reference_ids(given, prompts, model.coder), given is None, seed)
     sweep = _Sweep(runner, metric, prompts, plan, taken)
     rows = Rows(f"ablate {using}" + _suffix(schedule, window), "noise", metric)
     title = f"ablate {'+'.join(components_of(targets))} ({using})"
-    with progress(title, sum(map(len, plan)), show_progress) as advance:
+    with progress(title, sum(map(len, plan.values())), show_progress) as advance:
         for chunk in chunks(prompts, runner, taken.kept, runs_per_example=3):
             sweep.run(chunk, rows, advance)
     recipe = {"ablation": RECIPES[using], "ablation_seed": seed, "schedule": schedule, "window": window}
@@ -124,7 +124,7 @@ class _Taken:
         self.means = None
         if using in KEYS:
             check_support(using, prompts, known, sites)
-            self.means = Means(runner, known, sites, using)
+            self.means = means_of(runner, known, sites, using)
 
     def writer(self, chunk: range, here: Sequence[Encoded], clean: Sequence[Run]) -> _Writer:
         """Makes the writes of some examples."""
@@ -139,7 +139,7 @@ class _Sweep:
     runner: Engine
     metric: Metric
     prompts: Sequence[Encoded]
-    plan: Sequence[Sequence[Target]]
+    plan: Mapping[int, Sequence[Target]]
     taken: _Taken
 
     def run(self, chunk: range, rows: Rows, advance: Advance) -> None:
@@ -175,7 +175,7 @@ def _scheduled(targets: list[Target], schedule: Schedule) -> list[Target]:
     return [replace(t, sites=sites) for t, sites in zip(targets, spared, strict=True)]
 
 
-def _check_writes(plan: Sequence[Sequence[Target]]) -> None:
+def _check_writes(plan: Iterable[Sequence[Target]]) -> None:
     writes = sum(len(t.sites) for targets in plan for t in targets)
     if writes > MOST_WRITES:
         raise InterpError(

@@ -11,6 +11,7 @@ import typer
 
 from interp.commands import register
 from interp.errors import InterpError
+from interp.sweep.commands import app as sweep
 
 app = typer.Typer(
     help="Activation patching, causal tracing and head ablation, on attention that reports what every head did.",
@@ -84,6 +85,7 @@ def fetch() -> None:
 
 
 register(app)
+app.add_typer(sweep, name="sweep")
 
 bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

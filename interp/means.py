@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +26,20 @@ KEYS: dict[str, Callable[[Ids, int], tuple[int, ...]]] = {
     "position_mean": lambda ids, i: (len(ids), i),
     "cama": lambda ids, i: (len(ids), i, ids[i]),
 }
+
+
+SHARED: ContextVar[dict[Any, Any] | None] = ContextVar("shared", default=None)  # means to be used again, by `means_of`
+
+
+def means_of(runner: Engine, reference: Sequence[Ids], sites: Sites, kind: str) -> Means:
+    """`Means`; inside a sweep, those worked out before for the same model, reference, sites and kind."""
+    kept = SHARED.get()
+    if kept is None or runner.planner is not None:
+        return Means(runner, reference, sites, kind)
+    key = id(runner.model), kind, tuple(reference), tuple(sites)
+    if key not in kept:
+        kept[key] = Means(runner, reference, sites, kind)
+    return kept[key]
 
 
 class Means:

@@ -16,7 +16,7 @@ from interp.effects import Effects
 from interp.engine import Cell, Cut, Engine, Write
 from interp.engine.core import EngineKind
 from interp.errors import InterpError
-from interp.means import Means, check_support, reference_ids
+from interp.means import Means, check_support, means_of, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
@@ -64,7 +64,7 @@ def peek(
     means = None
     if context == "mean":
         check_support("cama", prompts, known, sites)
-        means = Means(runner, known, sites, "cama")
+        means = means_of(runner, known, sites, "cama")
     rows = Rows(f"all for one, full peek of {full} layers", "noise", metric)
     with progress(rows.intervention, len(sites) * len(prompts), show_progress) as advance:
         for chunk in chunks(prompts, runner, [], runs_per_example=2):

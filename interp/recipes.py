@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ from interp.targets import Address
 
 RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
 
+# Set by `interp.sweep`, which cuts a recipe's examples into parts; both leave a recipe's numbers as they are.
+EXAMPLES: ContextVar[range | None] = ContextVar("examples", default=None)  # which to run, of a set seen as a whole
+KEEP_NAN: ContextVar[bool] = ContextVar("keep_nan", default=False)  # rows of NaN are marked later, in place of refused
+
 
 def provenance_of(items: Any) -> dict[str, Any]:
     """Task name and seed of a PairSet; nothing for a plain list."""
@@ -38,6 +43,11 @@ def resolve(sites: Sites, prompt: Encoded) -> Iterator[Site]:
         else:
             rows_of(site, prompt)
             yield site
+
+
+def chosen(n: int) -> range:
+    """The examples that are to be run, of ``n``: all, unless `EXAMPLES` says some."""
+    return range(n) if (some := EXAMPLES.get()) is None else some
 
 
 def check_metric(metric: Metric, prompts: Sequence[Encoded]) -> None:
@@ -55,8 +65,8 @@ def chunks(
 ) -> Iterator[range]:
     """Consecutive examples whose base runs fit in `RUN_BYTES` together, or in half of the engine's budget if less.
 
-    Cuts the engine's batches to what is left of the budget. Raises InterpError, before anything is run, if not one
-    cell fits beside the base runs of one example.
+    Only `chosen` ones. Cuts the engine's batches to what is left of the budget. Raises InterpError, before anything is
+    run, if not one cell fits beside the base runs of one example.
     """
     budget = runner.budget
     held = [runs_per_example * budget.run(len(p), components) for p in prompts]
@@ -65,13 +75,14 @@ def chunks(
     limit = RUN_BYTES if budget.limit is None else min(RUN_BYTES, budget.limit / 2)
     for size, own, prompt in zip(sizes, held, prompts, strict=True):
         budget.check(len(prompt), max(own, size - budget.cell(len(prompt))))
-    parts, start, used = [], 0, 0.0
-    for i, size in enumerate(sizes):
-        if i > start and used + size > limit:
+    here = chosen(len(prompts))
+    parts, start, used = [], here.start, 0.0
+    for i in here:
+        if i > start and used + sizes[i] > limit:
             parts.append(range(start, i))
             start, used = i, 0
-        used += size
-    for part in [*parts, range(start, len(prompts))]:
+        used += sizes[i]
+    for part in [*parts, range(start, here.stop)]:
         runner.allot(max(len(prompts[i]) for i in part), sum(held[i] for i in part))
         yield part
 
@@ -181,7 +192,7 @@ class Rows:
         frame = pd.DataFrame(self.columns).astype({c: t for c, t in COLUMNS.items() if c in self.columns})
         numbers = {c: torch.tensor(frame[c].to_numpy(dtype=float)) for c in ("clean", "corrupt", "patched")}
         broken = np.isnan(frame["patched"].to_numpy(dtype=float))
-        if broken.any():
+        if broken.any() and not KEEP_NAN.get():
             first = frame[broken].iloc[0]
             raise InterpError(
                 f"metric {self.metric.name!r} returned NaN for {int(broken.sum())} of {len(frame)} cells "

@@ -27,7 +27,17 @@ from interp.metrics import Metric, MetricFn, as_metric, prob
 from interp.model import Model
 from interp.progress import Advance, progress
 from interp.prompts import Encoded, Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, chunks, evaluate_or_keep, provenance_of, readout, resolve, score_runs
+from interp.recipes import (
+    Rows,
+    check_metric,
+    chosen,
+    chunks,
+    evaluate_or_keep,
+    provenance_of,
+    readout,
+    resolve,
+    score_runs,
+)
 from interp.sites import EACH, Site, Sites
 from interp.targets import window_layers
 
@@ -102,12 +112,12 @@ class _Sweep:
     ):  # fmt: skip
         self.runner, self.metric, self.prompts, self.component = runner, metric, prompts, component
         self.corruption, self.restore, self.samples = corruption, restore, corruption.samples
-        self.plan = [list(resolve(sites, p)) for p in prompts]
+        self.plan = {i: list(resolve(sites, prompts[i])) for i in chosen(len(prompts))}
 
     @property
     def size(self) -> int:
         """Number of cells."""
-        return self.samples * sum(map(len, self.plan))
+        return self.samples * sum(map(len, self.plan.values()))
 
     def run(self, chunk: range, rows: Rows, advance: Advance) -> None:
         """Adds the rows of some facts, each the mean over its corrupted runs."""

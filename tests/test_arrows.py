@@ -99,6 +99,10 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "sites",
         "targets",
     ),
+    "sweep": (
+        "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance", "recipes",
+        "sweep", "sweep_options", "tasks",
+    ),
     "plots": ("attention", "effects", "errors", "plots", "sites"),
     "results": ("attention", "effects", "errors"),
 }  # fmt: skip

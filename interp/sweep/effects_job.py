@@ -1,0 +1,303 @@
+"""The work of a sweep: one part in, one table out. What it gives depends on the config and the part alone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from interp.errors import InterpError, ModelError, SiteError
+from interp.sweep import prompt_sets
+from interp.sweep.config import Config, ModelSpec, Part, parse
+from interp.sweep.prompt_sets import PromptSet, as_task, file_name, make_set, takes
+from interp.sweep.recipe_fields import RECIPES
+from interp.sweep.table import failed_rows, table_of
+
+log = logging.getLogger("interp")
+
+
+class Shelf(Protocol):
+    """The run's small files, wherever the work is done."""
+
+    def get(self, name: str) -> bytes | None:
+        """Contents of a file of the run, or None."""
+        ...
+
+    def keep(self, name: str, content: bytes) -> bytes:
+        """Freeze contents under a name; returns what is frozen there, which may be somebody else's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A part's table, how many of its rows have no number, its provenance, and what is only worth noting."""
+
+    table: pa.Table
+    failed: int
+    about: dict[str, Any] = field(default_factory=dict)
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+class EffectsJob:
+    """Computes parts of a sweep. Holds one model at a time. ``models``: model objects in place of loading, by name."""
+
+    def __init__(self, document: dict[str, Any], shelf: Shelf, models: dict[str, Any] | None = None):
+        self.config: Config = parse(document)
+        self.shelf, self.given = shelf, models or {}
+        self.loaded: tuple[str, Any] | None = None
+        self.settled: tuple[str, str, int] | None = None
+        self.sets: dict[tuple[str, str, int], PromptSet] = {}
+        self.shared: dict[Any, Any] = {}  # means over whole sets
+
+    def compute(self, number: int) -> Computed:
+        """One part. ModelError if its model cannot be loaded; everything else that goes wrong is in the table."""
+        part = self.config.parts[number]
+        model = self.model(part.model)
+        prompts = self.prompts(part, model)
+        reasons = dict.fromkeys(part.examples, prompts.error) if prompts.error else dict(prompts.failed)
+        good = [i for i in part.examples if i not in reasons]
+        bad = {i: str(reasons[i]) for i in part.examples if i in reasons}
+        trial = _Trial(self, part, model, prompts)
+        frames = trial.measured(good)
+        bad |= trial.failed
+        if bad:
+            frames.append(failed_rows(sorted(bad), [bad[i] for i in sorted(bad)]))
+        labels = dict(zip(("model", "task", "recipe", "sites", "seed"), part.combination, strict=True))
+        tables = [table_of(frame, {**labels, "part": part.number}) for frame in frames]
+        table = pa.concat_tables(tables) if tables else table_of(pd.DataFrame(), {})
+        failed = table.num_rows - table["error"].null_count
+        about = {"provenance": {**trial.provenance, "behaviour": prompts.behaviour}, "error": prompts.error}
+        return Computed(table, failed, about, {"halved": trial.halved} if trial.halved else {})
+
+    def model(self, spec: ModelSpec) -> Any:
+        """The model, loaded once and kept until another is needed."""
+        if spec.name in self.given:
+            return self.given[spec.name]
+        if self.loaded is None or self.loaded[0] != spec.name:
+            import interp
+
+            self.loaded = self.settled = None
+            self.shared.clear()
+            gc.collect()
+            self.loaded = spec.name, interp.load(spec.load, **spec.options)
+        return self.loaded[1]
+
+    def prompts(self, part: Part, model: Any) -> PromptSet:
+        """The part's frozen prompts, made now if nobody has made them yet. ModelError for other weights than theirs."""
+        key = part.model.name, part.task.name, part.seed
+        if key not in self.sets:
+            name = frozen_name(part)
+            content = self.shelf.get(name)
+            if content is None:
+                own = None
+                if part.task.pairs is not None:
+                    own = self.shelf.get(f"inputs/{input_name(part.task)}")
+                    if own is None or prompt_sets.digest_of(own) != part.task.pairs_digest:
+                        raise InterpError(
+                            f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew"
+                        )
+                content = self.shelf.keep(name, make_set(model, part.task, part.seed, own).encoded())
+            found = PromptSet.decoded(content)
+            if found.weights != model.fingerprint():
+                raise ModelError(
+                    f"{part.model.name} ({part.model.load}) has other weights than when this run began: its numbers "
+                    "would not belong together. Make a new run"
+                )
+            self.sets[key] = found
+        if self.settled != key:
+            self.settled = key
+            self.settle(model, self.sets[key])
+        return self.sets[key]
+
+    def settle(self, model: Any, prompts: PromptSet) -> None:
+        """Bring what the engine remembers of a model to where it always is before a part of these prompts.
+
+        Which products compute a base run depends on what was recorded and checked before, and with it the last
+        bits; not so once the longest prompt has been recorded.
+        """
+        from interp.engine import Engine
+        from interp.prompts import encode_any
+
+        model.engine_checks.clear()
+        model.engine_frame = None
+        if prompts.error is None and prompts.usable:
+            encoded, _ = encode_any([prompts.prompts[i] for i in prompts.usable], model.coder)
+            with contextlib.suppress(InterpError):  # of what has no engine, recipes say so
+                Engine(model, self.config.engine, self.config.memory).record([max(encoded, key=len).clean])
+
+
+def frozen_name(part: Part) -> str:
+    """Under which the part's prompts are kept in the run."""
+    return f"prompts/{file_name(part.model.name, part.task.name, part.seed)}"
+
+
+def input_name(task: Any) -> str:
+    """Under which a task's own prompts are kept in the run's ``inputs``."""
+    from pathlib import Path
+
+    return f"{task.pairs_digest}{Path(str(task.pairs)).suffix.lower()}"
+
+
+class _Trial:
+    """One part's measurement: as a whole; with trouble, example by example."""
+
+    def __init__(self, job: EffectsJob, part: Part, model: Any, prompts: PromptSet):
+        self.job, self.part, self.model, self.prompts = job, part, model, prompts
+        self.recipe = RECIPES[part.recipe.recipe]
+        self.usable = prompts.usable
+        self.failed: dict[int, str] = {}
+        self.provenance: dict[str, Any] = {}
+        self.halved = 0
+
+    def measured(self, examples: Sequence[int]) -> list[pd.DataFrame]:
+        """Rows of the examples; out of memory, of their halves; with any other trouble, of each alone.
+
+        Alone and with the engine's checks done anew, so that what an example gives does not depend on which parts this
+        process happened to compute before.
+        """
+        if not examples:
+            return []
+        try:
+            frame = self.run(examples)
+        except SiteError as error:
+            self.failed |= dict.fromkeys(examples, _reason(error))
+            return []
+        except Exception as error:
+            return self._in_trouble(examples, error)
+        if _lacking(frame).any():
+            if len(examples) == 1:
+                return [_marked(frame, self.part.recipe.metric)]
+            return self._one_by_one(examples)
+        return [frame]
+
+    def _in_trouble(self, examples: Sequence[int], error: Exception) -> list[pd.DataFrame]:
+        if len(examples) == 1:
+            self.failed[examples[0]] = _reason(error)
+            return []
+        if not out_of_memory(error):
+            return self._one_by_one(examples)
+        self.halved += 1
+        half = len(examples) // 2
+        log.warning("%s: out of memory with %d examples; going on with half as many", self.part, len(examples))
+        del error
+        _free()
+        return [*self.measured(examples[:half]), *self.measured(examples[half:])]
+
+    def _one_by_one(self, examples: Sequence[int]) -> list[pd.DataFrame]:
+        frames = []
+        for i in examples:
+            self.job.settle(self.model, self.prompts)
+            frames += self.measured([i])
+        self.job.settle(self.model, self.prompts)
+        return frames
+
+    def run(self, examples: Sequence[int]) -> pd.DataFrame:
+        """The recipe on some examples, as a frame that counts them as the set does; NaN is let through."""
+        from interp.means import SHARED
+        from interp.recipes import EXAMPLES, KEEP_NAN
+
+        where = {i: n for n, i in enumerate(self.usable)}
+        first, last = where[examples[0]], where[examples[-1]]
+        whole = self.recipe.whole_set
+        kept = self.usable if whole else list(examples)
+        prompts = as_task([self.prompts.prompts[i] for i in kept], self.part.task, self.part.seed)
+        tokens = [
+            (KEEP_NAN, KEEP_NAN.set(True)),
+            (SHARED, SHARED.set(self.job.shared)),
+            (EXAMPLES, EXAMPLES.set(range(first, last + 1) if whole else None)),
+        ]
+        try:
+            recipe, args, options = call_of(self.job.config, self.part, self.model)
+            effects = recipe(self.model, prompts, *args, **options)
+        finally:
+            for variable, token in tokens:
+                variable.reset(token)
+        self.provenance = {k: v for k, v in effects.provenance.items() if k not in ("created", "prompts", "n_prompts")}
+        self.provenance |= {
+            "prompts": prompt_sets.digest_of(self.prompts.encoded())[:16],
+            "n_prompts": len(self.usable),
+        }
+        frame = effects.frame()
+        frame["example"] = np.asarray(kept)[frame["example"].to_numpy(dtype=int)]
+        return frame
+
+
+def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """The recipe's function, what follows model and prompts, and the options."""
+    import interp
+    from interp.sweep_options import groups_of, numbers, place, sites_of
+
+    spec, known = part.recipe, RECIPES[part.recipe.recipe]
+    recipe, options, args = getattr(interp, known.function), dict(spec.options), []
+    for key in ("layers", "heads"):
+        if key in options:
+            options[key] = numbers(options[key], key)
+    if part.sites is not None:
+        chosen = None if part.sites.sites is None else sites_of(model, part.sites.sites, part.sites.layers)
+        named = [f"{name}={sites}" for name, sites in (part.sites.groups or {}).items()]
+        args, options["groups"] = [chosen], groups_of(model, named)
+    elif spec.recipe == "trace":
+        args = [options.pop("component", "resid_post")]
+    elif spec.recipe == "path_patch":
+        into = options.pop("receivers", "logits")
+        args = [sites_of(model, options.pop("senders")), into if into == "logits" else sites_of(model, into)]
+    elif spec.recipe == "knock_out":
+        queries = options.pop("queries", -1)
+        args = [options.pop("keys", "subject"), None if queries == "all" else queries]
+    elif spec.recipe == "peek":
+        args = [options.pop("layers", None), options.pop("full", 2)]
+    elif spec.recipe == "leave_out":
+        args = [options.pop("spans", None)]
+    common = {
+        "metric": spec.metric,
+        "engine": config.engine,
+        "memory": config.memory,
+        "show_progress": False,
+        "seed": part.seed,
+    }
+    options |= {k: v for k, v in common.items() if v is not None and takes(recipe, k)}
+    if isinstance(options.get("positions"), str):
+        options["positions"] = place(options["positions"])
+    return recipe, args, options
+
+
+def _lacking(frame: pd.DataFrame) -> np.ndarray:
+    return frame["patched"].isna().to_numpy() | frame["clean"].isna().to_numpy()
+
+
+def _marked(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Rows without a number get their reason."""
+    of = np.where(frame["clean"].isna(), "the clean run", "the changed run")
+    reasons = [
+        f"the metric {metric} of {which} is NaN" if bad else None
+        for which, bad in zip(of, _lacking(frame), strict=True)
+    ]
+    return frame.assign(error=reasons)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of any kind."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    )
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""A run's table as one file: CSV, Parquet, an HTML report; and the parts of other copies of a run, brought together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+
+from interp.effects import COLUMNS, Effects
+from interp.errors import InterpError
+from interp.sweep.files import publish_file, sync_folder, temporary_name, write_file, writing
+from interp.sweep.store import SCHEMA_VERSION, Receipt, Store
+from interp.sweep.table import LABELS, SCHEMA, as_frame
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".html": "html"}
+MOST_ON_A_PAGE = 2_000_000  # cells
+
+
+def tables(store: Store) -> Iterator[pa.Table]:
+    """Every part's table in order, compared with its checksum. InterpError for a damaged one."""
+    inventory = store.inventory()
+    if inventory.damaged:
+        part, why = next(iter(inventory.damaged.items()))
+        raise InterpError(f"{store.path(part)} is damaged ({why}): resume the run to compute it anew")
+    for part in sorted(inventory.present):
+        yield store.table(part)
+
+
+def export(store: Store, target: Path, format: str | None = None) -> Path:
+    """Write the whole table to one file, by its ending: .parquet, .csv or .html. Whole or not at all."""
+    kind = format or FORMATS.get(target.suffix.lower())
+    if kind is None or kind not in FORMATS.values():
+        raise InterpError(f"{target}: a name that ends with .parquet, .csv or .html expected, or --format")
+    if kind == "html":
+        return _page(store, target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(target)
+        try:
+            rows = _write(store, temporary, kind)
+            if not rows:
+                raise InterpError(f"{store.root} has no finished part yet")
+            temporary.replace(target)
+            sync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return target
+
+
+def _write(store: Store, path: Path, kind: str) -> int:
+    """Part by part: what is in memory is one part."""
+    writer: Any = None
+    rows = 0
+    for table in tables(store):
+        if writer is None:
+            if kind == "csv":
+                writer = pc.CSVWriter(path, table.schema)
+            else:
+                writer = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
+                about = {"kind": f"{store.kind} table", "schema": SCHEMA_VERSION, "config": store.document}
+                writer.add_key_value_metadata({"interp": json.dumps(about)})
+        writer.write_table(table)
+        rows += table.num_rows
+    if writer is not None:
+        writer.close()
+    return rows
+
+
+def effects_by_combination(store: Store) -> dict[str, Effects]:
+    """The finished cells as Effects, one for each model × task × recipe × sites, over all seeds.
+
+    Examples of further seeds are counted on from those of the first, so that no two are taken for one.
+    """
+    found: dict[str, list[tuple[pa.Table, dict[str, Any]]]] = {}
+    for part in sorted(store.inventory().present):
+        table = store.table(part)
+        labels = [str(table[name][0]) for name in ("model", "task", "recipe", "sites")] if table.num_rows else []
+        found.setdefault(" · ".join(x for x in labels if x), []).append((table, store.about(part)))
+    sizes = {t["name"]: t["n"] for t in store.document.get("tasks", ())}
+    seeds = {seed: i for i, seed in enumerate(store.document.get("seeds", [0]))}
+    out = {}
+    for title, parts in found.items():
+        whole = pa.concat_tables([t for t, _ in parts])
+        frame: Any = as_frame(whole.filter(whole["error"].is_null()))
+        if frame.empty:
+            continue
+        offset = frame["seed"].map(seeds).to_numpy() * frame["task"].map(sizes).to_numpy()
+        frame["example"] = frame["example"].to_numpy() + offset
+        provenance = dict(parts[0][1].get("provenance", {}))
+        provenance |= {"sweep": store.header["digest"], "seeds": list(seeds), "failed": whole.num_rows - len(frame)}
+        out[title] = Effects(frame.drop(columns=[*LABELS, "error"])[[c for c in COLUMNS if c in frame]], provenance)
+    return out
+
+
+def _page(store: Store, target: Path) -> Path:
+    from interp.plots.report import report
+
+    inventory = store.inventory()
+    if inventory.rows > MOST_ON_A_PAGE:
+        raise InterpError(
+            f"{inventory.rows:,} cells are too many for one page (at most {MOST_ON_A_PAGE:,}): export .parquet"
+        )
+    found = effects_by_combination(store)
+    if not found:
+        raise InterpError(f"{store.root} has no finished cell yet")
+    return report(found, title=str(store.document.get("name", store.root.name))).write(target)
+
+
+def merge(store: Store, others: list[Store]) -> dict[str, int]:
+    """Take over the parts that other run directories of the same config have and this one lacks, each checked.
+
+    Returns how many parts were ``taken``, were ``there`` already, and are ``missing`` still.
+    """
+    for other in others:
+        if other.header["digest"] != store.header["digest"]:
+            from interp.sweep.config import differences
+
+            changed = "\n".join(differences(store.document, other.document))
+            raise InterpError(f"{other.root} is a run of another config than {store.root}; they differ in\n{changed}")
+    counts = {"taken": 0, "there": 0}
+    for other in others:
+        receipts: dict[int, Receipt] = other.inventory().present
+        for part in sorted(receipts):
+            if store.has(part):
+                counts["there"] += 1
+                continue
+            content = other.content(part)
+            for prompts in (other.root / "prompts").glob("*.json"):
+                publish_file(store.root / "prompts" / prompts.name, prompts.read_bytes())
+            for receipt in (other.root / "receipts").glob(f"{part:06d}-*.json"):
+                write_file(store.root / "receipts" / receipt.name, receipt.read_bytes())
+            counts["taken" if publish_file(store.path(part), content) else "there"] += 1
+    counts["missing"] = store.n_parts - len(store.inventory().present)
+    return counts
+
+
+__all__ = ["SCHEMA", "effects_by_combination", "export", "merge", "tables"]

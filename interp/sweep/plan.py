@@ -1,0 +1,161 @@
+"""What a sweep will cost, before anything runs: cells, FLOPs, time, disk and memory, by combination."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp.errors import InterpError
+from interp.sweep.config import Config, Part
+from interp.sweep.display import duration
+from interp.sweep.effects_job import EffectsJob, call_of, input_name
+from interp.sweep.files import inside
+from interp.sweep.prompt_sets import as_task
+
+ROW_BYTES = 16.0  # of a packed row in a large part
+PART_BYTES = 11_000.0  # of a part beside its rows: columns' headers, provenance, receipt
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One model × task × recipe × sites, over all seeds and examples."""
+
+    model: str
+    task: str
+    recipe: str
+    sites: str
+    parts: int
+    cells: int
+    flops: float
+    seconds: float
+    memory: float
+    trouble: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep before it runs. ``seconds``: of one worker of one thread; ``weights``: bytes of the largest model."""
+
+    name: str
+    rows: list[Planned]
+    weights: float
+    workers: int
+
+    @property
+    def cells(self) -> int:
+        """All cells."""
+        return sum(r.cells for r in self.rows)
+
+    @property
+    def seconds(self) -> float:
+        """Of one worker."""
+        return sum(r.seconds for r in self.rows)
+
+    @property
+    def disk(self) -> float:
+        """Bytes of the run directory, about."""
+        return self.cells * ROW_BYTES + sum(r.parts for r in self.rows) * PART_BYTES
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one worker: weights, base runs and batches, about."""
+        return self.weights + max((r.memory for r in self.rows), default=0)
+
+    def __str__(self) -> str:
+        head = ("model", "task", "recipe", "sites", "parts", "cells", "FLOP", "time, 1 worker", "memory beside weights")
+        table: list[tuple[str, ...]] = [head]
+        for r in self.rows:
+            numbers = (f"{r.parts:,}", f"{r.cells:,}", _unit(r.flops), duration(r.seconds), f"{_unit(r.memory)}B")
+            table.append((r.model, r.task, r.recipe, r.sites or "–", *numbers))
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        for r in self.rows:
+            if r.trouble:
+                lines.append(f"{r.model} × {r.task} × {r.recipe}: these parts will be marked as failed: {r.trouble}")
+        lines.append(
+            f"{self.name}: {self.cells:,} cells in {sum(r.parts for r in self.rows):,} parts; about "
+            f"{duration(self.seconds)} with one worker, {duration(self.seconds / self.workers)} with {self.workers}; "
+            f"disk about {_unit(self.disk)}B; memory about {_unit(self.memory)}B a worker"
+        )
+        return "\n".join(lines)
+
+
+class _Memory:
+    """The run's small files before there is a run: inputs from where the config is, prompts kept here."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.kept: dict[str, bytes] = {}
+        self.folder = folder
+        for task in config.tasks:
+            if task.pairs is not None:
+                self.kept[f"inputs/{input_name(task)}"] = config.file_of(task).read_bytes()
+
+    def get(self, name: str) -> bytes | None:
+        inside(self.folder, name)
+        return self.kept.get(name)
+
+    def keep(self, name: str, content: bytes) -> bytes:
+        return self.kept.setdefault(name, content)
+
+
+def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None) -> SweepPlan:
+    """Loads each model once, makes the prompts, runs the base runs of one part of every combination, and no cell."""
+    import torch
+
+    rows, weights = [], 0.0
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            job = EffectsJob(config.document, _Memory(config, Path(folder)), models)
+            grouped: dict[tuple[str, ...], list[Part]] = {}
+            for part in config.parts:
+                grouped.setdefault(part.combination[:4], []).append(part)
+            for parts in grouped.values():
+                rows.append(_planned(job, config, parts))
+                model = job.model(parts[0].model)
+                tensors = {id(t): t for t in [*model.bridge.parameters(), *model.bridge.buffers()]}
+                weights = max(weights, sum(t.numel() * t.element_size() for t in tensors.values()))
+                gc.collect()
+    finally:
+        torch.set_num_threads(before)
+    return SweepPlan(config.name, rows, weights, workers)
+
+
+def _planned(job: EffectsJob, config: Config, parts: list[Part]) -> Planned:
+    first, names = parts[0], parts[0].combination[:4]
+    examples = sum(len(p.examples) for p in parts)
+    model = job.model(first.model)
+    prompts = job.prompts(first, model)
+    usable = [i for i in prompts.usable if i in first.examples]
+    if prompts.error is not None or not usable:
+        why = prompts.error or next(iter(prompts.failed.values()))
+        return Planned(*names, len(parts), examples, 0.0, 0.0, 0.0, why)
+    listed = as_task([prompts.prompts[i] for i in usable], first.task, first.seed)
+    recipe, args, options = call_of(config, first, model)
+    share = examples / len(usable)
+    from interp.engine import explain
+
+    try:
+        found = explain(recipe, model, listed, *args, **options)
+    except InterpError as error:
+        raise InterpError(f"{first}: {error}") from None
+    times = 2 if first.recipe.recipe == "mediate" else 1  # of four rows, two are patched; the plan holds both sweeps
+    cells = found.n_cells // (options.get("samples", 10) if _noisy(first) else 1) * times
+    memory = found.runs_bytes + found.batch_bytes
+    return Planned(*names, len(parts), round(cells * share), found.flops * share, found.seconds * share, memory)
+
+
+def _noisy(part: Part) -> bool:
+    return part.recipe.recipe == "trace" and part.task.facts
+
+
+def _unit(x: float) -> str:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if x < 1000:
+            return f"{x:.3g} {prefix}"
+        x /= 1000
+    return f"{x:.3g} E"

@@ -1,0 +1,84 @@
+"""The columns of a run's Parquet parts, and how they are packed.
+
+``clean``, ``corrupt`` and ``patched`` are kept to the last bit. ``effect`` and ``raw`` follow from them and from
+``mode``: in the files they are rounded to float32, for queries; `as_frame` works them out anew. ``error`` says why a
+cell has no number; it is null for all others.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = pa.schema([
+    ("model", pa.string()), ("task", pa.string()), ("recipe", pa.string()), ("sites", pa.string()),
+    ("seed", pa.int32()), ("part", pa.int32()), ("example", pa.int32()), ("component", pa.string()),
+    ("layer", pa.int32()), ("head", pa.int32()), ("position", pa.int32()), ("sender", pa.string()),
+    ("token", pa.string()), ("role", pa.string()), ("intervention", pa.string()), ("mode", pa.string()),
+    ("metric", pa.string()), ("clean", pa.float64()), ("corrupt", pa.float64()), ("patched", pa.float64()),
+    ("effect", pa.float32()), ("raw", pa.float32()), ("error", pa.string()),
+])  # fmt: skip
+LABELS = ("model", "task", "recipe", "sites", "seed", "part")
+NUMBERS = ("clean", "corrupt", "patched", "effect", "raw")
+REPEATED = ("clean", "corrupt")  # the same for all cells of an example
+DERIVED = ("effect", "raw")
+
+
+def encoded(table: pa.Table, kind: str, schema_version: int, about: dict[str, Any]) -> bytes:
+    """A table as the bytes of one Parquet file; ``about`` goes into its metadata. Same table, same bytes."""
+    header = {"interp": json.dumps({"kind": kind, "schema": schema_version, **about}, sort_keys=True)}
+    floats = [f.name for f in table.schema if pa.types.is_floating(f.type) and f.name not in REPEATED]
+    others = [f.name for f in table.schema if f.name not in floats and not pa.types.is_binary(f.type)]
+    sink = pa.BufferOutputStream()
+    packing: dict[str, Any] = {
+        "compression": "zstd", "compression_level": 3, "use_dictionary": others, "use_byte_stream_split": floats,
+        "store_schema": False, "write_page_checksum": True,
+    }  # fmt: skip
+    with pq.ParquetWriter(sink, table.schema, **packing) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(header)
+    return sink.getvalue().to_pybytes()
+
+
+def table_of(frame: pd.DataFrame, labels: dict[str, Any]) -> pa.Table:
+    """Rows in the columns of `SCHEMA`; what is missing is null."""
+    n = len(frame)
+    columns = []
+    for column in SCHEMA:
+        if column.name in labels:
+            columns.append(pa.repeat(pa.scalar(labels[column.name], column.type), n))
+        elif column.name in frame:
+            columns.append(pa.Array.from_pandas(frame[column.name], type=column.type, safe=False))
+        else:
+            columns.append(pa.nulls(n, column.type))
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def failed_rows(examples: list[int], reasons: list[str]) -> pd.DataFrame:
+    """One row for each example that has no numbers at all, saying why."""
+    import pandas as pd
+
+    return pd.DataFrame({"example": examples, "error": reasons})
+
+
+def as_frame(table: pa.Table) -> pd.DataFrame:
+    """A table as pandas, ``effect`` and ``raw`` in float64, worked out from the exact columns."""
+    import numpy as np
+
+    frame = table.to_pandas()
+    if not set(DERIVED) <= set(frame.columns) or not {"clean", "corrupt", "patched", "mode"} <= set(frame.columns):
+        return frame
+    clean, corrupt, patched = (frame[c].to_numpy(dtype=float) for c in ("clean", "corrupt", "patched"))
+    denoise = (frame["mode"] == "denoise").to_numpy(dtype=bool)
+    start, end = np.where(denoise, corrupt, clean), np.where(denoise, clean, corrupt)
+    gap = end - start
+    with np.errstate(divide="ignore", invalid="ignore"):
+        frame["effect"] = np.where(gap == 0, np.nan, (patched - start) / gap)
+    frame["raw"] = patched - start
+    return frame

@@ -1,0 +1,47 @@
+"""The sweep.toml that `interp sweep init` writes: every key, explained."""
+
+TEMPLATE = """\
+# A sweep: models × tasks × recipes × sites × seeds.
+#   interp sweep plan sweep.toml     what it costs, before anything runs
+#   interp sweep run sweep.toml      run it; whatever stops it, the same command goes on where it was
+version = 1
+name = "ioi-heads"            # of the run, and of its folder: runs/ioi-heads
+seeds = [0]                   # prompts, donors and noise follow from these
+examples_per_part = 8         # examples computed and stored together: what is lost, at most, when something dies
+# engine = "auto"             # auto, fast, or naive (one full forward per cell: the oracle)
+# memory = "4GiB"             # what a worker may take beside the model's weights
+
+[[models]]
+load = "smollm2"              # embedded; or a hub id, a local folder, a .gguf file
+# name = "smollm2"            # how results call it
+# dtype = "float32"           # float32, float64, bfloat16, float16
+# device = "cuda:0"           # or device_map = "auto" for a model larger than one GPU
+
+[[tasks]]
+task = "ioi"                  # a task of interp.tasks
+n = 32                        # prompts
+# require = 0.8               # accuracy below which a model's parts are marked as failed, in place of being measured
+# options = { corruption = "abc" }
+
+# [[tasks]]
+# pairs = "mine.csv"          # or prompts of your own: .csv or .jsonl with clean, corrupt, answer, foil
+
+[[recipes]]
+recipe = "patch"              # patch, mediate, ablate, trace, path_patch, knock_out, peek, leave_out
+mode = "denoise"              # each recipe has the options that its function has
+metric = "logit_diff"
+
+[[recipes]]
+recipe = "ablate"
+using = "mean"
+# tasks = ["ioi"]             # a recipe runs on all tasks and sites, unless it names some
+
+[[sites]]
+name = "heads"
+sites = "z"                   # z: every head; resid_pre: layer × position; mlp_out@-1; z.L9H6,z.L10H0
+# layers = "0-5,9"
+
+# [[sites]]
+# name = "movers"
+# groups = { movers = "z.L9H6,z.L10H0" }   # changed together
+"""

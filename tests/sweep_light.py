@@ -1,0 +1,76 @@
+"""A run whose parts take milliseconds, to be killed in: its own worker, and its own driver.
+
+python tests/sweep_light.py drive RUN '{"workers": 2}'     a driver (exit code as of `interp sweep run`)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from interp.sweep import work
+from interp.sweep.store import Store
+
+work.JOBS["light"] = "sweep_light:LightJob"
+sys.path.insert(0, str(Path(__file__).parent))
+COMMAND = (sys.executable, __file__)
+
+
+class LightJob:
+    """Numbers that follow from the part's number."""
+
+    def __init__(self, document: dict[str, Any], shelf: Any):
+        self.document = document
+
+    def compute(self, part: int) -> Any:
+        time.sleep(self.document["seconds"])
+        rng = np.random.default_rng(part)
+        rows = self.document["rows"]
+        table = pa.table({"part": np.full(rows, part), "x": rng.normal(size=rows)})
+        return SimpleNamespace(table=table, failed=0, about={}, note={})
+
+
+def make(root: Path, parts: int = 40, rows: int = 50, seconds: float = 0.01) -> Store:
+    return Store.create(
+        root, "light", {"name": "light", "rows": rows, "seconds": seconds, "parts": parts}, parts, {}, ""
+    )
+
+
+def contents(store: Store) -> dict[str, bytes]:
+    """What decides: every part's bytes."""
+    return {p.name: p.read_bytes() for p in sorted((store.root / "parts").iterdir())}
+
+
+def main() -> int:
+    if sys.argv[1] == "drive":
+        from interp.errors import InterpError
+        from interp.sweep.drive import Options, drive
+
+        options = json.loads(sys.argv[3])
+        limit = options.pop("largest_file", None)
+        if limit is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            chosen = {"show": "json", "executor": "local", "extra": {"command": COMMAND}, **options}
+            return drive(Store.open(sys.argv[2]), Options(**chosen)).code
+        except InterpError as error:
+            print(error, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+    from interp.sweep.worker import main as worker
+
+    return worker(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
