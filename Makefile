@@ -26,6 +26,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	cd interp/plots/page && ../../../$(BIN)/deno lint -q --config deno.json . && ../../../$(BIN)/deno check -q --config deno.json *.js
 
 docs: $(STAMP)  ## the documentation in site/; a broken link or name is an error
 	$(BIN)/zensical build --clean --strict

@@ -22,6 +22,7 @@ from interp.head_statistics import prompt_stats, tower_stats
 from interp.inputs import mask_positions, refuse_nan_weights, refuse_wrong_inputs
 from interp.instrument import Instrument, install, stacks
 from interp.loading import boot, collector_paused
+from interp.patterns import AttentionPatterns
 from interp.pictures import Pictures, layout_of, output_of
 from interp.prompts import Coder, Prompt, PromptPair
 from interp.provenance import versions
@@ -353,6 +354,27 @@ class Model:
         if self.stacks or target is not None or stack is not None:
             return stack_stats(self, prompts, target, stack, headstats.StatSpec() if spec is None else spec)
         return prompt_stats(self, prompts if pixel_values is None else pixel_values, spec)
+
+    def attention_patterns(
+        self,
+        prompts: str | Prompt | PromptPair | Iterable[str | Prompt | PromptPair],
+        heads: Iterable[Any] | None = None,
+        exact: Iterable[Any] = (),
+        *,
+        resolution: int = 256,
+        topk: int = 8,
+        rows: int = 8,
+    ) -> AttentionPatterns:
+        """What heads read on one prompt or a few, to look at: see `AttentionPatterns`. No n×n pattern is built.
+
+        ``heads``: whose maps to keep, as (layer, head), ``"L9H6"`` or sites (default: all). ``exact``: those that, of a
+        prompt longer than ``resolution`` tokens, also keep every query's ``topk`` largest weights and ``rows`` whole
+        rows. Of a pair both prompts are run. Segments are the prompt's named spans, else its sentences, else runs of
+        equal length. Raises PromptError or SiteError before any forward.
+        """
+        from interp.pattern_collection import prompt_patterns
+
+        return prompt_patterns(self, prompts, heads, exact, resolution, topk, rows)
 
     def provenance(self) -> dict[str, Any]:
         """What a result needs to be reproduced: model, weights, dtype, device, backend, package versions."""

@@ -7,23 +7,31 @@ from pathlib import Path
 from interp.attention import AttentionStats
 from interp.effects import Effects
 from interp.errors import InterpError
+from interp.patterns import AttentionPatterns
+
+Result = Effects | AttentionStats | AttentionPatterns
 
 
-def read_results(path: Path) -> dict[str, Effects | AttentionStats]:
-    """Every results file of a folder (or one file) by its name: effects in the order made, then statistics.
+def read_results(path: Path) -> dict[str, Result]:
+    """Every results file of a folder (or one file) by its name: effects in the order made, then attention.
 
     Raises InterpError if there is none.
     """
     if not path.exists():
         raise InterpError(f"{path} does not exist: give the folder that a run wrote to")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    found: dict[str, Effects | AttentionStats] = {}
-    for file in files:
-        try:
-            found[file.stem] = Effects.read(file)
-        except InterpError:
-            found[file.stem] = AttentionStats.read(file)
+    found: dict[str, Result] = {file.stem: _read(file) for file in files}
     if not found:
         raise InterpError(f"{path} holds no .parquet results")
     made = {name: str(result.provenance.get("created", "")) for name, result in found.items()}
-    return dict(sorted(found.items(), key=lambda item: (isinstance(item[1], AttentionStats), made[item[0]])))
+    return dict(sorted(found.items(), key=lambda item: (not isinstance(item[1], Effects), made[item[0]])))
+
+
+def _read(file: Path) -> Result:
+    """One file by the kind that its header names. InterpError, about statistics, for anything else."""
+    for kind in (Effects, AttentionPatterns):
+        try:
+            return kind.read(file)
+        except InterpError:
+            continue
+    return AttentionStats.read(file)

@@ -35,6 +35,9 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "made_up": (),
     "pictures": ("errors", "given", "prompts", "spans"),
     "verification": ("errors", "instrument", "made_up", "pictures", "seq2seq"),
+    "pattern_collection": (
+        "dense", "errors", "head_statistics", "instrument", "patterns", "prompts", "provenance", "sites", "spans",
+    ),
     "head_statistics": (
         "attention", "batching", "errors", "given", "inputs", "pictures", "prompts", "provenance",
     ),
@@ -51,6 +54,8 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "inputs",
         "instrument",
         "loading",
+        "pattern_collection",
+        "patterns",
         "pictures",
         "prompts",
         "provenance",
@@ -103,8 +108,9 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance", "recipes",
         "sweep", "sweep_options", "tasks",
     ),
-    "plots": ("attention", "effects", "errors", "plots", "sites"),
-    "results": ("attention", "effects", "errors"),
+    "patterns": ("effects", "errors"),
+    "plots": ("attention", "circuits", "effects", "errors", "patterns", "plots", "sites"),
+    "results": ("attention", "effects", "errors", "patterns"),
 }  # fmt: skip
 RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission", "peeking")
 

@@ -19,7 +19,8 @@ from interp.plots.labels import visible
 from interp.plots.panels import INTERVALS, VALUES, Axis, Panel, Variant, split
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
-AXIS_TITLES = {"layer": "layer", "head": "head", "position": "token", "role": "part of the prompt", "all": ""}
+AXIS_TITLES = {"layer": "layer", "head": "head", "position": "token", "role": "part of the prompt", "all": "",
+               "sender": "sender", "receiver": "receiver"}  # fmt: skip
 
 
 def heatmap(
@@ -121,6 +122,8 @@ def bars(
 
 def site_label(panel: Panel, row: int, column: int) -> str:
     """``L9H6``, ``L3 @7 ·Mary``: how a cell is called in lists and on hover."""
+    if panel.rows.kind == "sender":
+        return f"{panel.rows.labels[row]} → {panel.columns.labels[column]}"
     layer = "" if panel.rows.values[row] is None else f"L{panel.rows.values[row]}"
     if panel.columns.kind == "head":
         return f"{layer}H{panel.columns.values[column]}"

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.effects import Effects
+from interp.effects import SITE_COLUMNS, Effects
 from interp.errors import InterpError
 from interp.plots.labels import visible
+from interp.sites import Site
 
 VALUES = {
     "effect": "recovery, mean over examples",
@@ -174,25 +175,88 @@ class Panel:
         return Panel(self.component, self.rows, columns, self.slices, [v for v in variants if len(v.effects)])
 
 
+@dataclass(frozen=True)
+class EdgePanel(Panel):
+    """Effects of edges (path patching): senders down and receivers across, or, of the heads that send to one and the
+    same receiver, layer × head of the sender."""
+
+    receiver: str = ""  # the one receiver of a layer × head map
+
+    @property
+    def words(self) -> str:
+        """What is drawn, in words."""
+        return f"paths from each head into {self.receiver}" if self.receiver else "paths from senders to receivers"
+
+    def cells(self, variant: Variant) -> dict[str, np.ndarray]:
+        """As `Panel.cells`, of the summary by edge."""
+        summary: Any = variant.effects.summary(by=["sender", *SITE_COLUMNS])
+        rows, columns = edge_ends(summary, bool(self.receiver))
+        where = _index(self.rows.values, rows), _index(self.columns.values, columns)
+        out = {}
+        for name in CELL_COLUMNS:
+            grid = np.full((1, len(self.rows.values), len(self.columns.values)), 0.0 if name == "n" else np.nan)
+            grid[0][where] = summary[name].to_numpy(dtype=float)
+            out[name] = grid
+        return out
+
+    def at_example(self, example: int) -> Panel:
+        """The same panel for one example."""
+        variants = [replace(v, effects=v.effects.where(example=example)) for v in self.variants]
+        kept = [v for v in variants if len(v.effects)]
+        if not kept:
+            raise InterpError(f"there is no example {example}")
+        return replace(self, variants=kept)
+
+
+def edge_ends(f: Any, one_receiver: bool) -> tuple[pd.Series, pd.Series]:
+    """Row and column of each edge: sender and receiver, or layer and head of the sender."""
+    if one_receiver:
+        sites = [Site.parse(s) for s in f["sender"]]
+        return pd.Series([s.layer for s in sites]), pd.Series([s.head for s in sites])
+    none = [None if pd.isna(x) else x for x in f["head"]], [None if pd.isna(x) else x for x in f["position"]]
+    layers = [None if pd.isna(x) else int(x) for x in f["layer"]]
+    ends = [str(Site(c, layer, h, p)) for c, layer, h, p in zip(f["component"], layers, *none, strict=True)]
+    return f["sender"].reset_index(drop=True), pd.Series(ends)
+
+
+def edge_panels(f: Any, effects: Effects) -> list[EdgePanel]:
+    """One panel for all edges, in the order of computation at both ends."""
+    _, receivers = edge_ends(f, False)
+    senders = [Site.parse(s) for s in f["sender"].unique()]
+    one = receivers.nunique() == 1 and all(s.component == "z" and s.position is None for s in senders)
+    rows, columns = edge_ends(f, bool(one))
+    if one:
+        axes = [Axis(k, v := sorted(x.unique()), [str(i) for i in v]) for k, x in (("layer", rows), ("head", columns))]
+    else:
+        axes = [
+            Axis(kind, v := sorted(x.unique(), key=_depth), [visible(s, 28) for s in v])
+            for kind, x in (("sender", rows), ("receiver", columns))
+        ]
+    return [EdgePanel("edges", axes[0], axes[1], None, _variants(f, effects), str(receivers.iloc[0]) if one else "")]
+
+
+def _depth(text: str) -> tuple[int, int, int, str]:
+    site = Site.parse(text)
+    late = {"q": 0, "k": 1, "v": 2, "z": 3, "attn_out": 4, "mlp_out": 5, "resid_post": 6}
+    return -1 if site.layer is None else site.layer, late.get(site.component, 0), site.head or 0, text
+
+
 def split(effects: Effects, by: str | None = None) -> list[Panel]:
     """Group a table into panels, in order of appearance.
 
     Sites with heads and no position become layer × head; sites with positions layer × position. Averaged
     over prompts of different wording, a position means nothing: such panels have the named spans (``role``)
-    across instead. ``by`` ("position" or "role") forces the choice.
+    across instead. Effects of edges become an `EdgePanel`. ``by`` ("position" or "role") forces the choice.
     """
     if by not in (None, "position", "role"):
         raise InterpError(f"by must be 'position' or 'role', got {by!r}")
     f: Any = effects.frame()
     if f.empty:
         raise InterpError("there are no effects to draw: the table is empty")
-    if f["sender"].nunique() > 1:
-        raise InterpError(
-            "these are effects of edges, and a grid of receivers would average over their senders: draw one sender, "
-            f"e.g. effects.where(sender={f['sender'].dropna().iloc[0]!r})"
-        )
     f["role"] = f["role"].fillna("")
-    panels = []
+    edges = f["sender"].notna()
+    panels: list[Panel] = [*edge_panels(f[edges], effects)] if edges.any() else []
+    f = f[~edges]
     for (component, kind, sliced), part in f.groupby(
         ["component", *_geometry(f)], sort=False, dropna=False, observed=True
     ):

@@ -16,11 +16,21 @@ import pandas as pd
 from interp.attention import KEY_STATISTICS, AttentionStats
 from interp.effects import ADDED, COLUMNS, Effects
 from interp.errors import InterpError
+from interp.patterns import AttentionPatterns
+from interp.plots.circuit_payload import (
+    CircuitLike,
+    CurveLike,
+    decode_circuit,
+    decode_curve,
+    encode_circuit,
+    encode_curve,
+)  # fmt: skip
 from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
 from interp.plots.labels import visible
-from interp.plots.panels import Axis, Panel, Variant, split
+from interp.plots.panels import Axis, EdgePanel, Panel, Variant, split
+from interp.plots.pattern_payload import decode_patterns, encode_patterns
 
-Result = Effects | AttentionStats | str
+Result = Effects | AttentionStats | AttentionPatterns | CircuitLike | CurveLike | str
 
 
 def clean_json(value: Any) -> Any:
@@ -106,6 +116,7 @@ def _encode_panel(panel: Panel) -> dict[str, Any]:
         "rows": _encode_axis(panel.rows),
         "columns": _encode_axis(panel.columns),
         "slices": None if panel.slices is None else _encode_axis(panel.slices),
+        "edge": {"receiver": panel.receiver} if isinstance(panel, EdgePanel) else None,
         "variants": [_encode_variant(panel, v) for v in panel.variants],
     }
 
@@ -177,13 +188,14 @@ def _encode_statistic(stats: AttentionStats, name: str) -> dict[str, Any]:
     }
 
 
-def encode_example(stats: AttentionStats, i: int) -> dict[str, Any]:
-    """One prompt's tokens and its statistics of every head at every token."""
-    tokens = stats.tokens[i]
+def encode_example(stats: AttentionStats, i: int, every: int = 1) -> dict[str, Any]:
+    """One prompt's tokens and its statistics of every head at every token, or at every ``every``-th."""
+    tokens = stats.tokens[i][::every]
     return {
         "tokens": tokens,
         "labels": [visible(t, 18) for t in tokens],
-        "values": {name: pack(stats.values[name][i]) for name in stats.names},
+        "every": every,
+        "values": {name: pack(stats.values[name][i][..., ::every]) for name in stats.names},
     }
 
 
@@ -195,6 +207,9 @@ def decode_attention(data: dict[str, Any]) -> AttentionStats:
     provenance = data["provenance"]
     if len(examples) < data["n"]:
         provenance = {**provenance, "report_examples": f"first {len(examples)} of {data['n']}"}
+    every = max((e.get("every", 1) for e in examples), default=1)
+    if every > 1:
+        provenance = {**provenance, "report_tokens": f"every {every}th"}
     backends = {int(k): v for k, v in data["backends"].items()}
     return AttentionStats([list(e["tokens"]) for e in examples], values, backends, provenance)
 
@@ -210,9 +225,27 @@ def dump(payload: dict[str, Any]) -> str:
     return text  # ensure_ascii has already escaped U+2028 and U+2029
 
 
+def encode(result: Result) -> dict[str, Any]:
+    """One result as JSON, without its examples (`interp.plots.budget` adds those that there is room for)."""
+    if isinstance(result, Effects):
+        return encode_effects(result)
+    if isinstance(result, AttentionStats):
+        return encode_attention(result)
+    if isinstance(result, AttentionPatterns):
+        return encode_patterns(result, clean_json(result.provenance))
+    if isinstance(result, str):
+        return {"kind": "prose", "text": result}
+    if isinstance(result, CircuitLike):
+        return encode_circuit(result, clean_json(result.provenance))
+    return encode_curve(result, clean_json(result.recipe))
+
+
 def decode(data: dict[str, Any]) -> Result:
     """One result from its JSON."""
-    kinds = {"effects": decode_effects, "attention": decode_attention, "prose": lambda d: str(d["text"])}
+    kinds = {
+        "effects": decode_effects, "attention": decode_attention, "patterns": decode_patterns,
+        "circuit": decode_circuit, "curve": decode_curve, "prose": lambda d: str(d["text"]),
+    }  # fmt: skip
     if data.get("kind") not in kinds:
         raise InterpError(f"this report holds a result of an unknown kind {data.get('kind')!r}; upgrade interp")
     try:

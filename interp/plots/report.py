@@ -6,16 +6,14 @@ everything else. Its parts live in ``page/``; `payload` says what is embedded.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,24 @@ import numpy as np
 from interp.attention import AttentionStats
 from interp.effects import Effects
 from interp.errors import InterpError
-from interp.plots import payload
+from interp.patterns import AttentionPatterns
+from interp.plots import budget, payload
+from interp.plots.circuit_payload import CircuitLike, CurveLike
 from interp.plots.colors import COLORS
+from interp.plots.template import fill_template
+
+log = logging.getLogger("interp")
 
 SCHEMA_VERSION = 1
-PAGE_BYTES = 1_500_000
-SCRIPTS = ("data.js", "heatmap.js", "effects.js", "attention.js", "page.js")
+PAGE_BYTES = budget.SHORT_BYTES
 DATA_BLOCK = re.compile(r'<script type="application/json" id="interp-report">(.*?)</script>', re.S)
 
 
 class Report:
     """Results in reading order, and the page that shows them. Made by `report` and `Report.read`.
 
-    ``sections`` are (name, result) pairs; a result is an Effects, an AttentionStats or a string of prose.
+    ``sections`` are (name, result) pairs; a result is an Effects, an AttentionStats, an AttentionPatterns, a Circuit, a
+    Curve or a string of prose.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Report:
         *,
         title: str | None = None,
         notes: str | None = None,
-        max_bytes: int = PAGE_BYTES,
+        max_bytes: int | None = None,
     ):
         _check(sections)
         self.sections = list(sections)
@@ -66,12 +69,13 @@ class Report:
     @cached_property
     def html(self) -> str:
         """The whole page."""
-        return _fill_template(self.title, payload.dump(self._payload()))
+        return fill_template(self.title, payload.dump(self._payload()))
 
     def _repr_html_(self) -> str:
         source = escape(self.html, quote=True)
+        title = escape(self.title, quote=True)
         return (
-            f'<iframe srcdoc="{source}" sandbox="allow-scripts" title="{escape(self.title, quote=True)}" '
+            f'<iframe srcdoc="{source}" sandbox="allow-scripts allow-downloads" title="{title}" '
             'style="width:100%;height:760px;border:1px solid #8884"></iframe>'
         )
 
@@ -124,61 +128,55 @@ class Report:
             raise InterpError(f"the embedded results of {path} are damaged: {error}") from None
 
     def _payload(self) -> dict[str, Any]:
-        results = [{"name": name, **_encode(result)} for name, result in self.sections]
+        encoded = [{"name": name, **payload.encode(result)} for name, result in self.sections]
         page = {
             "format": "interp.report",
             "schema": SCHEMA_VERSION,
             "title": self.title,
             "notes": self.notes,
             "colors": COLORS,
-            "results": results,
+            "results": encoded,
         }
-        self._add_examples(results, self.max_bytes - len(_fill_template(self.title, payload.dump(page))))
+        bound = self.max_bytes or budget.default_bytes(self.results)
+        room = bound - len(fill_template(self.title, payload.dump(page)))
+        budget.add_examples(self.results, encoded, room)
+        self._mind_the_size(encoded, bound, len(fill_template(self.title, payload.dump(page))))
         return page
 
-    def _add_examples(self, results: list[dict[str, Any]], room: int) -> None:
-        """Attention at every token, example by example, until the page is full; at least one of each.
-
-        Effects always go in whole. Token-by-token statistics are what makes a page large, and a handful of
-        examples shows what there is to see; the Parquet file keeps the rest.
-        """
-        waiting = [(r, d) for (_, r), d in zip(self.sections, results, strict=True) if isinstance(r, AttentionStats)]
-        for i in range(max((len(r) for r, _ in waiting), default=0)):
-            for result, data in waiting:
-                if i >= len(result) or len(data["examples"]) < i:
-                    continue
-                example = payload.encode_example(result, i)
-                room -= len(payload.dump(example)) + 1
-                if room > 0 or i == 0:
-                    data["examples"].append(example)
+    def _mind_the_size(self, encoded: list[dict[str, Any]], bound: int, size: int) -> None:
+        """A page that cannot be made small enough says which part is to blame. A bound that was asked for is kept."""
+        if size <= bound:
+            return
+        largest = ", ".join(f"{what}: {n / 1e6:.1f} MB" for what, n in budget.parts(encoded)[:3])
+        message = (
+            f"the page is {size / 1e6:.1f} MB, over its budget of {bound / 1e6:.1f} MB, with as few examples as can be "
+            f"shown ({largest}). Leave out the largest result, report fewer examples of it "
+            "(e.g. effects.where(example=0)), or pass a larger max_bytes"
+        )
+        if self.max_bytes is not None:
+            raise InterpError(message)
+        log.warning(message)
 
 
 def report(
-    *results: Effects | AttentionStats | str | Mapping[str, Effects | AttentionStats | str],
+    *results: payload.Result | Mapping[str, payload.Result],
     title: str | None = None,
     notes: str | None = None,
-    max_bytes: int = PAGE_BYTES,
+    max_bytes: int | None = None,
 ) -> Report:
     """Put results on one page: ``report(effects, stats).write("ioi.html")``.
 
     Results appear in the given order. A string becomes a paragraph between them; a mapping names its
-    results (``{"Patching": effects}``). All results must come from the same model. ``max_bytes`` bounds
-    the page by leaving out the token-by-token attention of later examples (the page says how many); effects
-    always go in whole.
+    results (``{"Patching": effects}``). All results must come from the same model. ``max_bytes`` (default: 1.5 MB; 5 MB
+    where a prompt has more than 1,024 tokens) bounds the page by leaving out attention of later examples, then detail
+    of the first (the page says what); effects always go in whole. What is still too large raises InterpError where a
+    bound was asked for, and is logged where not.
     """
     sections: list[tuple[str | None, payload.Result]] = []
     for result in results:
         named = result.items() if isinstance(result, Mapping) else [(None, result)]
         sections += [(None if name is None else str(name), r) for name, r in named]
     return Report(sections, title=title, notes=notes, max_bytes=max_bytes)
-
-
-def _encode(result: payload.Result) -> dict[str, Any]:
-    if isinstance(result, Effects):
-        return payload.encode_effects(result)
-    if isinstance(result, AttentionStats):
-        return payload.encode_attention(result)
-    return {"kind": "prose", "text": result}
 
 
 def _check(sections: list[tuple[str | None, payload.Result]]) -> None:
@@ -195,9 +193,14 @@ def _check(sections: list[tuple[str | None, payload.Result]]) -> None:
         elif isinstance(result, AttentionStats):
             if not result.values or len(result) == 0:
                 raise InterpError(f"{what} holds attention statistics of 0 examples: there is nothing to show")
-        elif not isinstance(result, str):
-            raise InterpError(f"{what} is a {type(result).__name__}; a report takes Effects, AttentionStats, text, "
-                              "or a mapping from names to these")  # fmt: skip
+        elif isinstance(result, AttentionPatterns):
+            if len(result) == 0 or not result.heads:
+                raise InterpError(f"{what} holds attention patterns of 0 prompts or heads: there is nothing to show")
+        elif not isinstance(result, str | CircuitLike | CurveLike):
+            raise InterpError(
+                f"{what} is a {type(result).__name__}; a report takes Effects, AttentionStats, AttentionPatterns, "
+                "Circuits, Curves, text, or a mapping from names to these"
+            )
     if all(isinstance(result, str) for _, result in sections):
         raise InterpError("there is nothing to report: pass at least one Effects or AttentionStats")
     models: dict[str, str] = {}
@@ -210,13 +213,19 @@ def _check(sections: list[tuple[str | None, payload.Result]]) -> None:
 
 def _models(sections: list[tuple[str | None, payload.Result]]) -> Iterator[tuple[int, Any]]:
     for i, (_, result) in enumerate(sections, start=1):
-        model = None if isinstance(result, str) else result.provenance.get("model")
+        model = _provenance(result).get("model")
         # Effects.concat lists the values on which its parts disagreed
         yield from ((i, m) for m in (model if isinstance(model, list) else [model]) if m is not None)
 
 
+def _provenance(result: payload.Result) -> dict[str, Any]:
+    if isinstance(result, str):
+        return {}
+    return result.recipe if isinstance(result, CurveLike) else result.provenance
+
+
 def _default_title(sections: list[tuple[str | None, payload.Result]]) -> str:
-    provenances = [r.provenance for _, r in sections if not isinstance(r, str)]
+    provenances = [_provenance(r) for _, r in sections]
     parts = [next((str(p[k]) for p in provenances if isinstance(p.get(k), str)), None) for k in ("task", "model")]
     return " · ".join(dict.fromkeys(p for p in parts if p)) or "Causal effects and attention"
 
@@ -225,30 +234,3 @@ def _umask() -> int:
     current = os.umask(0o022)
     os.umask(current)
     return current
-
-
-def _fill_template(title: str, data: str) -> str:
-    """Put the parts into page.html; one pass, so that no part can contain a placeholder for another."""
-    folder = files("interp.plots") / "page"
-    read = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
-    script = _ascii_js('"use strict";\n' + "\n".join(read[name] for name in SCRIPTS))
-    style = read["page.css"]
-    printable = "".join(c if c.isprintable() else " " for c in title)
-    parts = {
-        "title": escape(printable).encode("ascii", "xmlcharrefreplace").decode("ascii"),
-        "style": style,
-        "style_hash": _csp_hash(style),
-        "script": script,
-        "script_hash": _csp_hash(script),
-        "data": data,
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read["page.html"])
-
-
-def _ascii_js(script: str) -> str:
-    """Non-ASCII characters in string literals as escapes: the page survives any encoding it is mailed in."""
-    return re.sub(r"[^\x00-\x7f]", lambda m: json.dumps(m[0])[1:-1], script)
-
-
-def _csp_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -8,15 +8,12 @@ import pytest
 from plots_browser import Browser, find_chromium
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: drives headless Chromium (apt-get install chromium)")
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser for one module: Playwright's event loop must not be there when other tests start theirs."""
     chromium = find_chromium()
     if chromium is None:
         pytest.skip("no Chromium found: install it (apt-get install chromium) or set INTERP_CHROMIUM to its path")
-    running = Browser(chromium, tmp_path_factory.mktemp("profile"))
+    running = Browser(chromium)
     yield running
     running.close()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 
 from interp.attention import AttentionStats
+from interp.circuits import Circuit, Curve
+from interp.circuits.architecture import Architecture
 from interp.effects import Effects
+from interp.patterns import AttentionPatterns, PatternExample, PatternRun, partition, roots
+from interp.sites import Edge, Site
 
 LAYERS, HEADS = 30, 9
 STRONG_HEADS = {(18, 6): 0.46, (17, 3): 0.31, (21, 1): 0.22, (11, 1): -0.17, (24, 8): -0.27}
@@ -158,4 +164,136 @@ def demo_sized(n: int = 16) -> list:
         {"Patching heads": Effects.concat(heads)},
         {"Ablating heads": Effects.concat(ablations)},
         {"Attention": attention(n)},
+    ]
+
+
+def weights(n: int, heads: int, seed: int = 0) -> np.ndarray:
+    """Causal patterns [heads, n, n] with a sink, neighbours and a few distant keys; lines sum to 1."""
+    rng = np.random.default_rng(seed)
+    scores = 1.5 * rng.normal(size=(heads, n, n))
+    scores[:, :, 0] += 3
+    scores[:, np.arange(1, n), np.arange(n - 1)] += 2
+    scores[:, ~np.tri(n, dtype=bool)] = -np.inf
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def pattern_run(p: np.ndarray, texts: list[str], segments: list) -> PatternRun:
+    """A run whose maps are exact."""
+    n = p.shape[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.where(p > 0, p * np.log(p), 0).sum(-1)
+    received = p.sum(1) / np.arange(n, 0, -1)
+    blocks = np.stack(
+        [[p[:, a:b, c:d].sum(-1).mean(-1) for _, c, d in segments] for _, a, b in segments], axis=0
+    ).transpose(2, 0, 1)
+    none = np.zeros((0, n, 1))
+    return PatternRun(
+        texts, roots(p), blocks.astype(np.float32), received.astype(np.float32), entropy.astype(np.float32),
+        none.astype(np.int32), none.astype(np.float32), np.zeros(0, np.int64), np.zeros((0, 0, n), np.uint8),
+    )  # fmt: skip
+
+
+def patterns(n: int = 2, layers: int = LAYERS, heads: int = HEADS) -> AttentionPatterns:
+    """Every head on ``n`` pairs of prompts of 15 tokens."""
+    examples = []
+    for e in range(n):
+        texts, roles = tokens(e)
+        spans = {role: (i, i + 1) for i, role in enumerate(roles) if role}
+        segments = partition(spans, len(texts))
+        runs = {
+            name: pattern_run(weights(len(texts), layers * heads, 10 * e + seed), texts, segments)
+            for seed, name in enumerate(("clean", "corrupt"))
+        }
+        examples.append(PatternExample(segments, np.arange(len(texts) + 1), runs))
+    every = [(i, j) for i in range(layers) for j in range(heads)]
+    return AttentionPatterns(every, [], layers, heads, examples, PROVENANCE)
+
+
+def long_patterns(n: int = 8192, bins: int = 256, sentences: int = 40) -> AttentionPatterns:
+    """All 270 heads on one long prompt, four of them exact; maps as noisy as real ones, so that they pack as badly."""
+    rng = np.random.default_rng(3)
+    every = [(i, j) for i in range(LAYERS) for j in range(HEADS)]
+    exact = [(17, 4), (20, 0), (23, 3), (29, 1)]
+    r, c = np.indices((bins, bins))
+    maps = np.zeros((len(every), bins, bins), np.uint8)
+    for i in range(len(every)):
+        base = rng.uniform(8, 40) * np.exp(-(r - c) / rng.uniform(8, 120)) + 6
+        drawn = base * rng.lognormal(0, 0.45, (bins, bins)) + np.where(c == 0, 140, 0)
+        maps[i] = np.where(c <= r, np.clip(drawn, 0, 255), 0)
+    texts = [f" w{i % 997}" for i in range(n)]
+    edges = np.linspace(0, n, bins + 1).astype(np.int64)
+    cuts = np.linspace(0, n, sentences + 1).astype(int)
+    segments = [(f"sentence_{k + 1}", int(a), int(b)) for k, (a, b) in enumerate(pairwise(cuts))]
+    blocks = rng.dirichlet(np.ones(sentences), (len(every), sentences)) * np.tri(sentences)
+    blocks[5, :, 7] += 0.5  # a head that singles out one sentence
+    k, queries = 8, np.linspace(1023, n - 1, 8).astype(np.int64)
+    index = (np.arange(n)[:, None] - np.arange(k)).clip(0)[None].repeat(4, 0).astype(np.int32)
+    value = np.sort(rng.dirichlet(np.ones(k + 1), (4, n))[..., :k])[..., ::-1].astype(np.float32)
+    rows = (rng.lognormal(0, 0.6, (4, len(queries), n)) * 6).clip(0, 255).astype(np.uint8)
+    rows[:, np.arange(n) > queries[:, None]] = 0
+    received, entropy = rng.random((2, len(every), bins), dtype=np.float32)
+    run = PatternRun(texts, maps, blocks.astype(np.float32), received, 5 * entropy, index, value, queries, rows)
+    return AttentionPatterns(every, exact, LAYERS, HEADS, [PatternExample(segments, edges, {"clean": run})], PROVENANCE)
+
+
+def circuit(n: int = 80) -> Circuit:
+    """Scored edges among the heads of a model of 30 × 9 heads, with roles; the strongest 60 hang together."""
+    graph = Architecture(LAYERS, HEADS, 3, True, False)
+    rng = np.random.default_rng(8)
+    spine = [
+        Edge(graph.input, Site("v", 11, 0)), Edge(Site("z", 11, 1), Site("q", 17, 3)),
+        Edge(Site("z", 17, 3), Site("mlp_out", 18)), Edge(Site("mlp_out", 18), Site("k", 23, 1)),
+        Edge(Site("z", 23, 3), graph.output), Edge(Site("z", 11, 1), Site("q", 23, 3)),
+    ]  # fmt: skip
+    edges = {e: float(s) for e, s in zip(spine, (1.0, 0.9, -0.8, 0.7, 0.95, -0.6), strict=True)}
+    names = list(graph.edges())
+    for i in rng.choice(len(names), n - len(spine), replace=False):
+        edges.setdefault(names[i], float(rng.normal() * 0.1))
+    return Circuit(graph, edges, {Site("z", 23, 3): "name mover"}, {**PROVENANCE, "method": "eap"})
+
+
+def curve() -> Curve:
+    """Faithfulness that grows with size, over 12 examples."""
+    rng = np.random.default_rng(2)
+    sizes = np.array([0.001, 0.01, 0.1, 0.5, 1.0])
+    whole, empty = 3 + rng.normal(0, 0.3, 12), -3 + rng.normal(0, 0.3, 12)
+    share = np.array([0.1, 0.5, 0.8, 0.95, 1.0])[:, None]
+    recipe = {**PROVENANCE, "ablation": "counterfactual"}
+    return Curve(sizes, np.array([5, 300, 3000, 15000, 30000]), empty + share * (whole - empty), whole, empty, recipe)
+
+
+def edge_effects(n: int = 4) -> Effects:
+    """Paths from three heads and an MLP into two receivers."""
+    names = ["z.L3H1", "z.L5H0", "z.L5H8", "mlp_out.L2"]
+    ends = [site("q", 9, 6), site("v", 9, 2)]
+    sites = [{**end, "sender": sender} for sender in names for end in ends]
+    means = np.linspace(-0.3, 0.5, len(sites))
+    return Effects(table(sites, means, n, mode="noise", intervention="path, MLPs frozen"), PROVENANCE)
+
+
+def mediation(n: int = 6) -> Effects:
+    """Total, direct and indirect effects of a few heads, which add up to a known interaction."""
+    sites = [site("z", layer, head) for layer, head in list(STRONG_HEADS)[:4]]
+    parts = []
+    for name, means in {
+        "total effect": np.full(4, 1.0), "natural direct effect": np.full(4, 0.7),
+        "natural indirect effect": np.array([0.2, 0.1, -0.05, 0.02]), "interaction": np.full(4, 0.1),
+    }.items():  # fmt: skip
+        parts.append(Effects(table(sites, means, n, mode="noise", intervention=name), PROVENANCE))
+    return Effects.concat(parts)
+
+
+def study() -> list:
+    """One of everything."""
+    return [
+        {"Patching heads": Effects.concat([head_effects(8), head_effects(8, mode="noise", seed=4)])},
+        {"Attention": attention(2)},
+        {"Patterns": patterns(2)},
+        {"Where": position_effects(4, reordered=True)},
+        {"Paths": edge_effects()},
+        {"Mediation": mediation()},
+        circuit(),
+        curve(),
+        "A paragraph between them.",
     ]

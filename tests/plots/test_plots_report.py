@@ -17,6 +17,7 @@ import pytest
 from interp.attention import AttentionStats
 from interp.effects import COLUMNS, Effects
 from interp.errors import InterpError
+from interp.patterns import AttentionPatterns, PatternExample
 from interp.plots import Report, report
 from interp.plots.codec import pack, unpack
 from interp.plots.labels import visible
@@ -61,7 +62,17 @@ def hostile() -> list:
         {HOSTILE[1]: Effects(frame, {HOSTILE[0]: HOSTILE, "model": HOSTILE[0]})},
         AttentionStats([[*HOSTILE[:-1], LONE]] * 2, stats.values, stats.backends, {"task": HOSTILE[1]}),
         HOSTILE[0],
+        hostile_patterns(),
     ]
+
+
+def hostile_patterns() -> AttentionPatterns:
+    """Tokens and names of segments that are attacks."""
+    texts = [*HOSTILE[:-1], LONE]
+    segments = [(HOSTILE[0], 0, 7), (HOSTILE[3], 7, 15)]
+    run = synthetic.pattern_run(synthetic.weights(15, 2), texts, segments)
+    example = PatternExample(segments, np.arange(16), {"clean": run})
+    return AttentionPatterns([(0, 0), (0, 1)], [], 30, 9, [example], {"task": HOSTILE[0]})
 
 
 def all_nan() -> Effects:
@@ -142,7 +153,7 @@ def test_page_of_a_demo_fits_its_budget_and_says_what_it_left_out(n: int):
 
 def test_left_out_examples_are_named_after_reading(tmp_path: Path):
     stats = synthetic.attention(4)
-    (back,) = Report.read(report(stats, max_bytes=1).write(tmp_path / "r.html")).results
+    (back,) = Report.read(report(stats, max_bytes=330_000).write(tmp_path / "r.html")).results
     assert isinstance(back, AttentionStats)
     assert len(back) == 1 and back.provenance["report_examples"] == "first 1 of 4"
 
@@ -155,7 +166,7 @@ def test_hostile_text_stays_text(tmp_path: Path):
     back = Report.read(page.write(tmp_path / "r.html"))
     stats = back.results[1]
     assert isinstance(stats, AttentionStats) and stats.tokens[0] == [*HOSTILE[:-1], LONE]
-    assert "<script>" not in page._repr_html_() and 'sandbox="allow-scripts"' in page._repr_html_()
+    assert "<script>" not in page._repr_html_() and 'sandbox="allow-scripts allow-downloads"' in page._repr_html_()
 
 
 def test_page_allows_no_network():
@@ -211,7 +222,7 @@ def test_written_page_can_be_read_by_others(tmp_path: Path):
         (lambda html: html.replace('{"format"', '{"format', 1), "damaged"),
         (lambda html: html.replace('"table":', '"tables":'), "damaged"),
         (lambda html: html.replace('"data":"eNr', '"data":"AAAA'), "damaged"),
-        (lambda html: html.replace('"kind":"effects"', '"kind":"circuit"'), "unknown kind 'circuit'"),
+        (lambda html: html.replace('"kind":"effects"', '"kind":"poem"'), "unknown kind 'poem'"),
     ],
 )
 def test_read_refuses_what_is_not_a_whole_report(tmp_path: Path, change, message: str):
@@ -291,7 +302,19 @@ def test_tokens_are_visible(token, shown: str):
 
 
 def test_plots_needs_no_model():
-    allowed = {"numpy", "pandas", "plotly", "interp.effects", "interp.attention", "interp.errors", "interp.sites"}
+    allowed = {
+        "numpy",
+        "pandas",
+        "plotly",
+        "interp.effects",
+        "interp.attention",
+        "interp.errors",
+        "interp.sites",
+        "interp.patterns",
+        "interp.circuits",
+        "interp.circuits.architecture",
+        "jaxtyping",
+    }
     for path in (Path(__file__).parents[2] / "interp" / "plots").glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}

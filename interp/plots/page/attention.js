@@ -1,176 +1,193 @@
-// Attention statistics: a layer × head map, and one head's values token by token.
+// What chosen heads read: three levels of detail, two runs and their difference, linked to the prompt below.
+
+import { legend } from "./colors.js";
+import { open } from "./data.js";
+import { button, chooser, el, format, keepFocus, some, switcher, tick } from "./dom.js";
+import { savers } from "./export.js";
+import { figure, isCausal, largest, SCALES, scaleTicks, toned } from "./figure.js";
+import { binOf, marginal, rowOf, runOf, squareOf } from "./patterns.js";
+import { rowFigure, strongestKeys } from "./rows.js";
+import { on, say, set, state, togglePin } from "./state.js";
+import { tokenStrip } from "./strip.js";
+
+/** @typedef {import("./data.js").PatternResult} PatternResult */
+/** @typedef {import("./data.js").PatternExample} PatternExample */
+/** @typedef {import("./patterns.js").Row} Row */
+/** @typedef {import("./patterns.js").Square} Square */
+
+const DRAWN = 4; // heads side by side
+const NAMED = 44; // tokens or segments up to which axes carry text
 
 /**
- * @typedef {object} AttentionView
- * @property {AttentionResult} result
- * @property {Statistic} statistic
- * @property {number} head  layer × n_heads + head
- * @property {number} example
+ * @param {PatternResult} result
+ * @param {() => string} fallback  the head to show when none is chosen
  */
+export function attentionView(result, fallback) {
+  const box = el("section", { class: "attention", id: "attention", "aria-label": "Attention of the chosen heads" });
+  const controls = el("div", {});
+  const said = el("p", { class: "how" });
+  const figures = el("div", { class: "figures" });
+  const beside = el("div", { class: "beside" });
+  const legends = el("div", {});
+  const near = el("div", {});
+  const line = el("p", { class: "readout line", id: "reads" });
+  const strips = el("div", {});
+  /** @type {{head: string, cross: (line: number|null, pinned: boolean) => void}[]} */
+  let drawn = [];
+  /** @type {ReturnType<typeof tokenStrip>|null} */
+  let strip = null;
+  /** @type {ArrayLike<number>} */
+  let edges = [0, 1];
+  /** @type {number|null} */
+  let hovered = null;
+  let turn = 0;
 
-/**
- * @param {AttentionView} view
- * @param {number} [cell]
- */
-function headName(view, cell = view.head) {
-  return `L${Math.floor(cell / view.result.heads)}H${cell % view.result.heads}`;
-}
-
-/**
- * @param {AttentionResult} result
- * @param {string} id
- */
-function attentionCard(result, id) {
-  const mapped = result.statistics.filter((s) => s.mean !== null);
-  const statistic = mapped[0] ?? result.statistics[0];
-  /** @type {AttentionView} */
-  const view = { result, statistic, head: strongestHeads(statistic)[0] ?? 0, example: 0 };
-  const body = el("div", {});
-  const strip = el("section", { class: "strip" });
-  const update = () => {
-    keepFocus(body, () => body.replaceChildren(
-      attentionControls(view, mapped, update), ...attentionBody(view, () => drawStrip(view, strip))));
-    return drawStrip(view, strip);
+  const example = () => result.examples[Math.min(state.ex, result.examples.length - 1)];
+  const chosen = () => {
+    const known = (state.heads.length ? state.heads : [fallback()]).filter((h) => result.names.includes(h));
+    return known.length || state.heads.length ? known : result.names.slice(0, 1);
   };
-  const card = el("article", { class: "card", id }, el("header", {}, el("h3", {}, "What each head attends to"),
-    el("p", { class: "kind" }, `layer × head, ${result.n} prompt${result.n === 1 ? "" : "s"}`)), body, strip);
-  update();
-  return card;
-}
+  const run = () => (example().runs.corrupt ? state.run : "clean");
+  const labels = () => runOf(example(), run()).labels;
+  const query = () => Math.min(hovered ?? state.q ?? example().tokens - 1, example().tokens - 1);
+  const lineOf = (/** @type {number} */ token) => (state.zoom === "blocks" ? example().segments.findIndex(([, a, b]) => token >= a && token < b)
+    : Math.floor(binOf(edges, token) / Math.ceil((edges.length - 1) / squareSize)));
+  let squareSize = 1;
 
-/** @param {Statistic} statistic */
-function strongestHeads(statistic) {
-  const mean = statistic.mean ?? [];
-  return mean.map((_, i) => i).filter((i) => mean[i] !== null).sort((a, b) => (mean[b] ?? 0) - (mean[a] ?? 0));
-}
-
-/**
- * @param {AttentionView} view
- * @param {Statistic[]} mapped
- * @param {() => void} update
- */
-function attentionControls(view, mapped, update) {
-  const pick = (/** @type {string} */ name) => {
-    view.statistic = view.result.statistics.find((s) => s.name === name) ?? view.statistic;
-    update();
+  /** Everything: another head, prompt, run, zoom, scale or theme. */
+  const draw = async () => {
+    const mine = ++turn;
+    const heads = chosen().slice(0, DRAWN);
+    const e = example();
+    const found = await open(e.edges);
+    const numbers = heads.map((h) => result.names.indexOf(h));
+    const squares = state.zoom === "rows" ? [] : await Promise.all(numbers.map((h) => squareOf(e, h, run(), state.zoom)));
+    const sides = run() === "difference" || state.zoom !== "map" ? [] : await Promise.all(numbers.map((h) => Promise.all(
+      [runOf(e, run()).received, runOf(e, run()).entropy].map((m) => marginal(m, h, found.length - 1)))));
+    if (mine !== turn) return; // something else was chosen meanwhile
+    edges = found;
+    keepFocus(controls, () => controls.replaceChildren(...controlRow()));
+    said.textContent = explain(heads);
+    const signed = run() === "difference";
+    const top = squares.reduce((a, s) => Math.max(a, largest(s, state.mute)), 0) || 1;
+    squareSize = squares[0]?.size ?? found.length - 1;
+    drawn = [];
+    if (state.zoom !== "rows") keepFocus(figures, () => figures.replaceChildren(...squares.map((square, i) => headFigure(heads[i], square, sides[i], signed, top)),
+      ...(squares.length ? [beside] : [])));
+    legends.replaceChildren(...(squares.length ? [legend(signed ? "diverging" : "sequential", scaleTicks(top, state.scale, signed), `${signed ? "clean − corrupt" : "attention weight"}, colour by ${signed ? "p" : SCALES[state.scale]}`, null)] : []));
+    beside.replaceChildren(legends, near);
+    if (!heads.length) figures.replaceChildren(el("p", { class: "caution" }, `The page holds no attention of ${state.heads.join(", ")}; it holds ${result.names.length} heads: ${result.names.slice(0, 12).join(", ")}${result.names.length > 12 ? ", …" : ""}`));
+    layStrip(e);
+    await follow();
   };
-  return el("div", { class: "controls" },
-    chooser("statistic", mapped.map((s) => ({ value: s.name, text: s.name })), view.statistic.name, pick));
-}
+  const controlRow = () => {
+    const e = example();
+    const prompts = result.examples.map((x, i) => ({ value: String(i), text: `prompt ${i}: ${x.runs.clean.labels.slice(0, 40).join("").replaceAll("\u00b7", " ").trim().slice(0, 56)}` }));
+    return [el("div", { class: "controls" },
+      ...some(switcher("detail", [{ value: "blocks", text: "segments" }, { value: "map", text: "map" }, { value: "rows", text: "one query" }], state.zoom, (v) => set({ zoom: /** @type {any} */ (v) }))),
+      ...(e.runs.corrupt ? some(switcher("run", ["clean", "corrupt", "difference"].map((v) => ({ value: v, text: v })), run(), (v) => set({ run: /** @type {any} */ (v) }))) : []),
+      ...(run() === "difference" ? [] : some(switcher("colour by", Object.entries(SCALES).map(([value, text]) => ({ value, text })), state.scale, (v) => set({ scale: /** @type {any} */ (v) })))),
+      tick("mute the first token", state.mute, (mute) => set({ mute })),
+      ...some(chooser("prompt", prompts, String(Math.min(state.ex, prompts.length - 1)), (v) => { set({ ex: Number(v), q: null }); })))];
+  };
+  const explain = (/** @type {string[]} */ heads) => {
+    const e = example();
+    const bins = edges.length - 1;
+    const ratio = Math.ceil(e.tokens / bins);
+    const pooled = e.tokens > bins || e.coarse > 1;
+    const n = e.tokens.toLocaleString("en");
+    const map = !pooled ? `All ${n} × ${n} weights, each to 8 bits of its root.`
+      : `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${e.coarse > 1 ? ` (of heads without exact rows ${ratio * e.coarse} × ${ratio * e.coarse}, to keep the page small)` : ""}. `
+        + `Exact: the largest weights of every query${result.exact.length ? ` of ${result.exact.join(", ")}` : " of no head"}, under “one query”.`;
+    const detail = { map, blocks: "Share of each query segment’s attention that each key segment receives; lines sum to 1.", rows: "One query at a time: point at a token below, or click it to keep it." }[state.zoom];
+    const all = chosen().length;
+    return [detail, all > heads.length ? `${heads.length} of ${all} chosen heads are drawn.` : "",
+      state.mute ? "The first token’s column is grey and does not set the scale; other weights are unchanged." : "",
+      result.examples.length < result.n ? `The page holds ${result.examples.length} of ${result.n} prompts.` : ""].filter(Boolean).join(" ");
+  };
+  const headFigure = (/** @type {string} */ head, /** @type {Square} */ square, /** @type {Float32Array[]|undefined} */ sides, /** @type {boolean} */ signed, /** @type {number} */ top) => {
+    const e = example();
+    const blocks = state.zoom === "blocks";
+    const names = blocks ? e.segments.map(([name, a, b]) => name || labels().slice(a, b).join("").slice(0, 14)) : e.tokens <= NAMED && square.size === e.tokens ? labels() : null;
+    const made = figure({ name: head, square, signed, top, scale: signed ? "linear" : state.scale, mute: state.mute, causal: isCausal(square), side: blocks || names ? 330 : 384,
+      labels: names && names.length <= NAMED ? names : null, last: blocks ? e.segments.length - 1 : e.tokens - 1, received: sides?.[0] ?? null, entropy: sides?.[1] ?? null,
+      visit: (lineNumber, column, how) => visitMap(head, square, lineNumber, column, how) });
+    drawn.push({ head, cross: made.cross });
+    return el("figure", { class: "pattern-figure" }, el("figcaption", {}, el("strong", {}, head), " ", savers(() => made.drawing, `${head} attention ${run()}`),
+      button(state.pins.includes(`${head}@${query()}`) ? "pinned" : "pin view", () => { togglePin(`${head}@${query()}`); set({ q: query() }); }, { class: "plain-button pin" })), made.node);
+  };
+  const visitMap = (/** @type {string} */ head, /** @type {Square} */ square, /** @type {number} */ at, /** @type {number} */ column, /** @type {string} */ how) => {
+    const e = example();
+    if (how === "step") {
+      set({ q: Math.min(Math.max(query() + at, 0), e.tokens - 1) });
+      strip?.reveal(query());
+      return;
+    }
+    const by = Math.ceil((edges.length - 1) / square.size);
+    const token = state.zoom === "blocks" ? e.segments[at][2] - 1 : edges[Math.min((at + 1) * by, edges.length - 1)] - 1;
+    if (how === "choose") set({ q: token });
+    hovered = how === "hover" ? token : null;
+    follow(`${head}: ${describeCell(square, at, column)}`);
+    if (how === "choose") strip?.reveal(token);
+  };
+  const describeCell = (/** @type {Square} */ square, /** @type {number} */ r, /** @type {number} */ c) => {
+    const by = Math.ceil((edges.length - 1) / square.size);
+    const span = (/** @type {number} */ i) => {
+      const [a, b] = [edges[i * by], edges[Math.min((i + 1) * by, edges.length - 1)] - 1];
+      return a === b ? `${labels()[a]} @${a}` : `tokens ${a}–${b}`;
+    };
+    const name = (/** @type {number} */ i) => (state.zoom === "blocks" ? `segment ${example().segments[i][0] || i}` : span(i));
+    return `${name(r)} → ${name(c)}: ${format(square.values[r * square.size + c], run() === "difference")}`;
+  };
 
-/**
- * @param {AttentionView} view
- * @param {() => void} headChanged
- */
-function attentionBody(view, headChanged) {
-  const { statistic, result } = view;
-  if (statistic.mean === null) return [];
-  const values = statistic.mean;
-  const seen = /** @type {number[]} */ (values.filter((x) => x !== null));
-  const [low, high] = [seen.reduce((a, b) => Math.min(a, b), Infinity), seen.reduce((a, b) => Math.max(a, b), -Infinity)];
-  const place = (/** @type {number} */ x) => (high > low ? (x - low) / (high - low) : 0);
-  const readout = el("p", { class: "readout line", "aria-live": "polite" });
-  const show = (/** @type {number} */ cell) => readout.replaceChildren(
-    el("strong", {}, headName(view, cell)), ` mean ${statistic.name} ${format(values[cell])}`);
-  const numbers = (/** @type {number} */ n) => ({ kind: "", values: [...Array(n).keys()], labels: [...Array(n).keys()].map(String) });
-  const choose = (/** @type {number} */ cell) => { view.head = cell; map.mark(cell); show(cell); headChanged(); };
-  const map = heatmap({
-    rows: numbers(result.layers), columns: numbers(result.heads), rowTitle: "layer", columnTitle: "head",
-    title: `mean ${statistic.name} of every head`, values, map: "sequential", place,
-    visit: (cell, how) => (how === "choose" ? choose(cell) : show(cell)),
-  });
-  map.mark(view.head);
-  show(view.head);
-  const order = strongestHeads(statistic);
-  const ticks = [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) }));
-  const what = statistic.definition || `One value per ${statistic.per} token.`;
-  return [
-    el("p", { class: "how" }, `${what} The map shows its mean over tokens and prompts, each prompt weighing the same; the first token is left out. Click a head to see it token by token.`),
-    el("div", { class: "columns" },
-      el("div", { class: "figure" }, map.node, legend("sequential", ticks, `mean ${statistic.name}`, null)),
-      el("div", { class: "side" }, readout, headList("Highest", view, order.slice(0, 8), choose), headList("Lowest", view, order.slice(-4).reverse(), choose))),
-    dataTable(`All ${order.length} numbers`, () => ({ head: ["head", statistic.name],
-      rows: order.map((i) => [headName(view, i), String(Number((values[i] ?? NaN).toPrecision(6)))]) })),
-  ];
-}
-
-/**
- * @param {string} title
- * @param {AttentionView} view
- * @param {number[]} cells
- * @param {(cell: number) => void} choose
- */
-function headList(title, view, cells, choose) {
-  const mean = /** @type {number[]} */ (view.statistic.mean);
-  const top = mean.reduce((a, b) => Math.max(a, b ?? 0), 0);
-  const low = mean.reduce((a, b) => Math.min(a, b ?? 0), 0);
-  return el("section", { class: "strongest" }, el("h4", {}, `${title} ${view.statistic.name}`), el("ol", {}, ...cells.map((i) =>
-    el("li", {}, el("button", { type: "button", onclick: () => choose(i) },
-      el("span", { class: "name" }, headName(view, i)), plainBar(mean[i], low, top),
-      el("span", { class: "number" }, format(mean[i])))))));
-}
-
-/**
- * @param {number} value
- * @param {number} from
- * @param {number} to
- */
-function plainBar(value, from, to) {
-  const x = (/** @type {number} */ v) => 4 + ((v - from) / (to - from || 1)) * 142;
-  const bar = svg("svg", { width: 150, height: 16, viewBox: "0 0 150 16", class: "interval-bar", preserveAspectRatio: "none", "aria-hidden": "true" });
-  bar.append(svg("rect", { x: Math.min(x(0), x(value)), y: 4, width: Math.abs(x(value) - x(0)), height: 8, class: "plain" }));
-  return bar;
-}
-
-/**
- * One head on one example: its tokens, coloured by the statistic, and a read-out of all statistics.
- * @param {AttentionView} view
- * @param {HTMLElement} strip
- */
-async function drawStrip(view, strip) {
-  const { result, statistic } = view;
-  const wanted = JSON.stringify([statistic.name, view.head, view.example]);
-  const example = result.examples[view.example];
-  const length = example.tokens.length;
-  /** @type {Object<string, ArrayLike<number>>} */
-  const all = {};
-  for (const s of result.statistics) all[s.name] = await open(example.values[s.name]);
-  if (wanted !== JSON.stringify([view.statistic.name, view.head, view.example])) return; // a later choice overtook
-  const at = (/** @type {string} */ name, /** @type {number} */ token) => all[name][view.head * length + token];
-  const own = example.tokens.map((_, t) => at(statistic.name, t)).filter(Number.isFinite);
-  const [low, high] = [own.reduce((a, b) => Math.min(a, b), Infinity), own.reduce((a, b) => Math.max(a, b), -Infinity)];
-  const readout = el("dl", { class: "token-readout" });
-  const show = (/** @type {number} */ token) => readout.replaceChildren(
-    el("div", {}, el("dt", {}, `token ${token}`), el("dd", {}, el("bdi", {}, example.labels[token]))),
-    ...result.statistics.map((s) => el("div", { class: s === statistic ? "shown" : "" }, el("dt", {}, s.name),
-      el("dd", {}, tokenValue(s, at(s.name, token), example)))));
-  const tokens = example.labels.map((label, t) => {
-    const value = at(statistic.name, t);
-    const node = el("span", { class: Number.isFinite(value) ? "token" : "token missing", tabindex: 0, title: `${statistic.name} ${format(value)}`,
-      onpointerenter: () => show(t), onfocus: () => show(t) }, el("bdi", {}, label));
-    if (Number.isFinite(value)) paint(node, "sequential", high > low ? (value - low) / (high - low) : 0);
-    return node;
-  });
-  const options = result.examples.map((e, i) => ({ value: String(i), text: `prompt ${i}: ${e.labels.join("").replaceAll("\u00b7", " ").trim().slice(0, 60)}` }));
-  const shown = result.examples.length < result.n
-    ? `This page holds the tokens of the first ${result.examples.length} of ${result.n} prompts; the means are over all of them.` : "";
-  show(Math.min(length - 1, Math.max(0, own.indexOf(high))));
-  keepFocus(strip, () => strip.replaceChildren(
-    el("div", { class: "controls" }, el("h4", {}, `${headName(view)}, ${statistic.name} per ${statistic.per} token`),
-      chooser("prompt", options, String(view.example), (v) => { view.example = Number(v); drawStrip(view, strip); })),
-    el("p", { class: "tokens" }, ...tokens),
-    el("div", { class: "strip-foot" },
-      legend("sequential", [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) })), `${statistic.name}, this head and prompt`, null), readout),
-    ...(shown ? [el("p", { class: "caution" }, shown)] : [])));
-}
-
-/**
- * A statistic that is a position is shown with the token that stands there.
- * @param {Statistic} statistic
- * @param {number} value
- * @param {Example} example
- */
-function tokenValue(statistic, value, example) {
-  if (statistic.mean !== null || !Number.isInteger(value)) return format(value);
-  return value in example.labels ? el("span", {}, `${value} `, el("bdi", {}, example.labels[value])) : String(value);
+  /** The query moved: cross hair, tint, read-out, row. */
+  const follow = async (/** @type {string} */ prefix = "") => {
+    const mine = turn;
+    const at = query();
+    const e = example();
+    const heads = chosen().slice(0, DRAWN);
+    for (const f of drawn) {
+      f.cross(hovered === null ? null : lineOf(at), false);
+      f.cross(state.q === null ? null : lineOf(Math.min(state.q, e.tokens - 1)), true);
+    }
+    if (!heads.length) return;
+    const rows = await Promise.all((state.zoom === "rows" ? heads : heads.slice(0, 1)).map((h) => rowOf(result, e, result.names.indexOf(h), run(), at, edges)));
+    if (mine !== turn || at !== query()) return;
+    const signed = run() === "difference";
+    const best = strongestKeys(rows[0], state.mute, 5);
+    const top = Math.abs(best[0]?.[1] ?? 0) || 1;
+    const tone = (/** @type {number} */ t) => {
+      const w = rows[0].weights.get(t);
+      if (w === undefined || (state.mute && t === 0)) return null;
+      const x = toned(Math.min(Math.abs(w) / top, 1), signed ? "linear" : state.scale);
+      return signed ? 0.5 + (Math.sign(w) * x) / 2 : x < 0.02 ? null : x;
+    };
+    strip?.show({ tone, signed, query: at, pinned: state.q });
+    const keys = best.map(([k, w]) => `${labels()[k]} @${k} ${format(w, signed)}`).join(",  ");
+    line.replaceChildren(el("strong", {}, heads[0]), ` from `, el("bdi", { class: "key" }, labels()[at]), ` @${at} reads  `, el("bdi", {}, keys || "nothing"), el("span", { class: "hint" }, ` (${rows[0].how})${prefix ? ` · ${prefix}` : ""}`));
+    if (hovered === null && state.q !== null) say(`${heads[0]} from token ${at}, ${labels()[at]}, reads ${keys}`);
+    const made = rows.map((row, i) => rowFigure({ name: heads[i], row, query: at, labels: labels(), signed, scale: state.scale, mute: state.mute }));
+    if (state.zoom !== "rows") near.replaceChildren(el("p", { class: "caption" }, `${heads[0]} from `, el("bdi", { class: "key" }, labels()[at]), ` @${at}`), made[0].node);
+    else figures.replaceChildren(...made.map((made, i) => {
+      return el("figure", { class: "pattern-figure" }, el("figcaption", {}, el("strong", {}, heads[i]), " ", savers(() => made.drawing, `${heads[i]} query ${at}`)), made.node);
+    }));
+  };
+  let laid = "";
+  const layStrip = (/** @type {PatternExample} */ e) => {
+    const wanted = `${state.ex} ${run()}`;
+    if (laid === wanted) return;
+    laid = wanted;
+    strip = tokenStrip({ label: "Tokens of the prompt: arrow keys move the query, Enter keeps it", labels: labels(), segments: e.segments, visit: (token, how) => {
+      hovered = how === "hover" ? token : null;
+      if (how === "pin") set({ q: state.q === token ? null : token });
+      follow();
+    } });
+    strips.replaceChildren(strip.node);
+  };
+  on("heads zoom run scale mute ex shown-theme", draw);
+  on("q pins", () => follow());
+  draw();
+  box.append(el("h3", {}, "What the chosen heads read"), controls, said, figures, line, strips,
+    el("p", { class: "hint" }, "Point at a token to see what it reads; click to keep it. · is a space, ⏎ a line end; dotted tokens are bytes of a character."));
+  return box;
 }

@@ -7,14 +7,30 @@
 /** @typedef {{intervention: string, mode: string, metric: string, unit: string, n: number, value: string,
  *             scale: string, spread: string, caution: string, cells: Cells}} Variant */
 /** @typedef {{component: string, words: string, averages_positions: boolean, rows: Axis, columns: Axis, slices: Axis|null,
- *             variants: Variant[]}} Panel */
+ *             edge: {receiver: string}|null, variants: Variant[]}} Panel */
 /** @typedef {{name: string|null, provenance: Object<string, any>, rows: number, panels: Panel[],
  *             token_labels: string[], examples: {id: number, text: string}[],
  *             row_variants: Packed, table: Object<string, any>}} EffectsResult */
-/** @typedef {{tokens: string[], labels: string[], values: Object<string, Packed>}} Example */
+/** @typedef {{tokens: string[], labels: string[], every: number, values: Object<string, Packed>}} Example */
 /** @typedef {{name: string, per: string, definition: string, mean: (number|null)[]|null}} Statistic */
 /** @typedef {{name: string|null, provenance: Object<string, any>, backends: Object<string, string>, n: number,
  *             layers: number, heads: number, statistics: Statistic[], examples: Example[]}} AttentionResult */
+
+/** @typedef {{heads: number[], bins: number, step: number, sheets: string[]}} Sheets  maps one under another */
+/** @typedef {{top: number[], data: Packed}} Relative  each head's values in 8 bits of its largest */
+/** @typedef {{tokens: string[], labels: string[], maps: Sheets[], blocks: Packed, received: Relative, entropy: Relative,
+ *             top: {index: Packed, value: Packed}, rows: {queries: number[], sheet: string}|null,
+ *             vertical: (number|null)[]}} PatternRun */
+/** @typedef {{tokens: number, edges: Packed, coarse: number, segments: [string, number, number][], names: string[],
+ *             runs: Object<string, PatternRun>}} PatternExample */
+/** @typedef {{name: string|null, provenance: Object<string, any>, n: number, layers: number, heads: number,
+ *             names: string[], exact: string[], receiver: (number|null)[], examples: PatternExample[]}} PatternResult */
+/** @typedef {{site: string, layer: number|null, head: number|null, kind: string, role: string}} CircuitNode */
+/** @typedef {{sender: string, receiver: string, from: number, to: number[], score: number|null}} CircuitEdge */
+/** @typedef {{name: string|null, provenance: Object<string, any>, architecture: Object<string, any>, total: number,
+ *             nodes: CircuitNode[], edges: CircuitEdge[]}} CircuitResult */
+/** @typedef {{name: string|null, provenance: Object<string, any>, cpr: (number|null)[], cmd: (number|null)[],
+ *             measured: Object<string, (number|null)[]>}} CurveResult */
 
 /** @type {Object<string, any>} */
 const STORES = {
@@ -47,10 +63,41 @@ const opened = new WeakMap();
  * As `unpack`, but each array is opened once.
  * @param {Packed} packed
  */
-function open(packed) {
+export function open(packed) {
   let values = opened.get(packed);
   if (!values) opened.set(packed, (values = unpack(packed)));
   return values;
+}
+
+/**
+ * The values of a grey PNG, exactly: decoded by the browser, without colour management or alpha.
+ * @param {string} data  base64
+ * @returns {Promise<Uint8Array>}
+ */
+export async function readPng(data) {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }), { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  const canvas = new OffscreenCanvas(image.width, image.height);
+  const context = /** @type {OffscreenCanvasRenderingContext2D} */ (canvas.getContext("2d", { willReadFrequently: true }));
+  context.drawImage(image, 0, 0);
+  const { data: rgba } = context.getImageData(0, 0, image.width, image.height);
+  const out = new Uint8Array(rgba.length / 4);
+  for (let i = 0; i < out.length; i++) out[i] = rgba[4 * i];
+  image.close();
+  return out;
+}
+
+/**
+ * float16 as numbers.
+ * @param {ArrayLike<number>} bits
+ * @returns {Float32Array}
+ */
+export function halves(bits) {
+  return Float32Array.from(bits, (x) => {
+    const [exponent, fraction] = [(x >> 10) & 31, x & 1023];
+    const size = exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24;
+    return x & 0x8000 ? -size : size;
+  });
 }
 
 /**
@@ -76,6 +123,20 @@ async function openTable(result) {
 }
 
 /**
+ * What addresses a row of an edge: its two ends, and of a map of one receiver's senders their layer and head.
+ * @param {Object<string, (row: number) => any>} get
+ * @param {Panel} panel
+ * @returns {Object<string, (row: number) => any>}
+ */
+function edgeAddress(get, panel) {
+  const site = (/** @type {number} */ r) => [get.component(r), get.layer(r) === null ? "" : `.L${get.layer(r)}`,
+    get.head(r) === null ? "" : `H${get.head(r)}`, get.position(r) === null ? "" : `@${get.position(r)}`].join("");
+  const part = (/** @type {number} */ r, /** @type {RegExp} */ what) => Number(what.exec(get.sender(r))?.[1] ?? NaN);
+  return panel.edge?.receiver ? { ...get, layer: (r) => part(r, /L(\d+)/), head: (r) => part(r, /H(\d+)/) }
+    : { ...get, receiver: site };
+}
+
+/**
  * One example's cells of a panel: its own tokens across, no intervals.
  * @param {EffectsResult} result
  * @param {Panel} panel
@@ -83,13 +144,14 @@ async function openTable(result) {
  * @param {number} example
  * @returns {Promise<{columns: Axis, cells: Cells}>}
  */
-async function exampleCells(result, panel, variant, example) {
-  const get = await openTable(result);
+export async function exampleCells(result, panel, variant, example) {
+  const table = await openTable(result);
+  const get = panel.edge ? edgeAddress(table, panel) : table;
   const owner = await open(result.row_variants);
   const number = result.panels.flatMap((p) => p.variants).indexOf(variant);
   const rows = [];
   for (let r = 0; r < result.rows; r++) if (owner[r] === number && get.example(r) === example) rows.push(r);
-  const positional = panel.columns.kind !== "head" && rows.length > 0 && get.position(rows[0]) !== null;
+  const positional = !panel.edge && panel.columns.kind !== "head" && rows.length > 0 && get.position(rows[0]) !== null;
   const columns = positional ? ownTokens(rows, get) : panel.columns;
   const axes = panel.slices ? [panel.slices, panel.rows, columns] : [panel.rows, columns];
   return { columns, cells: gather(rows, get, axes) };

@@ -1,13 +1,30 @@
 // Effects: one card per panel, with its selectors, heat map, read-out, strongest sites and numbers.
 
+import { legend } from "./colors.js";
+import { exampleCells } from "./data.js";
+import { capital, chooser, el, exact, format, keepFocus, roundUp, some } from "./dom.js";
+import { savers } from "./export.js";
+import { heatmap } from "./heatmap.js";
+import { mediationOf, mediationTable } from "./mediation.js";
+import { effectsReadout, strongest } from "./readout.js";
+import { dataTable } from "./tables.js";
+
+/** @typedef {import("./data.js").Panel} Panel */
+/** @typedef {import("./data.js").Variant} Variant */
+/** @typedef {import("./data.js").Axis} Axis */
+/** @typedef {import("./data.js").Cells} Cells */
+/** @typedef {import("./data.js").EffectsResult} EffectsResult */
+
 /** @type {Object<string, string[]>} */
-const INTERVALS = { effect: ["lo", "hi"], pooled: ["pooled_lo", "pooled_hi"], raw: ["raw_lo", "raw_hi"] };
+export const INTERVALS = { effect: ["lo", "hi"], pooled: ["pooled_lo", "pooled_hi"], raw: ["raw_lo", "raw_hi"] };
 /** @type {Object<string, string>} */
-const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "" };
+export const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "", sender: "sender",
+  receiver: "receiver" };
 /** @type {Object<string, string>} */
-const ACROSS = { head: "layer × head", position: "layer × token", role: "layer × part of the prompt", all: "by layer" };
+const ACROSS = { head: "layer × head", position: "layer × token", role: "layer × part of the prompt", all: "by layer",
+  receiver: "sender × receiver" };
 /** @type {Object<string, string>} */
-const MODES = { denoise: "denoising", noise: "noising" };
+export const MODES = { denoise: "denoising", noise: "noising" };
 const LISTED = 12;
 
 /**
@@ -25,7 +42,7 @@ const LISTED = 12;
  * @param {View} view
  * @param {string} name
  */
-function sliceOf(view, name) {
+export function sliceOf(view, name) {
   const size = view.panel.rows.values.length * view.columns.values.length;
   return view.cells[name].slice(view.slice * size, (view.slice + 1) * size);
 }
@@ -35,8 +52,9 @@ function sliceOf(view, name) {
  * @param {View} view
  * @param {number} cell
  */
-function siteName(view, cell) {
+export function siteName(view, cell) {
   const [r, c] = [Math.floor(cell / view.columns.values.length), cell % view.columns.values.length];
+  if (view.columns.kind === "receiver") return `${view.panel.rows.labels[r]} → ${view.columns.labels[c]}`;
   const layer = view.panel.rows.values[r] === null ? "" : `L${view.panel.rows.values[r]}`;
   const { kind } = view.columns;
   if (kind === "head") return `${layer}H${view.columns.values[c]}`;
@@ -51,10 +69,14 @@ function siteName(view, cell) {
  * @param {View} view
  * @param {number} cell
  */
-function siteAddress(view, cell) {
+export function siteAddress(view, cell) {
   const { panel, columns } = view;
   if (panel.averages_positions && columns.kind === "role") return "";
   const [r, c] = [Math.floor(cell / columns.values.length), cell % columns.values.length];
+  if (panel.edge) {
+    const sender = panel.edge.receiver ? `z.L${panel.rows.values[r]}H${columns.values[c]}` : panel.rows.values[r];
+    return `${sender} → ${panel.edge.receiver || columns.values[c]}`;
+  }
   /** @type {Object<string, any>} */
   const at = { [panel.rows.kind]: panel.rows.values[r], [columns.kind]: columns.values[c] };
   if (panel.slices) at[panel.slices.kind] = panel.slices.values[view.slice];
@@ -64,12 +86,12 @@ function siteAddress(view, cell) {
 }
 
 /** @param {View} view */
-function metricOf(view) {
+export function metricOf(view) {
   return view.variant.metric + (view.variant.unit ? ` (${view.variant.unit})` : "");
 }
 
 /** @param {View} view */
-function valueName(view) {
+export function valueName(view) {
   return { effect: "recovery", pooled: "recovery (ratio of means)", raw: `change of ${metricOf(view)}` }[view.value] ?? "";
 }
 
@@ -78,7 +100,7 @@ function valueName(view) {
  * @param {View} view
  * @returns {[string, string]}
  */
-function endsOf(view) {
+export function endsOf(view) {
   if (view.value === "raw") return [`lowers ${view.variant.metric}`, `raises ${view.variant.metric}`];
   return view.variant.mode === "denoise"
     ? ["away from the clean answer", "towards the clean answer (1 = all of it)"]
@@ -103,14 +125,15 @@ function limitOf(view) {
  * @param {EffectsResult} result
  * @param {Panel} panel
  * @param {string} id
+ * @param {boolean} folded  only a line to open: the head grid shows it too
  */
-function effectsCard(result, panel, id) {
+export function effectsCard(result, panel, id, folded) {
   const first = panel.variants[0];
   /** @type {View} */
   const view = { panel, variant: first, value: first.value, slice: 0, example: "", columns: panel.columns, cells: first.cells };
-  const card = el("article", { class: "card", id });
   const kind = el("p", { class: "kind" });
   const body = el("div", {});
+  const mediation = mediationOf(panel);
   let turn = 0;
   const update = async () => {
     const mine = ++turn;
@@ -119,17 +142,23 @@ function effectsCard(result, panel, id) {
     if (mine !== turn) return; // something else was chosen while the table was being opened
     Object.assign(view, shown);
     if (sliceOf(view, view.value).every((x) => x === null)) view.value = "raw";
-    kind.replaceChildren(el("code", {}, panel.component), ` ${ACROSS[view.columns.kind]}: ${view.variant.intervention}, ${MODES[view.variant.mode] ?? view.variant.mode}`);
+    describe();
     keepFocus(body, () => body.replaceChildren(effectsControls(result, view, update), ...effectsBody(view)));
   };
-  card.append(el("header", {}, el("h3", {}, capital(panel.words)), kind), body);
-  update().catch((error) => body.replaceChildren(el("p", { class: "caution" }, `This panel could not be drawn: ${error}`)));
-  return card;
-}
-
-/** @param {string} text */
-function capital(text) {
-  return text.charAt(0).toUpperCase() + text.slice(1);
+  const describe = () => kind.replaceChildren(el("code", {}, panel.component),
+    ` ${ACROSS[view.columns.kind]}: ${view.variant.intervention}, ${MODES[view.variant.mode] ?? view.variant.mode}`);
+  const draw = () => update().catch((error) => body.replaceChildren(el("p", { class: "caution" }, `This panel could not be drawn: ${error}`)));
+  const title = el("h3", {}, capital(panel.words));
+  const inside = mediation ? [mediationTable(panel, mediation), body] : [body];
+  describe();
+  if (!folded || mediation) {
+    draw();
+    return el("article", { class: "card", id }, el("header", {}, title, kind), ...inside);
+  }
+  const box = /** @type {HTMLDetailsElement} */ (el("details", { class: "card folded", id },
+    el("summary", {}, title, kind), ...inside));
+  box.addEventListener("toggle", () => body.childElementCount || draw());
+  return box;
 }
 
 /**
@@ -168,14 +197,6 @@ function effectsControls(result, view, update) {
 }
 
 /**
- * @template T
- * @param {T|null} x
- */
-function some(x) {
-  return x === null ? [] : [x];
-}
-
-/**
  * Map and legend on the left; read-out and strongest sites on the right; the numbers below.
  * @param {View} view
  */
@@ -187,10 +208,10 @@ function effectsBody(view) {
     .sort((a, b) => Math.abs(values[b] ?? 0) - Math.abs(values[a] ?? 0));
   const map = heatmap({
     rows: view.panel.rows, columns: view.columns, values, map: "diverging",
-    rowTitle: "layer", columnTitle: AXIS_TITLES[view.columns.kind],
+    rowTitle: AXIS_TITLES[view.panel.rows.kind], columnTitle: AXIS_TITLES[view.columns.kind],
     title: `${valueName(view)} of ${view.panel.words}`,
     place: (x) => 0.5 + x / (2 * limit),
-    visit: (cell, how) => readout.show(cell, how === "choose"),
+    visit: (cell, how) => readout.show(cell, how !== "hover"),
   });
   const choose = (/** @type {number} */ cell) => { map.mark(cell); readout.show(cell, true); };
   map.mark(order[0] ?? 0);
@@ -205,77 +226,11 @@ function effectsBody(view) {
     el("p", { class: "how" }, `${view.variant.scale} ${spread}${merged}`),
     ...(view.variant.caution ? [el("p", { class: "caution" }, view.variant.caution)] : []),
     el("div", { class: "columns" },
-      el("div", { class: "figure" }, map.node, legend("diverging", ticks, valueName(view) + clipped, endsOf(view))),
+      el("div", { class: "figure" }, map.node, savers(() => map.drawing, `${view.panel.words} ${valueName(view)}`),
+        legend("diverging", ticks, valueName(view) + clipped, endsOf(view))),
       el("div", { class: "side" }, readout.node, strongest(view, order.slice(0, LISTED), choose))),
     dataTable(`All ${order.length} numbers`, () => effectsTable(view, order)),
   ];
-}
-
-/**
- * The numbers of one cell. The table follows the pointer; chosen cells are also spoken.
- * @param {View} view
- */
-function effectsReadout(view) {
-  const title = el("p", { class: "site" });
-  const rows = el("tbody", {});
-  const spoken = el("p", { class: "spoken", "aria-live": "polite" });
-  const node = el("div", { class: "readout" }, title,
-    el("table", {}, el("thead", {}, el("tr", {}, ...["", view.example === "" ? "mean" : "value", "95% interval"].map((t) => el("th", { scope: "col" }, t)))), rows), spoken);
-  const show = (/** @type {number} */ cell, /** @type {boolean} */ speak) => {
-    const at = (/** @type {string} */ name) => sliceOf(view, name)[cell];
-    title.replaceChildren(el("strong", {}, siteName(view, cell)), " ", el("code", {}, siteAddress(view, cell)),
-      el("span", { class: "n" }, `n = ${at("n")}`));
-    const lines = { effect: "recovery, mean", pooled: "recovery, ratio of means", raw: `raw change of ${metricOf(view)}` };
-    rows.replaceChildren(...Object.entries(lines).map(([name, text]) => el("tr", { class: name === view.value ? "shown" : "" },
-      el("th", { scope: "row" }, text), el("td", {}, format(at(name), true)),
-      el("td", {}, formatInterval(...(/** @type {[number, number]} */ (INTERVALS[name].map(at))))))));
-    const [lo, hi] = INTERVALS[view.value].map(at);
-    if (speak) {
-      spoken.textContent = `${siteName(view, cell)}: ${valueName(view)} ${format(at(view.value), true)}, `
-        + `95% interval ${formatInterval(lo, hi)}, n = ${at("n")}, raw change ${format(at("raw"), true)}`;
-    }
-  };
-  return { node, show };
-}
-
-/**
- * The strongest sites, with intervals on a common scale.
- * @param {View} view
- * @param {number[]} cells
- * @param {(cell: number) => void} choose
- */
-function strongest(view, cells, choose) {
-  const [mean, lo, hi] = [view.value, ...INTERVALS[view.value]].map((name) => sliceOf(view, name));
-  const ends = cells.flatMap((i) => [mean[i], lo[i], hi[i]]).filter((x) => x !== null);
-  const [from, to] = [Math.min(0, .../** @type {number[]} */ (ends)), Math.max(0, .../** @type {number[]} */ (ends))];
-  const items = cells.map((i) => el("li", {}, el("button", { type: "button", onclick: () => choose(i) },
-    el("span", { class: "name", title: siteName(view, i) }, siteName(view, i)),
-    intervalBar(/** @type {number} */ (mean[i]), lo[i], hi[i], from, to),
-    el("span", { class: "number" }, format(mean[i], true)),
-    el("span", { class: "interval" }, lo[i] === null ? "" : formatInterval(lo[i], hi[i])))));
-  return el("section", { class: "strongest" }, el("h4", {}, "Strongest sites"), el("ol", {}, ...items));
-}
-
-/**
- * @param {number} mean
- * @param {number|null} lo
- * @param {number|null} hi
- * @param {number} from
- * @param {number} to
- */
-function intervalBar(mean, lo, hi, from, to) {
-  const [W, H] = [150, 16];
-  const x = (/** @type {number} */ v) => 4 + ((v - from) / (to - from || 1)) * (W - 8);
-  const bar = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "interval-bar", preserveAspectRatio: "none", "aria-hidden": "true" });
-  bar.append(svg("line", { x1: x(0), x2: x(0), y1: 0, y2: H, class: "zero" }));
-  const rect = svg("rect", { x: Math.min(x(0), x(mean)), y: 4, width: Math.abs(x(mean) - x(0)), height: H - 8, class: "swatch" });
-  paint(rect, "diverging", mean < 0 ? 0.2 : 0.8);
-  bar.append(rect);
-  if (lo !== null && hi !== null) {
-    bar.append(svg("line", { x1: x(lo), x2: x(hi), y1: H / 2, y2: H / 2, class: "whisker" }));
-    for (const end of [lo, hi]) bar.append(svg("line", { x1: x(end), x2: x(end), y1: 4, y2: H - 4, class: "whisker" }));
-  }
-  return bar;
 }
 
 /**
@@ -285,7 +240,6 @@ function intervalBar(mean, lo, hi, from, to) {
 function effectsTable(view, order) {
   const names = ["effect", "lo", "hi", "pooled", "pooled_lo", "pooled_hi", "raw", "raw_lo", "raw_hi", "n"];
   const columns = names.map((name) => sliceOf(view, name));
-  const exact = (/** @type {number|null} */ x) => (x === null ? "" : String(Number(x.toPrecision(6))));
   return {
     head: ["site", "address", ...names],
     rows: order.map((i) => [siteName(view, i), siteAddress(view, i), ...columns.map((values) => exact(values[i]))]),

@@ -1,16 +1,38 @@
-// The page: header, sections in order, provenance.
+// The page: header, the heads, sections in order, provenance.
+
+import { attentionView } from "./attention.js";
+import { circuitCard, curveChart } from "./circuit.js";
+import { setPalettes } from "./colors.js";
+import { button, el } from "./dom.js";
+import { effectsCard, AXIS_TITLES } from "./effects.js";
+import { copy, saveJson } from "./export.js";
+import { gatherHeads, headGrid } from "./heads.js";
+import { provenance } from "./provenance.js";
+import { sentenceCard } from "./sentences.js";
+import { announcer, notify, on, permalink, readAddress, say, set, state, watchTheme, written } from "./state.js";
+import { statisticsCard } from "./statistics.js";
+
+/** @typedef {import("./data.js").Panel} Panel */
 
 /**
  * @param {any} result
- * @param {number} number
+ * @param {any[]} all
+ * @param {boolean} gridded  is there a head grid?
  */
-function section(result, number) {
-  const id = `result-${number}`;
+function section(result, all, gridded) {
+  const id = `result-${all.indexOf(result)}`;
   if (result.kind === "prose") return el("section", { class: "prose" }, ...heading(result), ...paragraphs(result.text));
-  const cards = result.kind === "effects"
-    ? result.panels.map((/** @type {Panel} */ panel, /** @type {number} */ i) => effectsCard(result, panel, `${id}-${i}`))
-    : [attentionCard(result, `${id}-0`)];
-  return el("section", { id }, ...heading(result), ...cards);
+  const curve = all.find((r) => r.kind === "curve") ?? null;
+  /** @type {Object<string, () => (HTMLElement|null)[]>} */
+  const cards = {
+    effects: () => result.panels.map((/** @type {Panel} */ p, /** @type {number} */ i) => effectsCard(result, p, `${id}-${i}`, gridded && p.columns.kind === "head" && p.rows.kind === "layer")),
+    attention: () => [statisticsCard(result, `${id}-0`, gridded)],
+    patterns: () => [sentenceCard(result)],
+    circuit: () => [circuitCard(result, curve, id)],
+    curve: () => (all.some((r) => r.kind === "circuit") && result === curve ? [] : [el("article", { class: "card" }, el("header", {}, el("h3", {}, "Faithfulness by circuit size")), curveChart(result, null))]),
+  };
+  const made = cards[result.kind]().filter((c) => c !== null);
+  return made.length ? el("section", { id }, ...heading(result), ...made) : null;
 }
 
 /** @param {{name: string|null}} result */
@@ -23,78 +45,80 @@ function paragraphs(text) {
   return (text ?? "").split(/\n\s*\n/).filter((t) => t.trim()).map((t) => el("p", {}, t.trim()));
 }
 
-/** @param {any} result */
-function resultName(result) {
-  if (result.name) return result.name;
-  return result.kind === "effects" ? `effects of ${result.panels.map((/** @type {Panel} */ p) => p.component).join(", ")}` : "attention";
-}
-
-/**
- * A provenance value as text; what is long is folded.
- * @param {any} value
- * @returns {Node}
- */
-function provenanceValue(value) {
-  const text = typeof value === "string" ? value : JSON.stringify(value, null, 1);
-  if (text.length < 240) return el("span", { class: "value" }, typeof value === "string" ? text : text.replace(/\s*\n\s*/g, " "));
-  const size = Array.isArray(value) ? `${value.length} items` : `${text.length} characters`;
-  return el("details", {}, el("summary", {}, size), el("pre", {}, text));
-}
-
-/**
- * Every key of every result: once if all agree, else one line for each result.
- * @param {any[]} results
- */
-function provenance(results) {
-  const keys = [...new Set(results.flatMap((r) => Object.keys(r.provenance)))];
-  const rows = keys.flatMap((key) => {
-    const having = results.filter((r) => key in r.provenance);
-    const same = new Set(having.map((r) => JSON.stringify(r.provenance[key]))).size === 1;
-    const about = (/** @type {any} */ r) => (same ? (having.length === results.length ? "" : having.map(resultName).join("; ")) : resultName(r));
-    return (same ? having.slice(0, 1) : having).map((r, i) => el("tr", {},
-      el("th", { scope: "row" }, i === 0 ? key : ""), el("td", {}, about(r)), el("td", {}, provenanceValue(r.provenance[key]))));
-  });
-  const backends = results.filter((r) => r.kind === "attention" && Object.keys(r.backends).length);
-  for (const r of backends) {
-    const used = [...new Set(Object.values(r.backends))].map((name) => {
-      const layers = Object.keys(r.backends).filter((layer) => r.backends[layer] === name);
-      return `${name}: ${layers.length === r.layers ? "every layer" : "layers " + layers.join(", ")}`;
-    });
-    rows.push(el("tr", {}, el("th", { scope: "row" }, "attention backend"), el("td", {}, resultName(r)), el("td", {}, used.join("; "))));
-  }
-  return el("footer", { id: "provenance" }, el("h2", {}, "Provenance"),
-    el("p", { class: "how" }, "What made these numbers. The page carries them in full: interp.Report.read(path) gives the tables back."),
-    rows.length ? el("div", { class: "scroll" }, el("table", { class: "provenance" },
-      el("thead", {}, el("tr", {}, ...["key", "result", "value"].map((t) => el("th", { scope: "col" }, t)))), el("tbody", {}, ...rows)))
-      : el("p", {}, "These results carry no provenance."));
+/** The card that joins what heads cause and what they read. @param {any[]} results */
+function headsCard(results) {
+  const heads = gatherHeads(results);
+  if (!heads) return null;
+  let strongest = "L0H0";
+  const patterns = results.find((r) => r.kind === "patterns");
+  const grid = headGrid(heads, (name) => { strongest = name; });
+  return el("section", { id: "heads" }, el("h2", {}, "Heads: what they cause and what they read"),
+    el("article", { class: "card" }, grid, ...(patterns ? [attentionView(patterns, () => strongest)] : [])));
 }
 
 /** @param {any[]} results */
 function contents(results) {
   const entries = results.flatMap((r, i) => {
-    if (r.kind === "attention") return [{ id: `result-${i}-0`, text: r.name ?? "Attention" }];
-    if (r.kind !== "effects") return [];
-    return r.panels.map((/** @type {Panel} */ p, /** @type {number} */ j) => ({ id: `result-${i}-${j}`,
-      text: [r.name, p.component].filter(Boolean).join(": ") + (p.columns.kind === "all" ? "" : ` by ${AXIS_TITLES[p.columns.kind]}`)
-      + (r.name ? "" : ` (${[...new Set(p.variants.map((v) => v.intervention))].join(", ")})`) }));
+    if (r.kind === "effects") return r.panels.map((/** @type {Panel} */ p, /** @type {number} */ j) => ({ id: `result-${i}-${j}`,
+      text: r.name ?? [p.component, p.columns.kind === "all" ? "" : `by ${AXIS_TITLES[p.columns.kind]}`, `(${[...new Set(p.variants.map((v) => v.intervention))].join(", ")})`].filter(Boolean).join(" ") }));
+    const title = /** @type {Object<string, string>} */ ({ attention: "Statistics", circuit: "Circuit", curve: "Faithfulness" })[r.kind];
+    return title ? [{ id: r.kind === "attention" ? `result-${i}-0` : `result-${i}`, text: r.name ?? title }] : [];
   });
-  if (entries.length < 3) return null;
-  return el("nav", { "aria-label": "On this page" }, ...entries.map((e) => el("a", { href: `#${e.id}` }, e.text)),
-    el("a", { href: "#provenance" }, "Provenance"));
+  const heads = document.getElementById("heads") ? [{ id: "heads", text: "Heads" }] : [];
+  const all = [...heads, ...(document.getElementById("sentences") ? [{ id: "sentences", text: "Segments" }] : []), ...entries, { id: "provenance", text: "Provenance" }]
+    .filter((e) => document.getElementById(e.id));
+  return el("details", { class: "contents" }, el("summary", {}, "Contents"), el("nav", { "aria-label": "On this page" },
+    ...all.map((e) => el("a", { href: `#at=${e.id}`, onclick: (/** @type {Event} */ event) => { event.preventDefault(); set({ at: e.id }); go(e.id); } }, e.text))));
+}
+
+/** @param {string} id */
+function go(id) {
+  const target = document.getElementById(id);
+  if (target instanceof HTMLDetailsElement) target.open = true;
+  target?.scrollIntoView({ block: "start" });
+}
+
+function bar() {
+  const pins = el("span", { class: "pins" });
+  const showPins = () => pins.replaceChildren(...state.pins.map((pin) => button(pin, () => {
+    const [head, q] = pin.split("@");
+    set({ heads: [head], q: q === undefined ? state.q : Number(q) });
+    go("heads");
+  }, { "aria-label": `Go to pin ${pin}` })));
+  const themes = /** @type {Object<string, "auto"|"light"|"dark">} */ ({ auto: "light", light: "dark", dark: "auto" });
+  const theme = button("", () => { set({ theme: themes[state.theme] }); say(`theme: ${state.theme}`); }, { "data-key": "theme" });
+  const showTheme = () => { theme.textContent = `theme: ${state.theme}`; };
+  on("pins", showPins);
+  on("theme", showTheme);
+  showPins();
+  showTheme();
+  return el("div", { class: "bar", role: "region", "aria-label": "This page" }, pins, theme,
+    button("copy link", () => copy(location.href.split("#")[0] + permalink(), "link"), { title: "A link to what you are looking at" }),
+    button("notes", () => saveJson("notes.json", { format: "interp.notes", report: written.title, pins: state.pins, notes: written.notes, link: permalink() }),
+      { title: "Save your pins and notes as JSON", "aria-label": "Save pins and notes as JSON" }));
 }
 
 function start() {
   const main = /** @type {HTMLElement} */ (document.getElementById("page"));
   const data = JSON.parse(document.getElementById("interp-report")?.textContent ?? "");
-  palettes = data.colors;
+  setPalettes(data.colors);
+  written.title = data.title;
+  readAddress();
+  watchTheme();
   const results = data.results.filter((/** @type {any} */ r) => r.kind !== "prose");
   const facts = ["model", "task", "created"].map((key) => results.map((/** @type {any} */ r) => r.provenance[key])
     .find((/** @type {any} */ v) => typeof v === "string")).filter((text) => text && !data.title.includes(text));
-  main.replaceChildren(
-    el("header", { class: "top" }, el("h1", {}, data.title), facts.length ? el("p", { class: "facts" }, facts.join(" · ")) : null,
-      ...paragraphs(data.notes), contents(data.results)),
-    ...data.results.map(section),
-    provenance(results));
+  const heads = headsCard(results);
+  const top = el("header", { class: "top" }, bar(), el("h1", {}, data.title), facts.length ? el("p", { class: "facts" }, facts.join(" · ")) : null, ...paragraphs(data.notes));
+  const sections = data.results.map((/** @type {any} */ r) => section(r, data.results, heads !== null)).filter((/** @type {any} */ s) => s !== null);
+  main.replaceChildren(announcer(), top, ...(heads ? [heads] : []), ...sections, provenance(results));
+  if (main.querySelectorAll("section, article").length > 3) top.append(contents(data.results));
+  if (state.at) go(state.at);
+  addEventListener("hashchange", () => {
+    const changed = readAddress();
+    notify(changed);
+    if (changed.has("at") && state.at) go(state.at);
+  });
 }
 
 start();

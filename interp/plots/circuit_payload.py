@@ -1,0 +1,114 @@
+"""Circuits and faithfulness curves in the page.
+
+Their classes live beside models; what is drawn of them needs none, so they are known here by what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+from interp.plots.codec import pack, unpack
+from interp.sites import Edge, Site
+
+
+@runtime_checkable
+class CircuitLike(Protocol):
+    """What a page needs of `interp.circuits.Circuit`."""
+
+    graph: Any
+    edges: dict[Edge, float]
+    roles: dict[Site, str]
+    provenance: dict[str, Any]
+
+    def nodes(self) -> tuple[Site, ...]: ...  # noqa: D102
+
+    def connected(self) -> Any: ...  # noqa: D102
+
+
+@runtime_checkable
+class CurveLike(Protocol):
+    """What a page needs of `interp.circuits.Curve`."""
+
+    sizes: Any
+    edges: Any
+    values: Any
+    whole: Any
+    empty: Any
+    recipe: dict[str, Any]
+
+    def frame(self) -> Any: ...  # noqa: D102
+
+
+FACTS = ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")
+
+
+def encode_circuit(circuit: CircuitLike, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Nodes with their place in the model, edges with what they feed."""
+    graph, senders = circuit.graph, {e.sender for e in circuit.edges}
+    nodes = [*circuit.nodes(), graph.output]
+    number = {site: i for i, site in enumerate(nodes)}
+    edges = []
+    for edge, score in circuit.edges.items():
+        fed = graph.fed_by(edge.receiver)
+        sending = [s for s in fed if s in senders]
+        into = [graph.output] if edge.receiver == graph.output else sending or fed
+        edges.append(
+            {
+                "sender": str(edge.sender), "receiver": str(edge.receiver), "from": number[edge.sender],
+                "to": [number[s] for s in into], "score": None if math.isnan(score) else float(score),
+            }
+        )  # fmt: skip
+    return {
+        "kind": "circuit",
+        "provenance": provenance,
+        "architecture": {k: getattr(graph, k) for k in FACTS},
+        "total": len(graph),
+        "nodes": [
+            {
+                "site": str(s), "layer": s.layer, "head": s.head, "kind": _kind(s, graph),
+                "role": circuit.roles.get(s, ""),
+            }
+            for s in nodes
+        ],
+        "edges": edges,
+    }  # fmt: skip
+
+
+def _kind(site: Site, graph: Any) -> str:
+    if site == graph.input:
+        return "input"
+    return "logits" if site == graph.output else "head" if site.component == "z" else "mlp"
+
+
+def decode_circuit(data: dict[str, Any]) -> Any:
+    """The Circuit that a report was given."""
+    from interp.circuits import Circuit
+    from interp.circuits.architecture import Architecture
+
+    edges = {
+        Edge(Site.parse(e["sender"]), Site.parse(e["receiver"])): float("nan") if e["score"] is None else e["score"]
+        for e in data["edges"]
+    }
+    roles = {Site.parse(n["site"]): n["role"] for n in data["nodes"] if n["role"]}
+    return Circuit(Architecture(**data["architecture"]), edges, roles, data["provenance"])
+
+
+def encode_curve(curve: CurveLike, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Faithfulness at each size with its interval, and the two areas."""
+    frame = curve.frame()
+    measured = {c: [_number(x) for x in frame[c]] for c in ("size", "edges", "faithfulness", "lo", "hi")}
+    areas = {name: [_number(x) for x in getattr(curve, name)] for name in ("cpr", "cmd")}
+    arrays = {name: pack(getattr(curve, name)) for name in ("sizes", "edges", "values", "whole", "empty")}
+    return {"kind": "curve", "provenance": provenance, **areas, "measured": measured, "arrays": arrays}
+
+
+def decode_curve(data: dict[str, Any]) -> Any:
+    """The Curve that a report was given."""
+    from interp.circuits import Curve
+
+    return Curve(**{name: unpack(x) for name, x in data["arrays"].items()}, recipe=data["provenance"])
+
+
+def _number(x: Any) -> float | None:
+    return float(x) if math.isfinite(x) else None

@@ -1,0 +1,153 @@
+// A circuit's card: threshold, faithfulness at that size, roles and notes that can be kept.
+
+import { button, el, exact, format, formatInterval, keepFocus, svg, tick } from "./dom.js";
+import { copy, saveJson, savers } from "./export.js";
+import { drawGraph, nodeName, onPaths } from "./graph.js";
+import { say, set, state, written } from "./state.js";
+import { dataTable } from "./tables.js";
+
+/** @typedef {import("./data.js").CircuitResult} CircuitResult */
+/** @typedef {import("./data.js").CurveResult} CurveResult */
+
+/**
+ * @param {CircuitResult} circuit
+ * @param {CurveResult|null} curve
+ * @param {string} id
+ */
+export function circuitCard(circuit, curve, id) {
+  const ranked = [...circuit.edges].sort((a, b) => Math.abs(b.score ?? 0) - Math.abs(a.score ?? 0));
+  const view = { kept: keptOf(id, ranked.length), paths: true, chosen: -1 };
+  const graph = el("div", { class: "scroll" });
+  const facts = el("p", { class: "readout line", "aria-live": "polite" });
+  const side = el("div", { class: "node-panel" });
+  const chart = el("div", {});
+  const slider = /** @type {HTMLInputElement} */ (el("input", { type: "range", min: 1, max: ranked.length, "aria-label": "edges kept, strongest first",
+    oninput: () => { view.kept = Number(slider.value); draw(); }, onchange: () => set({ cut: `${id}:${view.kept}` }) }));
+  slider.value = String(view.kept);
+  const draw = () => {
+    const cut = ranked.slice(0, view.kept);
+    const connected = onPaths(circuit, cut);
+    const shown = view.paths ? connected : cut;
+    const least = Math.abs(cut[cut.length - 1].score ?? NaN);
+    keepFocus(graph, () => graph.replaceChildren(drawGraph(circuit, shown, view.chosen, choose)));
+    const nodes = new Set(shown.flatMap((e) => [e.from, ...e.to])).size;
+    facts.replaceChildren(el("strong", {}, `${view.kept} of ${ranked.length} edges`), ` with |score| ≥ ${format(least)}: ${connected.length} on a path from the input to the logits, ${nodes} nodes. `
+      + `${(100 * view.kept / circuit.total).toPrecision(2)}% of the model’s ${circuit.total.toLocaleString("en")} edges.`, curve ? ` ${faithfulnessAt(curve, view.kept / circuit.total)}` : "");
+    chart.replaceChildren(...(curve ? [curveChart(curve, view.kept / circuit.total)] : []));
+  };
+  const choose = (/** @type {number} */ i) => {
+    view.chosen = i;
+    draw();
+    side.replaceChildren(...nodePanel(circuit, i, id, draw));
+    say(`${nodeName(circuit.nodes[i])} chosen`);
+  };
+  draw();
+  const heading = circuit.name ?? "Circuit";
+  return el("article", { class: "card", id },
+    el("header", {}, el("h3", {}, heading), el("p", { class: "kind" }, String(circuit.provenance.selection ?? circuit.provenance.method ?? ""))),
+    el("p", { class: "how" }, "Senders below, the logits on top; an edge’s width is its |score|, red raises and blue lowers what was attributed. Choose a node to see its edges, give it a role, or open its attention."),
+    el("div", { class: "controls" }, el("label", { class: "chooser" }, "edges kept", slider), tick("only paths to the logits", view.paths, (on) => { view.paths = on; draw(); }),
+      savers(() => graph.querySelector("svg"), heading), button("Save JSON", () => saveJson("circuit.json", circuitFile(circuit, id)), { class: "plain-button", "data-key": "save circuit" })),
+    facts,
+    el("div", { class: "columns" }, el("div", { class: "figure" }, graph), el("div", { class: "side" }, chart, side)),
+    dataTable(`All ${ranked.length} edges`, () => ({ head: ["sender", "receiver", "score"], rows: ranked.map((e) => [e.sender, e.receiver, exact(e.score)]) })));
+}
+
+/**
+ * @param {string} id
+ * @param {number} all
+ */
+function keptOf(id, all) {
+  const [owner, n] = state.cut.split(":");
+  return owner === id && Number(n) >= 1 ? Math.min(Number(n), all) : Math.min(all, 60);
+}
+
+/**
+ * @param {CircuitResult} circuit
+ * @param {number} i
+ * @param {string} id
+ * @param {() => void} redraw
+ */
+function nodePanel(circuit, i, id, redraw) {
+  const node = circuit.nodes[i];
+  const role = /** @type {HTMLInputElement} */ (el("input", { type: "text", "aria-label": "role", maxlength: 80, oninput: () => { node.role = role.value; }, onchange: redraw }));
+  role.value = node.role;
+  const note = /** @type {HTMLTextAreaElement} */ (el("textarea", { rows: 3, "aria-label": "note", oninput: () => { written.notes[`${id} ${node.site}`] = note.value; } }));
+  note.value = written.notes[`${id} ${node.site}`] ?? "";
+  const head = node.kind === "head" ? nodeName(node) : null;
+  const list = (/** @type {string} */ title, /** @type {import("./data.js").CircuitEdge[]} */ edges, /** @type {(e: import("./data.js").CircuitEdge) => string} */ text) =>
+    edges.length ? [el("h4", {}, title), el("ul", { class: "edge-list" }, ...edges.sort((a, b) => Math.abs(b.score ?? 0) - Math.abs(a.score ?? 0)).slice(0, 8)
+      .map((e) => el("li", {}, el("code", {}, text(e)), " ", el("span", { class: "number" }, format(e.score, true)))))] : [];
+  return [
+    el("p", { class: "site" }, el("strong", {}, nodeName(node)), el("code", {}, node.site), button("copy as Site", () => copy(node.site, "site")),
+      ...(head ? [button("open its attention", () => {
+        set({ heads: [head] });
+        document.getElementById("attention")?.scrollIntoView({ block: "start" });
+      })] : [])),
+    el("label", { class: "field" }, "role", role), el("label", { class: "field" }, "note", note),
+    ...list("reads", circuit.edges.filter((e) => e.to.includes(i)), (e) => `${e.sender} → ${e.receiver}`),
+    ...list("sends", circuit.edges.filter((e) => e.from === i), (e) => `→ ${e.receiver}`),
+  ];
+}
+
+/**
+ * What `Circuit.read` opens: the file that `Circuit.write` makes, with the reader's roles; notes go with provenance.
+ * @param {CircuitResult} circuit
+ * @param {string} id
+ */
+function circuitFile(circuit, id) {
+  const notes = Object.fromEntries(circuit.nodes.map((n) => [n.site, written.notes[`${id} ${n.site}`]]).filter(([, text]) => text));
+  return { format: "interp.Circuit", schema: 1, architecture: circuit.architecture,
+    provenance: Object.keys(notes).length ? { ...circuit.provenance, notes } : circuit.provenance,
+    roles: Object.fromEntries(circuit.nodes.filter((n) => n.role && n.kind !== "logits").map((n) => [n.site, n.role])),
+    edges: circuit.edges.map((e) => [e.sender, e.receiver, e.score]) };
+}
+
+/**
+ * @param {CurveResult} curve
+ * @param {number} share
+ */
+function faithfulnessAt(curve, share) {
+  const { size, faithfulness } = curve.measured;
+  const after = size.findIndex((s) => (s ?? 0) >= share);
+  if (after === 0) return `Smaller than any measured circuit (the smallest: f = ${format(faithfulness[0])} at ${format(size[0])} of the edges).`;
+  const [a, b] = after < 0 ? [size.length - 1, size.length - 1] : [after - 1, after];
+  const t = a === b ? 0 : (share - (size[a] ?? 0)) / ((size[b] ?? 1) - (size[a] ?? 0));
+  const f = (faithfulness[a] ?? 0) + t * ((faithfulness[b] ?? 0) - (faithfulness[a] ?? 0));
+  return `Faithfulness about ${format(f)} (between those measured at ${percent(size[a])} and ${percent(size[b])}).`;
+}
+
+/** @param {number|null} x */
+function percent(x) {
+  return `${(100 * (x ?? 0)).toPrecision(2)}%`;
+}
+
+/**
+ * Faithfulness over circuit size, with its interval and the size that is shown.
+ * @param {CurveResult} curve
+ * @param {number|null} share
+ */
+export function curveChart(curve, share) {
+  const { size, faithfulness, lo, hi } = curve.measured;
+  const [W, H, left, base] = [420, 190, 44, 150];
+  const [low, high] = [Math.min(0, ...faithfulness.map(Number), ...lo.map((x) => x ?? 0)), Math.max(1, ...faithfulness.map(Number), ...hi.map((x) => x ?? 0))];
+  const least = Math.log10(Math.max(Number(size.find((s) => (s ?? 0) > 0)), 1e-6));
+  const x = (/** @type {number} */ s) => left + ((Math.log10(Math.max(s, 10 ** least)) - least) / -least) * (W - left - 14);
+  const y = (/** @type {number} */ f) => base - ((f - low) / (high - low)) * (base - 14);
+  const root = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "curve", role: "img", "aria-label": "Faithfulness by circuit size" });
+  const points = size.map((s, i) => `${x(s ?? 0).toFixed(1)} ${y(faithfulness[i] ?? 0).toFixed(1)}`);
+  if (lo.every((v) => v !== null)) {
+    const band = [...size.map((s, i) => `${x(s ?? 0).toFixed(1)} ${y(hi[i] ?? 0).toFixed(1)}`), ...size.map((s, i) => `${x(s ?? 0).toFixed(1)} ${y(lo[i] ?? 0).toFixed(1)}`).reverse()];
+    root.append(svg("path", { d: `M${band.join("L")}Z`, class: "band" }));
+  }
+  for (const f of [0, 1]) root.append(svg("line", { x1: left, x2: W - 14, y1: y(f), y2: y(f), class: "zero" }), svg("text", { x: left - 6, y: y(f), class: "tick row" }, String(f)));
+  root.append(svg("path", { d: `M${points.join("L")}`, class: "curve-line" }));
+  size.forEach((s, i) => root.append(svg("circle", { cx: x(s ?? 0), cy: y(faithfulness[i] ?? 0), r: 2.5, class: "point" })));
+  size.forEach((s, i) => { if (i % 3 === 0) root.append(svg("text", { x: x(s ?? 0), y: base + 14, class: "tick middle" }, percent(s))); });
+  if (share !== null) root.append(svg("line", { x1: x(share), x2: x(share), y1: 8, y2: base, class: "query-mark" }));
+  root.append(svg("text", { x: (W + left) / 2, y: H - 8, class: "axis" }, "share of edges kept (log)"), svg("text", { x: 10, y: base / 2, class: "axis", transform: `rotate(-90 10 ${base / 2})` }, "faithfulness"));
+  const area = (/** @type {string} */ name, /** @type {(number|null)[]} */ v) => el("span", {}, el("strong", {}, name), ` ${format(v[0])} ${v[1] === null ? "" : formatInterval(v[1], v[2])}`);
+  return el("figure", { class: "curve-figure" }, el("figcaption", {}, area("CPR", curve.cpr), " · ", area("CMD", curve.cmd), el("span", { class: "hint" }, ` ${String(curve.provenance.ablation ?? "")}`)),
+    el("div", { class: "scroll" }, root), savers(() => root, "faithfulness curve"),
+    dataTable("Measured sizes", () => ({ head: ["share", "edges", "faithfulness", "lo", "hi"], rows: size.map((s, i) => [exact(s), exact(curve.measured.edges[i]), exact(faithfulness[i]), exact(lo[i]), exact(hi[i])]) })));
+}

@@ -1,0 +1,97 @@
+// Colour: the maps shared with the plotly figures, legends, swatches.
+
+import { el, svg } from "./dom.js";
+
+/** @typedef {"diverging"|"sequential"} MapName */
+
+/** @type {Object<string, Object<string, string[]>>} */
+let palettes = {};
+
+/** @param {Object<string, Object<string, string[]>>} given */
+export function setPalettes(given) {
+  palettes = given;
+}
+
+/**
+ * Colour at t in [0, 1] along evenly spaced stops.
+ * @param {string[]} stops
+ * @param {number} t
+ * @returns {number[]}
+ */
+export function mix(stops, t) {
+  const place = Math.min(Math.max(t, 0), 1) * (stops.length - 1);
+  const left = Math.min(Math.floor(place), stops.length - 2);
+  const [a, b] = [stops[left], stops[left + 1]].map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  return a.map((x, i) => Math.round(x + (b[i] - x) * (place - left)));
+}
+
+/**
+ * Give a node its colours in both themes; the style sheet picks one, so nothing is redrawn on a change.
+ * @param {ElementCSSInlineStyle & Element} node
+ * @param {MapName} map
+ * @param {number} t
+ */
+export function paint(node, map, t) {
+  for (const theme of ["light", "dark"]) {
+    const rgb = mix(palettes[map][theme], t);
+    node.style.setProperty(`--${theme}`, `rgb(${rgb.join(" ")})`);
+    const [r, g, b] = rgb.map((x) => (x / 255 <= 0.04045 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4));
+    const bright = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179; // where black and white text contrast alike
+    node.style.setProperty(`--on-${theme}`, bright ? "#000" : "#fff");
+  }
+}
+
+/** The theme that is shown. @returns {"light"|"dark"} */
+export function theme() {
+  return document.documentElement.dataset.theme === "dark" ? "dark" : "light";
+}
+
+/**
+ * 256 colours of a map in the shown theme, as 32-bit pixels.
+ * @param {MapName} map
+ * @returns {Uint32Array}
+ */
+export function pixels(map) {
+  const out = new Uint32Array(256);
+  for (let i = 0; i < 256; i++) {
+    const [r, g, b] = mix(palettes[map][theme()], i / 255);
+    out[i] = (255 << 24 | b << 16 | g << 8 | r) >>> 0;
+  }
+  return out;
+}
+
+/**
+ * A colour bar with ticks at its ends and, for diverging maps, at zero.
+ * @param {MapName} map
+ * @param {{at: number, label: string}[]} ticks  positions along the map
+ * @param {string} caption
+ * @param {[string, string]|null} ends  what the two ends mean
+ */
+export function legend(map, ticks, caption, ends) {
+  const [steps, width] = [48, 240];
+  const bar = svg("svg", { width: width + 40, height: 34, class: "legend-bar", role: "img", "aria-label": caption });
+  for (let i = 0; i < steps; i++) {
+    const rect = svg("rect", { x: 20 + (i * width) / steps, y: 0, width: width / steps + 0.5, height: 12, class: "swatch" });
+    paint(rect, map, i / (steps - 1));
+    bar.append(rect);
+  }
+  for (const tick of ticks) {
+    const x = 20 + tick.at * width;
+    const zero = map === "diverging" && tick.at === 0.5;
+    bar.append(svg("line", { x1: x, x2: x, y1: zero ? 0 : 12, y2: 17, class: zero ? "tickmark strong" : "tickmark" }));
+    bar.append(svg("text", { x, y: 29, class: "tick middle" }, tick.label));
+  }
+  const meaning = ends && el("p", { class: "ends" },
+    swatch(map, 0.08), ends[0], el("br"), swatch(map, 0.92), ends[1]);
+  return el("div", { class: "legend" }, el("p", { class: "caption" }, caption), bar, meaning);
+}
+
+/**
+ * @param {MapName} map
+ * @param {number} t
+ */
+export function swatch(map, t) {
+  const node = el("span", { class: "chip", "aria-hidden": "true" });
+  paint(node, map, t);
+  return node;
+}

@@ -1,0 +1,165 @@
+// Elements and numbers. Every text is set as text, never as markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+const MINUS = "\u2212";
+
+/**
+ * An HTML element with attributes and children (strings become text).
+ * @param {string} tag
+ * @param {Object<string, any>} [attributes]
+ * @param {...(Node|string|null)} children
+ * @returns {HTMLElement}
+ */
+export function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) node.setAttribute(name, String(value));
+  }
+  node.append(...children.filter((c) => c !== null));
+  return node;
+}
+
+/**
+ * An SVG element.
+ * @param {string} tag
+ * @param {Object<string, any>} [attributes]
+ * @param {string} [text]
+ * @returns {SVGElement}
+ */
+export function svg(tag, attributes = {}, text) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, String(value));
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+/**
+ * A number for people: three decimals, fewer when large, a real minus sign.
+ * @param {number|null|undefined} x
+ * @param {boolean} [signed]
+ */
+export function format(x, signed = false) {
+  if (x === null || x === undefined || !Number.isFinite(x)) return "\u2013";
+  const size = Math.abs(x);
+  const digits = size !== 0 && size < 0.001 ? size.toExponential(1)
+    : size < 10 ? size.toFixed(3) : size < 1000 ? size.toFixed(1) : size.toPrecision(4);
+  return (x < 0 ? MINUS : signed && x > 0 ? "+" : "") + digits;
+}
+
+/**
+ * @param {number|null} lo
+ * @param {number|null} hi
+ */
+export function formatInterval(lo, hi) {
+  return lo === null || hi === null ? "\u2013" : `[${format(lo)}, ${format(hi)}]`;
+}
+
+/**
+ * All digits that matter, for tables.
+ * @param {number|null|undefined} x
+ */
+export function exact(x) {
+  return x === null || x === undefined || !Number.isFinite(x) ? "" : String(Number(x.toPrecision(6)));
+}
+
+/**
+ * A round number at least as large as x, so that legends end on something readable.
+ * @param {number} x
+ */
+export function roundUp(x) {
+  if (!(x > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(x));
+  return ([1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8].find((step) => step * power >= x * (1 - 1e-9)) ?? 10) * power;
+}
+
+/**
+ * A labelled drop-down; null if there is nothing to choose.
+ * @param {string} label
+ * @param {{value: string, text: string}[]} options
+ * @param {string} current
+ * @param {(value: string) => void} change
+ */
+export function chooser(label, options, current, change) {
+  if (options.length < 2) return null;
+  const select = /** @type {HTMLSelectElement} */ (el("select", { onchange: () => change(select.value) },
+    ...options.map((o) => el("option", { value: o.value }, o.text))));
+  select.value = current;
+  return el("label", { class: "chooser" }, label, select);
+}
+
+/**
+ * @param {string} label
+ * @param {boolean} on
+ * @param {(on: boolean) => void} change
+ */
+export function tick(label, on, change) {
+  const box = /** @type {HTMLInputElement} */ (el("input", { type: "checkbox", onchange: () => change(box.checked) }));
+  box.checked = on;
+  return el("label", { class: "chooser tick-box" }, box, label);
+}
+
+/**
+ * A row of buttons of which one is pressed.
+ * @param {string} label
+ * @param {{value: string, text: string, title?: string}[]} options
+ * @param {string} current
+ * @param {(value: string) => void} change
+ */
+export function switcher(label, options, current, change) {
+  if (options.length < 2) return null;
+  return el("div", { class: "switcher", role: "group", "aria-label": label }, el("span", { class: "switch-label" }, label),
+    ...options.map((o) => el("button", { type: "button", "aria-pressed": o.value === current, title: o.title ?? null,
+      "data-value": o.value, onclick: () => change(o.value) }, o.text)));
+}
+
+/**
+ * @param {string} text
+ * @param {() => void} action
+ * @param {Object<string, any>} [more]
+ */
+export function button(text, action, more = {}) {
+  return el("button", { type: "button", class: "plain-button", onclick: action, ...more }, text);
+}
+
+/**
+ * Redraw a box that holds controls; the one being used keeps the keyboard.
+ * @param {HTMLElement} box
+ * @param {() => void} redraw
+ */
+export function keepFocus(box, redraw) {
+  const all = () => /** @type {HTMLElement[]} */ ([...box.querySelectorAll("select, button, input, [tabindex]")]);
+  const name = (/** @type {HTMLElement} */ n) => n.getAttribute("data-key") ?? `${n.tagName} ${n.parentElement?.firstChild?.textContent} ${n.tagName === "BUTTON" ? n.textContent : ""}`;
+  const used = all().find((n) => n === document.activeElement);
+  const key = used && name(used);
+  redraw();
+  if (key) all().find((n) => name(n) === key)?.focus({ preventScroll: true });
+}
+
+/**
+ * @template T
+ * @param {T|null} x
+ */
+export function some(x) {
+  return x === null ? [] : [x];
+}
+
+/** @param {string} text */
+export function capital(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
+/**
+ * Least and greatest of finite values.
+ * @param {Iterable<number|null>} values
+ * @returns {[number, number]}
+ */
+export function rangeOf(values) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const x of values) {
+    if (x === null || !Number.isFinite(x)) continue;
+    if (x < low) low = x;
+    if (x > high) high = x;
+  }
+  return [low, high];
+}

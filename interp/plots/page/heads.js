@@ -1,0 +1,257 @@
+// The head grid: every head's causal effect as colour, a statistic of its attention as the size of a dot.
+
+import { legend } from "./colors.js";
+import { chooser, el, format, keepFocus, rangeOf, roundUp, some, svg } from "./dom.js";
+import { endsOf, MODES, valueName } from "./effects.js";
+import { savers } from "./export.js";
+import { headList, headReadout } from "./headlist.js";
+import { heatmap } from "./heatmap.js";
+import { on, say, set, state } from "./state.js";
+
+/** @typedef {import("./data.js").Panel} Panel */
+/** @typedef {import("./data.js").Variant} Variant */
+/** @typedef {import("./data.js").AttentionResult} AttentionResult */
+/** @typedef {import("./heatmap.js").How} How */
+
+/**
+ * @typedef {object} Measure  an effect that was measured of heads
+ * @property {string} id
+ * @property {string} label
+ * @property {Panel} panel
+ * @property {Variant} variant
+ * @property {(head: number, name: string) => number|null} at  a column of its summary; head = layer × heads + head
+ */
+
+/**
+ * @typedef {object} Counted  a statistic, by head
+ * @property {string} id
+ * @property {string} label
+ * @property {string} definition
+ * @property {(number|null)[]} values
+ */
+
+/**
+ * @typedef {object} Heads  all that is known of heads
+ * @property {number} layers
+ * @property {number} heads
+ * @property {Measure[]} measures
+ * @property {Counted[]} counted
+ */
+
+const QUERY_HEADS = ["z", "result", "q"];
+
+/**
+ * Gather what the results say of heads; null if they say nothing.
+ * @param {any[]} results
+ * @returns {Heads|null}
+ */
+export function gatherHeads(results) {
+  const panels = results.filter((r) => r.kind === "effects").flatMap((r) => r.panels.map((/** @type {Panel} */ panel) => ({ r, panel })))
+    .filter(({ panel }) => panel.rows.kind === "layer" && panel.columns.kind === "head" && !panel.slices
+      && (panel.edge || QUERY_HEADS.includes(panel.component)));
+  const stats = results.filter((r) => (r.kind === "attention" && !r.stack) || r.kind === "patterns");
+  const most = (/** @type {number[]} */ xs) => xs.reduce((a, b) => Math.max(a, b), 0);
+  const layers = most([...stats.map((r) => r.layers), ...panels.map(({ panel }) => 1 + most(panel.rows.values.map(Number)))]);
+  const heads = most([...stats.map((r) => r.heads), ...panels.map(({ panel }) => 1 + most(panel.columns.values.map(Number)))]);
+  if (!layers || !heads) return null;
+  const measures = panels.flatMap(({ r, panel }) => panel.variants.map((/** @type {Variant} */ v, /** @type {number} */ i) =>
+    measureOf(`${results.indexOf(r)}.${r.panels.indexOf(panel)}.${i}`, panel, v, heads)));
+  const counted = stats.flatMap((r) => countedOf(r, `${results.indexOf(r)}`));
+  measures.sort((a, b) => cellsOf(b) - cellsOf(a)); // whole sweeps before chosen heads
+  return { layers, heads, measures, counted };
+}
+
+/** @param {Measure} m */
+function cellsOf(m) {
+  return m.variant.cells.n.filter((n) => n).length;
+}
+
+/**
+ * @param {string} id
+ * @param {Panel} panel
+ * @param {Variant} variant
+ * @param {number} heads
+ * @returns {Measure}
+ */
+function measureOf(id, panel, variant, heads) {
+  const rows = new Map(panel.rows.values.map((v, i) => [v, i]));
+  const columns = new Map(panel.columns.values.map((v, i) => [v, i]));
+  const at = (/** @type {number} */ head, /** @type {string} */ name) => {
+    const [r, c] = [rows.get(Math.floor(head / heads)), columns.get(head % heads)];
+    return r === undefined || c === undefined ? null : variant.cells[name][r * panel.columns.values.length + c];
+  };
+  const what = [panel.edge ? `path into ${panel.edge.receiver}` : variant.intervention, MODES[variant.mode] ?? variant.mode];
+  const unlike = new Set(panel.variants.map((v) => v.metric)).size > 1 ? [variant.metric] : [];
+  const component = panel.component === "z" || panel.edge ? [] : [panel.component];
+  return { id, label: [...component, ...what, ...unlike].join(", "), panel, variant, at };
+}
+
+/**
+ * @param {any} result
+ * @param {string} id
+ * @returns {Counted[]}
+ */
+function countedOf(result, id) {
+  if (result.kind === "attention") {
+    return result.statistics.filter((/** @type {any} */ s) => s.mean).map((/** @type {any} */ s) => ({ id: `${id}.${s.name}`,
+      label: s.name, definition: s.definition, values: s.mean }));
+  }
+  const values = new Array(result.layers * result.heads).fill(null);
+  result.names.forEach((/** @type {string} */ name, /** @type {number} */ i) => {
+    const [layer, head] = numbersOf(name);
+    values[layer * result.heads + head] = result.receiver[i];
+  });
+  return values.some((v) => v !== null) ? [{ id: `${id}.receiver`, label: "receiver-head score", values,
+    definition: "Excess kurtosis of the vertical scores of a prompt's segments (Thought Anchors): high for a head that singles out few of them" }] : [];
+}
+
+/**
+ * @param {string} name
+ * @returns {[number, number]}
+ */
+export function numbersOf(name) {
+  const [, layer, head] = /^L(\d+)H(\d+)$/.exec(name) ?? ["", "0", "0"];
+  return [Number(layer), Number(head)];
+}
+
+/**
+ * The card's upper half: grid, read-out, list.
+ * @param {Heads} all
+ * @param {(name: string) => void} fallback  told which head stands out, for when none is chosen
+ */
+export function headGrid(all, fallback) {
+  const nameOf = (/** @type {number} */ i) => `L${Math.floor(i / all.heads)}H${i % all.heads}`;
+  const filter = { least: 0, sure: false };
+  const box = el("div", {});
+  const readout = headReadout(all, nameOf);
+  let anchor = 0;
+  /** @type {(hovered?: number) => void} */
+  let refresh = () => {};
+  const draw = () => {
+    const measure = all.measures.find((m) => m.id === state.color) ?? (state.color.includes("stat:") ? null : all.measures[0] ?? null);
+    const counted = all.counted.find((c) => `stat:${c.id}` === state.color);
+    const shown = measure ? null : counted ?? all.counted[0] ?? null;
+    const dots = all.counted.find((c) => c.id === state.glyph) ?? null;
+    const value = measure?.variant.value ?? "effect";
+    const colored = Array.from({ length: all.layers * all.heads }, (_, i) => (measure ? measure.at(i, value) : shown?.values[i] ?? null));
+    const scale = colorScale(measure, colored);
+    const ends = ({ effect: ["lo", "hi"], raw: ["raw_lo", "raw_hi"] })[value] ?? ["lo", "hi"];
+    const left = (/** @type {number} */ i) => {
+      const x = colored[i];
+      if (x === null || Math.abs(x) < filter.least) return true;
+      const [lo, hi] = measure ? ends.map((name) => measure.at(i, name)) : [null, null];
+      return filter.sure && (lo === null || hi === null || (lo <= 0 && hi >= 0));
+    };
+    const order = colored.map((_, i) => i).filter((i) => colored[i] !== null)
+      .sort((a, b) => Math.abs(colored[b] ?? 0) - Math.abs(colored[a] ?? 0));
+    fallback(nameOf(order[0] ?? 0));
+    const [low, high] = dots ? rangeOf(dots.values) : [0, 1];
+    const choose = (/** @type {number} */ cell, /** @type {How} */ how) => {
+      const name = nameOf(cell);
+      const chosen = state.heads.filter((h) => h !== name);
+      const next = how === "toggle" ? (chosen.length < state.heads.length ? chosen : [name, ...chosen])
+        : how === "extend" ? [name, ...rectangle(anchor, cell, all.heads).map(nameOf).filter((h) => h !== name)] : [name];
+      if (how !== "extend") anchor = cell;
+      set({ heads: next });
+      const x = colored[cell];
+      say(`${name}: ${measure ? valueName(/** @type {any} */ ({ ...measure, value })) : shown?.label} ${format(x, !!measure)}`
+        + (next.length > 1 ? `; ${next.length} heads chosen` : ""));
+    };
+    const axis = (/** @type {number} */ n) => ({ kind: "", values: [...Array(n).keys()], labels: [...Array(n).keys()].map(String) });
+    const map = heatmap({ key: "heads", rows: axis(all.layers), columns: axis(all.heads), rowTitle: "layer", columnTitle: "head",
+      title: `${measure ? measure.label : shown?.label ?? "heads"} of every head`, values: colored, map: scale.map, place: scale.place,
+      dim: left, glyph: dots ? (i) => (dots.values[i] === null ? null : ((dots.values[i] ?? 0) - low) / (high - low || 1)) : undefined,
+      visit: (cell, how) => (how === "hover" ? refresh(cell) : choose(cell, how)) });
+    const list = headList({ all, measure, colored, dots, ends, left, order, nameOf, choose });
+    refresh = (hovered) => {
+      const chosen = state.heads.map(indexOf).filter((i) => i < colored.length);
+      map.mark(...(chosen.length ? chosen : [order[0] ?? 0]));
+      readout.show(hovered ?? chosen[0] ?? order[0] ?? 0);
+      list.mark(chosen);
+    };
+    const legends = [legend(scale.map, scale.ticks, measure ? `colour: ${measure.label}, ${valueName(/** @type {any} */ ({ ...measure, value }))}` : `colour: ${shown?.label ?? ""}`,
+      measure ? endsOf(/** @type {any} */ ({ variant: measure.variant, value })) : null), ...(dots ? [dotLegend(dots, low, high)] : [])];
+    const about = [measure ? `${measure.variant.scale} ${measure.variant.spread}` : "", dots ? `Dots: ${dots.label}, ${dots.definition}.` : ""].filter(Boolean).join(" ");
+    keepFocus(box, () => box.replaceChildren(
+      controls(all, measure, shown, filter, scale.limit, draw),
+      el("p", { class: "how" }, about || shown?.definition || ""),
+      ...(measure?.variant.caution ? [el("p", { class: "caution" }, measure.variant.caution)] : []),
+      el("div", { class: "columns" },
+        el("div", { class: "figure" }, map.node, savers(() => map.drawing, "head grid"), ...legends,
+          el("p", { class: "hint" }, "Click a head; Shift-click a range; Ctrl-click adds one. Arrow keys move, Space adds.")),
+        el("div", { class: "side" }, readout.node, list.node))));
+    refresh();
+  };
+  const indexOf = (/** @type {string} */ name) => numbersOf(name)[0] * all.heads + numbersOf(name)[1];
+  on("color glyph", draw);
+  on("heads pins", () => refresh());
+  draw();
+  return box;
+}
+
+/**
+ * @param {Measure|null} measure
+ * @param {(number|null)[]} colored
+ * @returns {{map: "diverging"|"sequential", place: (x: number) => number, ticks: {at: number, label: string}[], limit: number}}
+ */
+function colorScale(measure, colored) {
+  if (measure) {
+    const limit = roundUp(colored.reduce((/** @type {number} */ a, x) => Math.max(a, Math.abs(x ?? 0)), 0));
+    const short = (/** @type {number} */ x) => format(x).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+    return { map: "diverging", limit, place: (x) => 0.5 + x / (2 * limit), ticks: [-1, -0.5, 0, 0.5, 1].map((t) => ({ at: 0.5 + t / 2, label: short(t * limit) })) };
+  }
+  const [low, high] = rangeOf(colored);
+  return { map: "sequential", limit: high, place: (x) => (x - low) / (high - low || 1),
+    ticks: [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) })) };
+}
+
+/**
+ * All cells of the rectangle between two.
+ * @param {number} a
+ * @param {number} b
+ * @param {number} width
+ */
+function rectangle(a, b, width) {
+  const [r0, r1] = [a, b].map((i) => Math.floor(i / width)).sort((x, y) => x - y);
+  const [c0, c1] = [a % width, b % width].sort((x, y) => x - y);
+  const found = [];
+  for (let r = r0; r <= r1; r++) for (let c = c0; c <= c1; c++) found.push(r * width + c);
+  return found;
+}
+
+/**
+ * @param {Heads} all
+ * @param {Measure|null} measure
+ * @param {Counted|null} shown
+ * @param {{least: number, sure: boolean}} filter
+ * @param {number} limit
+ * @param {() => void} draw
+ */
+function controls(all, measure, shown, filter, limit, draw) {
+  const colors = [...all.measures.map((m) => ({ value: m.id, text: m.label })), ...all.counted.map((c) => ({ value: `stat:${c.id}`, text: `statistic: ${c.label}` }))];
+  const glyphs = [{ value: "", text: "none" }, ...all.counted.map((c) => ({ value: c.id, text: c.label }))];
+  const least = /** @type {HTMLInputElement} */ (el("input", { type: "range", min: 0, max: limit, step: limit / 100, "data-key": "least",
+    "aria-label": "leave out smaller values", oninput: () => { filter.least = Number(least.value); draw(); } }));
+  least.value = String(filter.least);
+  const sure = /** @type {HTMLInputElement} */ (el("input", { type: "checkbox", "data-key": "sure", onchange: () => { filter.sure = sure.checked; draw(); } }));
+  sure.checked = filter.sure;
+  return el("div", { class: "controls" },
+    ...some(chooser("colour", colors, measure?.id ?? `stat:${shown?.id}`, (v) => set({ color: v }))),
+    ...some(chooser("dots", glyphs, state.glyph, (v) => set({ glyph: v }))),
+    el("label", { class: "chooser" }, "at least", least, el("output", {}, format(filter.least))),
+    ...(measure && measure.variant.n > 1 ? [el("label", { class: "chooser" }, sure, "interval excludes 0")] : []));
+}
+
+/**
+ * @param {Counted} dots
+ * @param {number} low
+ * @param {number} high
+ */
+function dotLegend(dots, low, high) {
+  const drawing = svg("svg", { width: 280, height: 34, role: "img", "aria-label": `dot area: ${dots.label}` });
+  [0.02, 0.25, 0.5, 1].forEach((t, i) => {
+    drawing.append(svg("circle", { cx: 28 + i * 68, cy: 9, r: (Math.sqrt(t) * 7).toFixed(1), class: "dot" }));
+    drawing.append(svg("text", { x: 28 + i * 68, y: 30, class: "tick middle" }, format(low + (i ? t : 0) * (high - low))));
+  });
+  return el("div", { class: "legend" }, el("p", { class: "caption" }, `dot area: ${dots.label}`), drawing);
+}

@@ -1,0 +1,50 @@
+// What made the numbers: once where all results agree, a line for each where they do not.
+
+import { el } from "./dom.js";
+
+/**
+ * A provenance value as text; what is long is folded.
+ * @param {any} value
+ * @returns {Node}
+ */
+function provenanceValue(value) {
+  const text = typeof value === "string" ? value : JSON.stringify(value, null, 1);
+  if (text.length < 240) return el("span", { class: "value" }, typeof value === "string" ? text : text.replace(/\s*\n\s*/g, " "));
+  const size = Array.isArray(value) ? `${value.length} items` : `${text.length} characters`;
+  return el("details", {}, el("summary", {}, size), el("pre", {}, text));
+}
+
+/**
+ * What all results share, then what each has of its own.
+ * @param {any[]} results
+ */
+export function provenance(results) {
+  const keys = [...new Set(results.flatMap((r) => Object.keys(r.provenance)))];
+  const common = keys.filter((k) => results.every((r) => JSON.stringify(r.provenance[k]) === JSON.stringify(results[0].provenance[k])));
+  const table = (/** @type {[string, any][]} */ rows) => el("div", { class: "scroll" }, el("table", { class: "provenance" },
+    el("tbody", {}, ...rows.map(([key, value]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, provenanceValue(value)))))));
+  const own = results.map((r) => {
+    const rows = /** @type {[string, any][]} */ (Object.entries(r.provenance).filter(([k]) => !common.includes(k)));
+    if (r.backends && Object.keys(r.backends).length) rows.push(["attention backend", backendsOf(r)]);
+    return rows.length ? el("details", { class: "own" }, el("summary", {}, resultName(r)), table(rows)) : null;
+  }).filter((x) => x !== null);
+  const all = /** @type {[string, any][]} */ (common.map((k) => [k, results[0].provenance[k]]));
+  return el("footer", { id: "provenance" }, el("h2", {}, "Provenance"),
+    el("p", { class: "how" }, "What made these numbers. The page carries them in full: interp.Report.read(path) gives the tables back."),
+    ...(all.length ? [table(all)] : []), ...own, ...(keys.length ? [] : [el("p", {}, "These results carry no provenance.")]));
+}
+
+/** @param {any} r */
+function backendsOf(r) {
+  return [...new Set(Object.values(r.backends))].map((name) => {
+    const layers = Object.keys(r.backends).filter((layer) => r.backends[layer] === name);
+    return `${name}: ${layers.length === r.layers ? "every layer" : "layers " + layers.join(", ")}`;
+  }).join("; ");
+}
+
+/** @param {any} result */
+export function resultName(result) {
+  if (result.name) return result.name;
+  const named = /** @type {Object<string, string>} */ ({ attention: "attention statistics", patterns: "attention patterns", circuit: "circuit", curve: "faithfulness curve" });
+  return named[result.kind] ?? `effects of ${result.panels.map((/** @type {any} */ p) => p.component).join(", ")}`;
+}

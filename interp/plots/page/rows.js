@@ -1,0 +1,70 @@
+// One query's row: the largest weights as a list, and where they lie.
+
+import { paint } from "./colors.js";
+import { el, format, svg } from "./dom.js";
+import { toned } from "./figure.js";
+
+/** @typedef {import("./patterns.js").Row} Row */
+
+const KEYS_LISTED = 10;
+
+/**
+ * @typedef {object} RowSpec
+ * @property {string} name
+ * @property {Row} row
+ * @property {number} query
+ * @property {string[]} labels
+ * @property {boolean} signed
+ * @property {string} scale
+ * @property {boolean} mute
+ */
+
+/**
+ * The largest weights of a row, largest first.
+ * @param {Row} row
+ * @param {boolean} mute
+ * @param {number} count
+ * @returns {[number, number][]}
+ */
+export function strongestKeys(row, mute, count) {
+  return [...row.weights].filter(([key]) => !(mute && key === 0)).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, count);
+}
+
+/** @param {RowSpec} spec */
+export function rowFigure(spec) {
+  const best = strongestKeys(spec.row, spec.mute, KEYS_LISTED);
+  const top = Math.abs(best[0]?.[1] ?? 0) || 1;
+  const [W, H, left] = [520, 76, 8];
+  const n = spec.labels.length;
+  const columns = Math.min(n, W - 2 * left);
+  const heights = new Float32Array(columns);
+  for (const [key, weight] of spec.row.weights) {
+    if (spec.mute && key === 0) continue;
+    const c = Math.floor((key / n) * columns);
+    if (Math.abs(weight) > Math.abs(heights[c])) heights[c] = weight;
+  }
+  const drawing = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "row-figure", role: "img",
+    "aria-label": `${spec.name}: weights of query ${spec.query} by position of the key` });
+  const step = (W - 2 * left) / columns;
+  heights.forEach((v, c) => {
+    if (v === 0) return;
+    const h = Math.max(1.5, 52 * toned(Math.min(Math.abs(v) / top, 1), spec.scale));
+    const bar = svg("rect", { x: left + c * step, y: 56 - h, width: Math.max(step - 0.6, 1.2), height: h, class: "swatch" });
+    paint(bar, spec.signed ? "diverging" : "sequential", spec.signed ? (v > 0 ? 0.88 : 0.12) : 0.72);
+    drawing.append(bar);
+  });
+  const x = left + ((spec.query + 0.5) / n) * (W - 2 * left);
+  drawing.append(svg("line", { x1: left, x2: W - left, y1: 56.5, y2: 56.5, class: "zero" }),
+    svg("line", { x1: x, x2: x, y1: 0, y2: 60, class: "query-mark" }),
+    svg("text", { x: left, y: 71, class: "tick" }, "0"), svg("text", { x: W - left, y: 71, class: "tick end" }, String(n - 1)),
+    svg("text", { x: Math.min(Math.max(x, 60), W - 60), y: 71, class: "tick middle" }, `query ${spec.query}`));
+  const list = el("ol", { class: "keys" }, ...best.map(([key, weight]) => el("li", {},
+    el("bdi", { class: "key" }, spec.labels[key] ?? ""), el("span", { class: "place" }, `@${key}`), el("span", { class: "number" }, format(weight, spec.signed)))));
+  return { node: el("div", { class: "row-view" }, el("div", { class: "scroll" }, drawing), best.length ? list : el("p", { class: "hint" }, "Nothing but the first token."),
+    el("p", { class: "hint" }, capitalised(spec.row.how))), drawing };
+}
+
+/** @param {string} text */
+function capitalised(text) {
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}.`;
+}

@@ -1,0 +1,137 @@
+"""Attention patterns in the page: maps as sheets of √p in grey PNG, marginals in 8 bits, exact rows where shipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from interp.patterns import AttentionPatterns, PatternExample, PatternRun, head_name, roots, vertical_scores, weights_of
+from interp.plots import png
+from interp.plots.codec import pack, unpack
+from interp.plots.labels import visible
+
+SHEET_LINES = 2048  # heads are stacked in images of about this height: few to decode, each quickly
+RECEIVERS = 20  # heads of highest receiver score whose vertical scores are averaged
+
+
+def encode_patterns(patterns: AttentionPatterns, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What holds for all prompts; `encode_pattern_example` makes the rest, one by one."""
+    scores = patterns.receiver_scores()
+    return {
+        "kind": "patterns",
+        "provenance": provenance,
+        "n": len(patterns),
+        "layers": patterns.n_layers,
+        "heads": patterns.n_heads,
+        "names": [head_name(h) for h in patterns.heads],
+        "exact": [head_name(h) for h in patterns.exact],
+        "receiver": [float(x) if np.isfinite(x) else None for x in scores],
+        "examples": [],
+    }
+
+
+def encode_pattern_example(patterns: AttentionPatterns, number: int, coarse: int = 1) -> dict[str, Any]:
+    """One prompt. ``coarse`` > 1: maps of that many times fewer lines, except of the exact heads."""
+    example = patterns.examples[number]
+    sharp = [patterns.heads.index(h) for h in patterns.exact] if coarse > 1 else []
+    groups = [list(range(len(patterns.heads))), sharp]
+    scores = patterns.receiver_scores()
+    order = [int(i) for i in np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable") if np.isfinite(scores[i])]
+    runs = {
+        name: {
+            "tokens": run.tokens,
+            "labels": [visible(t, 18) for t in run.tokens],
+            "maps": [_sheets(run.maps[g], g, coarse if k == 0 else 1) for k, g in enumerate(groups) if g],
+            "blocks": pack(roots(run.blocks)),
+            "received": _relative(run.received),
+            "entropy": _relative(run.entropy),
+            "top": {"index": pack(run.top_index), "value": _halves(run.top_value)},
+            "rows": {"queries": run.queries.tolist(), "sheet": png.encode(run.rows.reshape(-1, example.n_tokens))}
+            if run.rows.size else None,
+            "vertical": _vertical(run, example, order[:RECEIVERS]),
+        }
+        for name, run in example.runs.items()
+    }  # fmt: skip
+    segments = [[visible(n, 24) if n else "", a, b] for n, a, b in example.segments]
+    return {
+        "tokens": example.n_tokens, "edges": pack(example.edges), "coarse": coarse,
+        "segments": segments, "names": [n for n, _, _ in example.segments], "runs": runs,
+    }  # fmt: skip
+
+
+def _sheets(maps: UInt8[np.ndarray, "heads bins bins"], heads: list[int], coarse: int) -> dict[str, Any]:
+    """Maps one under another, in images of limited height."""
+    if coarse > 1:
+        maps = np.stack([_coarser(m, coarse) for m in maps])
+    bins = maps.shape[1]
+    step = max(1, SHEET_LINES // bins)
+    images = [png.encode(maps[i : i + step].reshape(-1, bins)) for i in range(0, len(maps), step)]
+    return {"heads": heads, "bins": bins, "step": step, "sheets": images}
+
+
+def _coarser(image: UInt8[np.ndarray, "bins bins"], by: int) -> UInt8[np.ndarray, "fewer fewer"]:
+    """The largest of ``by`` × ``by`` neighbours."""
+    starts = np.arange(0, len(image), by)
+    return np.maximum.reduceat(np.maximum.reduceat(image, starts, axis=0), starts, axis=1)
+
+
+def _relative(values: Float[np.ndarray, "heads bins"]) -> dict[str, Any]:
+    """Each head's values in 8 bits of its own largest."""
+    top = np.nan_to_num(values).max(1, initial=0)
+    scaled = np.nan_to_num(values) / np.where(top > 0, top, 1)[:, None]
+    return {"top": [float(x) for x in top], "data": pack(np.round(255 * scaled).astype(np.uint8))}
+
+
+def _halves(values: Float[np.ndarray, "*any"]) -> dict[str, Any]:
+    """float16: three significant digits."""
+    return {**pack(values.astype(np.float16).view(np.uint16)), "half": True}
+
+
+def _vertical(run: PatternRun, example: PatternExample, heads: list[int]) -> list[float | None]:
+    """Each segment's vertical score, mean over the receiver heads."""
+    if not heads:
+        return []
+    table = np.array([vertical_scores(run.blocks[i], example.segments) for i in heads])
+    return [float(x) if np.isfinite(x) else None for x in table.mean(0)]
+
+
+def decode_patterns(data: dict[str, Any]) -> AttentionPatterns:
+    """The AttentionPatterns that a report was given, as far as it holds them: marginals and blocks to 8 bits."""
+    number = {f"L{i}H{j}": (i, j) for i in range(data["layers"]) for j in range(data["heads"])}
+    heads, exact = ([number[n] for n in data[k]] for k in ("names", "exact"))
+    examples = [_decode_example(e, heads, exact) for e in data["examples"]]
+    provenance = data["provenance"]
+    if len(examples) < data["n"]:
+        provenance = {**provenance, "report_examples": f"first {len(examples)} of {data['n']}"}
+    return AttentionPatterns(heads, exact, data["layers"], data["heads"], examples, provenance)
+
+
+def _decode_example(data: dict[str, Any], heads: list, exact: list) -> PatternExample:
+    edges = unpack(data["edges"])
+    runs = {}
+    for name, run in data["runs"].items():
+        maps = np.zeros((len(heads), len(edges) - 1, len(edges) - 1), np.uint8)
+        for group in run["maps"]:
+            bins = group["bins"]
+            held = np.concatenate([png.decode(s) for s in group["sheets"]]).reshape(-1, bins, bins)
+            by = -(-maps.shape[1] // bins)
+            fine = held.repeat(by, 1).repeat(by, 2)[:, : maps.shape[1], : maps.shape[2]]
+            maps[group["heads"]] = fine
+        n = data["tokens"]
+        rows = run["rows"]
+        queries = np.array([] if rows is None else rows["queries"], dtype=np.int64)
+        sheet = np.zeros((0, n), np.uint8) if rows is None else png.decode(rows["sheet"])
+        value = unpack(run["top"]["value"]).view(np.float16).astype(np.float32)
+        runs[name] = PatternRun(
+            list(run["tokens"]), maps, weights_of(unpack(run["blocks"])), _absolute(run["received"]),
+            _absolute(run["entropy"]), unpack(run["top"]["index"]), value, queries,
+            sheet.reshape(-1, len(queries), n) if rows is not None else np.zeros((0, 0, n), np.uint8),
+        )  # fmt: skip
+    segments = [(n, a, b) for n, (_, a, b) in zip(data["names"], data["segments"], strict=True)]
+    return PatternExample(segments, edges, runs)
+
+
+def _absolute(packed: dict[str, Any]) -> Float[np.ndarray, "heads bins"]:
+    return (unpack(packed["data"]) / 255 * np.array(packed["top"])[:, None]).astype(np.float32)
