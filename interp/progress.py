@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 Advance = Callable[[int], None]
 
@@ -33,6 +34,8 @@ def progress(title: str, total: int, show: bool | None = None) -> Iterator[Advan
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # a bar that moves in Jupyter is a widget; without ipywidgets rich would warn at every sweep: one plain line then
+    jupyter = None if find_spec("ipywidgets") else False
+    with Progress(*columns, console=Console(stderr=True, force_jupyter=jupyter)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda n: bar.advance(task, n)
