@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from interp import circuits, doctor, metrics, spans, tasks, zoo
+    from interp import circuits, corpus, doctor, metrics, spans, tasks, zoo
     from interp.ablation import ablate
     from interp.attention import AttentionStats
     from interp.effects import Effects
@@ -49,12 +49,13 @@ _HOMES = {
     "mean_difference": "steering", "steer": "steering", "trace_table": "tracing", "peek": "peeking",
     "Sweep": "sweep.api",
 }  # fmt: skip
-_MODULES = ("circuits", "doctor", "metrics", "spans", "tasks", "zoo")
+_MODULES = ("circuits", "corpus", "doctor", "metrics", "spans", "tasks", "zoo")
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
-    "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate", "circuits", "doctor", "explain", "kl", "knock_out",
+    "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate", "circuits", "corpus", "doctor", "explain", "kl",
+    "knock_out",
     "leave_out", "load", "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch",
     "peek", "prob", "rank", "report", "spans", "steer", "tasks", "trace", "trace_table", "zoo",
 ]  # fmt: skip

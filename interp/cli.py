@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from interp.commands import register
+from interp.corpus.commands import stats
 from interp.errors import InterpError
 from interp.sweep.commands import app as sweep
 
@@ -85,6 +86,7 @@ def fetch() -> None:
 
 
 register(app)
+app.command()(stats)
 app.add_typer(sweep, name="sweep")
 
 bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)

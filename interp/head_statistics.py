@@ -33,7 +33,7 @@ def prompt_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> A
     for batch in equal_length_batches(ids):
         with model.instrument.collecting(spec) as collected:
             model.forward([ids[i] for i in batch])
-        for name, stacked in _stack_layers(collected, model.n_layers).items():
+        for name, stacked in stack_layers(collected, model.n_layers).items():
             rows = values.setdefault(name, [None] * len(ids))
             for i, row in zip(batch, stacked, strict=True):
                 rows[i] = row
@@ -60,7 +60,7 @@ def tower_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> At
     for prompt in asked:
         with instrument.collecting(spec) as collected:
             model.forward([prompt])
-        for name, stacked in _stack_layers(collected, len(collected)).items():
+        for name, stacked in stack_layers(collected, len(collected)).items():
             values.setdefault(name, []).extend(stacked)
     positions = next(iter(values.values()))
     layouts = [layout_of(model.bridge.original_model.config, x.shape[-1]) for x in positions]
@@ -103,7 +103,7 @@ def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[
     return kept, left_out
 
 
-def _stack_layers(collected: dict[int, headstats.AttentionStats], n_layers: int) -> dict[str, Any]:
+def stack_layers(collected: dict[int, headstats.AttentionStats], n_layers: int) -> dict[str, Any]:
     """Per-layer kernel statistics → {name: array [batch, layers, heads, position]}."""
     found = {i: {n: tensors(x)[0] for n, x in stats.as_dict().items()} for i, stats in collected.items()}
     like = next(iter(found.values()))

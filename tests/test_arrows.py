@@ -104,6 +104,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "sites",
         "targets",
     ),
+    "corpus": ("batching", "corpus", "errors", "head_statistics", "sweep"),
     "sweep": (
         "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance", "recipes",
         "sweep", "sweep_options", "tasks",

@@ -1,0 +1,121 @@
+"""`interp.corpus.statistics`: a run over a corpus, and what comes out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from interp.corpus.job import spec_of, stretches
+from interp.corpus.moments import merged
+from interp.corpus.reading import described
+from interp.errors import InterpError
+from interp.sweep.config import PICKLES, differences
+from interp.sweep.drive import Options, Outcome, drive
+from interp.sweep.export import tables
+from interp.sweep.store import Store
+
+BYTES_PER_PART = 2**19
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class CorpusStatistics:
+    """Per-head statistics of a corpus: ``outcome`` says how the run ended, ``root`` where it is kept.
+
+    ``documents``, ``tokens``: counted; texts longer than a piece of 256 Ki characters count once a piece. ``errors``:
+    why stretches of the corpus are missing.
+    """
+
+    table: pd.DataFrame
+    documents: int
+    tokens: int
+    errors: list[str]
+    root: Path
+    outcome: Outcome | None = None
+
+    def frame(self) -> pd.DataFrame:
+        """One row per layer, head and statistic: count, mean, variance (of a sample), min, max, and quantiles."""
+        return self.table.copy()
+
+    @classmethod
+    def read(cls, root: str | Path, outcome: Outcome | None = None) -> CorpusStatistics:
+        """Merge the finished parts of a run, in order, in the memory of one part."""
+        store = Store.open(root)
+        if store.kind != "corpus":
+            raise InterpError(f"{root} holds no statistics of a corpus but a {store.kind}")
+        found, errors = merged(tables(store))
+        parts = []
+        for name, m in found.items():
+            layer, head = (axis.ravel() for axis in np.indices(m.count.shape))
+            seen = m.count.ravel() > 0
+            columns: dict[str, Any] = {"layer": layer, "head": head, "statistic": name, "count": m.count.ravel()}
+            columns["mean"] = np.where(seen, m.mean.ravel(), np.nan)
+            columns["variance"] = np.where(m.count > 1, m.m2 / np.maximum(m.count - 1, 1), np.nan).ravel()
+            columns |= {"min": np.where(seen, m.min.ravel(), np.nan), "max": np.where(seen, m.max.ravel(), np.nan)}
+            sketches = [s for row in m.sketch for s in row]
+            for q in QUANTILES:
+                columns[f"q{q * 100:02.0f}"] = [np.nan if s.is_empty() else s.get_quantile(q) for s in sketches]
+            parts.append(pd.DataFrame(columns))
+        counts = [store.about(p).get("counts", {}) for p in store.inventory().present]
+        table = (
+            pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"layer": [], "head": [], "statistic": []})
+        )
+        documents, tokens = (sum(c.get(k, 0) for c in counts) for k in ("documents", "tokens"))
+        return cls(table, documents, tokens, errors, Path(root), outcome)
+
+
+def statistics(
+    model: Any,
+    data: Sequence[str | Path] | str | Path,
+    out: str | Path | None = None,
+    *,
+    context: int = 512,
+    statistics: dict[str, Any] | None = None,
+    bytes_per_part: int = BYTES_PER_PART,
+    dtype: str | None = None,
+    device: str | None = None,
+    **options: Any,
+) -> CorpusStatistics:
+    """Stream files through a model and keep, for every head, mergeable statistics of what it attends to.
+
+    ``model``: a name or folder, as for `interp.load`, or a model object (in this process only). ``data``: text (a
+    document a line), .jsonl (key "text") or .npy token ids, of any length. Documents are cut to windows of ``context``
+    tokens; the first position of each is left out. ``statistics``: fields of `headstats.StatSpec` that are one number
+    for a position, e.g. ``{"entropy": True, "sink": 4}``. ``options``: as for `interp.Sweep.run`
+    (executor, workers, threads, shard).
+
+    Kept in the run directory ``out`` (default ``runs/stats-…``), resumed by the same call, in memory that does not grow
+    with the corpus. Raises InterpError for bad input, or a run directory of another call.
+    """
+    paths = [Path(p) for p in ([data] if isinstance(data, str | Path) else data)]
+    if not paths:
+        raise InterpError("there is no data: give at least one file")
+    if context < 2 or bytes_per_part < 1:
+        raise InterpError(f"context must be at least 2 tokens and bytes_per_part 1, got {context} and {bytes_per_part}")
+    spec_of(statistics)
+    given = None if isinstance(model, str | Path) else model
+    load = str(model) if given is None else given.name
+    if given is None and load.lower().endswith(PICKLES):
+        raise InterpError(f"{load}: pickled weights can run code when they are read, and are refused")
+    placed = (("dtype", dtype), ("device", device))
+    document = {
+        "name": f"stats-{Path(load).name}", "load": load, "options": {k: v for k, v in placed if v},
+        "files": [described(p) for p in paths], "context": context, "statistics": statistics,
+        "bytes_per_part": bytes_per_part,
+    }  # fmt: skip
+    short = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=4).hexdigest()
+    root = Path(out) if out is not None else Path("runs") / f"{document['name']}-{short}"
+    store = Store.create(root, "corpus", document, len(stretches(document)), {}, "")
+    if store.kind != "corpus" or store.document != document:
+        changed = "\n".join(differences(store.document, document))
+        raise InterpError(f"{root} is a run of something else. What differs:\n{changed}\nChoose another folder")
+    models = {} if given is None else {"models": {"model": given}}
+    outcome = drive(store, Options(**models, **options))
+    return CorpusStatistics.read(root, outcome)
