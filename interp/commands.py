@@ -19,7 +19,7 @@ SiteText = Annotated[str | None, typer.Option("--sites", help=SITES)]
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
     named = {"path-patch": path_patch, "knock-out": knock_out, "leave-out": leave_out}
-    plain = {f.__name__: f for f in (patch, ablate, trace, mediate, peek, steer)}
+    plain = {f.__name__: f for f in (patch, ablate, trace, mediate, peek, steer, gates)}
     for name, body in {**plain, **named}.items():
         app.command(name)(with_sweep(body))
 
@@ -228,3 +228,33 @@ def leave_out(
     names = None if spans is None else [s.strip() for s in spans.split(",")]
     given = {"memory": sweep.memory, "metric": sweep.metric}
     sweep.run(interp.leave_out, model, sweep.prompts(model), names, **{k: v for k, v in given.items() if v is not None})
+
+
+def gates(
+    sweep: Sweep,
+    steps: Annotated[int, typer.Option(help="Updates of each of the three fits (published: 500).")] = 500,
+    seeds: Annotated[int, typer.Option(help="Sets of gates from different starts, fitted together.")] = 5,
+    lam: Annotated[float, typer.Option(help="How hard gates are pulled towards 1, and then towards 0.")] = 0.1,
+    lr: Annotated[float, typer.Option(help="Adam's step, which falls to a tenth of it.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Prompts of each update.")] = 32,
+    permute: Annotated[bool, typer.Option("--permute", help="With each other's answers: what chance finds.")] = False,
+) -> None:
+    """Causal head gating: a gate learned for every head tells those that help, oppose and idle.
+
+    Reads the clean prompts and their answers; --metric, --engine and --memory do not apply.
+    """
+    from interp.circuits import causal_head_gating
+
+    if sweep.metric is not None:
+        raise InterpError("gates are learned from the next-token loss: --metric does not apply")
+    model = sweep.loaded()
+    prompts = sweep.prompts(model)
+    if sweep.explain:
+        heads = len(model.attention_layers) * model.n_heads
+        typer.echo(f"{heads} gates × {seeds} seeds; {3 * steps} updates of {seeds * min(batch, len(prompts))} prompts")
+        return
+    found = causal_head_gating(
+        model, prompts, steps=steps, n_seeds=seeds, lam=lam, lr=lr, lr_end=lr / 10, batch_size=batch, seed=sweep.seed,
+        permute_targets=permute,
+    )  # fmt: skip
+    sweep.finish(found)

@@ -14,6 +14,7 @@ import typer
 from interp.errors import InterpError
 
 if TYPE_CHECKING:
+    from interp.circuits.head_gates import HeadGates
     from interp.effects import Effects
     from interp.model import Model
     from interp.sites import Sites
@@ -107,8 +108,8 @@ class Sweep:
             self._ask(str(plan), plan.seconds)
         self.finish(recipe(*args, **options))
 
-    def finish(self, effects: Effects) -> None:
-        """Print the strongest effects; write the table."""
+    def finish(self, effects: Effects | HeadGates) -> None:
+        """Print the strongest effects (of head gates: those that facilitate most); write the table."""
         import pandas as pd
 
         summary: Any = effects.summary()

@@ -148,3 +148,18 @@ def test_prompt_files(tmp_path, folder) -> None:
     (tmp_path / "e.txt").write_text("\n")
     with pytest.raises(InterpError, match="holds no text"):
         read_texts(tmp_path / "e.txt")
+
+
+def test_gates(run, folder) -> None:
+    from interp.circuits import HeadGates
+
+    code, out, err = run("gates --model {f}/m --pairs {f}/pairs.csv --steps 2 --seeds 2 --out {f}/gates.parquet")
+    assert code == 0 and "facilitation" in out and "12 heads" not in err
+    found = HeadGates.read(folder / "gates.parquet")
+    assert found.values["plus"].shape == (2, 3, 4) and found.provenance["steps"] == 2
+    code, out, _ = run("gates --model {f}/m --pairs {f}/pairs.csv --explain")
+    assert code == 0 and "12 gates × 5 seeds; 1500 updates of 10 prompts" in out
+    code, _, err = run("gates --model {f}/m --pairs {f}/pairs.csv --lam -1")
+    assert code == 2 and "lam=-1" in err
+    code, _, err = run("gates --model {f}/m --pairs {f}/pairs.csv --metric prob")
+    assert code == 2 and "--metric" in err

@@ -173,35 +173,36 @@ class _Fit:
 
     def step(self, batch: Sequence[Sample], phase: str) -> None:
         """One update on the loss −log P."""
+        gates = self.m.detach().sigmoid().requires_grad_()
         with torch.enable_grad(), weights_fixed(self.gated.model):
-            for _, found in self.gated.log_probs(batch, self._gates()):
+            for _, found in self.gated.log_probs(batch, gates):
                 loss = -found.sum() / len(batch)
                 finite(loss, f"the loss of the {phase} fit")
                 loss.backward()
-        self._update()
+        self._update(gates)
 
     def contrast(self, retain: Sequence[Sample], forget: Sequence[Sample]) -> None:
         """One update on the contrastive loss."""
         kept = torch.zeros(len(self.m), len(retain), device=self.m.device, dtype=torch.float64)
+        gates = self.m.detach().sigmoid().requires_grad_()
         with torch.enable_grad(), weights_fixed(self.gated.model):
-            for rows, found in self.gated.log_probs(retain, self._gates()):
+            for rows, found in self.gated.log_probs(retain, gates):
                 kept[:, rows] = found.detach().to(kept)
                 loss = -found.sum() / len(retain)
                 finite(loss, "the contrastive loss")
                 loss.backward()
-            for rows, found in self.gated.log_probs(forget, self._gates()):
+            for rows, found in self.gated.log_probs(forget, gates):
                 loss = (found - kept[:, rows].to(found)).clamp(min=-MAX_DIFFERENCE).sum() / len(forget)
                 finite(loss, "the contrastive loss")
                 loss.backward()
-        self._update()
+        self._update(gates)
 
-    def _gates(self) -> Float[Tensor, "sets layers heads"]:
-        return self.m.sigmoid()
-
-    def _update(self) -> None:
+    def _update(self, gates: Float[Tensor, "sets layers heads"]) -> None:
+        """One step of Adam, by what the loss says of the gates and by the pull on their logits."""
         with torch.enable_grad():
             each = self.m[0].numel()
             (-self.pull * self.m.clamp(-CLAMP, CLAMP).sum() / each).backward()
+            self.m.sigmoid().backward(gates.grad)
         assert self.m.grad is not None
         norm = self.m.grad.flatten(1).norm(dim=1)
         self.m.grad /= norm.clamp(min=1.0)[:, None, None]  # of each set by itself, as if it were fitted alone

@@ -65,8 +65,8 @@ class HeadGates:
         return pd.DataFrame({name: x.ravel() for name, x in columns.items()})
 
     def summary(self) -> pd.DataFrame:
-        """One row per head: each score's mean, least and largest over the seeds, in how many of them it is at least
-        0.5 (``…_any``: in one of them, ``…_always``: in all), and the ``class``.
+        """One row per head, those that facilitate most first: each score's mean, least and largest over the seeds,
+        whether it is at least 0.5 in one of them (``…_any``) or in all (``…_always``), and the ``class``.
 
         The class goes by the score whose mean is largest, if it is 0.5 or more, and is "undecided" otherwise. Of a
         contrastive fit: the gate's mean, least and largest, and the share of seeds that ``removed`` it (below 0.5).
@@ -88,7 +88,8 @@ class HeadGates:
             best = means.argmax(0)
             words = np.array([CLASSES[name] for name in SCORES])[best]
             out["class"] = np.where(means.max(0) >= THRESHOLD, words, "undecided")
-        return pd.DataFrame(out)
+        by, rising = ("contrast", True) if self.contrastive else ("facilitation", False)
+        return pd.DataFrame(out).sort_values(by, ascending=rising, kind="stable").reset_index(drop=True)
 
     def classes(self) -> dict[Site, str]:
         """The class of every head, by its z site."""

@@ -78,6 +78,16 @@ def test_gradients_equal_finite_differences(tiny, kind: str) -> None:
         assert slope == pytest.approx(float(grad[0, layer, head]), abs=2e-3)
 
 
+def test_a_batch_in_parts_moves_gates_as_one_does(tiny, monkeypatch) -> None:
+    """Lengths differ, and only some prompts fit through the model together."""
+    model, moved = tiny("llama"), []
+    for tokens in (4096, 6):
+        monkeypatch.setattr("interp.circuits.gated.TOKENS", tokens)
+        found = causal_head_gating(model, [*TEXTS, "w3 w1 w7 w9 w2"], steps=2, n_seeds=2)
+        moved.append(found.values["minus"])
+    np.testing.assert_allclose(moved[0], moved[1], atol=1e-6)
+
+
 def test_what_is_predicted(tiny) -> None:
     model = tiny("llama")
     pair = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w4", "w5")
