@@ -8,35 +8,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interp.circuits.attribution import attribute_edges
     from interp.circuits.baselines import magnitude_scores, random_scores
+    from interp.circuits.channels import Channels, attention_channels
+    from interp.circuits.diffmask import HeadMasks, differential_masks
     from interp.circuits.faithful import Curve, Faithfulness, completeness, curve, faithfulness, minimality
     from interp.circuits.flow import flow_routes, flow_scores
     from interp.circuits.gates import causal_head_gating, contrastive_head_gating
     from interp.circuits.graph import Circuit
     from interp.circuits.head_gates import HeadGates
+    from interp.circuits.interchange import Interchange, interchange_accuracy
     from interp.circuits.nodes import atp_star, attribute_sites
+    from interp.circuits.pruning import Pruned, prune_edges
     from interp.circuits.scores import EdgeScores
     from interp.circuits.screening import screen
     from interp.circuits.search import acdc, acdc_sweep
+    from interp.circuits.weights import WeightCircuits
 
 _NAMES = {
     "attribution": ("attribute_edges",),
     "baselines": ("magnitude_scores", "random_scores"),
+    "channels": ("Channels", "attention_channels"),
+    "diffmask": ("HeadMasks", "differential_masks"),
     "faithful": ("Curve", "Faithfulness", "completeness", "curve", "faithfulness", "minimality"),
     "flow": ("flow_routes", "flow_scores"),
     "gates": ("causal_head_gating", "contrastive_head_gating"),
     "graph": ("Circuit",),
     "head_gates": ("HeadGates",),
+    "interchange": ("Interchange", "interchange_accuracy"),
     "nodes": ("atp_star", "attribute_sites"),
+    "pruning": ("Pruned", "prune_edges"),
     "scores": ("EdgeScores",),
     "screening": ("screen",),
     "search": ("acdc", "acdc_sweep"),
+    "weights": ("WeightCircuits",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "acdc", "acdc_sweep", "atp_star", "attribute_edges",
-    "attribute_sites", "causal_head_gating", "completeness", "contrastive_head_gating", "curve", "faithfulness",
-    "flow_routes", "flow_scores", "magnitude_scores", "minimality", "random_scores", "screen",
+    "Channels", "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "HeadMasks", "Interchange", "Pruned",
+    "WeightCircuits", "acdc", "acdc_sweep", "atp_star", "attention_channels", "attribute_edges", "attribute_sites",
+    "causal_head_gating", "completeness", "contrastive_head_gating", "curve", "differential_masks", "faithfulness",
+    "flow_routes", "flow_scores", "interchange_accuracy", "magnitude_scores", "minimality", "prune_edges",
+    "random_scores", "screen",
 ]  # fmt: skip
 
 
