@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from interp.zoo.compiled import tracr_induction
 from interp.zoo.composed import greater_than, ioi, two_hop
 from interp.zoo.known import Known, induction, one_head, random
 from interp.zoo.single_heads import duplicate_token, previous_token
+from interp.zoo.trained import Trained, modular_addition, trained_induction
 
 if TYPE_CHECKING:
     from interp.zoo.embedded import embedded_model
 
 __all__ = [
-    "Known", "duplicate_token", "embedded_model", "greater_than", "induction", "ioi", "one_head", "previous_token",
-    "random", "two_hop",
+    "Known", "Trained", "duplicate_token", "embedded_model", "greater_than", "induction", "ioi", "modular_addition",
+    "one_head", "previous_token", "random", "tracr_induction", "trained_induction", "two_hop",
 ]  # fmt: skip
 
 
