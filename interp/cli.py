@@ -13,6 +13,7 @@ from interp.commands import register
 from interp.corpus.commands import stats
 from interp.errors import InterpError
 from interp.sweep.commands import app as sweep
+from interp.task_commands import tasks
 
 app = typer.Typer(
     help="Activation patching, causal tracing and head ablation, on attention that reports what every head did.",
@@ -33,7 +34,7 @@ def demo(
         str,
         typer.Option(
             help="ioi: indirect object identification (who gets the drink?). induction: complete a repeated "
-            "sequence. facts: recall a fact about a subject."
+            "sequence. facts: recall a fact about a subject. interp tasks lists the others."
         ),
     ] = "ioi",
     n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 64,
@@ -88,6 +89,7 @@ def fetch() -> None:
 register(app)
 app.command()(stats)
 app.add_typer(sweep, name="sweep")
+app.command()(tasks)
 
 bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -19,7 +19,6 @@ from typing import Any
 from interp.effects import Effects
 from interp.errors import InterpError, TaskError
 
-TASKS = ("ioi", "induction", "facts")
 HEADS = "patch every head's output, layer × head (denoise)"
 STRONGEST, OTHERS = 10, 10  # heads that are looked at in every way: those with most effect, and as many drawn by lot
 Say = Callable[[str], None]
@@ -42,8 +41,9 @@ class Demo:
 
     def check(self) -> None:
         """Refuse bad options and an unwritable folder before any work."""
-        if self.task not in TASKS:
-            raise InterpError(f"unknown task {self.task!r}: choose one of {', '.join(TASKS)}")
+        from interp.tasks import task
+
+        task(self.task)
         if self.n < 2:
             raise InterpError(f"--n must be at least 2 (intervals need examples to resample), got {self.n}")
         try:
@@ -91,8 +91,7 @@ class Demo:
         """The task's pairs and the model's behaviour on them; TaskError if the model does not do the task."""
         from interp import tasks
 
-        make = {"ioi": tasks.ioi, "induction": tasks.induction, "facts": tasks.fact_pairs}[self.task]
-        pairs = make(model, n=self.n, seed=self.seed)
+        pairs = tasks.task(self.task)(model, self.n, self.seed)
         behaviour = tasks.check(model, pairs)
         behaviour.require()
         return pairs, behaviour

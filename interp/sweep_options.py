@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from interp.sites import Sites
 
 ASK_FROM = 600.0  # predicted seconds from which a sweep is started only when told to
-TASKS = ("ioi", "induction", "facts")
 SITES = (
     "Comma-separated: a component (z: every head; resid_pre: layer × position; attn_out, mlp_out, q, k, v, mlp_post, "
     "…), one with a position (resid_pre@-1, mlp_out@subject, z@each, resid_pre@all), or single sites (z.L9H6, "
@@ -40,7 +39,10 @@ class Sweep:
     )
     task: Annotated[
         str | None,
-        typer.Option(help="Prompts of a task: ioi, induction or facts. Default: ioi; facts where one is traced."),
+        typer.Option(
+            help="Prompts of a task (interp tasks lists them), with options after a colon: "
+            "needle:tokens=2048,split=test. Default: ioi; facts where one is traced."
+        ),
     ] = None
     pairs: Annotated[
         Path | None,
@@ -62,8 +64,10 @@ class Sweep:
         """Refuse, before anything is loaded, what cannot end well."""
         if self.pairs is not None and self.task is not None:
             raise InterpError("give --task or --pairs, not both")
-        if self.task is not None and self.task not in TASKS:
-            raise InterpError(f"unknown task {self.task!r}: choose one of {', '.join(TASKS)}, or give --pairs FILE")
+        if self.task is not None:
+            from interp.tasks import task
+
+            task(self.task)
         if self.n < 1:
             raise InterpError(f"--n must be at least 1, got {self.n}")
         if self.out is not None:
@@ -88,8 +92,7 @@ class Sweep:
             return read_prompts(self.pairs)
         if tracing and self.task in (None, "facts"):
             return tasks.facts(model, n=self.n, seed=self.seed)
-        make = {"ioi": tasks.ioi, "induction": tasks.induction, "facts": tasks.fact_pairs}[self.task or "ioi"]
-        return make(model, n=self.n, seed=self.seed)
+        return tasks.task(self.task or "ioi")(model, self.n, self.seed)
 
     def options(self, **given: Any) -> dict[str, Any]:
         """Those of ``given`` that were given, with engine, memory and metric."""

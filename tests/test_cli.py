@@ -32,7 +32,7 @@ def test_help_explains_every_choice() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--task", "chess"], "unknown task 'chess': choose one of ioi, induction, facts"),
+        (["--task", "chess"], "unknown task 'chess': choose one of ioi, induction, facts, colored_objects"),
         (["--n", "1"], "--n must be at least 2"),
         (["--model", "/no/such/model"], "/no/such/model does not exist"),
         (["--model", "nobody/no-such-model"], "hub cannot be reached"),

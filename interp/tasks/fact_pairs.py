@@ -11,21 +11,24 @@ from random import Random
 
 from interp.errors import TaskError
 from interp.prompts import Fact, PromptPair
-from interp.tasks.known_facts import facts
+from interp.tasks.known_facts import all_facts, facts
+from interp.tasks.making import Split, check_split, part
 from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one
 
 
-def fact_pairs(model: TaskModel, n: int = 32, seed: int = 0) -> TaskPairs:
+def fact_pairs(model: TaskModel, n: int = 32, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
     """Pairs of known facts of one relation whose prompts are equally long and whose answers differ.
 
     Clean: "The capital of France is the city of" → " Paris"; corrupt: the same of Italy, so the foil is " Rome".
     The clean subject is the span ``subject``, the prompt's last word ``END``. Each ordered pair of facts appears
-    at most once.
+    at most once. ``split``: "train" and "test" share no fact.
 
     Raises TaskError if the known facts do not make ``n`` such pairs.
     """
     at_least_one(n, "facts")
-    known = facts(model)
+    check_split(split, "facts")
+    side = {f.prompt for f in part(all_facts(), split)}
+    known = [f for f in facts(model) if f.prompt in side]
     alike: dict[tuple[str, int], list[Fact]] = defaultdict(list)
     for fact in known:
         template = fact.prompt.replace(fact.subject, "{}", 1)
@@ -37,7 +40,7 @@ def fact_pairs(model: TaskModel, n: int = 32, seed: int = 0) -> TaskPairs:
             f"length; {n} were asked for. Ask for fewer, or build PromptPairs of your own."
         )
     chosen = Random(f"fact_pairs/{seed}").sample(possible, n)
-    return TaskPairs([_pair(a, b) for a, b in chosen], task="facts", seed=seed)
+    return TaskPairs([_pair(a, b) for a, b in chosen], task="facts", seed=seed, split=split)
 
 
 def _pair(clean: Fact, corrupt: Fact) -> PromptPair:

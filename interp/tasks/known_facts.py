@@ -9,8 +9,10 @@ import logging
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import resources
 from random import Random
+from typing import Any
 
 from interp.errors import TaskError
 from interp.prompts import Fact, encode_facts
@@ -36,12 +38,18 @@ class Facts(list[Fact]):
         return f"Facts({len(self)} known, {len(self.dropped)} left out{first})"
 
 
+@cache
+def relations() -> list[dict[str, Any]]:
+    """What facts.toml has: name, prompt, question and facts of each relation."""
+    text = resources.files("interp.tasks").joinpath("facts.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["relation"]
+
+
 def all_facts() -> list[Fact]:
     """The whole list, whatever a model knows of it, relation by relation."""
-    text = resources.files("interp.tasks").joinpath("facts.toml").read_text(encoding="utf-8")
     return [
         Fact(relation["prompt"].format(subject=subject), subject, f" {answer}")
-        for relation in tomllib.loads(text)["relation"]
+        for relation in relations()
         for subject, answer in relation["facts"]
     ]
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from random import Random
 
 from interp.prompts import PromptPair
-from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one, words_of_tokenizer
+from interp.tasks.making import EVERY, Split, check_split, make, part
+from interp.tasks.vocabulary import TaskModel, TaskPairs, words_of_tokenizer
 
 LENGTH = 12  # words in the first part
 STRETCH = 4  # words before A that come again with it
 FEWEST, MOST = 24, 5000  # words of the tokenizer to draw from
 
 
-def induction(model: TaskModel, n: int = 64, seed: int = 0) -> TaskPairs:
+def induction(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
     """``n`` prompts "… A B … C D … A" → " B", made of random words that are single tokens.
 
     The first part is twelve different random words; then a stretch of it comes again and ends with A. C and
@@ -23,13 +24,13 @@ def induction(model: TaskModel, n: int = 64, seed: int = 0) -> TaskPairs:
     matches several words at once prefers D less clearly than it preferred B.
 
     All prompts have 17 words. Spans: ``A1``, ``B1``, ``C1``, ``D1`` (first part) and ``A2`` (the last word).
+    ``split``: "train" and "test" share no word.
 
     Raises TaskError if the tokenizer has too few words that are single tokens.
     """
-    at_least_one(n, "induction")
-    rng = Random(f"induction/{seed}")
-    words = words_of_tokenizer(model, fewest=FEWEST, most=MOST)
-    return TaskPairs([_pair(words, rng) for _ in range(n)], task="induction", seed=seed)
+    check_split(split, "induction")
+    words = part(words_of_tokenizer(model, fewest=FEWEST * (EVERY if split else 1), most=MOST), split)
+    return make(model, "induction", n, seed, lambda rng, i: _pair(words, rng), split=split)
 
 
 def _pair(words: list[str], rng: Random) -> PromptPair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from interp.errors import TaskError
@@ -33,11 +33,25 @@ class TaskModel(Protocol):
 
 
 class TaskPairs(PairSet):
-    """A PairSet that remembers what its task could not use: ``dropped``, the words that are not one token."""
+    """A PairSet that remembers what its task could not use with a tokenizer.
 
-    def __init__(self, pairs: Iterable[PromptPair], *, task: str, seed: int, dropped: Iterable[str] = ()):
+    ``dropped``: the words that are not one token; ``refused``: how many pairs were drawn and not kept, by reason.
+    ``split``: "train", "test", or None for everything.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[PromptPair],
+        *,
+        task: str,
+        seed: int,
+        dropped: Iterable[str] = (),
+        split: str | None = None,
+        refused: Mapping[str, int] | None = None,
+    ):
         super().__init__(pairs, task=task, seed=seed)
-        self.dropped = tuple(dropped)
+        self.dropped, self.split = tuple(dropped), split
+        self.refused = dict(refused or {})
 
     def __repr__(self) -> str:
         note = f"; {len(self.dropped)} words not usable with this tokenizer" if self.dropped else ""

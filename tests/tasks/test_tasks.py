@@ -130,7 +130,7 @@ def test_ioi_leaves_out_names_that_are_not_single_tokens():
 def test_ioi_refuses_a_tokenizer_without_names_and_wrong_arguments():
     with pytest.raises(TaskError, match=r"at least 4 first names .* has none \(missing: Adam"):
         tasks.ioi(StandIn(["a"]))
-    with pytest.raises(TaskError, match="'swap' or 'abc'"):
+    with pytest.raises(TaskError, match="'swap', 'abc', 'names'"):
         tasks.ioi(Punctuated(english()), corruption="abba")  # type: ignore[arg-type]
     for n in (0, -1, 2.5, True):
         with pytest.raises(TaskError, match="at least 1"):

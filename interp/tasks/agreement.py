@@ -1,0 +1,44 @@
+"""Subject–verb agreement across an attractor: "The keys near the cabinet" → " are" (Linzen et al. 2016)."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Literal
+
+from interp.prompts import PromptPair
+from interp.tasks.making import Split, check_choice, check_split, end_of, fill, lists, make, part
+from interp.tasks.vocabulary import TaskModel, TaskPairs
+
+
+def agreement(
+    model: TaskModel,
+    n: int = 64,
+    seed: int = 0,
+    *,
+    attractor: Literal["opposite", "same"] = "opposite",
+    split: Split | None = None,
+) -> TaskPairs:
+    """``n`` pairs, half of them with a subject in the singular. The foil is the verb in the other number.
+
+    Between subject and verb stands another noun, in the ``"opposite"`` number or the ``"same"`` one. In the corrupt
+    prompt the subject has the other number, so that the foil is right. Spans: ``subject``, ``attractor``, ``END``.
+    ``split``: "train" and "test" share no noun. Raises TaskError if the tokenizer cannot align ``n`` pairs: the two
+    forms of a noun must have equally many tokens.
+    """
+    check_split(split, "agreement")
+    check_choice(attractor, ("opposite", "same"), "attractor", "agreement")
+    words, coder = lists("agreement"), model.coder
+    nouns = part(words["nouns"], split)
+
+    def draw(rng: Random, i: int) -> PromptPair:
+        number = i % 2  # 0: singular
+        template = f"{rng.choice(words['openings'])} {{subject}} {rng.choice(words['links'])} {{attractor}}"
+        subject, other = rng.sample(nouns, 2)
+        verb = rng.choice(words["verbs"])
+        near = other[number if attractor == "same" else 1 - number]
+        clean, where = fill(template, {"subject": subject[number], "attractor": near})
+        corrupt, _ = fill(template, {"subject": subject[1 - number], "attractor": near})
+        spans = {**where, "END": end_of(clean, coder)}
+        return PromptPair(clean, corrupt, f" {verb[number]}", f" {verb[1 - number]}", spans)
+
+    return make(model, "agreement", n, seed, draw, split=split)

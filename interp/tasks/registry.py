@@ -1,0 +1,86 @@
+"""Every task by its name: what the command line's ``--task`` takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from interp.errors import TaskError
+from interp.tasks.agreement import agreement
+from interp.tasks.colored_objects import colored_objects
+from interp.tasks.docstring import docstring
+from interp.tasks.fact_pairs import fact_pairs
+from interp.tasks.gender_bias import gender_bias
+from interp.tasks.indirect_object import ioi
+from interp.tasks.multiple_choice import multiple_choice
+from interp.tasks.numbers import addition, greater_than, subtraction
+from interp.tasks.puzzles import puzzles
+from interp.tasks.repeated_tokens import induction
+from interp.tasks.retrieval import key_value, needle
+from interp.tasks.vocabulary import TaskModel, TaskPairs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: ``task(model, n)`` gives its pairs; ``options`` are passed to the function that makes them."""
+
+    make: Callable[..., TaskPairs]
+    about: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: TaskModel, n: int, seed: int = 0, **options: Any) -> TaskPairs:
+        """``n`` pairs. Raises TaskError as the task does."""
+        return self.make(model, n=n, seed=seed, **{**self.options, **options})
+
+    @property
+    def names(self) -> list[str]:
+        """The options that may be given."""
+        kinds = inspect.signature(self.make).parameters.values()
+        return [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name not in self.options]
+
+
+TASKS: dict[str, Task] = {
+    "ioi": Task(ioi, "indirect objects: who gets the drink?"),
+    "induction": Task(induction, "complete a stretch of random words that comes again"),
+    "facts": Task(fact_pairs, "recall a fact about a subject (those that the model knows)"),
+    "colored_objects": Task(colored_objects, "the color of one of three things"),
+    "agreement": Task(agreement, "the verb that agrees with its subject, across another noun"),
+    "greater_than": Task(greater_than, "a year that comes after another one"),
+    "addition": Task(addition, "sums of two-digit numbers, after three solved ones"),
+    "subtraction": Task(subtraction, "differences of two-digit numbers, after three solved ones"),
+    "multiple_choice": Task(multiple_choice, "the letter of the right one of four options"),
+    "docstring": Task(docstring, "the next argument of a function in its docstring"),
+    "gender_bias": Task(gender_bias, "the pronoun that a stereotype gives to a profession"),
+    "recall": Task(puzzles, "puzzles that a recalled fact solves", {"kind": "recall"}),
+    "reasoning": Task(puzzles, "puzzles that reasoning from the prompt solves", {"kind": "reasoning"}),
+    "needle": Task(needle, "a secret word in 512 tokens of prose"),
+    "key_value": Task(key_value, "the value of a key in a list of eight"),
+}
+
+
+def task(text: str) -> Task:
+    """A task by its name, with options after a colon: ``"ioi"``, ``"needle:tokens=2048,depth=0.5"``.
+
+    TaskError for a name that no task has, and for an option that the task does not have.
+    """
+    name, _, rest = text.partition(":")
+    if name not in TASKS:
+        raise TaskError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    found, options = TASKS[name], {}
+    for setting in filter(None, rest.split(",")):
+        option, equals, value = (x.strip() for x in setting.partition("="))
+        if not equals or option not in found.names:
+            raise TaskError(f"task {text!r}: cannot read {setting!r}; {name} takes {'=…, '.join(found.names)}=…")
+        options[option] = _value(value)
+    return replace(found, options={**found.options, **options})
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
