@@ -12,11 +12,15 @@ from typing import Any
 from interp.attention import AttentionStats
 from interp.patterns import AttentionPatterns
 from interp.plots import payload
-from interp.plots.pattern_payload import encode_pattern_example
+from interp.plots.pattern_payload import encode_pattern_example, expected_bytes
 
 SHORT_BYTES, LONG_BYTES = 1_500_000, 5_000_000
 LONG_TOKENS = 1024  # a page about longer prompts may be larger
-ALTERNATIVES = 3  # maps at half and a quarter of their lines, when they do not fit
+# What does not fit is made smaller: (times fewer lines of maps, levels of √p, largest weights of each query). Eye and
+# colour map tell few levels apart, but see lines.
+ALTERNATIVES = (
+    (1, 256, 99), (1, 32, 99), (1, 16, 99), (1, 16, 4), (2, 256, 4), (2, 32, 4), (4, 256, 1), (4, 32, 0),
+)  # fmt: skip
 SHARE = 0.8  # of what is left, that one prompt's patterns may take
 
 
@@ -38,7 +42,7 @@ def add_examples(results: list[Any], encoded: list[dict[str, Any]], room: int) -
             if i >= len(result) or len(data["examples"]) < i:
                 continue
             share = SHARE if isinstance(result, AttentionPatterns) and len(waiting) > 1 else 1.0
-            example, size = _largest(_versions(result, i), share * room, must=i == 0)
+            example, size = _largest(_versions(result, i, share * room), share * room, must=i == 0)
             if example is not None:
                 data["examples"].append(example)
                 room -= size
@@ -57,11 +61,15 @@ def _largest(versions: Iterator[Callable[[], dict[str, Any]]], room: float, must
     return example, size
 
 
-def _versions(result: AttentionStats | AttentionPatterns, i: int) -> Iterator[Callable[[], dict[str, Any]]]:
+def _versions(
+    result: AttentionStats | AttentionPatterns, i: int, room: float
+) -> Iterator[Callable[[], dict[str, Any]]]:
     """An example in full, then with less in it."""
     if isinstance(result, AttentionPatterns):
-        for k in range(ALTERNATIVES if result.examples[i].pooled else 1):
-            yield lambda k=k: encode_pattern_example(result, i, 2**k)
+        for how in ALTERNATIVES if result.examples[i].pooled else ALTERNATIVES[:1]:
+            if how != ALTERNATIVES[-1] and expected_bytes(result, i, *how) > room:
+                continue  # to encode all maps takes seconds, a few of them tell
+            yield lambda how=how: encode_pattern_example(result, i, *how)
     else:
         every = 1
         while every == 1 or every <= len(result.tokens[i]) // 64:

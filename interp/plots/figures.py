@@ -16,7 +16,7 @@ from interp.effects import Effects
 from interp.errors import InterpError
 from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.labels import visible
-from interp.plots.panels import INTERVALS, VALUES, Axis, Panel, Variant, split
+from interp.plots.panels import INTERVALS, VALUES, Axis, EdgePanel, Panel, Variant, split
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 AXIS_TITLES = {"layer": "layer", "head": "head", "position": "token", "role": "part of the prompt", "all": "",
@@ -140,6 +140,8 @@ def _only(effects: Effects, by: str | None, example: int | None, conditions: dic
     panels = split(chosen, by=by)
     f = chosen.frame()
     choices = {c: list(f[c].dropna().unique()) for c in ("component", "intervention", "mode", "metric")}
+    if isinstance(panels[0], EdgePanel):
+        del choices["component"]  # receivers of several kinds are columns
     several = {c: values for c, values in choices.items() if len(values) > 1}
     if several:
         column, values = next(iter(several.items()))

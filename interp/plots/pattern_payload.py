@@ -12,7 +12,8 @@ from interp.plots import png
 from interp.plots.codec import pack, unpack
 from interp.plots.labels import visible
 
-SHEET_LINES = 2048  # heads are stacked in images of about this height: few to decode, each quickly
+SHEET_LINES = 256  # short maps are stacked in images of about this height: few to decode, each quickly
+SAMPLED = 12  # maps that tell the size of all
 RECEIVERS = 20  # heads of highest receiver score whose vertical scores are averaged
 
 
@@ -32,22 +33,25 @@ def encode_patterns(patterns: AttentionPatterns, provenance: dict[str, Any]) -> 
     }
 
 
-def encode_pattern_example(patterns: AttentionPatterns, number: int, coarse: int = 1) -> dict[str, Any]:
-    """One prompt. ``coarse`` > 1: maps of that many times fewer lines, except of the exact heads."""
+def encode_pattern_example(
+    patterns: AttentionPatterns, number: int, coarse: int = 1, levels: int = 256, topk: int = 99
+) -> dict[str, Any]:
+    """One prompt. Maps are made smaller, except of the exact heads, by ``coarse`` > 1, that many times fewer lines, and
+    by ``levels`` < 256 of √p; of each query of an exact head at most ``topk`` largest weights are kept."""
     example = patterns.examples[number]
-    sharp = [patterns.heads.index(h) for h in patterns.exact] if coarse > 1 else []
-    groups = [list(range(len(patterns.heads))), sharp]
+    sharp = [patterns.heads.index(h) for h in patterns.exact] if coarse > 1 or levels < 256 else []
+    groups = [(list(range(len(patterns.heads))), coarse, levels), (sharp, 1, 256)]
     scores = patterns.receiver_scores()
     order = [int(i) for i in np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable") if np.isfinite(scores[i])]
     runs = {
         name: {
             "tokens": run.tokens,
             "labels": [visible(t, 18) for t in run.tokens],
-            "maps": [_sheets(run.maps[g], g, coarse if k == 0 else 1) for k, g in enumerate(groups) if g],
+            "maps": [_sheets(run.maps[g], g, *how) for g, *how in groups if g],
             "blocks": pack(roots(run.blocks)),
             "received": _relative(run.received),
             "entropy": _relative(run.entropy),
-            "top": {"index": pack(run.top_index), "value": _halves(run.top_value)},
+            "top": {"index": pack(run.top_index[..., :topk]), "value": _halves(run.top_value[..., :topk])},
             "rows": {"queries": run.queries.tolist(), "sheet": png.encode(run.rows.reshape(-1, example.n_tokens))}
             if run.rows.size else None,
             "vertical": _vertical(run, example, order[:RECEIVERS]),
@@ -56,15 +60,26 @@ def encode_pattern_example(patterns: AttentionPatterns, number: int, coarse: int
     }  # fmt: skip
     segments = [[visible(n, 24) if n else "", a, b] for n, a, b in example.segments]
     return {
-        "tokens": example.n_tokens, "edges": pack(example.edges), "coarse": coarse,
+        "tokens": example.n_tokens, "edges": pack(example.edges), "coarse": coarse, "levels": levels,
         "segments": segments, "names": [n for n, _, _ in example.segments], "runs": runs,
     }  # fmt: skip
 
 
-def _sheets(maps: UInt8[np.ndarray, "heads bins bins"], heads: list[int], coarse: int) -> dict[str, Any]:
+def expected_bytes(patterns: AttentionPatterns, number: int, coarse: int, levels: int, topk: int) -> float:
+    """About what an example takes in a page: maps from a few of them, and the largest weights."""
+    few = list(range(0, len(patterns.heads), max(1, len(patterns.heads) // SAMPLED)))
+    runs = patterns.examples[number].runs.values()
+    taken = sum(len(s) for run in runs for s in _sheets(run.maps[few], few, coarse, levels)["sheets"])
+    exact = sum(run.top_index[..., :topk].size for run in runs)
+    return taken * len(patterns.heads) / len(few) + 3.5 * exact  # bytes of a packed key and weight
+
+
+def _sheets(maps: UInt8[np.ndarray, "heads bins bins"], heads: list[int], coarse: int, levels: int) -> dict[str, Any]:
     """Maps one under another, in images of limited height."""
     if coarse > 1:
         maps = np.stack([_coarser(m, coarse) for m in maps])
+    if levels < 256:
+        maps = np.round(np.round(maps / 255 * (levels - 1)) / (levels - 1) * 255).astype(np.uint8)
     bins = maps.shape[1]
     step = max(1, SHEET_LINES // bins)
     images = [png.encode(maps[i : i + step].reshape(-1, bins)) for i in range(0, len(maps), step)]

@@ -21,7 +21,7 @@
 /** @typedef {{tokens: string[], labels: string[], maps: Sheets[], blocks: Packed, received: Relative, entropy: Relative,
  *             top: {index: Packed, value: Packed}, rows: {queries: number[], sheet: string}|null,
  *             vertical: (number|null)[]}} PatternRun */
-/** @typedef {{tokens: number, edges: Packed, coarse: number, segments: [string, number, number][], names: string[],
+/** @typedef {{tokens: number, edges: Packed, coarse: number, levels: number, segments: [string, number, number][], names: string[],
  *             runs: Object<string, PatternRun>}} PatternExample */
 /** @typedef {{name: string|null, provenance: Object<string, any>, n: number, layers: number, heads: number,
  *             names: string[], exact: string[], receiver: (number|null)[], examples: PatternExample[]}} PatternResult */

@@ -108,7 +108,7 @@ export async function rowOf(result, example, head, which, query, edges) {
     const start = (sharp * run.rows.queries.length + line) * example.tokens;
     return { how: "the whole row, to 8 bits of the root", weights: new Map(Array.from({ length: query + 1 }, (_, k) => /** @type {[number, number]} */ ([k, SQUARES[grey[start + k]]])).filter(([, v]) => v > 0)) };
   }
-  if (sharp >= 0) {
+  if (sharp >= 0 && run.top.index.shape[2] > 0) {
     const [index, bits] = await Promise.all([open(run.top.index), open(run.top.value)]);
     const k = index.length / result.exact.length / example.tokens;
     const start = (sharp * example.tokens + query) * k;
@@ -145,7 +145,7 @@ function pooledRow(map, query, edges) {
     if (v > 0) for (let k = edges[c * by]; k < end; k++) weights.set(k, v);
   }
   const cell = edges[Math.min(by, edges.length - 1)];
-  return { how: `pooled: the largest weight among ${cell} × ${cell} neighbours; this head's rows are not in this page`, weights };
+  return { how: `pooled: the largest weight among ${cell} × ${cell} neighbours; this head’s rows are not in this page`, weights };
 }
 
 /**

@@ -11,7 +11,7 @@ function provenanceValue(value) {
   const text = typeof value === "string" ? value : JSON.stringify(value, null, 1);
   if (text.length < 240) return el("span", { class: "value" }, typeof value === "string" ? text : text.replace(/\s*\n\s*/g, " "));
   const size = Array.isArray(value) ? `${value.length} items` : `${text.length} characters`;
-  return el("details", {}, el("summary", {}, size), el("pre", {}, text));
+  return el("details", {}, el("summary", {}, size), el("pre", { tabindex: 0 }, text));
 }
 
 /**

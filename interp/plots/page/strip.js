@@ -47,21 +47,31 @@ export function tokenStrip(spec) {
       line.style.top = `${(first + i) * LINE}px`;
       return line;
     }));
-    box.setAttribute("aria-activedescendant", shown.query === null ? "" : `token-${shown.query}`);
+    activate();
+  };
+  const activate = () => {
+    const active = shown.query === null ? null : inner.querySelector(`#token-${shown.query}`);
+    if (active) box.setAttribute("aria-activedescendant", active.id);
+    else box.removeAttribute("aria-activedescendant");
   };
   const tokens = (/** @type {number} */ a, /** @type {number} */ b) => {
     const found = [];
     for (let t = a; t < b; t++) {
       const name = names.get(t);
       if (name) found.push(el("span", { class: "segment-name", role: "presentation" }, name));
-      const tone = shown.tone(t);
-      const classes = ["token", BYTES.test(spec.labels[t]) ? "bytes" : "", tone === null ? "quiet" : "", t === shown.query ? "query" : "", t === shown.pinned ? "pinned" : ""];
-      const node = el("span", { class: classes.filter(Boolean).join(" "), id: `token-${t}`, role: "option", "aria-selected": t === shown.pinned, "data-token": t,
-        title: `token ${t}` }, el("bdi", {}, spec.labels[t]));
-      if (tone !== null) paint(node, shown.signed ? "diverging" : "sequential", tone);
+      const node = el("span", { id: `token-${t}`, role: "option", "data-token": t, title: `token ${t}` }, el("bdi", {}, spec.labels[t]));
+      restyle(node, t);
       found.push(node);
     }
     return found;
+  };
+  /** Tokens stay where they are while colours change: a click must not lose what it began on. */
+  const restyle = (/** @type {HTMLElement} */ node, /** @type {number} */ t) => {
+    const tone = shown.tone(t);
+    const classes = ["token", BYTES.test(spec.labels[t]) ? "bytes" : "", tone === null ? "quiet" : "", t === shown.query ? "query" : "", t === shown.pinned ? "pinned" : ""];
+    node.className = classes.filter(Boolean).join(" ");
+    node.setAttribute("aria-selected", String(t === shown.pinned));
+    if (tone !== null) paint(node, shown.signed ? "diverging" : "sequential", tone);
   };
   const tokenAt = (/** @type {Event} */ event) => Number(/** @type {Element} */ (event.target).closest("[data-token]")?.getAttribute("data-token") ?? NaN);
   box.addEventListener("scroll", () => requestAnimationFrame(render));
@@ -90,7 +100,8 @@ export function tokenStrip(spec) {
    */
   const show = (changes) => {
     Object.assign(shown, changes);
-    if (lines.length) render();
+    for (const node of /** @type {NodeListOf<HTMLElement>} */ (inner.querySelectorAll(".token"))) restyle(node, Number(node.dataset.token));
+    activate();
   };
   return { node: box, show, reveal };
 }
