@@ -134,9 +134,9 @@ def sweeps(
     rounds: Annotated[int, typer.Option(help="Times that each library runs each case; medians count.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
 ) -> None:
-    """Sweeps of the embedded model beside TransformerLens' loop, Hugging Face hooks in batches, and nnsight.
+    """Sweeps of the embedded model beside TransformerLens' loop, Hugging Face hooks in batches, nnsight and pyvene.
 
-    In turn in one process; a time counts only if all numbers agree within 1e-4. Half an hour for everything.
+    The last two where they are installed. In turn in one process; a time counts only if all numbers agree within 1e-4. Half an hour for everything.
     """
     os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; read when tqdm is imported
     from interp.bench import sweeps as measured

@@ -59,7 +59,14 @@ class Metric:
         """Evaluate on a batch of final-position logits."""
         if self.needs_foil and readout.foil is None:
             raise InterpError(f"metric {self.name!r} needs a foil: give every PromptPair foil=…, or use interp.logprob")
-        return self.fn(logits, readout)
+        values = self.fn(logits, readout)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+            found = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise InterpError(
+                f"metric {self.name!r} returned {found} for logits of {len(logits)} runs: a tensor with one number for "
+                f"each, of shape [{len(logits)}], expected"
+            )
+        return values
 
 
 def _pick(values: Float[Tensor, "batch vocab"], ids: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:

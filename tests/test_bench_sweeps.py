@@ -10,7 +10,7 @@ import pytest
 import interp
 from interp.bench import sweeps
 from interp.bench.cases import ALL_PEERS, Workbench, cases
-from interp.bench.peers import HuggingFace, NNsight, TransformerLens, missing_nnsight
+from interp.bench.peers import HuggingFace, NNsight, Pyvene, TransformerLens, missing
 from interp.errors import InterpError
 from interp.loading import boot
 from interp.sites import Site
@@ -28,7 +28,7 @@ def bench(word_tokenizer) -> Workbench:
 
 @pytest.fixture(scope="module")
 def peers(bench, word_tokenizer):
-    return sweeps.peers_of(bench, word_tokenizer, missing_nnsight() is not None)
+    return sweeps.peers_of(bench, word_tokenizer)
 
 
 def made(bench: Workbench, kind: str):
@@ -60,10 +60,11 @@ def test_all_libraries_agree(bench, peers, kind: str) -> None:
         assert "NOT MET" in text and "9 of" in text
 
 
-def test_nnsight_is_among_them(peers) -> None:
-    if (why := missing_nnsight()) is not None:
+@pytest.mark.parametrize("kind", [NNsight, Pyvene])
+def test_optional_libraries_are_among_them(peers, kind: type) -> None:
+    if (why := missing(kind)) is not None:
         pytest.skip(why)
-    assert NNsight in peers
+    assert kind in peers
 
 
 def test_the_jobs_are_not_trivial(bench, peers) -> None:
@@ -85,8 +86,8 @@ def test_a_library_with_other_numbers_is_not_timed(bench, peers) -> None:
 def test_what_is_missing_is_said(bench, peers) -> None:
     without = {k: p for k, p in peers.items() if k is not NNsight}
     found = sweeps.measure(made(bench, "z"), without, 1, PEAKS)
-    assert found["not_measured"] == ["NNsight"] and "not measured" in sweeps.table(found)
-    assert (TransformerLens, HuggingFace, NNsight) == ALL_PEERS
+    assert NNsight.name in found["not_measured"] and "not measured" in sweeps.table(found)
+    assert (TransformerLens, HuggingFace, NNsight, Pyvene) == ALL_PEERS
     with pytest.raises(InterpError, match="no such cases: nonsense"):
         sweeps.run(["nonsense"])
     assert set(cases(bench)) == set(sweeps.NAMES)

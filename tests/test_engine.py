@@ -347,3 +347,41 @@ def test_custom_metrics_and_all_built_in_ones(tiny) -> None:
         )
         np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-5)
     assert (interp.patch(model, pairs, model.sites("z", layers=1), "kl").frame()["clean"].abs() < 1e-6).all()
+
+
+def test_rotary_angles_that_depend_on_the_length_are_noticed(word_tokenizer) -> None:
+    """Phi-3's long contexts take other rotary factors: what was seen of a long prompt is wrong for a short one."""
+    import transformers as tf
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 6,
+        "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0],
+    }  # fmt: skip
+    config = tf.Phi3Config(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=64, original_max_position_embeddings=6, pad_token_id=1,
+        bos_token_id=0, eos_token_id=1, rope_parameters=rope,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = interp.load(tf.Phi3ForCausalLM(config).double().eval(), tokenizer=word_tokenizer)
+    short = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96")
+    long = interp.PromptPair(words(list(range(1, 12))), words([1, 40, *range(3, 12)]), "w95", "w96")
+    sites = model.sites("z") | model.sites("resid_pre", positions=[1, -1])
+    alone = interp.patch(model, short, sites).frame()["patched"]
+    for pairs in ([short, long], [long, short]):
+        auto, naive = (interp.patch(model, pairs, sites, engine=e) for e in ("auto", "naive"))
+        np.testing.assert_allclose(auto.frame()["patched"], naive.frame()["patched"], atol=1e-7)
+        assert "with their length" in auto.provenance["engine"]
+        mine = auto.frame()[auto.frame()["example"] == pairs.index(short)]["patched"]
+        np.testing.assert_allclose(mine, alone, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_resid_mid_in_a_group_wins_over_what_comes_before_it(tiny, kind: str) -> None:
+    """It is the residual stream after attention: what else of its block is set before makes no difference there."""
+    model = tiny(kind)
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
+    groups = {"alone": ["resid_mid.L1"], "more": ["resid_mid.L1", "attn_out.L1", "resid_pre.L1@2", "z.L1H0"]}
+    for engine in ("fast", "naive"):
+        raw = interp.patch(model, pair, groups=groups, engine=engine).frame()["raw"]
+        assert raw[1] == pytest.approx(raw[0], abs=1e-9) and abs(raw[0]) > 1e-3

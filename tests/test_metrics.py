@@ -46,6 +46,13 @@ def test_errors_teach() -> None:
         interp.kl(LOGITS, no_foil)
     with pytest.raises(InterpError, match="known metrics: logit_diff"):
         as_metric("accuracy")
+    for wrong, words in (
+        (lambda x, r: x.mean(), r"shape \[\]"),
+        (lambda x, r: 1.0, "float"),
+        (lambda x, r: x, "one number"),
+    ):
+        with pytest.raises(InterpError, match=words):
+            as_metric(wrong)(LOGITS, READ)
 
 
 def test_rows_of_a_readout_follow_the_index() -> None:

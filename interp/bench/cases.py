@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 import interp
-from interp.bench.peers import Cell, HuggingFace, Job, Loop, NNsight, OneByOne, Record, TransformerLens
+from interp.bench.peers import Cell, HuggingFace, Job, Loop, NNsight, OneByOne, Pyvene, Record, TransformerLens
 from interp.engine.cells import rows_of
 from interp.engine.plan import Plan
 from interp.prompts import Encoded, encode_facts, encode_pairs
@@ -27,7 +27,7 @@ SETTERS = {
     ("z", False): "layer_head_vector_patch_setter",
     ("z", True): "layer_pos_head_vector_patch_setter",
 }
-ALL_PEERS = (TransformerLens, HuggingFace, NNsight)
+ALL_PEERS = (TransformerLens, HuggingFace, NNsight, Pyvene)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Case:
     plan: Callable[[], Plan]
     parts: list[Part]
     samples: int = 1
-    peers: tuple[type, ...] = ALL_PEERS
+    peers: tuple[Any, ...] = ALL_PEERS
     targets: dict[type, float] = field(default_factory=dict)
     note: str = ""
     order: Callable[[pd.DataFrame], np.ndarray] = lambda frame: frame["patched"].to_numpy()
@@ -162,7 +162,10 @@ class Workbench:
             targets=_targets(targets), note=_share(len(chosen) * samples, len(sites) * samples),
         )  # fmt: skip
 
-    def edges(self, name: str, pair: interp.PromptPair, heads: Sequence[int], most: int, **targets: float) -> Case:
+    def edges(
+        self, name: str, pair: interp.PromptPair, heads: Sequence[int], most: int,
+        peers: tuple[type, ...] = (TransformerLens, OneByOne, HuggingFace), **targets: float,
+    ) -> Case:  # fmt: skip
         """Direct paths from every head to q, k and v of some heads; peers get ``most``, a forward each."""
         prompt, model = self.encode(pair), self.model
         receivers = Sites(s for c in "qkv" for s in model.sites(c) if s.head in heads)
@@ -182,7 +185,7 @@ class Workbench:
         return Case(
             name, str(len(prompt)), str(prompt.first_difference),
             *_ours(interp.path_patch, model, pair, model.sites("z"), receivers), [Part(job, chosen)],
-            peers=(TransformerLens, OneByOne, HuggingFace), targets=_targets(targets),
+            peers=peers, targets=_targets(targets),
             note=_share(len(chosen), len(every)), order=order,
         )  # fmt: skip
 
@@ -210,7 +213,7 @@ def _head(head: int | None, width: int) -> slice:
 
 
 def _share(some: int, of: int) -> str:
-    return "" if some == of else f"the other libraries ran {some} of {of} cells, drawn at random; compared by the cell"
+    return "" if some == of else f"the other libraries ran a sample, {some} of {of} cells; compared by the cell"
 
 
 def _targets(named: dict[str, float]) -> dict[type, float]:
@@ -258,6 +261,9 @@ def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
         "edges": lambda: bench.edges(
             "direct edges, every head → q, k, v of one head a layer", late, [0], 64, one=40
         ),
+        "edges-all": lambda: bench.edges(
+            "all direct edges between heads", late, range(bench.model.n_heads), 48, (OneByOne,), one=40
+        ),
     }  # fmt: skip
     for tokens, every, most, loop, z_loop in ((128, 8, 32, 8, 4), (512, 64, 8, 6.5, 3.5)):
 
@@ -276,4 +282,4 @@ def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
 
 
 NAMES = ("resid-early", "resid-late", "z", "z-positions", "ablation", "tracing", "edges",
-         "resid-128", "z-128", "resid-512", "z-512")  # fmt: skip
+         "edges-all", "resid-128", "z-128", "resid-512", "z-512")  # fmt: skip

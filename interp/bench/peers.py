@@ -256,7 +256,47 @@ class NNsight:
         return out
 
 
-def missing_nnsight() -> str | None:
-    """Why nnsight is not measured, or None."""
-    found = importlib.util.find_spec("nnsight")
-    return None if found else "nnsight is not installed: pip install 'interp[bench]'"
+class Pyvene:
+    """pyvene's interventions, a forward a cell: one intervention is the same for a whole batch."""
+
+    name = "pyvene, a forward a cell"
+
+    def __init__(self, hf: HuggingFace):
+        self.hf = hf
+        self.library: Any = importlib.import_module("pyvene")  # an extra
+
+    @torch.no_grad()
+    def sweep(self, job: Job) -> np.ndarray:
+        """One number a cell."""
+        tokens = torch.tensor([list(job.ids)])
+        return np.array([float(self._one(job, tokens, cell)) for cell in job.make(self.hf.record)])
+
+    def _one(self, job: Job, tokens: Tensor, cell: Cell) -> Tensor:
+        def put(x: Tensor, source: Any) -> Tensor:
+            x = x.clone()
+            x[:, cell.start : cell.stop, cell.columns] = cell.value
+            return x
+
+        parts = [{"component": self._place(cell.site), "intervention": put}]
+        if cell.noise is not None:
+            parts.append({"component": "model.embed_tokens.output", "intervention": lambda x, source: x + cell.noise})
+        model = self.library.IntervenableModel(parts, model=self.hf.hf)
+        return job.read(model({"input_ids": tokens})[1].logits[:, -1])[0]
+
+    def _place(self, site: Site) -> str:
+        layer = f"model.layers[{site.layer}]"
+        if site.component == "z":
+            return f"{layer}.self_attn.o_proj.input"
+        if site.component in ("resid_pre", "resid_post"):
+            return f"{layer}.{'input' if site.component == 'resid_pre' else 'output'}"
+        return f"{layer}.self_attn.{site.component}_proj.output"
+
+
+OPTIONAL: dict[type, str] = {NNsight: "nnsight", Pyvene: "pyvene"}
+
+
+def missing(kind: type) -> str | None:
+    """Why a library is not measured, or None."""
+    package = OPTIONAL.get(kind)
+    absent = package is not None and importlib.util.find_spec(package) is None
+    return f"{package} is not installed: pip install 'interp[bench]'" if absent else None

@@ -15,13 +15,13 @@ import torch
 
 import interp
 from interp.bench.cases import NAMES, Case, Workbench, cases
-from interp.bench.peers import HuggingFace, NNsight, OneByOne, TransformerLens, missing_nnsight
+from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
 from interp.engine.products import PLAIN, Products, products_for
 from interp.errors import InterpError
 from interp.provenance import now, versions
 
 TOLERANCE = 1e-4  # logits, or probability
-SLOW = 20.0  # seconds from which a path runs twice at most
+SLOW, LONG = 20.0, 60.0  # seconds from which a path runs twice at most; and from which interp runs once
 Say = Callable[[str], None]
 
 
@@ -56,16 +56,15 @@ def run(
         result: dict[str, Any] = {
             "made": now(),
             "machine": f"{platform.machine()}, {threads} threads",
-            "versions": versions() | _version("nnsight"),
+            "versions": versions() | _version("nnsight") | _version("pyvene"),
             "model": repr(bench.model),
             "products_gflops": rates(bench.model.d_model),
             "cases": [],
         }
         say(f"{result['model']}; {result['machine']}; matrix products: " + _rates(result["products_gflops"]))
-        missing = missing_nnsight()
-        if missing:
-            say(f"not measured: {missing}")
-        peers = peers_of(bench, tokenizer, bool(missing))
+        for why in filter(None, map(missing, OPTIONAL)):
+            say(f"not measured: {why}")
+        peers = peers_of(bench, tokenizer)
         made = cases(bench)
         for name in names:
             result["cases"].append(measure(made[name](), peers, rounds, result["products_gflops"]))
@@ -77,23 +76,28 @@ def run(
         torch.set_num_threads(before)
 
 
-def peers_of(bench: Workbench, tokenizer: Any, without_nnsight: bool) -> dict[type, Any]:
-    """The other libraries, ready to sweep."""
+def peers_of(bench: Workbench, tokenizer: Any) -> dict[type, Any]:
+    """The other libraries that are installed, ready to sweep."""
     hf = HuggingFace(bench.hf)
-    found: dict[type, Any] = {
-        TransformerLens: TransformerLens(bench.bridge, hf), HuggingFace: hf, OneByOne: OneByOne(bench.hf),
+    makers: dict[type, Callable[[], Any]] = {
+        TransformerLens: lambda: TransformerLens(bench.bridge, hf), HuggingFace: lambda: hf,
+        OneByOne: lambda: OneByOne(bench.hf), NNsight: lambda: NNsight(hf, tokenizer), Pyvene: lambda: Pyvene(hf),
     }  # fmt: skip
-    return found if without_nnsight else found | {NNsight: NNsight(hf, tokenizer)}
+    return {kind: make() for kind, make in makers.items() if missing(kind) is None}
 
 
 def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, float]) -> dict[str, Any]:
     """Times of one case. Raises InterpError if a library's numbers differ from ours by more than `TOLERANCE`."""
-    plan, ours = case.plan(), case.order(case.ours())  # which checks the engine, once for a model
+    plan, before = case.plan(), _memory("VmRSS", reset=True)
+    first, frame = _timed(case.ours)  # which checks the engine, once for a model
+    ours, rss = case.order(frame), {"before": before, "peak": _memory("VmHWM")}
     used = {kind: peers[kind] for kind in case.peers if kind in peers}
     seconds: dict[str, list[float]] = {"interp": [], **{p.name: [] for p in used.values()}}
     gaps: dict[str, float] = {}
+    if first > SLOW:  # nothing is warmed up in so long a run
+        seconds["interp"].append(first)
     for _ in range(rounds):
-        if len(seconds["interp"]) < 2 or seconds["interp"][0] < SLOW:
+        if first <= LONG and (len(seconds["interp"]) < 2 or seconds["interp"][0] < SLOW):
             seconds["interp"].append(_timed(case.ours)[0])
         for peer in used.values():
             if len(seconds[peer.name]) >= 2 and seconds[peer.name][0] > SLOW:
@@ -121,10 +125,21 @@ def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, fl
         "gflop": plan.flops / 1e9, "naive_gflop": next(iter(plan.steps.values())) / 1e9,
         "bound_s": {name: plan.flops / 1e9 / rate for name, rate in peaks.items()},
         "gflops": plan.flops / 1e9 / paths["interp"]["median_s"],
-        "memory_mb": (plan.runs_bytes + plan.batch_bytes) / 1e6,
+        "memory_mb": (plan.runs_bytes + plan.batch_bytes) / 1e6, "rss_mb": rss,
         "paths": paths, "targets": targets,
-        "not_measured": [kind.__name__ for kind in case.peers if kind not in peers],
+        "not_measured": {kind.name: missing(kind) for kind in case.peers if kind not in peers},
     }  # fmt: skip
+
+
+def _memory(what: str, reset: bool = False) -> float | None:
+    """A figure of Linux about this process's memory, in MB: VmRSS, now, or VmHWM, the most since it was ``reset``."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(what)), None)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -168,12 +183,15 @@ def table(case: dict[str, Any]) -> str:
             f"  {name:36} {path['median_s']:8.2f} s {path['cells']:7} cells {path['ms_a_cell']:9.3f} ms a cell "
             f"{path['ms_a_cell'] / own:7.1f} ×"
         )
-    lines += [f"  {name:36} not measured: {missing_nnsight()}" for name in case["not_measured"]]
+    lines += [f"  {name:36} not measured: {why}" for name, why in case["not_measured"].items()]
     bound = case["bound_s"]
     lines.append(
         f"  {case['gflop']:.0f} GFLOP of {case['naive_gflop']:.0f}: at best {bound['engine']:.2f} s at the engine's "
         f"products' rate ({bound['torch']:.2f} s at torch's); reached {case['gflops']:.0f} GFLOP/s"
     )
+    rss = case["rss_mb"]
+    if rss["peak"]:
+        lines.append(f"  resident memory of the process: {rss['before']:.0f} MB before, {rss['peak']:.0f} MB at most")
     for name, t in case["targets"].items():
         met = "met" if t["ratio"] >= t["at_least"] else "NOT MET"
         lines.append(f"  target: {t['at_least']:g} × over {name}: {t['ratio']:.1f} × {met}")

@@ -141,6 +141,13 @@ def lean_blocks(model: Model) -> list[LeanBlock] | None:
     return known if len(known) == len(blocks) else None
 
 
+def fixed_rotary(model: Model) -> bool:
+    """Whether a position's rotary angles are the same in prompts of any length."""
+    given = getattr(model.bridge.original_model.config, "rope_parameters", None) or {}
+    kinds = [given, *(v for v in given.values() if isinstance(v, dict))]  # some have one for each kind of layer
+    return all(kind.get("rope_type", "default") not in ("dynamic", "longrope") for kind in kinds)
+
+
 def _inner(module: Any) -> Any:
     """The module inside a TransformerLens bridge."""
     return getattr(module, "original_component", module)

@@ -20,7 +20,7 @@ def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
     if run.noise is not None:
         noise = run.noise
         pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
-    for write in cell.writes:
+    for write in sorted(cell.writes, key=lambda w: w.site.component == "resid_mid"):  # it replaces what came before it
         pairs += _hooks_for(write)
     for layer in {c.layer for c in cell.cuts}:
         mask = cut_mask([c for c in cell.cuts if c.layer == layer], model.n_heads, len(run)).to(model.device)

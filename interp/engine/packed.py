@@ -51,7 +51,7 @@ def unsupported(model: Model, frame: Frame) -> str | None:
         if call.bias is not None and call.bias.shape[-2] != 1:
             return f"layer {layer} adds a bias that depends on the query's position"
     if frame.positions_differ:
-        return "rotary positions differ between prompts, with where and how large their images are"
+        return "rotary positions differ between prompts, with their length or with where and how large their images are"
     if len(frame.calls) < model.n_layers or len(frame.kwargs) < model.n_layers:
         return "not every layer was seen by the recorder"
     for layer, kwargs in enumerate(frame.kwargs):
@@ -247,7 +247,8 @@ class PackedForward:
 
     def _write_hooks(self, layer: int, pieces: list[Piece], packed: Tensor) -> Iterator[tuple[str, Any]]:
         """Hooks that apply this layer's writes inside the block (all components but the residual inputs)."""
-        for component in self.changes.components(layer):
+        # resid_mid last, since it replaces what attention put out
+        for component in sorted(self.changes.components(layer), key=lambda c: c == "resid_mid"):
             rows = self.changes.rows(layer, component, pieces, packed.device)
             if rows is None:
                 continue

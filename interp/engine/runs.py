@@ -70,7 +70,8 @@ class Frame:
 
     ``kwargs`` are block 0's keyword arguments in the longest recorded batch; ``calls`` are the layers'
     attention calls without their tensors (causality, window, scale, …). ``positions_differ``: rotary positions are not
-    the same for all prompts (those of an image's tokens can depend on the image).
+    the same for all prompts: those of an image's tokens can depend on the image, and some scalings of rotary embeddings
+    on the prompt's length.
     """
 
     length: int = 0
@@ -78,9 +79,8 @@ class Frame:
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     positions_differ: bool = False
 
-    def compare_positions(self, kwargs: dict[str, Any]) -> None:
-        """Notes it if the rotary positions of these block arguments are others than those recorded."""
-        known = self.kwargs[0] if self.kwargs else kwargs
+    def compare_positions(self, kwargs: dict[str, Any], known: dict[str, Any]) -> None:
+        """Notes it if the rotary positions of a block's arguments are others than the ``known`` ones."""
         for here, there in zip(_rotary(kwargs), _rotary(known), strict=True):
             n = min(here.shape[1], there.shape[1])
             self.positions_differ |= not bool((here[:, :n] == there[:1, :n]).all())
@@ -167,6 +167,9 @@ class _Recorder:
         self.resid: list[Tensor] = []
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.acts: dict[tuple[str, int], Tensor] = {}
+        self.before = [] if frame is None else frame.kwargs  # of an earlier batch
+        self.compared: tuple[Any, Any] = (None, None)
+        self.block = 0
 
     @contextmanager
     def attached(self, noise: Tensor | None) -> Iterator[None]:
@@ -208,9 +211,15 @@ class _Recorder:
 
     def _keep_kwargs(self, block: Any, args: Any, kwargs: dict[str, Any]) -> None:
         frame, length = self.frame, args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
-        if frame is not None and self.model.pictures is not None:
-            frame.compare_positions(kwargs)
-        if frame is None or length < frame.length:
+        if frame is None:
+            return
+        known = self.before[self.block] if len(self.before) == self.model.n_layers else kwargs
+        self.block += 1
+        tables = kwargs.get("position_embeddings"), known.get("position_embeddings")
+        if tables[0] is not self.compared[0] or tables[1] is not self.compared[1]:  # layers share theirs
+            self.compared = tables
+            frame.compare_positions(kwargs, known)
+        if length < frame.length:
             return
         if length > frame.length or len(frame.kwargs) == self.model.n_layers:
             frame.length, frame.kwargs = length, []
