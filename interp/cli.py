@@ -136,7 +136,8 @@ def sweeps(
 ) -> None:
     """Sweeps of the embedded model beside TransformerLens' loop, Hugging Face hooks in batches, nnsight and pyvene.
 
-    The last two where they are installed. In turn in one process; a time counts only if all numbers agree within 1e-4. Half an hour for everything.
+    The last two where they are installed. In turn in one process; a time counts only if all numbers agree within 1e-4.
+    Half an hour for everything.
     """
     os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; read when tqdm is imported
     from interp.bench import sweeps as measured
