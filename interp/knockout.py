@@ -54,7 +54,7 @@ def knock_out(
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
     window = max(1, model.n_layers // 5) if window is None else window
-    if not isinstance(window, int) or window < 1:
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise InterpError(f"window must be at least 1 layer, got {window!r}")
     sites = model.sites("attn_out", layers=layers, positions="all" if queries is None else queries)
     chosen = None if heads is None else tuple(sorted({s.head or 0 for s in model.sites("z", layers=0, heads=heads)}))

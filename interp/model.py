@@ -77,12 +77,23 @@ def load(
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
             raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
+    if device is not None:
+        _check_device(device)
     with collector_paused():
         bridge, name = boot(
             name_or_model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
             revision=revision, device_map=device_map, quantize=quantize,
         )  # fmt: skip
         return Model(bridge, name=name, backend=backend)
+
+
+def _check_device(device: Any) -> None:
+    """Raise ModelError for a device that torch does not know or that is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"cannot use device {str(device)!r}: {first}") from error
 
 
 class Model:

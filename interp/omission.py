@@ -48,7 +48,7 @@ def leave_out(
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
     words = {name: model.coder.continuation(text) for name, text in (instead or {}).items()}
-    plan = _shortened(encoded, None if spans is None else list(spans), words)
+    plan = _shortened(encoded, None if spans is None else list(spans), words, model.n_ctx)
     runner = Engine(model, "naive", memory)
     runner.reason = "tokens move, so that nothing can be reused"
     rows = Rows("leave out" if not words else "leave out or replace", "noise", metric)
@@ -75,9 +75,9 @@ def leave_out(
 
 
 def _shortened(
-    prompts: Sequence[Encoded], wanted: Sequence[str] | None, words: Mapping[str, Sequence[int]]
+    prompts: Sequence[Encoded], wanted: Sequence[str] | None, words: Mapping[str, Sequence[int]], most: int
 ) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """For each prompt the names of its spans, with the ids that are left without each."""
+    """For each prompt the names of its spans, with the ids that are left without each: at most ``most``."""
     plan = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt.clean, Given):
@@ -91,8 +91,13 @@ def _shortened(
             left = (*prompt.clean[:start], *words.get(name, ()), *prompt.clean[stop:])
             if not left:
                 raise PromptError(f"prompt {i}: span {name!r} is the whole prompt, and nothing would be left")
+            if len(left) > most:
+                raise PromptError(f"prompt {i} has {len(left)} tokens with the words for {name!r}: more than {most}")
             mine.append((name, left))
         plan.append(mine)
+    unused = set(words) - {name for mine in plan for name, _ in mine}
+    if unused and any(plan):
+        raise PromptError(f"instead= names spans that are not left out: {', '.join(sorted(map(repr, unused)))}")
     if not any(plan):
         raise PromptError("no prompt has a named span: PromptPair(…).span('subject', 'words') names one")
     return plan

@@ -25,6 +25,7 @@ from interp.sites import Site
 from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
 Mode = Literal["denoise", "noise"]
+STREAM = ("resid_pre", "resid_mid", "resid_post")  # all that a position passes on from there
 
 
 def patch(
@@ -38,7 +39,7 @@ def patch(
     *,
     groups: Groups | None = None,
     window: int = 1,
-    sources: Iterable[PromptPair] | None = None,
+    sources: PromptPair | Iterable[PromptPair] | None = None,
     memory: int | str | None = None,
 ) -> Effects:
     """Patch every site of every pair, one at a time.
@@ -66,7 +67,7 @@ def patch(
     check_metric(metric, prompts)
     runner = Engine(model, engine, memory)
     runner.check_sites(all_sites(targets))
-    given = None if sources is None else list(sources)
+    given = None if sources is None else [sources] if isinstance(sources, PromptPair) else list(sources)
     sweep = _Sweep(runner, metric, prompts, targets, _donors(prompts, given, model, mode), mode, own=given is None)
     rows = Rows("patch" if window == 1 else f"patch, window of {window} layers", mode, metric)
     with progress(f"patch {'+'.join(sweep.components)} ({mode})", sweep.size, show_progress) as advance:
@@ -108,18 +109,31 @@ class _Sweep:
         read = readout(here, [r.logits for r in clean])
         scores = [score_runs(self.metric, base, read).tolist() for base in (clean, corrupt)]
         into, unchanged = (corrupt, scores[1]) if self.mode == "denoise" else (clean, scores[0])
+        carried = score_runs(self.metric, source, read).tolist()
         asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
-        cells = [self._cell(n, target, here[n], source[n], into[n]) for n, target in asked]
-        known = [unchanged[n] for n, _ in asked]
+        cells: list[Cell | None] = []
+        known: list[float] = []
+        for n, target in asked:
+            first = self._first(here[n], source[n], into[n])
+            cell = self._cell(n, target, here[n], source[n], into[n], first)
+            everything = cell is not None and self.runner.fast and _carries_all(cell, first, len(here[n]))
+            cells.append(None if everything else cell)
+            known.append(carried[n] if everything else unchanged[n])
         values = evaluate_or_keep(self.runner, self.metric, into, cells, known, read, advance)
         for (n, target), value in zip(asked, values, strict=True):
             rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
 
-    def _cell(self, number: int, target: Target, prompt: Encoded, source: Run, into: Run) -> Cell | None:
+    def _first(self, prompt: Encoded, source: Run, into: Run) -> int:
+        """The first row in which the runs can differ.
+
+        Under causal attention an activation depends on tokens up to its own position only.
+        """
+        if not self.runner.fast:
+            return 0
+        return prompt.first_difference if self.own else _first_difference(source, into)
+
+    def _cell(self, number: int, target: Target, prompt: Encoded, source: Run, into: Run, first: int) -> Cell | None:
         """The cell that writes ``source``'s activations into run ``into``; None if they are the same there."""
-        first = 0
-        if self.runner.fast:  # under causal attention an activation depends on tokens up to its own position only
-            first = prompt.first_difference if self.own else _first_difference(source, into)
         writes = []
         for site in target.sites:
             start, stop = rows_of(site, prompt)
@@ -148,6 +162,13 @@ def _donors(
                 "choose sources of the same length"
             )
     return donors
+
+
+def _carries_all(cell: Cell, first: int, length: int) -> bool:
+    """Whether a cell that takes all its values from one run makes the other that run: it sets the residual stream of
+    all rows from ``first`` on, before which the two are the same.
+    """  # fmt: skip
+    return any(w.site.component in STREAM and w.start <= first and w.stop == length for w in cell.writes)
 
 
 def _first_difference(source: Run, into: Run) -> int:

@@ -102,9 +102,9 @@ class _Sweep:
     def run(self, number: int, prompt: Encoded, rows: Rows, advance: Advance) -> None:
         """Adds the rows of one pair. Raises InterpError where the model cannot be run packed."""
         runner, metric = self.runner, self.metric
-        clean, corrupt = runner.record([prompt.clean, prompt.corrupt], self.kept)
-        if not runner.fast and runner.kind != "naive":
-            raise InterpError(f"path patching needs the packed engine, which cannot run this model: {runner.reason}")
+        clean, corrupt = runner.record([prompt.clean, prompt.corrupt], self.kept, keep_kv=True)
+        if why := runner.unpackable():  # what receivers would read is computed block by block, on either engine
+            raise InterpError(f"path patching needs blocks that can be run packed, and this model's cannot: {why}")
         base, source = (clean, self.sent(corrupt)) if self.mode == "noise" else (corrupt, clean)
         read = readout([prompt], [clean.logits])
         known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]

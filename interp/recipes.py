@@ -7,7 +7,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -187,15 +186,16 @@ class Rows:
     def effects(self, model: Model, prompts: Sequence[Any], **recipe: Any) -> Effects:
         """The table, with effects on the recovery scale and the recipe in its provenance.
 
-        Raises InterpError if the metric came out NaN: a table of NaN is not a result.
+        Raises InterpError if the metric came out NaN or infinite: a table of those is not a result.
         """
         frame = pd.DataFrame(self.columns).astype({c: t for c, t in COLUMNS.items() if c in self.columns})
         numbers = {c: torch.tensor(frame[c].to_numpy(dtype=float)) for c in ("clean", "corrupt", "patched")}
-        broken = np.isnan(frame["patched"].to_numpy(dtype=float))
+        # corrupt is NaN where there is no corrupt run
+        broken = ~(numbers["patched"].isfinite() & numbers["clean"].isfinite() & ~numbers["corrupt"].isinf()).numpy()
         if broken.any() and not KEEP_NAN.get():
             first = frame[broken].iloc[0]
             raise InterpError(
-                f"metric {self.metric.name!r} returned NaN for {int(broken.sum())} of {len(frame)} cells "
+                f"metric {self.metric.name!r} returned NaN or infinity for {int(broken.sum())} of {len(frame)} cells "
                 f"(first: example {first['example']}, {first['component']} layer {first['layer']})"
             )
         frame["effect"] = recovery(**numbers, mode=self.mode).numpy()

@@ -16,7 +16,7 @@ from interp.effects import Effects
 from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
-from interp.errors import PromptError, SiteError
+from interp.errors import InterpError, PromptError, SiteError
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
@@ -50,7 +50,9 @@ def steer(
     runner = Engine(model, engine, memory)
     runner.check_sites(sites)
     plan = [list(resolve(sites, p)) for p in encoded]
-    push = (scale * direction.detach()).to(model.device)
+    push = (scale * torch.as_tensor(direction).detach()).to(model.device)
+    if not push.isfinite().all():
+        raise InterpError("the direction, or the scale, is not finite: nothing could be read after it was added")
     components = sorted({s.component for s in sites})
     rows = Rows(f"steer × {scale:g}", "noise", metric)
     with progress(f"steer {'+'.join(components)}", sum(map(len, plan)), show_progress) as advance:

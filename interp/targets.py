@@ -38,6 +38,8 @@ class Target:
 
 def as_sites(sites: Iterable[Site | str] | Site | str) -> Sites:
     """Accept one site, several, or their text forms."""
+    if not isinstance(sites, Site | str | Iterable):
+        raise SiteError(f"sites expected, e.g. model.sites('z') or 'z.L0H1', got {type(sites).__name__}")
     return Sites([sites] if isinstance(sites, Site | str) else sites)
 
 
@@ -98,6 +100,8 @@ def _around(site: Site, window: int, n_layers: int) -> tuple[Site, ...]:
 
 
 def _groups(groups: Groups) -> list[Target]:
+    if not isinstance(groups, Iterable):
+        raise SiteError(f"groups={{name: sites}}, or a list of lists of sites, expected, got {type(groups).__name__}")
     named = isinstance(groups, Mapping)
     pairs = groups.items() if isinstance(groups, Mapping) else enumerate(groups, 1)
     out, seen = [], set()

@@ -214,9 +214,9 @@ def _corruption(
         return _Replacement()
     noise = PUBLISHED_NOISE if noise is None else noise
     samples = PUBLISHED_SAMPLES if samples is None else samples
-    if not noise > 0 or samples < 1 or (sigma is not None and not sigma > 0):
+    if not noise > 0 or not isinstance(samples, int) or samples < 1 or (sigma is not None and not sigma > 0):
         raise InterpError(
-            f"noise must be positive, sigma too, and samples at least 1, got noise={noise}, samples={samples}, "
+            f"noise must be positive, sigma too, and samples a number from 1 on, got noise={noise}, samples={samples}, "
             f"sigma={sigma}"
         )
     return _Noise(model, noise, subject_std(model, prompts) if sigma is None else sigma, samples, seed)

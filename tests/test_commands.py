@@ -118,6 +118,7 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory 3kB", "too small for one cell"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory lots", "a size like '4GiB'"),
         ("patch --model {f}/m --pairs {f}/nowhere.csv", "cannot read"),
+        ("patch --model {f}/m --pairs {f}/pairs.csv --device foo", "cannot use device 'foo'"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --memory 3kB", "too small for one cell"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --engine fast", "full forward per cell"),
     ],

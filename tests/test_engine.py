@@ -325,7 +325,7 @@ def test_bad_input_teaches(tiny, monkeypatch) -> None:
 def test_nan_metrics_are_refused(tiny) -> None:
     model = tiny("llama")
     pair = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96")
-    with pytest.raises(InterpError, match="'broken' returned NaN for"):
+    with pytest.raises(InterpError, match="'broken' returned NaN or infinity for"):
         interp.patch(
             model, pair, model.sites("z"), metric=interp.Metric("broken", lambda logits, r: logits[:, 0] * float("nan"))
         )
@@ -385,3 +385,18 @@ def test_resid_mid_in_a_group_wins_over_what_comes_before_it(tiny, kind: str) ->
     for engine in ("fast", "naive"):
         raw = interp.patch(model, pair, groups=groups, engine=engine).frame()["raw"]
         assert raw[1] == pytest.approx(raw[0], abs=1e-9) and abs(raw[0]) > 1e-3
+
+
+def test_what_is_no_site_group_or_number_is_refused(tiny) -> None:
+    model = tiny("llama")
+    pair, fact = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96"), interp.Fact("w1 w2 w3", "w2", "w95")
+    for words_, call in (
+        ("sites expected", lambda: interp.patch(model, pair, 5)),
+        ("groups=", lambda: interp.patch(model, pair, groups=3)),
+        ("samples a number", lambda: interp.trace(model, fact, samples=1.5)),
+        ("window must be", lambda: interp.knock_out(model, pair, 1, window=True)),
+        ("not finite", lambda: interp.steer(model, pair, "resid_pre.L0@1", torch.ones(model.d_model), float("nan"))),
+        ("NaN or infinity", lambda: interp.patch(model, pair, "z.L0H0", metric=lambda x, r: x[:, 0] / 0)),
+    ):
+        with pytest.raises(InterpError, match=words_):
+            call()

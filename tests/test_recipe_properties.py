@@ -187,3 +187,24 @@ def test_ends_of_the_scale(tiny, kind: str) -> None:
         model, pair, model.sites("z"), sources=[interp.PromptPair(pair.corrupt, pair.corrupt, "w1", "w2")]
     )
     assert (own.frame()["raw"] == 0).all()
+
+
+def test_everything_is_exactly_one_in_single_precision(word_tokenizer) -> None:
+    """What carries all over is the other run, and is answered by it: no rounding stands in between."""
+    from interp.zoo.architectures import tiny_hf
+
+    model = interp.load(tiny_hf("llama", torch.float32), tokenizer=word_tokenizer)
+    pairs = [interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96").span("end", "w2 w3 w4"),
+             interp.PromptPair("w7 w8 w9", "w7 w8 w1", "w95", "w96").span("end", "w9")]  # fmt: skip
+    sites = [
+        s for c in ("resid_pre", "resid_mid", "resid_post") for p in ("all", "end") for s in model.sites(c, positions=p)
+    ]
+    for mode in ("denoise", "noise"):
+        e = interp.patch(model, pairs, sites, mode=mode).frame()
+        assert (e["effect"] == 1).all() and len(e) == 2 * len(sites)
+        slow = interp.patch(model, pairs, sites, mode=mode, engine="naive").frame()
+        np.testing.assert_allclose(e["patched"], slow["patched"], atol=1e-4)
+    crossed = interp.patch(model, pairs[0], sites, sources=interp.PromptPair("w9 w9 w2 w4", "w3 w4 w5 w5", "w1", "w2"))
+    slow = interp.patch(model, pairs[0], sites, engine="naive",
+                        sources=interp.PromptPair("w9 w9 w2 w4", "w3 w4 w5 w5", "w1", "w2"))  # fmt: skip
+    np.testing.assert_allclose(crossed.frame()["patched"], slow.frame()["patched"], atol=1e-4)

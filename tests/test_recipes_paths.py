@@ -135,6 +135,26 @@ def test_mediators_can_be_neurons_groups_and_windows(tiny) -> None:
     np.testing.assert_allclose(wide["raw"], grouped["raw"], atol=1e-12)
 
 
+@pytest.mark.parametrize("mlps", ["frozen", "recomputed"])
+def test_paths_by_full_forwards_are_the_same(tiny, mlps: str) -> None:
+    model = tiny("llama")
+    edges = ["z.L0H1", "mlp_out.L0", "attn_out.L1@-1"], ["q.L2H0@-1", "k.L1H1", "mlp_out.L2", "logits"]
+    other = interp.PromptPair("w7 w8 w9", "w7 w8 w1", "w95", "w96")
+    fast, naive = (
+        interp.path_patch(model, [PAIR, other], *edges, mlps=mlps, engine=e).frame() for e in ("fast", "naive")
+    )
+    np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-9)
+    point = model.bridge.hook_dict["blocks.1.hook_resid_pre"]
+    handle = point.add_hook(lambda x, hook: x + x.mean(1, keepdim=True))
+    try:
+        for e in ("auto", "naive"):
+            with pytest.raises(InterpError, match="hooks were added"):
+                interp.path_patch(model, PAIR, *edges, mlps=mlps, engine=e)
+    finally:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+
+
 def test_all_positions_or_some(tiny) -> None:
     """A path that starts at one position and ends at another is the part of the whole that its rows carry."""
     model = tiny("llama")
@@ -277,6 +297,10 @@ def test_leaving_a_span_out_is_the_shorter_prompt(tiny) -> None:
     swapped = interp.PromptPair("w1 w9 w3 w4 w5", "w1 w9 w3 w4 w5", "w95", "w96")
     want = interp.patch(model, swapped, "resid_pre.L0@0").frame()["clean"][0]
     assert other["patched"][0] == pytest.approx(want, abs=1e-4)
+    with pytest.raises(PromptError, match="not left out: 'verb'"):
+        interp.leave_out(model, pair, instead={"verb": " w9"})
+    with pytest.raises(PromptError, match="more than 64"):
+        interp.leave_out(model, pair, instead={"name": " w9" * 500})
     with pytest.raises(PromptError, match="no span 'verb'"):
         interp.leave_out(model, pair, ["verb"])
     with pytest.raises(PromptError, match="no prompt has a named span"):

@@ -109,19 +109,21 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         components: Sequence[str] = (),
         noise: Sequence[Tensor | None] | None = None,
+        keep_kv: bool = False,
     ) -> list[Run]:
-        """Base runs of the prompts, with the components whose values will be needed."""
-        if self.fast and self.model.hooks_added():
-            self._decide("hooks were added to the model, which may read or change other positions")
-        if self.fast and self.model.bridge.training:
-            self._decide("the model is in training mode, where dropout makes no two forwards alike")
+        """Base runs of the prompts, with the components whose values will be needed.
+
+        ``keep_kv``: keys and values even where cells are full forwards, which need none.
+        """
+        if self.fast:
+            self._decide(self._obstacle())
         if self.fast:
             self.lean = None if NOT_LEAN in self.model.engine_checks else lean_blocks(self.model)
             if self.lean and self._framed(max(map(len, prompts)), components):
                 return lean_runs(self.model, self.lean, self.frame, prompts, components, noise)
         with self._extra_hooks(components):
             if self.kind == "naive":
-                return record(self.model, prompts, components, noise, self.frame, keep_kv=False)
+                return record(self.model, prompts, components, noise, self.frame, keep_kv)
             with redirected(self.model.dtype, self.model.device):
                 runs = record(self.model, prompts, components, noise, self.frame)
         if self.fast:
@@ -129,6 +131,18 @@ class Engine:
         if self.fast and self.lean:
             self._check_base(runs[0])
         return runs
+
+    def _obstacle(self) -> str | None:
+        """Why a state of the model, not its structure, forbids to run it packed."""
+        if self.model.hooks_added():
+            return "hooks were added to the model, which may read or change other positions"
+        if self.model.bridge.training:
+            return "the model is in training mode, where dropout makes no two forwards alike"
+        return None
+
+    def unpackable(self) -> str | None:
+        """Why this model cannot be run packed, whether that was asked for or not (known after a `record`)."""
+        return self.reason if self.kind != "naive" else self._obstacle() or packed.unsupported(self.model, self.frame)
 
     def _framed(self, longest: int, components: Sequence[str]) -> bool:
         """Whether base runs can be lean: blocks of this model were seen being called on prompts as long, and agreed."""
