@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Shaped
 
+from interp.display import card
 from interp.effects import read_parquet, write_parquet
 from interp.errors import InterpError
 
@@ -60,6 +61,19 @@ class AttentionStats:
             f"AttentionStats({len(self)} prompt(s) of {span} tokens, {self.n_layers} layers × "
             f"{self.n_heads} heads: {', '.join(self.names)})"
         )
+
+    def _repr_html_(self) -> str:
+        lengths = [len(t) for t in self.tokens]
+        facts = {"prompts": len(self), "tokens": sum(lengths), "layers × heads": f"{self.n_layers} × {self.n_heads}"}
+        means = {n: self.per_head(n) for n in self.names if self.values[n][0].dtype.kind == "f"}
+        rows = []
+        for name, mean in means.items():
+            if not np.isfinite(mean).any():
+                continue
+            (low, high) = (np.unravel_index(int(f(mean)), mean.shape) for f in (np.nanargmin, np.nanargmax))
+            least, most = ((f"{mean[at]:.3g}", f"L{at[0]}H{at[1]}") for at in (low, high))
+            rows.append({"statistic": name, "least": least[0], "in": least[1], "most": most[0], "in ": most[1]})
+        return card("AttentionStats", facts, ["statistic", "least", "in", "most", "in "], pd.DataFrame(rows))
 
     def frame(self) -> pd.DataFrame:
         """One row per (example, layer, head, position), one column per statistic, and the token's text."""

@@ -21,6 +21,7 @@ from interp.errors import InterpError, TaskError
 
 HEADS = "patch every head's output, layer × head (denoise)"
 STRONGEST, OTHERS = 10, 10  # heads that are looked at in every way: those with most effect, and as many drawn by lot
+SHOWN = 2  # pairs whose attention patterns go into the page
 Say = Callable[[str], None]
 
 
@@ -77,10 +78,15 @@ class Demo:
             with self.step(title):
                 self.results[title] = job()
                 self.keep(self.results[title].write(self.out / f"{name}.parquet"))
+        with self.step(f"keep what every head reads on {min(SHOWN, len(pairs))} pairs"):
+            patterns = model.attention_patterns(pairs[:SHOWN])
+            self.keep(patterns.write(self.out / "attention_patterns.parquet"))
         with self.step("write the page"):
             notes = f"{behaviour}. Made by: interp demo --task {self.task} --n {self.n} --seed {self.seed}"
             page = interp.report(
-                {**self.results, "attention": stats}, title=f"{self.task} on {model.name}", notes=notes
+                {**self.results, "attention": stats, "patterns": patterns},
+                title=f"{self.task} on {model.name}",
+                notes=notes,
             )
             path = page.write(self.out / "report.html")
             self.keep(path)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interp.display import card
 from interp.errors import InterpError
 from interp.inference import benjamini_hochberg, sign_flip
 
@@ -77,7 +78,15 @@ class Effects:
         return f"Effects({len(f)} rows: {what}; {f['example'].nunique()} examples; {kinds}; {f['metric'].iloc[0]})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>" + self.summary().head(10).to_html(index=False, escape=True)
+        if self._frame.empty:
+            return card("Effects", {"rows": 0})
+        f: Any = self._frame
+        facts = {
+            "rows": len(f), "examples": f["example"].nunique(), "metric": ", ".join(sorted(set(f["metric"]))),
+            "intervention": ", ".join(sorted(set(f["intervention"] + ", " + f["mode"]))),
+        }  # fmt: skip
+        top = self.summary().head(8).dropna(axis="columns", how="all")
+        return card("Effects", facts, [c for c in top if c not in ("raw_lo", "raw_hi", "pooled_lo", "pooled_hi")], top)
 
     def where(self, **conditions: Any) -> Effects:
         """Rows whose columns equal the given values, e.g. ``effects.where(component="z", layer=9)``."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.attention import AttentionStats
 from interp.batching import collate, equal_length_batches
+from interp.display import card
 from interp.encoding import TextEncoder
 from interp.errors import ModelError, PromptError
 from interp.head_statistics import prompt_stats, tower_stats
@@ -193,6 +194,13 @@ class Model:
             f"Model({self.name}: {self.n_layers} layers × {self.n_heads} heads{kv}, "
             f"d_model {self.d_model}, {dtype}, {self.device})"
         )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "layers × heads": f"{self.n_layers} × {self.n_heads}", "KV heads": self.n_kv_heads, "d_model": self.d_model,
+            "context": self.n_ctx, "dtype": str(self.dtype).removeprefix("torch."), "device": self.device,
+        }  # fmt: skip
+        return card(f"Model {self.name}", facts)
 
     def sites(
         self,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from interp.display import card
 from interp.effects import read_parquet, write_parquet
 from interp.errors import InterpError
 
@@ -97,6 +98,14 @@ class AttentionPatterns:
         span = "" if not n else f" of {min(n)}–{max(n)} tokens" if min(n) != max(n) else f" of {n[0]} tokens"
         runs = " and ".join(dict.fromkeys(r for e in self.examples for r in e.runs))
         return f"AttentionPatterns({len(n)} prompt(s){span}, {runs}; {len(self.heads)} heads, {len(self.exact)} exact)"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "prompts": len(self), "tokens": sum(e.n_tokens for e in self.examples), "heads": len(self.heads),
+            "exact": ", ".join(map(head_name, self.exact)) or "–",
+            "runs": ", ".join(dict.fromkeys(r for e in self.examples for r in e.runs)),
+        }  # fmt: skip
+        return card("AttentionPatterns", facts)
 
     def map(self, head: Head, example: int = 0, run: str = "clean") -> Float[np.ndarray, "bins bins"]:
         """The largest weight of every cell, to 8 bits of its root."""

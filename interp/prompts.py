@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
+from interp.display import card
 from interp.errors import PromptError
 
 Span = tuple[int, int]  # [start, stop) in characters of the text, or in tokens once encoded
@@ -44,6 +45,11 @@ class PromptPair:
     answer: str
     foil: str | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        spans = ", ".join(f"{name}: {str(self.clean)[a:b]!r}" for name, (a, b) in self.spans.items())
+        facts = {"clean": self.clean, "corrupt": self.corrupt, "answer": repr(self.answer), "foil": repr(self.foil)}
+        return card("PromptPair", {**facts, "spans": spans or "–"})
 
     def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
         """A copy in which ``words`` (default: the name itself) of the clean text is a named span."""

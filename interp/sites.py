@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from interp.display import card
 from interp.errors import SiteError
 
 EACH = "each"
@@ -95,6 +96,11 @@ class Site:
             unit = "N" if self.spec.heads == "neuron" else "H"
             text += f".L{self.layer}" + ("" if self.head is None else f"{unit}{self.head}")
         return text if self.position is None else f"{text}@{self.position}"
+
+    def _repr_html_(self) -> str:
+        facts = {"layer": self.layer, "neuron" if self.spec.heads == "neuron" else "head": self.head}
+        where = "all at once" if self.position is None else self.position
+        return card(f"Site {self}", {**facts, "position": where, "hook": self.hook_name})
 
     @classmethod
     def parse(cls, text: str) -> Site:

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 # room -> what it may import from interp (module prefixes); None: anything
 ALLOWED: dict[str, tuple[str, ...] | None] = {
     "errors": (),
-    "sites": ("errors",),
-    "prompts": ("errors",),
+    "display": (),
+    "sites": ("display", "errors"),
+    "prompts": ("display", "errors"),
     "metrics": ("errors",),
     "provenance": ("given",),
     "progress": (),
     "dense": (),
     "inference": (),
-    "effects": ("errors", "inference"),
-    "attention": ("effects", "errors"),
+    "effects": ("display", "errors", "inference"),
+    "attention": ("display", "effects", "errors"),
     "attention_bridges": ("dense", "errors", "instrument"),
     "inputs": ("errors",),
     "instrument": ("dense", "errors", "attention_bridges"),
@@ -48,6 +49,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "model": (
         "attention",
         "batching",
+        "display",
         "encoding",
         "errors",
         "head_statistics",
@@ -87,6 +89,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "circuits": (
         "batching",
         "circuits",
+        "display",
         "dense",
         "effects",
         "engine",
@@ -109,7 +112,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
         "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance", "recipes",
         "sweep", "sweep_options", "tasks",
     ),
-    "patterns": ("effects", "errors"),
+    "patterns": ("display", "effects", "errors"),
     "plots": ("attention", "circuits", "effects", "errors", "patterns", "plots", "sites"),
     "results": ("attention", "effects", "errors", "patterns"),
 }  # fmt: skip

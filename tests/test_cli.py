@@ -91,7 +91,8 @@ def test_the_main_job_leaves_complete_results(tmp_path: Path, task: str) -> None
     names = {p.name for p in out.iterdir()}
     steps = {f"patch_{c}_{m}" for c in ("resid_pre", "z") for m in ("denoise", "noise")}
     steps |= {f"ablate_z_{u}" for u in ("zero", "mean", "resample")} | {f"trace_{c}_out" for c in ("mlp", "attn")}
-    assert names == {f"{s}.parquet" for s in steps | {"trace_resid_post", "attention_stats"}} | {"report.html"}
+    steps |= {"trace_resid_post", "attention_stats", "attention_patterns"}
+    assert names == {f"{s}.parquet" for s in steps} | {"report.html"}
     z = interp.Effects.read(out / "patch_z_denoise.parquet")
     assert len(z) == 2 * 30 * 9 and z.provenance["model"] == "SmolLM2-135M-Instruct"
     assert z.provenance["engine"] == "packed, exact" and z.provenance["task"] == task

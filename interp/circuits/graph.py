@@ -14,6 +14,7 @@ import pandas as pd
 from jaxtyping import Bool
 
 from interp.circuits.architecture import Architecture, architecture
+from interp.display import card
 from interp.errors import InterpError, ModelError
 from interp.model import Model
 from interp.sites import Edge, Site
@@ -76,6 +77,13 @@ class Circuit:
         made = self.provenance.get("selection") or self.provenance.get("method") or ""
         size = f"{len(self)} of {len(self.graph)} edges ({share:.1%}), {len(self.nodes())} nodes"
         return f"Circuit({size}{made and ', '}{made})"
+
+    def _repr_html_(self) -> str:
+        of = self.graph.describe()
+        facts = {"edges": f"{len(self)} of {len(self.graph)}", "nodes": len(self.nodes()), "model": of}
+        frame = self.frame()
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index[:8]
+        return card("Circuit", facts, ["sender", "receiver", "score", "sender_role"], frame.loc[order])
 
     # ------------------------------------------------------------ contents
 

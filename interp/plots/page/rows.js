@@ -27,7 +27,17 @@ const KEYS_LISTED = 10;
  * @returns {[number, number][]}
  */
 export function strongestKeys(row, mute, count) {
-  return [...row.weights].filter(([key]) => !(mute && key === 0)).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, count);
+  /** @type {[number, number][]} */
+  const best = [];
+  for (const [key, weight] of row.weights) {
+    const size = Math.abs(weight);
+    if ((mute && key === 0) || (best.length === count && size <= Math.abs(best[count - 1][1]))) continue;
+    let place = best.length;
+    while (place > 0 && Math.abs(best[place - 1][1]) < size) place--;
+    best.splice(place, 0, [key, weight]);
+    best.length = Math.min(best.length, count);
+  }
+  return best;
 }
 
 /** @param {RowSpec} spec */
@@ -46,13 +56,15 @@ export function rowFigure(spec) {
   const drawing = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "row-figure", role: "img",
     "aria-label": `${spec.name}: weights of query ${spec.query} by position of the key` });
   const step = (W - 2 * left) / columns;
-  heights.forEach((v, c) => {
-    if (v === 0) return;
-    const h = Math.max(1.5, 52 * toned(Math.min(Math.abs(v) / top, 1), spec.scale));
-    const bar = svg("rect", { x: left + c * step, y: 56 - h, width: Math.max(step - 0.6, 1.2), height: h, class: "swatch" });
-    paint(bar, spec.signed ? "diverging" : "sequential", spec.signed ? (v > 0 ? 0.88 : 0.12) : 0.72);
-    drawing.append(bar);
-  });
+  for (const sign of spec.signed ? [1, -1] : [1]) {
+    const outline = [...heights.keys()].filter((c) => Math.sign(heights[c]) === sign).map((c) => {
+      const h = Math.max(1.5, 52 * toned(Math.min(Math.abs(heights[c]) / top, 1), spec.scale));
+      return `M${(left + c * step).toFixed(1)} ${(56 - h).toFixed(1)}h${Math.max(step - 0.6, 1.2).toFixed(1)}v${h.toFixed(1)}h${(-Math.max(step - 0.6, 1.2)).toFixed(1)}z`;
+    });
+    const bars = svg("path", { d: outline.join(""), class: "swatch" });
+    paint(bars, spec.signed ? "diverging" : "sequential", spec.signed ? 0.5 + 0.38 * sign : 0.72);
+    drawing.append(bars);
+  }
   const x = left + ((spec.query + 0.5) / n) * (W - 2 * left);
   drawing.append(svg("line", { x1: left, x2: W - left, y1: 56.5, y2: 56.5, class: "zero" }),
     svg("line", { x1: x, x2: x, y1: 0, y2: 60, class: "query-mark" }),
