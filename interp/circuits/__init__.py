@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from interp.circuits.interchange import Interchange, interchange_accuracy
     from interp.circuits.nodes import atp_star, attribute_sites
     from interp.circuits.pruning import Pruned, prune_edges
+    from interp.circuits.roles import name_roles, score_neurons
     from interp.circuits.scores import EdgeScores
     from interp.circuits.screening import screen
     from interp.circuits.search import acdc, acdc_sweep
@@ -36,6 +37,7 @@ _NAMES = {
     "interchange": ("Interchange", "interchange_accuracy"),
     "nodes": ("atp_star", "attribute_sites"),
     "pruning": ("Pruned", "prune_edges"),
+    "roles": ("name_roles", "score_neurons"),
     "scores": ("EdgeScores",),
     "screening": ("screen",),
     "search": ("acdc", "acdc_sweep"),
@@ -47,8 +49,8 @@ __all__ = [
     "Channels", "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "HeadMasks", "Interchange", "Pruned",
     "WeightCircuits", "acdc", "acdc_sweep", "atp_star", "attention_channels", "attribute_edges", "attribute_sites",
     "causal_head_gating", "completeness", "contrastive_head_gating", "curve", "differential_masks", "faithfulness",
-    "flow_routes", "flow_scores", "interchange_accuracy", "magnitude_scores", "minimality", "prune_edges",
-    "random_scores", "screen",
+    "flow_routes", "flow_scores", "interchange_accuracy", "magnitude_scores", "minimality", "name_roles",
+    "prune_edges", "random_scores", "score_neurons", "screen",
 ]  # fmt: skip
 
 

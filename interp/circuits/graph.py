@@ -25,7 +25,8 @@ SCHEMA_VERSION = 1
 class Circuit:
     """Edges of one model, in its order of computation.
 
-    ``edges`` maps each edge to its score (NaN: it has none); ``roles`` maps nodes (senders) to a word about them;
+    ``edges`` maps each edge to its score (NaN: it has none); ``roles`` maps nodes (senders) to a word about them,
+    ``evidence`` to the measurements that it rests on (`name_roles`), and ``neurons`` single neurons to scores;
     ``provenance`` says what made it, and under ``"weights"`` the fingerprint of the model that it belongs to.
     ``a | b``, ``a & b`` and ``a - b`` are sets of edges, with the left circuit's scores first. Raises InterpError for
     no edges, and SiteError for an edge that the architecture does not have.
@@ -37,6 +38,8 @@ class Circuit:
         edges: Mapping[Edge, float] | Iterable[Edge | str],
         roles: Mapping[Site, str] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        evidence: Mapping[Site, Mapping[str, Any]] | None = None,
+        neurons: Mapping[Site, float] | None = None,
     ) -> None:
         scored = edges.items() if isinstance(edges, Mapping) else ((e, float("nan")) for e in edges)
         known = {Edge.parse(e) if isinstance(e, str) else e: float(score) for e, score in scored}
@@ -47,7 +50,9 @@ class Circuit:
         self.edges: dict[Edge, float] = {e: known[e] for e in order}
         self.roles = dict(roles or {})
         self.provenance = dict(provenance or {})
-        stranger = next((s for s in self.roles if s not in graph.sender_number), None)
+        self.evidence = {s: dict(found) for s, found in (evidence or {}).items()}
+        self.neurons = dict(neurons or {})
+        stranger = next((s for s in (*self.roles, *self.evidence) if s not in graph.sender_number), None)
         if stranger is not None:
             raise InterpError(f"a role was given to {stranger}, which is no node of {graph.describe()}")
 
@@ -203,7 +208,19 @@ class Circuit:
         if joined is not None:
             roles = {**joined.roles, **roles}
             provenance["joined"] = {"how": how, "with": joined.provenance}
-        return Circuit(self.graph, edges, roles, provenance)
+        return Circuit(self.graph, edges, roles, provenance, self.evidence, self.neurons)
+
+    def annotated(
+        self,
+        roles: Mapping[Site, str] | None = None,
+        evidence: Mapping[Site, Mapping[str, Any]] | None = None,
+        neurons: Mapping[Site, float] | None = None,
+    ) -> Circuit:
+        """A copy with other roles, evidence or neurons, where they are given."""
+        given = (roles, evidence, neurons)
+        mine = (self.roles, self.evidence, self.neurons)
+        new = [b if a is None else a for a, b in zip(given, mine, strict=True)]
+        return Circuit(self.graph, self.edges, new[0], self.provenance, new[1], new[2])  # type: ignore[arg-type]
 
     # ------------------------------------------------------------ files
 
@@ -214,6 +231,8 @@ class Circuit:
             "format": "interp.Circuit", "schema": SCHEMA_VERSION, "architecture": facts,
             "provenance": self.provenance,
             "roles": {str(s): text for s, text in self.roles.items()},
+            "evidence": {str(s): found for s, found in self.evidence.items()},
+            "neurons": {str(s): score for s, score in self.neurons.items()},
             "edges": [[str(e.sender), str(e.receiver), None if np.isnan(x) else x] for e, x in self.edges.items()],
         }  # fmt: skip
         path = Path(path)
@@ -244,7 +263,10 @@ class Circuit:
         graph = Architecture(**data["architecture"])
         edges = {Edge(Site.parse(s), Site.parse(r)): float("nan") if x is None else x for s, r, x in data["edges"]}
         roles = {Site.parse(s): text for s, text in data["roles"].items()}
-        circuit = cls(graph, edges, roles, data["provenance"])
+        evidence, neurons = (
+            {Site.parse(s): found for s, found in data.get(name, {}).items()} for name in ("evidence", "neurons")
+        )
+        circuit = cls(graph, edges, roles, data["provenance"], evidence, neurons)
         if model is not None:
             circuit.check(model)
         return circuit
