@@ -1,7 +1,7 @@
-"""Runs notebooks from a fresh kernel and keeps their outputs, figures as pictures beside their data.
+"""Runs notebooks from a fresh kernel and keeps their outputs, figures as pictures.
 
-Run: python notebooks/refresh.py [NOTEBOOK ...] (default: all). Figures stay interactive where a viewer knows plotly,
-and are PNGs, drawn by headless Chromium, where it does not. Without Chromium they are kept as data alone.
+Run: python notebooks/refresh.py [NOTEBOOK ...] (default: all). Headless Chromium draws the figures, so that any viewer
+shows them; whoever runs a notebook gets them interactive.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ def execute(path: Path) -> Any:
 
 
 def draw(notebook: Any) -> int:
-    """Give every figure a PNG; returns how many there are."""
+    """Put a PNG in the place of every figure; returns how many there are."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
-    figures = [o.data for c in notebook.cells for o in c.get("outputs", []) if FIGURE in o.get("data", {})]
-    for data in figures:
-        if browser:
-            data["image/png"] = base64.b64encode(picture(browser, data[FIGURE])).decode()
-    return len(figures)
+    outputs = [o for c in notebook.cells for o in c.get("outputs", []) if FIGURE in o.get("data", {})]
+    if outputs and browser is None:
+        raise SystemExit("Chromium is needed to draw figures: apt-get install chromium")
+    for output in outputs:
+        png = picture(str(browser), output.data[FIGURE])
+        output.data = {"image/png": base64.b64encode(png).decode(), "text/plain": "a plotly figure"}
+    return len(outputs)
 
 
 def picture(browser: str, figure: dict[str, Any]) -> bytes:
