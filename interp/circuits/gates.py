@@ -9,13 +9,15 @@ stays as it is, and three sets of gates are fitted, one after the other:
 
 Loss = mean over examples of (mean over the example's targets of −log P) − λ · mean over heads of clip(m, −4, 4): means,
 as in the authors' code; the paper writes sums, so that its λ is another number. Their settings are the defaults: Adam
-with step 1.0, gradients clipped to norm 1, batches of 32, 500 updates a phase, λ = ±0.1. One thing differs: the step
-falls linearly to ``lr_end`` (an option of their code, which leaves it constant), so that gates come to rest.
+with step 1.0, gradients clipped to norm 1, batches of 32, 500 updates a phase, λ = ±0.1. Two things differ. The step
+falls linearly to ``lr_end`` (an option of their code, which leaves it constant), so that gates come to rest. And the
+pulls begin with logits clipped to ±4: where the start fit had carried one further, it would feel no pull, and an idle
+head, which Adam moves by rounding noise alone, would be called by wherever it had drifted.
 
 The start fit must find the behaviour before the minus fit can say what it needs. It should end no worse than the model
 without gates; where it does, for want of a gradient (a head behind another that is closed, a saturated softmax), the
-result names those seeds (`HeadGates.stuck`) and a warning is logged: begin nearer to 1 (``start=(0.9, 0.98)``; a logit
-beyond 4 feels no pull) and take smaller steps.
+result names those seeds (`HeadGates.stuck`) and a warning is logged: begin nearer to 1 (``start=(0.9, 0.98)``) and
+take smaller steps.
 
 Scores (Table 1 of the paper): facilitation = G−, interference = 1 − G+, irrelevance = G+ (1 − G−). (Its running text
 prints G− (1 − G+) for irrelevance, which does not agree with "high G+, low G−".)
@@ -85,7 +87,8 @@ def causal_head_gating(
     logits = {"start": _starts(gated, n_seeds, seed, start)}
     with progress("head gates", 3 * steps, show_progress) as advance:
         for phase, pull in (("start", 0.0), ("plus", lam), ("minus", -lam)):
-            fit = _Fit(gated, logits["start"].clone(), lr, lr_end, steps, pull)
+            begin = logits["start"].clamp(-CLAMP, CLAMP) if pull else logits["start"].clone()
+            fit = _Fit(gated, begin, lr, lr_end, steps, pull)
             for batch in draws(len(encoded), batch_size, steps, seed):
                 fit.step([encoded[i] for i in batch], phase)
                 advance(1)

@@ -64,13 +64,18 @@ class HeadGates:
         columns = {"seed": s, "layer": i, "head": h, **table}
         return pd.DataFrame({name: x.ravel() for name, x in columns.items()})
 
-    def summary(self) -> pd.DataFrame:
+    def summary(self, threshold: float = THRESHOLD) -> pd.DataFrame:
         """One row per head, those that facilitate most first: each score's mean, least and largest over the seeds,
         whether it is at least 0.5 in one of them (``…_any``) or in all (``…_always``), and the ``class``.
 
-        The class goes by the score whose mean is largest, if it is 0.5 or more, and is "undecided" otherwise. Of a
-        contrastive fit: the gate's mean, least and largest, and the share of seeds that ``removed`` it (below 0.5).
+        A head facilitates or interferes if that score's mean is at least ``threshold`` (the larger counts), is
+        irrelevant if its irrelevance is at least 1 − ``threshold``, and undecided else. The paper counts from 0.5. But
+        G− is the least gate that will do: a head that is stronger than it need be settles below, where idle ones come
+        to about 0.02, and a lower threshold keeps it. Of a contrastive fit: the gate's mean, least and largest, and the
+        share of seeds that ``removed`` it (below 0.5).
         """
+        if not 0 < threshold <= 0.5:
+            raise InterpError(f"threshold={threshold!r}: a number above 0, up to 0.5, is expected")
         table = self.values if self.contrastive else self.scores()
         seeds, _, heads = next(iter(table.values())).shape
         i, h = np.meshgrid(self.layers, np.arange(heads), indexing="ij")
@@ -84,16 +89,16 @@ class HeadGates:
                 there = flat >= THRESHOLD
                 out |= {f"{name}_any": there.any(0), f"{name}_always": there.all(0)}
         if not self.contrastive:
-            means = np.stack([out[name] for name in SCORES])
-            best = means.argmax(0)
-            words = np.array([CLASSES[name] for name in SCORES])[best]
-            out["class"] = np.where(means.max(0) >= THRESHOLD, words, "undecided")
+            helps, opposes, idles = (out[name] for name in SCORES)
+            words = np.where(helps >= opposes, CLASSES["facilitation"], CLASSES["interference"])
+            rest = np.where(idles >= 1 - threshold, CLASSES["irrelevance"], "undecided")
+            out["class"] = np.where(np.maximum(helps, opposes) >= threshold, words, rest)
         by, rising = ("contrast", True) if self.contrastive else ("facilitation", False)
         return pd.DataFrame(out).sort_values(by, ascending=rising, kind="stable").reset_index(drop=True)
 
-    def classes(self) -> dict[Site, str]:
+    def classes(self, threshold: float = THRESHOLD) -> dict[Site, str]:
         """The class of every head, by its z site."""
-        table: Any = self.summary()
+        table: Any = self.summary(threshold)
         return {Site("z", int(r.layer), int(r.head)): r[-1] for r in table.itertuples(index=False)}
 
     def stuck(self) -> list[int]:
@@ -119,7 +124,7 @@ class HeadGates:
 
     # ------------------------------------------------------------ a circuit
 
-    def circuit(self, model: Model) -> Circuit:
+    def circuit(self, model: Model, threshold: float = THRESHOLD) -> Circuit:
         """All edges among the heads that facilitate, the input, the MLPs and the logits.
 
         An edge's score is the mean facilitation of the head that it leaves (NaN if it leaves the input or an MLP,
@@ -129,7 +134,7 @@ class HeadGates:
         made_for = self.provenance.get("weights")
         if made_for is not None and made_for != model.fingerprint():
             raise ModelError(f"these gates were learned on other weights ({made_for}) than those of {model.name}")
-        graph, classes = architecture(model), self.classes()
+        graph, classes = architecture(model), self.classes(threshold)
         kept = {site for site, word in classes.items() if word == "facilitating"}
         if not kept:
             raise InterpError("no head facilitates: there is no circuit to make of these gates")

@@ -117,6 +117,19 @@ def test_every_planted_head_of_induction_is_classified_over_five_seeds() -> None
     assert circuit.roles[Site("z", 1, 2)].startswith("facilitating")
 
 
+@pytest.mark.parametrize("name", ["ioi", "two_hop"])
+def test_every_planted_head_of_longer_chains_is_classified_over_five_seeds(name: str) -> None:
+    """Inhibition is stronger than it need be: a gate of 0.08 will do, where idle heads come to 0.02."""
+    known = getattr(zoo, name)()
+    found = causal_head_gating(known.model, known.pairs(8), steps=60, n_seeds=5, **SLOW)
+    heads = {s for s in known.truth if s.component == "z"}
+    assert {s for s, word in found.classes(0.05).items() if word == "facilitating"} == heads
+    assert {word for s, word in found.classes(0.05).items() if s not in heads} == {"irrelevant"}
+    with pytest.raises(InterpError, match=r"threshold=0\.7"):
+        found.summary(0.7)
+    assert {s for s in found.circuit(known.model, 0.05).nodes() if s.component == "z"} == heads
+
+
 def assert_planted(found: HeadGates, known) -> None:
     assert not found.stuck()
     for site, word in found.classes().items():
