@@ -145,6 +145,22 @@ def sweeps(
     measured.run(cases or measured.NAMES, rounds, threads, json, say=typer.echo)
 
 
+@bench.command("sweep-layer")
+def sweep_layer(
+    json: Annotated[
+        Path | None, typer.Option(help="Where to write all numbers; cases that it has from before stay.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="overhead, local, ray, rows, resume, corpus; may be given again. Default: all."),
+    ] = None,
+) -> None:
+    """What `interp sweep` adds to the engine, what workers bring, and how it takes many rows, parts and documents."""
+    from interp.bench import sweep_layer as measured
+
+    measured.run(cases or list(measured.CASES), json, say=typer.echo)
+
+
 @app.command()
 def doctor(
     model: Annotated[str, typer.Argument(help="As for demo: smollm2, a hub id, a local folder or a .gguf file.")] = (

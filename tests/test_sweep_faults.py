@@ -254,3 +254,10 @@ def test_a_part_that_kills_its_workers_is_left_and_said(store, monkeypatch, undi
     assert len(store.inventory().present) == 39
     assert here(store).code == 0
     assert light.contents(store) == undisturbed
+
+
+def test_a_copy_without_empty_folders_goes_on(store, undisturbed) -> None:
+    for name in ("leases", "damaged", "drivers", "prompts", "inputs"):
+        (store.root / name).rmdir()
+    assert here(store).code == 0
+    assert light.contents(store) == undisturbed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,3 +298,24 @@ def test_the_table_is_read_lazily_by_duckdb_and_pyarrow(folder, tmp_path, model)
     duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed")
     line = f"SELECT layer, head, avg(effect) FROM '{one.root}/parts/*.parquet' GROUP BY ALL ORDER BY ALL"
     assert len(duckdb.sql(line).fetchall()) == len(table)
+
+
+def test_half_precision_and_a_device_map(folder, tmp_path) -> None:
+    """On the CPU; the same path leads to several GPUs."""
+    for options in ('dtype = "bfloat16"', 'dtype = "float64"\ndevice_map = {"" = "cpu"}'):
+        sweep(folder, tmp_path / f"d{len(options)}", recipes={"patch": ""})
+        text = (folder / f"d{len(options)}.toml").read_text().replace('dtype = "float64"', options)
+        (folder / "map.toml").write_text(text)
+        one = interp.Sweep(folder / "map.toml", tmp_path / f"d{len(options)}")
+        assert run(one).code == 0
+        (effects,) = one.effects().values()
+        assert effects.provenance["dtype"] == options.split('"')[1]
+
+
+def test_a_run_of_the_first_schema_still_opens() -> None:
+    """Made when that schema was new, and kept: `tests/data/run_v1`."""
+    one = interp.Sweep.open(Path(__file__).parent / "data" / "run_v1")
+    assert not list(one.store.verify(range(2)))
+    (effects,) = one.effects().values()
+    assert len(effects) == 24 and effects.provenance["dtype"] == "float64"
+    assert one.table(by=["layer"])["n"].sum() == 24

@@ -56,9 +56,10 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
 @app.command()
 def plan(config: ConfigFile, workers: Workers = None) -> None:
     """Say what a sweep costs (cells, FLOPs, time, disk, memory); runs no cell."""
-    from interp.sweep import Sweep
+    from interp.sweep.config import read_config
+    from interp.sweep.plan import plan as planned
 
-    typer.echo(str(Sweep(config, out=Path("/nonexistent")).plan(workers or _cores())))
+    typer.echo(str(planned(read_config(config), workers or _cores())))
 
 
 @app.command()

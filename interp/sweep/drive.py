@@ -17,9 +17,9 @@ from typing import Any
 from interp.errors import InterpError
 from interp.provenance import now, versions
 from interp.sweep.display import Tally, display, duration
-from interp.sweep.files import write_file
+from interp.sweep.files import write_file, writing
 from interp.sweep.leases import Leases, holder
-from interp.sweep.store import Store
+from interp.sweep.store import FOLDERS, Store
 from interp.sweep.work import Emit, shard_of
 
 EXECUTORS = ("auto", "in-process", "local", "ray")
@@ -92,8 +92,8 @@ def drive(store: Store, options: Options | None = None) -> Outcome:
     options = options or Options()
     execute, workers = executor(options)
     chosen = shard_of(store.n_parts, options.shard)
-    leases = store.leases()
     _sign(store, options, workers)
+    leases = store.leases()
     repairs = _Repairs(store, leases)
     left: dict[int, str] = {}
     inventory = store.inventory()
@@ -211,7 +211,10 @@ class _Repairs:
 
 
 def _sign(store: Store, options: Options, workers: int) -> None:
-    """Notes who was started on the run, with what."""
+    """Notes who was started on the run, with what. Makes folders anew that a copy of the run may lack."""
+    with writing(store.root):
+        for folder in FOLDERS:
+            (store.root / folder).mkdir(exist_ok=True)
     me = holder()
     host = re.sub(r"[^A-Za-z0-9.-]", "-", str(me["host"]))
     number = len(list((store.root / "drivers").glob("*.json")))

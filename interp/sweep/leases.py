@@ -103,7 +103,7 @@ class Leases:
     def __init__(self, folder: Path):
         self.folder = folder
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, number: int) -> Lease | None:
         """The part's lease, or None."""
