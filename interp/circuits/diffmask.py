@@ -143,15 +143,27 @@ class _Fit:
 
     def _flip(self, prompts: Sequence[Encoded]) -> Tensor:
         """Both parts of the loss, summed over prompts of one length."""
-        names = {layer: f"blocks.{layer}.attn.hook_z" for layer in self.layers}
-        other = capture(self.model, [p.corrupt for p in prompts], list(names.values()))
+        other = self._outputs([p.corrupt for p in prompts])
         clean = _wide(capture(self.model, [p.clean for p in prompts], [])["logits"])
         draw = self.gates.sample(self.location.expand(len(prompts), -1, -1), self.generator)
-        masked = _wide(self._run(prompts, draw, {layer: other[n] for layer, n in names.items()}))
+        masked = _wide(self._run(prompts, draw, other))
         row = torch.arange(len(prompts))
         answer, foil = ([getattr(p, name) for p in prompts] for name in ("answer", "foil"))
         log_ratio = clean.log_softmax(-1)[row, answer] - masked.log_softmax(-1)[row, foil]
         return bernoulli_kl(clean, masked).mean(-1).sum() + log_ratio.exp().sum()
+
+    @torch.no_grad()
+    def _outputs(self, ids: Sequence[Sequence[int]]) -> dict[int, Float[Tensor, "batch heads position d_head"]]:
+        """By layer, what attention gives for other prompts, where the masks act: inside the kernel's call."""
+        found: dict[int, Tensor] = {}
+
+        def keep(call: AttentionCall) -> Tensor:
+            found[call.layer] = attend(call, backend=self.model.instrument.backend).out
+            return found[call.layer]
+
+        with self.model.instrument.handled_by(keep):
+            self.model.last_logits(ids)
+        return found
 
     def _run(
         self, prompts: Sequence[Encoded], draw: Float[Tensor, "batch layers heads"], other: dict[int, Tensor]
@@ -162,7 +174,7 @@ class _Fit:
             own = torch.ones(*call.q.shape[:3], dtype=call.q.dtype, device=call.q.device)
             at_end = (1 - draw[:, row[call.layer]]).to(own)[..., None]
             gate = torch.cat([own[..., :-1], at_end], dim=-1)
-            edit = headstats.Edit(gate=gate, replacement=other[call.layer].transpose(1, 2).to(call.v))
+            edit = headstats.Edit(gate=gate, replacement=other[call.layer])
             return attend(call, backend=self.model.instrument.backend, edit=edit).out
 
         with self.model.instrument.handled_by(mask):

@@ -10,7 +10,7 @@ import torch
 
 import interp
 from interp import zoo
-from interp.circuits import differential_masks, prune_edges
+from interp.circuits import causal_head_gating, differential_masks, prune_edges
 from interp.circuits.diffmask import _Fit, bernoulli_kl
 from interp.circuits.hard_concrete import HardConcrete
 from interp.circuits.running import run_circuit, sender_hooks
@@ -156,7 +156,7 @@ def test_masked_runs_and_their_gradients_equal_mixed_z(tiny, kind: str) -> None:
 
     with torch.enable_grad():
         a, b = (draw.clone().requires_grad_() for _ in range(2))
-        ours = fit._run(prompts, a, {i: other[n] for i, n in enumerate(names)})
+        ours = fit._run(prompts, a, fit._outputs([prompts[0].corrupt]))
         theirs = by_hooks(b)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         grads = [torch.autograd.grad(x[0, 5] - x[0, 9], y)[0] for x, y in ((ours, a), (theirs, b))]
@@ -176,6 +176,20 @@ def test_the_heads_that_flip_the_answer_are_masked_first() -> None:
     table: Any = found.frame()
     assert set(found.chosen()[:2]) == {Site("z", 1, 2), Site("z", 2, 0)}
     assert table["masked"][0] > 0.5 and table["masked"][2] < table["masked"][0]
+
+
+@pytest.mark.parametrize("kind", ["jamba", "deepseek_v2", "gpt_oss"])
+def test_masks_and_gates_where_there_are_no_edges(tiny, kind: str) -> None:
+    """Hybrids, latent attention and learned sinks have heads, if no edges in this sense."""
+    model = tiny(kind)
+    masks = differential_masks(model, PAIR, k=1, steps=1)
+    gates = causal_head_gating(model, ["w1 w2 w3", "w4 w5"], steps=1, n_seeds=2)
+    assert masks.masked.shape == gates.values["plus"].shape[1:] == (len(model.attention_layers), model.n_heads)
+    assert set(masks.frame()["layer"]) == set(model.attention_layers)
+    if kind == "jamba":
+        gates.values["minus"][:] = 1.0
+        with pytest.raises(ModelError, match="softmax attention"):
+            gates.circuit(model)
 
 
 def test_masking_refuses_bad_input(tiny) -> None:
