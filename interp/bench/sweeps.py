@@ -121,7 +121,8 @@ def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, fl
         for kind, bound in case.targets.items() if kind in used
     }  # fmt: skip
     return {
-        "name": case.name, "tokens": case.tokens, "differ_from": case.differ, "note": case.note,
+        "name": case.name, "made": now(), "products_gflops": peaks,
+        "tokens": case.tokens, "differ_from": case.differ, "note": case.note,
         "gflop": plan.flops / 1e9, "naive_gflop": next(iter(plan.steps.values())) / 1e9,
         "bound_s": {name: plan.flops / 1e9 / rate for name, rate in peaks.items()},
         "gflops": plan.flops / 1e9 / paths["interp"]["median_s"],
