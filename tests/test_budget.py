@@ -57,7 +57,7 @@ def test_other_recipes_keep_to_it(tiny) -> None:
         "path": lambda m: interp.path_patch(model, PAIRS[:2], model.sites("z"), model.sites("k"), memory=m),
         "knock_out": lambda m: interp.knock_out(model, PAIRS, 2, memory=m),
         "steer": lambda m: interp.steer(model, PAIRS, model.sites("resid_pre"), torch.ones(model.d_model), memory=m),
-        "leave_out": lambda m: interp.leave_out(model, [p.span("s", "w3 w4") for p in PAIRS] * 4, memory=m),
+        "leave_out": lambda m: interp.leave_out(model, [p.span("s", "w3 w4") for p in PAIRS], memory=m),
         "mediate": lambda m: interp.mediate(model, PAIRS, model.sites("z"), memory=m),
     }
     for name, recipe in recipes.items():

@@ -56,10 +56,10 @@ def test_random_plans_of_the_other_recipes(tiny, kind: str, data, pairs) -> None
     cut = {"queries": -1, "layers": layers, "window": window, "heads": heads, "metric": "logit_diff"}
     both(lambda engine: interp.knock_out(model, pairs, key, engine=engine, **cut))
     position, component = (
-        data.draw(place),
+        data.draw(st.one_of(st.none(), place)),  # None: all positions together
         data.draw(st.sampled_from(["resid_pre", "resid_post", "attn_out", "mlp_out"])),
     )
-    sites = model.sites(component, layers=layers, positions=[position])
+    sites = model.sites(component, layers=layers, positions="all" if position is None else [position])
     push = torch.linspace(-1, 1, model.d_model, dtype=torch.float64)
     both(lambda engine: interp.steer(model, pairs, sites, push, engine=engine))
     sever = data.draw(st.sampled_from([None, "mlp", "attn"]))
