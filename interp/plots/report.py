@@ -79,6 +79,12 @@ class Report:
             'style="width:100%;height:760px;border:1px solid #8884"></iframe>'
         )
 
+    def to_plotly(self) -> dict[str, Any]:
+        """The page's maps and curves as plotly figures, by name, to change or save: means over all examples."""
+        from interp.plots.static import figures_of
+
+        return figures_of(self.sections)
+
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, whole or not at all. Raises InterpError if the path cannot be written."""
         content = self.html.encode("ascii")

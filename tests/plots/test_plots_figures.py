@@ -9,7 +9,16 @@ import pytest
 
 from interp.effects import Effects
 from interp.errors import InterpError
-from interp.plots import bars, heads, heatmap
+from interp.plots import (
+    attention_map,
+    bars,
+    exact_against_estimated,
+    faithfulness,
+    heads,
+    heatmap,
+    layer_curve,
+    report,
+)
 
 
 def test_heatmap_carries_the_summary_symmetric_around_zero():
@@ -92,3 +101,34 @@ def test_global_theme_is_left_alone():
 def test_figures_refuse_with_a_reason(call, message: str):
     with pytest.raises(InterpError, match=message):
         call(synthetic.head_effects(2))
+
+
+def test_every_part_of_a_report_has_a_plotly_figure():
+    before = pio.templates.default
+    figures = report(*synthetic.study()).to_plotly()
+    names = " | ".join(figures)
+    for part in ("Patching heads", "Attention", "Patterns", "Where", "Paths", "Mediation", "curve"):
+        assert part in names
+    summary = synthetic.head_effects(8).summary().set_index(["layer", "head"]).sort_index()
+    np.testing.assert_array_equal(
+        np.ravel(figures["Patching heads: z, patch, denoising, logit_diff"].data[0].z), summary["effect"]
+    )
+    assert pio.templates.default == before
+
+
+def test_maps_curves_and_comparisons_carry_their_numbers():
+    patterns = synthetic.patterns(1, layers=2, heads=2)
+    (trace,) = attention_map(patterns, (1, 0), run="corrupt").data
+    np.testing.assert_array_equal(trace.customdata, patterns.map((1, 0), run="corrupt"))
+    curve = synthetic.curve()
+    line = faithfulness(curve).data[-1]
+    np.testing.assert_array_equal(line.y, curve.frame()["faithfulness"])
+    effects = synthetic.head_effects(4)
+    points = exact_against_estimated(effects, effects).data[-1]
+    assert len(points.x) == 270 and tuple(points.x) == tuple(points.y)
+    layers = layer_curve(effects).data[0]
+    np.testing.assert_allclose(layers.y, effects.summary(by=["layer"]).sort_values("layer")["effect"])
+    with pytest.raises(InterpError, match="no site in common"):
+        exact_against_estimated(effects, synthetic.position_effects(2))
+    with pytest.raises(InterpError, match="no run 'corrupted'"):
+        attention_map(patterns, (0, 0), run="corrupted")

@@ -91,7 +91,7 @@ function raster(spec) {
 export function figure(spec) {
   const { square: { size }, side } = spec;
   const longest = spec.labels ? Math.max(...spec.labels.map((l) => l.length)) : 0;
-  const [left, above, beside] = [spec.labels ? Math.min(14 + longest * 6.6, 132) : 40, 34, 34];
+  const [left, above, beside] = [spec.labels ? Math.min(Math.max(56, 14 + longest * 6.6), 132) : 56, 34, 34];
   const below = spec.labels ? Math.min(20 + longest * 5, 104) : 24;
   const [W, H] = [left + side + beside + 18, above + side + below];
   const cell = side / size;

@@ -68,7 +68,7 @@ export function rowFigure(spec) {
   const x = left + ((spec.query + 0.5) / n) * (W - 2 * left);
   drawing.append(svg("line", { x1: left, x2: W - left, y1: 56.5, y2: 56.5, class: "zero" }),
     svg("line", { x1: x, x2: x, y1: 0, y2: 60, class: "query-mark" }),
-    svg("text", { x: left, y: 71, class: "tick" }, "0"), svg("text", { x: W - left, y: 71, class: "tick end" }, String(n - 1)),
+    svg("text", { x: left, y: 71, class: "tick" }, x > 80 ? "0" : ""), svg("text", { x: W - left, y: 71, class: "tick end" }, x < W - 110 ? String(n - 1) : ""),
     svg("text", { x: Math.min(Math.max(x, 60), W - 60), y: 71, class: "tick middle" }, `query ${spec.query}`));
   const list = el("ol", { class: "keys" }, ...best.map(([key, weight]) => el("li", {},
     el("bdi", { class: "key" }, spec.labels[key] ?? ""), el("span", { class: "place" }, `@${key}`), el("span", { class: "number" }, format(weight, spec.signed)))));

@@ -128,7 +128,7 @@ function breakLines(labels, names, room) {
   let [start, used] = [0, 0];
   labels.forEach((label, t) => {
     const name = names.get(t);
-    const w = width(label) + 11 + (name ? width(name) + 14 : 0);
+    const w = width(label) + 13 + (name ? width(name) + 14 : 0);
     if (used + w > room && t > start) {
       lines.push([start, t]);
       [start, used] = [t, 0];

@@ -1,0 +1,130 @@
+"""More plotly figures: a head's pattern, faithfulness over circuit size, estimates against exact effects, layer curves.
+
+As in `interp.plots.figures`, each carries its own theme, and plotly's global templates are left alone.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from interp.effects import SITE_COLUMNS, Effects
+from interp.errors import InterpError
+from interp.patterns import AttentionPatterns, Head, head_name
+from interp.plots.circuit_payload import CurveLike
+from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
+from interp.plots.figures import FONT
+from interp.plots.labels import visible
+
+LINE = DIVERGING[2]
+
+
+def attention_map(
+    patterns: AttentionPatterns, head: Head, *, example: int = 0, run: str = "clean", title: str | None = None
+) -> go.Figure:
+    """What one head reads: queries down, keys across, colour by √p. Of a long prompt each cell is its largest weight.
+
+    Raises InterpError for a head, example or run that was not collected.
+    """
+    if not 0 <= example < len(patterns) or run not in patterns.examples[example].runs:
+        raise InterpError(f"there is no run {run!r} of prompt {example}: {patterns!r}")
+    p, held = patterns.map(head, example, run), patterns.examples[example]
+    figure = go.Figure(
+        go.Heatmap(z=np.sqrt(p), customdata=p, colorscale=scale(SEQUENTIAL), zmin=0, zmax=1,
+                   hovertemplate="%{y} → %{x}: %{customdata:.3f}<extra></extra>",
+                   colorbar={"title": {"text": "√p", "side": "right"}, "thickness": 12})
+    )  # fmt: skip
+    figure.update_layout(**_theme(title or f"{head_name(head)}, {run}, prompt {example}"), width=560, height=560)
+    figure.update_yaxes(title_text="query", autorange="reversed", showgrid=False)
+    figure.update_xaxes(title_text="key", showgrid=False)
+    if not held.pooled and held.n_tokens <= 60:
+        labels = [escape(visible(t, 18)) for t in held.runs[run].tokens]
+        ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels}
+        figure.update_xaxes(**ticks, tickangle=-45)
+        figure.update_yaxes(**ticks)
+    return figure
+
+
+def faithfulness(curve: CurveLike, *, title: str | None = None) -> go.Figure:
+    """Faithfulness of circuits of several sizes, with its 95% band; the recipe stands below the title."""
+    f = curve.frame()
+    figure = go.Figure()
+    if np.isfinite(f["lo"]).all():
+        figure.add_scatter(
+            x=[*f["size"], *f["size"][::-1]], y=[*f["hi"], *f["lo"][::-1]], fill="toself", line={"width": 0},
+            fillcolor="rgba(67,147,195,0.2)", hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+    figure.add_scatter(
+        x=f["size"], y=f["faithfulness"], customdata=f["edges"], mode="lines+markers", line={"color": LINE},
+        hovertemplate="%{x:.2%} of edges (%{customdata}): %{y:.3f}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    figure.add_hline(y=1, line={"color": "#888", "dash": "dot"})
+    recipe = f"outside the circuit: {curve.recipe.get('ablation', 'not stated')}"
+    figure.update_layout(**_theme(title or f"Faithfulness by circuit size ({recipe})"), width=620, height=400)
+    figure.update_xaxes(type="log", title_text="share of edges", tickformat=".1%")
+    figure.update_yaxes(title_text="faithfulness")
+    return figure
+
+
+def exact_against_estimated(
+    exact: Effects, estimated: Effects, *, value: str = "raw", title: str | None = None
+) -> go.Figure:
+    """One point a site: what patching measures against what an estimate of the same sites says, with their correlation.
+
+    Raises InterpError if the tables have no site in common.
+    """
+    keys = [*SITE_COLUMNS, "sender", "mode"]
+    left, right = (e.summary(by=keys)[[*keys, value]] for e in (exact, estimated))
+    both: Any = pd.merge(left, right, on=keys, suffixes=("_exact", "_estimated")).dropna(
+        subset=[f"{value}_exact", f"{value}_estimated"]
+    )
+    if both.empty:
+        raise InterpError("exact and estimated effects have no site in common: nothing to compare")
+    x, y = both[f"{value}_estimated"], both[f"{value}_exact"]
+    ends = [float(min(x.min(), y.min())), float(max(x.max(), y.max()))]
+    names = [
+        " ".join(str(v) for v in row if not pd.isna(v)) for row in both[list(SITE_COLUMNS)].itertuples(index=False)
+    ]
+    figure = go.Figure()
+    quiet: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False}
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#888", "dash": "dot"}, **quiet)
+    figure.add_scatter(
+        x=x, y=y, mode="markers", marker={"color": LINE, "size": 6}, text=[escape(n) for n in names],
+        hovertemplate="%{text}<br>estimated %{x:.3f}, exact %{y:.3f}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    r = float(np.corrcoef(x, y)[0, 1]) if len(both) > 2 else float("nan")
+    heading = title or f"Exact against estimated, {len(both)} sites, r = {r:.3f}"
+    figure.update_layout(**_theme(heading), width=520, height=500)
+    figure.update_xaxes(title_text=f"estimated ({value})")
+    figure.update_yaxes(title_text=f"exact ({value})")
+    return figure
+
+
+def layer_curve(effects: Effects, *, value: str = "effect", title: str | None = None) -> go.Figure:
+    """Mean effect of each layer with its 95% interval, a line for each component and intervention."""
+    rows: Any = effects.summary(by=["component", "intervention", "mode", "metric", "layer"])
+    f = rows.dropna(subset=["layer", value])
+    if f.empty:
+        raise InterpError(f"no layer has a {value!r} to draw")
+    lo, hi = {"effect": ("lo", "hi"), "pooled": ("pooled_lo", "pooled_hi"), "raw": ("raw_lo", "raw_hi")}[value]
+    figure = go.Figure()
+    for names, part in f.groupby(["component", "intervention", "mode", "metric"], sort=False):
+        part = part.sort_values("layer")
+        label = escape(", ".join(str(n) for n in names[:3]))
+        error = {"type": "data", "array": part[hi] - part[value], "arrayminus": part[value] - part[lo], "thickness": 1}
+        figure.add_scatter(x=part["layer"], y=part[value], error_y=error, mode="lines+markers", name=label)
+    figure.update_layout(**_theme(title or "Effect by layer"), width=680, height=400)
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="recovery" if value != "raw" else "raw change")
+    return figure
+
+
+def _theme(title: str) -> dict[str, Any]:
+    return {
+        "template": "plotly_white", "font": {"family": FONT, "size": 12}, "title": {"text": escape(title)},
+        "margin": {"t": 70},
+    }  # fmt: skip

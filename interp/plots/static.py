@@ -1,0 +1,41 @@
+"""A report's results as plotly figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from interp.attention import AttentionStats
+from interp.effects import Effects
+from interp.patterns import AttentionPatterns, head_name
+from interp.plots.circuit_payload import CurveLike
+from interp.plots.figures import heads, heatmap
+from interp.plots.panels import split
+from interp.plots.relations import attention_map, faithfulness
+
+
+def figures_of(sections: list[tuple[str | None, Any]]) -> dict[str, go.Figure]:
+    """Figures by name: a map for each panel and variant of effects and each statistic, the first prompt's patterns of
+    exact heads (else of the first), curves. Panels with a third axis, and circuits, have no such figure."""
+    found: dict[str, go.Figure] = {}
+    for number, (name, result) in enumerate(sections, 1):
+        label = name or f"result {number}"
+        if isinstance(result, Effects):
+            for panel in split(result):
+                if panel.slices is not None:
+                    continue
+                for v in panel.variants:
+                    value = v.default_value
+                    if bool(v.effects.frame()[value].notna().any()):
+                        found[f"{label}: {panel.component}, {v.label}"] = heatmap(v.effects, value=value)
+        elif isinstance(result, AttentionStats):
+            for statistic in result.names:
+                if result.values[statistic][0].dtype.kind == "f":
+                    found[f"{label}: {statistic}"] = heads(result, statistic)
+        elif isinstance(result, AttentionPatterns):
+            for head in result.exact or result.heads[:1]:
+                found[f"{label}: {head_name(head)}"] = attention_map(result, head)
+        elif isinstance(result, CurveLike):
+            found[f"{label}: faithfulness curve"] = faithfulness(result)
+    return found
