@@ -3,8 +3,9 @@
     python experiments/head_overlap.py experiments/component_reuse.toml [RUN]
 
 Runs the sweep (or goes on with it) and writes results/NAME.csv, every head's effect on both tasks, and
-results/NAME.json: the rank correlation of the heads' effects, and how many of one task's ten strongest heads are among
-the other's, against what pairs of random sets of ten share, and the overlap of two halves of the same task's prompts.
+results/NAME.json: how well the model does each task, the rank correlation of the heads' effects, and how many of one
+task's ten strongest heads are among the other's, against what pairs of random sets of ten share, and the overlap of two
+halves of the same task's prompts.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main() -> None:
     for reason in sweep.failures()["error"].unique():
         print("failed:", reason)
     found: dict[str, object] = {"prompts": {name: int(f["example"].nunique()) for name, f in frames.items()}}
+    found["behaviour"] = {title.split(" · ")[1]: e.provenance["behaviour"] for title, e in sweep.effects().items()}
     found["failed_cells"] = outcome.failed
     table = pd.DataFrame({name: strength(frame) for name, frame in frames.items()})
     for a, b in combinations(frames, 2):

@@ -96,7 +96,7 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None) -> Prompt
     if not good:
         return PromptSet(prompts, failed, None, weights, "")
     try:
-        found = tasks.check(model, good)  # type: ignore[arg-type]
+        found = tasks.check(model, as_task(good, task, seed))  # type: ignore[arg-type]
         words = f"accuracy {found.accuracy:.1%}, mean logit difference {found.mean_logit_diff:.2f}, n = {found.n}"
         if found.accuracy < task.require:
             found.require(task.require)
