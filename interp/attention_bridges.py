@@ -125,6 +125,18 @@ def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
         self.__dict__[_LENGTH] = None
 
 
+def _entered(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    """What attention reads, and the arguments after it, once their hooks have fired."""
+    if "hidden_states" in kwargs:
+        hidden = kwargs.pop("hidden_states")
+    else:
+        hidden, args = args[0], args[1:]
+    hidden = self.hook_in(hidden)
+    if kwargs.get("position_embeddings") is not None:
+        kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
+    return hidden, args
+
+
 def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Delegate to the Hugging Face forward, whose projections are TransformerLens' hooked linears.
 
@@ -134,13 +146,7 @@ def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     config = self.config
     if getattr(config, "use_split_qkv_input", False) or getattr(config, "use_attn_in", False):
         return _tl_forward(self, args, kwargs)
-    if "hidden_states" in kwargs:
-        hidden = kwargs.pop("hidden_states")
-    else:
-        hidden, args = args[0], args[1:]
-    hidden = self.hook_in(hidden)
-    if kwargs.get("position_embeddings") is not None:
-        kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
+    hidden, args = _entered(self, args, kwargs)
     if getattr(config, "use_attn_result", False):
         return self.hook_out(_with_result(self, hidden, args, kwargs)), None
     out = _delegate(self, hidden, args, kwargs)
@@ -159,13 +165,7 @@ def _hook_latents(attn: Any) -> None:
 
 def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Multi-head latent attention (DeepSeek): delegate to the Hugging Face forward, which decompresses keys."""
-    if "hidden_states" in kwargs:
-        hidden = kwargs.pop("hidden_states")
-    else:
-        hidden, args = args[0], args[1:]
-    hidden = self.hook_in(hidden)
-    if kwargs.get("position_embeddings") is not None:
-        kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
+    hidden, args = _entered(self, args, kwargs)
     kwargs["past_key_values"] = _HookedCache(self, kwargs.get("past_key_values"))
     if getattr(self.config, "use_attn_result", False):
         return self.hook_out(_with_result(self, hidden, args, kwargs)), None

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from interp.errors import InterpError
-from interp.sweep_options import GROUPS, LAYERS, SITES, WINDOW, Sweep, groups_of, numbers, place, sites_of, with_sweep
+from interp.sweep_options import (
+    GROUPS,
+    LAYERS,
+    SITES,
+    WINDOW,
+    Sweep,
+    numbers,
+    place,
+    sites_and_groups,
+    sites_of,
+    with_sweep,
+)
 
 Layers = Annotated[str | None, typer.Option(help=LAYERS)]
 Window = Annotated[int, typer.Option(help=WINDOW)]
@@ -39,8 +50,7 @@ def patch(
     import interp
 
     model = sweep.loaded()
-    groups = groups_of(model, group)
-    chosen = sites_of(model, sites or "z", layers) if sites or not groups else None
+    chosen, groups = sites_and_groups(model, sites, layers, group)
     sweep.run(
         interp.patch, model, sweep.prompts(model), chosen,
         **sweep.options(mode=mode, window=window, groups=groups),
@@ -72,8 +82,7 @@ def ablate(
 
     texts = None if reference is None else read_texts(reference)
     model = sweep.loaded()
-    groups = groups_of(model, group)
-    chosen = sites_of(model, sites or "z", layers) if sites or not groups else None
+    chosen, groups = sites_and_groups(model, sites, layers, group)
     how = sweep.options(
         using=using, schedule=schedule.replace("-", " "), window=window, groups=groups, reference=texts, seed=sweep.seed
     )
@@ -118,8 +127,7 @@ def mediate(
     import interp
 
     model = sweep.loaded()
-    groups = groups_of(model, group)
-    chosen = sites_of(model, sites or "z", layers) if sites or not groups else None
+    chosen, groups = sites_and_groups(model, sites, layers, group)
     sweep.run(
         interp.mediate, model, sweep.prompts(model), chosen, **sweep.options(window=window, groups=groups)
     )  # fmt: skip

@@ -185,6 +185,14 @@ def sites_of(model: Model, text: str, layers: str | None = None) -> Sites:
     return found
 
 
+def sites_and_groups(
+    model: Model, sites: str | None, layers: str | None, group: list[str] | None
+) -> tuple[Sites | None, dict[str, Sites] | None]:
+    """What --sites, --layers and --group ask for; every head (z) if neither sites nor groups are named."""
+    groups = groups_of(model, group)
+    return sites_of(model, sites or "z", layers) if sites or not groups else None, groups
+
+
 def groups_of(model: Model, texts: list[str] | None) -> dict[str, Sites] | None:
     """Named groups of sites, from ``name=site,site``."""
     found: dict[str, Sites] = {}

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from interp.circuits.attribution import attribute_edges
     from interp.circuits.baselines import magnitude_scores, random_scores
     from interp.circuits.channels import Channels, attention_channels
+    from interp.circuits.curves import MIB, Curve, curve, mib
     from interp.circuits.diffmask import HeadMasks, differential_masks
-    from interp.circuits.faithful import Curve, Faithfulness, completeness, curve, faithfulness, minimality
+    from interp.circuits.faithful import Faithfulness, completeness, faithfulness, minimality
     from interp.circuits.flow import flow_routes, flow_scores
     from interp.circuits.gates import causal_head_gating, contrastive_head_gating
     from interp.circuits.graph import Circuit
@@ -29,7 +30,8 @@ _NAMES = {
     "baselines": ("magnitude_scores", "random_scores"),
     "channels": ("Channels", "attention_channels"),
     "diffmask": ("HeadMasks", "differential_masks"),
-    "faithful": ("Curve", "Faithfulness", "completeness", "curve", "faithfulness", "minimality"),
+    "curves": ("MIB", "Curve", "curve", "mib"),
+    "faithful": ("Faithfulness", "completeness", "faithfulness", "minimality"),
     "flow": ("flow_routes", "flow_scores"),
     "gates": ("causal_head_gating", "contrastive_head_gating"),
     "graph": ("Circuit",),
@@ -46,11 +48,11 @@ _NAMES = {
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "Channels", "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "HeadMasks", "Interchange", "Pruned",
-    "WeightCircuits", "acdc", "acdc_sweep", "atp_star", "attention_channels", "attribute_edges", "attribute_sites",
-    "causal_head_gating", "completeness", "contrastive_head_gating", "curve", "differential_masks", "faithfulness",
-    "flow_routes", "flow_scores", "interchange_accuracy", "magnitude_scores", "minimality", "name_roles",
-    "prune_edges", "random_scores", "score_neurons", "screen",
+    "MIB", "Channels", "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "HeadMasks", "Interchange",
+    "Pruned", "WeightCircuits", "acdc", "acdc_sweep", "atp_star", "attention_channels", "attribute_edges",
+    "attribute_sites", "causal_head_gating", "completeness", "contrastive_head_gating", "curve", "differential_masks",
+    "faithfulness", "flow_routes", "flow_scores", "interchange_accuracy", "magnitude_scores", "mib", "minimality",
+    "name_roles", "prune_edges", "random_scores", "score_neurons", "screen",
 ]  # fmt: skip
 
 

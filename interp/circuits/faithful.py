@@ -1,4 +1,4 @@
-"""How much of a behaviour a circuit carries alone: faithfulness, completeness, minimality, CPR and CMD.
+"""How much of a behaviour a circuit carries alone: faithfulness, completeness, minimality.
 
 All edges outside the circuit carry an ablated activation (`interp.circuits.running`). With m the metric's mean over
 examples, M the whole model and ∅ the model with every edge ablated *by the same recipe*,
@@ -11,7 +11,7 @@ is the corrupt run, as in Hanna et al. 2024). It swings widely with the recipe, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -19,21 +19,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from interp.circuits.evaluation import Ablation, Evaluator
+from interp.circuits.architecture import Architecture
+from interp.circuits.evaluation import Ablation
 from interp.circuits.graph import Circuit
-from interp.circuits.scores import EdgeScores
+from interp.circuits.scale import Pairs, Scale
+from interp.circuits.scores import rows_of
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model import Model
-from interp.prompts import PromptPair
 from interp.sites import Site
 
-MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-N_BOOT = 2000
-Ranking = Literal["signed", "absolute"]
-Selection = Literal["top", "greedy"]
-Pairs = PromptPair | Iterable[PromptPair]
-Index = np.ndarray  # examples drawn for a bootstrap sample
+Chance = Literal["paths", "edges"]
 
 
 def faithfulness(
@@ -44,20 +40,25 @@ def faithfulness(
     using: Ablation = "counterfactual",
     *,
     n_random: int = 0,
+    chance: Chance = "paths",
     seed: int = 0,
 ) -> Faithfulness:
     """f(C) with a 95% bootstrap interval over examples, beside f of ``n_random`` random circuits of as many edges.
 
     ``using``: what edges outside carry: ``"counterfactual"`` (the corrupt run of the pair), ``"zero"``, ``"mean"``
-    (over all tokens of all clean prompts) or ``"resample"`` (another example's clean run, drawn by ``seed``). Raises
-    ModelError for a circuit of another model, InterpError where m(M) = m(∅): there is then nothing to explain.
+    (over all tokens of all clean prompts) or ``"resample"`` (another example's clean run, drawn by ``seed``).
+    ``chance``: random circuits are ``"paths"`` from the input to the logits (`random_circuit`), or ``"edges"`` drawn
+    one by one, of which few lie on any path, so that they are more easily beaten. Raises ModelError for a circuit of
+    another model, InterpError for a disconnected one, and where m(M) = m(∅): there is then nothing to explain.
     """
-    circuit.check(model)
-    evaluate = Evaluator(model, pairs, metric, using, seed)
-    scale = _Scale(evaluate)
-    value = evaluate(circuit.mask())
-    random = [scale.mean(evaluate(mask)) for mask in _random_masks(circuit, n_random, seed)]
-    recipe = {**evaluate.recipe, "circuit": circuit.provenance, "n_edges": len(circuit)}
+    if chance not in get_args(Chance):
+        raise InterpError(f"chance={chance!r}: random circuits are made of 'paths' or of 'edges'")
+    scale = Scale(model, pairs, circuit, metric, using, seed)
+    value = scale.evaluate(scale.mask())
+    generator, draw = np.random.default_rng(seed), random_circuit if chance == "paths" else _random_edges
+    random = [scale.f(scale.evaluate(draw(circuit.graph, len(circuit), generator))) for _ in range(n_random)]
+    recipe = {**scale.recipe, "circuit": circuit.provenance, "n_edges": len(circuit)}
+    recipe |= {"chance": chance, "chance_seed": seed} if n_random else {}
     return Faithfulness(*scale.interval(value), value, scale.whole, scale.empty, np.array(random), recipe)
 
 
@@ -76,17 +77,15 @@ def minimality(
     scores 0 here, which a larger K would show. One row per node, largest change first; removing the last edges of a
     circuit leaves f = 0.
     """
-    circuit.check(model)
-    evaluate = Evaluator(model, pairs, metric, using, seed)
-    scale = _Scale(evaluate)
-    whole = evaluate(circuit.mask())
+    scale = Scale(model, pairs, circuit, metric, using, seed)
+    whole = scale.evaluate(scale.mask())
     rows = []
     for node in circuit.nodes():
-        without = evaluate(_without(circuit.mask(), circuit, [node]))
+        without = scale.evaluate(_without(scale.mask(), circuit, [node]))
         change, lo, hi = scale.interval(whole, without)
         rows.append({"node": str(node), "role": circuit.roles.get(node, ""), "change": change, "lo": lo, "hi": hi})
     frame = pd.DataFrame(rows).sort_values("change", ascending=False, key=np.abs, ignore_index=True)
-    frame.attrs.update(evaluate.recipe)
+    frame.attrs.update(scale.recipe)
     return frame
 
 
@@ -106,9 +105,7 @@ def completeness(
     ``n_random`` random halves, and all nodes (f(M∖C): what the model does without the circuit). The edges from and into
     K are ablated in both. One row per K.
     """
-    circuit.check(model)
-    evaluate = Evaluator(model, pairs, metric, using, seed)
-    scale, nodes = _Scale(evaluate), circuit.nodes()
+    scale, nodes = Scale(model, pairs, circuit, metric, using, seed), circuit.nodes()
     knocked: list[tuple[str, Sequence[Site]]] = [("none", ()), *((str(n), (n,)) for n in nodes)]
     generator = np.random.default_rng(seed)
     for i in range(n_random):
@@ -118,47 +115,14 @@ def completeness(
     full = circuit.graph.allowed
     rows = []
     for name, removed in knocked:
-        ours = evaluate(_without(circuit.mask(), circuit, removed))
-        model_s = evaluate(_without(full, circuit, removed))
+        ours = scale.evaluate(_without(scale.mask(), circuit, removed))
+        model_s = scale.evaluate(_without(full, circuit, removed))
         gap, lo, hi = scale.interval(ours, model_s)
-        row = {"knocked_out": name, "n": len(removed), "circuit": scale.mean(ours), "model": scale.mean(model_s)}
+        row = {"knocked_out": name, "n": len(removed), "circuit": scale.f(ours), "model": scale.f(model_s)}
         rows.append({**row, "gap": gap, "lo": lo, "hi": hi})
     frame = pd.DataFrame(rows)
-    frame.attrs.update(evaluate.recipe)
+    frame.attrs.update(scale.recipe)
     return frame
-
-
-def curve(
-    model: Model,
-    pairs: Pairs,
-    scores: EdgeScores,
-    metric: Metric | MetricFn | str = logit_diff,
-    using: Ablation = "counterfactual",
-    *,
-    ranking: Ranking = "absolute",
-    selection: Selection = "top",
-    sizes: Sequence[float] = MIB_SIZES,
-    seed: int = 0,
-) -> Curve:
-    """f of the circuits that scores give at several sizes, and its integrals CPR and CMD.
-
-    ``sizes``: shares of all edges; each circuit is the int(size × edges) best ones, then pruned to the paths from input
-    to logits; what is left of none counts f = 0, that of ∅. ``ranking``: by |score|, as MIB does for CMD, or
-    ``"signed"``, most helpful first, as for CPR.
-    """
-    shares = np.asarray(sizes, dtype=float)
-    if len(shares) < 2 or (np.diff(shares) <= 0).any() or shares[0] < 0 or shares[-1] > 1:
-        raise InterpError(f"sizes={tuple(sizes)}: at least two shares of the edges, rising, between 0 and 1")
-    if ranking not in get_args(Ranking) or selection not in get_args(Selection):
-        raise InterpError(f"ranking={ranking!r}, selection={selection!r}: 'signed' or 'absolute', 'top' or 'greedy'")
-    Circuit(scores.graph, scores.graph.edges(), provenance=scores.provenance).check(model)
-    evaluate = Evaluator(model, pairs, metric, using, seed)
-    scale = _Scale(evaluate)
-    ranked = scores.helpful() if ranking == "signed" else scores
-    masks = [_selected(ranked, int(s * len(scores)), ranking == "absolute", selection) for s in shares]
-    values = np.stack([scale.empty if not mask.any() else evaluate(mask) for mask in masks])
-    recipe = {**evaluate.recipe, "scores": scores.provenance, "ranking": ranking, "selection": selection}
-    return Curve(shares, np.array([m.sum() for m in masks]), values, scale.whole, scale.empty, recipe)
 
 
 @dataclass(frozen=True)
@@ -182,103 +146,50 @@ class Faithfulness:
         return (1 + int((self.random >= self.value).sum())) / (1 + n) if n else float("nan")
 
 
-@dataclass(frozen=True)
-class Curve:
-    """f over circuit size. ``values`` [sizes, examples] is the metric of each circuit; ``edges`` counts those left
-    after pruning. `cpr` and `cmd` are (value, lo, hi), with bootstrap intervals over examples."""
-
-    sizes: Float[np.ndarray, " sizes"]
-    edges: np.ndarray
-    values: Float[np.ndarray, "sizes examples"] = field(repr=False)
-    whole: Float[np.ndarray, " examples"] = field(repr=False)
-    empty: Float[np.ndarray, " examples"] = field(repr=False)
-    recipe: dict[str, Any] = field(repr=False)
-
-    def faithfulness(self, index: Index | slice = slice(None)) -> Float[np.ndarray, " sizes"]:
-        """f at each size, over all examples or some."""
-        empty = self.empty[index].mean()
-        return (self.values[:, index].mean(1) - empty) / (self.whole[index].mean() - empty)
-
-    @property
-    def cpr(self) -> tuple[float, float, float]:
-        """Integrated circuit performance ratio: ∫ f dk by the trapezoid rule over the sizes, on a linear scale.
-
-        As MIB computes it: from the least size to the largest, so that a constant f = 1 gives 0.999 with `MIB_SIZES`.
-        """
-        return _with_interval(lambda i: integrate(self.sizes, self.faithfulness(i)), len(self.whole))
-
-    @property
-    def cmd(self) -> tuple[float, float, float]:
-        """Integrated circuit–model distance: ∫ |1 − f| dk, as `cpr`; 0 is best."""
-        return _with_interval(lambda i: integrate(self.sizes, np.abs(1 - self.faithfulness(i))), len(self.whole))
-
-    def frame(self) -> pd.DataFrame:
-        """One row per size: share, edges, f and its 95% interval."""
-        n = len(self.whole)
-        parts = [_with_interval(lambda i, s=s: self.faithfulness(i)[s], n) for s in range(len(self.sizes))]
-        found = pd.DataFrame(parts, columns=["faithfulness", "lo", "hi"])
-        return pd.concat([pd.DataFrame({"size": self.sizes, "edges": self.edges}), found], axis=1)
-
-
-def integrate(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
-    """Trapezoid rule."""
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
-
-
-class _Scale:
-    """The metric on the whole model and the empty circuit: what f is measured between."""
-
-    def __init__(self, evaluate: Evaluator) -> None:
-        self.whole, self.empty = evaluate.whole, evaluate(np.zeros(evaluate.graph.allowed.shape, dtype=bool))
-        size = np.abs(self.whole).mean() + np.abs(self.empty).mean()
-        if not abs((self.whole - self.empty).mean()) > 1e-9 * size:
-            raise InterpError(
-                f"the metric is the same on the whole model and with every edge ablated ({self.whole.mean():.4g}, "
-                f"{evaluate.recipe['ablation']}): there is no difference that a circuit could explain"
-            )
-
-    def mean(self, values: Float[np.ndarray, " examples"], index: Index | slice = slice(None)) -> float:
-        """f: a ratio of means over examples."""
-        empty = self.empty[index].mean()
-        return float((values[index].mean() - empty) / (self.whole[index].mean() - empty))
-
-    def interval(
-        self, values: Float[np.ndarray, " examples"], minus: Float[np.ndarray, " examples"] | None = None
-    ) -> tuple[float, float, float]:
-        """f, or the difference of two, with its interval."""
-        return _with_interval(
-            lambda i: self.mean(values, i) - (0 if minus is None else self.mean(minus, i)), len(self.whole)
-        )
-
-
-def _with_interval(statistic: Callable[[Any], float], n: int) -> tuple[float, float, float]:
-    """A statistic of examples and its 95% percentile bootstrap interval; NaN with a single example."""
-    value = float(statistic(slice(None)))
-    if n < 2:
-        return value, float("nan"), float("nan")
-    generator = np.random.default_rng(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = [statistic(generator.integers(0, n, n)) for _ in range(N_BOOT)]
-    lo, hi = np.nanquantile(drawn, (0.025, 0.975))
-    return value, float(lo), float(hi)
-
-
-def _selected(
-    scores: EdgeScores, n: int, absolute: bool, selection: Selection
+def random_circuit(
+    graph: Architecture, n: int, generator: np.random.Generator
 ) -> Bool[np.ndarray, "receivers senders"]:
-    nothing = np.zeros(scores.graph.allowed.shape, dtype=bool)
-    if n == 0:
-        return nothing
-    chosen = (scores.top if selection == "top" else scores.greedy)(n, absolute=absolute, prune=False)
-    return chosen.connected().mask() if chosen.is_connected() else nothing
+    """A mask of ``n`` edges made of random paths from the input to the logits.
+
+    A path is drawn from the logits backwards: a sender that the receiver reads, one of that node's receivers (a
+    head's q, k or v), and so on until the input. What a path too many would exceed n by is left out, and edges among
+    the nodes that are in are drawn in its place; if there are too few of those, any others.
+    """
+    mask = np.zeros(graph.allowed.shape, dtype=bool)
+    while n - mask.sum() > 0:
+        path = _random_path(graph, generator)
+        new = {place for place in path if not mask[place]}
+        if mask.any() and mask.sum() + len(new) > n:
+            break
+        for place in list(new)[:n]:
+            mask[place] = True
+    sending = np.asarray(mask.any(axis=0))
+    inside: np.ndarray = np.array(
+        [any(sending[graph.sender_number[s]] for s in graph.fed_by(r)) for r in graph.receivers]
+    )
+    inside[graph.receiver_number[graph.output]] = True
+    free: np.ndarray = graph.allowed & ~mask
+    for choice in (free & inside[:, None] & sending[None], free):
+        places = np.argwhere(choice & ~mask)
+        more = generator.permutation(places)[: n - int(mask.sum())]
+        mask[tuple(more.T)] = True
+    return mask
 
 
-def _random_masks(circuit: Circuit, n: int, seed: int) -> Iterable[Bool[np.ndarray, "receivers senders"]]:
-    generator, places = np.random.default_rng(seed), np.argwhere(circuit.graph.allowed)
-    for _ in range(n):
-        mask = np.zeros(circuit.graph.allowed.shape, dtype=bool)
-        mask[tuple(generator.permutation(places)[: len(circuit)].T)] = True
-        yield mask
+def _random_path(graph: Architecture, generator: np.random.Generator) -> list[tuple[int, int]]:
+    row, path = graph.receiver_number[graph.output], []
+    while True:
+        column = int(generator.choice(np.flatnonzero(graph.allowed[row])))
+        path.append((row, column))
+        if graph.senders[column] == graph.input:
+            return path
+        row = int(generator.choice(np.flatnonzero(rows_of(graph, graph.senders[column]))))
+
+
+def _random_edges(graph: Architecture, n: int, generator: np.random.Generator) -> Bool[np.ndarray, "receivers senders"]:
+    mask = np.zeros(graph.allowed.shape, dtype=bool)
+    mask[tuple(generator.permutation(np.argwhere(graph.allowed))[:n].T)] = True
+    return mask
 
 
 def _without(

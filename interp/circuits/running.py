@@ -48,9 +48,12 @@ class Forward:
 
     def __init__(self, wiring: Wiring, kept: Bool[Tensor, "receivers senders"], ablated: dict[str, Tensor]):
         self.wiring, self.graph, self.ablated = wiring, wiring.graph, ablated
-        self.cut = torch.from_numpy(self.graph.allowed) & ~kept
+        allowed = torch.from_numpy(self.graph.allowed)
+        self.cut, self.kept = allowed & ~kept, allowed & kept
         self.now: dict[str, Tensor] = {}
         self.held: Float[Tensor, "senders batch*position*d_model"] | None = None
+        # Sums over senders of what is held: of all so far, and when the layer was entered.
+        self.sum, self.sum_before = torch.zeros(()), torch.zeros(())
         self.reads: Float[Tensor, "receivers batch position d_model"] | None = None  # of one layer's q, k and v
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
@@ -68,7 +71,7 @@ class Forward:
                 pairs.append((at + "mlp.hook_in", self._mlp(layer)))
                 pairs.append((at + "hook_mlp_out", self._keep(at + "hook_mlp_out", columns, None)))
         final = self.graph.rows(last, "resid_post")
-        pairs.append((f"blocks.{last}.hook_resid_post", lambda x, hook: self._add(x, final, last)[0]))
+        pairs.append((f"blocks.{last}.hook_resid_post", lambda x, hook: self._add(x, final, last, self.sum)[0]))
         with hooks(model, *pairs), redirected(model.dtype, model.device):
             return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
 
@@ -82,8 +85,9 @@ class Forward:
                 size = len(self.graph.senders) * x.numel()
                 if size * x.element_size() <= HELD_BYTES:
                     self.held = x.new_zeros(len(self.graph.senders), x.numel())
+                    self.sum = x.new_zeros(x.numel())
                 keep(x, hook)
-            self.now[f"blocks.{layer}.hook_resid_pre"], self.reads = x, None
+            self.now[f"blocks.{layer}.hook_resid_pre"], self.reads, self.sum_before = x, None, self.sum
 
         return hook
 
@@ -92,6 +96,7 @@ class Forward:
             self.now[name] = x
             if self.held is not None and self.cut[:, columns].any():
                 self.held[columns] = self._change(name, layer).flatten(1)
+                self.sum = self.sum + self.held[columns].sum(0)
 
         return hook
 
@@ -110,7 +115,8 @@ class Forward:
             if not self.cut[rows].any():
                 return None
             if self.reads is None:
-                self.reads = self._add(self.now[f"blocks.{layer}.hook_resid_pre"], every, layer - 1)
+                stream = self.now[f"blocks.{layer}.hook_resid_pre"]
+                self.reads = self._add(stream, every, layer - 1, self.sum_before)
             return self.wiring.project(layer, component, self.reads[rows.start - first : rows.stop - first])
 
         return hook
@@ -124,17 +130,27 @@ class Forward:
             stream = self.now[f"blocks.{layer}.hook_resid_pre"]
             if not self.graph.parallel:
                 stream = stream + self.now[f"blocks.{layer}.hook_attn_out"]
-            return self.wiring.norm(layer, "mlp")(self._add(stream, rows, layer)[0])
+            total = self.sum_before if self.graph.parallel else self.sum
+            return self.wiring.norm(layer, "mlp")(self._add(stream, rows, layer, total)[0])
 
         return hook
 
-    def _add(self, x: Tensor, rows: slice, upto: int) -> Float[Tensor, "rows batch position d_model"]:
-        """x plus ablated − current of the cut edges into ``rows``, of senders in layers ≤ ``upto``."""
+    def _add(self, x: Tensor, rows: slice, upto: int, total: Tensor) -> Float[Tensor, "rows batch position d_model"]:
+        """x plus ablated − current of the cut edges into ``rows``, of senders in layers ≤ ``upto``.
+
+        ``total``: the sum over all that ``rows`` can read; where few edges are kept, those are taken off it.
+        """
         out = x.expand(rows.stop - rows.start, *x.shape)
         if self.held is not None:
             # of this layer's senders that are not computed yet, no edge into these rows exists, so that none is cut
             stop = 1 if upto < 0 else self.graph.columns(upto, "mlp_out" if self.graph.mlps else "z").stop
-            return out + self._sum(self.cut[rows, :stop], self.held[:stop]).view(out.shape)
+            some = self.kept[rows, :stop].any(0).nonzero()[:, 0]
+            if len(some) > stop // 2:
+                return out + (self.cut[rows, :stop].to(x) @ self.held[:stop]).view(out.shape)
+            if len(some) == 0:
+                return out + total.view(x.shape)
+            kept = self.kept[rows][:, some].to(x)
+            return (x + total.view(x.shape)) - (kept @ self.held[some.to(x.device)]).view(out.shape)
         out = out.clone()
         self._send(out, self.cut[rows, :1], "blocks.0.hook_resid_pre", None)
         for layer in range(upto + 1):

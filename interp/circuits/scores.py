@@ -97,7 +97,7 @@ class EdgeScores:
             if candidates[place] == -np.inf:
                 break
             kept[place] = True
-            open_rows |= _rows_of(graph, graph.senders[int(place[1])])
+            open_rows |= rows_of(graph, graph.senders[int(place[1])])
         return self._circuit(kept, prune, f"greedy {n} by {'|score|' if absolute else 'score'}")
 
     def helpful(self) -> EdgeScores:
@@ -129,7 +129,7 @@ class EdgeScores:
         return circuit.connected() if prune else circuit
 
 
-def _rows_of(graph: Architecture, sender: Site) -> Bool[np.ndarray, " receivers"]:
+def rows_of(graph: Architecture, sender: Site) -> Bool[np.ndarray, " receivers"]:
     """The receivers of a sender's node: a head's q, k and v."""
     found = np.zeros(len(graph.receivers), dtype=bool)
     if sender.component == "mlp_out":

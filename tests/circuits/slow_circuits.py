@@ -1,4 +1,4 @@
-"""Slow and obvious: inputs split edge by edge through hooks, gradients by autograd alone, one edge at a time."""
+"""Slow and obvious: inputs split edge by edge through hooks, gradients by autograd alone, circuits by many forwards."""
 
 from __future__ import annotations
 
@@ -115,3 +115,45 @@ def edge_scores(model, pair, texts, fixed=(None,), mode="noise") -> dict[Edge, f
             change = sent[source][edge.sender] - sent[base][edge.sender]
             total[edge] += float((change * grads[edge.receiver]).sum()) / len(texts)
     return total
+
+
+def metric_as_circuit(model, pair: interp.PromptPair, kept: set[Edge], ablated: dict[Site, Tensor]) -> float:
+    """The logit difference of the clean prompt when every receiver reads ``ablated`` along the edges that are not kept.
+
+    One full forward for each layer's attention, each MLP and the logits, in order: it tells what the senders before
+    send when all receivers before them read what they should, from which follows what the next receivers read.
+    """
+    graph = architecture(model)
+    added: dict[Site, Tensor] = {}
+    stages = [[r for r in graph.receivers if r.layer == i and r.component in "qkv"] for i in range(graph.n_layers)]
+    for layer in reversed(range(graph.n_layers)):
+        stages.insert(layer + 1, [r for r in graph.receivers if r == Site("mlp_out", layer)])
+    for stage in [*stages, [graph.output]]:
+        current = outputs_in(model, pair, added)
+        for receiver in stage:
+            cut = [e.sender for e in graph.edges() if e.receiver == receiver and e not in kept]
+            if cut:
+                added[receiver] = sum(ablated[s] - current[s] for s in cut)  # type: ignore[assignment]
+    with torch.no_grad():
+        return float(logit_diff(model, pair, pair.clean, added))
+
+
+def outputs_in(model, pair: interp.PromptPair, added: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    """As `outputs` of the clean prompt, while receivers read ``added``."""
+    seen: dict[str, Tensor] = {}
+    names = [n for n in model.bridge.hook_dict if n.endswith(("attn.hook_z", "hook_mlp_out"))]
+    with torch.no_grad():
+        with hooks(model, *((n, lambda x, hook, n=n: seen.__setitem__(n, x)) for n in names)):
+            logit_diff(model, pair, pair.clean, added)
+        found = {s: x for s, x in outputs(model, pair.clean).items() if s.component == "resid_pre"}
+        for name, x in seen.items():
+            layer = int(name.split(".")[1])
+            if name.endswith("mlp_out"):
+                found[Site("mlp_out", layer)] = x
+                continue
+            o = original(model.bridge.blocks[layer].attn.o)
+            for head in range(x.shape[2]):
+                alone = torch.zeros_like(x)
+                alone[:, :, head] = x[:, :, head]
+                found[Site("z", layer, head)] = o(alone.flatten(2)) - o(torch.zeros_like(alone).flatten(2))
+    return found

@@ -19,8 +19,8 @@ from interp.circuits import (
     random_scores,
 )
 from interp.circuits.architecture import architecture
+from interp.circuits.curves import MIB_SIZES, Curve
 from interp.circuits.evaluation import Evaluator
-from interp.circuits.faithful import MIB_SIZES, Curve
 from interp.circuits.scores import EdgeScores
 from interp.errors import InterpError, ModelError, PromptError
 from interp.sites import Edge, Site
