@@ -114,7 +114,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     ),
     "patterns": ("display", "effects", "errors"),
     "plots": ("attention", "circuits", "effects", "errors", "patterns", "plots", "sites"),
-    "results": ("attention", "effects", "errors", "patterns"),
+    "results": ("attention", "circuits", "effects", "errors", "patterns"),
 }  # fmt: skip
 RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission", "peeking")
 

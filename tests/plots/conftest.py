@@ -14,6 +14,7 @@ def browser() -> Iterator[Browser]:
     chromium = find_chromium()
     if chromium is None:
         pytest.skip("no Chromium found: install it (apt-get install chromium) or set INTERP_CHROMIUM to its path")
+    pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install -e '.[dev]'")
     running = Browser(chromium)
     yield running
     running.close()

@@ -22,6 +22,7 @@ from interp.plots.budget import LONG_BYTES, SHORT_BYTES
 from interp.plots.codec import unpack
 from interp.plots.panels import EdgePanel, split
 from interp.plots.pattern_payload import encode_pattern_example
+from interp.results import read_results
 
 
 def back(*results, tmp_path: Path, **how) -> list:
@@ -146,3 +147,15 @@ def test_paths_from_heads_into_one_place_are_a_grid_of_heads():
     assert isinstance(panel, EdgePanel) and panel.receiver == "resid_post.L29"
     expected = synthetic.head_effects(3).summary().set_index(["layer", "head"])["effect"]
     assert panel.cells(panel.variants[0])["effect"][0, 18, 6] == expected[(18, 6)]
+
+
+def test_a_folder_of_results_becomes_a_page(tmp_path: Path):
+    synthetic.head_effects(2).write(tmp_path / "heads.parquet")
+    synthetic.attention(1).write(tmp_path / "attention_stats.parquet")
+    synthetic.patterns(1, layers=2, heads=2).write(tmp_path / "attention_patterns.parquet")
+    synthetic.circuit().write(tmp_path / "found.json")
+    (tmp_path / "other.json").write_text("[1, 2]")
+    found = read_results(tmp_path)
+    assert next(iter(found)) == "heads" and set(found) == {"heads", "attention_stats", "attention_patterns", "found"}
+    assert found["found"] == synthetic.circuit() and isinstance(found["attention_patterns"], AttentionPatterns)
+    assert len(report(found).sections) == 4
