@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from interp.circuit_commands import circuit
 from interp.commands import register
 from interp.corpus.commands import stats
 from interp.errors import InterpError
@@ -90,6 +91,7 @@ register(app)
 app.command()(stats)
 app.add_typer(sweep, name="sweep")
 app.command()(tasks)
+app.command()(circuit)
 
 bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import interp
 from interp import zoo
-from interp.circuits import acdc, acdc_sweep, atp_star, attribute_edges, flow_scores, magnitude_scores, random_scores
+from interp.circuits import (
+    Circuit,
+    acdc,
+    acdc_sweep,
+    atp_star,
+    attribute_edges,
+    flow_scores,
+    magnitude_scores,
+    random_scores,
+)  # fmt: skip
 from interp.circuits.evaluation import Evaluator
+from interp.cli import app
+from interp.errors import InterpError
 from interp.inference import sign_flip
 from interp.sites import Site
 
@@ -116,3 +129,20 @@ def test_nothing_is_found_in_random_models() -> None:
     p = sign_flip(unseen)
     assert p.min() > 0.01 / len(gains), dict(zip(gains, p, strict=True))
     assert sign_flip(np.concatenate([g[:4] for g in gains["eap"]])[None])[0] < 0.01
+
+
+def test_the_verb_finds_writes_and_names(tmp_path, monkeypatch) -> None:
+    known = zoo.induction()
+    model = known.model
+    monkeypatch.setattr(interp, "load", lambda *_, **__: model)
+    lines = ["clean,corrupt,answer,foil", *(f"{p.clean},{p.corrupt},{p.answer},{p.foil}" for p in known.pairs(4))]
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    base = ["circuit", "--pairs", str(tmp_path / "mine.csv"), "--out", str(tmp_path / "c.json")]
+    for method in ("eap-ig-inputs", "acdc"):
+        done = CliRunner().invoke(app, [*base, "--method", method, "--edges", "12", "--roles"])
+        assert done.exit_code == 0, done.output
+        assert "faithfulness 1.000" in done.output and re.search(r"z\.L0H1 +k\.L1H2 .*previous token", done.output)
+    found = Circuit.read(tmp_path / "c.json", known.model)
+    assert found == known.circuit and found.roles[Site("z", 1, 2)] == "induction"
+    for bad in (["--method", "x"], ["--selection", "x"], ["--out", "c.txt"], ["--edges", "0"]):
+        assert isinstance(CliRunner().invoke(app, [*base, *bad]).exception, InterpError)

@@ -8,7 +8,7 @@ import torch
 
 import interp
 from interp import zoo
-from interp.circuits import Circuit, acdc, name_roles, score_neurons
+from interp.circuits import Circuit, acdc, attribute_edges, name_roles, score_neurons
 from interp.circuits.evaluation import Evaluator
 from interp.circuits.roles import attention_shares, effects_by_route
 from interp.engine.runs import hooks
@@ -114,3 +114,15 @@ def test_what_cannot_be_named_is_refused() -> None:
     same = interp.PromptPair(pair.clean, pair.clean, pair.answer, pair.foil)
     with pytest.raises(InterpError, match="no head can have an effect"):
         name_roles(known.model, same, known.circuit)
+
+
+@pytest.mark.model
+def test_the_induction_circuit_of_the_embedded_model(smollm2) -> None:
+    """Its strongest induction head and the previous-token heads that feed it are found, and named by what they do."""
+    pairs = interp.tasks.induction(smollm2, n=2, seed=0)
+    circuit = attribute_edges(smollm2, pairs, method="clean-corrupted").top(400)
+    assert {"z.L18H6", "z.L16H0", "z.L11H1"} <= set(map(str, circuit.nodes()))
+    named = name_roles(smollm2, pairs, circuit, heads=["z.L18H6", "z.L16H0"])
+    assert [named.roles[Site.parse(s)] for s in ("z.L18H6", "z.L16H0")] == ["induction", "previous token"]
+    does = named.evidence[Site("z", 16, 0)]["effect"]
+    assert does["via_k"] > max(0.05, does["via_q"], does["via_v"], does["direct"])  # K-composition

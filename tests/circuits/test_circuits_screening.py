@@ -17,19 +17,27 @@ PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_equals_transformer_lens(tiny, kind: str) -> None:
+    compare_with_transformer_lens(tiny(kind), PAIR)
+
+
+@pytest.mark.model
+def test_equals_transformer_lens_on_the_embedded_model(smollm2) -> None:
+    compare_with_transformer_lens(smollm2, interp.tasks.ioi(smollm2, n=1, seed=0)[0], 1e-4)
+
+
+def compare_with_transformer_lens(model: interp.Model, pair: interp.PromptPair, tolerance: float = 1e-6) -> None:
     from transformer_lens.tools.analysis import attribution_patching as tl
 
-    model = tiny(kind)
-    tokens = [torch.tensor([model.coder.encode(t)]) for t in (PAIR.clean, PAIR.corrupt)]
-    answer, foil = (model.coder.continuation(w)[0] for w in (PAIR.answer, PAIR.foil))
+    tokens = [torch.tensor([model.coder.encode(t)]) for t in (pair.clean, pair.corrupt)]
+    answer, foil = (model.coder.continuation(w)[0] for w in (pair.answer, pair.foil))
     theirs = tl.attribution_patch(model.bridge, *tokens, lambda x: x[0, -1, answer] - x[0, -1, foil]).node_scores
     sites = model.sites("z", positions="each") | model.sites("mlp_out") | model.sites("embed")
-    ours = attribute_sites(model, PAIR, sites)
+    ours = attribute_sites(model, pair, sites)
     kinds = {"embed": "embed", "z": "attn_head_out", "mlp_out": "mlp_out"}
     for row in ours.frame().itertuples():
         layer, head = (None if str(x) == "<NA>" else int(x) for x in (row.layer, row.head))
         want = theirs[tl.Node(kinds[row.component], int(row.position), layer, head)]
-        assert row.raw == pytest.approx(want, abs=1e-6)
+        assert row.raw == pytest.approx(float(want), abs=tolerance)
     assert len(ours) == len(theirs) and ours.provenance["evidence"] == "estimate"
 
 
