@@ -211,6 +211,14 @@ def test_facts_are_those_the_model_knows():
     assert encode_facts(some, model.coder)[0].spans["subject"]
 
 
+def test_fact_pairs_are_split_by_fact():
+    answers = {f.prompt: f.answer.strip() for f in known_facts.all_facts()}
+    model = StandIn(fact_words(), lambda words: answers[" ".join(words)])
+    sides = [tasks.fact_pairs(model, 20, split=split) for split in ("train", "test")]
+    train, test = ({p.clean for p in pairs} | {p.corrupt for p in pairs} for pairs in sides)
+    assert len(train) > len(test) > 8 and not train & test
+
+
 def test_facts_whose_answer_is_not_a_token_are_dropped_and_counted():
     answers = {f.prompt: f.answer.strip() for f in known_facts.all_facts()}
     words = [w for w in fact_words() if w not in ("Paris", "Rome")]

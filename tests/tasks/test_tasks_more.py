@@ -196,12 +196,12 @@ def test_what_a_tokenizer_lacks_is_dropped_and_said(reader):
 
     known = model.tokenizer.get_vocab()
     gone = {"red", "blue", "Anna"}
-    kept = [w for w in known if w not in gone]
+    kept = [w for w in sorted(known, key=known.__getitem__) if w not in gone]  # specials keep their ids
     model.tokenizer.backend_tokenizer.model = models.WordLevel({w: i for i, w in enumerate(kept)}, unk_token="<unk>")
     pairs = tasks.colored_objects(model, 30)
     assert set(pairs.dropped) == {"red", "blue"} and not {" red", " blue"} & {p.answer for p in pairs}
     assert "Anna" in tasks.ioi(model, 4).dropped
-    keep = ("<bos>", "<unk>", "the")
+    keep = ("<bos>", "<eos>", "<unk>", "<pad>", "the")
     model.tokenizer.backend_tokenizer.model = models.WordLevel({w: i for i, w in enumerate(keep)}, unk_token="<unk>")
     for name, words in (("colored_objects", "colors"), ("key_value", "first names"), ("gender_bias", "pronouns")):
         with pytest.raises(TaskError, match=rf"needs at least \d+ {words} .* has none \(missing: "):
@@ -278,13 +278,6 @@ def test_every_task_fits_the_embedded_tokenizer(smollm2):
             for split in ("train", "test"):
                 pairs = tasks.TASKS[name](smollm2, 8, split=split)
                 assert {len(e.clean) - len(e.corrupt) for e in encode_pairs(pairs, smollm2.coder)} == {0}
-
-
-@pytest.mark.model
-def test_facts_are_split_by_subject(smollm2):
-    train, test = (tasks.fact_pairs(smollm2, 12, split=s) for s in ("train", "test"))
-    asked = [{p.clean for p in pairs} | {p.corrupt for p in pairs} for pairs in (train, test)]
-    assert not asked[0] & asked[1]
 
 
 @pytest.mark.model
