@@ -144,13 +144,13 @@ class Forward:
         if self.held is not None:
             # of this layer's senders that are not computed yet, no edge into these rows exists, so that none is cut
             stop = 1 if upto < 0 else self.graph.columns(upto, "mlp_out" if self.graph.mlps else "z").stop
-            some = self.kept[rows, :stop].any(0).nonzero()[:, 0]
+            some = self.kept[rows, :stop].transpose(0, 1).flatten(1).any(1).nonzero()[:, 0]
             if len(some) > stop // 2:
-                return out + (self.cut[rows, :stop].to(x) @ self.held[:stop]).view(out.shape)
+                return out + self._sum(self.cut[rows, :stop], self.held[:stop]).view(out.shape)
             if len(some) == 0:
                 return out + total.view(x.shape)
-            kept = self.kept[rows][:, some].to(x)
-            return (x + total.view(x.shape)) - (kept @ self.held[some.to(x.device)]).view(out.shape)
+            taken = self._sum(self.kept[rows][:, some], self.held[some.to(x.device)])
+            return (x + total.view(x.shape)) - taken.view(out.shape)
         out = out.clone()
         self._send(out, self.cut[rows, :1], "blocks.0.hook_resid_pre", None)
         for layer in range(upto + 1):
@@ -167,5 +167,5 @@ class Forward:
     def _sum(
         self, cut: Bool[Tensor, "rows senders"], change: Float[Tensor, "senders ..."]
     ) -> Float[Tensor, "rows numbers"]:
-        """For each row, the sum of what the senders cut from it change."""
+        """For each row, the sum of what some senders change."""
         return cut.to(change) @ change.flatten(1)

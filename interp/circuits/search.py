@@ -59,8 +59,8 @@ def acdc(
     `attribute_edges`: a model of 30 layers has some 65,000 edges, each of which takes a forward. ``prune`` keeps the
     edges on paths from input to logits.
 
-    Raises InterpError if the threshold removes every edge, or none, or if no path is left, and where nothing differs
-    between the whole model and the empty circuit.
+    Raises InterpError if the threshold removes every edge, or none, if no path is left or ``start`` has none, and where
+    nothing differs between the whole model and the empty circuit.
     """
     search = _Search(model, pairs, metric, using, order, parents, absolute, start, seed)
     _check_threshold(threshold)
@@ -128,6 +128,7 @@ class _Search:
             )
         if start is not None:
             start.check(model)
+            start.connected()  # raises, where no path leads from the input to the logits
         self.evaluate = Evaluator(model, pairs, metric, using, seed)
         self.graph = self.evaluate.graph
         self.first = self.graph.allowed.copy() if start is None else start.mask()

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.circuits.wiring import capture
 from interp.dense import AttentionCall
 from interp.engine.runs import hooks
 from interp.errors import ModelError
@@ -206,6 +207,14 @@ def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str
     with calls_kept(model) as kept:
         model.last_logits(torch.tensor([list(ids)], device=model.device))
         before = kept[layer]
+        want = {"q": before.q, "k": before.k, "z": before.q[..., :1].expand(*before.q.shape[:3], before.v.shape[-1])}
+        names = {c: COMPONENTS[c].hook.format(layer=layer) for c in want}
+        seen = capture(model, [ids], list(names.values()))
+        if any(seen[names[c]].shape != x.transpose(1, 2).shape for c, x in want.items()):
+            raise ModelError(
+                f"{model.name}: its hooks of q, k and z do not carry what attention reads and gives (latent "
+                "attention), so that the QK fix is not defined: take AtP without it"
+            )
         for component in components:
 
             def nudge(x: Tensor, hook: object) -> Tensor:

@@ -26,13 +26,14 @@ def run_circuits(
 
 
 class _Together(Forward):
-    """The batch is circuit by circuit; ``cut`` has them on its last axis."""
+    """The batch is circuit by circuit; ``cut`` and ``kept`` have them on their last axis."""
 
     def __init__(
         self, wiring: Wiring, kept: Bool[Tensor, "circuits receivers senders"], ablated: dict[str, Tensor]
     ) -> None:
         super().__init__(wiring, kept[0], ablated)
-        self.cut = (torch.from_numpy(self.graph.allowed) & ~kept).permute(1, 2, 0)
+        allowed = torch.from_numpy(self.graph.allowed)
+        self.cut, self.kept = ((allowed & mask).permute(1, 2, 0) for mask in (~kept, kept))
 
     def _sum(
         self, cut: Bool[Tensor, "rows senders circuits"], change: Float[Tensor, "senders ..."]

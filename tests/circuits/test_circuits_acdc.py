@@ -7,7 +7,7 @@ import pytest
 
 import interp
 from interp import zoo
-from interp.circuits import acdc, acdc_sweep, attribute_edges
+from interp.circuits import Circuit, acdc, acdc_sweep, attribute_edges
 from interp.circuits.evaluation import Evaluator
 from interp.errors import InterpError, ModelError
 
@@ -103,5 +103,8 @@ def test_what_cannot_be_searched_is_refused(tiny) -> None:
             acdc(model, same, 0.1, metric)
     with pytest.raises(ModelError, match="the circuit is of a model with"):
         acdc(tiny("llama"), PAIRS, 0.1, start=two)
+    dead = Circuit.of(model, ["z.L0H0 -> q.L1H1", "resid_pre.L0 -> k.L0H0"])
+    with pytest.raises(InterpError, match="the circuit is disconnected"):
+        acdc(model, pairs, 0.1, start=dead)
     with pytest.raises(ModelError, match="no norm in front"):
         acdc(tiny("olmo2"), PAIRS, 0.1)

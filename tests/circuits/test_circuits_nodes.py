@@ -226,6 +226,8 @@ def test_what_cannot_be_estimated_is_refused(tiny) -> None:
         atp_star(model, PAIR, metric=interp.metrics.rank)
     with pytest.raises(ModelError, match="does not reach that head's attention alone"):
         atp_star(tiny("olmo2"), PAIR, tiny("olmo2").sites("q"))
+    with pytest.raises(ModelError, match="what attention reads and gives"):
+        atp_star(tiny("deepseek_v3"), PAIR)
     assert len(atp_star(tiny("olmo2"), PAIR, qk_fix=False)) == tiny("olmo2").n_layers * tiny("olmo2").n_heads
     assert all(p.requires_grad for p in model.bridge.parameters())
 
