@@ -86,7 +86,7 @@ class Circuit:
     def _repr_html_(self) -> str:
         of = self.graph.describe()
         facts = {"edges": f"{len(self)} of {len(self.graph)}", "nodes": len(self.nodes()), "model": of}
-        frame = self.frame()
+        frame: Any = self.frame()
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index[:8]
         return card("Circuit", facts, ["sender", "receiver", "score", "sender_role"], frame.loc[order])
 
