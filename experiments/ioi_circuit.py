@@ -176,19 +176,19 @@ def run(names: list[str], root: Path, only: str, seconds: float | None) -> None:
 
 
 def row(name: str, work: Path) -> dict[str, Any] | None:
-    """One method, or None if it is not finished."""
-    if not all((work / f"{what}.json").exists() for what in pieces(name)):
-        return None
-    done = {what: json.loads((work / f"{what}.json").read_text()) for what in pieces(name)}
+    """One method, or None if its scores are not finished; what circuits are not measured yet is left out."""
+    done = {w: json.loads((work / f"{w}.json").read_text()) for w in pieces(name) if (work / f"{w}.json").exists()}
     scores = [x for what, x in done.items() if what.startswith("score")]
-    absolute = done["curve-absolute"]
-    signed = done.get("curve-signed", absolute)
+    if len(scores) < sum(what.startswith("score") for what in pieces(name)):
+        return None
+    absolute = done.get("curve-absolute", {})
+    signed = done.get("curve-signed", {}) if METHODS[name].signed else absolute
     return {
         "method": name, "what": METHODS[name].what, "scored_on": sum(s["n"] for s in scores),
-        "cpr": signed["cpr"], "cmd": absolute["cmd"], "seconds": sum(s["seconds"] for s in scores),
+        "cpr": signed.get("cpr"), "cmd": absolute.get("cmd"), "seconds": sum(s["seconds"] for s in scores),
         "peak_mib": max(s["peak_mib"] for s in scores), "loaded_mib": max(s["loaded_mib"] for s in scores),
-        "curve_absolute": absolute["curve"], "curve_signed": signed["curve"],
-        "whole": absolute["whole"], "empty": absolute["empty"], "recipe": absolute["recipe"],
+        "curve_absolute": absolute.get("curve"), "curve_signed": signed.get("curve"),
+        "whole": absolute.get("whole"), "empty": absolute.get("empty"), "recipe": absolute.get("recipe"),
         "made": max(x["made"] for x in done.values()),
     }  # fmt: skip
 
@@ -218,11 +218,15 @@ def table(root: Path, out: Path) -> None:
 def markdown(result: dict[str, Any]) -> str:
     """The table for people."""
 
-    def interval(x: list[float]) -> str:
-        return f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]"
+    def interval(x: list[float] | None) -> str:
+        return "not run" if x is None else f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]"
 
     def at(r: dict[str, Any], size: float) -> str:
-        return next(f"{c['faithfulness']:.2f}" for c in r["curve_absolute"] if abs(c["size"] - size) < 1e-9)
+        return (
+            "–"
+            if r["curve_absolute"] is None
+            else next(f"{c['faithfulness']:.2f}" for c in r["curve_absolute"] if abs(c["size"] - size) < 1e-9)
+        )
 
     lines = [
         "# Circuits of indirect object identification",
@@ -236,7 +240,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| method | pairs | CPR ↑ | CMD ↓ | f at 1% | f at 5% | f at 20% | seconds | peak, MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(result["rows"], key=lambda r: r["cmd"][0]):
+    for r in sorted(result["rows"], key=lambda r: (r["cmd"] or [np.inf])[0]):
         lines.append(
             f"| {r['method']}: {r['what']} | {r['scored_on'] if 'random' not in r['method'] else '–'} | "
             f"{interval(r['cpr'])} | {interval(r['cmd'])} | {at(r, 0.01)} | {at(r, 0.05)} | {at(r, 0.2)} | "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 import time
@@ -36,4 +37,5 @@ class Watch:
 
     def facts(self) -> dict[str, float]:
         """For JSON."""
-        return {"seconds": self.seconds, "peak_mib": self.peak, "loaded_mib": self.before}
+        load = os.getloadavg()[0]  # what else the machine was doing
+        return {"seconds": self.seconds, "peak_mib": self.peak, "loaded_mib": self.before, "load": load}
