@@ -58,7 +58,7 @@ def main() -> None:
     found["failed_cells"] = outcome.failed
     table = pd.DataFrame({name: strength(frame) for name, frame in frames.items()})
     for a, b in combinations(frames, 2):
-        found["rank_correlation"] = float(table[a].abs().corr(table[b].abs(), method="spearman"))
+        found["rank_correlation"] = float(table[a].abs().rank().corr(table[b].abs().rank()))
         found["shared_of_ten"], found["shared_by_chance"] = shared(table[a], table[b]), K * K / len(table)
         found["shared_by_halves"] = {name: halves(frame) for name, frame in frames.items()}
     name = config.stem
