@@ -102,7 +102,10 @@ def main() -> None:
                 finished = sorted((folder / "disturbed" / "parts").glob("*.parquet"))
                 for path in dice.sample(finished, min(len(finished), len(finished) * 2 // 3)):
                     path.unlink()
-            time.sleep(dice.uniform(0.2, 6.0))
+            published, patience = len(parts(folder / "disturbed")), time.monotonic() + 60
+            while len(parts(folder / "disturbed")) <= published and time.monotonic() < patience:
+                time.sleep(0.05)  # not while models load: a kill must find parts in hand
+            time.sleep(dice.uniform(0, 1.0))
             what = dice.choice(("driver", "worker", "worker", "all"))
             below = workers_of(driver.pid)
             victims = (
@@ -134,7 +137,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["kills"]), "identical:", same)
-    assert same and outcome.code == 0
+    assert same and outcome.code == 0 and max(per_round) > 0, "kills that found nothing in hand prove nothing"
 
 
 if __name__ == "__main__":
