@@ -16,9 +16,10 @@ from interp.corpus.job import spec_of, stretches
 from interp.corpus.moments import merged
 from interp.corpus.reading import described
 from interp.errors import InterpError
-from interp.sweep.config import PICKLES, differences
+from interp.sweep.config import differences
 from interp.sweep.drive import Options, Outcome, drive
 from interp.sweep.export import tables
+from interp.sweep.sections import PICKLES
 from interp.sweep.store import Store
 
 BYTES_PER_PART = 2**19
