@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +15,12 @@ PACKAGES = ("interp", "torch", "transformer-lens", "transformers", "triton", "nu
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages a number depends on, and of Python."""
+    """Versions of the packages a number depends on, and of Python: those this process began with."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
