@@ -2,12 +2,12 @@
 
 Run: python experiments/induction_circuit.py [--json experiments/results/induction_circuit.json] [--pairs 16]
 
-Heads are named by what they attend to, in the same prompts (`headstats`: mass on the previous token; at the last word,
-mass on the word after the earlier occurrence). Edges are scored by EAP-IG on inputs, 5 steps. Reported: the rank of
-each head among all heads by the largest |score| of its edges; the smallest circuit (pruned top n) that contains it; the
-rank, among the edges into the key of the induction head's group, of those from previous-token heads. A control shuffles
-the scores among edges, 20 times. The null is a model of the same kind with random weights (four layers), three seeds:
-the gain of the best circuit over random ones of the same size on pairs that were not scored, in standard errors.
+Heads are named by what they attend to, in the same prompts (`headstats`: mass on the previous token; whether the last
+word reads most the word after its earlier occurrence). Edges are scored by EAP-IG on inputs, 5 steps. Reported: the
+rank of each head among all heads by the largest |score| of its edges; the smallest circuit (pruned top n) that contains
+it; the rank, among the edges into the key of the induction head's group, of those from previous-token heads. A control
+shuffles the scores among edges, 20 times. The null is a model of the same kind with random weights (four layers), three
+seeds: the gain of the best circuit over random ones of the same size on pairs that were not scored, in standard errors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import headstats
 import numpy as np
 import torch
 from watching import Watch
@@ -27,6 +28,7 @@ from interp.circuits import EdgeScores, attribute_edges
 from interp.circuits.evaluation import Evaluator
 from interp.circuits.faithful import random_circuit
 from interp.errors import InterpError
+from interp.prompts import encode_pairs
 from interp.provenance import now, versions
 from interp.sites import Site
 
@@ -36,18 +38,13 @@ EDGES = 500  # of the null's circuits
 
 
 def heads_by_attention(model: Any, pairs: Any) -> dict[str, np.ndarray]:
-    """[layers, heads]: mean mass on the previous token; mean mass, from the last word, on what followed it before."""
-    stats = model.attention_stats(pairs)
-    previous = stats.per_head("previous")
-    argmax = stats.values["argmax"]
-    follows = []
-    for i, pair in enumerate(pairs):
-        start, stop = pair.spans["B1"]
-        encoded = model.coder.tokenizer(pair.clean, return_offsets_mapping=True)["offset_mapping"]
-        shift = len(model.coder.encode(pair.clean)) - len(encoded)  # of a token put in front
-        target = {shift + t for t, (a, b) in enumerate(encoded) if a < stop and b > start}
-        follows.append(np.isin(argmax[i][..., -1], list(target)))
-    return {"previous": previous, "induction": np.mean(follows, axis=0)}
+    """[layers, heads]: mean mass on the previous token; in how many prompts the last word reads what followed it."""
+    stats = model.attention_stats(pairs, headstats.StatSpec(previous=True))
+    follows = [
+        np.isin(stats.values["argmax"][i][..., -1], range(*encoded.spans["B1"]))
+        for i, encoded in enumerate(encode_pairs(pairs, model.coder))
+    ]
+    return {"previous": stats.per_head("previous"), "induction": np.mean(follows, axis=0)}
 
 
 def rank_of_heads(scores: EdgeScores) -> list[Site]:
