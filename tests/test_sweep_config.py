@@ -58,6 +58,17 @@ def test_parts_are_the_product_cut_by_examples() -> None:
         assert covered == list(range(20 if recipe == "patch" else 5))
 
 
+def test_tasks_go_by_the_names_of_the_command_line_too() -> None:
+    from interp.sweep.sections import makers
+    from interp.tasks import TASKS, facts
+
+    named = parse_toml(SMALL.replace('"ioi"', '"reasoning"')).tasks[0]
+    assert named.name == "reasoning" and makers()["reasoning"].options == {"kind": "reasoning"}
+    assert set(TASKS) <= set(makers()) and makers()["facts"].make is facts  # single prompts, for tracing
+    with pytest.raises(InterpError, match="'kind' is no option of reasoning"):
+        parse_toml(SMALL.replace('"ioi"', '"reasoning"').replace("n = 20", 'n = 20\noptions = {kind = "recall"}'))
+
+
 def test_key_lines() -> None:
     text = (
         'a = 1\n\n[b]\n"c d" = "x # = [\\"]"\ne.f = """\n]\n"" = 1"""\n[[g]]\nh = [1,\n  {i = 2, j = [3]}, # k\n]\n'

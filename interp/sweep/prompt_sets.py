@@ -16,6 +16,7 @@ from interp.errors import InterpError, ModelError
 from interp.prompts import Fact, PairSet, PromptPair, encode_any
 from interp.sweep.config import TaskSpec
 from interp.sweep.files import digest_of
+from interp.sweep.sections import makers
 
 Prompts = list[PromptPair | Fact]
 
@@ -75,8 +76,7 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None) -> Prompt
     weights = model.fingerprint()
     try:
         if own is None:
-            make = getattr(tasks, str(task.task))
-            made: Any = make(model, n=task.n, seed=seed, **task.options)
+            made: Any = makers()[str(task.task)](model, task.n, seed, **task.options)
             prompts: Prompts = list(made)
         else:
             prompts = _read(task, own)[: task.n]

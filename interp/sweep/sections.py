@@ -7,12 +7,15 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError
 from interp.sweep import fields
 from interp.sweep.fields import Table, list_of, name, one_of, text, whole
 from interp.sweep.recipe_fields import METRICS, RECIPES, ranges
+
+if TYPE_CHECKING:
+    from interp.tasks import Task
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -100,7 +103,7 @@ def read_task(table: Table, folder: Path | None) -> TaskSpec:
         raise table.refuse("pairs", ": give task or pairs, not both")
     if "pairs" in table:
         return _own_prompts(table, folder, require)
-    task = table.take("task", one_of(*task_names()))
+    task = table.take("task", one_of(*makers()))
     n = table.take("n", whole(1), 64)
     options = table.take("options", _options(task), {})
     label = table.take("name", name, task)
@@ -142,21 +145,23 @@ def _own_prompts(table: Table, folder: Path | None, require: float) -> TaskSpec:
     return TaskSpec(label, n, require, pairs=file, pairs_digest=digest, facts=facts)
 
 
-def task_names() -> list[str]:
-    """The tasks of `interp.tasks`: its functions that make ``n`` prompts for a model from a seed."""
-    return [n for n, parameters in _task_parameters().items() if {"n", "seed"} <= set(parameters)]
+def makers() -> dict[str, Task]:
+    """What ``task = "…"`` may name: the functions of `interp.tasks` that make prompts, and what ``--task`` calls them.
 
-
-def _task_parameters() -> dict[str, Mapping[str, inspect.Parameter]]:
+    ``facts`` makes single prompts here, for causal tracing; ``fact_pairs`` what ``--task facts`` makes.
+    """
     from interp import tasks
 
-    functions = {n: getattr(tasks, n) for n in tasks.__all__}
-    return {n: inspect.signature(f).parameters for n, f in functions.items() if inspect.isfunction(f)}
+    functions = {n: f for n in tasks.__all__ if inspect.isfunction(f := getattr(tasks, n))}
+    making = {n: f for n, f in functions.items() if {"n", "seed"} <= set(inspect.signature(f).parameters)}
+    return {**tasks.TASKS, **{n: tasks.Task(f, "") for n, f in making.items()}}
 
 
 def _options(task: str | None) -> fields.Check:
     def check(value: Any) -> dict[str, Any]:
-        known = [p for p in (_task_parameters()[task] if task else ()) if p not in ("model", "n", "seed")]
+        made = makers()[task] if task else None
+        known = [] if made is None else [p for p in inspect.signature(made.make).parameters if p not in made.options]
+        known = [p for p in known if p not in ("model", "n", "seed")]
         if not isinstance(value, dict) or any(
             not isinstance(v, str | int | float | bool | list) for v in value.values()
         ):
