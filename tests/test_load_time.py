@@ -61,12 +61,9 @@ def until(code: str) -> float:
 @pytest.mark.slow
 @pytest.mark.model
 def test_the_embedded_model_answers_soon(record_property) -> None:
-    """The target is 5 s, of which import torch takes one, and the imports of transformers and TransformerLens two.
-
-    5.4 times import torch on a quiet machine, 5.7 on a busy one.
-    """
+    """The target is 5 s, of which import torch takes one, and the imports of transformers and TransformerLens two."""
     until("import interp; interp.load('smollm2')")  # converted, and in the page cache
     ratio = until("import interp; m = interp.load('smollm2'); m('The capital of France is')") / until("import torch")
     record_property("ratio", ratio)
     print(f"{ratio:.2f} × import torch")
-    assert ratio < 6.5, f"the first forward ends after {ratio:.2f} times the processor time of import torch"
+    assert ratio < 5.5, f"the first forward ends after {ratio:.2f} times the processor time of import torch"
