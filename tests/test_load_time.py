@@ -48,14 +48,11 @@ def test_starting_is_quick_beside_importing_torch(arguments: tuple[str, ...], mo
 
 
 def until(code: str) -> float:
-    """Median processor time that three processes have used when the code has run; ending them is not counted."""
+    """Processor time that a process has used when the code has run; ending it is not counted."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     told = f"import time; {code}; print('used', time.process_time())"
-    runs = [
-        subprocess.run([sys.executable, "-c", told], check=True, env=env, capture_output=True, text=True, cwd=ROOT)
-        for _ in range(3)
-    ]
-    return statistics.median(float(run.stdout.split("used")[-1]) for run in runs)
+    run = subprocess.run([sys.executable, "-c", told], check=True, env=env, capture_output=True, text=True, cwd=ROOT)
+    return float(run.stdout.split("used")[-1])
 
 
 @pytest.mark.slow
@@ -63,7 +60,9 @@ def until(code: str) -> float:
 def test_the_embedded_model_answers_soon(record_property) -> None:
     """The target is 5 s, of which import torch takes one, and the imports of transformers and TransformerLens two."""
     until("import interp; interp.load('smollm2')")  # converted, and in the page cache
-    ratio = until("import interp; m = interp.load('smollm2'); m('The capital of France is')") / until("import torch")
+    # in turn: a machine that is slow for a while is slow for both
+    load = "import interp; m = interp.load('smollm2'); m('The capital of France is')"
+    ratio = statistics.median(until(load) / until("import torch") for _ in range(5))
     record_property("ratio", ratio)
     print(f"{ratio:.2f} × import torch")
     assert ratio < 5.5, f"the first forward ends after {ratio:.2f} times the processor time of import torch"
