@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -245,6 +245,9 @@ def gates(
     lam: Annotated[float, typer.Option(help="How hard gates are pulled towards 1, and then towards 0.")] = 0.1,
     lr: Annotated[float, typer.Option(help="Adam's step, which falls to a tenth of it.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Prompts of each update.")] = 32,
+    start: Annotated[
+        str, typer.Option(help="Range of the gates at the start; 0.9,0.98 with a small --lr if a fit is stuck.")
+    ] = "0,1",
     permute: Annotated[bool, typer.Option("--permute", help="With each other's answers: what chance finds.")] = False,
 ) -> None:
     """Causal head gating: a gate learned for every head tells those that help, oppose and idle.
@@ -252,17 +255,19 @@ def gates(
     Reads the clean prompts and their answers; --metric, --engine and --memory do not apply.
     """
     from interp.circuits import causal_head_gating
+    from interp.circuits.gates import settings_of
 
     if sweep.metric is not None:
         raise InterpError("gates are learned from the next-token loss: --metric does not apply")
+    try:
+        low, high = (float(x) for x in start.split(","))
+    except ValueError:
+        raise InterpError(f"--start {start}: two numbers expected, like 0.9,0.98") from None
+    fit: Any = settings_of(steps, seeds, lam, lr, lr / 10, (low, high), batch, sweep.seed)
     model = sweep.loaded()
     prompts = sweep.prompts(model)
     if sweep.explain:
         heads = len(model.attention_layers) * model.n_heads
         typer.echo(f"{heads} gates × {seeds} seeds; {3 * steps} updates of {seeds * min(batch, len(prompts))} prompts")
         return
-    found = causal_head_gating(
-        model, prompts, steps=steps, n_seeds=seeds, lam=lam, lr=lr, lr_end=lr / 10, batch_size=batch, seed=sweep.seed,
-        permute_targets=permute,
-    )  # fmt: skip
-    sweep.finish(found)
+    sweep.finish(causal_head_gating(model, prompts, **fit, seed=sweep.seed, permute_targets=permute))

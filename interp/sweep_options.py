@@ -92,6 +92,9 @@ class Sweep:
             return read_prompts(self.pairs)
         if tracing and self.task in (None, "facts"):
             return tasks.facts(model, n=self.n, seed=self.seed)
+        if tracing and str(self.task).startswith("facts:"):
+            options = str(self.task).partition(":")[2]
+            raise InterpError(f"--task {self.task}: facts to be traced have no options; of pairs: fact_pairs:{options}")
         return tasks.task(self.task or "ioi")(model, self.n, self.seed)
 
     def options(self, **given: Any) -> dict[str, Any]:

@@ -162,5 +162,10 @@ def test_gates(run, folder) -> None:
     assert code == 0 and "12 gates × 5 seeds; 1500 updates of 10 prompts" in out
     code, _, err = run("gates --model {f}/m --pairs {f}/pairs.csv --lam -1")
     assert code == 2 and "lam=-1" in err
+    for wrong, said in (("--steps 0 --explain", "steps=0"), ("--start 0.9", "--start 0.9"), ("--start 1,0", "start=")):
+        code, _, err = run("gates --model {f}/nowhere --pairs {f}/pairs.csv " + wrong)  # before the model is loaded
+        assert code == 2 and said in err
+    code, _, err = run("trace --model {f}/m --task facts:split=test")
+    assert code == 2 and "fact_pairs:split=test" in err
     code, _, err = run("gates --model {f}/m --pairs {f}/pairs.csv --metric prob")
     assert code == 2 and "--metric" in err

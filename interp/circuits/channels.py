@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.running import sender_hooks
+from interp.circuits.settings import positive
 from interp.circuits.weights import FactoredMatrix, WeightCircuits
 from interp.effects import read_parquet, write_parquet
 from interp.engine.runs import hooks
@@ -112,9 +113,7 @@ def attention_channels(
     (0.7 as published). Raises InterpError, PromptError, SiteError or ModelError for bad input, and InterpError if
     nothing fires.
     """
-    for name, value in (("coverage", coverage), ("upstream", upstream)):
-        if not 0 < value <= 1:
-            raise InterpError(f"{name}={value!r}: a share above 0, up to 1, is expected")
+    positive(1, coverage=coverage, upstream=upstream)
     listed = [prompts] if isinstance(prompts, str | PromptPair) else list(prompts)
     if not listed:
         raise PromptError("there are no prompts: pass at least one text")

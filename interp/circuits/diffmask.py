@@ -29,9 +29,10 @@ from interp.circuits.evaluation import token_batches
 from interp.circuits.gradients import weights_fixed
 from interp.circuits.hard_concrete import HardConcrete
 from interp.circuits.next_token import Unembedding, draws, finite
+from interp.circuits.settings import positive, whole
 from interp.circuits.wiring import capture
 from interp.dense import AttentionCall
-from interp.errors import InterpError, PromptError
+from interp.errors import PromptError
 from interp.instrument import attend
 from interp.model import Model
 from interp.progress import progress
@@ -80,13 +81,10 @@ def differential_masks(
     ``steps``: updates (authors: 200 epochs). At their step of 0.001 the gates of a budget settle slowly: hundreds of
     steps need a larger ``lr``. Raises InterpError, PromptError or ModelError for bad input before the first of them.
     """
-    heads = len(model.attention_layers) * model.n_heads
-    for name, value, most in (("k", k, heads), ("steps", steps, None), ("batch_size", batch_size, None)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
-            limit = "on" if most is None else f"to {most} (this model's heads)"
-            raise InterpError(f"{name}={value!r}: a whole number from 1 {limit} is expected")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < np.inf:
-        raise InterpError(f"lr={lr!r}: a positive number is expected")
+    whole(1, len(model.attention_layers) * model.n_heads, k=k)  # heads of the model
+    whole(1, steps=steps, batch_size=batch_size)
+    whole(0, seed=seed)
+    positive(lr=lr)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     if any(p.foil is None for p in prompts):

@@ -34,15 +34,15 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.gated import Gated
 from interp.circuits.gradients import weights_fixed
-from interp.circuits.head_gates import HeadGates
+from interp.circuits.head_gates import CLAMP, HeadGates
 from interp.circuits.next_token import Sample, Text, draws, finite, permuted, samples
+from interp.circuits.settings import positive, whole
 from interp.errors import InterpError, PromptError
 from interp.model import Model
 from interp.progress import progress
@@ -51,7 +51,6 @@ from interp.recipes import provenance_of
 
 log = logging.getLogger("interp")
 
-CLAMP = 4.0  # where the pull on a gate's logit ends
 MAX_DIFFERENCE = 5.0  # nats below the retained log-probability at which forgetting ends (contrastive)
 
 
@@ -79,7 +78,7 @@ def causal_head_gating(
     a backward pass of ``n_seeds`` × ``batch_size`` prompts for each of 3 × ``steps`` updates. Raises InterpError,
     PromptError or ModelError for bad input before the first of them.
     """
-    fitted = _check(steps=steps, n_seeds=n_seeds, lam=lam, lr=lr, lr_end=lr_end, batch_size=batch_size, start=start)
+    fitted = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
     encoded = samples(data, model)
     if permute_targets:
         encoded = permuted(encoded, seed)
@@ -96,14 +95,6 @@ def causal_head_gating(
     losses = {phase: _loss(gated, encoded, m.sigmoid()) for phase, m in logits.items()}
     losses["ungated"] = _loss(gated, encoded, torch.ones_like(logits["start"][:1]))
     made = {"targets": "permuted" if permute_targets else "as given", "losses": losses}
-    fitted = {
-        "steps": steps,
-        "n_seeds": n_seeds,
-        "lr": lr,
-        "lr_end": lr_end,
-        "batch_size": batch_size,
-        "start": list(start),
-    }
     found = _result(gated, logits, data, "causal head gating", seed, fitted, made)
     if found.stuck():
         log.warning(
@@ -136,7 +127,7 @@ def contrastive_head_gating(
     second log P(retained), − λ · mean of clip(m, −4, 4); and their settings (500 updates, batches of 64, step 0.1 to
     0.01).
     """
-    fitted = _check(steps=steps, n_seeds=n_seeds, lam=lam, lr=lr, lr_end=lr_end, batch_size=batch_size, start=start)
+    fitted = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
     variants = [list(retain), list(forget)]
     kept_items = [item for variant in variants for item in variant]
     both = [samples(variant, model) for variant in variants]
@@ -153,14 +144,6 @@ def contrastive_head_gating(
     named = zip(("retain", "forget"), both, strict=True)
     losses = {n: {"gated": _loss(gated, v, gates), "ungated": _loss(gated, v, ones)} for n, v in named}
     made = {"max_difference": MAX_DIFFERENCE, "losses": losses}
-    fitted = {
-        "steps": steps,
-        "n_seeds": n_seeds,
-        "lr": lr,
-        "lr_end": lr_end,
-        "batch_size": batch_size,
-        "start": list(start),
-    }
     method = "contrastive causal head gating"
     return _result(gated, {"contrast": fit.m.detach()}, kept_items, method, seed, fitted, made)
 
@@ -248,19 +231,17 @@ def _result(
     return HeadGates(values, gated.layers, provenance)
 
 
-def _check(**numbers: Any) -> dict[str, Any]:
+def settings_of(
+    steps: int, n_seeds: int, lam: float, lr: float, lr_end: float, start: Sequence[float], batch_size: int, seed: int
+) -> dict[str, Any]:
     """The settings of a fit, for its provenance. InterpError for what cannot be."""
-    for name in ("steps", "n_seeds", "batch_size"):
-        if isinstance(numbers[name], bool) or not isinstance(numbers[name], int) or numbers[name] < 1:
-            raise InterpError(f"{name}={numbers[name]!r}: a whole number from 1 on is expected")
-    for name in ("lam", "lr", "lr_end"):
-        value = numbers[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value) or value <= 0:
-            what = "; it is pulled towards 1 by +λ and towards 0 by −λ" if name == "lam" else ""
-            raise InterpError(f"{name}={value!r}: a positive number is expected{what}")
-    low, high = numbers["start"]
-    if not 0 <= low < high <= 1:
-        raise InterpError(f"start={numbers['start']!r}: a range within 0 and 1 is expected, like (0.9, 0.98)")
-    if numbers["lr_end"] > numbers["lr"]:
-        raise InterpError(f"lr_end={numbers['lr_end']} is above lr={numbers['lr']}: the step falls from lr to lr_end")
-    return {**numbers, "start": [low, high]}
+    whole(1, steps=steps, n_seeds=n_seeds, batch_size=batch_size)
+    whole(0, seed=seed)
+    positive(lam=lam, lr=lr, lr_end=lr_end)
+    numbers = isinstance(start, Sequence) and len(start) == 2 and all(isinstance(x, int | float) for x in start)
+    if not numbers or not 0 <= start[0] < start[1] <= 1:
+        raise InterpError(f"start={start!r}: a range within 0 and 1 is expected, like (0.9, 0.98)")
+    if lr_end > lr:
+        raise InterpError(f"lr_end={lr_end} is above lr={lr}: the step falls from lr to lr_end")
+    made = {"steps": steps, "n_seeds": n_seeds, "lam": lam, "lr": lr, "lr_end": lr_end, "batch_size": batch_size}
+    return {**made, "start": list(start)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ SCORES = ("facilitation", "interference", "irrelevance")
 CLASSES = {"facilitation": "facilitating", "interference": "interfering", "irrelevance": "irrelevant"}
 STUCK = 0.5  # nats by which the start fit may end worse than the model without gates
 THRESHOLD = 0.5  # of a mean score, from which on a head is called by it (as the paper counts)
+CLAMP = 4.0  # where the pull on a gate's logit ends
+HELD = 1 / (1 + math.exp(CLAMP - 1))  # a gate that something holds above where the pull leaves idle ones
 
 
 class HeadGates:
@@ -70,9 +73,12 @@ class HeadGates:
 
         A head facilitates or interferes if that score's mean is at least ``threshold`` (the larger counts), is
         irrelevant if its irrelevance is at least 1 − ``threshold``, and undecided else. The paper counts from 0.5. But
-        G− is the least gate that will do: a head that is stronger than it need be settles below, where idle ones come
-        to about 0.02, and a lower threshold keeps it. Of a contrastive fit: the gate's mean, least and largest, and the
-        share of seeds that ``removed`` it (below 0.5).
+        G− is the least gate that will do: a head that is stronger than it need be (one that decides a softmax by 20
+        nats does so by 2 as well) settles below 0.5. What tells it from an idle one, at any size, is that it is held
+        above the floor: the pull ends at a logit of −4 (a gate of 0.018), where nothing holds idle heads up. `HELD`
+        (0.047, a logit of −3) is the threshold that asks for this; `toggle` then says how much the head matters.
+
+        Of a contrastive fit: the gate's mean, least and largest, and the share of seeds that ``removed`` it (< 0.5).
         """
         if not 0 < threshold <= 0.5:
             raise InterpError(f"threshold={threshold!r}: a number above 0, up to 0.5, is expected")
@@ -153,7 +159,7 @@ class HeadGates:
 
     def toggle(
         self, model: Model, data: Any, heads: Iterable[Site] | None = None, *, seed: int | None = None,
-        contrast: bool | None = None, show_progress: bool | None = None,
+        contrast: bool | None = None, threshold: float = THRESHOLD, show_progress: bool | None = None,
     ) -> pd.DataFrame:  # fmt: skip
         """The paper's validation: under G+, each head's gate set to 0 and to 1, and how log P of the targets differs.
 
@@ -164,7 +170,7 @@ class HeadGates:
         data that the gates were not fitted on. One head at a time, the others at
         G+ (the paper toggles in the order of a score; whether cumulatively is not known). ``contrast``: log P(answer)
         − log P(foil) in place of log P (default: where every item has a foil); then a model without the behaviour has
-        mean difference zero. ``seed``: which gates (default: the mean over the seeds).
+        mean difference zero. ``seed``: which gates (default: the mean over the seeds). ``threshold``: of the classes.
         """
         if self.contrastive:
             raise InterpError("contrastive gates cannot be toggled under G+: there is none")
@@ -174,7 +180,7 @@ class HeadGates:
             raise InterpError("contrast=True needs PromptPairs with foils")
         plus = self.values["plus"]
         base = plus.mean(0) if seed is None else plus[self._seeds(len(plus)).index(seed)]
-        classes = self.classes()
+        classes = self.classes(threshold)
         chosen = list(classes if heads is None else heads)
         changes = np.zeros((len(chosen), len(encoded)))
         with progress("toggle gates", len(chosen), show_progress) as advance, torch.no_grad():

@@ -14,9 +14,9 @@ with intervals:
 
 * linear high on the model, low on random weights, on held-out pairs: evidence that training made the variable linear;
 * non-linear high on random weights too: the non-linear result on the model is no evidence about the model, however
-high; * linear high on random weights: the site, the rank or the pairs give the answer away (inputs that are still
-legible, say):
-  no evidence either;
+  high;
+* linear high on random weights: the site, the rank or the pairs give the answer away (inputs that are still legible,
+  say): no evidence either;
 * high on training pairs and low on held-out ones: the map has learned the pairs by heart.
 
 Random weights: every matrix drawn anew from a normal distribution with its own mean and standard deviation; vectors
@@ -40,6 +40,7 @@ from transformer_lens.tools.analysis import interchange as tl
 from interp.circuits.bijections import Exchange, RevNet
 from interp.circuits.gradients import weights_fixed
 from interp.circuits.next_token import draws, finite
+from interp.circuits.settings import positive, whole
 from interp.errors import InterpError, ModelError, PromptError, SiteError
 from interp.model import Model
 from interp.progress import Advance, progress
@@ -119,8 +120,9 @@ def interchange_accuracy(
     ModelError for bad input.
     """
     place = Site.parse(site) if isinstance(site, str) else site
-    _check(model, place, rank=rank, steps=steps, batch_size=batch_size, blocks=blocks, hidden=hidden,
-           lr=lr, nonlinear_lr=nonlinear_lr)  # fmt: skip
+    counts = {"steps": steps, "batch_size": batch_size, "blocks": blocks, "hidden": hidden}
+    _check(model, place, rank, counts, {"lr": lr, "nonlinear_lr": nonlinear_lr})
+    whole(0, seed=seed)
     splits = {name: _listed(pairs) for name, pairs in (("train", train), ("test", test))}
     encoded = {name: encode_pairs(pairs, model.coder) for name, pairs in splits.items()}
     classes = sorted({t for ps in encoded.values() for p in ps for t in _both(p, "train or test")})
@@ -277,7 +279,7 @@ def _both(prompt: Encoded, where: str) -> tuple[int, int]:
     return prompt.answer, prompt.foil
 
 
-def _check(model: Model, place: Site, **numbers: Any) -> None:
+def _check(model: Model, place: Site, rank: int, counts: dict[str, int], steps_of: dict[str, float]) -> None:
     if model.reads != "text" or model.stacks:
         raise ModelError(f"{model.name}: interchange interventions are defined for models of one stack that read text")
     if place.component not in WIDE or place.layer is None or not isinstance(place.position, int):
@@ -285,11 +287,6 @@ def _check(model: Model, place: Site, **numbers: Any) -> None:
     hook = COMPONENTS[place.component].hook.format(layer=place.layer)
     if place.layer >= model.n_layers or hook not in model.bridge.hook_dict:
         raise SiteError(f"{place}: {model.name} has no such site")
-    for name in ("rank", "steps", "batch_size", "blocks", "hidden"):
-        if isinstance(numbers[name], bool) or not isinstance(numbers[name], int) or numbers[name] < 1:
-            raise InterpError(f"{name}={numbers[name]!r}: a whole number from 1 on is expected")
-    if numbers["rank"] >= model.d_model:
-        raise InterpError(f"rank={numbers['rank']}: below {model.d_model} (all of them would exchange the whole site)")
-    for name in ("lr", "nonlinear_lr"):
-        if not isinstance(numbers[name], int | float) or not 0 < numbers[name] < np.inf:
-            raise InterpError(f"{name}={numbers[name]!r}: a positive number is expected")
+    whole(1, model.d_model - 1, rank=rank)  # all coordinates would exchange the whole site
+    whole(1, **counts)
+    positive(**steps_of)

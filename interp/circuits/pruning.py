@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -31,6 +30,7 @@ from interp.circuits.hard_concrete import HardConcrete
 from interp.circuits.next_token import draws, finite
 from interp.circuits.running import sender_hooks
 from interp.circuits.scores import EdgeScores
+from interp.circuits.settings import positive, whole
 from interp.circuits.soft_running import run_weighted
 from interp.circuits.wiring import Wiring, capture
 from interp.errors import InterpError
@@ -76,7 +76,11 @@ def prune_edges(
     no path from the input to the logits. Raises InterpError, PromptError or ModelError for bad input before the first
     step, and InterpError if nothing is left.
     """
-    _check(sparsity, steps, lr, start, batch_size)
+    whole(1, steps=steps, batch_size=batch_size)
+    whole(0, seed=seed)
+    positive(lr=lr)
+    positive(1.2, sparsity=sparsity)
+    positive(20, start=start)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     if all(p.clean == p.corrupt for p in prompts):
@@ -173,13 +177,3 @@ class _Fit:
 
 def _log_probs(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-
-
-def _check(sparsity: float, steps: int, lr: float, start: float, batch_size: int) -> None:
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InterpError(f"{name}={value!r}: a whole number from 1 on is expected")
-    for name, value, most in (("sparsity", sparsity, 1.2), ("lr", lr, np.inf), ("start", start, 20)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            limit = "" if most == np.inf else f", up to {most}"
-            raise InterpError(f"{name}={value!r}: a number above 0{limit} is expected")

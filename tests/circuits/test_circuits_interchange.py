@@ -104,7 +104,8 @@ def test_wilson_intervals() -> None:
 
 def test_bad_input_is_refused_before_any_fit(tiny) -> None:
     model = tiny("llama")
-    for wrong in ({"rank": 0}, {"rank": 32}, {"steps": 0}, {"lr": 0}, {"nonlinear_lr": float("inf")}, {"blocks": True}):
+    for wrong in ({"rank": 0}, {"rank": 32}, {"steps": 0}, {"lr": 0}, {"nonlinear_lr": float("inf")}, {"blocks": True},
+                  {"hidden": 0}, {"lr": "x"}, {"seed": -1}):  # fmt: skip
         with pytest.raises(InterpError, match=next(iter(wrong))):
             interchange_accuracy(model, PAIRS, PAIRS, "resid_post.L1@-1", **wrong)
     for site in ("z.L1H0@-1", "resid_post.L1", "resid_post.L9@-1", "resid_post.L1@9", "resid_post.L1@subject"):

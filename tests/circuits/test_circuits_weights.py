@@ -221,7 +221,7 @@ def test_channels_of_a_random_model_are_many_and_nobody_s() -> None:
 
 def test_bad_input(tiny) -> None:
     model = tiny("llama")
-    for wrong in ({"coverage": 0}, {"coverage": float("nan")}, {"upstream": 1.5}):
+    for wrong in ({"coverage": 0}, {"coverage": float("nan")}, {"upstream": 1.5}, {"coverage": "all"}):
         with pytest.raises(InterpError, match=next(iter(wrong))):
             attention_channels(model, TEXT, **wrong)
     with pytest.raises(PromptError, match="no prompts"):
