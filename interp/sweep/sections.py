@@ -148,7 +148,8 @@ def _own_prompts(table: Table, folder: Path | None, require: float) -> TaskSpec:
 def makers() -> dict[str, Task]:
     """What ``task = "…"`` may name: the functions of `interp.tasks` that make prompts, and what ``--task`` calls them.
 
-    ``facts`` makes single prompts here, for causal tracing; ``fact_pairs`` what ``--task facts`` makes.
+    ``facts`` makes single prompts, for causal tracing, and ``fact_pairs`` pairs of them, as on the command line (which
+    takes ``facts`` for ``fact_pairs`` where two prompts are compared).
     """
     from interp import tasks
 

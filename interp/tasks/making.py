@@ -82,8 +82,11 @@ def unfit(pair: PromptPair, coder: Coder) -> str:
         return "answer or foil is not a single token"
     if one == other:
         return "answer and foil are the same token"
-    if len(coder.encode(pair.clean)) != len(coder.encode(pair.corrupt)):
+    clean, corrupt = (coder.encode(t) for t in (pair.clean, pair.corrupt))
+    if len(clean) != len(corrupt):
         return "clean and corrupt have different numbers of tokens"
+    if clean == corrupt:  # where they differ, both have words that the tokenizer does not know
+        return "clean and corrupt are the same tokens"
     try:
         token_spans(pair.spans, coder.offsets(pair.clean))
     except PromptError:

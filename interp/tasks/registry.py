@@ -59,13 +59,18 @@ TASKS: dict[str, Task] = {
     "key_value": Task(key_value, "the value of a key in a list of eight"),
 }
 
+ALIASES = {"fact_pairs": "facts"}
+
 
 def task(text: str) -> Task:
     """A task by its name, with options after a colon: ``"ioi"``, ``"needle:tokens=2048,depth=0.5"``.
 
+    ``fact_pairs`` is another name of ``facts``, which is made of pairs wherever two prompts are compared.
+
     TaskError for a name that no task has, and for an option that the task does not have.
     """
     name, _, rest = text.partition(":")
+    name = ALIASES.get(name, name)
     if name not in TASKS:
         raise TaskError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     found, options = TASKS[name], {}

@@ -239,6 +239,7 @@ def test_names_carry_options():
     found = tasks.task("needle:tokens=2048,depth=0.5,split=test")
     assert found.make is tasks.needle and found.options == {"tokens": 2048, "depth": 0.5, "split": "test"}
     assert tasks.task("recall").options == {"kind": "recall"}
+    assert tasks.task("fact_pairs:split=test").make is tasks.task("facts").make is tasks.fact_pairs
     for text, match in (("chess", "choose one of ioi"), ("ioi:x=1", "ioi takes corruption=…, split=…"),
                         ("recall:kind=reasoning", "cannot read"), ("ioi:split", "cannot read 'split'")):  # fmt: skip
         with pytest.raises(TaskError, match=match):
@@ -260,6 +261,14 @@ def test_what_was_refused_is_counted(reader):
         "was drawn before": 1, "clean and corrupt have different numbers of tokens": 1,
         "clean and corrupt are the same": 1, "answer or foil is not a single token": 1,
     }  # fmt: skip
+
+
+def test_words_that_a_tokenizer_does_not_know_are_no_difference():
+    """Its arguments are unknown to this tokenizer: clean and corrupt are the same tokens."""
+    from interp import zoo
+
+    with pytest.raises(TaskError, match="clean and corrupt are the same tokens"):
+        tasks.docstring(zoo.trained_induction().model, 4)
 
 
 def test_the_command_lists_tasks():
