@@ -55,7 +55,8 @@ class Effects:
     """
 
     def __init__(self, frame: pd.DataFrame, provenance: dict[str, Any] | None = None):
-        frame = frame.assign(**{c: pd.NA for c in ADDED if c not in frame.columns})
+        if added := {c: pd.NA for c in ADDED if c not in frame.columns}:
+            frame = frame.assign(**added)
         missing = [c for c in COLUMNS if c not in frame.columns]
         if missing:
             raise InterpError(f"this is not an effects table: it lacks the column(s) {', '.join(missing)}")

@@ -245,8 +245,9 @@ class Model:
         digest = hashlib.blake2b(digest_size=12)
         for name, weight in self.bridge.original_model.named_parameters():
             flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu()
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+            sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu().contiguous()
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(sample.numpy())
         return digest.hexdigest()
 
     # ------------------------------------------------------------ text

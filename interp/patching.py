@@ -7,7 +7,10 @@ what is necessary for it. Heimersheim & Nanda 2024, "How to use and interpret ac
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
+
+import torch
 
 from interp.effects import Effects
 from interp.engine import Cell, Engine, Run, Write
@@ -107,19 +110,21 @@ class _Sweep:
         runs = self.runner.record(ids, self.components)
         clean, corrupt, source = runs[::3], runs[1::3], runs[2::3]
         read = readout(here, [r.logits for r in clean])
-        scores = [score_runs(self.metric, base, read).tolist() for base in (clean, corrupt)]
+        scores = [score_runs(self.metric, base, read).tolist() for base in (clean, corrupt, source)]
         into, unchanged = (corrupt, scores[1]) if self.mode == "denoise" else (clean, scores[0])
-        carried = score_runs(self.metric, source, read).tolist()
         asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
         cells: list[Cell | None] = []
         known: list[float] = []
         for n, target in asked:
             first = self._first(here[n], source[n], into[n])
             cell = self._cell(n, target, here[n], source[n], into[n], first)
-            everything = cell is not None and self.runner.fast and _carries_all(cell, first, len(here[n]))
-            cells.append(None if everything else cell)
-            known.append(carried[n] if everything else unchanged[n])
-        values = evaluate_or_keep(self.runner, self.metric, into, cells, known, read, advance)
+            kept = unchanged
+            if cell is not None and (lead := self._takes_over(cell, first, source[n])):
+                cell, kept = _mirrored(lead, source[n], into[n], n + len(here)), scores[2]
+            cells.append(cell)
+            known.append(kept[n])
+        both = read.rows(torch.arange(len(here)).repeat(2))
+        values = evaluate_or_keep(self.runner, self.metric, [*into, *source], cells, known, both, advance)
         for (n, target), value in zip(asked, values, strict=True):
             rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
 
@@ -143,6 +148,36 @@ class _Sweep:
         changing = any(differs(w, into) for w in writes) if self.runner.fast else writes
         return Cell(number, tuple(writes)) if changing else None
 
+    def _takes_over(self, cell: Cell, first: int, run: Run) -> Write | None:
+        """The write by which all rows up to some position become those of the run that values come from, if one does.
+
+        It sets their residual stream from ``first`` on, before which the runs are the same; further writes, all of
+        these rows later on, then find what they would set.
+        """
+        if not self.runner.fast or self.runner.blind([run], replace(cell, run=0)):
+            return None
+        lead = min(cell.writes, key=lambda w: (w.site.layer or 0, _depth(w)))
+        taken = all(_depth(w) >= 0 and w.start <= first and w.stop <= lead.stop for w in cell.writes)
+        return lead if taken else None
+
+
+def _depth(write: Write) -> int:
+    """Where in a block a write sets the residual stream; -1 if it does not."""
+    return STREAM.index(write.site.component) if write.site.component in STREAM else -1
+
+
+def _mirrored(write: Write, source: Run, into: Run, number: int) -> Cell | None:
+    """The cell of a write that takes over, seen from run ``source``, whose number is given; None if it is that run.
+
+    What the rows before ``write.stop`` do from there on, they do in ``source``; changed in it are the rows after them,
+    to those of ``into``: fewer to run.
+    """
+    start, stop = write.stop, len(source)
+    if start == stop:
+        return None
+    other = Write(write.site, start, stop, into.value(write.site, start, stop))
+    return Cell(number, (other,)) if differs(other, source) else None
+
 
 def _donors(
     prompts: Sequence[Encoded], sources: Sequence[PromptPair] | None, model: Model, mode: Mode
@@ -162,13 +197,6 @@ def _donors(
                 "choose sources of the same length"
             )
     return donors
-
-
-def _carries_all(cell: Cell, first: int, length: int) -> bool:
-    """Whether a cell that takes all its values from one run makes the other that run: it sets the residual stream of
-    all rows from ``first`` on, before which the two are the same.
-    """  # fmt: skip
-    return any(w.site.component in STREAM and w.start <= first and w.stop == length for w in cell.writes)
 
 
 def _first_difference(source: Run, into: Run) -> int:

@@ -188,19 +188,18 @@ class Rows:
 
         Raises InterpError if the metric came out NaN or infinite: a table of those is not a result.
         """
-        frame = pd.DataFrame(self.columns).astype({c: t for c, t in COLUMNS.items() if c in self.columns})
-        numbers = {c: torch.tensor(frame[c].to_numpy(dtype=float)) for c in ("clean", "corrupt", "patched")}
+        numbers = {c: torch.tensor(self.columns[c], dtype=torch.float64) for c in ("clean", "corrupt", "patched")}
         # corrupt is NaN where there is no corrupt run
         broken = ~(numbers["patched"].isfinite() & numbers["clean"].isfinite() & ~numbers["corrupt"].isinf()).numpy()
         if broken.any() and not KEEP_NAN.get():
-            first = frame[broken].iloc[0]
+            first = {c: values[broken.argmax()] for c, values in self.columns.items()}
             raise InterpError(
-                f"metric {self.metric.name!r} returned NaN or infinity for {int(broken.sum())} of {len(frame)} cells "
+                f"metric {self.metric.name!r} returned NaN or infinity for {int(broken.sum())} of {len(broken)} cells "
                 f"(first: example {first['example']}, {first['component']} layer {first['layer']})"
             )
-        frame["effect"] = recovery(**numbers, mode=self.mode).numpy()
         start = numbers["corrupt"] if self.mode == "denoise" else numbers["clean"]
-        frame["raw"] = (numbers["patched"] - start).numpy()
+        effect, raw = recovery(**numbers, mode=self.mode), numbers["patched"] - start
+        frame = pd.DataFrame({**self.columns, "effect": effect.numpy(), "raw": raw.numpy()})
         provenance = {
             **model.provenance(), "prompts": prompt_hash(prompts), "n_prompts": len(prompts), "created": now(),
             "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,

@@ -21,8 +21,9 @@ def test_a_plan_counts_cells_and_what_they_need(tiny) -> None:
     n = len(model.coder.encode(LATE.clean))
     plan = interp.explain(interp.patch, model, LATE, model.sites("resid_pre"))
     assert plan.n_cells == model.n_layers * n
-    # all positions before the difference, and what the same token after it is embedded as
-    assert plan.n_answered == model.n_layers * (n - 2) + 1
+    # all positions before the difference, what the same token after it is embedded as, and what the others are, since
+    # the only token that differs carries all that there is
+    assert plan.n_answered == model.n_layers * (n - 2) + 2
     steps = list(plan.steps.values())
     assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] / 5
     early = interp.explain(interp.patch, model, EARLY, model.sites("resid_pre"))
@@ -87,7 +88,7 @@ def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch) -> None:
         interp.patch(model, EARLY, sites)
     assert len(runs) == 2
     measured = all_of_it.get_total_flops() - base.get_total_flops()
-    assert measured == pytest.approx(plan.flops, rel=0.1)
+    assert measured == pytest.approx(plan.flops, rel=0.001)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog) -> None:

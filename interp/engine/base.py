@@ -66,8 +66,8 @@ def _forward(
 ) -> list[Run]:
     """One packed forward of prompts that stand in order of length."""
     pieces = _pieces(model, prompts)
-    packed = place(pieces)
     forward, kept = PackedForward(model, (), (), frame, blocks), _Kept(components)
+    packed = place(pieces, forward.layout)
     resid = packed.new_empty(len(blocks) + 1, *packed.shape)
     keys, values = [], []
     for layer, block in enumerate(blocks):

@@ -23,13 +23,14 @@ import headstats
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from interp.dense import AttentionCall
 from interp.engine.cells import Cell, cut_table
 from interp.engine.joint import packed_attention
 from interp.engine.lean import LeanBlock, RowsOf, rotation
 from interp.engine.pieces import Changes, Group, Piece, place, positions, unpack
-from interp.engine.products import redirected
+from interp.engine.products import products_for, redirected
 from interp.engine.runs import Frame, Run, hooks
 from interp.model import Model
 from interp.sites import COMPONENTS
@@ -82,6 +83,8 @@ class PackedForward:
         self.model, self.cells, self.frame, self.lean = model, cells, frame, lean
         self.table: tuple[Tensor, Tensor] | None = None  # of rotary positions
         self.rotated: tuple[list[Piece], Tensor] | None = None  # the same for rows of pieces
+        # lean blocks take rows laid out once; the model's own are handed those that there are
+        self.layout = int if lean is None else products_for(model.dtype, model.device).rows
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
@@ -137,7 +140,7 @@ class PackedForward:
 
     def _block(self, layer: int, pieces: list[Piece]) -> None:
         """Runs one block on the packed rows of all cells that are in."""
-        packed = place(pieces)
+        packed = place(pieces, self.layout)
         self._write_residual(layer, pieces, packed)
         if self.lean is None:
             packed = self.run_block(layer, pieces, packed, lambda call: self.attend(call, pieces))
@@ -187,10 +190,10 @@ class PackedForward:
 
     def _lean_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
         assert self.lean is not None
-        block, packed = self.lean[layer], place(wide)
+        block, packed = self.lean[layer], place(wide, self.layout)
         rows = self._rows_of(layer, wide, packed.device)
         k, v = block.project(packed, "kv", self.rotation(layer, wide), rows)
-        packed = place(last)
+        packed = place(last, self.layout)
         rows = self._rows_of(layer, last, packed.device)
         (q,) = block.project(packed, "q", self.rotation(layer, last), rows)
         block.finish(packed, self.attention(layer, q, k, v, last, wide), rows)
@@ -200,13 +203,15 @@ class PackedForward:
         return lambda component: self.changes.rows(layer, component, pieces, device)
 
     def rotation(self, layer: int, pieces: list[Piece]) -> Float[Tensor, "rows 2 d_head"]:
-        """Rotary tables of all packed rows."""
+        """Rotary tables of all rows laid out."""
         cos, sin = self.frame.kwargs[layer]["position_embeddings"]
         if self.table is None or self.table[0] is not cos:  # layers share theirs
             self.table = cos, rotation(cos, sin)
             self.rotated = None
         if self.rotated is None or self.rotated[0] is not pieces:
-            self.rotated = pieces, self.table[1].index_select(0, positions(pieces, self.model.device))
+            where = positions(pieces, self.model.device)
+            where = F.pad(where, (0, self.layout(len(where)) - len(where)))
+            self.rotated = pieces, self.table[1].index_select(0, where)
         return self.rotated[1]
 
     def run_block(

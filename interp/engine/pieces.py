@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.engine.cells import Cell, Cut, Write
@@ -68,10 +68,15 @@ class Piece:
         return Piece(self.group, self.cells, self.stop - 1, self.stop, [part[:, -1:] for part in self.parts])
 
 
-def place(pieces: Sequence[Piece]) -> Tensor:
-    """Sets the offsets and returns the packed hidden state [rows, d_model], a copy that may be written to."""
+def place(pieces: Sequence[Piece], layout: Callable[[int], int] = int) -> Float[Tensor, "rows d_model"]:
+    """Sets the offsets and returns the packed hidden state, a copy that may be written to.
+
+    ``layout``: how many rows to lay out for so many; those beyond are zero and belong to no piece.
+    """
     like = pieces[0].parts[0]
-    packed = like.new_empty(sum(len(p.cells) * p.rows for p in pieces), like.shape[-1])
+    used = sum(len(p.cells) * p.rows for p in pieces)
+    packed = like.new_empty(layout(used), like.shape[-1])
+    packed[used:] = 0
     offset = 0
     for piece in pieces:
         piece.offset = offset

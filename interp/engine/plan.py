@@ -25,12 +25,13 @@ EFFICIENCY = 0.8  # of the matrix products' own rate; norms, activations and att
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What one block costs: FLOPs of a row's matrix products (``keys``: of those before attention), and of one cell
-    of its attention pattern, over all heads; and bytes that a packed row needs at its widest.
+    """What one block costs: FLOPs of a row's matrix products (``qkv``: those before attention, ``kv``: of these without
+    queries), and of one cell of its attention pattern, over all heads; and bytes that a packed row needs at its widest.
     """  # fmt: skip
 
     row: float
-    keys: float
+    qkv: float
+    kv: float
     pattern: float
     bytes: float
 
@@ -51,10 +52,10 @@ class BlockCost:
             attention += numel if "attn" in name or "attention" in name else 0
         d_head = int(model.bridge.cfg.d_head)
         heads, kv = model.n_heads * d_head, model.n_kv_heads * d_head
-        keys = min(attention, model.d_model * (heads + 2 * kv))
+        qkv, kv = (min(attention, model.d_model * width) for width in (heads + 2 * kv, 2 * kv))
         size = torch.finfo(model.dtype).bits // 8
         # the residual and its copies, and everything that the block's products put out
-        return cls(2 * weights, 2 * keys, 4 * heads, size * (6 * model.d_model + widest))
+        return cls(2 * weights, 2 * qkv, 2 * kv, 4 * heads, size * (6 * model.d_model + widest))
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,10 @@ class Plan:
         if stop is not None and stop < n:
             total -= (n - stop) * cost.row + cost.pattern * (n * (n + 1) - stop * (stop + 1)) / 2
         if last_only and rows > 1:
-            total -= (rows - 1) * (cost.row - cost.keys) - cost.keys + cost.pattern * (seen - n)
+            # of the other rows keys and values alone; the model's own blocks put out queries with them, and go twice
+            left = rows * cost.row - (rows * cost.qkv + cost.row)
+            left = left if self.engine.lean is None else (rows - 1) * (cost.row - cost.kv)
+            total -= left + cost.pattern * (seen - n)
         return total
 
     @property

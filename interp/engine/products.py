@@ -26,6 +26,10 @@ ROWS, WIDTH = 256, 768  # of the product that decides
 class Products:
     """x weightᵀ + bias, and what is done at once with the result. Subclasses say how; here by PyTorch's own way."""
 
+    def rows(self, n: int) -> int:
+        """How many rows to lay out for n of them: those beyond cost less than what they spare."""
+        return n
+
     def linear(
         self, x: Float[Tensor, "*rows inner"], weight: Float[Tensor, "outer inner"], bias: Tensor | None = None
     ) -> Float[Tensor, "*rows outer"]:
@@ -45,8 +49,12 @@ class OneDNN(Products):
     """By the operators that torch.compile puts into its CPU code. Float32, without autograd.
 
     oneDNN compiles code for every number of rows and keeps it, a megabyte or two each: rows are filled up so that few
-    numbers of them occur.
+    numbers of them occur, here for each product unless they come so.
     """
+
+    def rows(self, n: int) -> int:
+        """As Products."""
+        return filled_rows(n)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As Products."""

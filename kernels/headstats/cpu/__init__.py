@@ -25,6 +25,7 @@ READ = {
     "edit_q_segments", "pattern_q", "pattern_k", "pattern_rows", "logit_factor", "logit_raise", "counterfactual",
     "counterfactual_rows", "counterfactual_renormalise", "counterfactual_seed", "take", "give", "keep_fraction",
 }  # fmt: skip
+UNREAD = [f for f in fields(Call) if f.name not in READ]
 
 
 def unsupported(call: Call) -> str | None:
@@ -33,7 +34,7 @@ def unsupported(call: Call) -> str | None:
         return f"it runs on CPU, and q is on {call.q.device}"
     if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not tracing(call.q):
         return f"it reads memory, which a {type(call.q).__name__} may not have"
-    unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
+    unread = [f.name for f in UNREAD if getattr(call, f.name) is not f.default]
     if unread:
         return f"it does not read {', '.join(unread)}"
     if (reason := lowering.unsupported(call)) is not None:
