@@ -182,13 +182,17 @@ def vertical_scores(
     """Mean weight that later segments, from ``proximity`` on, give to the tokens of each; NaN where there is none.
 
     The vertical score of Thought Anchors (Bogdan et al. 2025, arXiv 2506.19143): the mean over i >= j + proximity of
-    the mean of p over the tokens of segment i times those of segment j.
+    the mean of p over the tokens of segment i times those of segment j. There the segments are the sentences of a
+    trace; here, likewise, segments without a name (what lies between named spans, such as a start token) do not count,
+    nor does the one that holds the first token: most heads rest on it, and would all be heads that single it out.
     """
-    width = np.array([b - a for _, a, b in segments], dtype=float)
-    mean = np.asarray(blocks, dtype=float) / width  # mass / keys: the block mean
-    out = np.full(len(width), np.nan)
-    for j in range(len(width) - proximity):
-        out[j] = mean[j + proximity :, j].mean()
+    listed = list(segments)
+    counted = [i for i, (name, start, _) in enumerate(listed) if name and start > 0]
+    width = np.array([b - a for _, a, b in listed], dtype=float)[counted]
+    mean = np.asarray(blocks, dtype=float)[np.ix_(counted, counted)] / width  # mass / keys: the block mean
+    out = np.full(len(listed), np.nan)
+    for j in range(len(counted) - proximity):
+        out[counted[j]] = mean[j + proximity :, j].mean()
     return out
 
 

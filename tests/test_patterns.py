@@ -118,15 +118,17 @@ def test_partition_covers_everything_once_and_short_spans_win():
 
 def test_receiver_score_of_a_head_that_reads_one_sentence():
     """One-hot vertical scores of length m have excess kurtosis (m² − 3m + 3)/(m − 1) − 3."""
-    n, m = 14, 10
-    segments = [(f"s{i}", 2 * i, 2 * i + 2) for i in range(n)]
+    n, m = 15, 10
+    segments = [("", 0, 1), *((f"s{i}", 2 * i + 1, 2 * i + 3) for i in range(n - 1))]
     blocks = np.zeros((n, n))
-    blocks[:, 3] = 0.5
+    blocks[:, 0], blocks[:, 4] = 0.4, 0.5  # the start token is read by all, and does not count
     scores = vertical_scores(blocks, segments)
-    np.testing.assert_allclose(scores[:m], np.eye(m)[3] * 0.25)
-    assert np.isnan(scores[m:]).all()
+    np.testing.assert_allclose(scores[1 : m + 1], np.eye(m)[3] * 0.25)
+    assert np.isnan(scores[0]) and np.isnan(scores[m + 1 :]).all()
     assert receiver_score(blocks, segments) == pytest.approx((m * m - 3 * m + 3) / (m - 1) - 3)
-    assert np.isnan(receiver_score(blocks[:9, :9], segments[:9]))
+    named = [("s", 0, 1), *segments[1:5], ("", 9, 11), *segments[6:]]  # the first token's segment; what lies between
+    assert np.isnan(vertical_scores(blocks, named)[[0, 5]]).all() and np.isfinite(vertical_scores(blocks, named)[4])
+    assert np.isnan(receiver_score(blocks[:10, :10], segments[:10]))
     uniform = np.tile(np.full(n, 1 / n), (n, 1))
     assert np.isnan(receiver_score(uniform, segments)), "no spread: nothing stands out"
 

@@ -15,7 +15,7 @@ from interp.plots import payload
 from interp.plots.pattern_payload import encode_pattern_example, expected_bytes
 
 SHORT_BYTES, LONG_BYTES = 1_500_000, 5_000_000
-LONG_TOKENS = 1024  # a page about longer prompts may be larger
+LONG_TOKENS = 64  # a page about longer prompts may be larger, and its maps may lose lines rather than the page a prompt
 # What does not fit is made smaller: (times fewer lines of maps, levels of √p, largest weights of each query). Eye and
 # colour map tell few levels apart, but see lines.
 ALTERNATIVES = (
@@ -25,7 +25,7 @@ SHARE = 0.8  # of what is left, that one prompt's patterns may take
 
 
 def default_bytes(results: list[Any]) -> int:
-    """5 MB for prompts of more than 1,024 tokens, else 1.5 MB."""
+    """5 MB for prompts of more than 64 tokens, else 1.5 MB."""
     lengths = [e.n_tokens for r in results if isinstance(r, AttentionPatterns) for e in r.examples]
     lengths += [len(t) for r in results if isinstance(r, AttentionStats) for t in r.tokens]
     return LONG_BYTES if max(lengths, default=0) > LONG_TOKENS else SHORT_BYTES
@@ -66,8 +66,9 @@ def _versions(
 ) -> Iterator[Callable[[], dict[str, Any]]]:
     """An example in full, then with less in it."""
     if isinstance(result, AttentionPatterns):
-        for how in ALTERNATIVES if result.examples[i].pooled else ALTERNATIVES[:1]:
-            if how != ALTERNATIVES[-1] and expected_bytes(result, i, *how) > room:
+        ways = ALTERNATIVES if result.examples[i].n_tokens > LONG_TOKENS else ALTERNATIVES[:1]
+        for how in ways:
+            if how != ways[-1] and expected_bytes(result, i, *how) > room:
                 continue  # to encode all maps takes seconds, a few of them tell
             yield lambda how=how: encode_pattern_example(result, i, *how)
     else:

@@ -174,7 +174,7 @@ def report(
 
     Results appear in the given order. A string becomes a paragraph between them; a mapping names its
     results (``{"Patching": effects}``). All results must come from the same model. ``max_bytes`` (default: 1.5 MB; 5 MB
-    where a prompt has more than 1,024 tokens) bounds the page by leaving out attention of later examples, then detail
+    where a prompt has more than 64 tokens) bounds the page by leaving out attention of later examples, then detail
     of the first (the page says what); effects always go in whole. What is still too large raises InterpError where a
     bound was asked for, and is logged where not.
     """

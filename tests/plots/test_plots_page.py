@@ -235,6 +235,10 @@ def test_page_prints_and_fits_a_phone(browser: Browser, tmp_path: Path):
     browser.open(path, width=390, height=800, dark=True)
     browser.until("!!document.querySelector('.strip-tokens .token')")
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    whole = "n => n.filter((s) => s.getBoundingClientRect().right > innerWidth + 1).length"
+    for drawing in ("svg.map", "svg.pattern", "svg.row-figure", "svg.graph", "svg.curve"):
+        drawn = browser.page.locator(drawing)
+        assert drawn.count() and drawn.evaluate_all(whole) == 0, f"{drawing} is cut off at the right"
     assert browser.pdf().startswith(b"%PDF")
     assert browser.evaluate("document.documentElement.dataset.theme") == "dark", "paper is white, the screen stays dark"
     assert_quiet(browser, path)

@@ -21,7 +21,7 @@ from interp.plots import Report, bars, heatmap, png, report
 from interp.plots.budget import LONG_BYTES, SHORT_BYTES
 from interp.plots.codec import unpack
 from interp.plots.panels import EdgePanel, split
-from interp.plots.pattern_payload import encode_pattern_example
+from interp.plots.pattern_payload import decode_patterns, encode_pattern_example
 from interp.results import read_results
 
 
@@ -82,6 +82,23 @@ def test_a_short_report_is_small_and_a_hundred_thousand_tokens_say_what_was_pool
     assert isinstance(read, AttentionStats) and isinstance(patterns, AttentionPatterns)
     assert patterns.examples[0].n_tokens == n and patterns.examples[0].pooled
     assert "report_tokens" not in read.provenance or len(read.tokens[0]) < n
+
+
+def test_a_prompt_of_a_hundred_tokens_is_shown_in_whatever_room_there_is():
+    n, heads = 100, [(0, h) for h in range(40)]
+    run = synthetic.pattern_run(synthetic.weights(n, 40), [f" w{i}" for i in range(n)], [("", 0, n)])
+    long = AttentionPatterns(heads, [(0, 3)], 1, 40, [PatternExample([("", 0, n)], np.arange(n + 1), {"clean": run})])
+    whole = report(long)
+    assert SHORT_BYTES / 5 < len(whole.html) < LONG_BYTES
+    seen = []
+    for share in (1.0, 0.75, 0.55):
+        data = report(long, max_bytes=int(share * len(whole.html)) + 200)._payload()["results"][0]
+        (held,) = data["examples"]
+        seen.append((held["coarse"], held["levels"]))
+        maps = decode_patterns(data).examples[0].runs["clean"].maps
+        np.testing.assert_array_equal(maps[3], run.maps[3])  # the exact head keeps every weight
+        assert np.array_equal(maps[4], run.maps[4]) == (share == 1.0)
+    assert seen[0] == (1, 256) and seen[1][0] == 1 and seen[1][1] < 256 and seen[2][0] > 1, seen
 
 
 @pytest.mark.parametrize("n", [0, 1])

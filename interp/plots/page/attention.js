@@ -96,7 +96,9 @@ export function attentionView(result, fallback) {
     const ratio = Math.ceil(e.tokens / bins);
     const pooled = e.tokens > bins || e.coarse > 1;
     const n = e.tokens.toLocaleString("en");
-    const map = !pooled ? `All ${n} × ${n} weights, each to 8 bits of its root.`
+    const others = result.exact.length ? ` of heads other than ${result.exact.join(", ")}` : "";
+    const map = !pooled ? `All ${n} × ${n} weights, each to 8 bits of its root${e.levels < 256 ? `; to ${e.levels} levels${others}, to keep the page small` : ""}.`
+      : e.tokens === bins ? `${n} × ${n} weights: each cell is the largest of ${e.coarse} × ${e.coarse} neighbours${others}, to keep the page small.`
       : `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${e.coarse > 1 ? ` (of heads without exact rows ${ratio * e.coarse} × ${ratio * e.coarse}, to keep the page small)` : e.levels < 256 ? `, to ${e.levels} levels of √p for heads without exact rows (to keep the page small)` : ""}. `
         + `Exact: the largest weights of every query${result.exact.length && runOf(e, run()).top.index.shape[2] ? ` of ${result.exact.join(", ")}` : " of no head"}, under “one query”.`;
     const detail = { map, blocks: "Share of each query segment’s attention that each key segment receives; lines sum to 1.", rows: "One query at a time: point at a token below, or click it to keep it." }[state.zoom];

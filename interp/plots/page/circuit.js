@@ -1,6 +1,6 @@
 // A circuit's card: threshold, faithfulness at that size, roles and notes that can be kept.
 
-import { button, el, exact, format, formatInterval, keepFocus, svg, tick } from "./dom.js";
+import { button, el, exact, format, formatInterval, keepFocus, roomFor, svg, tick } from "./dom.js";
 import { copy, saveJson, savers } from "./export.js";
 import { drawGraph, nodeName, onPaths } from "./graph.js";
 import { say, set, state, written } from "./state.js";
@@ -110,16 +110,25 @@ function circuitFile(circuit, id) {
 function faithfulnessAt(curve, share) {
   const { size, faithfulness } = curve.measured;
   const after = size.findIndex((s) => (s ?? 0) >= share);
-  if (after === 0) return `Smaller than any measured circuit (the smallest: f = ${format(faithfulness[0])} at ${format(size[0])} of the edges).`;
+  if (after === 0) return `Smaller than any measured circuit (the smallest: f = ${format(faithfulness[0])} at ${percent(size[0])} of the edges).`;
   const [a, b] = after < 0 ? [size.length - 1, size.length - 1] : [after - 1, after];
   const t = a === b ? 0 : (share - (size[a] ?? 0)) / ((size[b] ?? 1) - (size[a] ?? 0));
   const f = (faithfulness[a] ?? 0) + t * ((faithfulness[b] ?? 0) - (faithfulness[a] ?? 0));
   return `Faithfulness about ${format(f)} (between those measured at ${percent(size[a])} and ${percent(size[b])}).`;
 }
 
+/**
+ * Shares that the axis names: decades, or the ends where it has too few.
+ * @param {number} least  log10 of the smallest share
+ */
+function sizeTicks(least) {
+  const decades = Array.from({ length: 1 + Math.floor(-least) }, (_, i) => 10 ** -i);
+  return decades.length > 1 ? decades : [10 ** least, 1];
+}
+
 /** @param {number|null} x */
 function percent(x) {
-  return `${(100 * (x ?? 0)).toPrecision(2)}%`;
+  return `${Number((100 * (x ?? 0)).toPrecision(2))}%`;
 }
 
 /**
@@ -129,10 +138,10 @@ function percent(x) {
  */
 export function curveChart(curve, share) {
   const { size, faithfulness, lo, hi } = curve.measured;
-  const [W, H, left, base] = [420, 190, 44, 150];
+  const [W, H, left, base] = [Math.min(420, roomFor(0)), 190, 44, 150];
   const [low, high] = [Math.min(0, ...faithfulness.map(Number), ...lo.map((x) => x ?? 0)), Math.max(1, ...faithfulness.map(Number), ...hi.map((x) => x ?? 0))];
   const least = Math.log10(Math.max(Number(size.find((s) => (s ?? 0) > 0)), 1e-6));
-  const x = (/** @type {number} */ s) => left + ((Math.log10(Math.max(s, 10 ** least)) - least) / -least) * (W - left - 14);
+  const x = (/** @type {number} */ s) => left + ((Math.log10(Math.max(s, 10 ** least)) - least) / -least) * (W - left - 18);
   const y = (/** @type {number} */ f) => base - ((f - low) / (high - low)) * (base - 14);
   const root = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "curve", role: "img", "aria-label": "Faithfulness by circuit size" });
   const points = size.map((s, i) => `${x(s ?? 0).toFixed(1)} ${y(faithfulness[i] ?? 0).toFixed(1)}`);
@@ -140,14 +149,14 @@ export function curveChart(curve, share) {
     const band = [...size.map((s, i) => `${x(s ?? 0).toFixed(1)} ${y(hi[i] ?? 0).toFixed(1)}`), ...size.map((s, i) => `${x(s ?? 0).toFixed(1)} ${y(lo[i] ?? 0).toFixed(1)}`).reverse()];
     root.append(svg("path", { d: `M${band.join("L")}Z`, class: "band" }));
   }
-  for (const f of [0, 1]) root.append(svg("line", { x1: left, x2: W - 14, y1: y(f), y2: y(f), class: "zero" }), svg("text", { x: left - 6, y: y(f), class: "tick row" }, String(f)));
+  for (const f of [0, 0.5, 1]) root.append(svg("line", { x1: left, x2: W - 18, y1: y(f), y2: y(f), class: "zero" }), svg("text", { x: left - 6, y: y(f), class: "tick row" }, String(f)));
   root.append(svg("path", { d: `M${points.join("L")}`, class: "curve-line" }));
   size.forEach((s, i) => root.append(svg("circle", { cx: x(s ?? 0), cy: y(faithfulness[i] ?? 0), r: 2.5, class: "point" })));
-  size.forEach((s, i) => { if (i % 3 === 0) root.append(svg("text", { x: x(s ?? 0), y: base + 14, class: "tick middle" }, percent(s))); });
+  for (const s of sizeTicks(least)) root.append(svg("line", { x1: x(s), x2: x(s), y1: base, y2: base + 3, class: "zero" }), svg("text", { x: x(s), y: base + 14, class: "tick middle" }, percent(s)));
   if (share !== null) root.append(svg("line", { x1: x(share), x2: x(share), y1: 8, y2: base, class: "query-mark" }));
   root.append(svg("text", { x: (W + left) / 2, y: H - 8, class: "axis" }, "share of edges kept (log)"), svg("text", { x: 10, y: base / 2, class: "axis", transform: `rotate(-90 10 ${base / 2})` }, "faithfulness"));
   const area = (/** @type {string} */ name, /** @type {(number|null)[]} */ v) => el("span", {}, el("strong", {}, name), ` ${format(v[0])} ${v[1] === null ? "" : formatInterval(v[1], v[2])}`);
-  return el("figure", { class: "curve-figure" }, el("figcaption", {}, area("CPR", curve.cpr), " · ", area("CMD", curve.cmd), el("span", { class: "hint" }, ` ${String(curve.provenance.ablation ?? "")}`)),
+  return el("figure", { class: "curve-figure" }, el("figcaption", {}, area("CPR", curve.cpr), area("CMD", curve.cmd), el("span", { class: "hint" }, ` ${String(curve.provenance.ablation ?? "")}`)),
     el("div", { class: "scroll" }, root), savers(() => root, "faithfulness curve"),
     dataTable("Measured sizes", () => ({ head: ["share", "edges", "faithfulness", "lo", "hi"], rows: size.map((s, i) => [exact(s), exact(curve.measured.edges[i]), exact(faithfulness[i]), exact(lo[i]), exact(hi[i])]) })));
 }

@@ -35,6 +35,15 @@ export function svg(tag, attributes = {}, text) {
 }
 
 /**
+ * Pixels that a drawing's plot may take in a card, beside what its axes take: what is wider scrolls.
+ * @param {number} used
+ */
+export function roomFor(used) {
+  const wide = document.documentElement.clientWidth;
+  return Math.max(wide - (wide > 560 ? 104 : 56) - used, 120); // the padding that page.css gives
+}
+
+/**
  * A number for people: three decimals, fewer when large, a real minus sign.
  * @param {number|null|undefined} x
  * @param {boolean} [signed]

@@ -1,7 +1,7 @@
 // One square of weights, drawn: the map, its axes, its marginals, a cross hair.
 
 import { pixels } from "./colors.js";
-import { el, format, svg } from "./dom.js";
+import { el, format, roomFor, svg } from "./dom.js";
 
 /** @typedef {import("./patterns.js").Square} Square */
 
@@ -89,10 +89,11 @@ function raster(spec) {
  * @returns {{node: HTMLElement, drawing: SVGElement, cross: (line: number|null, pinned: boolean) => void}}
  */
 export function figure(spec) {
-  const { square: { size }, side } = spec;
+  const { square: { size } } = spec;
   const longest = spec.labels ? Math.max(...spec.labels.map((l) => l.length)) : 0;
-  const [left, above, beside] = [spec.labels ? Math.min(Math.max(56, 14 + longest * 6.6), 132) : 56, 34, 34];
+  const [left, above, beside] = [spec.labels ? Math.min(Math.max(56, 14 + longest * 6.6), 132) : 56, 34, spec.entropy ? 62 : 0];
   const below = spec.labels ? Math.min(20 + longest * 5, 104) : 24;
+  const side = Math.min(spec.side, Math.max(roomFor(left + beside + 18), 140));
   const [W, H] = [left + side + beside + 18, above + side + below];
   const cell = side / size;
   const root = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "pattern", tabindex: 0, role: "application",
@@ -102,10 +103,10 @@ export function figure(spec) {
   const image = svg("image", { x: left, y: above, width: side, height: side, href: raster(spec), preserveAspectRatio: "none", class: "raster" });
   root.append(image, svg("rect", { x: left, y: above, width: side, height: side, class: "plot-frame" }));
   axes(root, spec, { left, above, side, cell, below });
-  if (spec.received) root.append(bars(spec.received, (v, i, most) => ({ x: left + i * cell, y: above - 4 - 24 * (v / most), width: Math.max(cell, 0.6), height: 24 * (v / most) })),
+  if (spec.received) root.append(scaled(spec.received, "", { x: left - 5, y: above - 20, class: "tick row" }), bars(spec.received, (v, i, most) => ({ x: left + i * cell, y: above - 4 - 24 * (v / most), width: Math.max(cell, 0.6), height: 24 * (v / most) })),
     svg("text", { x: left - 5, y: above - 8, class: "tick row" }, "received"));
-  if (spec.entropy) root.append(bars(spec.entropy, (v, i, most) => ({ x: left + side + 4, y: above + i * cell, width: 24 * (v / most), height: Math.max(cell, 0.6) })),
-    svg("text", { x: left + side + 4, y: above - 8, class: "tick" }, "entropy"));
+  if (spec.entropy) root.append(scaled(spec.entropy, " nats", { x: left + side + 4, y: above - 8, class: "tick" }), bars(spec.entropy, (v, i, most) => ({ x: left + side + 4, y: above + i * cell, width: 24 * (v / most), height: Math.max(cell, 0.6) })),
+    svg("text", { x: left + side + 4, y: above - 20, class: "tick" }, "entropy"));
   const lines = [svg("rect", { class: "cross", x: left, width: side, height: Math.max(cell, 2), y: -99 }), svg("rect", { class: "cross", y: above, height: side, width: Math.max(cell, 2), x: -99 }),
     svg("rect", { class: "cross pinned", x: left, width: side, height: Math.max(cell, 2), y: -99 })];
   root.append(...lines);
@@ -116,6 +117,16 @@ export function figure(spec) {
     lines[1].setAttribute("x", column === null ? "-99" : String(left + column * cell));
   }, { left, above, side });
   return { node: el("div", { class: "scroll" }, root), drawing: root, cross };
+}
+
+/**
+ * What the longest bar of a margin stands for.
+ * @param {Float32Array} values
+ * @param {string} unit
+ * @param {Object<string, any>} at
+ */
+function scaled(values, unit, at) {
+  return svg("text", at, `\u2264 ${format(values.reduce((a, b) => Math.max(a, b), 0))}${unit}`);
 }
 
 /**

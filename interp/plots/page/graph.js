@@ -1,6 +1,6 @@
 // A circuit as a drawing: layers upwards, edges by weight and sign.
 
-import { svg } from "./dom.js";
+import { roomFor, svg } from "./dom.js";
 
 /** @typedef {import("./data.js").CircuitResult} CircuitResult */
 /** @typedef {import("./data.js").CircuitNode} CircuitNode */
@@ -46,13 +46,13 @@ function layout(circuit, shown) {
   const depth = (/** @type {CircuitNode} */ n) => (n.kind === "input" ? -1 : n.kind === "logits" ? Infinity : 2 * (n.layer ?? 0) + Number(n.kind === "mlp"));
   const lines = [...new Set([...shown].map((i) => depth(circuit.nodes[i])))].sort((a, b) => a - b);
   const widest = Math.max(...lines.map((d) => [...shown].filter((i) => depth(circuit.nodes[i]) === d).length));
-  const width = Math.min(Math.max(460, widest * (BOX + 12) + 40), 900);
+  const width = Math.min(Math.max(Math.min(460, roomFor(LEFT + 16)), widest * (BOX + 12) + 40), 900);
   /** @type {Map<number, {x: number, y: number}>} */
   const at = new Map();
   lines.forEach((d, line) => {
     const here = [...shown].filter((i) => depth(circuit.nodes[i]) === d).sort((a, b) => (circuit.nodes[a].head ?? 0) - (circuit.nodes[b].head ?? 0));
     // Neighbouring lines are shifted, so that edges that pass a line do not run through its nodes.
-    const shift = here.length === 1 && Number.isFinite(d) && d >= 0 ? ((line % 5) - 2) * 52 : 0;
+    const shift = here.length === 1 && Number.isFinite(d) && d >= 0 ? ((line % 5) - 2) * (width / 9) : 0;
     here.forEach((i, k) => at.set(i, { x: LEFT + ((k + 0.5) / here.length) * width + shift, y: 18 + (lines.length - 1 - line) * ROW }));
   });
   return { at, width: width + LEFT + 16, height: 36 + (lines.length - 1) * ROW, lines: lines.map((d, line) => ({ layer: Number.isFinite(d) && d >= 0 ? Math.floor(d / 2) : null, y: 18 + (lines.length - 1 - line) * ROW })) };
@@ -74,6 +74,7 @@ export function drawGraph(circuit, edges, chosen, choose) {
   circuit.nodes.forEach((n, i) => { if (n.kind === "input" || n.kind === "logits") shown.add(i); });
   const { at, width, height, lines } = layout(circuit, shown);
   const root = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "graph", role: "group", "aria-label": `Circuit of ${edges.length} edges` });
+  root.append(svg("text", { x: 9, y: height / 2, class: "axis", transform: `rotate(-90 9 ${height / 2})` }, "layer"));
   let last = -1;
   for (const { layer, y } of lines) {
     if (layer === null || layer === last) continue;
@@ -90,7 +91,7 @@ export function drawGraph(circuit, edges, chosen, choose) {
   }
   for (const i of shown) {
     const place = at.get(i);
-    if (place) root.append(nodeBox(circuit.nodes[i], place, i === chosen, () => choose(i)));
+    if (place) root.append(nodeBox(circuit.nodes[i], place, width, i === chosen, () => choose(i)));
   }
   return root;
 }
@@ -116,16 +117,19 @@ function edgePath(e, a, b, weight, near) {
 /**
  * @param {CircuitNode} node
  * @param {{x: number, y: number}} at
+ * @param {number} width  of the drawing: a role stands where there is room for it
  * @param {boolean} chosen
  * @param {() => void} choose
  */
-function nodeBox(node, at, chosen, choose) {
+function nodeBox(node, at, width, chosen, choose) {
   const group = svg("g", { class: `node ${node.kind}${chosen ? " chosen" : ""}`, tabindex: 0, role: "button", "data-key": `node ${node.site}`,
     "aria-label": `${nodeName(node)}${node.role ? `, ${node.role}` : ""}`, "aria-pressed": chosen });
   const wide = node.kind === "logits" || node.kind === "mlp" ? BOX + 8 : BOX;
   group.append(svg("rect", { x: at.x - wide / 2, y: at.y - HIGH / 2, width: wide, height: HIGH, rx: node.kind === "head" ? 9 : 2 }),
     svg("text", { x: at.x, y: at.y, class: "tick middle central" }, nodeName(node)));
-  if (node.role) group.append(svg("text", { x: at.x + wide / 2 + 4, y: at.y, class: "role" }, node.role.slice(0, 24)));
+  const role = node.role.slice(0, 24);
+  const before = at.x + wide / 2 + 4 + 6.5 * role.length > width;
+  if (role) group.append(svg("text", { x: at.x + (before ? -1 : 1) * (wide / 2 + 4), y: at.y, class: before ? "role end" : "role" }, role));
   group.addEventListener("click", choose);
   group.addEventListener("keydown", (event) => {
     const { key } = /** @type {KeyboardEvent} */ (event);

@@ -1,7 +1,7 @@
 // Heat maps with labelled axes: hover reads a cell out, a click or the keyboard chooses one or many.
 
 import { paint } from "./colors.js";
-import { el, svg } from "./dom.js";
+import { el, roomFor, svg } from "./dom.js";
 
 /** @typedef {import("./data.js").Axis} Axis */
 /** @typedef {"hover"|"choose"|"toggle"|"extend"} How  extend: all between the last chosen one and this */
@@ -31,10 +31,10 @@ export function heatmap(spec) {
   const [R, C] = [spec.rows.values.length, spec.columns.values.length];
   const height = Math.min(Math.max(Math.floor(450 / R), 9), 26);
   const slanted = spec.columns.labels.some((label) => label.length > 3);
-  const width = Math.min(Math.max(Math.floor((slanted ? 570 : 380) / C), 12), 42);
   const longest = Math.max(...spec.columns.labels.map((label) => label.length));
   const left = Math.min(Math.max(46, 26 + 6.2 * Math.max(...spec.rows.labels.map((label) => label.length))), 170);
   const right = 14;
+  const width = Math.min(Math.max(Math.floor(Math.min(slanted ? 570 : 380, roomFor(left + right)) / C), 12), 42);
   const bottom = slanted ? Math.min(26 + longest * 5.2, 128) : 36;
   const [plotWidth, plotHeight] = [C * width, R * height];
   // Slanted labels hang to the left of their column: the first ones need room.

@@ -97,9 +97,11 @@ export async function rowOf(result, example, head, which, query, edges) {
     return { how: `${a.how}; clean − corrupt`, weights: new Map([...keys].map((k) => [k, (a.weights.get(k) ?? 0) - (b.weights.get(k) ?? 0)])) };
   }
   const run = runOf(example, which);
-  if (example.tokens === edges.length - 1 && example.coarse === 1) {
-    const { size, values } = await mapOfRun(run, head);
-    return { how: "every weight, to 8 bits of its root", weights: new Map(Array.from({ length: size }, (_, k) => /** @type {[number, number]} */ ([k, values[query * size + k]])).filter(([, v]) => v > 0)) };
+  const map = await mapOfRun(run, head);
+  if (example.tokens === map.size) {
+    const { size, values } = map;
+    const levels = result.exact.includes(result.names[head]) ? 256 : example.levels;
+    return { how: `every weight, to ${levels < 256 ? `${levels} levels` : "8 bits"} of its root`, weights: new Map(Array.from({ length: size }, (_, k) => /** @type {[number, number]} */ ([k, values[query * size + k]])).filter(([, v]) => v > 0)) };
   }
   const sharp = result.exact.indexOf(result.names[head]);
   const line = run.rows?.queries.indexOf(query) ?? -1;
@@ -116,7 +118,7 @@ export async function rowOf(result, example, head, which, query, edges) {
     return { how: `the ${k} largest weights, exact to 3 digits; the others are not in this page`,
       weights: new Map(Array.from(values, (v, i) => /** @type {[number, number]} */ ([index[start + i], v])).filter(([key]) => key >= 0)) };
   }
-  return pooledRow(await mapOfRun(run, head), query, edges);
+  return pooledRow(map, query, edges);
 }
 
 /** @type {WeakMap<object, Promise<Uint8Array>>} */

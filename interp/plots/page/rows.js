@@ -1,8 +1,8 @@
 // One query's row: the largest weights as a list, and where they lie.
 
 import { paint } from "./colors.js";
-import { el, format, svg } from "./dom.js";
-import { toned } from "./figure.js";
+import { el, format, roomFor, svg } from "./dom.js";
+import { SCALES, toned } from "./figure.js";
 
 /** @typedef {import("./patterns.js").Row} Row */
 
@@ -44,7 +44,7 @@ export function strongestKeys(row, mute, count) {
 export function rowFigure(spec) {
   const best = strongestKeys(spec.row, spec.mute, KEYS_LISTED);
   const top = Math.abs(best[0]?.[1] ?? 0) || 1;
-  const [W, H, left] = [520, 76, 8];
+  const [W, H, left] = [Math.min(520, roomFor(0)), 76, 8];
   const n = spec.labels.length;
   const columns = Math.min(n, W - 2 * left);
   const heights = new Float32Array(columns);
@@ -56,9 +56,10 @@ export function rowFigure(spec) {
   const drawing = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "row-figure", role: "img",
     "aria-label": `${spec.name}: weights of query ${spec.query} by position of the key` });
   const step = (W - 2 * left) / columns;
+  const height = `height: ${spec.signed ? "|clean − corrupt|" : "weight"}, as ${SCALES[spec.scale]}, up to ${format(top)}`;
   for (const sign of spec.signed ? [1, -1] : [1]) {
     const outline = [...heights.keys()].filter((c) => Math.sign(heights[c]) === sign).map((c) => {
-      const h = Math.max(1.5, 52 * toned(Math.min(Math.abs(heights[c]) / top, 1), spec.scale));
+      const h = Math.max(1.5, 40 * toned(Math.min(Math.abs(heights[c]) / top, 1), spec.scale));
       return `M${(left + c * step).toFixed(1)} ${(56 - h).toFixed(1)}h${Math.max(step - 0.6, 1.2).toFixed(1)}v${h.toFixed(1)}h${(-Math.max(step - 0.6, 1.2)).toFixed(1)}z`;
     });
     const bars = svg("path", { d: outline.join(""), class: "swatch" });
@@ -67,7 +68,7 @@ export function rowFigure(spec) {
   }
   const x = left + ((spec.query + 0.5) / n) * (W - 2 * left);
   drawing.append(svg("line", { x1: left, x2: W - left, y1: 56.5, y2: 56.5, class: "zero" }),
-    svg("line", { x1: x, x2: x, y1: 0, y2: 60, class: "query-mark" }),
+    svg("line", { x1: x, x2: x, y1: 14, y2: 60, class: "query-mark" }), svg("text", { x: left, y: 9, class: "tick quiet" }, height),
     svg("text", { x: left, y: 71, class: "tick" }, x > 80 ? "0" : ""), svg("text", { x: W - left, y: 71, class: "tick end" }, x < W - 110 ? String(n - 1) : ""),
     svg("text", { x: Math.min(Math.max(x, 60), W - 60), y: 71, class: "tick middle" }, `query ${spec.query}`));
   const list = el("ol", { class: "keys" }, ...best.map(([key, weight]) => el("li", {},

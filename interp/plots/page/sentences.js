@@ -35,7 +35,7 @@ export function sentenceCard(result) {
   return el("article", { class: "card", id: "sentences" },
     el("header", {}, el("h3", {}, "Which segments are read later"), el("p", { class: "kind" }, `${example.segments.length} segments, prompt ${number}`)),
     el("p", { class: "how" }, "Vertical score (Thought Anchors): the mean weight that segments at least 4 later give to the tokens of a segment, "
-      + `here averaged over the ${Math.min(RECEIVERS, ranked.length)} receiver heads: those whose vertical scores have the highest excess kurtosis. Choose one to see its segment × segment map.`),
+      + `here averaged over the ${Math.min(RECEIVERS, ranked.length)} receiver heads: those whose vertical scores have the highest excess kurtosis. What lies between named segments, and the segment of the first token, on which most heads rest, do not count. Choose a head to see its segment × segment map.`),
     el("div", { class: "chips" }, ...chips),
     el("ol", { class: "sentences" }, ...items),
     dataTable(`All ${ranked.length} heads`, () => ({ head: ["head", "receiver score"], rows: ranked.map((h) => [h.name, exact(h.score)]) })),
