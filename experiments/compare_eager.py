@@ -1,4 +1,4 @@
-"""The README's figures of attention with statistics: blocked against eager. (Sweeps: `interp bench sweeps`.)
+"""The documentation's figures of attention with statistics: blocked against eager. (Sweeps: `interp bench sweeps`.)
 
 Run: python experiments/compare_eager.py [--json FILE] [--rounds 3] [--quick]
 

@@ -3,13 +3,13 @@
     python experiments/page_speed.py [report.html] [--rounds 5] [--json results/page_speed.json]
 
 Without a report one is made first: every head of the embedded model on 8,192 tokens of this repository's
-documentation, four of them exact (minutes; kept in runs/). Each round is a fresh browser, first with an empty page,
-then with the report: it is opened, heads are chosen one by one from the list, the token strip is scrolled to its end,
-and every detail is shown. First paint is the browser's first contentful paint; a head switch lasts from the click
-to the frame in which the map stands. Memory is that of the tab's renderer process, as Linux counts it
-(/proc/PID): Pss, its share of every page it maps, and Uss, the pages that are its alone, the largest of the readings
-taken along the way; and Rss at its peak, with all that it shares with the rest of the browser. Nothing is collected by
-hand before a reading. A report needs attention patterns.
+documentation, four of them exact (minutes; kept as runs/page-speed-8192.html, to be given next time). Each round is a
+fresh browser, first with an empty page, then with the report: it is opened, heads are chosen one by one from the list,
+the token strip is scrolled to its end, and every detail is shown. First paint is the browser's first contentful paint;
+a head switch lasts from the click to the frame in which the map stands. Memory is that of the tab's renderer process,
+as Linux counts it (/proc/PID): Pss, its share of every page it maps, and Uss, the pages that are its alone, the largest
+of the readings taken along the way; and Rss at its peak, with all that it shares with the rest of the browser. Nothing
+is collected by hand before a reading. A report needs attention patterns.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python", "experiments/page_speed.py", *sys.argv[1:]]),
         "page": report.name, "page_bytes": report.stat().st_size, "chromium": rounds[0].pop("chromium"),
-        "cpus": os.cpu_count(), "medians": summary(rounds), "rounds": rounds,
+        "cpus": os.cpu_count(), "load_average": os.getloadavg()[0], "medians": summary(rounds), "rounds": rounds,
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))

@@ -194,7 +194,7 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        inner = " (torch.compile comes after loading: see the README)" if hasattr(model, "_orig_mod") else ""
+        inner = " (torch.compile comes after loading: see docs/models.md)" if hasattr(model, "_orig_mod") else ""
         raise ModelError(
             f"cannot load a bare {type(model).__name__}: pass a Hugging Face PreTrainedModel or a "
             f"TransformerBridge{inner}"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,12 +25,36 @@ def _case(path: Path):
     return pytest.param(path, id=path.stem, marks=marks)
 
 
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and body of every fenced block."""
+    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 @pytest.mark.parametrize("path", [_case(p) for p in PAGES])
 def test_the_code_on_a_page_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    code = [body for language, body in blocks(text) if language == "python"]
+    assert len(code) == text.count("```python")
     names: dict[str, object] = {"__name__": path.stem}
-    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+    ran = 0
+    for block in code:
         exec(compile(block, str(path.relative_to(ROOT)), "exec"), names)
+        ran += 1
+    assert ran == len(code) > 0, "a block that raises ends the test before this line"
+    bound = {t.id for b in code for n in ast.walk(ast.parse(b)) if isinstance(n, ast.Assign)
+             for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
+    assert bound <= set(names), "every name that the page assigns has a value"
+
+
+def test_blocks_are_in_a_language_that_is_checked() -> None:
+    """Python is run and lines of `interp` are looked up; whatever else comes in a fence is not code of ours to run."""
+    for page in DOCS.rglob("*.md"):
+        if page.is_symlink():
+            continue
+        for language, body in blocks(page.read_text(encoding="utf-8")):
+            assert language in ("python", "sql", ""), f"{page.name}: {language}"
+            assert language == "python" or not re.search(r"^(import|from) \w+", body, re.MULTILINE), page.name
 
 
 def test_every_page_is_reachable() -> None:
@@ -67,22 +94,47 @@ def test_pictures_are_those_that_the_script_draws() -> None:
     assert kept == drawn, "run python experiments/draw_concepts.py"
 
 
-def test_strict_build_makes_pages_that_ask_the_network_for_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built as `make docs` does."""
     pytest.importorskip("zensical", reason="pip install -e '.[docs]'")
-    shutil.copytree(DOCS, tmp_path / "docs")
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(DOCS, folder / "docs")
     config = (ROOT / "zensical.toml").read_text(encoding="utf-8")
     here = config.replace('paths = [".", "kernels"]', f"paths = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]")
     assert here != config
-    (tmp_path / "zensical.toml").write_text(here, encoding="utf-8")
+    (folder / "zensical.toml").write_text(here, encoding="utf-8")
     command = [Path(sys.executable).with_name("zensical"), "build", "--clean", "--strict"]
-    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert built.returncode == 0, built.stdout + built.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
+    return folder / "site"
+
+
+def test_strict_build_makes_pages_that_ask_the_network_for_nothing(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
         html = page.read_text(encoding="utf-8")
         asked = re.findall(r"<(?:script|img|iframe|source)[^>]+src=\"?([^\" >]+)", html)
         asked += re.findall(r"<link[^>]+rel=\"?(?:stylesheet|icon|preload|preconnect)[^>]+href=\"?([^\" >]+)", html)
         assert asked and not [a for a in asked if a.startswith(("http", "//"))], page
-    for style in (tmp_path / "site").rglob("*.css"):
+    for style in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//|@import", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.parametrize(
+    "package", ["interp", "headstats", "interp.circuits", "interp.plots", "interp.tasks", "interp.zoo", "interp.corpus"]
+)
+def test_every_public_name_has_an_entry_in_the_api(site: Path, package: str) -> None:
+    root = package.split(".")[0]
+    pages = "".join(p.read_text(encoding="utf-8") for p in (site / "api").glob("*.html"))
+    entries = set(re.findall(rf'<h\d id="?({root}\.[\w.]+)', pages))
+    named = {entry.rsplit(".", 1)[-1] for entry in entries}
+    module = importlib.import_module(package)
+    missing = [
+        name
+        for name in module.__all__
+        if not (any(e.startswith(f"{package}.{name}") for e in entries)
+                if isinstance(getattr(module, name), ModuleType) else name in named)
+    ]  # fmt: skip
+    assert module.__all__ and not missing

@@ -1,4 +1,4 @@
-"""The architecture matrix, the negative controls that show it can fail, and the README's copy of it."""
+"""The architecture matrix, the negative controls that show it can fail, and the documentation's copy of it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from interp.instrument import Instrument
 from interp.matrix import ALLOWED, CHECKS, Case, Verdict, architectures, difference, examine_family, header, run_check
 from interp.zoo.architectures import FAMILIES
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
 case = lru_cache(maxsize=2)(Case)  # one family's models serve all its checks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_matrix_and_its_row_in_the_readme(family: str) -> None:
+def test_the_matrix_and_its_row_in_the_documentation(family: str) -> None:
     row = examine_family(family, case(family))
     failed = [f"{v.check}: {v.gap:.1e} {v.note}" for v in row.verdicts if not v.passed]
     assert not failed, f"{family}: {failed}"
-    assert row.markdown() in README.splitlines(), "write it anew: interp doctor --architectures --markdown"
+    assert row.markdown() in PAGE.splitlines(), "write it anew: interp doctor --architectures --markdown"
 
 
-def test_the_readme_shows_every_family_and_check_and_no_other() -> None:
-    lines = README.splitlines()
+def test_the_page_shows_every_family_and_check_and_no_other() -> None:
+    lines = PAGE.splitlines()
     start = lines.index(header()[0])
     assert lines[start + 1] == header()[1]
     shown = []

@@ -1,4 +1,4 @@
-"""Verdicts on families, and the table that they make: what `interp doctor --architectures` prints, the README shows."""
+"""Verdicts on families, and the table that they make: what `interp doctor --architectures` prints, docs/models.md shows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Row:
         return all(v.passed for v in self.verdicts)
 
     def markdown(self) -> str:
-        """One line of the README's table."""
+        """One line of the table in docs/models.md."""
         cells = (self.family, self.model, ", ".join(self.features) or "plain", *map(str, self.verdicts))
         return f"| {' | '.join(cells)} |"
 
@@ -103,7 +103,7 @@ class Matrix:
         )  # fmt: skip
 
     def markdown(self) -> str:
-        """The table that the README shows."""
+        """The table that docs/models.md shows."""
         return "\n".join([*header(), *(row.markdown() for row in self.rows)])
 
     def __str__(self) -> str:
