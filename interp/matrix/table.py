@@ -1,4 +1,4 @@
-"""Verdicts on families, and the table that they make: what `interp doctor --architectures` prints, docs/models.md shows."""
+"""Verdicts on families, and their table: what `interp doctor --architectures` prints, docs/models.md shows."""
 
 from __future__ import annotations
 
