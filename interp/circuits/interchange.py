@@ -182,7 +182,7 @@ class _Job:
             base_positions=cases.positions, source_positions=cases.positions, epochs=epochs,
             batch_size=self.batch_size, lr=lr, seed=self.seed,
         )  # fmt: skip
-        finite(torch.tensor(done.losses[-1]), "the loss of the linear map")
+        finite(torch.tensor(done.losses[-1]), "the loss of the linear map", "its fit diverged; take a smaller lr")
         advance(steps)
         return tl.SubspaceInterchange(done.basis)
 
@@ -201,7 +201,7 @@ class _Job:
                     positions=cases.positions[batch],
                 )  # fmt: skip
                 loss = F.cross_entropy(logits, cases.targets[batch].to(logits.device))
-                finite(loss, "the loss of the non-linear map")
+                finite(loss, "the loss of the non-linear map", "its fit diverged; take a smaller nonlinear_lr")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

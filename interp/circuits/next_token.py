@@ -164,11 +164,10 @@ def draws(n: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
         queue = queue[batch:]
 
 
-def finite(value: Tensor, what: str) -> float:
-    """A number that is one. InterpError if it is NaN or infinite."""
+def finite(value: Tensor, what: str, why: str = "") -> float:
+    """A number that is one. InterpError if it is NaN or infinite, with ``why`` (default: the model's precision)."""
     found = float(value.detach())
     if not np.isfinite(found):
-        raise InterpError(
-            f"{what} is {found}: the model gives no finite probabilities on this data (try dtype='float32')"
-        )
+        why = why or "the model gives no finite probabilities on this data (try dtype='float32')"
+        raise InterpError(f"{what} is {found}: {why}")
     return found
