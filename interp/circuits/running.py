@@ -4,6 +4,8 @@ What a receiver reads is the residual stream of this very run plus, for each sen
 (ablated − current) of what that sender adds. Every sender's current output is itself computed by the circuit. One full
 forward per batch, through hooks. What senders change, d_model numbers each, is held where it is small (`HELD_BYTES`);
 beyond that, for long prompts, it is computed again for every receiver, one layer's at a time.
+
+This is the slow, obvious way, which any model with edges can go; `interp.circuits.packed` is the engine's.
 """
 
 from __future__ import annotations
@@ -59,8 +61,14 @@ class Forward:
     def __call__(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
         """Logits of the last position."""
         model, last = self.wiring.model, self.graph.n_layers - 1
+        final = f"blocks.{last}.hook_resid_post", lambda x, hook: self._logits_read(x)
+        with hooks(model, *self._hooks(range(last + 1)), final), redirected(model.dtype, model.device):
+            return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
+
+    def _hooks(self, layers: range) -> list[tuple[str, Any]]:
+        """What happens inside the blocks."""
         pairs: list[tuple[str, Any]] = []
-        for layer in range(self.graph.n_layers):
+        for layer in layers:
             at = f"blocks.{layer}."
             pairs.append((at + "hook_resid_pre", self._enter(layer)))
             pairs += [(f"{at}attn.hook_{c}", self._project(layer, c)) for c in "qkv"]
@@ -70,10 +78,7 @@ class Forward:
                 columns = self.graph.columns(layer, "mlp_out")
                 pairs.append((at + "mlp.hook_in", self._mlp(layer)))
                 pairs.append((at + "hook_mlp_out", self._keep(at + "hook_mlp_out", columns, None)))
-        final = self.graph.rows(last, "resid_post")
-        pairs.append((f"blocks.{last}.hook_resid_post", lambda x, hook: self._add(x, final, last, self.sum)[0]))
-        with hooks(model, *pairs), redirected(model.dtype, model.device):
-            return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
+        return pairs
 
     # ------------------------------------------------------------ what senders send
 
@@ -106,6 +111,10 @@ class Forward:
         return change[None] if layer is None else self.wiring.contributions(layer, change)
 
     # ------------------------------------------------------------ what receivers read
+
+    def _logits_read(self, x: Tensor) -> Float[Tensor, "batch position d_model"]:
+        last = self.graph.n_layers - 1
+        return self._add(x, self.graph.rows(last, "resid_post"), last, self.sum)[0]
 
     def _project(self, layer: int, component: str) -> Any:
         rows, first = self.graph.rows(layer, component), self.graph.rows(layer, "q").start

@@ -44,6 +44,8 @@ def edges_of(graph: Architecture, mask: np.ndarray) -> set[Edge]:
 def test_circuits_equal_explicit_forwards(tiny, kind: str, using) -> None:
     model = tiny(kind)
     evaluate = Evaluator(model, PAIRS, interp.logit_diff, using)
+    naive = Evaluator(model, PAIRS, interp.logit_diff, using, engine="naive")
+    assert evaluate.packed is not None and naive.packed is None
     graph, sent = evaluate.graph, ablated(model, using)
     generator = np.random.default_rng(0)
     for share in (0.05, 0.3, 0.8):
@@ -51,6 +53,7 @@ def test_circuits_equal_explicit_forwards(tiny, kind: str, using) -> None:
         kept = edges_of(graph, mask)
         want = [metric_as_circuit(model, p, kept, s) for p, s in zip(PAIRS, sent, strict=True)]
         np.testing.assert_allclose(evaluate(mask), want, atol=ATOL)
+        np.testing.assert_allclose(naive(mask), want, atol=ATOL)
 
 
 def test_measures_equal_their_definitions(tiny) -> None:

@@ -53,7 +53,7 @@ def test_chunks_change_nothing(tiny, monkeypatch) -> None:
     kind = tiny("llama")
     pair = interp.PromptPair("w1 w2 w3 w4 w5 w6 w7", "w1 w9 w3 w7 w5 w6 w7", "w95", "w96")
     whole = attribute_edges(kind, pair, steps=2).matrix
-    evaluate = Evaluator(kind, pair, interp.logit_diff, "counterfactual")
+    evaluate = Evaluator(kind, pair, interp.logit_diff, "counterfactual", engine="naive")
     mask = np.random.default_rng(0).random(evaluate.graph.allowed.shape) < 0.5
     held = evaluate(mask & evaluate.graph.allowed)
     for name, size in (("contraction.WAITING_BYTES", 1), ("contraction.CHUNK_BYTES", 1), ("contraction.LAYERS", 1)):
