@@ -47,9 +47,7 @@ def curve(
         raise InterpError(f"sizes={tuple(sizes)}: at least two shares of the edges, rising, between 0 and 1")
     if ranking not in get_args(Ranking) or selection not in get_args(Selection):
         raise InterpError(f"ranking={ranking!r}, selection={selection!r}: 'signed' or 'absolute', 'top' or 'greedy'")
-    every = Circuit(scores.graph, scores.graph.edges(), provenance=scores.provenance)
-    scale = Scale(model, pairs, every, metric, using, seed)
-    return _along(scale, scores, shares, ranking, selection)
+    return _along(_scale(model, pairs, scores, metric, using, seed), scores, shares, ranking, selection)
 
 
 def mib(
@@ -65,11 +63,16 @@ def mib(
     """CPR and CMD as published (Mueller et al. 2025): CPR over circuits of the most helpful edges, by signed score, and
     CMD over those of the largest |score|, at `MIB_SIZES`. Errors as `curve`.
     """
-    every = Circuit(scores.graph, scores.graph.edges(), provenance=scores.provenance)
-    scale = Scale(model, pairs, every, metric, using, seed)
+    scale = _scale(model, pairs, scores, metric, using, seed)
     shares = np.array(MIB_SIZES)
     signed, absolute = (_along(scale, scores, shares, ranking, selection) for ranking in get_args(Ranking))
     return MIB(signed.cpr, absolute.cmd, signed, absolute)
+
+
+def _scale(model: Model, pairs: Pairs, scores: EdgeScores, metric: Any, using: Ablation, seed: int) -> Scale:
+    """The scale of all circuits that the scores can give."""
+    every = Circuit(scores.graph, scores.graph.edges(), provenance=scores.provenance)
+    return Scale(model, pairs, every, metric, using, seed)
 
 
 def _along(

@@ -75,7 +75,7 @@ def _edge_sums(wiring: Wiring, ids: list[Any]) -> Float[Tensor, "receivers sende
     acts = capture(wiring.model, ids, list(dict.fromkeys([*sender_hooks(wiring), *names, final])))
     streams: list[tuple[list[slice], Tensor]] = []  # rows that read the stream
     for layer in range(graph.n_layers):
-        stream, mlp = acts[f"blocks.{layer}.hook_resid_pre"], [graph.rows(layer, "mlp_out")] * graph.mlps
+        stream, mlp = acts[f"blocks.{layer}.hook_resid_pre"], [graph.rows(layer, "mlp_out")] if graph.mlps else []
         heads = slice(graph.rows(layer, "q").start, graph.rows(layer, "v").stop)
         streams.append(([heads, *mlp * graph.parallel], stream))
         if mlp and not graph.parallel:
@@ -140,7 +140,7 @@ def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = 
     Raises InterpError for a threshold outside [0, 1), or one that keeps nothing; ModelError where edges are not
     defined, or attention and MLP are parallel (the published graph has them one behind the other).
     """
-    if isinstance(threshold, bool) or not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1:
         raise InterpError(f"threshold={threshold!r}: importances lie between 0 and 1; choose one below 1")
     wiring = Wiring(model)
     graph, ids = wiring.graph, model.coder.encode(prompt)

@@ -18,11 +18,14 @@ KINDS = ("llama", "gpt2", "neox", "qwen3")  # grouped queries; plain; parallel M
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")
 
 
-def compare(scores, want: dict[Edge, float], tolerance: float = 1e-6) -> None:
+# Sums in another order, of what norms have rounded to float32 (transformers' do): a few times its 6e-8.
+ROUNDING = 1e-6
+
+
+def gap(scores, want: dict[Edge, float]) -> float:
+    """The largest difference of any edge, as a share of the largest score."""
     assert len(scores) == len(want)
-    scale = max(map(abs, want.values()))
-    for edge, value in want.items():
-        assert scores[edge] == pytest.approx(value, abs=tolerance * scale), str(edge)
+    return max(abs(scores[e] - x) for e, x in want.items()) / max(map(abs, want.values()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -30,7 +33,7 @@ def compare(scores, want: dict[Edge, float], tolerance: float = 1e-6) -> None:
 def test_eap_equals_split_inputs(tiny, kind: str, mode: str) -> None:
     text = PAIR.clean if mode == "noise" else PAIR.corrupt
     scores = attribute_edges(tiny(kind), PAIR, method="eap", mode=mode)
-    compare(scores, edge_scores(tiny(kind), PAIR, [text], mode=mode))
+    assert gap(scores, edge_scores(tiny(kind), PAIR, [text], mode=mode)) < ROUNDING
     assert scores.provenance["steps"] is None and scores.provenance["weights"] == tiny(kind).fingerprint()
 
 
@@ -44,12 +47,12 @@ def test_integrated_gradients_equal_a_sum_over_explicit_runs(tiny, kind: str) ->
     clean, corrupt = (activations(model, t) for t in (PAIR.clean, PAIR.corrupt))
     inputs = [between(corrupt, clean, "blocks.0.hook_resid_pre", k / 3) for k in range(3)]
     want = edge_scores(model, PAIR, [PAIR.clean] * 3, inputs)
-    compare(attribute_edges(model, PAIR, method="eap-ig-inputs", steps=3), want)
+    assert gap(attribute_edges(model, PAIR, method="eap-ig-inputs", steps=3), want) < ROUNDING
     both = edge_scores(model, PAIR, [PAIR.clean, PAIR.corrupt], [None, None])
-    compare(attribute_edges(model, PAIR, method="clean-corrupted"), both)
+    assert gap(attribute_edges(model, PAIR, method="clean-corrupted"), both) < ROUNDING
     each = [between(corrupt, clean, name, k / 2) for name in clean for k in (1, 2)]
     want = edge_scores(model, PAIR, [PAIR.clean] * len(each), each)
-    compare(attribute_edges(model, PAIR, method="eap-ig-activations", steps=2), want)
+    assert gap(attribute_edges(model, PAIR, method="eap-ig-activations", steps=2), want) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", ["llama", "neox"])
@@ -71,7 +74,9 @@ def test_batches_and_lengths_change_nothing(tiny) -> None:
     longer = interp.PromptPair("w1 w2 w3 w4 w5 w6 w7", "w1 w9 w3 w7 w5 w6 w7", "w95", "w96")
     pairs = [PAIR, longer, interp.PromptPair("w8 w2 w3 w4 w6", "w8 w2 w1 w4 w6", "w90", "w91")]
     alone = np.mean([attribute_edges(model, p, steps=2).matrix for p in pairs], axis=0)
-    np.testing.assert_allclose(attribute_edges(model, pairs, steps=2).matrix, alone, atol=1e-9)
+    np.testing.assert_allclose(
+        attribute_edges(model, pairs, steps=2).matrix, alone, atol=1e-9
+    )  # float64, another order
 
 
 def test_equals_transformer_lens_where_it_goes(tiny) -> None:
@@ -96,7 +101,7 @@ def test_equals_transformer_lens_where_it_goes(tiny) -> None:
 
     for (sender, receiver), score in theirs.items():
         want[Edge(site(sender), site(receiver))] += score
-    compare(attribute_edges(model, PAIR, method="eap", mode="denoise"), want)
+    assert gap(attribute_edges(model, PAIR, method="eap", mode="denoise"), want) < ROUNDING
     with pytest.raises(ValueError, match="GQA"):
         tl.attribution_patch(tiny("llama").bridge, *tokens, metric, config)
 
