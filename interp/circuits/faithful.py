@@ -53,6 +53,7 @@ def faithfulness(
     """
     if chance not in get_args(Chance):
         raise InterpError(f"chance={chance!r}: random circuits are made of 'paths' or of 'edges'")
+    _check_random(n_random)
     scale = Scale(model, pairs, circuit, metric, using, seed)
     value = scale.evaluate(scale.mask())
     generator, draw = np.random.default_rng(seed), random_circuit if chance == "paths" else _random_edges
@@ -105,6 +106,7 @@ def completeness(
     ``n_random`` random halves, and all nodes (f(M∖C): what the model does without the circuit). The edges from and into
     K are ablated in both. One row per K.
     """
+    _check_random(n_random)
     scale, nodes = Scale(model, pairs, circuit, metric, using, seed), circuit.nodes()
     knocked: list[tuple[str, Sequence[Site]]] = [("none", ()), *((str(n), (n,)) for n in nodes)]
     generator = np.random.default_rng(seed)
@@ -144,6 +146,11 @@ class Faithfulness:
         """Share of random circuits that are at least as faithful, (1 + hits) / (1 + n); NaN without any."""
         n = len(self.random)
         return (1 + int((self.random >= self.value).sum())) / (1 + n) if n else float("nan")
+
+
+def _check_random(n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise InterpError(f"n_random={n!r}: how many are drawn, from 0 on")
 
 
 def random_circuit(

@@ -249,27 +249,38 @@ class Circuit:
     @classmethod
     def read(cls, path: str | Path, model: Model | None = None) -> Circuit:
         """Load what `write` saved. ModelError if it was made for other weights than ``model``'s; InterpError for a file
-        that is no circuit, or of a later version."""
+        that is no circuit, damaged, or of a later version."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InterpError(f"{path} cannot be read: {e.strerror}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise InterpError(f"{path} is not a circuit: it is no JSON ({e})") from None
         if not isinstance(data, dict) or data.get("format") != "interp.Circuit":
             raise InterpError(f"{path} is not a circuit: it was not written by Circuit.write")
-        if data["schema"] != SCHEMA_VERSION:
+        if (version := data.get("schema")) != SCHEMA_VERSION:
             raise InterpError(
-                f"{path} has schema version {data['schema']}, and this version reads {SCHEMA_VERSION}: update interp"
+                f"{path} has schema version {version}, and this version reads {SCHEMA_VERSION}: update interp"
             )
+        try:
+            circuit = cls._from(data)
+        except InterpError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise InterpError(f"{path} is damaged: {type(e).__name__}, {e}. Find the circuit again") from None
+        if model is not None:
+            circuit.check(model)
+        return circuit
+
+    @classmethod
+    def _from(cls, data: dict[str, Any]) -> Circuit:
         graph = Architecture(**data["architecture"])
         edges = {Edge(Site.parse(s), Site.parse(r)): float("nan") if x is None else x for s, r, x in data["edges"]}
         roles = {Site.parse(s): text for s, text in data["roles"].items()}
         evidence, neurons = (
             {Site.parse(s): found for s, found in data.get(name, {}).items()} for name in ("evidence", "neurons")
         )
-        circuit = cls(graph, edges, roles, data["provenance"], evidence, neurons)
-        if model is not None:
-            circuit.check(model)
-        return circuit
+        return cls(graph, edges, roles, data["provenance"], evidence, neurons)
 
     def check(self, model: Model) -> None:
         """Raise ModelError unless this is a circuit of ``model``: same architecture, same weights if they are known."""

@@ -69,6 +69,8 @@ class EdgeScores:
 
     def above(self, threshold: float, *, absolute: bool = True, prune: bool = True) -> Circuit:
         """The edges whose |score| (or score) is above a threshold. InterpError if that is none, or all of them."""
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
+            raise InterpError(f"threshold={threshold!r}: a number, in the unit of scores, is expected")
         with np.errstate(invalid="ignore"):
             kept = self._ranked(absolute) > threshold
         what, n = "|score|" if absolute else "score", int(kept.sum())
@@ -112,6 +114,13 @@ class EdgeScores:
         return EdgeScores(self.graph, direction * self.matrix, {**kept, "sign": "positive helps the metric"})
 
     def _check(self, n: int) -> None:
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise InterpError(f"n={n!r}: how many edges to take, a whole number")
+        if not np.nanmax(np.abs(self.matrix)) > 0:
+            raise InterpError(
+                "every edge scores 0, so that none is better than another: do the clean and corrupt prompts differ in "
+                "what the metric reads?"
+            )
         if not 1 <= n <= len(self):
             raise InterpError(f"n={n} edges were asked for: this model has {len(self)}, and a circuit needs at least 1")
 

@@ -93,10 +93,21 @@ def test_files_come_back_and_know_their_model(tiny, tmp_path) -> None:
     assert Circuit.read(path) == circuit  # without a model nothing is checked
     with pytest.raises(ModelError, match="is of a model with"):
         back.check(tiny("gpt2"))
-    for text, says in (("{", "no JSON"), ("{}", "not written by"), (json.dumps({**data, "schema": 99}), "version 99")):
+    edge, graph = data["edges"][0], data["architecture"]
+    broken = [
+        ("{", "no JSON"), ("{}", "not written by"), (json.dumps({**data, "schema": 99}), "version 99"),
+        (json.dumps({"format": data["format"]}), "version None"), (json.dumps({**data, "edges": []}), "is empty"),
+        (json.dumps({**data, "edges": [["z.L9H9", *edge[1:]]]}), "z.L9H9 is no sender"),
+    ]  # fmt: skip
+    hurt = ({"edges": [edge[:2]]}, {"edges": [[*edge[:2], "x"]]}, {"architecture": {}}, {"roles": ["x"]})
+    hurt += ({"architecture": {**graph, "n_layers": "x"}},)
+    broken += [(json.dumps({**data, **more}), "is damaged") for more in hurt]
+    for text, says in broken:
         path.write_text(text)
         with pytest.raises(InterpError, match=says):
             Circuit.read(path)
+    with pytest.raises(InterpError, match="cannot be read"):
+        Circuit.read(tmp_path / "elsewhere.json")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -137,3 +148,12 @@ def test_selections_that_are_none(scores: EdgeScores) -> None:
         scores.above(0.001)
     with pytest.raises(InterpError, match="disconnected"):
         scores.top(1)
+    for bad in ("5", 2.5, True):
+        with pytest.raises(InterpError, match="a whole number"):
+            scores.top(bad)  # type: ignore[arg-type]
+    with pytest.raises(InterpError, match="a number, in the unit of scores"):
+        scores.above("x")  # type: ignore[arg-type]
+    nothing = EdgeScores(SMALL, np.zeros(SMALL.allowed.shape), {})
+    for choose in (nothing.top, nothing.greedy):
+        with pytest.raises(InterpError, match="every edge scores 0"):
+            choose(5)
