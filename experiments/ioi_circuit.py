@@ -28,6 +28,7 @@ from watching import Watch
 import interp
 from interp.circuits import (
     EdgeScores,
+    acdc_sweep,
     attribute_edges,
     attribute_sites,
     curve,
@@ -36,8 +37,9 @@ from interp.circuits import (
     random_scores,
 )
 from interp.circuits.architecture import architecture
+from interp.circuits.evaluation import Evaluator
 from interp.provenance import now, prompt_hash, versions
-from interp.sites import Sites
+from interp.sites import Edge, Site, Sites
 
 HERE = Path(__file__).parent
 TRAIN, TEST = 32, 100
@@ -83,12 +85,65 @@ def by_nodes(method: Any) -> Scorer:
     return score
 
 
+def by_path_patching(model: Any, pairs: Any) -> EdgeScores:
+    """Every edge exactly, one at a time: the sender's corrupt activation along it alone, in the clean run.
+
+    `interp.path_patch` takes heads and MLPs as senders; the edges from the input are cut in the model run as a circuit.
+    """
+    graph = architecture(model)
+    total = np.zeros(graph.allowed.shape)
+    senders = [s for s in graph.senders if s != graph.input]
+    table = interp.path_patch(model, pairs, senders, graph.receivers, mode="noise", show_progress=False).frame()
+    change = (table["patched"] - table["clean"]) / len(pairs)
+    columns = ("sender", "component", "layer", "head")
+    for sender, component, layer, head, x in zip(*(table[c] for c in columns), change, strict=True):
+        receiver = Site(component, int(layer), None if str(head) in ("nan", "<NA>") else int(head))
+        total[graph.place(Edge(Site.parse(sender), receiver))] += x
+    evaluate = Evaluator(model, pairs, "logit_diff", "counterfactual")
+    rows = np.flatnonzero(graph.allowed[:, 0])
+    masks = np.repeat(graph.allowed[None], len(rows), axis=0)
+    masks[np.arange(len(rows)), rows, 0] = False
+    total[rows, 0] = (evaluate.many(masks, evaluate.start(graph.allowed)) - evaluate.whole).mean(1)
+    made = {"method": "path patching, edge by edge", "mode": "noise", "metric_direction": 1, "evidence": "exact"}
+    return EdgeScores(graph, total, {**model.provenance(), **made})
+
+
+SCREENED = 706  # 1% of the edges
+THRESHOLDS = (0.005, 0.01, 0.03)  # of the logit difference
+
+
+def by_acdc(model: Any, pairs: Any) -> EdgeScores:
+    """ACDC from the `SCREENED` best edges of EAP-IG on, at several thresholds.
+
+    An edge scores the largest threshold at which it stays; among such and among those that never do, EAP-IG ranks.
+    """
+    screened = attribute_edges(model, pairs, steps=5, show_progress=False).helpful()
+    start = screened.top(SCREENED, prune=False)
+    stays = acdc_sweep(model, pairs, THRESHOLDS, "logit_diff", start=start, show_progress=False)
+    level = np.searchsorted(np.sort(THRESHOLDS), np.nan_to_num(stays.matrix), side="right")
+    size = 1 + 2 * np.nanmax(np.abs(screened.matrix))
+    # what ACDC keeps helps, and ranks above all that it does not
+    matrix = np.where(level > 0, level * size + np.abs(screened.matrix), screened.matrix)
+    return EdgeScores(stays.graph, matrix, {**stays.provenance, "ties": "EAP-IG"})
+
+
 METHODS: dict[str, Method] = {
     "eap": Method(by_gradients("eap"), "EAP (Syed et al. 2023)"),
     "eap-ig-inputs": Method(by_gradients("eap-ig-inputs"), "EAP-IG, inputs, 5 steps (Hanna et al. 2024)", 16),
     "eap-ig-activations": Method(
         by_gradients("eap-ig-activations"), "EAP-IG, activations, 5 steps (a pass for each node and step)", 4, 8
     ),
+    "path-patching": Method(
+        by_path_patching, "path patching, exact, each edge alone (Goldowsky-Dill et al. 2023)", 1, 4
+    ),
+    "acdc": Method(
+        by_acdc,
+        f"ACDC at {len(THRESHOLDS)} thresholds (Conmy et al. 2023) among the {SCREENED} edges (1%) that EAP-IG ranks "
+        "first; behind what it keeps, EAP-IG's order",
+        4,
+        4,
+    ),
+    "eap-ig-inputs-4": Method(by_gradients("eap-ig-inputs"), "the same EAP-IG, from as few pairs", 4, 4),
     "clean-corrupted": Method(by_gradients("clean-corrupted"), "gradients at clean and corrupt"),
     "atp-nodes": Method(by_nodes("atp"), "AtP of nodes; an edge scores as the weaker of its ends"),
     "flow": Method(lambda m, p: flow_scores(m, p), "information-flow routes (Ferrando & Voita 2024)", 8, signed=False),
