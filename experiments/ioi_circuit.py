@@ -241,6 +241,7 @@ def row(name: str, work: Path) -> dict[str, Any] | None:
     return {
         "method": name, "what": METHODS[name].what, "scored_on": sum(s["n"] for s in scores),
         "cpr": signed.get("cpr"), "cmd": absolute.get("cmd"), "seconds": sum(s["seconds"] for s in scores),
+        "load": max(s.get("load", 0.0) for s in scores),
         "peak_mib": max(s["peak_mib"] for s in scores), "loaded_mib": max(s["loaded_mib"] for s in scores),
         "curve_absolute": absolute.get("curve"), "curve_signed": signed.get("curve"),
         "whole": absolute.get("whole"), "empty": absolute.get("empty"), "recipe": absolute.get("recipe"),
@@ -276,6 +277,10 @@ def markdown(result: dict[str, Any]) -> str:
     def interval(x: list[float] | None) -> str:
         return "not run" if x is None else f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]"
 
+    def busy(r: dict[str, Any]) -> str:
+        """Whether more ran than this script, by the load of the minute in which scoring ended."""
+        return r"\*" if r["load"] > THREADS + 0.5 else ""
+
     def at(r: dict[str, Any], size: float) -> str:
         return (
             "–"
@@ -299,9 +304,11 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {r['method']}: {r['what']} | {r['scored_on'] if 'random' not in r['method'] else '–'} | "
             f"{interval(r['cpr'])} | {interval(r['cmd'])} | {at(r, 0.01)} | {at(r, 0.05)} | {at(r, 0.2)} | "
-            f"{r['seconds']:.1f} | {r['peak_mib']:,.0f} |"
+            f"{r['seconds']:.1f}{busy(r)} | {r['peak_mib']:,.0f} |"
         )
     loaded = max(r["loaded_mib"] for r in result["rows"])
+    if any(busy(r) for r in result["rows"]):
+        lines += ["", r"\* The machine did other work at the time: too long."]
     lines += ["", f"The loaded model alone is resident in {loaded:,.0f} MiB.", f"Made by `{result['command']}`.", ""]
     return "\n".join(lines)
 
