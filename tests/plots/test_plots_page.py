@@ -239,6 +239,10 @@ def test_page_prints_and_fits_a_phone(browser: Browser, tmp_path: Path):
     for drawing in ("svg.map", "svg.pattern", "svg.row-figure", "svg.graph", "svg.curve"):
         drawn = browser.page.locator(drawing)
         assert drawn.count() and drawn.evaluate_all(whole) == 0, f"{drawing} is cut off at the right"
+    browser.page.emulate_media(media="print")
+    assert browser.page.locator(".head-list .interval-bar").first.evaluate("s => s.getBoundingClientRect().height") < 20
+    assert not browser.page.locator(".readout textarea").first.is_visible(), "an empty note takes no paper"
+    browser.page.emulate_media(media="screen")
     assert browser.pdf().startswith(b"%PDF")
     assert browser.evaluate("document.documentElement.dataset.theme") == "dark", "paper is white, the screen stays dark"
     assert_quiet(browser, path)
