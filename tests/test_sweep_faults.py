@@ -113,6 +113,61 @@ def test_two_drivers_at_once_share_the_parts(tmp_path, undisturbed) -> None:
     assert light.contents(store) == undisturbed
 
 
+DEADLY = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import sweep_light
+
+where, commits, replace, link = {where!r}, [], os.replace, os.link
+
+
+def die(target):
+    commits.append(target)
+    if len(commits) == 2:
+        os.kill(os.getpid(), 9)
+
+
+def replaced(source, target, **options):
+    if where == "before the receipt" and "/receipts/" in str(target):
+        die(target)
+    replace(source, target, **options)
+
+
+def linked(source, target, **options):
+    if where == "before the part":
+        die(target)
+    link(source, target, **options)
+    if where == "after the part":
+        die(target)
+
+
+os.replace, os.link = replaced, linked
+sys.exit(sweep_light.main())
+"""
+
+
+def test_drivers_killed_in_the_middle_of_a_commit_beside_another(tmp_path, undisturbed) -> None:
+    store, deadly = light.make(tmp_path / "run"), {}
+    honest = driver(store, executor="in-process")
+    while '"started"' not in honest.stdout.readline():
+        pass
+    honest.send_signal(signal.SIGSTOP)  # with a part in hand, until the others are dead
+    options = json.dumps({"executor": "in-process", "show": "none"})
+    for i, where in enumerate(("before the receipt", "before the part", "after the part")):
+        script = tmp_path / f"deadly{i}.py"
+        script.write_text(DEADLY.format(tests=str(Path(light.__file__).parent), where=where))
+        deadly[where] = subprocess.Popen([sys.executable, str(script), "drive", str(store.root), options])
+    assert {where: p.wait(timeout=60) for where, p in deadly.items()} == dict.fromkeys(deadly, -signal.SIGKILL)
+    honest.send_signal(signal.SIGCONT)
+    out, err = honest.communicate(timeout=60)
+    assert honest.returncode == 0, err
+    done = [e["part"] for e in map(json.loads, out.splitlines()) if e["event"] == "done"]
+    assert len(done) == len(set(done)) == 40 - 3 - 1  # one whole part each, and one at the last breath
+    assert not store.inventory().damaged and store.inventory().rows == 40 * 50
+    assert here(store).code == 0  # which removes what the dead had not put in place yet
+    assert light.contents(store) == undisturbed
+
+
 def test_ctrl_c_once_finishes_what_is_in_hand_and_twice_drops_it(tmp_path, undisturbed) -> None:
     slow = light.make(tmp_path / "slow", seconds=0.3)
     process = driver(slow, workers=2)

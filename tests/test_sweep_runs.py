@@ -121,43 +121,69 @@ def test_noise_on_facts_does_not_depend_on_the_cut(folder, tmp_path, model) -> N
         np.testing.assert_allclose(frame["patched"], want["patched"], rtol=1e-9)
 
 
-def test_executors_agree_to_the_bit(folder, tmp_path, model) -> None:
+def test_executors_agree_to_the_bit_and_in_float32_nearly(folder, tmp_path, model, monkeypatch) -> None:
+    from interp.engine import products
+
     recipes = {"patch": "", "ablate": 'using = "resample"'}
-    first = sweep(folder, tmp_path / "in", recipes=recipes)
+    sweep(folder, tmp_path / "both", recipes=recipes)
+    text = (folder / "both.toml").read_text()
+    second_model = f'[[models]]\nload = "{folder}/m"\nname = "single"\ndtype = "float32"\n[[tasks]]'
+    (folder / "both.toml").write_text(text.replace("[[tasks]]", second_model))
+    first, second, third = (interp.Sweep(folder / "both.toml", tmp_path / n) for n in ("in", "local", "other"))
     assert run(first).code == 0
-    second = sweep(folder, tmp_path / "local", recipes=recipes)
     assert run(second, executor="local", workers=2, shard=(0, 2)).code == 0
     assert run(second, shard=(1, 2)).code == 0
+    monkeypatch.setattr(products, "onednn_pays", lambda threads: False)
+    assert run(third, threads=2).code == 0  # another number of threads, and perhaps another library's products
+    tables = [as_frame(one.dataset().to_table()) for one in (first, second, third)]
+    half = len(tables[0]) // 2
+    assert (tables[0]["model"][:half] == "m").all() and (tables[0]["model"][half:] == "single").all()
     want = light.contents(first.store)
-    assert len(want) == 6 and light.contents(second.store) == want
+    assert len(want) == 12
+    doubles = list(want)[:6]
+    assert [light.contents(second.store)[n] for n in doubles] == [want[n] for n in doubles]
+    for other in tables[1:]:
+        for column in ("clean", "corrupt", "patched"):
+            np.testing.assert_allclose(other[column][half:], tables[0][column][half:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_ray_agrees_to_the_bit_and_survives_the_loss_of_an_actor(folder, tmp_path, model) -> None:
+def test_ray_agrees_to_the_bit_and_survives_the_loss_of_an_actor_and_of_a_node(folder, tmp_path, model) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'interp[ray]'")
+    from ray.cluster_utils import Cluster as Nodes
+
     recipes = {"patch": "", "ablate": 'using = "resample"'}
     want = sweep(folder, tmp_path / "in", model, size=1, recipes=recipes)
     assert run(want).code == 0
     one = sweep(folder, tmp_path / "ray", size=1, recipes=recipes)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    spot = nodes.add_node(num_cpus=1)
     try:
         from interp.sweep.executors.ray import Cluster
 
-        killed, events = [], []
+        ray.init(address=nodes.address, log_to_driver=False)
+        done, events = [], []
         store = one.create()
 
         def watch(event: dict) -> None:
             events.append(event)
-            if event["event"] == "done" and not killed:  # as when its node is taken away
-                killed.append(event["worker"])
-                ray.kill(cluster.actors[event["worker"]])
+            if event["event"] == "done":
+                done.append(event["part"])
+                if len(done) == 2:
+                    ray.kill(cluster.actors[event["worker"]])
+                if len(done) == 4:  # taken back; another one comes
+                    nodes.remove_node(spot, allow_graceful=False)
+                    nodes.add_node(num_cpus=1)
 
         cluster = Cluster(ray, store, watch, lambda: False, 1, 0)
-        assert cluster.run(range(store.n_parts), 1) == {}
-        assert any(e["event"] == "died" for e in events)
-        assert run(one).code == 0  # checks every part, finds nothing to do
+        assert cluster.run(range(store.n_parts), 2) == {}  # of two workers one never has room, and gets no part
+        assert sorted(done) == list(range(store.n_parts)) and sum(e["event"] == "died" for e in events) >= 2
+        ray.shutdown()
+        store.path(3).unlink()
+        assert run(one, executor="ray", address=nodes.address, workers=1).code == 0  # joins the cluster that is there
     finally:
         ray.shutdown()
+        nodes.shutdown()
     assert light.contents(one.store) == light.contents(want.store)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import itertools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -30,33 +34,83 @@ ROWS, ROWS_PER_PART = 10_000_000, 100_000
 PARTS = 10_000
 
 
-def overhead(say: Say, rounds: int = 3) -> dict[str, Any]:
-    """Two parts of four pairs each, every head: `interp.patch` on these pairs, and the sweep, in turn; one thread."""
+def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
+    """The sweep that `interp sweep init` writes, and its recipes called by hand on the same pairs; one thread.
+
+    Both sides make the pairs, and find a model that is loaded and that the engine knows. The sweep's side has all that
+    a user of it gets: the check that the model does the task, the run directory, every part synced. By hand before and
+    after it, which counts half each. Said apart: seconds before the first part, which a run spends once; and the share
+    of a part's time outside its recipe.
+    """
+    import tomllib
+
     import torch
 
     import interp
+    from interp.sweep.template import TEMPLATE
 
+    config = tomllib.loads(TEMPLATE)
+    config["tasks"][0]["n"] = pairs
     torch.set_num_threads(1)
     model = interp.load("smollm2")
-    pairs = interp.tasks.ioi(model, n=8, seed=0)
     sites = model.sites("z")
-    interp.patch(model, pairs[:1], model.sites("z", layers=29))  # what is done once
-    engine, layer = [], []
-    for _ in range(rounds):
+
+    def by_hand(n: int, chosen: Any) -> int:
+        made = interp.tasks.ioi(model, n=n, seed=0)
+        patched = interp.patch(model, made, chosen, mode="denoise", show_progress=False)
+        return len(patched) + len(interp.ablate(model, made, chosen, using="mean", show_progress=False))
+
+    by_hand(2, model.sites("z", layers=29))  # what is done once a process
+    engine = []
+
+    def time_by_hand() -> int:
         start = time.perf_counter()
-        for some in (pairs[:4], pairs[4:]):
-            interp.patch(model, some, sites, show_progress=False)
+        n = by_hand(pairs, sites)
         engine.append(time.perf_counter() - start)
-        with tempfile.TemporaryDirectory() as folder:
+        return n
+
+    cells = time_by_hand()
+    spans: list[tuple[float, float]] = []  # of the recipes' calls
+    with tempfile.TemporaryDirectory() as folder, _timed(spans, interp, "patch", "ablate"):
+        start = time.perf_counter()
+        sweep = interp.Sweep(config, Path(folder) / "run", models={"smollm2": model})
+        outcome = sweep.run(show="none")
+        layer = time.perf_counter() - start
+        assert outcome.code == 0 and outcome.rows == cells
+    time_by_hand()
+    found = layer / statistics.mean(engine) - 1
+    once = spans[0][0] - start
+    apart = [b - a for (_, a), (b, _) in itertools.pairwise([*spans, (start + layer, 0.0)])]
+    share = statistics.median(apart) * len(spans) / sum(b - a for a, b in spans)
+    say(
+        f"overhead: {found:.2%} over the engine ({cells} cells, {statistics.mean(engine):.1f} s): {once:.2f} s once, "
+        f"and {share:.2%} of each part"
+    )
+    return {
+        "cells": cells, "engine_seconds": engine, "sweep_seconds": layer, "overhead": found, "pairs": pairs,
+        "once_seconds": once, "parts": len(spans), "part_seconds": apart, "part_share": share,
+        "recipe_seconds": sum(b - a for a, b in spans),
+    }  # fmt: skip
+
+
+@contextmanager
+def _timed(spans: list[tuple[float, float]], module: Any, *names: str) -> Iterator[None]:
+    """Inside the block, notes when each call of some functions of a module began and ended."""
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
-            sweep = interp.Sweep(CONFIG, Path(folder) / "run", models={"smollm2": model})
-            assert sweep.run(show="none").code == 0
-            layer.append(time.perf_counter() - start)
-    pairwise = [b / a - 1 for a, b in zip(engine, layer, strict=True)]
-    cells = 8 * len(sites)
-    middle = statistics.median(pairwise)
-    say(f"overhead: {middle:.2%} over the engine ({cells} cells, {statistics.median(engine):.1f} s)")
-    return {"engine_seconds": engine, "sweep_seconds": layer, "overhead": middle, "cells": cells}
+            found = function(*args, **options)
+            spans.append((start, time.perf_counter()))
+            return found
+
+        return call
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name))))
+        yield
 
 
 def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]:
@@ -70,6 +124,7 @@ def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]
             sweep = interp.Sweep(config, Path(folder) / "run")
             command = [sys.executable, "-m", "interp.cli", "sweep", "resume", str(sweep.root), "--log", "json"]
             sweep.create()
+            begun = time.perf_counter()
             process = subprocess.Popen(
                 [*command, "--executor", executor, "--workers", str(n)], stdout=subprocess.PIPE, text=True
             )
@@ -80,7 +135,7 @@ def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]
         first = [min(t for t, e in done if e["worker"] == w) for w in sorted({e["worker"] for _, e in done})]
         # each worker's first part holds its loading; what follows is the pace
         steady = sum(1 for t, _ in done if t > max(first)) / (done[-1][0] - max(first))
-        whole = len(done) / (done[-1][0] - events[0][0])
+        whole = len(done) / (done[-1][0] - begun)
         found[str(n)] = {"parts_per_second": steady, "parts_per_second_with_start": whole, "parts": len(done)}
     ratio = found["2"]["parts_per_second"] / found["1"]["parts_per_second"]
     say(f"{executor}: two workers are {ratio:.2f}× one once loaded")
@@ -169,14 +224,19 @@ def resume(say: Say) -> dict[str, Any]:
 
 
 def corpus(say: Say) -> dict[str, Any]:
-    """Peak memory of a process that takes statistics over 1, 100 and 10,000 documents, of a tiny random model."""
-    peaks = {}
+    """What statistics over 1, 100 and 10,000 documents of 200 tokens take beside a tiny random model.
+
+    Each in a process of its own, which has taken statistics over a few documents before: what loading and imports take
+    is there already, and does not hide what the stream takes. The peak since then, less what was resident then.
+    """
+    found: dict[str, Any] = {}
     for n in (1, 100, 10_000):
         code = f"from {__name__} import _corpus; _corpus({n})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        peaks[n] = int(done.stdout.split()[-1])
-        say(f"corpus: {n:,} documents, peak {peaks[n] / 2**20:.0f} MiB")
-    return {"peak_bytes": peaks, "growth": peaks[10_000] / peaks[100]}
+        found[str(n)] = json.loads(done.stdout.splitlines()[-1])
+        before, most = (found[str(n)][k] / 2**20 for k in ("resident_bytes", "stream_bytes"))
+        say(f"corpus: {n:,} documents, {most:.1f} MiB beside the {before:.0f} MiB of a process with the model")
+    return found
 
 
 def _corpus(n: int) -> None:
@@ -188,13 +248,30 @@ def _corpus(n: int) -> None:
     hf = tiny_hf("llama")
     words = induction().bridge.tokenizer
     model = interp.load(hf.float(), tokenizer=words)
+    text = " ".join(words.convert_ids_to_tokens([5 + i % 60 for i in range(200)]))
+    options = {"bytes_per_part": 2**16, "executor": "in-process", "show": "none"}
     with tempfile.TemporaryDirectory() as folder:
-        text = " ".join(words.convert_ids_to_tokens(range(5, 60)))
-        (Path(folder) / "docs.txt").write_text(f"{text}\n" * n)
-        options = {"bytes_per_part": 2**15, "executor": "in-process", "show": "none"}
-        found = measured.statistics(model, Path(folder) / "docs.txt", Path(folder) / "run", context=32, **options)
-        assert found.documents == n
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+        def measure(documents: int) -> None:
+            data = Path(folder) / f"docs{documents}.txt"
+            with open(data, "w") as file:
+                file.writelines(f"{text}\n" for _ in range(documents))
+            found = measured.statistics(model, data, Path(folder) / f"run{documents}", context=64, **options)
+            assert found.documents == documents
+
+        measure(2 * 2**16 // len(text))  # two parts
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _status("VmRSS")
+        measure(n)
+        most = _status("VmHWM")
+    print(json.dumps({"resident_bytes": before, "peak_bytes": most, "stream_bytes": max(0, most - before)}))
+
+
+def _status(name: str) -> int:
+    """A figure of Linux about this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 CASES: dict[str, Callable[[Say], dict[str, Any]]] = {

@@ -7,6 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 from interp.errors import InterpError, ModelError, SiteError
 from interp.sweep import prompt_sets
 from interp.sweep.config import Config, ModelSpec, Part, parse
-from interp.sweep.prompt_sets import PromptSet, as_task, file_name, make_set, takes
+from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, file_name, make_set, takes
 from interp.sweep.recipe_fields import RECIPES
 from interp.sweep.table import failed_rows, table_of
 
@@ -103,7 +104,10 @@ class EffectsJob:
                         raise InterpError(
                             f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew"
                         )
-                content = self.shelf.keep(name, make_set(model, part.task, part.seed, own).encoded())
+                self.settled = None
+                made = make_set(model, part.task, part.seed, own, partial(self._ask, model, part)).encoded()
+                content = self.shelf.keep(name, made)
+                self.settled = key if content == made else None
             found = PromptSet.decoded(content)
             if found.weights != model.fingerprint():
                 raise ModelError(
@@ -113,22 +117,35 @@ class EffectsJob:
             self.sets[key] = found
         if self.settled != key:
             self.settled = key
-            self.settle(model, self.sets[key])
+            if self.sets[key].error is None:
+                self.settle(model, [self.sets[key].prompts[i] for i in self.sets[key].usable])
         return self.sets[key]
 
-    def settle(self, model: Any, prompts: PromptSet) -> None:
+    def _ask(self, model: Any, part: Part, prompts: Prompts) -> str:
+        """How well a model does a task, by its prompts; leaves the model settled on these."""
+        from interp.sweep.behaviour import BaseRuns, asked
+
+        self.settle(model, prompts)
+        runs = BaseRuns(model, self.config.engine, self.config.memory)
+        return asked(runs, prompts, lambda some: as_task(some, part.task, part.seed), part.task.require)
+
+    def settle(self, model: Any, prompts: Prompts, anew: bool = False) -> None:
         """Bring what the engine remembers of a model to where it always is before a part of these prompts.
 
-        Which products compute a base run depends on what was recorded and checked before, and with it the last
-        bits; not so once the longest prompt has been recorded.
+        Which products compute a base run depends on what was recorded before, and with it the last bits; not so once
+        the longest prompt has been recorded. That packed cells agree with full forwards follows from the model's
+        structure, and is checked once; ``anew`` with every call, because NaN in one example can look like a failure.
         """
         from interp.engine import Engine
+        from interp.engine.core import LEAN_RUNS, NOT_LEAN
         from interp.prompts import encode_any
 
-        model.engine_checks.clear()
+        if anew or NOT_LEAN in model.engine_checks:
+            model.engine_checks.clear()
+        model.engine_checks.discard(LEAN_RUNS)
         model.engine_frame = None
-        if prompts.error is None and prompts.usable:
-            encoded, _ = encode_any([prompts.prompts[i] for i in prompts.usable], model.coder)
+        if prompts:
+            encoded, _ = encode_any(prompts, model.coder)
             with contextlib.suppress(InterpError):  # of what has no engine, recipes say so
                 Engine(model, self.config.engine, self.config.memory).record([max(encoded, key=len).clean])
 
@@ -192,10 +209,11 @@ class _Trial:
 
     def _one_by_one(self, examples: Sequence[int]) -> list[pd.DataFrame]:
         frames = []
+        usable = [self.prompts.prompts[i] for i in self.usable]
         for i in examples:
-            self.job.settle(self.model, self.prompts)
+            self.job.settle(self.model, usable, anew=True)
             frames += self.measured([i])
-        self.job.settle(self.model, self.prompts)
+        self.job.settle(self.model, usable, anew=True)
         return frames
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:
@@ -221,7 +239,7 @@ class _Trial:
                 variable.reset(token)
         self.provenance = {k: v for k, v in effects.provenance.items() if k not in ("created", "prompts", "n_prompts")}
         self.provenance |= {
-            "prompts": prompt_sets.digest_of(self.prompts.encoded())[:16],
+            "prompts": self.prompts.digest[:16],
             "n_prompts": len(self.usable),
         }
         frame = effects.frame()

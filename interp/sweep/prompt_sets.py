@@ -8,7 +8,9 @@ from __future__ import annotations
 import inspect
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,15 @@ class PromptSet:
         """As JSON."""
         kind = {PromptPair: "pair", Fact: "fact"}
         listed = [{"kind": kind[type(p)], **vars(p)} for p in self.prompts]
-        found = {**vars(self), "prompts": listed, "failed": {str(k): v for k, v in self.failed.items()}}
+        failed = {str(k): v for k, v in self.failed.items()}
+        found = {"prompts": listed, "failed": failed, "error": self.error}
+        found |= {"weights": self.weights, "behaviour": self.behaviour}
         return json.dumps(found, indent=0, sort_keys=True).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all of it."""
+        return digest_of(self.encoded())
 
     @classmethod
     def decoded(cls, content: bytes) -> PromptSet:
@@ -66,13 +75,12 @@ def file_name(model: str, task: str, seed: int) -> str:
     return digest_of(json.dumps([model, task, seed]).encode())[:16] + ".json"
 
 
-def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None) -> PromptSet:
+def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Callable[[Prompts], str]) -> PromptSet:
     """The prompts of a task for one model. ``own``: contents of the file, of a task of one's own.
 
-    What the model lacks for the task, and whether it does it at all, ends up in ``error``.
+    ``ask``: says how well the model does it on prompts. What the model lacks for the task, and whether it does it at
+    all, ends up in ``error``.
     """
-    from interp import tasks
-
     weights = model.fingerprint()
     try:
         if own is None:
@@ -96,16 +104,12 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None) -> Prompt
     if not good:
         return PromptSet(prompts, failed, None, weights, "")
     try:
-        found = tasks.check(model, as_task(good, task, seed))  # type: ignore[arg-type]
-        words = f"accuracy {found.accuracy:.1%}, mean logit difference {found.mean_logit_diff:.2f}, n = {found.n}"
-        if found.accuracy < task.require:
-            found.require(task.require)
+        return PromptSet(prompts, failed, None, weights, ask(good))
     except InterpError as error:
         return PromptSet(prompts, failed, f"{type(error).__name__}: {error}", weights, "")
-    return PromptSet(prompts, failed, None, weights, words)
 
 
-def as_task(prompts: Prompts, task: TaskSpec, seed: int) -> Any:
+def as_task(prompts: Sequence[PromptPair | Fact], task: TaskSpec, seed: int) -> Any:
     """Prompts as a recipe takes them, with the task's name in the provenance."""
     if prompts and isinstance(prompts[0], PromptPair):
         pairs = [p for p in prompts if isinstance(p, PromptPair)]

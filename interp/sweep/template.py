@@ -20,7 +20,8 @@ load = "smollm2"              # embedded; or a hub id, a local folder, a .gguf f
 [[tasks]]
 task = "ioi"                  # a task of interp.tasks
 n = 32                        # prompts
-# require = 0.8               # accuracy below which a model's parts are marked as failed, in place of being measured
+# require = 0.8               # accuracy below which a model's parts are marked as failed, in place of being measured;
+#                             # asked of 32 prompts, and of all where these leave it open
 # options = { corruption = "abc" }
 
 # [[tasks]]

@@ -3,7 +3,8 @@
 What an actor needs of the run (prompts of one's own, frozen prompts) goes to it through the object store, once a node.
 Base runs do not: an activation of a prompt takes longer to move than to compute. In flight are two parts an actor: one
 being computed, one waiting. An actor that dies, with its worker or its node (a spot instance taken back), is started
-anew where there is room, and its parts are handed out again. interp must be installed on every node.
+anew as soon as there is room; its parts are handed out again at once, to those that live. interp must be installed on
+every node.
 """
 
 from __future__ import annotations
@@ -97,8 +98,10 @@ class Cluster:
     threads: int
     gpus: float
     actors: dict[int, Any] = field(default_factory=dict)
+    starting: dict[Any, int] = field(default_factory=dict)  # actors that wait for room on a node, by what they answer
     sent: dict[Any, _Sent] = field(default_factory=dict)
     deaths: Counter[int] = field(default_factory=Counter)
+    idle_deaths: int = 0
     left: dict[int, str] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)
 
@@ -113,10 +116,13 @@ class Cluster:
                 self._start(number)
             while (todo or self.sent) and not (self.stopped() and not self.sent):
                 handed = self._hand_out(todo)
-                if self.sent:
-                    ready, _ = self.ray.wait(list(self.sent), timeout=POLL)
+                if self.sent or self.starting:
+                    ready, _ = self.ray.wait([*self.sent, *self.starting], timeout=POLL)
                     for reference in ready:
-                        self._back(reference, todo)
+                        if reference in self.starting:
+                            self._started(reference)
+                        elif reference in self.sent:  # not lost meanwhile with another part of its actor
+                            self._back(reference, todo)
                 elif todo and not handed:
                     time.sleep(POLL)  # all that is left is in other drivers' hands
         finally:
@@ -132,14 +138,28 @@ class Cluster:
         variables = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         remote = self.ray.remote(num_cpus=self.threads, num_gpus=self.gpus, runtime_env={"env_vars": variables})(Actor)
         self.actors[number] = remote.remote(self.store.kind, self.store.document, self.inputs, self.threads)
-        self.emit({"event": "worker", "worker": number})
+        self.starting[self.actors[number].pid.remote()] = number
+
+    def _started(self, reference: Any) -> None:
+        """An actor has room and is there; or it died of what it found there."""
+        number = self.starting.pop(reference)
+        try:
+            pid = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            self.idle_deaths += 1
+            if self.idle_deaths >= MOST_DEATHS * len(self.actors):
+                raise InterpError(f"Ray's workers die before they start: {error}") from None
+            self._start(number)
+            return
+        self.idle_deaths = 0
+        self.emit({"event": "worker", "worker": number, "pid": pid})
 
     def _hand_out(self, todo: deque[int]) -> int:
         """Gives waiting parts to actors that have room; returns how many."""
         busy = Counter(s.actor for s in self.sent.values())
         handed, skipped = 0, []
-        room = [n for _ in range(IN_FLIGHT) for n in self.actors]
-        room = [n for i, n in enumerate(room) if busy[n] + i // max(1, len(self.actors)) < IN_FLIGHT]
+        there = [n for n in self.actors if n not in self.starting.values()]
+        room = [n for more in range(IN_FLIGHT) for n in there if busy[n] + more < IN_FLIGHT]
         while todo and room and not self.stopped():
             part = todo.popleft()
             if self.store.has(part) or part in self.left:
