@@ -109,8 +109,8 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     ),
     "corpus": ("batching", "corpus", "errors", "head_statistics", "sweep"),
     "sweep": (
-        "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance", "recipes",
-        "sweep", "sweep_options", "tasks",
+        "batching", "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance",
+        "recipes", "sweep", "sweep_options", "tasks",
     ),
     "patterns": ("display", "effects", "errors"),
     "plots": ("attention", "circuits", "effects", "errors", "patterns", "plots", "sites"),
