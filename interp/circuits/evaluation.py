@@ -46,6 +46,7 @@ RECIPES = {
     "resample": "edges outside the circuit carry the activation of another example's clean run, of the same length",
 }
 TOKENS = 1024  # of a batch
+STARTS = 4  # times what a forward may hold: what the runs of a circuit may, that others go on from
 CHECKED, NOT_PACKED = frozenset({"circuits"}), frozenset({"circuits are not packed"})  # noted once for each model
 log = logging.getLogger("interp")
 
@@ -117,6 +118,8 @@ class Evaluator:
         # rows before the first in which the prompts differ are the clean run's, whatever is ablated
         same = [min(p.first_difference, len(p) - 1) if using == "counterfactual" else 0 for p in self.prompts]
         self.packed = self._pack(same, engine)
+        if self.packed is not None:
+            self.batches = []  # what is sent is held once
 
     def __call__(self, kept: Bool[np.ndarray, "receivers senders"]) -> Float[np.ndarray, " examples"]:
         """The metric by example."""
@@ -148,8 +151,9 @@ class Evaluator:
         return self._known(out)
 
     def start(self, kept: Bool[np.ndarray, "receivers senders"]) -> Start | None:
-        """The runs of a circuit, for `many` to go on from; None where the engine cannot."""
-        if self.packed is None:
+        """The runs of a circuit, for `many` to go on from; None where the engine cannot, or they are too large."""
+        rows = sum(sum(prompts.lengths) for _, _, prompts in self.packed or ())
+        if self.packed is None or rows > rows_that_fit(self.wiring, 0, rows, STARTS):
             return None
         return Start(kept.copy(), [record_circuit(self.wiring, p, torch.from_numpy(kept)) for _, _, p in self.packed])
 

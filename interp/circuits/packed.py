@@ -65,11 +65,12 @@ def slim(run: Run, start: int) -> Run:
     return replace(run, resid=run.resid[:1, start:].clone(), keys=keys, values=values, acts={})
 
 
-def rows_that_fit(wiring: Wiring, first: int, most: int) -> int:
-    """How many rows of circuits × prompts go through together, ``most`` or as many as what senders change allows."""
+def rows_that_fit(wiring: Wiring, first: int, most: int, times: int = 1) -> int:
+    """How many rows of circuits × prompts go through together from layer ``first`` on: ``most``, or as many as leave
+    what senders change within `HELD_BYTES` (or so many ``times`` that)."""
     width = len(wiring.graph.senders) - senders_before(wiring, first)
     size = width * wiring.model.bridge.cfg.d_model * torch.finfo(wiring.model.dtype).bits // 8
-    return min(most, running.HELD_BYTES // max(size, 1))
+    return min(most, times * running.HELD_BYTES // max(size, 1))
 
 
 def senders_before(wiring: Wiring, layer: int) -> int:
