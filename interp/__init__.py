@@ -15,6 +15,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from interp.collector import collector_paused
+
 if TYPE_CHECKING:
     from interp import circuits, corpus, doctor, metrics, spans, tasks, zoo
     from interp.ablation import ablate
@@ -63,9 +65,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(import_module(f"interp.{_HOMES[name]}"), name)
+        with collector_paused():
+            value = getattr(import_module(f"interp.{_HOMES[name]}"), name)
     elif name in _MODULES:
-        value = import_module(f"interp.{name}")
+        with collector_paused():
+            value = import_module(f"interp.{name}")
     else:
         raise AttributeError(f"module 'interp' has no attribute {name!r}")
     globals()[name] = value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import io
 import logging
@@ -72,7 +71,10 @@ def read(
     if name.lower() in EMBEDDED:
         from interp.zoo.embedded import embedded_model
 
-        return _from_pretrained("SmolLM2-135M-Instruct", embedded_model(), dtype, device, tokenizer, hub)
+        name, where = "SmolLM2-135M-Instruct", embedded_model()
+        if tokenizer is None:  # as TransformerLens wants it, which would else read it again
+            tokenizer = _tokenizer_at(name, where, {"add_bos_token": True})
+        return _from_pretrained(name, where, dtype, device, tokenizer, hub)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" or path.exists():
         return _from_path(path, dtype, device, tokenizer, hub)
@@ -164,7 +166,7 @@ def _auto_class(where: str | Path, hub: dict[str, Any]) -> Any:
 def _tokenizer_at(name: str, where: str | Path, hub: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    known = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file") if key in hub}
+    known = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file", "add_bos_token") if key in hub}
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(where, **known)
@@ -310,21 +312,13 @@ def _never_install() -> None:
     booting.load_modality_processor = lambda *_args, **_options: None
 
 
-@contextlib.contextmanager
-def collector_paused() -> Any:
-    """Loading makes a million objects that all stay; looking through them for garbage is a fifth of the time.
-
-    At the end they are handed to the collector as old ones, which it need not look through at once.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
+def check_device(device: Any) -> None:
+    """Raise ModelError for a device that torch does not know or that is not here."""
     try:
-        yield
-    finally:
-        if was_on:
-            gc.freeze()
-            gc.unfreeze()  # back from the permanent generation into the oldest
-            gc.enable()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"cannot use device {str(device)!r}: {first}") from error
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,17 +15,18 @@ from torch import Tensor
 
 from interp.attention import AttentionStats
 from interp.batching import collate, equal_length_batches
+from interp.collector import collector_paused
 from interp.display import card
 from interp.encoding import TextEncoder
 from interp.errors import ModelError, PromptError
 from interp.head_statistics import prompt_stats, tower_stats
 from interp.inputs import mask_positions, refuse_nan_weights, refuse_wrong_inputs
 from interp.instrument import Instrument, install, stacks
-from interp.loading import boot, collector_paused
+from interp.loading import boot, check_device
 from interp.patterns import AttentionPatterns
 from interp.pictures import Pictures, layout_of, output_of
 from interp.prompts import Coder, Prompt, PromptPair
-from interp.provenance import versions
+from interp.provenance import versions, weights_hash
 from interp.seq2seq import stack_stats
 from interp.sites import COMPONENTS, Sites, enumerate_sites
 from interp.verification import count_hooks, probe, reads_of, verify
@@ -79,22 +79,13 @@ def load(
         if not isinstance(dtype, torch.dtype):
             raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
     if device is not None:
-        _check_device(device)
+        check_device(device)
     with collector_paused():
         bridge, name = boot(
             name_or_model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
             revision=revision, device_map=device_map, quantize=quantize,
         )  # fmt: skip
         return Model(bridge, name=name, backend=backend)
-
-
-def _check_device(device: Any) -> None:
-    """Raise ModelError for a device that torch does not know or that is not here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(f"cannot use device {str(device)!r}: {first}") from error
 
 
 class Model:
@@ -242,13 +233,7 @@ class Model:
 
     def fingerprint(self) -> str:
         """A short hash over every weight's name, shape and up to 4,096 evenly spaced values."""
-        digest = hashlib.blake2b(digest_size=12)
-        for name, weight in self.bridge.original_model.named_parameters():
-            flat = weight.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu().contiguous()
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(sample.numpy())
-        return digest.hexdigest()
+        return weights_hash(self.bridge.original_model.named_parameters())
 
     # ------------------------------------------------------------ text
 

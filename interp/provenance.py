@@ -51,3 +51,14 @@ def _content(x: Any) -> Any:
 def now() -> str:
     """The time, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def weights_hash(named: Iterable[tuple[str, Any]]) -> str:
+    """A short hash over every weight's name, shape and up to 4,096 evenly spaced values."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, weight in named:
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.numpy())
+    return digest.hexdigest()

