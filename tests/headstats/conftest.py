@@ -6,6 +6,7 @@ import headstats
 import pytest
 import torch
 from headstats.cpu import build, library, trial
+from headstats_jobs import Jobs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,3 +43,15 @@ def attend_compiled(compiled_library):
             pytest.skip(str(error))
 
     return attend
+
+
+@pytest.fixture(scope="session")
+def jobs(request, tmp_path_factory):
+    """``jobs[name]``: a finished process of `headstats_jobs`. The first test that asks starts all that were collected,
+    by their parameter ``job``.
+    """
+    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    wanted = {call.params["job"] for call in calls if call is not None and "job" in call.params}
+    running = Jobs(wanted, tmp_path_factory.mktemp("triton"))
+    yield running
+    running.close()

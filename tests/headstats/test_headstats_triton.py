@@ -2,10 +2,6 @@
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,35 +13,26 @@ from headstats.stats import BY_NAME
 from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
 from headstats_device import attend
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
 NAMES = (*IN_KERNEL, *PER_KEY, *PROBED)
 MOST = replace(StatSpec.none(), **{name: BY_NAME[name].full for name in NAMES})
 CALLS = {**OPTIONS, **WITH_BIAS, **SEGMENTED, **EDITED, **CELLS, **PREFIX}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+compiling = pytest.mark.parametrize("job", ["aot"])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def process(arguments, **environment):
-    """Runs Python in a fresh process that finds headstats and the helpers beside this file."""
-    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(HERE), env.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *arguments], env=env | environment, cwd=ROOT, capture_output=True, text=True)
 
 
 @needs_triton
 @pytest.mark.slow
-def test_in_the_interpreter():
-    done = process(
-        ["-m", "pytest", "-p", "no:cacheprovider", str(HERE / "headstats_interpreted.py")], TRITON_INTERPRET="1"
-    )
+@pytest.mark.parametrize("job", ["interpreted"])
+def test_in_the_interpreter(jobs, job):
+    done = jobs[job]
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    done = process([str(HERE / "headstats_aot.py")], TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+def compiled(jobs):
+    done = jobs["aot"]
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -63,7 +50,8 @@ CROWDED = ("edits", "edits, not renormalised")  # a prefix, bias, ALiBi and tabl
 
 @needs_triton
 @pytest.mark.slow
-def test_compiles_for_each_target_without_spills(compiled):
+@compiling
+def test_compiles_for_each_target_without_spills(compiled, job):
     """gfx942 is compiled and linked too: Triton's wheel brings all that takes."""
     assert {k["target"] for k in compiled} == set(SHARED) and len(compiled) > 35
     assert [k for k in compiled if k["spilled"] and k["stats"] not in CROWDED] == []
@@ -72,7 +60,8 @@ def test_compiles_for_each_target_without_spills(compiled):
 
 @needs_triton
 @pytest.mark.slow
-def test_attention_alone_is_a_plain_kernel(compiled):
+@compiling
+def test_attention_alone_is_a_plain_kernel(compiled, job):
     """Nothing asked, nothing left: the registers and instructions of headstats_plain.py, to the last one."""
     cost = ("registers", "instructions", "spilled", "shared")
     found = {label: [[k[x] for x in cost] for k in compiled if k["stats"] == label and k["target"] != "gfx942"]
@@ -82,7 +71,8 @@ def test_attention_alone_is_a_plain_kernel(compiled):
 
 @needs_triton
 @pytest.mark.slow
-def test_registers_stay_below_their_ceilings(compiled):
+@compiling
+def test_registers_stay_below_their_ceilings(compiled, job):
     at_90 = {k["stats"]: k for k in compiled if (k["target"], k["d"], k["dtype"]) == ("sm_90", 64, "bf16")}
     assert {name: at_90[name]["registers"] for name, most in CEILINGS.items() if at_90[name]["registers"] > most} == {}
     for name in IN_KERNEL:

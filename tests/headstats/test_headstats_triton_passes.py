@@ -5,7 +5,7 @@ import json
 
 import pytest
 from headstats_cases import COUNTERFACTUALS
-from test_headstats_triton import HERE, SHARED, process
+from test_headstats_triton import SHARED
 
 REFUSED = {"shuffled"}
 # Registers of the forward pass with an edit, on sm_90, in bfloat16 at head size 64.
@@ -18,18 +18,18 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["columns", "largest", "backward"])
-def test_in_the_interpreter(name):
-    file = str(HERE / f"headstats_interpreted_{name}.py")
-    done = process(["-m", "pytest", "-p", "no:cacheprovider", file], TRITON_INTERPRET="1")
+@pytest.mark.parametrize("job", ["interpreted_columns", "interpreted_largest", "interpreted_backward"])
+def test_in_the_interpreter(jobs, job):
+    done = jobs[job]
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 @needs_triton
 @pytest.mark.slow
-def test_compiles_without_spills(tmp_path):
-    done = process([str(HERE / "headstats_aot_passes.py")], TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("job", ["aot_passes"])
+def test_compiles_without_spills(jobs, job):
+    done = jobs[job]
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {k["pass"] for k in compiled} == {"columns", "largest", "dk, dv", "dq"}
@@ -42,9 +42,10 @@ def test_compiles_without_spills(tmp_path):
 
 @needs_triton
 @pytest.mark.slow
-def test_every_edit_compiles_without_spills(tmp_path):
+@pytest.mark.parametrize("job", ["aot_edits"])
+def test_every_edit_compiles_without_spills(jobs, job):
     """On every target, with the passes that an edit takes before the main one."""
-    done = process([str(HERE / "headstats_aot_edits.py")], TRITON_CACHE_DIR=str(tmp_path))
+    done = jobs[job]
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     forward = [k for k in compiled if k["pass"] == "forward"]
