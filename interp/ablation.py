@@ -26,7 +26,18 @@ from interp.model import Model
 from interp.progress import Advance, progress
 from interp.prompts import Encoded, Prompt, PromptPair, encode_pairs
 from interp.provenance import prompt_hash
-from interp.recipes import Rows, check_metric, chosen, chunks, evaluate, provenance_of, readout, score_runs
+from interp.recipes import (
+    Rows,
+    asked_of,
+    check_metric,
+    chosen,
+    chunks,
+    evaluate,
+    provenance_of,
+    readout,
+    score_runs,
+    tell_of_equal,
+)
 from interp.sites import Site, Sites
 from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
@@ -81,8 +92,10 @@ def ablate(
         raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
     if schedule not in SCHEDULES:
         raise InterpError(f"unknown schedule {schedule!r}: choose one of {', '.join(map(repr, SCHEDULES))}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
+    listed = asked_of(model, pairs)
     metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
     runner = Engine(model, engine, memory)
@@ -149,6 +162,7 @@ class _Sweep:
         clean, corrupt = both[::2], both[1::2]
         read = readout(here, [r.logits for r in clean])
         scores = [score_runs(self.metric, runs, read).tolist() for runs in (clean, corrupt)]
+        tell_of_equal(self.metric, *scores)
         writer = self.taken.writer(chunk, here, clean)
         asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
         cells = [Cell(n, tuple(writer(n, site) for site in target.sites)) for n, target in asked]

@@ -226,15 +226,22 @@ def leave_out(
     spans: Annotated[
         str | None, typer.Option(help="Names of spans, comma-separated. Default: all of each prompt.")
     ] = None,
+    instead: Annotated[
+        list[str] | None, typer.Option(help="Words in a span's place: 'name=other words'. May be given again.")
+    ] = None,
 ) -> None:
-    """Leave-one-out: the answer without each named span of the prompt."""
+    """Leave-one-out: the answer without each named span of the prompt, or with other words in its place."""
     import interp
 
     if sweep.engine == "fast":
         raise InterpError("leave-out runs a full forward per cell (tokens move): leave --engine out")
     model = sweep.loaded()
     names = None if spans is None else [s.strip() for s in spans.split(",")]
-    given = {"memory": sweep.memory, "metric": sweep.metric}
+    parts = [text.partition("=") for text in instead or ()]
+    if any(not name.strip() or not equals for name, equals, _ in parts):
+        raise InterpError(f"--instead {instead}: name=words expected")
+    words = {name.strip(): said for name, _, said in parts} or None
+    given = {"memory": sweep.memory, "metric": sweep.metric, "instead": words}
     sweep.run(interp.leave_out, model, sweep.prompts(model), names, **{k: v for k, v in given.items() if v is not None})
 
 

@@ -91,9 +91,7 @@ class Effects:
 
     def where(self, **conditions: Any) -> Effects:
         """Rows whose columns equal the given values, e.g. ``effects.where(component="z", layer=9)``."""
-        unknown = [c for c in conditions if c not in COLUMNS]
-        if unknown:
-            raise InterpError(f"no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
+        _columns(conditions)
         keep = pd.Series(True, index=self._frame.index)
         for column, value in conditions.items():
             match = self._frame[column].isna() if value is None else self._frame[column] == value
@@ -102,7 +100,7 @@ class Effects:
 
     def summary(
         self,
-        by: Sequence[str] | None = None,
+        by: Sequence[str] | str | None = None,
         *,
         level: float = 0.95,
         n_boot: int = 2000,
@@ -117,12 +115,16 @@ class Effects:
         than a mean of ratios when some examples have a small clean–corrupt gap), and ``n`` examples.
         Several rows of one example in a group (noise samples, tokens of a role) are averaged first.
         Intervals are NaN with a single example: one example has no spread to resample.
+        With few examples they are too narrow, as percentile intervals are: a nominal 95% covers a normal mean in 93% of
+        draws of 24 examples, 89% of 8 and 80% of 4, and an exponential one in 90%, 83% and 74%.
 
         ``tests=True`` adds ``p``, of a sign-flip permutation test that the mean of ``raw`` is zero, and ``q``, its
         Benjamini–Hochberg false discovery rate over all rows of this table (`interp.inference`).
         """
         edges = ["sender"] if self._frame["sender"].notna().any() else []
-        keys = list(by) if by is not None else [*SITE_COLUMNS, *edges, "intervention", "mode", "metric"]
+        keys = [*SITE_COLUMNS, *edges, "intervention", "mode", "metric"] if by is None else _columns(by)
+        if not 0 < level < 1 or n_boot < 1:
+            raise InterpError(f"level={level}, n_boot={n_boot}: a share such as 0.95, and a number of draws expected")
         f: Any = self._frame
         if f.empty:
             raise InterpError("there are no effects to summarise: the table is empty")
@@ -164,6 +166,15 @@ class Effects:
             values = [p.provenance.get(key) for p in parts]
             merged[key] = values[0] if all(v == values[0] for v in values) else values
         return cls(pd.concat([p._frame for p in parts], ignore_index=True), merged)
+
+
+def _columns(names: Iterable[str]) -> list[str]:
+    """Names of columns (one may stand alone). Raises InterpError for one that there is not."""
+    listed = [names] if isinstance(names, str) else list(names)
+    unknown = [c for c in listed if c not in COLUMNS]
+    if unknown:
+        raise InterpError(f"no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
+    return listed
 
 
 def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:

@@ -20,6 +20,13 @@ class TextEncoder:
     tokenizer: Any
     n_ctx: int
 
+    @property
+    def unknown(self) -> int | None:
+        """The id of words that the vocabulary lacks; None where that is a token with another use, as in GPT-2's."""
+        t = self.tokenizer
+        unknown = getattr(t, "unk_token_id", None)
+        return None if unknown is None or unknown in (t.bos_token_id, t.eos_token_id) else unknown
+
     def encode(self, text: str) -> list[int]:
         """Ids with the model's special tokens; PromptError if there are more than its context."""
         ids = self.bridge.to_tokens(text, truncate=False)[0].tolist()

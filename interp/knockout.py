@@ -20,7 +20,17 @@ from interp.metrics import Metric, MetricFn, as_metric, logprob
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
+from interp.recipes import (
+    Rows,
+    asked_of,
+    check_metric,
+    chunks,
+    evaluate,
+    provenance_of,
+    readout,
+    score_runs,
+    tell_of_equal,
+)
 from interp.sites import Site
 from interp.targets import window_layers
 
@@ -49,8 +59,8 @@ def knock_out(
 
     Raises PromptError, SiteError or InterpError for bad input, also where a query would be left with nothing to read.
     """
+    listed = asked_of(model, prompts)
     metric = as_metric(metric)
-    listed = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
     window = max(1, model.n_layers // 5) if window is None else window
@@ -71,6 +81,7 @@ def knock_out(
             corrupt = torch.full_like(scores, torch.nan)
             if pairs:
                 corrupt = score_runs(metric, runner.record([p.corrupt for p in here]), read)
+                tell_of_equal(metric, scores.tolist(), corrupt.tolist())
             asked = [(n, site) for n in range(len(here)) for site in sites]
             cells = [_cell(n, site, spans[chunk[n]], window, model.n_layers, chosen) for n, site in asked]
             values = evaluate(runner, metric, clean, cells, read, advance).tolist()

@@ -22,6 +22,7 @@ from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model import Model
 from interp.patching import patch
 from interp.prompts import PromptPair
+from interp.recipes import asked_of
 from interp.sites import Site
 from interp.targets import Groups
 
@@ -57,7 +58,7 @@ def mediate(
     ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates.
     Raises as `interp.patch` does.
     """
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = asked_of(model, pairs)
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
     options = {"groups": groups, "window": window, "memory": memory}
     indirect, direct = (

@@ -244,7 +244,7 @@ class Model:
             raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
         text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
         pictured = None if self.pictures is None else self.pictures.encode_pair
-        return Coder(text.encode, text.texts, text.offsets, text.continuation, pictured)
+        return Coder(text.encode, text.texts, text.offsets, text.continuation, pictured, text.unknown)
 
     @property
     def pictures(self) -> Pictures | None:

@@ -19,14 +19,14 @@ from interp.metrics import Metric, MetricFn, Readout, as_metric, logprob
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, chunks, provenance_of, readout, score_runs
+from interp.recipes import Rows, asked_of, check_metric, chunks, provenance_of, readout, score_runs, tell_of_equal
 from interp.sites import Site
 
 
 def leave_out(
     model: Model,
     prompts: PromptPair | Fact | Iterable[PromptPair | Fact],
-    spans: Iterable[str] | None = None,
+    spans: Iterable[str] | str | None = None,
     *,
     instead: Mapping[str, str] | None = None,
     metric: Metric | MetricFn | str = logprob,
@@ -43,12 +43,13 @@ def leave_out(
     Raises PromptError for a span that a prompt lacks, or that is the whole prompt; InterpError for a ``memory`` (bytes
     beside the weights, or ``"4GiB"``) that does not hold one prompt.
     """
+    listed = asked_of(model, prompts)
     metric = as_metric(metric)
-    listed = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
     words = {name: model.coder.continuation(text) for name, text in (instead or {}).items()}
-    plan = _shortened(encoded, None if spans is None else list(spans), words, model.n_ctx)
+    wanted = [spans] if isinstance(spans, str) else None if spans is None else list(spans)
+    plan = _shortened(encoded, wanted, words, model.n_ctx)
     runner = Engine(model, "naive", memory)
     runner.reason = "tokens move, so that nothing can be reused"
     rows = Rows("leave out" if not words else "leave out or replace", "noise", metric)
@@ -61,6 +62,7 @@ def leave_out(
             corrupt = [float("nan")] * len(here)
             if pairs:
                 corrupt = score_runs(metric, runner.record([p.corrupt for p in here]), read).tolist()
+                tell_of_equal(metric, scores, corrupt)
             asked = [(n, name, ids) for n, i in enumerate(chunk) for name, ids in plan[i]]
 
             def score(logits: Tensor, which: Sequence[int], read: Readout = read, asked: list = asked) -> Tensor:

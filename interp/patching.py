@@ -23,7 +23,17 @@ from interp.model import Model
 from interp.progress import Advance, progress
 from interp.prompts import Encoded, PromptPair, encode_pairs, first_difference
 from interp.provenance import prompt_hash
-from interp.recipes import Rows, check_metric, chunks, evaluate_or_keep, provenance_of, readout, score_runs
+from interp.recipes import (
+    Rows,
+    asked_of,
+    check_metric,
+    chunks,
+    evaluate_or_keep,
+    provenance_of,
+    readout,
+    score_runs,
+    tell_of_equal,
+)
 from interp.sites import Site
 from interp.targets import Groups, Target, all_sites, components_of, spelled, targets_of
 
@@ -64,8 +74,8 @@ def patch(
     """
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
+    listed = asked_of(model, pairs)
     metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
     runner = Engine(model, engine, memory)
@@ -111,6 +121,7 @@ class _Sweep:
         clean, corrupt, source = runs[::3], runs[1::3], runs[2::3]
         read = readout(here, [r.logits for r in clean])
         scores = [score_runs(self.metric, base, read).tolist() for base in (clean, corrupt, source)]
+        tell_of_equal(self.metric, *scores[:2])
         into, unchanged = (corrupt, scores[1]) if self.mode == "denoise" else (clean, scores[0])
         asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
         cells: list[Cell | None] = []

@@ -29,7 +29,17 @@ from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import Advance, progress
 from interp.prompts import Encoded, PromptPair, encode_pairs
-from interp.recipes import Rows, check_metric, chunks, evaluate_or_keep, provenance_of, readout, score_runs
+from interp.recipes import (
+    Rows,
+    asked_of,
+    check_metric,
+    chunks,
+    evaluate_or_keep,
+    provenance_of,
+    readout,
+    score_runs,
+    tell_of_equal,
+)
 from interp.sites import COMPONENTS, EACH, Edge, Site, Sites
 from interp.targets import as_sites
 
@@ -69,8 +79,8 @@ def path_patch(
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
     if using not in ("patch", "zero", "mean") or (using != "patch" and mode != "noise"):
         raise InterpError(f"using={using!r}, mode={mode!r}: 'patch', or 'zero' or 'mean' with mode='noise' expected")
+    listed = asked_of(model, pairs)
     metric, senders, receivers = as_metric(metric), _whole(as_sites(senders)), _receivers(model, receivers)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
     runner = Engine(model, engine, memory)
@@ -108,6 +118,7 @@ class _Sweep:
         base, source = (clean, self.sent(corrupt)) if self.mode == "noise" else (corrupt, clean)
         read = readout([prompt], [clean.logits])
         known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]
+        tell_of_equal(metric, known[:1], known[1:2])
         start = prompt.first_difference if self.sent.using == "patch" else 0
         probe = Probe(runner.model, runner.frame, base, start)
         for found in _cells(probe, source, prompt, self.recompute, self.edges, runner.rows_per_batch):

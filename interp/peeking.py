@@ -22,7 +22,17 @@ from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Encoded, Prompt, PromptPair, encode_pairs
 from interp.provenance import prompt_hash
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, score_runs
+from interp.recipes import (
+    Rows,
+    asked_of,
+    check_metric,
+    chunks,
+    evaluate,
+    provenance_of,
+    readout,
+    score_runs,
+    tell_of_equal,
+)
 from interp.sites import Site
 
 
@@ -52,8 +62,8 @@ def peek(
     """
     if isinstance(full, bool) or not isinstance(full, int) or full < 0 or context not in ("mean", "keep"):
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
+    listed = asked_of(model, pairs)
     metric = as_metric(metric)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts)
     sites = model.sites("resid_post", layers=wait, positions="all")
@@ -73,6 +83,7 @@ def peek(
             clean, corrupt = both[::2], both[1::2]
             read = readout(here, [r.logits for r in clean])
             scores = [score_runs(metric, runs, read).tolist() for runs in (clean, corrupt)]
+            tell_of_equal(metric, *scores)
             asked = [(n, site) for n in range(len(here)) for site in sites]
             cells = [_cell(n, site, here[n], means, full, model.n_layers) for n, site in asked]
             advance(runner.leave(sum(c is None for c in cells)))

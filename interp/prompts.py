@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 from interp.display import card
 from interp.errors import PromptError
@@ -154,7 +154,8 @@ class Coder:
     ``encode(text)`` gives ids with the model's usual special tokens; ``texts(ids)`` gives one string per
     token; ``offsets(text)`` the character range of each token of ``encode(text)``, (0, 0) for specials;
     ``continuation(text)`` the ids of a continuation, without special tokens. ``pictured(index, pair)`` encodes a pair
-    of prompts with images, for a model that reads any.
+    of prompts with images, for a model that reads any. ``unknown``: the id that stands for every word that the
+    vocabulary lacks; None if it can spell them all.
     """
 
     encode: Callable[[str], list[int]]
@@ -162,11 +163,21 @@ class Coder:
     offsets: Callable[[str], list[Span]]
     continuation: Callable[[str], list[int]]
     pictured: Callable[[int, PromptPair], Encoded] | None = None
+    unknown: int | None = None
+
+
+def listed_prompts(prompts: Any) -> list[Any]:
+    """One prompt, or several, as a list. PromptError for what is neither."""
+    if isinstance(prompts, PromptPair | Fact):
+        return [prompts]
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise PromptError(f"PromptPairs (or, where they are traced, Facts) expected, got {prompts!r:.80}")
+    return list(prompts)
 
 
 def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
     """Tokenise and check every pair; PromptError names the pair and shows both tokenisations."""
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     if not listed:
         raise PromptError("there are no prompt pairs: pass at least one PromptPair")
     wrong = next((p for p in listed if not isinstance(p, PromptPair)), None)
@@ -195,7 +206,7 @@ def _encode_pair(index: int, pair: PromptPair, coder: Coder) -> Encoded:
 
 def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
     """Tokenise facts; each gets the token span ``subject``."""
-    listed = [facts] if isinstance(facts, Fact) else list(facts)
+    listed = listed_prompts(facts)
     if not listed:
         raise PromptError("there are no facts: pass at least one Fact(prompt, subject, answer)")
     encoded = []
@@ -219,9 +230,13 @@ def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list
 
 def single_token(text: str, coder: Coder, what: str) -> int:
     """The id of a continuation that must be exactly one token."""
-    ids = coder.continuation(text)
+    ids = coder.continuation(text) if isinstance(text, str) else []
+    if ids == [coder.unknown] and coder.texts(ids) != [text]:
+        raise PromptError(f"{what} {text!r} is not in the model's vocabulary: choose another word")
     if len(ids) == 1:
         return ids[0]
+    if not isinstance(text, str) or not text:
+        raise PromptError(f"{what} must be a word, with its leading space, got {text!r}")
     hint = "" if text.startswith(" ") else f" (did you mean {' ' + text!r}, with a leading space?)"
     raise PromptError(
         f"{what} {text!r} is {len(ids)} tokens {coder.texts(ids)}, but must be exactly one{hint}. "
@@ -233,6 +248,8 @@ def token_spans(spans: Mapping[str, Span], offsets: Sequence[Span]) -> dict[str,
     """Character ranges → token ranges: every token that overlaps the characters."""
     out: dict[str, Span] = {}
     for name, (start, stop) in spans.items():
+        if not isinstance(start, int) or not isinstance(stop, int):
+            raise PromptError(f"span {name!r} is ({start!r}, {stop!r}): the range of its characters expected")
         inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
         if not inside:
             raise PromptError(f"span {name!r} (characters {start} to {stop}) covers no token of its prompt")

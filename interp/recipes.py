@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,16 +18,25 @@ from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, Readout, recovery
 from interp.model import Model
 from interp.progress import Advance
-from interp.prompts import Encoded, PairSet
+from interp.prompts import Encoded, PairSet, listed_prompts
 from interp.provenance import now, prompt_hash
 from interp.sites import EACH, Site, Sites
 from interp.targets import Address
+
+log = logging.getLogger("interp")
 
 RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
 
 # Set by `interp.sweep`, which cuts a recipe's examples into parts; both leave a recipe's numbers as they are.
 EXAMPLES: ContextVar[range | None] = ContextVar("examples", default=None)  # which to run, of a set seen as a whole
 KEEP_NAN: ContextVar[bool] = ContextVar("keep_nan", default=False)  # rows of NaN are marked later, in place of refused
+
+
+def asked_of(model: Model, prompts: Any) -> list[Any]:
+    """The prompts as a list. Raises InterpError for what is no model, PromptError for what is no prompts."""
+    if not isinstance(model, Model):
+        raise InterpError(f"a model expected, e.g. interp.load('smollm2'), got {model!r:.80}")
+    return listed_prompts(prompts)
 
 
 def provenance_of(items: Any) -> dict[str, Any]:
@@ -98,8 +108,24 @@ def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) ->
 
 
 def score_runs(metric: Metric, runs: Sequence[engine.Run], read: Readout) -> torch.Tensor:
-    """The metric on base runs themselves, float64 on the CPU."""
-    return metric(torch.stack([r.logits for r in runs]), read).cpu().double()
+    """The metric on base runs themselves, float64 on the CPU. InterpError, before any cell is run, if it is NaN."""
+    scores = metric(torch.stack([r.logits for r in runs]), read).cpu().double()
+    if (broken := int((~scores.isfinite()).sum())) and not KEEP_NAN.get():
+        raise InterpError(
+            f"metric {metric.name!r} returned NaN or infinity for {broken} of {len(scores)} prompts as they are, "
+            "before anything was changed: no effect could be read from it"
+        )
+    return scores
+
+
+def tell_of_equal(metric: Metric, clean: Sequence[float], corrupt: Sequence[float]) -> None:
+    """Says, before cells are run, for how many pairs there will be no recovery: the metric sees no difference."""
+    alike = sum(a == b for a, b in zip(clean, corrupt, strict=True))
+    if alike and not KEEP_NAN.get():
+        log.warning(
+            "metric %r is the same on the clean and the corrupt prompt of %d of %d pairs: they have no recovery "
+            "(effect is NaN), only raw changes", metric.name, alike, len(clean),
+        )  # fmt: skip
 
 
 def evaluate(

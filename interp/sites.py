@@ -13,14 +13,17 @@ A neuron is a site of ``mlp_post``, the input of the MLP's output projection: it
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from interp.display import card
 from interp.errors import SiteError
 
 EACH = "each"
+PLAIN = (int, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Site:
     position: int | str | None = None
 
     def __post_init__(self) -> None:
+        for axis in ("layer", "head", "position"):
+            value = getattr(self, axis)
+            if type(value) not in PLAIN:
+                object.__setattr__(self, axis, _plain(value, axis))
         if self.component not in COMPONENTS:
             raise SiteError(f"unknown component {self.component!r}; known components: {', '.join(COMPONENTS)}")
         spec = COMPONENTS[self.component]
@@ -138,12 +145,29 @@ class Edge:
         return cls(Site.parse(ends[0]), Site.parse(ends[1]))
 
 
+def _plain(number: Any, what: str) -> int | str | None:
+    """An index as Python's own int, whoever made it (numpy, pandas, torch); names and None stay."""
+    if number is None or isinstance(number, str):
+        return number
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        raise SiteError(f"{what}={number!r}: a whole number expected") from None
+
+
+def _site(site: Site | str) -> Site:
+    if not isinstance(site, Site | str):
+        raise SiteError(f"a site expected, e.g. 'z.L0H1', got {site!r:.80}")
+    return Site.parse(site) if isinstance(site, str) else site
+
+
 class Sites(Sequence[Site]):
     """An ordered set of sites; ``a | b`` joins two, keeping order and dropping repeats."""
 
     def __init__(self, sites: Iterable[Site | str]):
-        parsed = (Site.parse(s) if isinstance(s, str) else s for s in sites)
-        self._sites = tuple(dict.fromkeys(parsed))
+        self._sites = tuple(dict.fromkeys(map(_site, sites)))
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -175,13 +199,13 @@ def _chosen(what: str, wanted: Iterable[int] | int | None, n: int) -> list[int]:
     """Validate layer or head indices; negative ones count from the end."""
     if wanted is None:
         return list(range(n))
-    indices = [wanted] if isinstance(wanted, int) else list(wanted)
+    indices = [_plain(i, what) for i in (wanted if isinstance(wanted, Iterable) else [wanted])]
     for i in indices:
-        if not isinstance(i, int) or isinstance(i, bool) or not -n <= i < n:
+        if not isinstance(i, int) or not -n <= i < n:
             raise SiteError(f"{what} {i!r} is out of range: this model has {n} {what}s, 0 to {n - 1}")
     if not indices:
         raise SiteError(f"no {what}s were chosen: pass at least one, or leave {what}s=None for all {n}")
-    return [i % n for i in indices]
+    return [i % n for i in indices if isinstance(i, int)]
 
 
 def enumerate_sites(
@@ -225,11 +249,9 @@ def enumerate_sites(
 def _positions(positions: Iterable[int | str] | int | str | None, spec: ComponentSpec) -> list[int | str | None]:
     if positions is None:
         return [EACH if spec.sweep_positions else None]
-    if positions == "all":
-        return [None]
-    if isinstance(positions, int | str):
-        return [positions]
-    chosen = list(positions)
+    if isinstance(positions, str):
+        return [None if positions == "all" else positions]
+    chosen = list(positions) if isinstance(positions, Iterable) else [positions]
     if not chosen:
         raise SiteError("no positions were chosen: pass at least one, 'each' (a sweep) or 'all' (at once)")
     return chosen  # type: ignore[return-value]

@@ -21,9 +21,22 @@ from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
 from interp.prompts import Fact, PromptPair, encode_any
-from interp.recipes import Rows, check_metric, chunks, evaluate, provenance_of, readout, resolve, score_runs
+from interp.recipes import (
+    Rows,
+    asked_of,
+    check_metric,
+    chunks,
+    evaluate,
+    provenance_of,
+    readout,
+    resolve,
+    score_runs,
+    tell_of_equal,
+)
 from interp.sites import Site
 from interp.targets import as_sites
+
+TEXTS_AT_ONCE = 64  # of `mean_difference`, whose activations exist at one time
 
 
 def steer(
@@ -43,16 +56,14 @@ def steer(
     site): ``raw`` is patched − clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact).
     Raises SiteError or PromptError for bad input, before the sweep.
     """
+    listed = asked_of(model, prompts)
     metric, sites = as_metric(metric), as_sites(sites)
-    listed = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded)
     runner = Engine(model, engine, memory)
     runner.check_sites(sites)
     plan = [list(resolve(sites, p)) for p in encoded]
-    push = (scale * torch.as_tensor(direction).detach()).to(model.device)
-    if not push.isfinite().all():
-        raise InterpError("the direction, or the scale, is not finite: nothing could be read after it was added")
+    push = _push(direction, scale).to(model.device)
     components = sorted({s.component for s in sites})
     rows = Rows(f"steer × {scale:g}", "noise", metric)
     with progress(f"steer {'+'.join(components)}", sum(map(len, plan)), show_progress) as advance:
@@ -65,6 +76,7 @@ def steer(
             corrupt = torch.full_like(scores, torch.nan)
             if pairs:
                 corrupt = score_runs(metric, runner.record([p.corrupt for p in here]), read)
+                tell_of_equal(metric, scores.tolist(), corrupt.tolist())
             asked = [(n, site) for n in range(len(here)) for site in plan[chunk[n]]]
             cells = [Cell(n, (Write(s, *rows_of(s, here[n]), push[None], "add"),)) for n, s in asked]
             values = evaluate(runner, metric, clean, cells, read, advance).tolist()
@@ -72,6 +84,19 @@ def steer(
                 rows.add(chunk[n], site, here[n], float(scores[n]), float(corrupt[n]), value)
     recipe = {"scale": scale, "direction_norm": float(push.norm()), **provenance_of(prompts)}
     return rows.effects(model, listed, engine=runner.describe(), **recipe)
+
+
+def _push(direction: Tensor, scale: float) -> Tensor:
+    """What is added. Raises InterpError for what is no finite direction of real numbers."""
+    try:
+        push = scale * torch.as_tensor(direction).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise InterpError(f"direction={direction!r:.60}, scale={scale!r}: a tensor and a number expected") from None
+    if push.is_complex() or push.dtype == torch.bool:
+        raise InterpError(f"the direction's numbers are of {push.dtype}: real numbers expected")
+    if not push.isfinite().all():
+        raise InterpError("the direction, or the scale, is not finite: nothing could be read after it was added")
+    return push
 
 
 def _check_width(push: Tensor, run: Run, sites: Sequence[Site]) -> None:
@@ -97,12 +122,17 @@ def mean_difference(
     runner = Engine(model, "naive")  # nothing is swept: keys and values need not be kept
     runner.check_sites([site])
     means = []
-    for name, texts in (("positive", list(positive)), ("negative", list(negative))):
+    for name, given in (("positive", positive), ("negative", negative)):
+        texts = [] if isinstance(given, str) else list(given)
         if not texts:
-            raise PromptError(f"mean_difference needs at least one {name} text")
-        runs = runner.record([model.coder.encode(t) for t in texts], [site.component])
-        means.append(torch.stack([_mean(model, run.value, site, text) for run, text in zip(runs, texts, strict=True)]))
-    return means[0].mean(0) - means[1].mean(0)
+            raise PromptError(f"mean_difference needs a list of at least one {name} text, got {given!r:.60}")
+        found = []
+        for i in range(0, len(texts), TEXTS_AT_ONCE):
+            some = texts[i : i + TEXTS_AT_ONCE]
+            runs = runner.record([model.coder.encode(t) for t in some], [site.component])
+            found += [_mean(model, run.value, site, text) for run, text in zip(runs, some, strict=True)]
+        means.append(torch.stack(found).mean(0))
+    return means[0] - means[1]
 
 
 def _mean(model: Model, value, site: Site, text: str) -> Tensor:

@@ -29,6 +29,7 @@ from interp.progress import Advance, progress
 from interp.prompts import Encoded, Fact, PromptPair, encode_any
 from interp.recipes import (
     Rows,
+    asked_of,
     check_metric,
     chosen,
     chunks,
@@ -84,8 +85,8 @@ def trace(
     them over facts. Raises PromptError or InterpError for bad input, before the sweep.
     """
     window = _checked(component, window, sever)
+    listed = asked_of(model, facts)
     metric = as_metric(metric)
-    listed = [facts] if isinstance(facts, Fact | PromptPair) else list(facts)
     prompts, pairs = encode_any(listed, model.coder)
     check_metric(metric, prompts)
     corruption = _corruption(model, prompts, pairs, noise, samples, sigma, seed)
@@ -214,7 +215,8 @@ def _corruption(
         return _Replacement()
     noise = PUBLISHED_NOISE if noise is None else noise
     samples = PUBLISHED_SAMPLES if samples is None else samples
-    if not noise > 0 or not isinstance(samples, int) or samples < 1 or (sigma is not None and not sigma > 0):
+    whole = isinstance(samples, int) and not isinstance(samples, bool)
+    if not 0 < noise < float("inf") or not whole or samples < 1 or (sigma is not None and not 0 < sigma < float("inf")):
         raise InterpError(
             f"noise must be positive, sigma too, and samples a number from 1 on, got noise={noise}, samples={samples}, "
             f"sigma={sigma}"

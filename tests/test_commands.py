@@ -67,6 +67,7 @@ VERBS = {
     "peek": "--context keep --full 1 --layers 0-1 --pairs {f}/pairs.csv",
     "steer": "--positive {f}/up.txt --negative {f}/down.txt --scale 2 --pairs {f}/pairs.csv",
     "leave-out": "--spans name --pairs {f}/pairs.jsonl --metric logit_diff",
+    "leave-out ": "--instead name=w40 --pairs {f}/pairs.jsonl",
 }
 
 
@@ -121,6 +122,8 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("patch --model {f}/m --pairs {f}/pairs.csv --device foo", "cannot use device 'foo'"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --memory 3kB", "too small for one cell"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --engine fast", "full forward per cell"),
+        ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --instead w40", "name=words expected"),
+        ("ablate --model {f}/m --pairs {f}/pairs.csv --using resample --seed -1", "from 0 on"),
     ],
 )
 def test_bad_options_end_with_a_message_and_exit_code_2(run, line: str, words: str) -> None:

@@ -31,7 +31,7 @@ def as_bytes(memory: int | float | str | None) -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", memory)
         if match and match[2].lower() in UNITS:
             number = float(match[1]) * UNITS[match[2].lower()]
-    if number is None or not number >= 1:
+    if number is None or not 1 <= number < float("inf"):
         raise InterpError(f"memory={memory!r}: a number of bytes expected, or a size like '4GiB' or '500MB'")
     return int(number)
 
