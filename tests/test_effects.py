@@ -34,6 +34,15 @@ def test_summary_is_the_mean_and_its_interval_covers_at_the_nominal_rate() -> No
     assert 0.90 <= covered <= 0.97  # a percentile bootstrap runs slightly short of 95% at n = 40
 
 
+@pytest.mark.parametrize(("n", "normal", "skewed"), [(24, 0.93, 0.90), (8, 0.89, 0.83), (4, 0.80, 0.74)])
+def test_coverage_with_few_examples_is_what_the_docstring_says(n: int, normal: float, skewed: float) -> None:
+    rng = np.random.default_rng(1)
+    for draw, said in ((rng.normal(0, 1, (n, 1500)), normal), (rng.exponential(1, (n, 1500)) - 1, skewed)):
+        s = table(draw).summary()
+        covered = ((s["raw_lo"] <= 0) & (s["raw_hi"] >= 0)).mean()
+        assert abs(covered - said) < 0.03  # three standard errors of a share of 1,500
+
+
 def test_pooled_is_the_ratio_of_means() -> None:
     e = table(np.array([[1.0], [0.5]]))
     frame = e.frame()

@@ -36,7 +36,7 @@ def pairs_of_lengths(draw) -> list[interp.PromptPair]:
     return out
 
 
-def both(recipe, **options) -> None:
+def assert_engines_agree(recipe, **options) -> None:
     """The recipe's table by the packed engine equals that of one full forward per cell."""
     fast, naive = (recipe(engine=e, **options).frame() for e in ("fast", "naive"))
     np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-7)
@@ -54,20 +54,21 @@ def test_random_plans_of_the_other_recipes(tiny, kind: str, data, pairs) -> None
     key = data.draw(st.integers(1, shortest - 1))
     heads = data.draw(st.one_of(st.none(), st.sets(st.integers(0, 3), min_size=1).map(sorted)))
     cut = {"queries": -1, "layers": layers, "window": window, "heads": heads, "metric": "logit_diff"}
-    both(lambda engine: interp.knock_out(model, pairs, key, engine=engine, **cut))
+    assert_engines_agree(lambda engine: interp.knock_out(model, pairs, key, engine=engine, **cut))
     position, component = (
         data.draw(st.one_of(st.none(), place)),  # None: all positions together
         data.draw(st.sampled_from(["resid_pre", "resid_post", "attn_out", "mlp_out"])),
     )
     sites = model.sites(component, layers=layers, positions="all" if position is None else [position])
     push = torch.linspace(-1, 1, model.d_model, dtype=torch.float64)
-    both(lambda engine: interp.steer(model, pairs, sites, push, engine=engine))
+    assert_engines_agree(lambda engine: interp.steer(model, pairs, sites, push, engine=engine))
     sever = data.draw(st.sampled_from([None, "mlp", "attn"]))
     traced = {"layers": layers, "window": window, "sever": sever, "metric": "logit_diff"}
-    both(lambda engine: interp.trace(model, pairs, engine=engine, **traced))
+    assert_engines_agree(lambda engine: interp.trace(model, pairs, engine=engine, **traced))
     groups = {"g": list(sites), "h": [Site("z", layers[0], data.draw(st.integers(0, 3)), position)]}
-    both(lambda engine: interp.mediate(model, pairs, groups=groups, engine=engine))
-    both(lambda engine: interp.ablate(model, pairs, groups=groups, using="mean", schedule="cumulative", engine=engine))
+    assert_engines_agree(lambda engine: interp.mediate(model, pairs, groups=groups, engine=engine))
+    ablated = {"groups": groups, "using": "mean", "schedule": "cumulative"}
+    assert_engines_agree(lambda engine: interp.ablate(model, pairs, engine=engine, **ablated))
 
 
 NULLS = {
@@ -84,6 +85,14 @@ NULLS = {
     "peeking": lambda m, p: interp.peek(m, p, full=1, context="keep"),
     "paths": lambda m, p: interp.path_patch(
         m, p, m.sites("z", layers=0, heads=[0, 5]), m.sites("v", layers=2, heads=[1, 2])
+    ),
+    "paths through MLPs": lambda m, p: interp.path_patch(
+        m, p, m.sites("z", layers=0, heads=[0, 5]), m.sites("q", layers=2, heads=[1, 2]), mlps="recomputed"
+    ),
+    "mediation": lambda m, p: interp.mediate(m, p, m.sites("mlp_out", positions="all")),
+    "zeros": lambda m, p: interp.ablate(m, p, m.sites("z", layers=[1, 2]), using="zero"),
+    "steering": lambda m, p: interp.steer(
+        m, p, m.sites("resid_post", positions=[-1]), torch.linspace(-1, 1, m.d_model)
     ),
 }
 
@@ -187,6 +196,32 @@ def test_ends_of_the_scale(tiny, kind: str) -> None:
         model, pair, model.sites("z"), sources=[interp.PromptPair(pair.corrupt, pair.corrupt, "w1", "w2")]
     )
     assert (own.frame()["raw"] == 0).all()
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_to_do_nothing_changes_nothing(tiny, kind: str) -> None:
+    """Every other way to ask for nothing gives 0, to the bit where nothing is written."""
+    model = tiny(kind)
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96").span("two", "w2 w3")
+    exactly = {
+        "keys that the query cannot read": interp.knock_out(model, pair, -1, 1, metric="logit_diff"),
+        "a full peek to the end, after the last layer": interp.peek(model, pair, -1, context="keep"),
+        "a path from where the prompts are the same": interp.path_patch(model, pair, ["z.L0H0@1", "mlp_out.L1@0"]),
+        "the same prompt as source": interp.patch(
+            model, pair, model.sites("v"), mode="noise", sources=interp.PromptPair(pair.clean, pair.clean, "w1", "w2")
+        ),
+    }
+    for what, effects in exactly.items():
+        assert (effects.frame()["raw"] == 0).all(), what
+    nearly = {
+        "a direction of length 0": interp.steer(model, pair, model.sites("z"), torch.zeros(8), 3.0),
+        "its own activations": interp.ablate(model, pair, model.sites("z"), using="resample", reference=[pair]),
+        "the same words in their place": interp.leave_out(model, pair, instead={"two": " w2 w3"}),
+    }
+    for what, effects in nearly.items():
+        assert effects.frame()["raw"].abs().max() < 1e-9, what
+    corrupted = interp.ablate(model, pair, "resid_pre.L0", using="resample", reference=[pair.corrupt]).frame()
+    assert corrupted["effect"][0] == pytest.approx(1, abs=1e-9)
 
 
 def test_everything_is_exactly_one_in_single_precision(word_tokenizer) -> None:
