@@ -235,7 +235,7 @@ def single_token(text: str, coder: Coder, what: str) -> int:
         raise PromptError(f"{what} {text!r} is not in the model's vocabulary: choose another word")
     if len(ids) == 1:
         return ids[0]
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str):
         raise PromptError(f"{what} must be a word, with its leading space, got {text!r}")
     hint = "" if text.startswith(" ") else f" (did you mean {' ' + text!r}, with a leading space?)"
     raise PromptError(
