@@ -275,11 +275,9 @@ def test_smollm2_logits_equal_eager_with_padding_and_cache(smollm2, side: str) -
 
 @pytest.mark.model
 def test_smollm2_patching_equals_transformer_lens(smollm2) -> None:
-    """Six layers of a 15-token pair, every position and head, against TransformerLens' loop on the same bridge."""
-    import pandas as pd
+    """Every cell of a 15-token pair, resid_pre and z, against transformer_lens.patching on the same bridge."""
     from transformer_lens import patching
 
-    layers = [0, 5, 11, 17, 23, 29]
     clean, corrupt = PROMPT, PROMPT.replace("store, John", "store, Mary")
     pair = interp.PromptPair(clean, corrupt, " Mary", " John")
     answer, foil = (smollm2.coder.continuation(t)[0] for t in (" Mary", " John"))
@@ -291,19 +289,9 @@ def test_smollm2_patching_equals_transformer_lens(smollm2) -> None:
 
     with torch.no_grad():
         _, cache = smollm2.run_with_cache(smollm2.bridge.to_tokens(clean))
-
-    def theirs(axis: str, n: int, setter, name: str) -> np.ndarray:
-        cells = pd.DataFrame([(layer, i) for layer in layers for i in range(n)], columns=["layer", axis])
-        with torch.no_grad():
-            found = patching.generic_activation_patch(
-                smollm2.bridge, tokens, cache, metric, setter, name, index_df=cells
-            )
-        return found.reshape(-1).numpy()
-
-    resid = theirs("pos", 15, patching.layer_pos_patch_setter, "resid_pre")
-    z = theirs("head_index", 9, patching.layer_head_vector_patch_setter, "z")
-    assert len(resid) == 90 and len(z) == 54 and np.ptp(resid) > 1 and np.ptp(z) > 0.1
-    ours = interp.patch(smollm2, pair, smollm2.sites("resid_pre", layers=layers)).frame()["patched"]
-    np.testing.assert_allclose(ours, resid, atol=1e-4)
-    ours = interp.patch(smollm2, pair, smollm2.sites("z", layers=layers)).frame()["patched"]
-    np.testing.assert_allclose(ours, z, atol=1e-4)
+        resid = patching.get_act_patch_resid_pre(smollm2.bridge, tokens, cache, metric)
+        z = patching.get_act_patch_attn_head_out_all_pos(smollm2.bridge, tokens, cache, metric)
+    ours = interp.patch(smollm2, pair, smollm2.sites("resid_pre")).frame()["patched"].to_numpy().reshape(30, 15)
+    np.testing.assert_allclose(ours, resid.numpy(), atol=1e-4)
+    ours = interp.patch(smollm2, pair, smollm2.sites("z")).frame()["patched"].to_numpy().reshape(30, 9)
+    np.testing.assert_allclose(ours, z.numpy(), atol=1e-4)
