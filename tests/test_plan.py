@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import interp
-from interp.engine import Engine, joint, packed, products
+from interp.engine import Engine, core, joint, packed, products
 from interp.errors import InterpError
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
@@ -64,12 +64,16 @@ def test_a_naive_plan_promises_no_savings(tiny) -> None:
         interp.explain(lambda show_progress: None)
 
 
-def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch) -> None:
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch, lean: bool) -> None:
     """Counted by torch's own counter: matrix products of the packed forwards, within the rotary and norm rest."""
     from torch.utils.flop_counter import FlopCounterMode
 
     monkeypatch.setattr(products, "onednn_pays", lambda threads: False)  # the counter does not know its operators
     model = tiny("llama")
+    monkeypatch.setattr(model, "engine_checks", set())  # as it was loaded
+    if not lean:
+        monkeypatch.setattr(core, "lean_blocks", lambda model: None)
     sites = model.sites("resid_pre", layers=[0, 1])
     interp.patch(model, EARLY, sites)  # its self-check is done
     plan = interp.explain(interp.patch, model, EARLY, sites)

@@ -147,7 +147,7 @@ class Plan:
         total = blocks * block
         if stop is not None and stop < n:
             total -= (n - stop) * cost.row + cost.pattern * (n * (n + 1) - stop * (stop + 1)) / 2
-        if last_only and rows > 1:
+        if last_only:
             # of the other rows keys and values alone; the model's own blocks put out queries with them, and go twice
             left = rows * cost.row - (rows * cost.qkv + cost.row)
             left = left if self.engine.lean is None else (rows - 1) * (cost.row - cost.kv)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import Field, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +26,6 @@ READ = {
     "edit_q_segments", "pattern_q", "pattern_k", "pattern_rows", "logit_factor", "logit_raise", "counterfactual",
     "counterfactual_rows", "counterfactual_renormalise", "counterfactual_seed", "take", "give", "keep_fraction",
 }  # fmt: skip
-UNREAD = [f for f in fields(Call) if f.name not in READ]
 
 
 def unsupported(call: Call) -> str | None:
@@ -34,7 +34,7 @@ def unsupported(call: Call) -> str | None:
         return f"it runs on CPU, and q is on {call.q.device}"
     if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not tracing(call.q):
         return f"it reads memory, which a {type(call.q).__name__} may not have"
-    unread = [f.name for f in UNREAD if getattr(call, f.name) is not f.default]
+    unread = [f.name for f in _unread(type(call)) if getattr(call, f.name) is not f.default]
     if unread:
         return f"it does not read {', '.join(unread)}"
     if (reason := lowering.unsupported(call)) is not None:
@@ -42,6 +42,11 @@ def unsupported(call: Call) -> str | None:
     if missing := [name for name in call.spec.requested() if name not in COMPUTED]:
         return f"it does not compute {', '.join(missing)}"
     return trial.failure(call.dtype)
+
+
+@cache
+def _unread(kind: type[Call]) -> list[Field[Any]]:
+    return [f for f in fields(kind) if f.name not in READ]
 
 
 def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
