@@ -157,7 +157,8 @@ def _edges(runner: Engine, senders: Sites, receivers: Sites) -> list[Edge]:
     parallel = "blocks.0.hook_resid_mid" not in runner.model.bridge.hook_dict  # MLPs read what attention reads
     edges = [Edge(s, r) for r in receivers for s in senders if _reads(r, s, parallel)]
     if not edges:
-        raise SiteError("there are no paths: every receiver comes before every sender")
+        why = "; its attention and MLPs are parallel: no MLP reads the heads of its own layer" if parallel else ""
+        raise SiteError(f"there are no paths: in {runner.model.name} every receiver comes before every sender{why}")
     return edges
 
 

@@ -176,6 +176,8 @@ def test_paths_refuse_what_they_cannot_answer(tiny) -> None:
         interp.path_patch(model, PAIR, "z.L0H1", "z.L2H0")
     with pytest.raises(SiteError, match="no paths"):
         interp.path_patch(model, PAIR, "z.L2H1", "q.L1H0")
+    with pytest.raises(SiteError, match="are parallel: no MLP reads the heads of its own layer"):
+        interp.path_patch(tiny("phi"), PAIR, "z.L1H0", "mlp_out.L1")
     with pytest.raises(SiteError, match="only resid_post of the last layer"):
         interp.path_patch(model, PAIR, "z.L0H1", "resid_post.L1")
     with pytest.raises(InterpError, match="'noise' or 'denoise'"):
