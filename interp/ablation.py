@@ -88,12 +88,7 @@ def ablate(
     set cannot support (resampling needs two examples; means by place or token need two prompts for each), before any
     sweep.
     """
-    if using not in RECIPES:
-        raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
-    if schedule not in SCHEDULES:
-        raise InterpError(f"unknown schedule {schedule!r}: choose one of {', '.join(map(repr, SCHEDULES))}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
+    _check(using, schedule, seed)
     listed = asked_of(model, pairs)
     metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
     prompts = encode_pairs(listed, model.coder)
@@ -146,6 +141,15 @@ class _Taken:
 
 
 @dataclass(frozen=True)
+def _check(using: str, schedule: str, seed: int) -> None:
+    if using not in RECIPES:
+        raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
+    if schedule not in SCHEDULES:
+        raise InterpError(f"unknown schedule {schedule!r}: choose one of {', '.join(map(repr, SCHEDULES))}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
+
+
 class _Sweep:
     """The cells of every example."""
 

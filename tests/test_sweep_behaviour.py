@@ -40,6 +40,7 @@ def pairs_of(n: int) -> list[interp.PromptPair]:
 def test_base_runs_give_the_logits_of_the_model(model) -> None:
     prompts = [model.coder.encode(p.clean) for p in pairs_of(9)]
     want = model.next_token_logits(prompts)
+    # both are handed out in float32, whose rounding is the bound
     np.testing.assert_allclose(BaseRuns(model).next_token_logits(prompts), want, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(BaseRuns(model, "naive").next_token_logits(prompts), want, rtol=1e-6, atol=1e-6)
 

@@ -143,7 +143,7 @@ def test_executors_agree_to_the_bit_and_in_float32_nearly(folder, tmp_path, mode
     doubles = list(want)[:6]
     assert [light.contents(second.store)[n] for n in doubles] == [want[n] for n in doubles]
     for other in tables[1:]:
-        for column in ("clean", "corrupt", "patched"):
+        for column in ("clean", "corrupt", "patched"):  # what the documentation promises in float32
             np.testing.assert_allclose(other[column][half:], tables[0][column][half:], rtol=1e-5, atol=1e-5)
 
 
