@@ -140,7 +140,6 @@ class _Taken:
         return _Writer(here, donors, self.means, self.using)
 
 
-@dataclass(frozen=True)
 def _check(using: str, schedule: str, seed: int) -> None:
     if using not in RECIPES:
         raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
@@ -150,6 +149,7 @@ def _check(using: str, schedule: str, seed: int) -> None:
         raise InterpError(f"seed={seed!r}: a number from 0 on expected")
 
 
+@dataclass(frozen=True)
 class _Sweep:
     """The cells of every example."""
 
