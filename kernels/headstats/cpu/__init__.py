@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, fields
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,7 +33,7 @@ def unsupported(call: Call) -> str | None:
         return f"it runs on CPU, and q is on {call.q.device}"
     if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not tracing(call.q):
         return f"it reads memory, which a {type(call.q).__name__} may not have"
-    unread = [f.name for f in _unread(type(call)) if getattr(call, f.name) is not f.default]
+    unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
     if unread:
         return f"it does not read {', '.join(unread)}"
     if (reason := lowering.unsupported(call)) is not None:
@@ -42,11 +41,6 @@ def unsupported(call: Call) -> str | None:
     if missing := [name for name in call.spec.requested() if name not in COMPUTED]:
         return f"it does not compute {', '.join(missing)}"
     return trial.failure(call.dtype)
-
-
-@cache
-def _unread(kind: type[Call]) -> list[Field[Any]]:
-    return [f for f in fields(kind) if f.name not in READ]
 
 
 def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
