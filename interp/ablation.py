@@ -30,6 +30,7 @@ from interp.recipes import (
     Rows,
     asked_of,
     check_metric,
+    check_seed,
     chosen,
     chunks,
     evaluate,
@@ -92,7 +93,7 @@ def ablate(
     listed = asked_of(model, pairs)
     metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
     prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts)
+    check_metric(metric, prompts, model)
     runner = Engine(model, engine, memory)
     every = all_sites(targets)
     runner.check_sites(every)
@@ -145,8 +146,7 @@ def _check(using: str, schedule: str, seed: int) -> None:
         raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
     if schedule not in SCHEDULES:
         raise InterpError(f"unknown schedule {schedule!r}: choose one of {', '.join(map(repr, SCHEDULES))}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
+    check_seed(seed)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def path_patch(
     sweep: Sweep,
     senders: Annotated[str, typer.Option(help="Sites of z, attn_out or mlp_out, as for --sites of patch.")] = "z",
     receivers: Annotated[
-        str, typer.Option(help="logits; or sites of q, k, v or mlp_out, e.g. q,k,v for every head.")
+        str, typer.Option(help="logits; sites of q, k, v or mlp_out, e.g. q,k,v for every head.")
     ] = "logits",
     mode: Annotated[str, typer.Option(help="noise (as published) or denoise.")] = "noise",
     mlps: Annotated[str, typer.Option(help="frozen, or recomputed along the path.")] = "frozen",
@@ -147,7 +147,8 @@ def path_patch(
     import interp
 
     model = sweep.loaded()
-    into = "logits" if receivers.strip() == "logits" else sites_of(model, receivers)
+    words = [word.strip() for word in receivers.split(",")]
+    into = [*sites_of(model, ",".join(w for w in words if w != "logits")), *(w for w in words if w == "logits")]
     sweep.run(
         interp.path_patch, model, sweep.prompts(model), sites_of(model, senders), into,
         **sweep.options(mode=mode, mlps=mlps, using=using),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ def refuse_images(prompt: Any) -> None:
             f"a prompt is text, but this is an image ({type(prompt).__name__}): a vision-language model gets it "
             "through its processor, as model(input_ids, pixel_values=…)"
         )
+
+
+def needs_images(model: Any) -> bool:
+    """Whether a model runs on images alone, or never without one."""
+    pixels = inspect.signature(model.bridge.original_model.forward).parameters.get("pixel_values")
+    return pixels is not None and (model.reads == "images" or pixels.default is inspect.Parameter.empty)
+
+
+def refuse_text(name: str, text: str) -> NoReturn:
+    """PromptError for a prompt of text alone, of a model that `needs_images`."""
+    raise PromptError(
+        f"{name} reads an image with every prompt, got the text {text!r:.60}: give interp.ImagePair prompts"
+    )
 
 
 def refuse_wrong_inputs(model: Any, tokens: Any, options: dict[str, Any]) -> None:

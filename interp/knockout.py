@@ -31,7 +31,7 @@ from interp.recipes import (
     score_runs,
     tell_of_equal,
 )
-from interp.sites import Site
+from interp.sites import ALL, Site
 from interp.targets import window_layers
 
 
@@ -52,20 +52,23 @@ def knock_out(
     """Cut what ``queries`` read from ``keys``, in ``window`` layers around each of ``layers``, in the clean run.
 
     ``keys``, ``queries``: a position (negative ones count from the end) or a named span ("subject" of a Fact);
-    ``queries=None``: all positions. ``window``: layers cut together, centred as in `interp.trace`; default a fifth of
-    the model's. ``heads``: query heads concerned, default all. One row per (prompt, layer), with the layer at the
-    window's centre: ``raw`` is patched − clean in the metric's units; ``effect`` its share of corrupt − clean, NaN for
-    a Fact, which has no corrupt prompt.
+    ``queries=None`` or ``"all"``: all positions. ``window``: layers cut together, centred as in `interp.trace`;
+    default a fifth of the model's. ``heads``: query heads concerned, default all. One row per (prompt, layer), with
+    the layer at the window's centre: ``raw`` is patched − clean in the metric's units; ``effect`` its share of
+    corrupt − clean, NaN for a Fact, which has no corrupt prompt.
 
     Raises PromptError, SiteError or InterpError for bad input, also where a query would be left with nothing to read.
     """
     listed = asked_of(model, prompts)
     metric = as_metric(metric)
     encoded, pairs = encode_any(listed, model.coder)
-    check_metric(metric, encoded)
+    check_metric(metric, encoded, model)
     window = max(1, model.n_layers // 5) if window is None else window
+    queries = None if queries == ALL else queries
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise InterpError(f"window must be at least 1 layer, got {window!r}")
+    if layers is None:
+        layers = model.attention_layers
     sites = model.sites("attn_out", layers=layers, positions="all" if queries is None else queries)
     chosen = None if heads is None else tuple(sorted({s.head or 0 for s in model.sites("z", layers=0, heads=heads)}))
     runner = Engine(model, engine, memory)
@@ -83,7 +86,7 @@ def knock_out(
                 corrupt = score_runs(metric, runner.record([p.corrupt for p in here]), read)
                 tell_of_equal(metric, scores.tolist(), corrupt.tolist())
             asked = [(n, site) for n in range(len(here)) for site in sites]
-            cells = [_cell(n, site, spans[chunk[n]], window, model.n_layers, chosen) for n, site in asked]
+            cells = [_cell(n, site, spans[chunk[n]], window, model, chosen) for n, site in asked]
             values = evaluate(runner, metric, clean, cells, read, advance).tolist()
             for (n, site), value in zip(asked, values, strict=True):
                 rows.add(chunk[n], site, here[n], float(scores[n]), float(corrupt[n]), value)
@@ -107,10 +110,11 @@ def _cell(
     site: Site,
     spans: tuple[tuple[int, int], tuple[int, int]],
     window: int,
-    n_layers: int,
+    model: Model,
     heads: tuple[int, ...] | None,
 ) -> Cell:
     assert site.layer is not None
     (start, stop), keys = spans
-    there = window_layers(site.layer, window, n_layers)
-    return Cell(run, cuts=tuple(Cut(layer, start, stop, keys, heads) for layer in there))
+    there = window_layers(site.layer, window, model.n_layers)
+    attending = set(model.attention_layers)
+    return Cell(run, cuts=tuple(Cut(layer, start, stop, keys, heads) for layer in there if layer in attending))

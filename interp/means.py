@@ -116,10 +116,10 @@ def check_support(kind: str, prompts: Sequence[Encoded], reference: Sequence[Ids
                 lacking.append((n, i))
     if lacking:
         n, i = lacking[0]
-        what = "at that place" if kind == "position_mean" else f"{prompts[n].tokens[i]!r} at that place"
+        what = "" if kind == "position_mean" else f" with {prompts[n].tokens[i]!r} at that place"
         raise PromptError(
             f"using={kind!r}: {len(lacking)} token(s) (first: token {i} of pair {n}) lack a second reference prompt of "
-            f"the same length with {what}, so that their mean would be their own activation. Give reference= more "
+            f"the same length{what}, so that their mean would be their own activation. Give reference= more "
             "prompts of the same template"
         )
 

@@ -73,6 +73,10 @@ def _pick(values: Float[Tensor, "batch vocab"], ids: Int[Tensor, " batch"]) -> F
     return values.gather(-1, ids[:, None])[:, 0]
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def _logit_diff(logits: Tensor, r: Readout) -> Tensor:
     assert r.foil is not None
     return _pick(logits, r.answer) - _pick(logits, r.foil)
@@ -81,17 +85,17 @@ def _logit_diff(logits: Tensor, r: Readout) -> Tensor:
 def _kl(logits: Tensor, r: Readout) -> Tensor:
     if r.clean_logits is None:
         raise InterpError("metric 'kl' needs the clean run's logits in the readout")
-    clean = r.clean_logits.float().log_softmax(-1)
-    return (clean.exp() * (clean - logits.float().log_softmax(-1))).sum(-1)
+    clean = _wide(r.clean_logits).log_softmax(-1)
+    return (clean.exp() * (clean - _wide(logits).log_softmax(-1))).sum(-1)
 
 
 logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True)
 """logit(answer) − logit(foil) (Wang et al. 2022)."""
 
-prob = Metric("prob", lambda x, r: _pick(x.float().softmax(-1), r.answer), unit="probability")
+prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability")
 """Probability of the answer token (Meng et al. 2022)."""
 
-logprob = Metric("logprob", lambda x, r: _pick(x.float().log_softmax(-1), r.answer), unit="nats")
+logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats")
 """Log-probability of the answer token."""
 
 rank = Metric("rank", lambda x, r: (x > _pick(x, r.answer)[:, None]).sum(-1).float(), unit="rank", direction=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import headstats
@@ -20,7 +21,7 @@ from interp.display import card
 from interp.encoding import TextEncoder
 from interp.errors import ModelError, PromptError
 from interp.head_statistics import prompt_stats, tower_stats
-from interp.inputs import mask_positions, refuse_nan_weights, refuse_wrong_inputs
+from interp.inputs import mask_positions, needs_images, refuse_nan_weights, refuse_text, refuse_wrong_inputs
 from interp.instrument import Instrument, install, stacks
 from interp.loading import boot, check_device
 from interp.patterns import AttentionPatterns
@@ -244,7 +245,8 @@ class Model:
             raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
         text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
         pictured = None if self.pictures is None else self.pictures.encode_pair
-        return Coder(text.encode, text.texts, text.offsets, text.continuation, pictured, text.unknown)
+        encode = partial(refuse_text, self.name) if needs_images(self) else text.encode
+        return Coder(encode, text.texts, text.offsets, text.continuation, pictured, text.unknown)
 
     @property
     def pictures(self) -> Pictures | None:
@@ -308,6 +310,12 @@ class Model:
             tokens = prompts if isinstance(prompts, Tensor) else torch.tensor(prompts, device=self.device)
             return logits[torch.arange(len(tokens)), mask_positions(self, tokens)]
         return logits[:, -1]
+
+    @property
+    def headless(self) -> bool:
+        """Whether this is a language model without its head (BertModel): it ends in hidden states, not in logits."""
+        ends = getattr(self.bridge.original_model, "get_output_embeddings", lambda: None)()
+        return self.reads == "text" and ends is None and not hasattr(self.bridge, "unembed")
 
     @property
     def masked(self) -> bool:

@@ -46,7 +46,7 @@ def leave_out(
     listed = asked_of(model, prompts)
     metric = as_metric(metric)
     encoded, pairs = encode_any(listed, model.coder)
-    check_metric(metric, encoded)
+    check_metric(metric, encoded, model)
     words = {name: model.coder.continuation(text) for name, text in (instead or {}).items()}
     wanted = [spans] if isinstance(spans, str) else None if spans is None else list(spans)
     plan = _shortened(encoded, wanted, words, model.n_ctx)

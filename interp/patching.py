@@ -77,7 +77,7 @@ def patch(
     listed = asked_of(model, pairs)
     metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
     prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts)
+    check_metric(metric, prompts, model)
     runner = Engine(model, engine, memory)
     runner.check_sites(all_sites(targets))
     given = None if sources is None else [sources] if isinstance(sources, PromptPair) else list(sources)

@@ -82,7 +82,7 @@ def path_patch(
     listed = asked_of(model, pairs)
     metric, senders, receivers = as_metric(metric), _whole(as_sites(senders)), _receivers(model, receivers)
     prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts)
+    check_metric(metric, prompts, model)
     runner = Engine(model, engine, memory)
     edges = _edges(runner, senders, receivers)
     for prompt in prompts:

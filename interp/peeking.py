@@ -10,12 +10,14 @@ one token's computation and ``full`` layers of transfer.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal
 
 from interp.effects import Effects
 from interp.engine import Cell, Cut, Engine, Write
 from interp.engine.core import EngineKind
-from interp.errors import InterpError
+from interp.engine.packed import other_mixer
+from interp.errors import InterpError, SiteError
 from interp.means import Means, check_support, means_of, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
@@ -65,7 +67,12 @@ def peek(
     listed = asked_of(model, pairs)
     metric = as_metric(metric)
     prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts)
+    check_metric(metric, prompts, model)
+    if len(model.attention_layers) < model.n_layers or any(map(partial(other_mixer, model), range(model.n_layers))):
+        raise SiteError(
+            f"{model.name} carries something from token to token beside softmax attention, which no mask of attention "
+            "stops: tokens would not wait"
+        )
     sites = model.sites("resid_post", layers=wait, positions="all")
     runner = Engine(model, engine, memory)
     runner.check_sites(sites)

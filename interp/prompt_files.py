@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,19 +49,36 @@ def _text(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
-    for row in reader:
-        yield reader.line_num, {k: v for k, v in row.items() if k and v}
+    text = _text(path)
+    before = csv.field_size_limit(max(len(text), 131_072))  # a prompt may be longer than the module's default
+    try:
+        # only line ends divide lines: U+2028 and the like are part of a prompt
+        reader = csv.DictReader(io.StringIO(text))
+        names = reader.fieldnames or []
+        if twice := sorted({n for n in names if names.count(n) > 1 and n}):
+            raise PromptError(f"{path}: its first line names the column {twice[0]!r} twice")
+        for row in reader:
+            if None in row:
+                raise PromptError(
+                    f"{path}, line {reader.line_num} has more fields than the first line has names: put text that "
+                    "holds commas in double quotes"
+                )
+            yield reader.line_num, {k: v for k, v in row.items() if k and v}
+    except csv.Error as error:
+        raise PromptError(f"{path} cannot be read as CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}, line {number} is not JSON ({error.msg}): one object a line expected") from None
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", None) or error
+            raise PromptError(f"{path}, line {number} is not JSON ({why}): one object a line expected") from None
         if not isinstance(row, dict):
             raise PromptError(f"{path}, line {number}: an object with clean, corrupt, answer expected, got {row!r:.60}")
         yield number, row
@@ -71,12 +89,17 @@ def _prompt(where: str, row: dict[str, Any]) -> PromptPair | Fact:
     lacking = [name for name in kind if not isinstance(row.get(name), str) or not row[name]]
     if lacking:
         raise PromptError(
-            f"{where} lacks {', '.join(lacking)}: pairs have clean, corrupt, answer and perhaps foil; facts have "
-            "prompt, subject, answer"
+            f"{where} lacks {', '.join(lacking)} (it has {', '.join(map(repr, row)) or 'nothing'}): pairs have clean, "
+            "corrupt, answer and perhaps foil; facts have prompt, subject, answer"
         )
     if kind is FACT:
         return Fact(row["prompt"], row["subject"], row["answer"])
     pair = PromptPair(row["clean"], row["corrupt"], row["answer"], row.get("foil") or None)
-    for name, words in (row.get("spans") or {}).items():
+    spans = row.get("spans") or {}
+    if not isinstance(spans, dict) or not all(isinstance(words, str) for words in spans.values()):
+        raise PromptError(
+            f'{where}: "spans" must name words of the clean prompt, {{"subject": "Mary"}}, got {spans!r:.60}'
+        )
+    for name, words in spans.items():
         pair = pair.span(name, words)
     return pair

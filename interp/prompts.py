@@ -260,6 +260,8 @@ def token_spans(spans: Mapping[str, Span], offsets: Sequence[Span]) -> dict[str,
 def _nonempty(text: str, coder: Coder) -> list[int]:
     if not isinstance(text, str) or not text:
         raise PromptError(f"a prompt must be a non-empty string, got {text!r}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise PromptError(f"{text!r:.80} holds half of a character (a lone surrogate), which no tokenizer reads")
     return coder.encode(text)
 
 

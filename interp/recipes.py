@@ -15,7 +15,7 @@ from interp import engine
 from interp.effects import COLUMNS, Effects
 from interp.engine.cells import rows_of
 from interp.errors import InterpError, PromptError
-from interp.metrics import Metric, Readout, recovery
+from interp.metrics import METRICS, Metric, Readout, recovery
 from interp.model import Model
 from interp.progress import Advance
 from interp.prompts import Encoded, PairSet, listed_prompts
@@ -44,6 +44,12 @@ def provenance_of(items: Any) -> dict[str, Any]:
     return {"task": items.task, "seed": items.seed} if isinstance(items, PairSet) else {}
 
 
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
+
+
 def resolve(sites: Sites, prompt: Encoded) -> Iterator[Site]:
     """The sites with ``"each"`` spelled out for one prompt; PromptError if a position is not in it."""
     for site in sites:
@@ -59,8 +65,16 @@ def chosen(n: int) -> range:
     return range(n) if (some := EXAMPLES.get()) is None else some
 
 
-def check_metric(metric: Metric, prompts: Sequence[Encoded]) -> None:
-    """Refuse a metric that needs foils when some pair has none, before any forward."""
+def check_metric(metric: Metric, prompts: Sequence[Encoded], model: Model) -> None:
+    """Refuse, before any forward, a metric that needs foils when some pair has none, or words of a model without any.
+
+    A metric of one's own may read the hidden states of a model without a head.
+    """
+    if model.headless and METRICS.get(metric.name) is metric:
+        raise InterpError(
+            f"{model.name} has no language-model head and ends in hidden states, and metric {metric.name!r} reads "
+            "logits of words: load the model with its head, or give a metric of your own"
+        )
     missing = [i for i, p in enumerate(prompts) if metric.needs_foil and p.foil is None]
     if missing:
         raise PromptError(

@@ -3,7 +3,7 @@
 Component names are TransformerLens names. A site's `position` is one of
 
 * an int (negative counts from the end of the prompt),
-* ``None``: every position at once (one cell),
+* ``None``: every position at once (one cell; ``"all"`` in text, ``z.L9H6@all``, and for `model.sites`),
 * ``"each"``: a sweep, one cell per position of each prompt,
 * any other string: a named span of the prompt (``"subject"``, ``"S2"``, …), all its tokens at once;
   ``"subject:first"`` and ``"subject:last"`` are its first and last token.
@@ -22,7 +22,7 @@ from typing import Any
 from interp.display import card
 from interp.errors import SiteError
 
-EACH = "each"
+EACH, ALL = "each", "all"
 PLAIN = (int, str, type(None))
 
 
@@ -119,7 +119,7 @@ class Site:
         neurons = component in COMPONENTS and COMPONENTS[component].heads == "neuron"
         if unit is not None and (unit == "N") != neurons:
             raise SiteError(f"cannot read {text!r}: H is the number of a head, N that of a neuron (of mlp_post)")
-        position: int | str | None = where
+        position: int | str | None = None if where == ALL else where
         if where is not None and re.fullmatch(r"-?\d+", where):
             position = int(where)
         number = [None if x is None else int(x) for x in (layer, head)]
@@ -250,8 +250,8 @@ def _positions(positions: Iterable[int | str] | int | str | None, spec: Componen
     if positions is None:
         return [EACH if spec.sweep_positions else None]
     if isinstance(positions, str):
-        return [None if positions == "all" else positions]
+        return [None if positions == ALL else positions]
     chosen = list(positions) if isinstance(positions, Iterable) else [positions]
     if not chosen:
         raise SiteError("no positions were chosen: pass at least one, 'each' (a sweep) or 'all' (at once)")
-    return chosen  # type: ignore[return-value]
+    return [None if p == ALL else p for p in chosen]  # type: ignore[misc]

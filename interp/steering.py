@@ -59,7 +59,7 @@ def steer(
     listed = asked_of(model, prompts)
     metric, sites = as_metric(metric), as_sites(sites)
     encoded, pairs = encode_any(listed, model.coder)
-    check_metric(metric, encoded)
+    check_metric(metric, encoded, model)
     runner = Engine(model, engine, memory)
     runner.check_sites(sites)
     plan = [list(resolve(sites, p)) for p in encoded]

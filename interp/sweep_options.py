@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +72,14 @@ class Sweep:
             task(self.task)
         if self.n < 1:
             raise InterpError(f"--n must be at least 1, got {self.n}")
+        if self.pairs is not None:
+            from interp.prompt_files import read_prompts
+
+            read_prompts(self.pairs)
+        if self.metric is not None:
+            from interp.metrics import as_metric
+
+            as_metric(self.metric)
         if self.out is not None:
             if self.out.suffix != ".parquet":
                 raise InterpError(f"--out {self.out}: the name of a .parquet file expected")
@@ -106,13 +116,15 @@ class Sweep:
         """Explain, ask if it will take long, run, print the strongest effects and write the table."""
         from interp.engine import explain
 
-        plan = explain(recipe, *args, **options)
-        if self.explain:
-            typer.echo(str(plan))
-            return
-        if plan.seconds > ASK_FROM and not self.yes:
-            self._ask(str(plan), plan.seconds)
-        self.finish(recipe(*args, **options))
+        with said_once():  # the plan meets what the run will meet
+            plan = explain(recipe, *args, **options)
+            if self.explain:
+                typer.echo(str(plan))
+                return
+            if plan.seconds > ASK_FROM and not self.yes:
+                self._ask(str(plan), plan.seconds)
+            effects = recipe(*args, **options)
+        self.finish(effects)
 
     def finish(self, effects: Effects | HeadGates) -> None:
         """Print the strongest effects (of head gates: those that facilitate most); write the table."""
@@ -135,6 +147,23 @@ class Sweep:
             raise InterpError(f"{long}, and nobody is here to ask: start it with --yes, or take fewer prompts or sites")
         if not typer.confirm(f"{long}. Go on?", err=True):
             raise typer.Exit(1)
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Inside, the log has no line twice."""
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        return line not in said and not said.add(line)
+
+    log = logging.getLogger("interp")
+    log.addFilter(new)
+    try:
+        yield
+    finally:
+        log.removeFilter(new)
 
 
 def with_sweep(body: Callable[..., None]) -> Callable[..., None]:
@@ -203,5 +232,7 @@ def groups_of(model: Model, texts: list[str] | None) -> dict[str, Sites] | None:
         name, equals, sites = text.partition("=")
         if not equals or not name.strip():
             raise InterpError(f"--group {text}: name=site,site expected")
+        if name.strip() in found:
+            raise InterpError(f"--group {name.strip()} is given twice: list all its sites in one")
         found[name.strip()] = sites_of(model, sites)
     return found or None

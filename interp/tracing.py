@@ -9,7 +9,7 @@ replacement, which stays on the data's distribution (NOTICE, Golovanevsky et al.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from interp.recipes import (
     Rows,
     asked_of,
     check_metric,
+    check_seed,
     chosen,
     chunks,
     evaluate_or_keep,
@@ -85,15 +86,16 @@ def trace(
     them over facts. Raises PromptError or InterpError for bad input, before the sweep.
     """
     window = _checked(component, window, sever)
+    check_seed(seed)
     listed = asked_of(model, facts)
     metric = as_metric(metric)
     prompts, pairs = encode_any(listed, model.coder)
-    check_metric(metric, prompts)
+    check_metric(metric, prompts, model)
     corruption = _corruption(model, prompts, pairs, noise, samples, sigma, seed)
     sites = model.sites(component, layers=layers, positions=positions)
     runner = Engine(model, engine, memory)
-    runner.check_sites(sites)
     restore = _Restore(model.n_layers, window, None if sever is None else SEVERED[sever])
+    runner.check_sites([*sites, *restore.others(sites)])
     sweep = _Sweep(runner, metric, prompts, sites, component, corruption, restore)
     rows = Rows(f"restore {component}{_suffix(window, sever)}", "denoise", metric)
     with progress(f"trace: {rows.intervention}", sweep.size, show_progress) as advance:
@@ -235,7 +237,7 @@ def subject_std(model: Model, prompts: Sequence[Encoded]) -> float:
 
 def subject_noise(model: Model, prompt: Encoded, std: float, seed: int, example: int, sample: int) -> Tensor:
     """Noise on the subject's embeddings, zero elsewhere; the same for the same (seed, example, sample)."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + example) * 10_007 + sample)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + example) * 10_007 + sample) % 2**63)
     start, stop = prompt.spans["subject"]
     out = torch.zeros(len(prompt), model.d_model)
     out[start:stop] = std * torch.randn(stop - start, model.d_model, generator=generator)
@@ -253,6 +255,15 @@ class _Restore:
     @property
     def frozen(self) -> list[str]:
         return [] if self.severed is None else [self.severed]
+
+    def others(self, sites: Sites) -> Iterator[Site]:
+        """The sites of a window, and severed ones, beside those asked for."""
+        layers = sorted({s.layer or 0 for s in sites})
+        for layer in sorted({i for at in layers for i in window_layers(at, self.window, self.n_layers)}):
+            yield Site(sites[0].component, layer)
+        if self.severed is not None:
+            first = window_layers(layers[0], self.window, self.n_layers)[-1] + 1
+            yield from (Site(self.severed, layer) for layer in range(first, self.n_layers))
 
     def cell(self, run: int, site: Site, prompt: Encoded, clean: Run, noisy: Run, first: int) -> Cell | None:
         """The restoring cell; None where the corruption cannot have reached (before ``first``)."""

@@ -118,7 +118,10 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("patch --model {f}/m --pairs {f}/facts.csv", "expected PromptPair objects"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory 3kB", "too small for one cell"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory lots", "a size like '4GiB'"),
-        ("patch --model {f}/m --pairs {f}/nowhere.csv", "cannot read"),
+        ("patch --model {f}/none --pairs {f}/nowhere.csv", "cannot read"),  # before the model is looked for
+        ("patch --model {f}/none --pairs {f}/pairs.csv --metric foo", "unknown metric 'foo'"),
+        ("patch --model {f}/m --pairs {f}/pairs.csv --group a=z.L0H0 --group a=z.L0H1", "given twice"),
+        ("trace --model {f}/m --pairs {f}/facts.csv --seed -1", "from 0 on"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --device foo", "cannot use device 'foo'"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --memory 3kB", "too small for one cell"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --engine fast", "full forward per cell"),
@@ -131,6 +134,14 @@ def test_bad_options_end_with_a_message_and_exit_code_2(run, line: str, words: s
     assert code == 2 and words in err and "Traceback" not in err
 
 
+def test_what_is_said_is_said_once(run, tmp_path, caplog) -> None:
+    (tmp_path / "same.csv").write_text("clean,corrupt,answer,foil\nw1 w2,w1 w2,w95,w96\n")
+    code, _, _ = run(f"mediate --model {{f}}/m --pairs {tmp_path}/same.csv --sites z.L0H1@all")
+    assert code == 0 and caplog.text.count("no recovery") == 1
+    code, out, _ = run("path-patch --model {f}/m --pairs {f}/pairs.csv --senders z.L0H0 --receivers logits,q")
+    assert code == 0 and "q×16, resid_post×2" in out
+
+
 def test_prompt_files(tmp_path, folder) -> None:
     pairs = read_prompts(folder / "pairs.jsonl")
     assert pairs[0] == interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w95", "w96").span("name", "w2")
@@ -139,12 +150,22 @@ def test_prompt_files(tmp_path, folder) -> None:
     quoted = tmp_path / "q.csv"
     quoted.write_text('clean,corrupt,answer,foil\n"When John, and Mary",b," Mary",\n')
     assert read_prompts(quoted) == [interp.PromptPair("When John, and Mary", "b", " Mary")]
+    long = "w\u2028" * 100_000  # no line ends there, and longer than the csv module likes
+    quoted.write_text(f"clean,corrupt,answer\n{long},b,c\n", encoding="utf-8")
+    (tmp_path / "q.jsonl").write_text(f'{{"clean": "{long}", "corrupt": "b", "answer": "c"}}\n', encoding="utf-8")
+    for name in ("q.csv", "q.jsonl"):
+        assert read_prompts(tmp_path / name) == [interp.PromptPair(long, "b", "c")]
     for name, text, words in (
         ("a.csv", "clean,corrupt\nx,y\n", "line 2 lacks answer"),
         ("a.jsonl", '{"clean": "x"\n', "line 1 is not JSON"),
         ("b.jsonl", "[1]\n", "line 1: an object"),
         ("c.jsonl", "\n", "holds no prompts"),
         ("d.txt", "x", "a .csv or .jsonl"),
+        ("f.csv", "clean,corrupt,answer\nOne, two,One, six, a\n", "line 2 has more fields"),
+        ("g.csv", "clean,clean,answer\nx,y,z\n", "'clean' twice"),
+        ("h.csv", "clean;corrupt;answer\nx;y;z\n", "it has 'clean;corrupt;answer'"),
+        ("i.jsonl", '{"clean": "x", "corrupt": "y", "answer": "z", "spans": ["x"]}', '"spans" must name words'),
+        ("j.jsonl", "[" * 100_000, "line 1 is not JSON"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(PromptError, match=words):

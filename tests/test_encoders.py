@@ -104,6 +104,15 @@ def test_metrics_are_read_at_the_mask_token(encoder, kind: str) -> None:
         model.last_logits(torch.tensor([[4, 5]]))
 
 
+def test_a_model_without_a_head_has_no_words(encoder) -> None:
+    model = encoder("bert_headless")
+    pair = interp.PromptPair("w1 w2 w50 w4", "w1 w9 w50 w4", "w7", "w8")
+    with pytest.raises(interp.errors.InterpError, match="ends in hidden states"):
+        interp.patch(model, pair, model.sites("z"))
+    own = interp.patch(model, pair, model.sites("z", layers=0), metric=lambda out, read: out[:, 0])
+    assert own.frame()["patched"].notna().all()
+
+
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
 def test_a_cut_hides_nothing_else(encoder, kind: str) -> None:
     """What a query reads to its right stays, in a layer where attention to its left is cut."""

@@ -230,6 +230,29 @@ def test_a_wrong_fast_path_is_noticed_and_left(tiny, monkeypatch, caplog) -> Non
         interp.patch(model, pair, model.sites("z"), engine="fast")
 
 
+def test_a_prompt_of_two_tokens_vouches_for_no_other(tiny, monkeypatch) -> None:
+    """With next to nothing to read, a packed path that read it wrongly would pass: longer prompts are checked anew."""
+    model = tiny("gpt2")
+    monkeypatch.setattr(model, "engine_checks", set())
+    calls: list[int] = []
+    check = Engine._gap
+    monkeypatch.setattr(Engine, "_gap", lambda self, runs, *a: calls.append(len(runs[0])) or check(self, runs, *a))
+    for text, other in (("w1", "w2"), ("w1 w2 w3 w4", "w1 w9 w3 w5"), ("w1 w2 w3 w6", "w1 w9 w3 w5")):
+        interp.patch(model, interp.PromptPair(text, other, "w95", "w96"), model.sites("q"), engine="fast")
+    assert calls == [2, 5]
+
+
+def test_a_branch_beside_attention_is_known_for_what_it_is(tiny) -> None:
+    """Falcon-H1's state-space branch carries rows to later ones, and adds to the residual stream what no hook shows."""
+    model = tiny("falcon_h1")
+    pairs = [interp.PromptPair(a, b, "w95", "w96") for a, b in (("w1", "w2"), ("w1 w2 w3 w4", "w1 w9 w3 w4"))]
+    for pair in pairs:
+        assert "beside attention" in interp.patch(model, pair, model.sites("resid_pre")).provenance["engine"]
+    for wrong in (lambda: interp.patch(model, pairs, "resid_mid.L0@0"), lambda: interp.peek(model, pairs)):
+        with pytest.raises(InterpError, match=r"adds more than attention|beside softmax attention"):
+            wrong()
+
+
 def test_a_hook_that_mixes_positions_is_noticed_even_after_a_sweep_without_it(tiny) -> None:
     """The packed path shows a user's hook rows of many cells in one sequence: it must be checked anew, and left."""
     model = tiny("llama")

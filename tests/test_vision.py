@@ -161,6 +161,8 @@ def test_what_is_no_image_for_the_model_is_refused(encoder, images, monkeypatch)
     ):
         with pytest.raises(PromptError, match=why):
             model.attention_stats([wrong])
+    with pytest.raises(PromptError, match="an image with every prompt"):
+        interp.patch(model, interp.PromptPair("a cat", "a dog", "x"), model.sites("z"), metric="prob")
     with pytest.raises(PromptError, match="positions do not correspond"):
         small = encoder("dinov2")[1]
         interp.patch(small, interp.ImagePair(images[0], images[0, :, :8], 1, 2), small.sites("z"))

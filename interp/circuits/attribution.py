@@ -71,7 +71,7 @@ def attribute_edges(
     metric = as_metric(metric)
     listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
     prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts)
+    check_metric(metric, prompts, model)
     wiring = Wiring(model)
     wiring.check(prompts[0].clean)
     totals = torch.zeros(wiring.graph.allowed.shape, dtype=torch.float64)

@@ -96,7 +96,7 @@ class Evaluator:
         listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
         self.model, self.metric = model, as_metric(metric)
         self.prompts = encode_pairs(listed, model.coder)
-        check_metric(self.metric, self.prompts)
+        check_metric(self.metric, self.prompts, model)
         self.wiring = Wiring(model)
         self.graph = self.wiring.graph
         self.wiring.check(self.prompts[0].clean)

@@ -167,7 +167,7 @@ class _Job:
         self.model, self.metric, self.mode, self.steps = model, as_metric(metric), mode, steps
         self.listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
         self.prompts = encode_pairs(self.listed, model.coder)
-        check_metric(self.metric, self.prompts)
+        check_metric(self.metric, self.prompts, model)
         self.wanted: Sites = model.sites("z") if sites is None else as_sites(sites)
         Engine(model, "naive").check_sites(self.wanted)
         if any(s.component == "resid_mid" for s in self.wanted):

@@ -93,6 +93,6 @@ class Budget:
 def _unit(n: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
-            return f"{n:.3g}{unit}"
+            return f"{n:.{3 if n < 1000 else 4}g}{unit}"
         n /= 1024
     return f"{n:.3g}GiB"

@@ -33,6 +33,7 @@ Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab or co
 ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix products, keeps memory at ~100 MB
 LOGITS_PER_BATCH = 256  # cells whose full logits exist at one time
 NOT_LEAN, LEAN_RUNS = frozenset({"not lean"}), frozenset({"lean base runs"})  # stand among the checks done on a model
+TELLING = 4  # tokens of a prompt on which a check is taken for all
 CHECK_TOLERANCE = 1e-3  # of the logits' own scale; float32 rounding is far below
 
 
@@ -100,8 +101,28 @@ class Engine:
                 raise SiteError(f"site {site}: {site.component!r} {has}")
             if site.hook_name not in known:
                 raise SiteError(f"site {site}: {self.model.name} has no {site.component!r} ({site.hook_name})")
+            if site.component == "resid_mid" and site.layer is not None and not self._attention_alone(site.layer):
+                raise SiteError(
+                    f"site {site}: block {site.layer} of {self.model.name} adds more than attention before its MLP, "
+                    "so that 'resid_mid' cannot be set: use 'resid_pre' or 'resid_post'"
+                )
+        try:
+            with self._extra_hooks([s.component for s in sites]):
+                pass
+        except NotImplementedError:
+            raise SiteError(
+                f"TransformerLens has no per-head 'result' of the attention of {self.model.name}: patch 'z', which the "
+                "output projection takes to it"
+            ) from None
         if self.fast and any(s.component == "embed" for s in sites):
             self._decide("what lies between the embedding and block 0 (norms, scales) is run only by full forwards")
+
+    def _attention_alone(self, layer: int) -> bool:
+        """Whether resid_mid is resid_pre and the attention's output, by which it is set."""
+        return (
+            f"blocks.{layer}.hook_attn_out" in self.model.bridge.hook_dict
+            and packed.other_mixer(self.model, layer) is None
+        )
 
     @torch.no_grad()
     def record(
@@ -129,7 +150,7 @@ class Engine:
         if self.fast:
             self._decide(packed.unsupported(self.model, self.frame))
         if self.fast and self.lean:
-            self._check_base(runs[0])
+            self._check_base(max(runs, key=len))
         return runs
 
     def _obstacle(self) -> str | None:
@@ -292,13 +313,14 @@ class Engine:
     def _check(self, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
         """Before a sweep: an unpatched run and two cells must agree with the naive path, or the fast path is off.
 
-        Done once for each model and set of components: what makes the packed path exact is the model's structure.
+        Done once for each model and set of components: what makes the packed path exact is the model's structure, of
+        which prompts of a few tokens show all, and of a single one nothing.
         """
         changes = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
         kind = frozenset(changes)
         if kind in self.model.engine_checks:
             return
-        run = cells[0].run
+        run = max((c.run for c in cells), key=lambda i: len(runs[i]))
         site = Site("resid_pre", 0, position=0)
         middle = len(runs[run]) // 2
         unpatched = Cell(run, (Write(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
@@ -313,7 +335,8 @@ class Engine:
         if not gap <= allowed:
             self._decide(f"its logits differ from the naive path by {gap:.1e} on this model")
             return
-        self.model.engine_checks.add(kind)
+        if len(runs[run]) >= TELLING:
+            self.model.engine_checks.add(kind)
 
     def _gap(self, runs: Sequence[Run], cells: Sequence[Cell], logits: Tensor) -> float:
         return (self._forward(runs, cells).logits() - logits).abs().max().item()

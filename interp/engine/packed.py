@@ -40,12 +40,22 @@ DROPPED_KWARGS = (
     "attention_mask", "past_key_values", "layer_past", "use_cache", "cache_position", "encoder_attention_mask",
     "position_bias",  # a linear bias: the recorded calls hold it, per key
 )  # fmt: skip
+MIXERS = (torch.nn.Conv1d, torch.nn.RNNBase)  # of state-space branches and the like
+
+
+def other_mixer(model: Model, layer: int) -> str | None:
+    """What else but softmax attention carries something from position to position in a block, or None."""
+    found = (type(m).__name__ for m in model.bridge.blocks[layer].modules() if isinstance(m, MIXERS))
+    return next(found, None)
 
 
 def unsupported(model: Model, frame: Frame) -> str | None:
     """Why this model's blocks cannot be run packed, or None."""
     if len(model.attention_layers) < model.n_layers:
         return "layers without softmax attention mix positions in ways of their own"
+    for layer in range(model.n_layers):
+        if (other := other_mixer(model, layer)) is not None:
+            return f"block {layer} mixes positions beside attention, by a {other}"
     for layer, call in frame.calls.items():
         if not call.causal:
             return f"layer {layer} is not causal (bidirectional, or behind a custom mask)"
