@@ -258,9 +258,9 @@ class _Restore:
 
     def others(self, sites: Sites) -> Iterator[Site]:
         """The sites of a window, and severed ones, beside those asked for."""
-        layers = sorted({s.layer or 0 for s in sites})
+        component, layers = next(s.component for s in sites), sorted({s.layer or 0 for s in sites})
         for layer in sorted({i for at in layers for i in window_layers(at, self.window, self.n_layers)}):
-            yield Site(sites[0].component, layer)
+            yield Site(component, layer)
         if self.severed is not None:
             first = window_layers(layers[0], self.window, self.n_layers)[-1] + 1
             yield from (Site(self.severed, layer) for layer in range(first, self.n_layers))
