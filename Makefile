@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd interp/plots/page && ../../../$(BIN)/deno lint -q --config deno.json . && ../../../$(BIN)/deno check -q --config deno.json *.js
 
-docs: $(STAMP)  ## the documentation in site/; a broken link or name is an error
+docs: $(STAMP)  ## the documentation in site/ (searchable once served: python -m http.server -d site); a broken link or name is an error
 	$(BIN)/zensical build --clean --strict
 
 notebooks: $(STAMP)  ## run every notebook and keep its outputs

@@ -3,20 +3,20 @@
 A head is named only if both hold: a share of attention of at least ``attention`` on the tokens that a role is about,
 and an exact effect of at least ``effect`` of the whole model's. Rules, the first that holds:
 
-========================  ==================================================  =======================================
-role                      attention, mean over the queries concerned          effect
-========================  ==================================================  =======================================
-induction                 on the token after an earlier occurrence of the     of all its edges
+    ====================  ==================================================  =======================================
+    role                  attention, mean over the queries concerned          effect
+    ====================  ==================================================  =======================================
+    induction             on the token after an earlier occurrence of the     of all its edges
                           query's token (queries that have one)
-duplicate token           on earlier occurrences of the query's token         of all its edges
+    duplicate token       on earlier occurrences of the query's token         of all its edges
                           (queries that have one)
-previous token            on the token before the query                       of all its edges
-name mover                at the last position, on the answer's token         of its edge to the logits; negative
+    previous token        on the token before the query                       of all its edges
+    name mover            at the last position, on the answer's token         of its edge to the logits; negative
                                                                               name mover if it is below −``effect``
-inhibition                at the last position, on tokens that the prompt     of its edges into queries of other heads
+    inhibition            at the last position, on tokens that the prompt     of its edges into queries of other heads
                           holds twice
-sink                      on the first token                                  of all its edges, below ``effect``
-========================  ==================================================  =======================================
+    sink                  on the first token                                  of all its edges, below ``effect``
+    ====================  ==================================================  =======================================
 
 Everything else is "unknown". Effects are shares of m(M) − m(∅): by how much the metric falls, exactly, if the edges
 named carry the corrupt activation in the clean run. Attention is that of the clean prompts. The numbers are stored with

@@ -45,16 +45,16 @@ class Edit:
 
     counterfactual, with n the number of keys that the query sees and m = sum_j p_ij, which is 1 but for a learned sink:
 
-    =========  ==========================================  ====================================================
-    .          renormalise=True: the row keeps its sum m   renormalise=False
-    =========  ==========================================  ====================================================
-    uniform    m / n                                       1 / N
-    reversed   (max_j p_ij - p_ij), normalised to m;       max_j p_ij - p_ij
-               a row of equal weights stays
-    shuffled   the weights that there are, permuted        the same
-    random     u_ij in (0, 1), normalised to m             u_ij / sum over all N keys of u_ij, seen or not
-    identity   m at the query's own position, else 0       1 at the query's own position, else 0
-    =========  ==========================================  ====================================================
+        =========  ==========================================  ====================================================
+        .          renormalise=True: the row keeps its sum m   renormalise=False
+        =========  ==========================================  ====================================================
+        uniform    m / n                                       1 / N
+        reversed   (max_j p_ij - p_ij), normalised to m;       max_j p_ij - p_ij
+                   a row of equal weights stays
+        shuffled   the weights that there are, permuted        the same
+        random     u_ij in (0, 1), normalised to m             u_ij / sum over all N keys of u_ij, seen or not
+        identity   m at the query's own position, else 0       1 at the query's own position, else 0
+        =========  ==========================================  ====================================================
 
     u and the permutation come from a hash of (seed, batch row, head, position of the query, key) alone (noise.py),
     the same on every backend, however the work is cut, and for a query decoded alone. The hash's order permutes: of
