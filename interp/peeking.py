@@ -98,7 +98,8 @@ def peek(
             for (n, site), cell in zip(asked, cells, strict=True):
                 value = scores[0][n] if cell is None else next(values)
                 rows.add(chunk[n], site, here[n], scores[0][n], scores[1][n], value)
-    recipe = {"full_peek": full, "context": context, "ablation": "context-aware mean, then masked attention"}
+    context_words = "context-aware mean, then " if context == "mean" else ""
+    recipe = {"full_peek": full, "context": context, "ablation": f"{context_words}masked attention"}
     if given is not None:
         recipe |= {"reference": prompt_hash(given), "n_reference": len(given)}
     return rows.effects(model, listed, engine=runner.describe(), **recipe, **provenance_of(pairs))

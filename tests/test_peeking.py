@@ -78,8 +78,9 @@ def test_waiting_is_the_context_aware_mean(tiny) -> None:
     peeked = interp.peek(model, PAIRS, last).frame()["patched"]
     ablated = interp.ablate(model, PAIRS, f"resid_post.L{last}", using="cama").frame()["patched"]
     np.testing.assert_allclose(peeked, ablated, atol=1e-12)
-    kept = interp.peek(model, PAIRS, last, context="keep").frame()
-    assert (kept["raw"] == 0).all()
+    kept = interp.peek(model, PAIRS, last, context="keep")
+    assert (kept.frame()["raw"] == 0).all()
+    assert kept.provenance["ablation"] == "masked attention", "nothing was replaced by a mean"
 
 
 def test_one_layer_of_transfer_is_found_in_a_known_circuit() -> None:
