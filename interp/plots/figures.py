@@ -58,6 +58,8 @@ def heatmap(
     which = "" if example is None else f" · example {example}"
     heading = title if title is not None else f"{panel.component}: {variant.label}{which}"
     _frame(figure, heading, panel.rows, panel.columns)
+    if panel.component == "mlp_post" and panel.columns.kind == "head":  # where a table has heads, it has neurons of it
+        figure.update_xaxes(title_text="neuron")
     figure.add_annotation(
         text=escape(_meaning(value, variant)), xref="paper", yref="paper", x=0, y=1, yanchor="bottom",
         xanchor="left", showarrow=False, font={"size": 11, "color": "#555"},
@@ -126,7 +128,7 @@ def site_label(panel: Panel, row: int, column: int) -> str:
         return f"{panel.rows.labels[row]} → {panel.columns.labels[column]}"
     layer = "" if panel.rows.values[row] is None else f"L{panel.rows.values[row]}"
     if panel.columns.kind == "head":
-        return f"{layer}H{panel.columns.values[column]}"
+        return f"{layer}{'N' if panel.component == 'mlp_post' else 'H'}{panel.columns.values[column]}"
     label = "" if panel.columns.kind == "all" else panel.columns.labels[column]
     place = f"@{panel.columns.values[column]}" if panel.columns.kind == "position" else ""
     return " ".join(x for x in (layer, place, label) if x and x != place[1:]) or panel.component

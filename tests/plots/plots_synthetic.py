@@ -96,6 +96,12 @@ def site(component: str, layer: int, head: int | None = None, position: int | No
     return {"component": component, "layer": layer, "head": head, "position": position, "token": token, "role": role}
 
 
+def neuron_effects(n: int = 4) -> Effects:
+    """The first neurons of one layer."""
+    sites = [site("mlp_post", 3, i) for i in range(8)]
+    return Effects(table(sites, np.linspace(0.2, -0.05, 8), n, mode="denoise", intervention="patch"), PROVENANCE)
+
+
 def head_effects(
     n: int = 16, *, mode: str = "denoise", intervention: str = "patch", seed: int = 0, **provenance
 ) -> Effects:

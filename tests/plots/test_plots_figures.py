@@ -30,6 +30,11 @@ def test_heatmap_carries_the_summary_symmetric_around_zero():
     assert "L18H6" in trace.customdata[18][6] and "n = 8" in trace.customdata[18][6]
 
 
+def test_neurons_are_not_called_heads():
+    figure = heatmap(synthetic.neuron_effects())
+    assert figure.layout.xaxis.title.text == "neuron" and "L3N0" in figure.data[0].customdata[0][0]
+
+
 def test_red_is_positive():
     (trace,) = heatmap(synthetic.head_effects(4)).data
     first, last = (

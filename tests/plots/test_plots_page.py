@@ -12,7 +12,9 @@ from plots_browser import Browser
 from test_plots_report import hostile
 
 from interp.effects import Effects
+from interp.patterns import AttentionPatterns, PatternExample
 from interp.plots import report
+from interp.sites import Site
 
 pytestmark = pytest.mark.browser
 
@@ -230,6 +232,21 @@ def test_undefined_recovery_and_missing_cells(browser: Browser, tmp_path: Path):
     assert_quiet(browser, path)
 
 
+def test_neurons_mediators_and_statistics_are_shown_as_what_they_are(browser: Browser, tmp_path: Path):
+    one = synthetic.pattern_run(np.ones((1, 1, 1)), ["a"], [("", 0, 1)])
+    example = PatternExample([("", 0, 1)], np.arange(2), {"clean": one})
+    token = AttentionPatterns([(0, 0)], [], 1, 1, [example], synthetic.PROVENANCE)
+    path = report(synthetic.neuron_effects(), synthetic.mediation(), token).write(tmp_path / "r.html")
+    browser.open(path)
+    browser.until("!!document.querySelector('.strip-tokens .token')")
+    readout = browser.page.inner_text("#result-0-0 .readout")
+    assert str(Site.parse("mlp_post.L3N0")) in readout and "layer × neuron" in browser.page.inner_text("#result-0-0")
+    assert texts(browser, "#heads .legend .caption")[0].startswith("colour: natural indirect effect")
+    hidden = "all => all.every((x) => x.getBBox().y + x.getBBox().height < 0 || x.getBBox().x + x.getBBox().width < 0)"
+    assert browser.page.locator("svg.pattern .cross").evaluate_all(hidden), "no cross hair before a query is pointed at"
+    assert_quiet(browser, path)
+
+
 def test_page_prints_and_fits_a_phone(browser: Browser, tmp_path: Path):
     path = report(*synthetic.study()).write(tmp_path / "r.html")
     browser.open(path, width=390, height=800, dark=True)
@@ -242,6 +259,10 @@ def test_page_prints_and_fits_a_phone(browser: Browser, tmp_path: Path):
     browser.page.emulate_media(media="print")
     assert browser.page.locator(".head-list .interval-bar").first.evaluate("s => s.getBoundingClientRect().height") < 20
     assert not browser.page.locator(".readout textarea").first.is_visible(), "an empty note takes no paper"
+    for control in (".chooser input", ".switcher button:not([aria-pressed=true])"):
+        unseen = browser.page.locator(control).evaluate_all("all => all.filter((x) => x.checkVisibility()).length")
+        assert unseen == 0, f"{control}: nothing to be pressed on paper"
+    assert browser.page.locator(".strip-line").first.evaluate("s => getComputedStyle(s).whiteSpace") == "normal"
     browser.page.emulate_media(media="screen")
     assert browser.pdf().startswith(b"%PDF")
     assert browser.evaluate("document.documentElement.dataset.theme") == "dark", "paper is white, the screen stays dark"

@@ -100,7 +100,8 @@ export function attentionView(result, fallback) {
     const map = !pooled ? `All ${n} × ${n} weights, each to 8 bits of its root${e.levels < 256 ? `; to ${e.levels} levels${others}, to keep the page small` : ""}.`
       : e.tokens === bins ? `${n} × ${n} weights: each cell is the largest of ${e.coarse} × ${e.coarse} neighbours${others}, to keep the page small.`
       : `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${e.coarse > 1 ? ` (of heads without exact rows ${ratio * e.coarse} × ${ratio * e.coarse}, to keep the page small)` : e.levels < 256 ? `, to ${e.levels} levels of √p for heads without exact rows (to keep the page small)` : ""}. `
-        + `Exact: the largest weights of every query${result.exact.length && runOf(e, run()).top.index.shape[2] ? ` of ${result.exact.join(", ")}` : " of no head"}, under “one query”.`;
+        + (result.exact.length && runOf(e, run()).top.index.shape[2] ? `Exact, under “one query”: the largest weights of every query of ${result.exact.join(", ")}.`
+          : "No head’s rows are in this page one by one.");
     const detail = { map, blocks: "Share of each query segment’s attention that each key segment receives; lines sum to 1.", rows: "One query at a time: point at a token below, or click it to keep it." }[state.zoom];
     const all = chosen().length;
     return [detail, all > heads.length ? `${heads.length} of ${all} chosen heads are drawn.` : "",
@@ -165,9 +166,9 @@ export function attentionView(result, fallback) {
       return signed ? 0.5 + (Math.sign(w) * x) / 2 : x < 0.02 ? null : x;
     };
     strip?.show({ tone, signed, query: at, pinned: state.q });
-    const keys = best.map(([k, w]) => `${labels()[k]} @${k} ${format(w, signed)}`).join(",  ");
-    line.replaceChildren(el("strong", {}, heads[0]), ` from `, el("bdi", { class: "key" }, labels()[at]), ` @${at} reads  `, el("bdi", {}, keys || "nothing"), el("span", { class: "hint" }, ` (${rows[0].how})${prefix ? ` · ${prefix}` : ""}`));
-    if (hovered === null && state.q !== null) say(`${heads[0]} from token ${at}, ${labels()[at]}, reads ${keys}`);
+    const keys = best.map(([k, w]) => [labels()[k], ` @${k} ${format(w, signed)}`]);
+    line.replaceChildren(el("strong", {}, heads[0]), ` from `, el("bdi", { class: "key" }, labels()[at]), ` @${at} reads  `, ...(keys.length ? keys.flatMap(([label, weight], i) => [i ? ",  " : "", el("bdi", {}, label), weight]) : ["nothing"]), el("span", { class: "hint" }, ` (${rows[0].how})${prefix ? ` · ${prefix}` : ""}`));
+    if (hovered === null && state.q !== null) say(`${heads[0]} from token ${at}, ${labels()[at]}, reads ${keys.map((k) => k.join("")).join(", ")}`);
     const made = rows.map((row, i) => rowFigure({ name: heads[i], row, query: at, labels: labels(), signed, scale: state.scale, mute: state.mute }));
     if (state.zoom !== "rows") near.replaceChildren(el("p", { class: "caption" }, `${heads[0]} from `, el("bdi", { class: "key" }, labels()[at]), ` @${at}`), made[0].node);
     else figures.replaceChildren(...made.map((made, i) => {

@@ -14,7 +14,7 @@ export function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) node.setAttribute(name, String(value));
+    else if (value !== null && (value !== false || name.startsWith("aria-"))) node.setAttribute(name, String(value));
   }
   node.append(...children.filter((c) => c !== null));
   return node;
@@ -44,7 +44,7 @@ export function roomFor(used) {
 }
 
 /**
- * A number for people: three decimals, fewer when large, a real minus sign.
+ * A number for people: three decimals, fewer when large, two digits when small, a real minus sign.
  * @param {number|null|undefined} x
  * @param {boolean} [signed]
  */
@@ -52,7 +52,7 @@ export function format(x, signed = false) {
   if (x === null || x === undefined || !Number.isFinite(x)) return "\u2013";
   const size = Math.abs(x);
   const digits = size !== 0 && size < 0.001 ? size.toExponential(1)
-    : size < 10 ? size.toFixed(3) : size < 1000 ? size.toFixed(1) : size.toPrecision(4);
+    : size !== 0 && size < 0.0095 ? size.toPrecision(2) : size < 10 ? size.toFixed(3) : size < 1000 ? size.toFixed(1) : size.toPrecision(4);
   return (x < 0 ? MINUS : signed && x > 0 ? "+" : "") + digits;
 }
 

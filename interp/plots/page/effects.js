@@ -5,7 +5,7 @@ import { exampleCells } from "./data.js";
 import { capital, chooser, el, exact, format, keepFocus, roundUp, some } from "./dom.js";
 import { savers } from "./export.js";
 import { heatmap } from "./heatmap.js";
-import { mediationOf, mediationTable } from "./mediation.js";
+import { INDIRECT, mediationOf, mediationTable } from "./mediation.js";
 import { effectsReadout, strongest } from "./readout.js";
 import { dataTable } from "./tables.js";
 
@@ -18,10 +18,10 @@ import { dataTable } from "./tables.js";
 /** @type {Object<string, string[]>} */
 export const INTERVALS = { effect: ["lo", "hi"], pooled: ["pooled_lo", "pooled_hi"], raw: ["raw_lo", "raw_hi"] };
 /** @type {Object<string, string>} */
-export const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "", sender: "sender",
+const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "", sender: "sender",
   receiver: "receiver" };
 /** @type {Object<string, string>} */
-const ACROSS = { head: "layer × head", position: "layer × token", role: "layer × part of the prompt", all: "by layer",
+const ACROSS = { position: "layer × token", role: "layer × part of the prompt", all: "by layer",
   receiver: "sender × receiver" };
 /** @type {Object<string, string>} */
 export const MODES = { denoise: "denoising", noise: "noising" };
@@ -48,6 +48,23 @@ export function sliceOf(view, name) {
 }
 
 /**
+ * What the table's column `head` counts: neurons, where a component has no heads.
+ * @param {Panel} panel
+ */
+function unitOf(panel) {
+  return panel.component === "mlp_post" ? { word: "neuron", letter: "N" } : { word: "head", letter: "H" };
+}
+
+/**
+ * How an axis of a panel is called.
+ * @param {Panel} panel
+ * @param {string} kind
+ */
+export function axisTitle(panel, kind) {
+  return kind === "head" ? unitOf(panel).word : AXIS_TITLES[kind];
+}
+
+/**
  * How a cell is called: `L9H6`, or layer, position and token (a word may occur twice).
  * @param {View} view
  * @param {number} cell
@@ -57,7 +74,7 @@ export function siteName(view, cell) {
   if (view.columns.kind === "receiver") return `${view.panel.rows.labels[r]} → ${view.columns.labels[c]}`;
   const layer = view.panel.rows.values[r] === null ? "" : `L${view.panel.rows.values[r]}`;
   const { kind } = view.columns;
-  if (kind === "head") return `${layer}H${view.columns.values[c]}`;
+  if (kind === "head") return `${layer}${unitOf(view.panel).letter}${view.columns.values[c]}`;
   const label = view.columns.labels[c];
   const place = kind === "position" ? `@${view.columns.values[c]}` : "";
   return [layer, place, kind === "all" || place === `@${label}` ? "" : label].filter(Boolean).join(" ") || view.panel.component;
@@ -80,7 +97,7 @@ export function siteAddress(view, cell) {
   /** @type {Object<string, any>} */
   const at = { [panel.rows.kind]: panel.rows.values[r], [columns.kind]: columns.values[c] };
   if (panel.slices) at[panel.slices.kind] = panel.slices.values[view.slice];
-  const layer = at.layer === null ? "" : `.L${at.layer}` + (at.head === undefined ? "" : `H${at.head}`);
+  const layer = at.layer === null ? "" : `.L${at.layer}` + (at.head === undefined ? "" : `${unitOf(panel).letter}${at.head}`);
   const where = at.position ?? at.role;
   return panel.component + layer + (where === undefined || where === "" ? "" : `@${where}`);
 }
@@ -128,12 +145,12 @@ function limitOf(view) {
  * @param {boolean} folded  only a line to open: the head grid shows it too
  */
 export function effectsCard(result, panel, id, folded) {
-  const first = panel.variants[0];
+  const mediation = mediationOf(panel);
+  const first = mediation?.[INDIRECT] ?? panel.variants[0]; // the total effect is the same for every mediator
   /** @type {View} */
   const view = { panel, variant: first, value: first.value, slice: 0, example: "", columns: panel.columns, cells: first.cells };
   const kind = el("p", { class: "kind" });
   const body = el("div", {});
-  const mediation = mediationOf(panel);
   let turn = 0;
   const update = async () => {
     const mine = ++turn;
@@ -146,7 +163,7 @@ export function effectsCard(result, panel, id, folded) {
     keepFocus(body, () => body.replaceChildren(effectsControls(result, view, update), ...effectsBody(view)));
   };
   const describe = () => kind.replaceChildren(el("code", {}, panel.component),
-    ` ${ACROSS[view.columns.kind]}: ${view.variant.intervention}, ${MODES[view.variant.mode] ?? view.variant.mode}`);
+    ` ${view.columns.kind === "head" ? `layer × ${axisTitle(panel, "head")}` : ACROSS[view.columns.kind]}: ${view.variant.intervention}, ${MODES[view.variant.mode] ?? view.variant.mode}`);
   const draw = () => update().catch((error) => body.replaceChildren(el("p", { class: "caution" }, `This panel could not be drawn: ${error}`)));
   const title = el("h3", {}, capital(panel.words));
   const inside = mediation ? [mediationTable(panel, mediation), body] : [body];
@@ -186,7 +203,7 @@ function effectsControls(result, view, update) {
   box.append(...some(chooser("value", values.map((v) => ({ value: v, text: texts[v] })), view.value, (v) => { view.value = v; update(); })));
   if (panel.slices) {
     const options = panel.slices.labels.map((text, i) => ({ value: String(i), text }));
-    box.append(...some(chooser(AXIS_TITLES[panel.slices.kind], options, String(view.slice), (v) => { view.slice = Number(v); update(); })));
+    box.append(...some(chooser(axisTitle(panel, panel.slices.kind), options, String(view.slice), (v) => { view.slice = Number(v); update(); })));
   }
   const examples = result.examples.map((e) => ({ value: String(e.id), text: `example ${e.id}${e.text ? ": " + e.text : ""}` }));
   if (examples.length > 1 || panel.columns.kind === "role") {
@@ -208,7 +225,7 @@ function effectsBody(view) {
     .sort((a, b) => Math.abs(values[b] ?? 0) - Math.abs(values[a] ?? 0));
   const map = heatmap({
     rows: view.panel.rows, columns: view.columns, values, map: "diverging",
-    rowTitle: AXIS_TITLES[view.panel.rows.kind], columnTitle: AXIS_TITLES[view.columns.kind],
+    rowTitle: axisTitle(view.panel, view.panel.rows.kind), columnTitle: axisTitle(view.panel, view.columns.kind),
     title: `${valueName(view)} of ${view.panel.words}`,
     place: (x) => 0.5 + x / (2 * limit),
     visit: (cell, how) => readout.show(cell, how !== "hover"),

@@ -23,6 +23,7 @@ import { el, format, roomFor, svg } from "./dom.js";
  */
 
 const LOG_DECADES = 4;
+const AWAY = -9999; // outside the drawing, however large a cell is
 /** @type {Object<string, string>} */
 export const SCALES = { sqrt: "√p", linear: "p", log: "log p" };
 
@@ -107,14 +108,14 @@ export function figure(spec) {
     svg("text", { x: left - 5, y: above - 8, class: "tick row" }, "received"));
   if (spec.entropy) root.append(scaled(spec.entropy, " nats", { x: left + side + 4, y: above - 8, class: "tick" }), bars(spec.entropy, (v, i, most) => ({ x: left + side + 4, y: above + i * cell, width: 24 * (v / most), height: Math.max(cell, 0.6) })),
     svg("text", { x: left + side + 4, y: above - 20, class: "tick" }, "entropy"));
-  const lines = [svg("rect", { class: "cross", x: left, width: side, height: Math.max(cell, 2), y: -99 }), svg("rect", { class: "cross", y: above, height: side, width: Math.max(cell, 2), x: -99 }),
-    svg("rect", { class: "cross pinned", x: left, width: side, height: Math.max(cell, 2), y: -99 })];
+  const lines = [svg("rect", { class: "cross", x: left, width: side, height: Math.max(cell, 2), y: AWAY }), svg("rect", { class: "cross", y: above, height: side, width: Math.max(cell, 2), x: AWAY }),
+    svg("rect", { class: "cross pinned", x: left, width: side, height: Math.max(cell, 2), y: AWAY })];
   root.append(...lines);
   const cross = (/** @type {number|null} */ line, /** @type {boolean} */ pinned) =>
-    (pinned ? lines[2] : lines[0]).setAttribute("y", line === null ? "-99" : String(above + line * cell));
+    (pinned ? lines[2] : lines[0]).setAttribute("y", String(line === null ? AWAY : above + line * cell));
   listenFigure(root, spec, (line, column) => {
     cross(line, false);
-    lines[1].setAttribute("x", column === null ? "-99" : String(left + column * cell));
+    lines[1].setAttribute("x", String(column === null ? AWAY : left + column * cell));
   }, { left, above, side });
   return { node: el("div", { class: "scroll" }, root), drawing: root, cross };
 }

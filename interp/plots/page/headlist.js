@@ -53,23 +53,23 @@ export function headReadout(all, nameOf) {
 }
 
 /**
- * @param {{all: Heads, measure: Measure|null, colored: (number|null)[], dots: Counted|null, ends: string[], left: (i: number) => boolean,
+ * @param {{all: Heads, measure: Measure|null, shown: Counted|null, colored: (number|null)[], sizeOf: (i: number) => number, dots: Counted|null, ends: string[], left: (i: number) => boolean,
  *          order: number[], nameOf: (i: number) => string, choose: (cell: number, how: "choose"|"toggle") => void}} given
  */
 export function headList(given) {
-  const { measure, colored, dots, ends, left, order, nameOf, choose } = given;
+  const { measure, shown: counted, colored, sizeOf, dots, ends, left, order, nameOf, choose } = given;
   const kept = order.filter((i) => !left(i));
   const bounds = (/** @type {number} */ i) => (measure ? ends.map((name) => measure.at(i, name)) : [null, null]);
   const extremes = kept.slice(0, HEADS_LISTED).flatMap((i) => [colored[i], ...bounds(i)]).filter((x) => x !== null).map(Number);
   const [from, to] = [Math.min(0, ...extremes), Math.max(0, ...extremes)];
-  const sorts = [{ key: "head", text: "head" }, { key: "size", text: measure ? "effect" : "value" }, ...(dots ? [{ key: "dots", text: dots.label }] : [])];
+  const sorts = [{ key: "head", text: "head" }, { key: "size", text: measure ? "effect" : counted?.label ?? "value" }, ...(dots ? [{ key: "dots", text: dots.label }] : [])];
   const sort = { key: "size", down: true };
   const body = el("tbody", {});
   const heading = el("tr", {});
   const count = el("p", { class: "hint" });
   const compare = (/** @type {number} */ a, /** @type {number} */ b) => {
     const sizes = sort.key === "head" ? [b, a] : sort.key === "dots" ? [dots?.values[a] ?? -Infinity, dots?.values[b] ?? -Infinity]
-      : [Math.abs(colored[a] ?? 0), Math.abs(colored[b] ?? 0)];
+      : [sizeOf(a), sizeOf(b)];
     return (sort.down ? 1 : -1) * (sizes[1] - sizes[0]);
   };
   const draw = () => {
@@ -84,7 +84,7 @@ export function headList(given) {
       return el("tr", { "data-head": nameOf(i), class: state.heads.includes(nameOf(i)) ? "chosen" : "" },
         el("th", { scope: "row" }, el("button", { type: "button", class: "row-button", "aria-pressed": state.heads.includes(nameOf(i)),
           onclick: (/** @type {MouseEvent} */ e) => choose(i, e.ctrlKey || e.metaKey ? "toggle" : "choose") }, nameOf(i))),
-        el("td", {}, el("span", { class: "bar-cell" }, intervalBar(colored[i] ?? 0, lo, hi, from, to),
+        el("td", {}, el("span", { class: "bar-cell" }, intervalBar(colored[i] ?? 0, lo, hi, from, to, !measure),
           el("span", { class: "number" }, format(colored[i], !!measure)), el("span", { class: "interval" }, lo === null ? "" : formatInterval(lo, hi)))),
         ...(dots ? [el("td", { class: "number" }, format(dots.values[i]))] : []));
     }));

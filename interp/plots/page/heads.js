@@ -6,6 +6,7 @@ import { endsOf, MODES, valueName } from "./effects.js";
 import { savers } from "./export.js";
 import { headList, headReadout } from "./headlist.js";
 import { heatmap } from "./heatmap.js";
+import { INDIRECT, mediationOf } from "./mediation.js";
 import { on, say, set, state } from "./state.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
@@ -41,14 +42,21 @@ import { on, say, set, state } from "./state.js";
 const QUERY_HEADS = ["z", "result", "q"];
 
 /**
+ * Does the head grid show all of this panel? Key and value heads, neurons, and heads at single places have no room in it.
+ * @param {Panel} panel
+ */
+export function inGrid(panel) {
+  return panel.rows.kind === "layer" && panel.columns.kind === "head" && !panel.slices && (!!panel.edge || QUERY_HEADS.includes(panel.component));
+}
+
+/**
  * Gather what the results say of heads; null if they say nothing.
  * @param {any[]} results
  * @returns {Heads|null}
  */
 export function gatherHeads(results) {
   const panels = results.filter((r) => r.kind === "effects").flatMap((r) => r.panels.map((/** @type {Panel} */ panel) => ({ r, panel })))
-    .filter(({ panel }) => panel.rows.kind === "layer" && panel.columns.kind === "head" && !panel.slices
-      && (panel.edge || QUERY_HEADS.includes(panel.component)));
+    .filter(({ panel }) => inGrid(panel));
   const stats = results.filter((r) => (r.kind === "attention" && !r.stack) || r.kind === "patterns");
   const most = (/** @type {number[]} */ xs) => xs.reduce((a, b) => Math.max(a, b), 0);
   const layers = most([...stats.map((r) => r.layers), ...panels.map(({ panel }) => 1 + most(panel.rows.values.map(Number)))]);
@@ -57,8 +65,16 @@ export function gatherHeads(results) {
   const measures = panels.flatMap(({ r, panel }) => panel.variants.map((/** @type {Variant} */ v, /** @type {number} */ i) =>
     measureOf(`${results.indexOf(r)}.${r.panels.indexOf(panel)}.${i}`, panel, v, heads)));
   const counted = stats.flatMap((r) => countedOf(r, `${results.indexOf(r)}`));
-  measures.sort((a, b) => cellsOf(b) - cellsOf(a)); // whole sweeps before chosen heads
+  measures.sort((a, b) => cellsOf(b) - cellsOf(a) || saysLittle(a) - saysLittle(b)); // whole sweeps before chosen heads
   return { layers, heads, measures, counted };
+}
+
+/**
+ * The total and the direct effect of a mediation are about the same for every head: others are shown first.
+ * @param {Measure} m
+ */
+function saysLittle(m) {
+  return Number(m.variant !== mediationOf(m.panel)?.[INDIRECT] && mediationOf(m.panel) !== null);
 }
 
 /** @param {Measure} m */
@@ -136,14 +152,15 @@ export function headGrid(all, fallback) {
     const colored = Array.from({ length: all.layers * all.heads }, (_, i) => (measure ? measure.at(i, value) : shown?.values[i] ?? null));
     const scale = colorScale(measure, colored);
     const ends = ({ effect: ["lo", "hi"], raw: ["raw_lo", "raw_hi"] })[value] ?? ["lo", "hi"];
+    const sizeOf = (/** @type {number} */ i) => (measure ? Math.abs(colored[i] ?? 0) : colored[i] ?? -Infinity); // an effect may be large on either side
     const left = (/** @type {number} */ i) => {
       const x = colored[i];
-      if (x === null || Math.abs(x) < filter.least) return true;
+      if (x === null || (filter.least > 0 && sizeOf(i) < filter.least)) return true;
       const [lo, hi] = measure ? ends.map((name) => measure.at(i, name)) : [null, null];
       return filter.sure && (lo === null || hi === null || (lo <= 0 && hi >= 0));
     };
     const order = colored.map((_, i) => i).filter((i) => colored[i] !== null)
-      .sort((a, b) => Math.abs(colored[b] ?? 0) - Math.abs(colored[a] ?? 0));
+      .sort((a, b) => sizeOf(b) - sizeOf(a));
     fallback(nameOf(order[0] ?? 0));
     const [low, high] = dots ? rangeOf(dots.values) : [0, 1];
     const choose = (/** @type {number} */ cell, /** @type {How} */ how) => {
@@ -162,7 +179,7 @@ export function headGrid(all, fallback) {
       title: `${measure ? measure.label : shown?.label ?? "heads"} of every head`, values: colored, map: scale.map, place: scale.place,
       dim: left, glyph: dots ? (i) => (dots.values[i] === null ? null : ((dots.values[i] ?? 0) - low) / (high - low || 1)) : undefined,
       visit: (cell, how) => (how === "hover" ? refresh(cell) : choose(cell, how)) });
-    const list = headList({ all, measure, colored, dots, ends, left, order, nameOf, choose });
+    const list = headList({ all, measure, shown, colored, sizeOf, dots, ends, left, order, nameOf, choose });
     refresh = (hovered) => {
       const chosen = state.heads.map(indexOf).filter((i) => i < colored.length);
       map.mark(...(chosen.length ? chosen : [order[0] ?? 0]));
@@ -238,7 +255,7 @@ function controls(all, measure, shown, filter, limit, draw) {
   return el("div", { class: "controls" },
     ...some(chooser("colour", colors, measure?.id ?? `stat:${shown?.id}`, (v) => set({ color: v }))),
     ...some(chooser("dots", glyphs, state.glyph, (v) => set({ glyph: v }))),
-    el("label", { class: "chooser" }, "at least", least, el("output", {}, format(filter.least))),
+    el("label", { class: filter.least > 0 ? "chooser active" : "chooser" }, "at least", least, el("output", {}, format(filter.least))),
     ...(measure && measure.variant.n > 1 ? [el("label", { class: "chooser" }, sure, "interval excludes 0")] : []));
 }
 

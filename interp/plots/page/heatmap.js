@@ -96,7 +96,7 @@ function drawAxes(root, spec, at) {
     if (i % rowStep) return;
     root.append(svg("text", { x: at.left - 6, y: 6 + (i + 0.5) * at.height - 0.5, class: "tick row" }, label));
   });
-  const columnStep = Math.ceil((at.slanted ? 12 : 16) / at.width);
+  const columnStep = Math.ceil(16 / at.width);
   spec.columns.labels.forEach((label, i) => {
     if (i % columnStep) return;
     const x = at.left + (i + 0.5) * at.width - 0.5;

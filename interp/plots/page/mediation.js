@@ -12,6 +12,7 @@ const EFFECTS = ["total effect", "natural direct effect", "natural indirect effe
 /** @type {Object<string, string>} */
 const SHORT = { "total effect": "TE", "natural direct effect": "NDE", "natural indirect effect": "NIE", interaction: "interaction" };
 const MEDIATORS = 15;
+export const INDIRECT = 2; // its place among them
 
 /**
  * The four variants of a panel that a mediation analysis makes, for one metric; null if it is none.
@@ -30,8 +31,8 @@ export function mediationOf(panel) {
 export function mediationTable(panel, variants) {
   const [raw, lo, hi] = ["raw", "raw_lo", "raw_hi"].map((name) => variants.map((v) => v.cells[name]));
   const size = panel.rows.values.length * panel.columns.values.length;
-  const order = [...raw[2].keys()].filter((i) => raw[2][i] !== null)
-    .sort((a, b) => Math.abs(raw[2][b] ?? 0) - Math.abs(raw[2][a] ?? 0));
+  const order = [...raw[INDIRECT].keys()].filter((i) => raw[INDIRECT][i] !== null)
+    .sort((a, b) => Math.abs(raw[INDIRECT][b] ?? 0) - Math.abs(raw[INDIRECT][a] ?? 0));
   /** @type {any} */
   const view = { panel, variant: variants[0], slice: 0, columns: panel.columns };
   const at = (/** @type {number} */ i) => ({ ...view, slice: Math.floor(i / size) });

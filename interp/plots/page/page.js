@@ -4,9 +4,9 @@ import { attentionView } from "./attention.js";
 import { circuitCard, curveChart } from "./circuit.js";
 import { setPalettes } from "./colors.js";
 import { button, el } from "./dom.js";
-import { effectsCard, AXIS_TITLES } from "./effects.js";
+import { effectsCard, axisTitle } from "./effects.js";
 import { copy, saveJson } from "./export.js";
-import { gatherHeads, headGrid } from "./heads.js";
+import { gatherHeads, headGrid, inGrid } from "./heads.js";
 import { provenance } from "./provenance.js";
 import { sentenceCard } from "./sentences.js";
 import { announcer, notify, on, permalink, readAddress, say, set, state, watchTheme, written } from "./state.js";
@@ -25,7 +25,7 @@ function section(result, all, gridded) {
   const curve = all.find((r) => r.kind === "curve") ?? null;
   /** @type {Object<string, () => (HTMLElement|null)[]>} */
   const cards = {
-    effects: () => result.panels.map((/** @type {Panel} */ p, /** @type {number} */ i) => effectsCard(result, p, `${id}-${i}`, gridded && p.columns.kind === "head" && p.rows.kind === "layer")),
+    effects: () => result.panels.map((/** @type {Panel} */ p, /** @type {number} */ i) => effectsCard(result, p, `${id}-${i}`, gridded && inGrid(p))),
     attention: () => [statisticsCard(result, `${id}-0`, gridded)],
     patterns: () => [sentenceCard(result)],
     circuit: () => [circuitCard(result, curve, id)],
@@ -60,7 +60,7 @@ function headsCard(results) {
 function contents(results) {
   const entries = results.flatMap((r, i) => {
     if (r.kind === "effects") return r.panels.map((/** @type {Panel} */ p, /** @type {number} */ j) => ({ id: `result-${i}-${j}`,
-      text: r.name ?? [p.component, p.columns.kind === "all" ? "" : `by ${AXIS_TITLES[p.columns.kind]}`, `(${[...new Set(p.variants.map((v) => v.intervention))].join(", ")})`].filter(Boolean).join(" ") }));
+      text: (r.panels.length === 1 && r.name) || [...(r.name ? [`${r.name}:`] : []), p.component, p.columns.kind === "all" ? "" : `by ${axisTitle(p, p.columns.kind)}`, `(${[...new Set(p.variants.map((v) => v.intervention))].join(", ")})`].filter(Boolean).join(" ") }));
     const title = /** @type {Object<string, string>} */ ({ attention: "Statistics", circuit: "Circuit", curve: "Faithfulness" })[r.kind];
     return title ? [{ id: r.kind === "attention" ? `result-${i}-0` : `result-${i}`, text: r.name ?? title }] : [];
   });

@@ -16,7 +16,7 @@ export function effectsReadout(view) {
   const rows = el("tbody", {});
   const spoken = el("p", { class: "spoken", "aria-live": "polite" });
   const node = el("div", { class: "readout" }, title,
-    el("table", {}, el("thead", {}, el("tr", {}, ...["", view.example === "" ? "mean" : "value", "95% interval"].map((t) => el("th", { scope: "col" }, t)))), rows), spoken);
+    el("table", {}, el("thead", {}, el("tr", {}, ...["", view.example === "" && view.variant.n > 1 ? "mean" : "value", "95% interval"].map((t) => el("th", { scope: "col" }, t)))), rows), spoken);
   const show = (/** @type {number} */ cell, /** @type {boolean} */ speak) => {
     const at = (/** @type {string} */ name) => sliceOf(view, name)[cell];
     const address = siteAddress(view, cell);
@@ -60,14 +60,15 @@ export function strongest(view, cells, choose) {
  * @param {number|null} hi
  * @param {number} from
  * @param {number} to
+ * @param {boolean} [plain]  of something that has no two directions
  */
-export function intervalBar(mean, lo, hi, from, to) {
+export function intervalBar(mean, lo, hi, from, to, plain = false) {
   const [W, H] = [150, 16];
   const x = (/** @type {number} */ v) => 4 + ((v - from) / (to - from || 1)) * (W - 8);
   const bar = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, class: "interval-bar", preserveAspectRatio: "none", "aria-hidden": "true" });
   bar.append(svg("line", { x1: x(0), x2: x(0), y1: 0, y2: H, class: "zero" }));
-  const rect = svg("rect", { x: Math.min(x(0), x(mean)), y: 4, width: Math.abs(x(mean) - x(0)), height: H - 8, class: "swatch" });
-  paint(rect, "diverging", mean < 0 ? 0.2 : 0.8);
+  const rect = svg("rect", { x: Math.min(x(0), x(mean)), y: 4, width: Math.abs(x(mean) - x(0)), height: H - 8, class: plain ? "plain" : "swatch" });
+  if (!plain) paint(rect, "diverging", mean < 0 ? 0.2 : 0.8);
   bar.append(rect);
   if (lo !== null && hi !== null) {
     bar.append(svg("line", { x1: x(lo), x2: x(hi), y1: H / 2, y2: H / 2, class: "whisker" }));
