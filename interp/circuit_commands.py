@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from interp.errors import InterpError
 from interp.sweep_options import Sweep
 
+METRICS = ("logit_diff", "logprob", "prob", "kl")
 METHODS = ("eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations", "flow", "acdc")
 
 
@@ -41,12 +43,23 @@ def circuit(
     """
     if method not in METHODS or selection not in ("top", "greedy"):
         raise InterpError(f"--method {method} --selection {selection}: one of {', '.join(METHODS)}; top or greedy")
-    if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
-        raise InterpError(f"--out {out}: a .json file in a folder that exists expected")
+    if metric not in METRICS:
+        raise InterpError(f"--metric {metric}: one of {', '.join(METRICS)}; attribution needs a gradient")
+    if edges < 1 or steps < 1 or seed < 0 or not 0 < threshold < float("inf"):
+        raise InterpError(
+            f"--edges {edges} --steps {steps} --seed {seed} --threshold {threshold:g}: at least 1 edge and 1 step, a "
+            "seed from 0 on, and a threshold above 0 expected"
+        )
+    _check_out(out)
     sweep = Sweep(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device)
     sweep.check()
     loaded = sweep.loaded()
+    from interp.circuits.architecture import architecture
+
     prompts = sweep.prompts(loaded)
+    size = len(architecture(loaded))
+    if edges > size:
+        raise InterpError(f"--edges {edges}: {loaded.name} has {size}")
     found = _found(loaded, prompts, metric, method, edges, selection, threshold, steps)
     from interp import circuits
 
@@ -56,12 +69,26 @@ def circuit(
     table: Any = found.frame()
     typer.echo(table.iloc[table["score"].abs().argsort()[::-1]].head(20).to_string(index=False))
     typer.echo(f"{found!r}")
+    interval = f"[{faithful.lo:.3f}, {faithful.hi:.3f}]" if len(faithful.whole) > 1 else "(one pair: no interval)"
     typer.echo(
-        f"faithfulness {faithful.value:.3f} [{faithful.lo:.3f}, {faithful.hi:.3f}]; random circuits of its size: "
-        f"{faithful.random.mean():.3f}, at most {faithful.random.max():.3f}"
+        f"faithfulness {faithful.value:.3f} {interval}; random circuits of its size: "
+        f"{faithful.random.mean():z.3f}, at most {faithful.random.max():z.3f}"
     )
     if out is not None:
         typer.echo(f"wrote {found.write(out)}")
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuse, before anything is loaded, a file that could not be written."""
+    if out is None:
+        return
+    if out.suffix != ".json" or not out.absolute().parent.is_dir():
+        raise InterpError(f"--out {out}: a .json file in a folder that exists expected")
+    try:
+        with TemporaryFile(dir=out.absolute().parent):
+            pass
+    except OSError as e:
+        raise InterpError(f"--out {out}: no file can be written there ({e.strerror})") from None
 
 
 def _found(

@@ -28,14 +28,28 @@ class TextEncoder:
         return None if unknown is None or unknown in (t.bos_token_id, t.eos_token_id) else unknown
 
     def encode(self, text: str) -> list[int]:
-        """Ids with the model's special tokens; PromptError if there are more than its context."""
+        """Ids with the model's special tokens; PromptError for more than its context, or beyond its vocabulary."""
+        if self.tokenizer is None:
+            raise PromptError(f"{self.name} has no tokenizer and reads no text, so that prompts cannot be strings")
         ids = self.bridge.to_tokens(text, truncate=False)[0].tolist()
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]  # a chat template has written the special token already
         if len(ids) > self.n_ctx:
             raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
+        self._known(ids)
         return ids
+
+    def _known(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model has no embedding of."""
+        find = getattr(self.bridge.original_model, "get_input_embeddings", None)  # not all models are transformers' own
+        table = getattr(find and find(), "weight", None)
+        size = None if table is None else len(table)
+        if size is not None and ids and max(ids) >= size:
+            raise PromptError(
+                f"token {max(ids)} ({label(self.tokenizer, max(ids))!r}) is beyond the {size} tokens that {self.name} "
+                "knows: is the tokenizer another model's?"
+            )
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """One string for each token; what is no whole character shows its bytes."""

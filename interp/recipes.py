@@ -14,7 +14,7 @@ import torch
 from interp import engine
 from interp.effects import COLUMNS, Effects
 from interp.engine.cells import rows_of
-from interp.errors import InterpError, PromptError
+from interp.errors import InterpError, ModelError, PromptError
 from interp.metrics import METRICS, Metric, Readout, recovery
 from interp.model import Model
 from interp.progress import Advance
@@ -111,9 +111,15 @@ def chunks(
 
 
 def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) -> Readout:
-    """A metric's readout, one row per prompt."""
+    """A metric's readout, one row per prompt. ModelError if the model's output has no logit for an answer or foil."""
     device = clean_logits[0].device
     foils = [p.foil for p in prompts]
+    largest, size = max(x for p in prompts for x in (p.answer, p.foil or 0)), clean_logits[0].shape[-1]
+    if largest >= size:
+        raise ModelError(
+            f"the model gives {size} numbers for a prompt, and an answer or foil is token {largest}: it has no head "
+            "over its vocabulary, or the tokenizer is another model's"
+        )
     return Readout(
         answer=torch.tensor([p.answer for p in prompts], device=device),
         foil=None if any(f is None for f in foils) else torch.tensor(foils, device=device),

@@ -72,6 +72,8 @@ class Sweep:
             task(self.task)
         if self.n < 1:
             raise InterpError(f"--n must be at least 1, got {self.n}")
+        if self.seed < 0:
+            raise InterpError(f"--seed must be at least 0, got {self.seed}")
         if self.pairs is not None:
             from interp.prompt_files import read_prompts
 

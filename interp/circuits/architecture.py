@@ -19,6 +19,8 @@ from interp.errors import ModelError, SiteError
 from interp.model import Model
 from interp.sites import Edge, Site
 
+MOST_HEADS = 20_000  # of a model that a file may describe: the largest published ones have 16,128
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -29,6 +31,16 @@ class Architecture:
     n_kv_heads: int
     mlps: bool
     parallel: bool
+
+    def check(self) -> None:
+        """Raise ValueError for what no model is: as read from a file."""
+        sizes = (self.n_layers, self.n_heads, self.n_kv_heads)
+        if any(type(x) is not int or x < 1 for x in sizes) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"no model has {self.n_layers} layers × {self.n_heads} heads ({self.n_kv_heads} KV)")
+        if self.n_layers * self.n_heads > MOST_HEADS:
+            raise ValueError(f"{self.n_layers} layers × {self.n_heads} heads are more than {MOST_HEADS:,} heads")
+        if type(self.mlps) is not bool or type(self.parallel) is not bool:
+            raise ValueError(f"mlps={self.mlps!r}, parallel={self.parallel!r}: true or false expected")
 
     @cached_property
     def senders(self) -> tuple[Site, ...]:
@@ -145,6 +157,8 @@ def architecture(model: Model) -> Architecture:
         lacking = sorted(set(range(model.n_layers)) - set(model.attention_layers))
         raise ModelError(f"{model.name}: layers {lacking} have no softmax attention: their edges are not defined")
     known = model.bridge.hook_dict
+    if "unembed.hook_in" not in known:
+        raise ModelError(f"{model.name} has no unembedding: circuits are defined for decoders, up to their logits")
     mlps = [f"blocks.{layer}.hook_mlp_out" in known for layer in range(model.n_layers)]
     if any(mlps) != all(mlps):
         raise ModelError(f"{model.name}: some layers have MLPs and some have none, which circuits do not support")

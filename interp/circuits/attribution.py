@@ -39,7 +39,7 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
-from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.prompts import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.provenance import now, prompt_hash
 from interp.recipes import check_metric, provenance_of, readout
 
@@ -69,7 +69,7 @@ def attribute_edges(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InterpError(f"steps={steps!r}: a whole number from 1 on is expected")
     metric = as_metric(metric)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     check_metric(metric, prompts, model)
     wiring = Wiring(model)

@@ -13,7 +13,7 @@ from interp.circuits.running import sender_hooks
 from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, capture
 from interp.model import Model
-from interp.prompts import PromptPair, encode_pairs
+from interp.prompts import PromptPair, encode_pairs, listed_prompts
 from interp.provenance import prompt_hash
 
 
@@ -30,7 +30,7 @@ def magnitude_scores(model: Model, pairs: PromptPair | Iterable[PromptPair], see
 
     The same for all edges of a sender; their order among themselves is drawn by ``seed``.
     """
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     wiring = Wiring(model)
     wiring.check(prompts[0].clean)

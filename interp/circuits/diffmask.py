@@ -32,11 +32,11 @@ from interp.circuits.next_token import Unembedding, draws, finite
 from interp.circuits.settings import positive, whole
 from interp.circuits.wiring import capture
 from interp.dense import AttentionCall
-from interp.errors import PromptError
+from interp.errors import InterpError, PromptError
 from interp.instrument import attend
 from interp.model import Model
 from interp.progress import progress
-from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.prompts import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.provenance import now, prompt_hash
 from interp.recipes import provenance_of
 from interp.sites import Site
@@ -85,10 +85,12 @@ def differential_masks(
     whole(1, steps=steps, batch_size=batch_size)
     whole(0, seed=seed)
     positive(lr=lr)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     if any(p.foil is None for p in prompts):
         raise PromptError("every pair needs a foil: masks are to make the model say it in place of the answer")
+    if all(p.clean == p.corrupt for p in prompts):
+        raise InterpError("clean and corrupt prompts are all the same: masking a head would change nothing")
     Unembedding(model)  # refuses what is no decoder
     fit = _Fit(model, k, lr, seed)
     with progress("differential masks", steps, show_progress) as advance:

@@ -26,6 +26,7 @@ from interp.circuits.packed import (
     slim,
 )
 from interp.circuits.running import run_circuit, sender_hooks
+from interp.circuits.settings import whole
 from interp.circuits.wiring import Wiring, capture
 from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
@@ -33,7 +34,7 @@ from interp.errors import InterpError, PromptError
 from interp.means import Means
 from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model import Model
-from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.prompts import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.provenance import now, prompt_hash
 from interp.recipes import check_metric, provenance_of, readout
 from interp.sites import COMPONENTS, Site, Sites
@@ -93,7 +94,8 @@ class Evaluator:
     ) -> None:
         if using not in RECIPES:
             raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
-        listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+        whole(0, seed=seed)
+        listed = listed_prompts(pairs)
         self.model, self.metric = model, as_metric(metric)
         self.prompts = encode_pairs(listed, model.coder)
         check_metric(self.metric, self.prompts, model)

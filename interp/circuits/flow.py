@@ -39,7 +39,7 @@ from interp.circuits.wiring import Wiring, capture
 from interp.dense import AttentionCall
 from interp.errors import InterpError
 from interp.model import Model
-from interp.prompts import PromptPair, encode_pairs
+from interp.prompts import PromptPair, encode_pairs, listed_prompts
 from interp.provenance import now, prompt_hash
 
 EPSILON = 1e-5
@@ -52,7 +52,7 @@ def flow_scores(model: Model, pairs: PromptPair | Iterable[PromptPair]) -> EdgeS
 
     Raises ModelError where edges are not defined, PromptError for bad prompts.
     """
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     wiring = Wiring(model)
     wiring.check(prompts[0].clean)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.wiring import TOLERANCE, Wiring
+from interp.circuits.wiring import Wiring, tolerance
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
 from interp.metrics import Metric, Readout
@@ -87,6 +87,8 @@ class _Backward:
             total = metric(logits, read).sum()
             if not total.requires_grad:
                 raise InterpError(f"metric {metric.name!r} has no gradient: attribution needs one")
+            if not total.isfinite():
+                raise InterpError(f"metric {metric.name!r} returned NaN or infinity: attribution needs a number")
             assert self.final is not None and len(self.calls) == n, "not every block was run"
             (leaving,) = torch.autograd.grad(total, self.final)
             del logits, total
@@ -117,7 +119,7 @@ class _Backward:
 
     def _same(self, got: Tensor, want: Tensor, layer: int) -> None:
         gap = (got - want).abs().max().item()
-        if not gap <= TOLERANCE * max(1.0, want.abs().max().item()):
+        if not gap <= tolerance(want.dtype) * max(1.0, want.abs().max().item()):
             raise ModelError(
                 f"{self.model.name}, layer {layer}: computed again, its output differs by {gap:.1e}, so that gradients "
                 "cannot be taken block by block. Is the model in evaluation mode (model.eval()), without a cache?"

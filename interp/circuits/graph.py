@@ -42,17 +42,25 @@ class Circuit:
         neurons: Mapping[Site, float] | None = None,
     ) -> None:
         scored = edges.items() if isinstance(edges, Mapping) else ((e, float("nan")) for e in edges)
-        known = {Edge.parse(e) if isinstance(e, str) else e: float(score) for e, score in scored}
+        known = {Edge.parse(e) if isinstance(e, str) else e: score for e, score in scored}
+        for edge, score in known.items():
+            if not isinstance(edge, Edge) or isinstance(score, bool) or not isinstance(score, int | float | np.number):
+                raise InterpError(
+                    f"edges like 'z.L3H1 -> q.L5H0', with numbers as scores, expected: {edge!r}: {score!r}"
+                )
         if not known:
             raise InterpError("the circuit is empty: it needs at least one edge")
         order = sorted(known, key=graph.place)
         self.graph = graph
-        self.edges: dict[Edge, float] = {e: known[e] for e in order}
+        self.edges: dict[Edge, float] = {e: float(known[e]) for e in order}
         self.roles = dict(roles or {})
         self.provenance = dict(provenance or {})
         self.evidence = {s: dict(found) for s, found in (evidence or {}).items()}
         self.neurons = dict(neurons or {})
         stranger = next((s for s in (*self.roles, *self.evidence) if s not in graph.sender_number), None)
+        far = next((s for s in self.neurons if not 0 <= (-1 if s.layer is None else s.layer) < graph.n_layers), None)
+        if far is not None:
+            raise InterpError(f"a score was given to {far}, which is no neuron of {graph.describe()}")
         if stranger is not None:
             raise InterpError(f"a role was given to {stranger}, which is no node of {graph.describe()}")
 
@@ -78,9 +86,10 @@ class Circuit:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        share = len(self) / len(self.graph)
+        share = 100 * len(self) / len(self.graph)
+        digits = 1 if share >= 0.1 else 3  # of a large model, a circuit is a small share
         made = self.provenance.get("selection") or self.provenance.get("method") or ""
-        size = f"{len(self)} of {len(self.graph)} edges ({share:.1%}), {len(self.nodes())} nodes"
+        size = f"{len(self)} of {len(self.graph)} edges ({share:.{digits}f}%), {len(self.nodes())} nodes"
         return f"Circuit({size}{made and ', '}{made})"
 
     def _repr_html_(self) -> str:
@@ -134,7 +143,7 @@ class Circuit:
             raise InterpError(
                 f"the circuit is disconnected: none of its {len(self)} edges lies on a path from {self.graph.input} to "
                 f"{self.graph.output} (the logits). Keep more edges, or choose them greedily from the logits "
-                "(EdgeScores.greedy)"
+                "(EdgeScores.greedy, --selection greedy)"
             )
         return self._with(kept)
 
@@ -198,6 +207,8 @@ class Circuit:
         return pd.DataFrame(rows)
 
     def _comparable(self, other: Circuit) -> None:
+        if not isinstance(other, Circuit):
+            raise InterpError(f"a Circuit is compared with a Circuit, got {type(other).__name__}")
         mine, theirs = (c.provenance.get("weights") for c in (self, other))
         if self.graph != other.graph or (mine and theirs and mine != theirs):
             raise ModelError("these circuits belong to different models: their edges do not correspond")
@@ -225,7 +236,7 @@ class Circuit:
     # ------------------------------------------------------------ files
 
     def write(self, path: str | Path) -> Path:
-        """Save as JSON, whole or not at all."""
+        """Save as JSON, whole or not at all. InterpError where no file can be written."""
         facts = {k: getattr(self.graph, k) for k in ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")}
         data = {
             "format": "interp.Circuit", "schema": SCHEMA_VERSION, "architecture": facts,
@@ -236,11 +247,17 @@ class Circuit:
             "edges": [[str(e.sender), str(e.receiver), None if np.isnan(x) else x] for e, x in self.edges.items()],
         }  # fmt: skip
         path = Path(path)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        try:
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        except OSError as e:
+            raise InterpError(f"{path} cannot be written: {e.strerror}") from None
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(data, file, indent=1, ensure_ascii=False, default=str)
             os.replace(partial, path)
+        except OSError as e:
+            Path(partial).unlink(missing_ok=True)
+            raise InterpError(f"{path} cannot be written: {e.strerror}") from None
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
@@ -254,19 +271,19 @@ class Circuit:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as e:
             raise InterpError(f"{path} cannot be read: {e.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
             raise InterpError(f"{path} is not a circuit: it is no JSON ({e})") from None
         if not isinstance(data, dict) or data.get("format") != "interp.Circuit":
             raise InterpError(f"{path} is not a circuit: it was not written by Circuit.write")
         if (version := data.get("schema")) != SCHEMA_VERSION:
             raise InterpError(
-                f"{path} has schema version {version}, and this version reads {SCHEMA_VERSION}: update interp"
+                f"{path} has schema version {version!r}, and this version reads {SCHEMA_VERSION}: update interp"
             )
         try:
             circuit = cls._from(data)
         except InterpError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise InterpError(f"{path} is damaged: {type(e).__name__}, {e}. Find the circuit again") from None
         if model is not None:
             circuit.check(model)
@@ -275,12 +292,13 @@ class Circuit:
     @classmethod
     def _from(cls, data: dict[str, Any]) -> Circuit:
         graph = Architecture(**data["architecture"])
-        edges = {Edge(Site.parse(s), Site.parse(r)): float("nan") if x is None else x for s, r, x in data["edges"]}
-        roles = {Site.parse(s): text for s, text in data["roles"].items()}
+        graph.check()
+        edges = {Edge(Site.parse(s), Site.parse(r)): _score(x) for s, r, x in data["edges"]}
+        roles = {Site.parse(s): _text(role) for s, role in data["roles"].items()}
         evidence, neurons = (
             {Site.parse(s): found for s, found in data.get(name, {}).items()} for name in ("evidence", "neurons")
         )
-        return cls(graph, edges, roles, data["provenance"], evidence, neurons)
+        return cls(graph, edges, roles, data["provenance"], evidence, {s: _score(x) for s, x in neurons.items()})
 
     def check(self, model: Model) -> None:
         """Raise ModelError unless this is a circuit of ``model``: same architecture, same weights if they are known."""
@@ -295,3 +313,18 @@ class Circuit:
                 f"{model.fingerprint()}. A circuit says nothing about other weights: find it again, or build it anew "
                 "with Circuit.of(model, edges)"
             )
+
+
+def _score(x: Any) -> float:
+    """A score in a file: null where an edge has none."""
+    if x is None:
+        return float("nan")
+    if isinstance(x, bool) or not isinstance(x, int | float) or not np.isfinite(float(x)):
+        raise ValueError(f"{x!r:.40} is no score")
+    return float(x)
+
+
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise ValueError(f"{x!r:.40} is no role")
+    return x

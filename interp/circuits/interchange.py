@@ -44,7 +44,7 @@ from interp.circuits.settings import positive, whole
 from interp.errors import InterpError, ModelError, PromptError, SiteError
 from interp.model import Model
 from interp.progress import Advance, progress
-from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.prompts import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.provenance import now, prompt_hash
 from interp.recipes import provenance_of
 from interp.sites import COMPONENTS, Site
@@ -123,7 +123,7 @@ def interchange_accuracy(
     counts = {"steps": steps, "batch_size": batch_size, "blocks": blocks, "hidden": hidden}
     _check(model, place, rank, counts, {"lr": lr, "nonlinear_lr": nonlinear_lr})
     whole(0, seed=seed)
-    splits = {name: _listed(pairs) for name, pairs in (("train", train), ("test", test))}
+    splits = {name: listed_prompts(pairs) for name, pairs in (("train", train), ("test", test))}
     encoded = {name: encode_pairs(pairs, model.coder) for name, pairs in splits.items()}
     classes = sorted({t for ps in encoded.values() for p in ps for t in _both(p, "train or test")})
     data = {name: _Cases(model, prompts, place, classes) for name, prompts in encoded.items()}
@@ -266,10 +266,6 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, half = right / n, z * np.sqrt(right / n * (1 - right / n) / n + z**2 / (4 * n**2))
     middle, size = p + z**2 / (2 * n), 1 + z**2 / n
     return float((middle - half) / size), float((middle + half) / size)
-
-
-def _listed(pairs: PromptPair | Iterable[PromptPair]) -> list[PromptPair]:
-    return [pairs] if isinstance(pairs, PromptPair) else list(pairs)
 
 
 def _both(prompt: Encoded, where: str) -> tuple[int, int]:

@@ -46,6 +46,8 @@ def samples(data: Text | Iterable[Text], model: Model) -> list[Sample]:
     answer after its clean prompt (the corrupt one is not read). PromptError for what has nothing to predict.
     """
     lone = isinstance(data, str | PromptPair) or (isinstance(data, tuple) and len(data) == 2)
+    if not isinstance(data, Iterable) and not lone:
+        raise PromptError(f"texts, (prompt, completion) tuples or PromptPairs expected, got {data!r:.80}")
     listed: list[Any] = [data] if lone else list(data)  # type: ignore[arg-type]
     if not listed:
         raise PromptError("there is no data: pass texts, (prompt, completion) tuples, or PromptPairs")

@@ -48,7 +48,7 @@ from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, SiteError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model import Model
-from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.prompts import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes import Rows, check_metric, provenance_of, readout, resolve
 from interp.sites import EACH, Site, Sites
 from interp.targets import as_sites
@@ -165,7 +165,7 @@ class _Job:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise InterpError(f"steps={steps!r}: a whole number from 1 on is expected")
         self.model, self.metric, self.mode, self.steps = model, as_metric(metric), mode, steps
-        self.listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+        self.listed = listed_prompts(pairs)
         self.prompts = encode_pairs(self.listed, model.coder)
         check_metric(self.metric, self.prompts, model)
         self.wanted: Sites = model.sites("z") if sites is None else as_sites(sites)
@@ -221,6 +221,8 @@ class _Batch:
         self.secants = Secants(self.rerun, {n: self._difference(n) for n in qk}) if carried and self.rerun else None
         self.read = readout(prompts, list(self.acts["clean"]["logits"]))
         self.known = {run: job.metric(self.acts[run]["logits"], self.read).double().tolist() for run in self.ids}
+        if not np.isfinite(list(self.known.values())).all():
+            raise InterpError(f"metric {job.metric.name!r} returned NaN or infinity for prompts as they are")
         self.products: dict[tuple[str, str], Tensor] | None = None
 
     def changes(self, method: str, row: int, prompt: Encoded) -> Iterator[tuple[Site, Float[np.ndarray, " drops"]]]:

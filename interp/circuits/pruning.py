@@ -14,6 +14,7 @@ Native to grouped queries: an edge into k or v is one into a KV head. Memory and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,11 @@ from interp.circuits.wiring import Wiring, capture
 from interp.errors import InterpError
 from interp.model import Model
 from interp.progress import progress
-from interp.prompts import Encoded, PromptPair, encode_pairs
+from interp.prompts import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.provenance import now, prompt_hash
 from interp.recipes import provenance_of
 
+log = logging.getLogger("interp")
 START = 10.0  # of every gate's a: open
 
 
@@ -81,7 +83,7 @@ def prune_edges(
     positive(lr=lr)
     positive(1.2, sparsity=sparsity)
     positive(20, start=start)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     if all(p.clean == p.corrupt for p in prompts):
         raise InterpError("clean and corrupt prompts are all the same: closing an edge would change nothing")
@@ -170,6 +172,12 @@ class _Fit:
         scores = EdgeScores(self.graph, a.double().cpu().numpy(), made)
         if n == 0:
             raise InterpError("every gate is closed: take a lower sparsity, or more steps")
+        reached = 1 - n / len(self.graph)
+        if reached < min(1.0, self.sparsity) - 0.1:
+            log.warning(
+                "edge pruning: %.1f%% of the edges stay, after %d steps, for a sparsity of %g: more steps are needed",
+                100 * (1 - reached), self.steps, self.sparsity,
+            )  # fmt: skip
         circuit = scores.top(n, absolute=False, prune=prune)
         circuit.provenance["selection"] = f"{n} edges, as many as gates are expected to be open"
         return Pruned(scores, circuit, pd.DataFrame(self.history))

@@ -15,7 +15,7 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model import Model
 from interp.patching import patch
-from interp.prompts import PromptPair
+from interp.prompts import PromptPair, listed_prompts
 from interp.sites import Site, Sites
 
 ScreenMethod = Literal["atp", "atp-qk", "atp-carried", "atp*", "ig-inputs", "ig-activations"]
@@ -54,7 +54,7 @@ def screen(
         raise InterpError(f"unknown method {method!r}: choose one of {', '.join(get_args(ScreenMethod))}")
     if not 0 < confidence < 1:
         raise InterpError(f"confidence={confidence!r}: a share between 0 and 1")
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    listed = listed_prompts(pairs)
     found = _ranked(model, listed, sites, metric, mode, method)
     beyond = np.arange(min(k, len(found)), len(found))
     drawn = np.random.default_rng(seed).permutation(beyond)[:sample]

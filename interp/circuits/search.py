@@ -65,8 +65,8 @@ def acdc(
     Raises InterpError if the threshold removes every edge, or none, if no path is left or ``start`` has none, and where
     nothing differs between the whole model and the empty circuit.
     """
-    search = _Search(model, pairs, metric, using, order, parents, absolute, start, seed)
     _check_threshold(threshold)
+    search = _Search(model, pairs, metric, using, order, parents, absolute, start, seed)
     with progress("ACDC", int(search.first.sum()), show_progress) as advance:
         kept, damage, value = search.run(threshold, advance)
     n = int(kept.sum())

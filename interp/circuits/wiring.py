@@ -20,6 +20,7 @@ from interp.errors import ModelError
 from interp.model import Model
 
 TOLERANCE = 1e-3  # of the activations' own scale; rounding of float32 is far below, a missing norm far above
+ROUNDINGS = 4  # of the activations' type, where those are more: of bfloat16 and float16
 CHECKED = 64  # tokens of a prompt that are enough to tell
 
 
@@ -113,7 +114,7 @@ class Wiring:
 
     def _same(self, got: Tensor, want: Tensor, what: str, layer: int) -> None:
         gap = (got - want).abs().max().item() if got.shape == want.shape else float("nan")
-        if not gap <= TOLERANCE * max(1.0, want.abs().max().item()):
+        if not gap <= tolerance(want.dtype) * max(1.0, want.abs().max().item()):
             raise ModelError(
                 f"{self.model.name}, layer {layer}: not {what} (largest gap {gap:.1e}); edges are defined only where "
                 "blocks read the residual stream by a norm and a matrix, and add to it as they are"
@@ -139,6 +140,11 @@ def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]
     if absent is not None:
         raise ModelError(f"{model.name} has no {absent}: its edges cannot be told apart")
     return found
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """By which share of their scale activations of a type may differ that are computed in another order."""
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
 
 
 def _parts(model: Model, layer: int) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from slow_circuits import activations, edge_scores, logit_diff, outputs
 
 import interp
 from interp import zoo
-from interp.circuits import attribute_edges
+from interp.circuits import atp_star, attribute_edges
 from interp.circuits.architecture import architecture
 from interp.errors import InterpError, ModelError
 from interp.sites import Edge, Site
+from interp.zoo.architectures import tiny_hf
+from interp.zoo.tokenizer import word_tokenizer as word_tokenizer_of
 
 KINDS = ("llama", "gpt2", "neox", "qwen3")  # grouped queries; plain; parallel MLPs; norms of q and k
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")
@@ -126,6 +128,29 @@ def test_integrated_gradients_find_known_circuits(name: str) -> None:
     known = getattr(zoo, name)()
     scores = attribute_edges(known.model, known.pairs(4), steps=5)
     assert auroc(scores, {Edge.parse(e) for e in TRUTH[name]}) >= 0.95
+
+
+def test_half_precision_is_no_other_wiring(tiny, word_tokenizer) -> None:
+    half = interp.load(tiny_hf("llama", torch.bfloat16), tokenizer=word_tokenizer)
+    rough, exact = (attribute_edges(m, PAIR).matrix for m in (half, tiny("llama")))
+    known = ~np.isnan(exact)
+    assert np.corrcoef(rough[known], exact[known])[0, 1] > 0.98
+    with pytest.raises(ModelError, match="residual"):  # a norm behind attention is told apart all the same
+        attribute_edges(interp.load(tiny_hf("gemma2", torch.bfloat16), tokenizer=word_tokenizer), PAIR)
+
+
+def test_a_metric_that_is_no_number_is_refused(tiny) -> None:
+    for method in (attribute_edges, atp_star):
+        with pytest.raises(InterpError, match="NaN or infinity"):
+            method(tiny("llama"), PAIR, metric=lambda logits, read: logits[:, 0] * float("nan"))
+
+
+def test_a_tokenizer_of_another_model_is_told() -> None:
+    model = interp.load(tiny_hf("llama"), tokenizer=word_tokenizer_of([f"w{i}" for i in range(120)]))
+    with pytest.raises(interp.errors.PromptError, match="beyond the 100 tokens"):
+        attribute_edges(model, interp.PromptPair("w1 w110", "w2 w110", "w3", "w4"))
+    with pytest.raises(ModelError, match="the tokenizer is another model's"):
+        attribute_edges(model, interp.PromptPair("w1 w2", "w2 w2", "w110", "w4"))
 
 
 def test_what_has_no_edges_is_refused(tiny) -> None:

@@ -96,11 +96,13 @@ def test_files_come_back_and_know_their_model(tiny, tmp_path) -> None:
     edge, graph = data["edges"][0], data["architecture"]
     broken = [
         ("{", "no JSON"), ("{}", "not written by"), (json.dumps({**data, "schema": 99}), "version 99"),
+        (json.dumps({**data, "neurons": {"mlp_post.L9N0": 1.0}}), "no neuron"), ("[" * 100_000, "no JSON"),
         (json.dumps({"format": data["format"]}), "version None"), (json.dumps({**data, "edges": []}), "is empty"),
         (json.dumps({**data, "edges": [["z.L9H9", *edge[1:]]]}), "z.L9H9 is no sender"),
     ]  # fmt: skip
     hurt = ({"edges": [edge[:2]]}, {"edges": [[*edge[:2], "x"]]}, {"architecture": {}}, {"roles": ["x"]})
-    hurt += ({"architecture": {**graph, "n_layers": "x"}},)
+    hurt += tuple({"architecture": {**graph, **x}} for x in ({"n_layers": "x"}, {"n_layers": 10**9}, {"n_kv_heads": 0}))
+    hurt += ({"edges": [[*edge[:2], 1e999]]}, {"roles": {edge[0]: 5}})
     broken += [(json.dumps({**data, **more}), "is damaged") for more in hurt]
     for text, says in broken:
         path.write_text(text)
@@ -108,6 +110,8 @@ def test_files_come_back_and_know_their_model(tiny, tmp_path) -> None:
             Circuit.read(path)
     with pytest.raises(InterpError, match="cannot be read"):
         Circuit.read(tmp_path / "elsewhere.json")
+    with pytest.raises(InterpError, match="cannot be written"):
+        circuit.write(tmp_path / "nowhere" / "c.json")
     assert list(tmp_path.iterdir()) == [path]
 
 
