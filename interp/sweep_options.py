@@ -73,7 +73,7 @@ class Sweep:
         if self.n < 1:
             raise InterpError(f"--n must be at least 1, got {self.n}")
         if self.seed < 0:
-            raise InterpError(f"--seed must be at least 0, got {self.seed}")
+            raise InterpError(f"--seed {self.seed}: a whole number from 0 on is expected")
         if self.pairs is not None:
             from interp.prompt_files import read_prompts
 
