@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from json import loads
 from pathlib import Path
 from typing import Annotated
 
@@ -97,6 +98,27 @@ bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
+def _cases(names: list[str] | None) -> list[str]:
+    """``--cases a,b --cases c`` as [a, b, c]."""
+    return [name.strip() for text in names or () for name in text.split(",")]
+
+
+def _results(path: Path | None) -> None:
+    """Refuse, before hours of measuring, a file that they could not be written to, or would be lost in."""
+    if path is None:
+        return
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        earlier = loads(path.read_text(encoding="utf-8")) if existing == path else {}
+        fine = isinstance(earlier, dict) and (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
+    except (OSError, ValueError):
+        fine = False
+    if not fine:
+        raise InterpError(
+            f"--json {path}: a new file, or one that this command has written, expected, where one can write"
+        )
+
+
 @bench.callback()
 def _bench() -> None:
     """Keep verbs as verbs even while there are few of them."""
@@ -117,9 +139,10 @@ def kernel(
     """
     from headstats import bench as kernel_bench
 
-    if wrong := set(cases or ()) - set(kernel_bench.KINDS):
+    if wrong := set(_cases(cases)) - set(kernel_bench.KINDS):
         raise InterpError(f"--cases {' '.join(sorted(wrong))}: choose from {', '.join(kernel_bench.KINDS)}")
-    result = kernel_bench.run(cases or kernel_bench.KINDS, quick, threads, say=typer.echo)
+    _results(json)
+    result = kernel_bench.run(_cases(cases) or kernel_bench.KINDS, quick, threads, say=typer.echo)
     if json:
         kernel_bench.write(result, json)
 
@@ -131,7 +154,7 @@ def sweeps(
     ] = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="Names in interp/bench/cases.py; may be given again. Default: all."),
+        typer.Option(help="resid-early, z, ablation, tracing, edges, …; a wrong name lists them all. Default: all."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Times that each library runs each case; medians count.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
@@ -144,7 +167,8 @@ def sweeps(
     os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; read when tqdm is imported
     from interp.bench import sweeps as measured
 
-    measured.run(cases or measured.NAMES, rounds, threads, json, say=typer.echo)
+    _results(json)
+    measured.run(_cases(cases) or measured.NAMES, rounds, threads, json, say=typer.echo)
 
 
 @bench.command("sweep-layer")
@@ -160,7 +184,8 @@ def sweep_layer(
     """What `interp sweep` adds to the engine, what workers bring, and how it takes many rows, parts and documents."""
     from interp.bench import sweep_layer as measured
 
-    measured.run(cases or list(measured.CASES), json, say=typer.echo)
+    _results(json)
+    measured.run(_cases(cases) or list(measured.CASES), json, say=typer.echo)
 
 
 @app.command()

@@ -127,6 +127,9 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --engine fast", "full forward per cell"),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --instead w40", "name=words expected"),
         ("ablate --model {f}/m --pairs {f}/pairs.csv --using resample --seed -1", "from 0 on"),
+        ("bench sweeps --cases z,foo", "no such cases: foo; there are"),
+        ("bench sweeps --json {f}/pairs.csv", "a new file"),
+        ("bench sweeps --rounds 0", "rounds=0"),
     ],
 )
 def test_bad_options_end_with_a_message_and_exit_code_2(run, line: str, words: str) -> None:

@@ -49,6 +49,8 @@ def run(
     """Measure the named cases, saying each, and writing all to ``json``, as it is done; returns what was written."""
     if wrong := set(names) - set(NAMES):
         raise InterpError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(NAMES)}")
+    if rounds < 1 or threads < 1:
+        raise InterpError(f"rounds={rounds}, threads={threads}: from 1 on expected")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -67,7 +69,8 @@ def run(
         peers = peers_of(bench, tokenizer)
         made = cases(bench)
         for name in names:
-            result["cases"].append(measure(made[name](), peers, rounds, result["products_gflops"]))
+            found = measure(made[name](), peers, rounds, result["products_gflops"])
+            result["cases"].append({**found, **{k: result[k] for k in ("made", "machine", "versions")}})
             say(table(result["cases"][-1]))
             if json:
                 write(result, json)
