@@ -226,7 +226,10 @@ def edge_panels(f: Any, effects: Effects) -> list[EdgePanel]:
     one = receivers.nunique() == 1 and all(s.component == "z" and s.position is None for s in senders)
     rows, columns = edge_ends(f, bool(one))
     if one:
-        axes = [Axis(k, v := sorted(x.unique()), [str(i) for i in v]) for k, x in (("layer", rows), ("head", columns))]
+        axes = [
+            Axis(kind, v := sorted(map(int, x.unique())), [str(i) for i in v])
+            for kind, x in (("layer", rows), ("head", columns))
+        ]
     else:
         axes = [
             Axis(kind, v := sorted(x.unique(), key=_depth), [visible(s, 28) for s in v])

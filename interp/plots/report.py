@@ -51,6 +51,8 @@ class Report:
         max_bytes: int | None = None,
     ):
         _check(sections)
+        if max_bytes is not None and not (isinstance(max_bytes, int | float) and max_bytes > 0):
+            raise InterpError(f"max_bytes={max_bytes!r}: a number of bytes above 0 expected, or None for the default")
         self.sections = list(sections)
         self.title = title or _default_title(sections)
         self.notes = notes

@@ -164,6 +164,7 @@ def test_paths_from_heads_into_one_place_are_a_grid_of_heads():
     assert isinstance(panel, EdgePanel) and panel.receiver == "resid_post.L29"
     expected = synthetic.head_effects(3).summary().set_index(["layer", "head"])["effect"]
     assert panel.cells(panel.variants[0])["effect"][0, 18, 6] == expected[(18, 6)]
+    assert '"edge":{"receiver":"resid_post.L29"}' in report(Effects(frame)).html
 
 
 def test_a_folder_of_results_becomes_a_page(tmp_path: Path):
