@@ -44,7 +44,7 @@ def read_texts(path: str | Path) -> list[str]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
         raise PromptError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -112,7 +112,7 @@ ALLOWED: dict[str, tuple[str, ...] | None] = {
     "corpus": ("batching", "corpus", "errors", "head_statistics", "sweep"),
     "sweep": (
         "batching", "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance",
-        "recipes", "sweep", "sweep_options", "tasks",
+        "recipes", "sites", "sweep", "sweep_options", "tasks",
     ),
     "patterns": ("display", "effects", "errors"),
     "plots": ("attention", "circuits", "effects", "errors", "patterns", "plots", "sites"),

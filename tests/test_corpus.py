@@ -50,6 +50,13 @@ def test_long_lines_come_in_pieces(tmp_path, monkeypatch) -> None:
     assert max(map(len, found)) <= 32
 
 
+def test_pieces_are_cut_between_characters(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("interp.corpus.reading.PIECE", 16)
+    text = "語" * 40 + "é" * 9
+    (tmp_path / "a.txt").write_text(text + "\n", encoding="utf-8")
+    assert "".join(documents(tmp_path / "a.txt", 0, 3 * len(text))) == text
+
+
 def test_moments_merge_to_those_of_the_whole() -> None:
     rng = np.random.default_rng(0)
     x = rng.lognormal(size=(2, 3, 5000)) + 1e4
@@ -142,18 +149,31 @@ def test_bad_data(tmp_path, texts, tiny, monkeypatch, capsys) -> None:
     np.save(tmp_path / "f.npy", np.zeros((2, 2)))
     (tmp_path / "e.txt").write_text("")
     (tmp_path / "x.pkl").write_text("x")
+    (tmp_path / "u.txt").write_bytes("w1 w2".encode("utf-16"))
+    (tmp_path / "l.txt").write_bytes("w1 é w2".encode("latin-1"))
+    (tmp_path / "b.jsonl").write_bytes(b"a\0")
+    (tmp_path / "s.txt").write_text("\n \n")
     for name, words in (
         ("o.npy", "pickled objects are refused"), ("f.npy", "one dimension of whole numbers"), ("e.txt", "is empty"),
-        ("x.pkl", "pickled data can run code"), ("n.txt", "cannot read"),
+        ("x.pkl", "pickled data can run code"), ("n.txt", "cannot read"), ("u.txt", r"not UTF-8 text \(byte 3"),
+        ("l.txt", r"not UTF-8 text \(byte 3"), ("b.jsonl", r"not UTF-8 text \(byte 1"), ("s.txt", "nothing to count"),
     ):  # fmt: skip
         with pytest.raises(InterpError, match=words):
-            corpus.statistics(model, tmp_path / name, tmp_path / "r", **QUIET)
+            corpus.statistics(model, tmp_path / name, tmp_path / name[0], **QUIET)
+    with pytest.raises(InterpError, match="given twice"):
+        corpus.statistics(model, [tmp_path / "a.txt", tmp_path / "r" / ".." / "a.txt"], tmp_path / "r", **QUIET)
     for given, words in (({"sinks": 4}, "sinks"), ({"topk": 4}, "topk"), ({"sink": -1}, "sink")):
         with pytest.raises(InterpError, match=words):
             corpus.statistics(model, tmp_path / "a.txt", tmp_path / "r", statistics=given, **QUIET)
     (tmp_path / "bad.jsonl").write_text('{"text": "w1 w2 w3"}\n{"txt": 1}\n')
     found = corpus.statistics(model, tmp_path / "bad.jsonl", tmp_path / "bad", **QUIET)
     assert found.outcome is not None and found.outcome.code == 3 and "key 'text' expected" in found.errors[0]
+    np.save(tmp_path / "alien.npy", np.array([5, 6, -7, 8]))
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    for name, words in (("alien.npy", "-7 is no token of this model"), ("null.jsonl", "key 'text' expected")):
+        found = corpus.statistics(model, tmp_path / name, tmp_path / name[:2], **QUIET)
+        assert found.outcome is not None and found.outcome.code == 3 and words in found.errors[0]
+        assert words in str(found.outcome)
     monkeypatch.setattr(sys, "argv", ["interp", "stats", "m.pt", "--data", str(tmp_path / "a.txt")])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -14,7 +14,7 @@ import sweep_light as light
 
 from interp.errors import InterpError
 from interp.sweep.files import inside, publish_file
-from interp.sweep.leases import HeartbeatLeases, LockLeases, open_leases, suitable
+from interp.sweep.leases import HeartbeatLeases, LockLeases, holders, open_leases, suitable
 from interp.sweep.store import Receipt, Store
 
 
@@ -30,6 +30,22 @@ def test_a_part_is_written_once(tmp_path) -> None:
     lease = store.leases().take(1)
     assert lease is not None and store.put_aside(1, lease) is not None
     assert not store.has(1) and store.commit(1, two, 0, {}, {}) and store.table(1).equals(two)
+
+
+@pytest.mark.parametrize("outside", ["nowhere", "there.parquet"])
+def test_links_among_the_parts_are_damage_and_hide_nothing(tmp_path, outside: str) -> None:
+    from interp.sweep.drive import Options, drive
+
+    store = light.make(tmp_path / "run", parts=20)
+    assert drive(store, Options(executor="in-process", show="none")).code == 0
+    whole = store.content(7)
+    (tmp_path / "there.parquet").write_bytes(whole)
+    store.path(7).unlink()
+    store.path(7).symlink_to(tmp_path / outside)
+    found = store.inventory()
+    assert len(found.present) == 19 and found.damaged == {7: "it is a link, or no file at all"}
+    outcome = drive(store, Options(executor="in-process", show="none"))
+    assert outcome.code == 0 and list(outcome.damaged) == [7] and store.content(7) == whole
 
 
 def test_publishing_is_exclusive_without_hard_links_too(tmp_path, monkeypatch) -> None:
@@ -83,7 +99,7 @@ def test_locks_are_held_by_the_living(tmp_path) -> None:
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "True\n"
-    assert leases.take(5) is None and leases.holders()[5]["pid"] == other.pid
+    assert leases.take(5) is None and holders(leases.folder)[5]["pid"] == other.pid
     mine = leases.take(6)
     assert mine is not None and leases.take(6) is None
     mine.release()

@@ -9,7 +9,7 @@ from typing import Any
 
 from interp.corpus.moments import Moments, table_of
 from interp.corpus.reading import TOKENS, described, documents
-from interp.errors import InterpError, ModelError
+from interp.errors import InterpError, ModelError, PromptError
 from interp.sweep.effects_job import Computed, Shelf, out_of_memory
 
 BUFFER = 8192  # tokens that wait to be batched
@@ -98,8 +98,12 @@ class CorpusJob:
         """
         first: list[int] = [] if path.suffix.lower() in TOKENS else self._first()
         step = self.document["context"] - len(first)
+        n_known = int(self.model.bridge.cfg.d_vocab)
         for text in documents(path, start, stop):
             ids = text if isinstance(text, list) else list(self._bare(text))
+            if isinstance(text, list) and (min(ids) < 0 or max(ids) >= n_known):
+                alien = next(i for i in ids if not 0 <= i < n_known)
+                raise PromptError(f"{path}: {alien} is no token of this model, which has {n_known:,}, from 0")
             counts["documents"] += 1
             for i in range(0, len(ids), step):
                 window = [*first, *ids[i : i + step]]

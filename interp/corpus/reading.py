@@ -5,6 +5,7 @@ A document belongs to the part in whose byte range it begins, as lines of split 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -30,7 +31,8 @@ def described(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            hashed = hashlib.blake2b(file.read(SAMPLE), digest_size=16)
+            sample = file.read(SAMPLE)
+            hashed = hashlib.blake2b(sample, digest_size=16)
             file.seek(max(0, size - SAMPLE))
             hashed.update(file.read(SAMPLE))
     except OSError as error:
@@ -39,7 +41,21 @@ def described(path: Path) -> dict[str, Any]:
         raise InterpError(f"{path} is empty")
     if path.suffix.lower() in TOKENS:
         _tokens(path)
+    else:
+        _check_text(path, sample)
     return {"path": str(path.resolve()), "size": size, "ends": hashed.hexdigest()}
+
+
+def _check_text(path: Path, sample: bytes) -> None:
+    """InterpError for what is no UTF-8 text at all: UTF-16, another encoding, anything binary."""
+    try:
+        if b"\0" not in sample:
+            codecs.getincrementaldecoder("utf-8")().decode(sample)  # its last character may be cut
+            return
+        at = sample.index(b"\0")
+    except UnicodeDecodeError as error:
+        at = error.start
+    raise InterpError(f"{path} is not UTF-8 text (byte {at}): convert it, e.g. iconv -f latin1 -t utf-8")
 
 
 def documents(path: Path, start: int, stop: int) -> Iterator[str | list[int]]:
@@ -68,23 +84,37 @@ def _document(path: Path, begun: int, line: bytes, file: Any) -> Iterator[str]:
     while True:
         whole = line.endswith(b"\n") or len(line) < PIECE
         line = rest + line
-        cut = len(line) if whole else max(line.rfind(b" "), 0) or len(line)
+        cut = len(line) if whole else max(line.rfind(b" "), 0) or _between_characters(line)
         line, rest = line[:cut], line[cut:]
-        if text := line.decode("utf-8", errors="replace").strip():
+        if text := _decoded(path, begun, line).strip():
             yield text
         if whole or not (line := file.readline(PIECE)):
-            if tail := rest.decode("utf-8", errors="replace").strip():
+            if tail := _decoded(path, begun, rest).strip():
                 yield tail
             return
 
 
+def _between_characters(line: bytes) -> int:
+    """Where the last character begins, which may go on in the next piece."""
+    return next((i for i in range(len(line) - 1, 0, -1) if line[i] & 0xC0 != 0x80), len(line))
+
+
+def _decoded(path: Path, begun: int, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = text[error.start : error.start + 8]
+        raise PromptError(f"{path}: the document at byte {begun} is not UTF-8 ({bad!r})") from None
+
+
 def _text_of(path: Path, begun: int, line: bytes) -> str:
     try:
-        return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
-        raise PromptError(
-            f"{path}, byte {begun}: a JSON object with the key 'text' expected, got {line[:60]!r}"
-        ) from None
+        found = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, str):
+        raise PromptError(f"{path}, byte {begun}: a JSON object with the key 'text' expected, got {line[:60]!r}")
+    return found
 
 
 def _tokens(path: Path) -> Any:

@@ -98,6 +98,9 @@ def statistics(
     paths = [Path(p) for p in ([data] if isinstance(data, str | Path) else data)]
     if not paths:
         raise InterpError("there is no data: give at least one file")
+    whole = [p.resolve() for p in paths]
+    if twice := next((p for i, p in enumerate(paths) if whole[i] in whole[:i]), None):
+        raise InterpError(f"{twice} is given twice: its documents would be counted twice")
     if context < 2 or bytes_per_part < 1:
         raise InterpError(f"context must be at least 2 tokens and bytes_per_part 1, got {context} and {bytes_per_part}")
     spec_of(statistics)
@@ -119,4 +122,7 @@ def statistics(
         raise InterpError(f"{root} is a run of something else. What differs:\n{changed}\nChoose another folder")
     models = {} if given is None else {"models": {"model": given}}
     outcome = drive(store, Options(**models, **options))
-    return CorpusStatistics.read(root, outcome)
+    found = CorpusStatistics.read(root, outcome)
+    if outcome.code == 0 and not outcome.elsewhere and not found.tokens:
+        raise InterpError(f"{', '.join(map(str, paths))}: no document of two tokens or more; there is nothing to count")
+    return found

@@ -10,7 +10,7 @@ import pandas as pd
 
 from interp.effects import Effects
 from interp.errors import InterpError
-from interp.sweep.config import Config, differences, parse, parse_toml, read_config
+from interp.sweep.config import Config, config_text, differences, parse, parse_toml
 from interp.sweep.drive import Options, Outcome, drive
 from interp.sweep.files import inside
 from interp.sweep.store import Inventory, Store
@@ -46,8 +46,8 @@ class Sweep:
         elif isinstance(config, str) and "\n" in config:
             self.text, self.config = config, parse_toml(config)
         else:
-            self.config = read_config(config)
-            self.text, folder = Path(config).read_text(encoding="utf-8-sig"), Path(config).parent
+            self.text, folder = config_text(config), Path(config).parent
+            self.config = parse_toml(self.text, str(config), folder)
         self.root = Path(out) if out is not None else folder / RUNS / self.config.name
         self.models = models
         if (self.root / "run.json").exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +50,8 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
     from interp.sweep.files import publish_file
     from interp.sweep.template import TEMPLATE
 
+    if not path.parent.is_dir():
+        raise InterpError(f"{path.parent} is no folder: make it first, or give another name")
     if not publish_file(path, TEMPLATE.encode()):
         raise InterpError(f"{path} exists, and is left as it is: give another name")
     typer.echo(f"wrote {path}; what it costs: interp sweep plan {path}")
@@ -122,6 +126,8 @@ def _run(
 
 def finish(outcome: Outcome, root: Path, show: str) -> None:
     """Say how it ended; exit with the outcome's code."""
+    if outcome.interrupted:  # a second ctrl-C that comes too late drops nothing, and is no error of the exit
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if show == "json":
         said = {
             "event": "end",
@@ -157,6 +163,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Say how far a run is, who works on it, and what is damaged. Exit code 1 if something is."""
+    from interp.sweep.leases import holders
     from interp.sweep.store import Store
 
     store = Store.open(folder)
@@ -164,7 +171,7 @@ def status(
     damaged = dict(found.damaged)
     if verify:
         damaged |= dict(store.verify(sorted(found.present)))
-    held = {p: h for p, h in store.leases().holders().items() if p not in found.present}
+    held = {p: h for p, h in holders(store.root / "leases").items() if p not in found.present}
     if as_json:
         counts = {
             "parts": store.n_parts,
@@ -208,7 +215,11 @@ def export(
     """Write the whole table as one file; .html makes a page of it."""
     from interp.sweep import Sweep
 
-    typer.echo(f"wrote {Sweep.open(folder).export(out, format)}")
+    sweep = Sweep.open(folder)
+    typer.echo(f"wrote {sweep.export(out, format)}")
+    parts, there = sweep.store.n_parts, len(sweep.status().present)
+    if there < parts:
+        typer.echo(f"the run is unfinished: {there:,} of {parts:,} parts are in it", err=True)
 
 
 def _cores() -> int:

@@ -34,6 +34,7 @@ from interp.sweep.toml_lines import key_lines
 VERSION = 1
 MOST_BYTES = 2**20  # of a config: a page of text has 3,000
 MOST_PARTS = 1_000_000
+MOST_EXAMPLES = 100_000  # of a part, which is held in memory
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,23 @@ class Config:
 
 def read_config(path: str | Path) -> Config:
     """Read and check a TOML file. InterpError, naming file, line and key, for whatever is wrong with it."""
-    path = Path(path)
+    return parse_toml(config_text(path), str(path), Path(path).parent)
+
+
+def config_text(path: str | Path) -> str:
+    """What a config's file holds, which may be a pipe. InterpError if it cannot be read, or is no page of text."""
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise InterpError(
-                f"{path} has {size / 1e6:.0f} MB, and a config at most {MOST_BYTES / 1e6:.0f} MB: is it the "
-                "right file? Prompts belong in a .csv or .jsonl file of their own (pairs = …)"
-            )
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        found = content.decode("utf-8-sig", errors="strict" if len(content) <= MOST_BYTES else "replace")
+    except (OSError, ValueError) as error:
         raise InterpError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return parse_toml(content, str(path), path.parent)
+    if len(content) > MOST_BYTES:
+        raise InterpError(
+            f"{path} has more than a config may have, {MOST_BYTES / 1e6:.0f} MB: is it the right file? Prompts belong "
+            "in a .csv or .jsonl file of their own (pairs = …)"
+        )
+    return found.replace("\r\n", "\n")
 
 
 def parse_toml(content: str, file: str = "the config", folder: Path | None = None) -> Config:
@@ -164,9 +170,9 @@ def parse(document: Any, source: Source | None = None, folder: Path | None = Non
         raise top.refuse("version", f" = {version}: written for a newer interp; this one reads version {VERSION}")
     label = top.take("name", name)
     seeds = top.take("seeds", list_of(whole(0, 2**31 - 1)), [0])
-    size = top.take("examples_per_part", whole(1), 8)
+    size = top.take("examples_per_part", whole(1, MOST_EXAMPLES), 8)
     engine = top.take("engine", one_of("auto", "fast", "naive"), "auto")
-    memory = top.take("memory", text, None)
+    memory = top.take("memory", _memory if folder is not None else text, None)
     raw = {
         key: top.take(key, _tables, [] if key == "sites" else REQUIRED)
         for key in ("models", "tasks", "recipes", "sites")
@@ -175,8 +181,8 @@ def parse(document: Any, source: Source | None = None, folder: Path | None = Non
     read = {key: [Table(source, (key, i), t) for i, t in enumerate(listed)] for key, listed in raw.items()}
     models = tuple(read_model(t) for t in read["models"])
     tasks = tuple(read_task(t, folder) for t in read["tasks"])
-    sites = tuple(read_sites(t) for t in read["sites"])
-    recipes = tuple(read_recipe(t, tasks, sites) for t in read["recipes"])
+    sites = tuple(read_sites(t, folder is not None) for t in read["sites"])
+    recipes = tuple(read_recipe(t, tasks, sites, folder is not None) for t in read["recipes"])
     for key, listed in (("models", models), ("tasks", tasks), ("recipes", recipes), ("sites", sites)):
         names = [item.name for item in listed]
         twice = next((i for i, n in enumerate(names) if n in names[:i]), None)
@@ -185,6 +191,16 @@ def parse(document: Any, source: Source | None = None, folder: Path | None = Non
     config = Config(label, tuple(seeds), size, engine, memory, models, tasks, recipes, sites, folder)
     _check_product(config, source)
     return config
+
+
+def _memory(value: Any) -> str:
+    from interp.engine.budget import as_bytes
+
+    try:
+        as_bytes(text(value))
+    except InterpError as error:
+        raise ValueError(str(error).partition(": ")[2]) from None
+    return value
 
 
 def _tables(value: Any) -> list[Any]:

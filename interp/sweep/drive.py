@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from interp.provenance import now, versions
 from interp.sweep.display import Tally, display, duration
 from interp.sweep.files import write_file, writing
 from interp.sweep.leases import Leases, holder
-from interp.sweep.store import FOLDERS, Store
+from interp.sweep.store import FOLDERS, Inventory, Store
 from interp.sweep.work import Emit, shard_of
 
 EXECUTORS = ("auto", "in-process", "local", "ray")
@@ -61,6 +62,7 @@ class Outcome:
     damaged: dict[int, str]
     interrupted: bool
     elsewhere: int
+    why: str = ""  # the commonest reason in the first part with failed cells
 
     @property
     def code(self) -> int:
@@ -74,7 +76,8 @@ class Outcome:
     def __str__(self) -> str:
         lines = [f"{self.present:,} of {self.parts:,} parts, {self.rows:,} cells"]
         if self.failed:
-            lines.append(f"{self.failed:,} of these failed; the column `error` says why")
+            why = f": {self.why[:300]}" if self.why else ""
+            lines.append(f"{self.failed:,} of these failed; the column `error` says why{why}")
         if self.damaged:
             lines.append(f"{len(self.damaged)} part(s) were found damaged and computed anew: {_some(self.damaged)}")
         for reason in dict.fromkeys(self.left.values()):
@@ -127,7 +130,7 @@ def drive(store: Store, options: Options | None = None) -> Outcome:
     left = {p: why for p, why in left.items() if p not in last.present}
     present, elsewhere = len(set(last.present) & here), store.n_parts - len(chosen)
     return Outcome(
-        store.n_parts, present, rows, failed, left, repairs.done, stop.is_set(), elsewhere,
+        store.n_parts, present, rows, failed, left, repairs.done, stop.is_set(), elsewhere, _why(store, last, here),
     )  # fmt: skip
 
 
@@ -141,6 +144,17 @@ def _count(inventory: Any, here: set[int]) -> tuple[int, int, int]:
     return len(own), sum(r.rows for r in own), sum(r.failed for r in own)
 
 
+def _why(store: Store, inventory: Inventory, here: set[int]) -> str:
+    """What went wrong, of the first part in which something did."""
+    part = next((p for p, r in sorted(inventory.present.items()) if r.failed and p in here), None)
+    if part is None:
+        return ""
+    try:
+        return Counter(store.table(part)["error"].drop_null().to_pylist()).most_common(1)[0][0]
+    except (InterpError, OSError, IndexError):  # damaged since: the next start says so
+        return ""
+
+
 def executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
     """The executor's function, and how many workers it gets. InterpError for what does not go together."""
     if options.executor not in EXECUTORS:
@@ -148,9 +162,8 @@ def executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
     if options.threads < 1 or (options.workers is not None and options.workers < 1):
         raise InterpError(f"workers and threads must be at least 1, got {options.workers} and {options.threads}")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
-        raise InterpError(
-            f"shard {options.shard[0]}/{options.shard[1]}: counted from 0, so at most {options.shard[1] - 1}"
-        )
+        i, n = options.shard
+        raise InterpError(f"shard {i}/{n}: " + (f"counted from 0, so at most {n - 1}" if n > 0 else "of 1 at least"))
     if options.address is not None and options.executor != "ray":
         raise InterpError("an address belongs to executor 'ray'")
     if options.models and options.executor not in ("auto", "in-process"):

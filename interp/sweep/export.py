@@ -63,6 +63,7 @@ def _write(store: Store, path: Path, kind: str) -> int:
             else:
                 writer = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
                 about = {"kind": f"{store.kind} table", "schema": SCHEMA_VERSION, "config": store.document}
+                about |= {"parts": store.n_parts, "parts_present": len(store.inventory().present)}
                 writer.add_key_value_metadata({"interp": json.dumps(about)})
         writer.write_table(table)
         rows += table.num_rows
@@ -108,7 +109,10 @@ def _page(store: Store, target: Path) -> Path:
     found = effects_by_combination(store)
     if not found:
         raise InterpError(f"{store.root} has no finished cell yet")
-    return report(found, title=str(store.document.get("name", store.root.name))).write(target)
+    title, there = str(store.document.get("name", store.root.name)), len(inventory.present)
+    if there < store.n_parts:
+        title += f" (unfinished: {there:,} of {store.n_parts:,} parts)"
+    return report(found, title=title).write(target)
 
 
 def merge(store: Store, others: list[Store]) -> dict[str, int]:

@@ -109,17 +109,19 @@ class Leases:
         """The part's lease, or None."""
         raise NotImplementedError
 
-    def holders(self) -> dict[int, dict[str, Any]]:
-        """Who says that they hold which part: for people; the dead say so too."""
-        found = {}
-        for path in self.folder.iterdir():
-            if match := re.fullmatch(r"(\d+)(?:\.\d+)?", path.name):
-                with contextlib.suppress(OSError, ValueError):
-                    found[int(match[1])] = json.loads(path.read_text() or "{}")
-        return found
-
     def close(self) -> None:
         """Ends what runs beside."""
+
+
+def holders(folder: Path) -> dict[int, dict[str, Any]]:
+    """Who says that they hold which part: for people; the dead say so too. Only reads."""
+    found = {}
+    for path in sorted(folder.glob("[0-9]*")):
+        if match := re.fullmatch(r"(\d+)(?:\.\d+)?", path.name):
+            with contextlib.suppress(OSError, ValueError):
+                said = json.loads(path.read_text() or "{}")
+                found[int(match[1])] = said if isinstance(said, dict) else {}
+    return found
 
 
 def open_leases(folder: Path, kind: str) -> Leases:

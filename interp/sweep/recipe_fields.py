@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from interp.errors import SiteError
 from interp.sweep.fields import Check, either, list_of, number, one_of, text, whole
 
 METRICS = ("logit_diff", "prob", "logprob", "rank", "kl")
@@ -19,6 +20,22 @@ def ranges(value: Any) -> str:
         ends = part.strip().split("-")
         if len(ends) > 2 or not all(e.isdigit() for e in ends) or int(ends[0]) > int(ends[-1]):
             raise ValueError("numbers and ranges like '0-5,9' expected")
+    return value
+
+
+def sites_text(value: Any) -> str:
+    """Sites by the grammar of ``--sites``, as far as it is known without a model."""
+    from interp.sites import COMPONENTS, Site
+
+    items = [item.strip() for item in text(value).split(",") if item.strip()]
+    if not items:
+        raise ValueError("a component or sites expected, e.g. 'z' or 'z.L9H6,z.L10H0'")
+    for item in items:
+        if item.partition("@")[0] not in COMPONENTS:
+            try:
+                Site.parse(item)
+            except SiteError as error:
+                raise ValueError(str(error)) from None
     return value
 
 

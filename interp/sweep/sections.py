@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import InterpError
 from interp.sweep import fields
 from interp.sweep.fields import Table, list_of, name, one_of, text, whole
-from interp.sweep.recipe_fields import METRICS, RECIPES, ranges
+from interp.sweep.recipe_fields import METRICS, RECIPES, ranges, sites_text
 
 if TYPE_CHECKING:
     from interp.tasks import Task
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")
+MOST_PROMPTS = 10_000_000  # of a task: all are made before the first is measured
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -91,7 +94,11 @@ def read_model(table: Table) -> ModelSpec:
 
 
 def _device_map(value: Any) -> Any:
-    if isinstance(value, dict) and value and all(isinstance(v, int | str) for v in value.values()):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(v, int | str) and not isinstance(v, bool) for v in value.values())
+    ):
         return value
     return text(value)
 
@@ -104,7 +111,7 @@ def read_task(table: Table, folder: Path | None) -> TaskSpec:
     if "pairs" in table:
         return _own_prompts(table, folder, require)
     task = table.take("task", one_of(*makers()))
-    n = table.take("n", whole(1), 64)
+    n = table.take("n", whole(1, MOST_PROMPTS), 64)
     options = table.take("options", _options(task), {})
     label = table.take("name", name, task)
     facts = table.take("facts", fields.flag, task == "facts")
@@ -124,7 +131,7 @@ def _own_prompts(table: Table, folder: Path | None, require: float) -> TaskSpec:
             "or .jsonl",
         )
     label = table.take("name", name, _label(Path(file).stem))
-    n, digest = table.take("n", whole(1), None), table.take("pairs_digest", text, None)
+    n, digest = table.take("n", whole(1, MOST_PROMPTS), None), table.take("pairs_digest", text, None)
     facts, _ = table.take("facts", fields.flag, False), table.take("options", _options(None), {})
     table.done()
     if folder is not None:
@@ -163,10 +170,8 @@ def _options(task: str | None) -> fields.Check:
         made = makers()[task] if task else None
         known = [] if made is None else [p for p in inspect.signature(made.make).parameters if p not in made.options]
         known = [p for p in known if p not in ("model", "n", "seed")]
-        if not isinstance(value, dict) or any(
-            not isinstance(v, str | int | float | bool | list) for v in value.values()
-        ):
-            raise ValueError("a table of plain values expected")
+        if not isinstance(value, dict) or not all(map(_plain, value.values())):
+            raise ValueError("a table of plain values expected: texts, numbers, true or false, and lists of these")
         if unknown := [k for k in value if k not in known]:
             raise ValueError(f"{unknown[0]!r} is no option of {task}; options: {', '.join(known) or 'none'}")
         return value
@@ -174,9 +179,18 @@ def _options(task: str | None) -> fields.Check:
     return check
 
 
-def read_sites(table: Table) -> SitesSpec:
-    """A table of [[sites]]."""
-    chosen, groups = table.take("sites", text, None), table.take("groups", _groups, None)
+def _plain(value: Any) -> bool:
+    return all(map(_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float)
+
+
+def read_sites(table: Table, fresh: bool = True) -> SitesSpec:
+    """A table of [[sites]]. ``fresh``: not of a run that is there, so that what no model has is refused at once."""
+    chosen, groups = table.take("sites", sites_text if fresh else text, None), table.take("groups", _groups, None)
+    for name_of, members in (groups or {}).items() if fresh else ():
+        try:
+            sites_text(members)
+        except ValueError as error:
+            raise table.refuse("groups", f".{name_of} = {members!r}: {error}") from None
     if chosen is None and groups is None:
         raise table.source.refuse(
             table.path, ": sites = … (a component or sites, as for --sites) or groups = … expected"
@@ -195,11 +209,16 @@ def _groups(value: Any) -> dict[str, str]:
     return value
 
 
-def read_recipe(table: Table, tasks: tuple[TaskSpec, ...], sites: tuple[SitesSpec, ...]) -> RecipeSpec:
+def read_recipe(
+    table: Table, tasks: tuple[TaskSpec, ...], sites: tuple[SitesSpec, ...], fresh: bool = True
+) -> RecipeSpec:
     """A table of [[recipes]], which names tasks and sites of the same config."""
     kind = table.take("recipe", one_of(*RECIPES))
     known = RECIPES[kind]
     options = {key: table.take(key, check, None) for key, check in known.keys.items()}
+    for key in ("senders", "receivers") if fresh else ():
+        if options.get(key) not in (None, "logits"):
+            table.take(key, sites_text)
     metric = table.take("metric", one_of(*METRICS), known.metric)
     names = [t.name for t in tasks]
     fitting = [t.name for t in tasks if known.facts or not t.facts]
@@ -232,9 +251,12 @@ def read_recipe(table: Table, tasks: tuple[TaskSpec, ...], sites: tuple[SitesSpe
 
 
 def _label(value: str) -> str:
-    """A name made of what there is."""
-    kept = "".join(c if c.isalnum() or c in "._+@=-" else "-" for c in Path(value).name or value)
-    return kept.strip("-. ")[:60] or "unnamed"
+    """A name made of what there is, which `fields.name` accepts: the frozen config is read back with it."""
+    plain = unicodedata.normalize("NFKD", Path(value).name or value)
+    kept = "".join(
+        c if c.isascii() and (c.isalnum() or c in "._+@=-") else "-" for c in plain if not unicodedata.combining(c)
+    )
+    return re.sub(r"\.{2,}", ".", kept).lstrip("._+@=-")[:60].rstrip("-.") or "unnamed"
 
 
 def without_none(value: Any) -> Any:

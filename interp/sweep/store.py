@@ -99,6 +99,8 @@ class Store:
 
         ``inputs``: contents by name; ``text``: the config as written.
         """
+        if root.exists() and not root.is_dir():
+            raise InterpError(f"{root} is no folder: choose another one with --out")
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
             if not (root / "run.json").exists() and any(
@@ -150,22 +152,26 @@ class Store:
         return self.root / "parts" / f"{part:06d}.parquet"
 
     def has(self, part: int) -> bool:
-        """Whether a part is published."""
-        return self.path(part).exists()
+        """Whether its name is taken: what there is, `inventory` says."""
+        return os.path.lexists(self.path(part))
 
     def inventory(self) -> Inventory:
         """What is there, by names and sizes."""
-        sizes = {}
+        sizes, present, damaged = {}, {}, {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "parts") as entries:
             for entry in entries:
-                if (match := _PART.fullmatch(entry.name)) and int(match[1]) < self.n_parts:
-                    sizes[int(match[1])] = entry.stat().st_size
+                if not (match := _PART.fullmatch(entry.name)) or int(match[1]) >= self.n_parts:
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # put aside just now: the others are there all the same
+                    if entry.is_file(follow_symlinks=False):
+                        sizes[int(match[1])] = entry.stat(follow_symlinks=False).st_size
+                    else:
+                        damaged[int(match[1])] = "it is a link, or no file at all"
         known: dict[int, list[Receipt]] = {}
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.root / "receipts"):  # after the parts: a receipt is there before its part
                 if (receipt := Receipt.parse(name)) is not None:
                     known.setdefault(receipt.part, []).append(receipt)
-        present, damaged = {}, {}
         for part, size in sizes.items():
             fitting = [r for r in known.get(part, ()) if r.size == size]
             if fitting:

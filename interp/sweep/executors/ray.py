@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from interp.sweep.leases import Lease, holder
 from interp.sweep.store import Store
 from interp.sweep.work import POLL, Emit, StoreShelf, job_class, memory
 
+SILENCE = 30.0  # seconds; Ray itself ends the process, without a word of the run, after 60
 IN_FLIGHT = 2  # parts of each actor
 
 
@@ -104,6 +106,7 @@ class Cluster:
     idle_deaths: int = 0
     left: dict[int, str] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)
+    silent: float | None = None  # since when the cluster has not answered
 
     def run(self, parts: range, workers: int) -> dict[int, str]:
         """Until every part is published or left, or the sweep is stopped; returns those left."""
@@ -115,6 +118,7 @@ class Cluster:
             for number in range(min(workers, len(todo))):
                 self._start(number)
             while (todo or self.sent) and not (self.stopped() and not self.sent):
+                self._check_cluster()
                 handed = self._hand_out(todo)
                 if self.sent or self.starting:
                     ready, _ = self.ray.wait([*self.sent, *self.starting], timeout=POLL)
@@ -133,6 +137,22 @@ class Cluster:
                 sent.lease.release()
             self.leases.close()
         return self.left
+
+    def _check_cluster(self) -> None:
+        """With actors lost or awaited: InterpError if nobody has answered for them for a while."""
+        if not self.starting:
+            self.silent = None
+            return
+        address = str(getattr(self.ray.get_runtime_context(), "gcs_address", ""))
+        if not (unheard := _unheard(address)):
+            self.silent = None
+            return
+        self.silent = self.silent or time.monotonic()
+        if time.monotonic() - self.silent > SILENCE:
+            raise InterpError(
+                f"the Ray cluster at {address} is gone ({unheard}); what is finished is kept: resume when it is there "
+                "again, or with another executor"
+            )
 
     def _start(self, number: int) -> None:
         variables = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
@@ -231,6 +251,34 @@ class Cluster:
         self._start(sent.actor)
 
 
+def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Become a driver of a cluster that runs. InterpError if it cannot be."""
+    if unheard := _unheard(address):
+        raise InterpError(
+            f"no Ray cluster answers at {address} ({unheard}). `ray start --head` says the address of the one it starts"
+        )
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:
+        raise InterpError(
+            f"cannot join the Ray cluster at {address}: {error}. Does `ray status --address {address}` show it, with "
+            f"this Ray ({ray.__version__}) and this Python? One that was started with a token wants it of every "
+            "driver: export RAY_AUTH_MODE=token"
+        ) from None
+
+
+def _unheard(address: str) -> str | None:
+    """Why nobody answers at host:port; None if somebody does, or it is no such address. (Ray tries for minutes.)"""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdigit():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
 def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, workers: int, threads: int = 1,
     address: str | None = None, gpus: float = 0, **_: Any,
@@ -248,7 +296,10 @@ def run(
     if mine:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         local: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers * threads, os.cpu_count() or 1)}
-        ray.init(address=address or "local", **quiet, **({} if address else local))
+        if address is None:
+            ray.init(address="local", **quiet, **local)
+        else:
+            _join(ray, address, quiet)
     try:
         whole = ray.cluster_resources()
         fits = int(whole.get("GPU", 0) // gpus) if gpus else int(whole.get("CPU", 1) // threads)
