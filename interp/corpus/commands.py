@@ -55,7 +55,7 @@ def stats(
     for error in dict.fromkeys(found.errors):
         typer.echo(f"  left out: {error}", err=True)
     assert found.outcome is not None
-    finish(found.outcome, found.root, show)
+    finish(found.outcome, found.root, show, "the same command")
 
 
 def chosen(text: str | None) -> dict[str, Any] | None:

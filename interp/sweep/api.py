@@ -58,7 +58,10 @@ class Sweep:
         """The sweep of a run directory. InterpError if it is none, or made by a newer interp."""
         store = Store.open(root)
         if store.kind != "sweep":
-            raise InterpError(f"{root} holds no sweep but {store.kind!r}")
+            raise InterpError(
+                f"{root} holds no sweep but statistics of a {store.kind}: statistics.csv is their table, and the "
+                "`interp stats` command that began them goes on with them"
+            )
         return cls(parse(store.document), store.root, models=models)
 
     @property

@@ -121,11 +121,11 @@ def _run(
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted; what is finished is kept. Go on with: interp sweep resume {sweep.root}", err=True)
         raise typer.Exit(130) from None
-    finish(outcome, sweep.root, show)
+    finish(outcome, sweep.root, show, f"interp sweep resume {sweep.root}")
 
 
-def finish(outcome: Outcome, root: Path, show: str) -> None:
-    """Say how it ended; exit with the outcome's code."""
+def finish(outcome: Outcome, root: Path, show: str, again: str) -> None:
+    """Say how it ended, and how to go on (``again``); exit with the outcome's code."""
     if outcome.interrupted:  # a second ctrl-C that comes too late drops nothing, and is no error of the exit
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if show == "json":
@@ -141,7 +141,7 @@ def finish(outcome: Outcome, root: Path, show: str) -> None:
     else:
         typer.echo(f"{root}: {outcome}", err=outcome.code != 0)
         if outcome.code in (4, 130):
-            typer.echo(f"go on with: interp sweep resume {root}", err=True)
+            typer.echo(f"go on with: {again}", err=True)
     if outcome.code:
         raise typer.Exit(outcome.code)
 
