@@ -236,12 +236,21 @@ def test_neurons_mediators_and_statistics_are_shown_as_what_they_are(browser: Br
     one = synthetic.pattern_run(np.ones((1, 1, 1)), ["a"], [("", 0, 1)])
     example = PatternExample([("", 0, 1)], np.arange(2), {"clean": one})
     token = AttentionPatterns([(0, 0)], [], 1, 1, [example], synthetic.PROVENANCE)
-    path = report(synthetic.neuron_effects(), synthetic.mediation(), token).write(tmp_path / "r.html")
+    by_hand = synthetic.circuit()
+    by_hand = type(by_hand)(by_hand.graph, dict.fromkeys(by_hand.edges, float("nan")), {}, synthetic.PROVENANCE)
+    results = synthetic.neuron_effects(), synthetic.mediation(), token, by_hand, synthetic.curve()
+    path = report(*results).write(tmp_path / "r.html")
     browser.open(path)
     browser.until("!!document.querySelector('.strip-tokens .token')")
     readout = browser.page.inner_text("#result-0-0 .readout")
     assert str(Site.parse("mlp_post.L3N0")) in readout and "layer × neuron" in browser.page.inner_text("#result-0-0")
     assert texts(browser, "#heads .legend .caption")[0].startswith("colour: natural indirect effect")
+    assert browser.page.locator("svg.curve").count() == 1, (
+        "a curve over a ranking is on the page, and says nothing of a circuit"
+    )
+    assert "aithfulness" not in browser.page.inner_text("#result-3") and "not ranked" in browser.page.inner_text(
+        "#result-3"
+    )
     hidden = "all => all.every((x) => x.getBBox().y + x.getBBox().height < 0 || x.getBBox().x + x.getBBox().width < 0)"
     assert browser.page.locator("svg.pattern .cross").evaluate_all(hidden), "no cross hair before a query is pointed at"
     assert_quiet(browser, path)

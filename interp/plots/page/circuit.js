@@ -31,7 +31,7 @@ export function circuitCard(circuit, curve, id) {
     const least = Math.abs(cut[cut.length - 1].score ?? NaN);
     keepFocus(graph, () => graph.replaceChildren(drawGraph(circuit, shown, view.chosen, choose)));
     const nodes = new Set(shown.flatMap((e) => [e.from, ...e.to])).size;
-    facts.replaceChildren(el("strong", {}, `${view.kept} of ${ranked.length} edges`), ` with |score| ≥ ${format(least)}: ${connected.length} on a path from the input to the logits, ${nodes} nodes. `
+    facts.replaceChildren(el("strong", {}, `${view.kept} of ${ranked.length} edges`), `${Number.isFinite(least) ? ` with |score| ≥ ${format(least)}` : ", not ranked"}: ${connected.length} on a path from the input to the logits, ${nodes} nodes. `
       + `${(100 * view.kept / circuit.total).toPrecision(2)}% of the model’s ${circuit.total.toLocaleString("en")} edges.`, curve ? ` ${faithfulnessAt(curve, view.kept / circuit.total)}` : "");
     chart.replaceChildren(...(curve ? [curveChart(curve, view.kept / circuit.total)] : []));
   };

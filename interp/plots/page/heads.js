@@ -65,6 +65,8 @@ export function gatherHeads(results) {
   const measures = panels.flatMap(({ r, panel }) => panel.variants.map((/** @type {Variant} */ v, /** @type {number} */ i) =>
     measureOf(`${results.indexOf(r)}.${r.panels.indexOf(panel)}.${i}`, panel, v, heads)));
   const counted = stats.flatMap((r) => countedOf(r, `${results.indexOf(r)}`));
+  const twice = new Set(measures.map((m) => m.label).filter((label, i, all) => all.indexOf(label) < i));
+  for (const m of measures) if (twice.has(m.label) && !m.label.endsWith(m.variant.metric)) m.label += `, ${m.variant.metric}`;
   measures.sort((a, b) => cellsOf(b) - cellsOf(a) || saysLittle(a) - saysLittle(b)); // whole sweeps before chosen heads
   return { layers, heads, measures, counted };
 }

@@ -22,17 +22,28 @@ import { statisticsCard } from "./statistics.js";
 function section(result, all, gridded) {
   const id = `result-${all.indexOf(result)}`;
   if (result.kind === "prose") return el("section", { class: "prose" }, ...heading(result), ...paragraphs(result.text));
-  const curve = all.find((r) => r.kind === "curve") ?? null;
+  const curve = all.find((r) => r.kind === "curve" && isOfCurve(result, r)) ?? null;
   /** @type {Object<string, () => (HTMLElement|null)[]>} */
   const cards = {
     effects: () => result.panels.map((/** @type {Panel} */ p, /** @type {number} */ i) => effectsCard(result, p, `${id}-${i}`, gridded && inGrid(p))),
     attention: () => [statisticsCard(result, `${id}-0`, gridded)],
     patterns: () => [sentenceCard(result)],
     circuit: () => [circuitCard(result, curve, id)],
-    curve: () => (all.some((r) => r.kind === "circuit") && result === curve ? [] : [el("article", { class: "card" }, el("header", {}, el("h3", {}, "Faithfulness by circuit size")), curveChart(result, null))]),
+    curve: () => (all.some((r) => isOfCurve(r, result)) ? [] : [el("article", { class: "card" }, el("header", {}, el("h3", {}, "Faithfulness by circuit size")), curveChart(result, null))]),
   };
   const made = cards[result.kind]().filter((c) => c !== null);
   return made.length ? el("section", { id }, ...heading(result), ...made) : null;
+}
+
+/**
+ * Was the curve measured over the ranking that a circuit was cut from? Of another's, it says nothing.
+ * @param {any} circuit
+ * @param {any} curve
+ */
+function isOfCurve(circuit, curve) {
+  const { scores } = curve.provenance;
+  return circuit.kind === "circuit" && circuit.edges.some((/** @type {any} */ e) => e.score !== null)
+    && (!scores || ["method", "prompts"].every((key) => scores[key] === circuit.provenance[key]));
 }
 
 /** @param {{name: string|null}} result */
