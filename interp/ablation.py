@@ -20,7 +20,7 @@ from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError, PromptError
-from interp.means import KEYS, Ids, Means, check_support, means_of, reference_ids
+from interp.means import KEYS, Ids, Means, check_support, listed_reference, means_of, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import Advance, progress
@@ -99,7 +99,7 @@ def ablate(
     runner.check_sites(every)
     plan = {i: _scheduled(list(spelled(targets, prompts[i])), schedule) for i in chosen(len(prompts))}
     _check_writes(plan.values())
-    given = None if reference is None else list(reference)
+    given = listed_reference(reference)
     taken = _Taken(runner, prompts, every, using, reference_ids(given, prompts, model.coder), given is None, seed)
     sweep = _Sweep(runner, metric, prompts, plan, taken)
     rows = Rows(f"ablate {using}" + _suffix(schedule, window), "noise", metric)

@@ -128,6 +128,16 @@ def _rows(site: Site, prompt: Encoded) -> tuple[int, int]:
     return (0, len(prompt)) if site.position == "each" else rows_of(site, prompt)
 
 
+def listed_reference(reference: Any) -> list[Any] | None:
+    """``reference=`` as a list; None stays None. PromptError for what is no prompts, a bare string too."""
+    if reference is None:
+        return None
+    found = [reference] if isinstance(reference, str) or not isinstance(reference, Iterable) else list(reference)
+    if isinstance(reference, str) or not all(isinstance(p, str | Prompt | PromptPair) for p in found):
+        raise PromptError(f"reference={reference!r:.60}: a list of prompts expected (texts, Prompts or PromptPairs)")
+    return found
+
+
 def reference_ids(
     reference: Iterable[str | Prompt | PromptPair] | None,
     prompts: Sequence[Encoded],

@@ -47,6 +47,10 @@ def leave_out(
     metric = as_metric(metric)
     encoded, pairs = encode_any(listed, model.coder)
     check_metric(metric, encoded, model)
+    if instead is not None and not (
+        isinstance(instead, Mapping) and all(isinstance(text, str) for text in instead.values())
+    ):
+        raise PromptError(f"instead={instead!r:.60}: words by the names of spans expected, {{'subject': 'Mary'}}")
     words = {name: model.coder.continuation(text) for name, text in (instead or {}).items()}
     wanted = [spans] if isinstance(spans, str) else None if spans is None else list(spans)
     plan = _shortened(encoded, wanted, words, model.n_ctx)

@@ -18,7 +18,7 @@ from interp.engine import Cell, Cut, Engine, Write
 from interp.engine.core import EngineKind
 from interp.engine.packed import other_mixer
 from interp.errors import InterpError, SiteError
-from interp.means import Means, check_support, means_of, reference_ids
+from interp.means import Means, check_support, listed_reference, means_of, reference_ids
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model import Model
 from interp.progress import progress
@@ -76,7 +76,7 @@ def peek(
     sites = model.sites("resid_post", layers=wait, positions="all")
     runner = Engine(model, engine, memory)
     runner.check_sites(sites)
-    given = None if reference is None else list(reference)
+    given = listed_reference(reference)
     known = reference_ids(given, prompts, model.coder)
     means = None
     if context == "mean":

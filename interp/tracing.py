@@ -155,7 +155,7 @@ def _suffix(window: int, sever: str | None) -> str:
 
 
 def _checked(component: str, window: int | None, sever: str | None) -> int:
-    if component not in PUBLISHED_WINDOW:
+    if not isinstance(component, str) or component not in PUBLISHED_WINDOW:
         raise InterpError(f"cannot trace {component!r}: choose one of {', '.join(map(repr, PUBLISHED_WINDOW))}")
     if sever is not None and (sever not in SEVERED or component != "resid_post"):
         raise InterpError(
@@ -218,7 +218,14 @@ def _corruption(
     noise = PUBLISHED_NOISE if noise is None else noise
     samples = PUBLISHED_SAMPLES if samples is None else samples
     whole = isinstance(samples, int) and not isinstance(samples, bool)
-    if not 0 < noise < float("inf") or not whole or samples < 1 or (sigma is not None and not 0 < sigma < float("inf")):
+    numeric = all(isinstance(x, int | float) for x in (noise, 0 if sigma is None else sigma))
+    if (
+        not numeric
+        or not 0 < noise < float("inf")
+        or not whole
+        or samples < 1
+        or (sigma is not None and not 0 < sigma < float("inf"))
+    ):
         raise InterpError(
             f"noise must be positive, sigma too, and samples a number from 1 on, got noise={noise}, samples={samples}, "
             f"sigma={sigma}"
