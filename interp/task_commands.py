@@ -32,6 +32,8 @@ def tasks(
     chosen = {name: task(name) for name in names or TASKS}
     if out is not None and (out.suffix != ".csv" or not out.parent.is_dir()):
         raise InterpError(f"--out {out}: a .csv file in a folder that exists expected")
+    if out is not None and model is None:
+        raise InterpError("--out takes the table of what a model does: give --model")
     if model is None:
         for name, one in chosen.items():
             typer.echo(f"{name:16} {one.about} [{', '.join(one.names)}]")

@@ -33,10 +33,10 @@ def needle(
     beyond the model's context, and for a tokenizer without the words.
     """
     check_split(split, "needle")
-    if depth is not None and not 0 <= depth <= 1:
+    if depth is not None and not (isinstance(depth, int | float) and 0 <= depth <= 1):
         raise TaskError(f"needle: depth is a share of the text from 0 to 1, got {depth!r}")
     limit = getattr(model, "n_ctx", None)
-    if not tokens >= FEWEST_TOKENS or (limit is not None and tokens > limit):
+    if not isinstance(tokens, int) or not tokens >= FEWEST_TOKENS or (limit is not None and tokens > limit):
         raise TaskError(f"needle: tokens must be from {FEWEST_TOKENS} to the model's context ({limit}), got {tokens!r}")
     coder = model.coder
     names, gone = usable(
