@@ -16,6 +16,7 @@ from interp.sweep_options import (
     Sweep,
     numbers,
     place,
+    receivers_of,
     sites_and_groups,
     sites_of,
     with_sweep,
@@ -147,10 +148,8 @@ def path_patch(
     import interp
 
     model = sweep.loaded()
-    words = [word.strip() for word in receivers.split(",")]
-    into = [*sites_of(model, ",".join(w for w in words if w != "logits")), *(w for w in words if w == "logits")]
     sweep.run(
-        interp.path_patch, model, sweep.prompts(model), sites_of(model, senders), into,
+        interp.path_patch, model, sweep.prompts(model), sites_of(model, senders), receivers_of(model, receivers),
         **sweep.options(mode=mode, mlps=mlps, using=using),
     )  # fmt: skip
 

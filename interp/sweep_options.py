@@ -227,6 +227,12 @@ def sites_and_groups(
     return sites_of(model, sites or "z", layers) if sites or not groups else None, groups
 
 
+def receivers_of(model: Model, text: str) -> list[Any]:
+    """``logits``, sites, or both, as `interp.path_patch` takes them."""
+    words = [word.strip() for word in text.split(",")]
+    return [*sites_of(model, ",".join(w for w in words if w != "logits")), *(w for w in words if w == "logits")]
+
+
 def groups_of(model: Model, texts: list[str] | None) -> dict[str, Sites] | None:
     """Named groups of sites, from ``name=site,site``."""
     found: dict[str, Sites] = {}

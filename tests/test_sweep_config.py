@@ -122,6 +122,7 @@ BAD = [
     ('sites = "z"', 'sites = "zz"', "line 18: sites[0].sites = 'zz': unknown component 'zz'; known components: embed"),
     ('sites = "z"', 'name = "z"\ngroups = {a = "z.1"}', "sites[0].groups.a = 'z.1': cannot read 'z.1' as a site"),
     ('recipe = "patch"', 'recipe = "path_patch"\nreceivers = "zz"', "recipes[0].receivers = 'zz': unknown component"),
+    ('recipe = "patch"', 'recipe = "path_patch"\nsenders = "logits"', "recipes[0].senders = 'logits': unknown"),
     ('task = "ioi"\n', 'pairs = "a\\u0000.csv"\n', "cannot read"),
     ('name = "small"', 'name = "../out"', "a plain name expected"),
     ('name = "small"', "", "the key 'name' is missing"),

@@ -33,7 +33,8 @@ require = 0
 sites = "z,resid_pre@1"
 """
 ALL = {
-    "patch": 'mode = "noise"', "mediate": "", "ablate": 'using = "mean"', "path_patch": "senders = 'z.L0H1,mlp_out.L0'",
+    "patch": 'mode = "noise"', "mediate": "", "ablate": 'using = "mean"',
+    "path_patch": "senders = 'z.L0H1,mlp_out.L0'\nreceivers = 'q.L1H0, logits'",
     "peek": 'context = "mean"\nlayers = "0"', "leave_out": "", "knock_out": 'keys = "name"', "trace": "window = 2",
 }  # fmt: skip
 
@@ -91,7 +92,7 @@ def test_parts_give_what_the_recipe_gives_on_the_whole_set(folder, tmp_path, mod
         "mediate": interp.mediate(model, pairs, sites),
         "ablate": interp.ablate(model, pairs, sites, using="mean"),
         "ablate r": interp.ablate(model, pairs, sites, using="resample"),
-        "path_patch": interp.path_patch(model, pairs, ["z.L0H1", "mlp_out.L0"]),
+        "path_patch": interp.path_patch(model, pairs, ["z.L0H1", "mlp_out.L0"], ["q.L1H0", "logits"]),
         "peek": interp.peek(model, pairs, context="keep"),
         "leave_out": interp.leave_out(model, pairs),
         "knock_out": interp.knock_out(model, pairs, "name"),

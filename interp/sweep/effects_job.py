@@ -250,7 +250,7 @@ class _Trial:
 def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
     """The recipe's function, what follows model and prompts, and the options."""
     import interp
-    from interp.sweep_options import groups_of, numbers, place, sites_of
+    from interp.sweep_options import groups_of, numbers, place, receivers_of, sites_of
 
     spec, known = part.recipe, RECIPES[part.recipe.recipe]
     recipe, options, args = getattr(interp, known.function), dict(spec.options), []
@@ -265,7 +265,7 @@ def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any],
         args = [options.pop("component", "resid_post")]
     elif spec.recipe == "path_patch":
         into = options.pop("receivers", "logits")
-        args = [sites_of(model, options.pop("senders")), into if into == "logits" else sites_of(model, into)]
+        args = [sites_of(model, options.pop("senders")), receivers_of(model, into)]
     elif spec.recipe == "knock_out":
         queries = options.pop("queries", -1)
         args = [options.pop("keys", "subject"), None if queries == "all" else queries]

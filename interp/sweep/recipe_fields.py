@@ -39,6 +39,14 @@ def sites_text(value: Any) -> str:
     return value
 
 
+def receivers_text(value: Any) -> str:
+    """The logits, sites, or both."""
+    words = [word.strip() for word in text(value).split(",")]
+    if others := [word for word in words if word != "logits"]:
+        sites_text(",".join(others))
+    return value
+
+
 def place(value: Any) -> int | str:
     """A position: a number, or the name of a span."""
     if isinstance(value, int) and not isinstance(value, bool):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import InterpError
 from interp.sweep import fields
 from interp.sweep.fields import Table, list_of, name, one_of, text, whole
-from interp.sweep.recipe_fields import METRICS, RECIPES, ranges, sites_text
+from interp.sweep.recipe_fields import METRICS, RECIPES, ranges, receivers_text, sites_text
 
 if TYPE_CHECKING:
     from interp.tasks import Task
@@ -216,9 +216,9 @@ def read_recipe(
     kind = table.take("recipe", one_of(*RECIPES))
     known = RECIPES[kind]
     options = {key: table.take(key, check, None) for key, check in known.keys.items()}
-    for key in ("senders", "receivers") if fresh else ():
-        if options.get(key) not in (None, "logits"):
-            table.take(key, sites_text)
+    for key, check in (("senders", sites_text), ("receivers", receivers_text)) if fresh else ():
+        if options.get(key) is not None:
+            table.take(key, check)
     metric = table.take("metric", one_of(*METRICS), known.metric)
     names = [t.name for t in tasks]
     fitting = [t.name for t in tasks if known.facts or not t.facts]
