@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from interp.provenance import now, versions
+    from interp.utils.provenance import now, versions
 
     torch.set_num_threads(2)
     result = {

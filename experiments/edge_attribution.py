@@ -26,9 +26,9 @@ from watching import Watch
 
 import interp
 from interp.circuits import EdgeScores, attribute_edges
-from interp.circuits.architecture import architecture
-from interp.provenance import now, versions
+from interp.circuits.topology import architecture
 from interp.sites import Edge, Site
+from interp.utils.provenance import now, versions
 
 THREADS, ROUNDS, TOLERANCE = 2, 3, 1e-4
 
@@ -59,7 +59,7 @@ def peer() -> dict[str, Any]:
     from transformer_lens.tools.analysis import attribution_patching as tl
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from interp.zoo.embedded import embedded_model
+    from interp.model.embedded import embedded_model
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     torch.manual_seed(0)

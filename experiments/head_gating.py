@@ -30,8 +30,8 @@ from watching import Watch
 
 import interp
 from interp.circuits import causal_head_gating
-from interp.circuits.interchange import random_weights
-from interp.provenance import now, versions
+from interp.circuits.interchange.interchange import random_weights
+from interp.utils.provenance import now, versions
 
 TOP, JUDGED = 20, 12
 

@@ -25,12 +25,12 @@ from watching import Watch
 
 import interp
 from interp.circuits import EdgeScores, attribute_edges
-from interp.circuits.evaluation import Evaluator
-from interp.circuits.faithful import random_circuit
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.evaluation.faithfulness import random_circuit
 from interp.errors import InterpError
-from interp.prompts import encode_pairs
-from interp.provenance import now, versions
+from interp.prompts.pairs import encode_pairs
 from interp.sites import Site
+from interp.utils.provenance import now, versions
 
 INDUCTION = Site("z", 18, 6)
 SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)

@@ -26,9 +26,9 @@ from watching import Watch
 
 import interp
 from interp.circuits import WeightCircuits, attention_channels
-from interp.circuits.channels import smallest_prefix
+from interp.circuits.weights.channels import smallest_prefix
 from interp.engine.runs import hooks
-from interp.provenance import now, versions
+from interp.utils.provenance import now, versions
 
 LAYER, HEAD = 18, 6
 OFFSETS = (4, 8, 12)

@@ -36,10 +36,10 @@ from interp.circuits import (
     magnitude_scores,
     random_scores,
 )
-from interp.circuits.architecture import architecture
-from interp.circuits.evaluation import Evaluator
-from interp.provenance import now, prompt_hash, versions
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.topology import architecture
 from interp.sites import Edge, Site, Sites
+from interp.utils.provenance import now, prompt_hash, versions
 
 HERE = Path(__file__).parent
 TRAIN, TEST = 32, 100

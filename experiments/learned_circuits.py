@@ -29,7 +29,7 @@ from watching import Watch
 import interp
 from interp.circuits import attribute_edges, faithfulness, prune_edges
 from interp.errors import InterpError
-from interp.provenance import now, versions
+from interp.utils.provenance import now, versions
 
 SIZES = (200, 1500, 5000)
 FIT = {"sparsity": 1.0, "lr": 0.8, "start": 1.0, "batch_size": 1}

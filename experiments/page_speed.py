@@ -127,7 +127,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def long_report(tokens: int) -> Path:
     """The report of the embedded model on a long prompt, made once."""
     import interp
-    from interp.patterns import AttentionPatterns
+    from interp.results.attention_patterns import AttentionPatterns
 
     runs = HERE.parent / "runs"
     runs.mkdir(exist_ok=True)

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 import interp
-from interp.provenance import now, versions
-from interp.zoo.architectures import tiny_hf
+from interp.doctor.families.text import tiny_hf
+from interp.utils.provenance import now, versions
 from interp.zoo.known import induction
 
 
@@ -54,7 +54,7 @@ def prepare(folder: Path, examples: int) -> Path:
 
 def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
     """A driver with two local workers."""
-    command = [sys.executable, "-m", "interp.cli", "sweep", "run", str(config), "-o", str(out)]
+    command = [sys.executable, "-m", "interp.cli.main", "sweep", "run", str(config), "-o", str(out)]
     options = ["--executor", "local", "--workers", "2", "--log", "none"]
     return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

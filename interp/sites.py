@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from interp.display import card
 from interp.errors import SiteError
+from interp.utils.html_card import card
 
 EACH, ALL = "each", "all"
 PLAIN = (int, str, type(None))

@@ -1,4 +1,4 @@
-"""Which families of `interp.zoo.architectures` the matrix tests run: a few always, the others marked slow."""
+"""Which families of `interp.doctor.families.text` the matrix tests run: a few always, the others marked slow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from interp.zoo.architectures import FAMILIES
+from interp.doctor.families.text import FAMILIES
 
 ARCHITECTURES = ("llama", "gpt2", "neox", "mistral", "gemma2")  # the ways in which attention is intercepted
 QUICK = {*ARCHITECTURES, "bert", "t5", "vit", "dinov2", "llava", "paligemma"}

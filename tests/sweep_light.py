@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from interp.sweep import work
-from interp.sweep.store import Store
+from interp.jobs import work
+from interp.jobs.store import Store
 
 work.JOBS["light"] = "sweep_light:LightJob"
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,7 +51,7 @@ def contents(store: Store) -> dict[str, bytes]:
 def main() -> int:
     if sys.argv[1] == "drive":
         from interp.errors import InterpError
-        from interp.sweep.drive import Options, drive
+        from interp.jobs.driver import Options, drive
 
         options = json.loads(sys.argv[3])
         limit = options.pop("largest_file", None)
@@ -67,7 +67,7 @@ def main() -> int:
             return 2
         except KeyboardInterrupt:
             return 130
-    from interp.sweep.worker import main as worker
+    from interp.jobs.worker import main as worker
 
     return worker(sys.argv[1:])
 

@@ -132,7 +132,7 @@ def test_schedules_are_groups(tiny) -> None:
 
 
 def test_ablating_too_much_at_once_is_refused(tiny, monkeypatch) -> None:
-    monkeypatch.setattr("interp.ablation.MOST_WRITES", 20)
+    monkeypatch.setattr("interp.recipes.ablation.MOST_WRITES", 20)
     with pytest.raises(InterpError, match="in groups="):
         interp.ablate(tiny("llama"), PAIRS, tiny("llama").sites("z"), schedule="cumulative")
 

@@ -201,6 +201,8 @@ def test_the_kernels_folder_does_not_shadow_the_kernels_package() -> None:
 
 
 def test_importing_interp_is_light() -> None:
-    code = "import sys, interp, interp.cli; print(any(m in sys.modules for m in ('torch', 'transformers', 'plotly')))"
+    code = (
+        "import sys, interp, interp.cli.main; print(any(m in sys.modules for m in ('torch', 'transformers', 'plotly')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stdout + done.stderr

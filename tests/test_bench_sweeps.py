@@ -11,10 +11,10 @@ import interp
 from interp.bench import sweeps
 from interp.bench.cases import ALL_PEERS, Workbench, cases
 from interp.bench.peers import HuggingFace, NNsight, Pyvene, TransformerLens, missing
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError
-from interp.loading import boot
+from interp.model.loading import boot
 from interp.sites import Site
-from interp.zoo.architectures import tiny_hf
 
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w1 w9 w3 w4 w5 w6", "w95", "w96")
 PEAKS = {"torch": 1.0, "engine": 2.0}

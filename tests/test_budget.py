@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import interp
+from interp.doctor.memory import PeakMemory
 from interp.engine.budget import as_bytes
 from interp.engine.core import Engine
 from interp.errors import InterpError
-from interp.memory import PeakMemory
 
 PAIRS = [interp.PromptPair(f"w{i} w2 w3 w4 w5 w6", f"w9 w{i} w3 w4 w5 w7", "w95", "w96") for i in range(10, 34)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import interp
-from interp.attention import AttentionStats
+from interp.results.attention_stats import AttentionStats
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def run(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     return subprocess.run(
-        [sys.executable, "-m", "interp.cli", *arguments],
+        [sys.executable, "-m", "interp.cli.main", *arguments],
         capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **env},
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_interrupting_leaves_finished_results_readable(tmp_path: Path) -> None:
 
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     job = subprocess.Popen(
-        [sys.executable, "-u", "-m", "interp.cli", "demo", "--n", "2", "--out", str(tmp_path)],
+        [sys.executable, "-u", "-m", "interp.cli.main", "demo", "--n", "2", "--out", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
         # a test run started in a shell's background would hand "ignore ctrl-C" down to the child
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

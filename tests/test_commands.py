@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import interp
-from interp import cli
+from interp.cli import main as cli
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError, PromptError
-from interp.prompt_files import read_prompts, read_texts
-from interp.zoo.architectures import tiny_hf
+from interp.prompts.files import read_prompts, read_texts
 
 PAIRS = [
     {"clean": "w1 w2 w3 w4", "corrupt": "w1 w9 w3 w4", "answer": "w95", "foil": "w96", "spans": {"name": "w2"}},
@@ -92,7 +92,7 @@ def test_a_verb_does_what_its_function_does(run, tmp_path, folder) -> None:
 
 def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
     line = "patch --model {f}/m --sites z --pairs {f}/pairs.csv"
-    monkeypatch.setattr("interp.sweep_options.ASK_FROM", 0.0)
+    monkeypatch.setattr("interp.cli.options.ASK_FROM", 0.0)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     code, text, err = run(line)
     assert code == 2 and "--yes" in err and "FLOP" in err and not text

@@ -9,7 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from interp import cli, corpus
+from interp import corpus
+from interp.cli import main as cli
 from interp.corpus.moments import Moments, merged, table_of
 from interp.corpus.reading import documents
 from interp.errors import InterpError

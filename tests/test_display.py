@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import interp
-from interp.effects import Effects
+from interp.results.effects import Effects
 from interp.sites import Site
 
 sys.path.insert(0, str(Path(__file__).parent / "plots"))

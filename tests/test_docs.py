@@ -67,7 +67,7 @@ def test_commands_on_the_pages_exist() -> None:
     import typer
     from click import Context
 
-    from interp.cli import app
+    from interp.cli.main import app
 
     known = typer.main.get_command(app)
     context = Context(known)

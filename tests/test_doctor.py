@@ -9,13 +9,13 @@ import torch
 from typer.testing import CliRunner
 
 import interp
-from interp import doctor
-from interp.cli import app
+from interp.cli.main import app
+from interp.doctor import examine as doctor
+from interp.doctor.families.text import tiny_hf
+from interp.doctor.matrix import WORDS
+from interp.doctor.memory import PeakMemory, forward_peak
 from interp.errors import InterpError
-from interp.instrument import Instrument
-from interp.matrix import WORDS
-from interp.memory import PeakMemory, forward_peak
-from interp.zoo.architectures import tiny_hf
+from interp.model.instrument import Instrument
 from interp.zoo.tokenizer import word_tokenizer
 
 
@@ -92,7 +92,7 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 def test_activations_grow_linearly_so_that_the_estimate_holds(tokenizer) -> None:
     import transformers
 
-    from interp.zoo.architectures import config
+    from interp.doctor.families.text import config
 
     long = config("llama")
     long.max_position_embeddings = 2048
@@ -132,7 +132,7 @@ def test_the_command_line_says_by_its_exit_code_whether_all_is_well(tmp_path, to
 
 @pytest.mark.parametrize(("options", "marks"), [([], "✓"), (["--markdown"], "| llama | LlamaForCausalLM |")])
 def test_the_command_line_prints_the_matrix(options: list[str], marks: str, monkeypatch) -> None:
-    from interp.matrix import table
+    from interp.doctor.matrix import table
 
     monkeypatch.setattr(table, "FAMILIES", {"llama": table.FAMILIES["llama"]})
     done = CliRunner().invoke(app, ["doctor", "--architectures", *options])
@@ -169,10 +169,10 @@ def test_the_doctor_sees_every_kind_of_model(family: str) -> None:
 def test_the_doctor_notices_a_model_of_images_that_changed(monkeypatch) -> None:
     real = Instrument.__call__
     hf = tiny_hf("vit", torch.float32)
-    from interp import verification
+    from interp.model import verification
 
     monkeypatch.setattr(verification, "verify", lambda model, before: None)
-    monkeypatch.setattr("interp.model.verify", lambda model, before: None)
+    monkeypatch.setattr("interp.model.model.verify", lambda model, before: None)
     monkeypatch.setattr(
         Instrument, "__call__", lambda self, call, bridge: real(self, replace(call, scale=call.scale * 1.1), bridge)
     )

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from interp.effects import COLUMNS, Effects
 from interp.errors import InterpError
+from interp.results.effects import COLUMNS, Effects
 
 
 def table(values: np.ndarray, **fixed) -> Effects:

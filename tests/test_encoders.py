@@ -10,8 +10,8 @@ from headstats import StatSpec
 from pictured import blocks_of, cut
 
 import interp
+from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.errors import PromptError
-from interp.zoo.architectures import FAMILIES, tiny_hf
 
 ENCODERS = of_kind("encoder")
 

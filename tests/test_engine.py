@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import interp
+from interp.doctor.families.text import FAMILIES
 from interp.engine import Cell, Engine, Write
 from interp.errors import InterpError
 from interp.sites import COMPONENTS, Site
-from interp.zoo.architectures import FAMILIES
 
 COMPONENTS_SWEPT = sorted(set(COMPONENTS) - {"result", "embed"})
 # float64 throughout on our side; eager's float32 softmax plays no part, since both engines run through headstats
@@ -208,14 +208,14 @@ def test_batches_do_not_change_results(tiny, monkeypatch) -> None:
     pairs = [interp.PromptPair(words([i, 2, 3, i]), words([i, 9, 3, 5]), "w95", "w96") for i in range(4)]
     whole = interp.patch(model, pairs, model.sites("resid_pre")).frame()
     monkeypatch.setattr(core, "ROWS_PER_BATCH", 7)
-    monkeypatch.setattr("interp.recipes.RUN_BYTES", 1)  # one example at a time
+    monkeypatch.setattr("interp.recipes.sweep_loop.RUN_BYTES", 1)  # one example at a time
     pieces = interp.patch(model, pairs, model.sites("resid_pre")).frame()
     np.testing.assert_allclose(pieces["patched"], whole["patched"], **EXACT)
 
 
 def test_a_wrong_fast_path_is_noticed_and_left(tiny, monkeypatch, caplog) -> None:
     """Negative control of the self-check: break the packed attention, and auto must fall back to naive, saying so."""
-    import interp.engine.joint as joint
+    import interp.engine.packed_attention as joint
 
     model = tiny("llama")
     pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")

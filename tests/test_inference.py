@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from interp.inference import benjamini_hochberg, sign_flip
+from interp.results.significance import benjamini_hochberg, sign_flip
 
 
 def test_sign_flip_counts_every_sign_pattern() -> None:

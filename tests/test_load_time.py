@@ -34,8 +34,8 @@ def seconds(*arguments: str) -> float:
     ("arguments", "most"),
     [
         (("-c", "import interp"), 0.25),
-        (("-m", "interp.cli", "--help"), 0.35),
-        (("-m", "interp.cli", "doctor", "--help"), 0.35),
+        (("-m", "interp.cli.main", "--help"), 0.35),
+        (("-m", "interp.cli.main", "doctor", "--help"), 0.35),
         (("-c", "import interp; interp.load"), 3.0),
     ],
     ids=["import", "help", "help-of-a-verb", "load-function"],

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import interp
+from interp.doctor.families.text import tiny_hf
 from interp.errors import ModelError, PromptError
-from interp.zoo.architectures import tiny_hf
 
 
 @pytest.fixture()

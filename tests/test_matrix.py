@@ -10,11 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp.dense import AttentionCall
+from interp.doctor.families.text import FAMILIES
+from interp.doctor.matrix import (
+    ALLOWED,
+    CHECKS,
+    Case,
+    Verdict,
+    architectures,
+    difference,
+    examine_family,
+    header,
+    run_check,
+)
 from interp.errors import InterpError
-from interp.instrument import Instrument
-from interp.matrix import ALLOWED, CHECKS, Case, Verdict, architectures, difference, examine_family, header, run_check
-from interp.zoo.architectures import FAMILIES
+from interp.model.attention_call import AttentionCall
+from interp.model.instrument import Instrument
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
 case = lru_cache(maxsize=2)(Case)  # one family's models serve all its checks

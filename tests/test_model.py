@@ -11,10 +11,10 @@ from architectures import ARCHITECTURES
 from headstats import STATISTICS, StatSpec
 
 import interp
-from interp import adapters
-from interp.attention import KEY_STATISTICS
+from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.engine import Engine
-from interp.zoo.architectures import FAMILIES, tiny_hf
+from interp.model import bridge_adapters as adapters
+from interp.results.attention_stats import KEY_STATISTICS
 
 # transformers' eager attention rounds its softmax to float32 even in float64 models; logits here are of order 10.
 EAGER = {"atol": 2e-5, "rtol": 1e-5}

@@ -7,8 +7,8 @@ import torch
 from headstats import StatSpec
 
 import interp
+from interp.doctor.families.text import tiny_hf
 from interp.errors import ModelError, PromptError
-from interp.zoo.architectures import tiny_hf
 
 
 def test_attention_that_transformer_lens_computes_in_its_own_way_is_refused_by_name(word_tokenizer) -> None:
@@ -65,7 +65,7 @@ def test_wrong_attention_is_refused(word_tokenizer, monkeypatch) -> None:
     """Negative control: a kernel with a wrong scale must not pass the check at loading."""
     import headstats
 
-    import interp.instrument as instrument
+    import interp.model.instrument as instrument
 
     real = headstats.attend
     monkeypatch.setattr(instrument.headstats, "attend", lambda *a, **k: real(*a, **{**k, "scale": k["scale"] * 1.05}))

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import interp
-from interp.effects import read_parquet
 from interp.errors import InterpError, PromptError, SiteError
-from interp.patterns import (
+from interp.results.attention_patterns import (
     AttentionPatterns,
     chunked,
     partition,
@@ -21,6 +20,7 @@ from interp.patterns import (
     vertical_scores,
     weights_of,
 )
+from interp.results.effects import read_parquet
 
 TEXT = " ".join(f"w{i}" for i in (5, 9, 3, 5, 9, 44, 7, 61, 5, 9, 3, 12, 12, 80, 2, 33, 5, 9))
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import interp
-from interp.engine import Engine, core, joint, packed, products
+from interp.engine import Engine, core
+from interp.engine import matmul as products
+from interp.engine import packed_attention as joint
+from interp.engine import packed_forward as packed
 from interp.errors import InterpError
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import interp
+from interp.doctor.families.text import tiny_hf
+from interp.doctor.matrix import difference
 from interp.errors import ModelError
-from interp.matrix import difference
-from interp.zoo.architectures import tiny_hf
 
 TOKENS = torch.tensor([[5, 9, 5, 77, 12, 9, 5, 31, 2]])
 # The weights here are large, so that attention is sharp and rounding shows: of the largest logit, per dtype.

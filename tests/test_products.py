@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import interp
-from interp.engine import Engine, packed, products
-from interp.engine.base import lean_runs
-from interp.engine.lean import WRITABLE, lean_blocks
-from interp.engine.products import ONEDNN, PLAIN, filled_rows
+from interp.doctor.families.text import tiny_hf
+from interp.engine import Engine
+from interp.engine import matmul as products
+from interp.engine import packed_forward as packed
+from interp.engine.base_runs import lean_runs
+from interp.engine.matmul import ONEDNN, PLAIN, filled_rows
+from interp.engine.plain_blocks import WRITABLE, lean_blocks
 from interp.engine.runs import record
-from interp.zoo.architectures import tiny_hf
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

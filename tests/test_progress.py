@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 
-from interp.progress import progress
+from interp.utils.progress import progress
 
 
 def test_jupyter_without_widgets_gets_a_line_and_no_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    monkeypatch.setattr("interp.progress.find_spec", lambda name: None)
+    monkeypatch.setattr("interp.utils.progress.find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with progress("patch z", 2, show=True) as advance:

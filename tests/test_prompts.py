@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from interp.errors import PromptError
-from interp.prompts import Fact, PairSet, PromptPair, encode_facts, encode_pairs, find_span
+from interp.prompts.pairs import Fact, PairSet, PromptPair, encode_facts, encode_pairs, find_span
 
 
 @pytest.fixture(scope="module")

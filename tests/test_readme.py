@@ -43,7 +43,7 @@ def test_make_targets_named_in_the_readme_exist() -> None:
 
 
 def test_verbs_named_in_the_readme_exist() -> None:
-    from interp.cli import app
+    from interp.cli.main import app
 
     verbs = {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}
     verbs |= {group.name or "" for group in app.registered_groups}

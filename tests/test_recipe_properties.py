@@ -229,7 +229,7 @@ def test_to_do_nothing_changes_nothing(tiny, kind: str) -> None:
 
 def test_everything_is_exactly_one_in_single_precision(word_tokenizer) -> None:
     """What carries all over is the other run, and is answered by it: no rounding stands in between."""
-    from interp.zoo.architectures import tiny_hf
+    from interp.doctor.families.text import tiny_hf
 
     model = interp.load(tiny_hf("llama", torch.float32), tokenizer=word_tokenizer)
     pairs = [interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96").span("end", "w2 w3 w4"),

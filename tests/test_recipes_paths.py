@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES
 
 import interp
 from interp.engine import Engine
-from interp.engine.probe import Probe
+from interp.engine.block_probe import Probe
 from interp.engine.runs import hooks
 from interp.errors import InterpError, PromptError, SiteError
 from interp.sites import Site

@@ -9,9 +9,9 @@ from architectures import of_kind
 from headstats import StatSpec
 
 import interp
-from interp.attention import AttentionStats
+from interp.doctor.families.text import tiny_hf
 from interp.errors import PromptError, SiteError
-from interp.zoo.architectures import tiny_hf
+from interp.results.attention_stats import AttentionStats
 
 KINDS = of_kind("seq2seq")
 STACKS = {"encoder": "encoder_blocks.{}.attn", "decoder": "decoder_blocks.{}.self_attn",

@@ -7,10 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import interp
-from interp.alignment import byte_alphabet, label, offsets_by_bytes, token_bytes
 from interp.errors import PromptError
-from interp.prompts import Prompt, PromptPair
-from interp.spans import chat_pair, chat_prompt, image_spans, sentence_spans, with_sentences
+from interp.prompts.pairs import Prompt, PromptPair
+from interp.prompts.spans import chat_pair, chat_prompt, image_spans, sentence_spans, with_sentences
+from interp.prompts.token_bytes import byte_alphabet, label, offsets_by_bytes, token_bytes
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 TEMPLATE = (
@@ -39,7 +39,7 @@ def byte_level():
 def model(byte_level):
     from transformers import LlamaForCausalLM
 
-    from interp.zoo.architectures import config
+    from interp.doctor.families.text import config
 
     small = config("llama")
     small.vocab_size, small.max_position_embeddings = len(byte_level), 256

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import interp
+from interp.doctor.families.text import tiny_hf
 from interp.errors import TaskError
-from interp.prompts import PairSet
-from interp.sweep.behaviour import FIRST, BaseRuns, asked, clear
-from interp.zoo.architectures import tiny_hf
+from interp.prompts.pairs import PairSet
+from interp.sweep.task_check import FIRST, BaseRuns, asked, clear
 
 
 class Counting(BaseRuns):

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from interp import cli
+from interp.cli import main as cli
 from interp.errors import InterpError
 from interp.sweep.config import differences, parse, parse_toml, read_config
 from interp.sweep.template import TEMPLATE
@@ -72,7 +72,7 @@ def test_parts_are_the_product_cut_by_examples() -> None:
 
 
 def test_tasks_go_by_the_names_of_the_command_line_too() -> None:
-    from interp.sweep.sections import makers
+    from interp.sweep.config_sections import makers
     from interp.tasks import TASKS, facts
 
     named = parse_toml(SMALL.replace('"ioi"', '"reasoning"')).tasks[0]

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 
-from interp.sweep.display import Display, Live, Tally, display, duration
+from interp.jobs.status import Display, Live, Tally, display, duration
 
 EVENTS = [
     {"event": "worker", "worker": 0, "pid": 5},

@@ -20,9 +20,9 @@ import pytest
 import sweep_light as light
 
 from interp.errors import InterpError
-from interp.sweep import files
-from interp.sweep.drive import Options, drive
-from interp.sweep.store import Store
+from interp.jobs.driver import Options, drive
+from interp.jobs.store import Store
+from interp.utils import files
 
 
 def driver(store: Store, **options) -> subprocess.Popen:

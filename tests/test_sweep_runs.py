@@ -11,12 +11,12 @@ import pytest
 import sweep_light as light
 
 import interp
-from interp import cli
+from interp.cli import main as cli
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError
 from interp.metrics import METRICS, Metric
-from interp.prompt_files import read_prompts
+from interp.prompts.files import read_prompts
 from interp.sweep.table import as_frame
-from interp.zoo.architectures import tiny_hf
 
 CONFIG = """
 name = "tiny"
@@ -123,7 +123,7 @@ def test_noise_on_facts_does_not_depend_on_the_cut(folder, tmp_path, model) -> N
 
 
 def test_executors_agree_to_the_bit_and_in_float32_nearly(folder, tmp_path, model, monkeypatch) -> None:
-    from interp.engine import products
+    from interp.engine import matmul as products
 
     recipes = {"patch": "", "ablate": 'using = "resample"'}
     sweep(folder, tmp_path / "both", recipes=recipes)
@@ -160,7 +160,7 @@ def test_ray_agrees_to_the_bit_and_survives_the_loss_of_an_actor_and_of_a_node(f
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     spot = nodes.add_node(num_cpus=1)
     try:
-        from interp.sweep.executors.ray import Cluster
+        from interp.jobs.executors.ray import Cluster
 
         ray.init(address=nodes.address, log_to_driver=False)
         done, events = [], []

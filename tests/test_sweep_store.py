@@ -13,9 +13,9 @@ import pytest
 import sweep_light as light
 
 from interp.errors import InterpError
-from interp.sweep.files import inside, publish_file
-from interp.sweep.leases import HeartbeatLeases, LockLeases, holders, open_leases, suitable
-from interp.sweep.store import Receipt, Store
+from interp.jobs.leases import HeartbeatLeases, LockLeases, holders, open_leases, suitable
+from interp.jobs.store import Receipt, Store
+from interp.utils.files import inside, publish_file
 
 
 def test_a_part_is_written_once(tmp_path) -> None:
@@ -34,7 +34,7 @@ def test_a_part_is_written_once(tmp_path) -> None:
 
 @pytest.mark.parametrize("outside", ["nowhere", "there.parquet"])
 def test_links_among_the_parts_are_damage_and_hide_nothing(tmp_path, outside: str) -> None:
-    from interp.sweep.drive import Options, drive
+    from interp.jobs.driver import Options, drive
 
     store = light.make(tmp_path / "run", parts=20)
     assert drive(store, Options(executor="in-process", show="none")).code == 0
@@ -94,7 +94,7 @@ def test_locks_are_held_by_the_living(tmp_path) -> None:
     leases = open_leases(tmp_path / "leases", "locks")
     assert isinstance(leases, LockLeases)
     code = (
-        "import sys; from pathlib import Path; from interp.sweep.leases import LockLeases\n"
+        "import sys; from pathlib import Path; from interp.jobs.leases import LockLeases\n"
         f"lease = LockLeases(Path({str(tmp_path / 'leases')!r})).take(5); print(lease is not None, flush=True); input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -144,7 +144,7 @@ def test_heartbeats_take_over_only_what_was_watched_standing_still(tmp_path, mon
 
 def test_heartbeats_of_a_dead_process_of_this_machine_are_not_waited_for(tmp_path) -> None:
     code = (
-        "import os; from pathlib import Path; from interp.sweep.leases import HeartbeatLeases\n"
+        "import os; from pathlib import Path; from interp.jobs.leases import HeartbeatLeases\n"
         f"HeartbeatLeases(Path({str(tmp_path / 'l')!r})).take(1); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
@@ -154,7 +154,7 @@ def test_heartbeats_of_a_dead_process_of_this_machine_are_not_waited_for(tmp_pat
 
 
 def test_a_run_by_heartbeats(tmp_path) -> None:
-    from interp.sweep.drive import Options, drive
+    from interp.jobs.driver import Options, drive
 
     store = light.make(tmp_path / "run", parts=5)
     store.header["leases"] = "heartbeats"

@@ -7,7 +7,7 @@ import pytest
 
 import interp
 from interp.engine import Cell, Engine
-from interp.patching import STREAM
+from interp.recipes.patching import STREAM
 
 # The pair first differs at token 3 (the first one marks the beginning), and at 5 again.
 SPANS = {"both": (6, 14), "front": (3, 11)}  # by character: tokens 3 to 5, and 2 to 4

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import interp
 from interp.engine.runs import hooks
 from interp.errors import InterpError, PromptError, SiteError
+from interp.recipes.targets import targets_of, window_layers
 from interp.sites import Site
-from interp.targets import targets_of, window_layers
 
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")
 OTHER = interp.PromptPair("w11 w2 w13 w4 w5", "w1 w9 w3 w7 w15", "w93", "w96")

@@ -13,10 +13,10 @@ from pictured import blocks_of, cut, entering, replaced_input
 from torch import Tensor
 
 import interp
-from interp import made_up
+from interp.doctor.families.text import tiny_hf
 from interp.errors import ModelError, PromptError
-from interp.pictures import output_of
-from interp.zoo.architectures import tiny_hf
+from interp.model import dummy_inputs as made_up
+from interp.prompts.images import output_of
 
 ENCODERS = of_kind("vision")
 

@@ -11,9 +11,9 @@ from architectures import of_kind
 from pictured import blocks_of, cut
 
 import interp
-from interp import made_up
+from interp.doctor.families.text import tiny_hf
 from interp.errors import ModelError, PromptError
-from interp.zoo.architectures import tiny_hf
+from interp.model import dummy_inputs as made_up
 from interp.zoo.tokenizer import SPECIALS, word_tokenizer
 
 FAMILIES = of_kind("vision-language")

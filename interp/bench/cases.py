@@ -14,9 +14,9 @@ import interp
 from interp.bench.peers import Cell, HuggingFace, Job, Loop, NNsight, OneByOne, Pyvene, Record, TransformerLens
 from interp.engine.cells import rows_of
 from interp.engine.plan import Plan
-from interp.prompts import Encoded, encode_facts, encode_pairs
+from interp.prompts.pairs import Encoded, encode_facts, encode_pairs
+from interp.recipes.tracing import subject_noise, subject_std
 from interp.sites import Site, Sites
-from interp.tracing import subject_noise, subject_std
 
 CLEAN = "When John and Mary went to the store, John gave a drink to"
 LATE = CLEAN.replace("store, John", "store, Mary")

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InterpError
-from interp.provenance import now, versions
+from interp.utils.provenance import now, versions
 
 Say = Callable[[str], None]
 CONFIG: dict[str, Any] = {
@@ -122,7 +122,7 @@ def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]
         with tempfile.TemporaryDirectory() as folder:
             config = {**CONFIG, "examples_per_part": 2, "tasks": [{"task": "ioi", "n": 2 * parts}]}
             sweep = interp.Sweep(config, Path(folder) / "run")
-            command = [sys.executable, "-m", "interp.cli", "sweep", "resume", str(sweep.root), "--log", "json"]
+            command = [sys.executable, "-m", "interp.cli.main", "sweep", "resume", str(sweep.root), "--log", "json"]
             sweep.create()
             begun = time.perf_counter()
             process = subprocess.Popen(
@@ -200,9 +200,9 @@ class _Nothing:
 
 def resume(say: Say) -> dict[str, Any]:
     """A run of 10,000 parts of which ten are missing: seconds from the start of a driver to the first part."""
-    from interp.sweep import work
-    from interp.sweep.drive import Options, drive
-    from interp.sweep.store import Store
+    from interp.jobs import work
+    from interp.jobs.driver import Options, drive
+    from interp.jobs.store import Store
 
     work.JOBS["nothing"] = f"{__name__}:_Nothing"
     with tempfile.TemporaryDirectory() as folder:
@@ -242,7 +242,7 @@ def corpus(say: Say) -> dict[str, Any]:
 def _corpus(n: int) -> None:
     import interp
     from interp import corpus as measured
-    from interp.zoo.architectures import tiny_hf
+    from interp.doctor.families.text import tiny_hf
     from interp.zoo.known import induction
 
     hf = tiny_hf("llama")

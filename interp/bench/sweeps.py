@@ -16,9 +16,9 @@ import torch
 import interp
 from interp.bench.cases import NAMES, Case, Workbench, cases
 from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
-from interp.engine.products import PLAIN, Products, products_for
+from interp.engine.matmul import PLAIN, Products, products_for
 from interp.errors import InterpError
-from interp.provenance import now, versions
+from interp.utils.provenance import now, versions
 
 TOLERANCE = 1e-4  # logits, or probability
 SLOW, LONG = 20.0, 60.0  # seconds from which a path runs twice at most; and from which interp runs once
@@ -29,8 +29,8 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
     """The embedded model three times (interp's, plain, TransformerLens'), and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from interp.loading import boot
-    from interp.zoo.embedded import embedded_model
+    from interp.model.embedded import embedded_model
+    from interp.model.loading import boot
 
     folder = embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)

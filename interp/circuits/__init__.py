@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from interp.circuits.attribution import attribute_edges
-    from interp.circuits.baselines import magnitude_scores, random_scores
-    from interp.circuits.channels import Channels, attention_channels
-    from interp.circuits.curves import MIB, Curve, curve, mib
-    from interp.circuits.diffmask import HeadMasks, differential_masks
-    from interp.circuits.faithful import Faithfulness, completeness, faithfulness, minimality
-    from interp.circuits.flow import flow_routes, flow_scores
-    from interp.circuits.gates import causal_head_gating, contrastive_head_gating
-    from interp.circuits.graph import Circuit
-    from interp.circuits.head_gates import HeadGates
-    from interp.circuits.interchange import Interchange, interchange_accuracy
-    from interp.circuits.nodes import atp_star, attribute_sites
-    from interp.circuits.pruning import Pruned, prune_edges
+    from interp.circuits.acdc_search import acdc, acdc_sweep
+    from interp.circuits.attribution.baselines import magnitude_scores, random_scores
+    from interp.circuits.attribution.edges import attribute_edges
+    from interp.circuits.attribution.flow import flow_routes, flow_scores
+    from interp.circuits.attribution.nodes import atp_star, attribute_sites
+    from interp.circuits.attribution.screening import screen
+    from interp.circuits.circuit import Circuit
+    from interp.circuits.evaluation.curves import MIB, Curve, curve, mib
+    from interp.circuits.evaluation.faithfulness import Faithfulness, completeness, faithfulness, minimality
+    from interp.circuits.interchange.interchange import Interchange, interchange_accuracy
+    from interp.circuits.learned.causal_gating import causal_head_gating, contrastive_head_gating
+    from interp.circuits.learned.diffmask import HeadMasks, differential_masks
+    from interp.circuits.learned.edge_pruning import Pruned, prune_edges
+    from interp.circuits.learned.head_gates import HeadGates
     from interp.circuits.roles import name_roles, score_neurons
     from interp.circuits.scores import EdgeScores
-    from interp.circuits.screening import screen
-    from interp.circuits.search import acdc, acdc_sweep
-    from interp.circuits.weights import WeightCircuits
+    from interp.circuits.weights.channels import Channels, attention_channels
+    from interp.circuits.weights.composition import WeightCircuits
 
-_NAMES = {
-    "attribution": ("attribute_edges",),
-    "baselines": ("magnitude_scores", "random_scores"),
-    "channels": ("Channels", "attention_channels"),
-    "diffmask": ("HeadMasks", "differential_masks"),
-    "curves": ("MIB", "Curve", "curve", "mib"),
-    "faithful": ("Faithfulness", "completeness", "faithfulness", "minimality"),
-    "flow": ("flow_routes", "flow_scores"),
-    "gates": ("causal_head_gating", "contrastive_head_gating"),
-    "graph": ("Circuit",),
-    "head_gates": ("HeadGates",),
-    "interchange": ("Interchange", "interchange_accuracy"),
-    "nodes": ("atp_star", "attribute_sites"),
-    "pruning": ("Pruned", "prune_edges"),
+_EXPORTS = {
+    "acdc_search": ("acdc", "acdc_sweep"),
+    "attribution.baselines": ("magnitude_scores", "random_scores"),
+    "attribution.edges": ("attribute_edges",),
+    "attribution.flow": ("flow_routes", "flow_scores"),
+    "attribution.nodes": ("atp_star", "attribute_sites"),
+    "attribution.screening": ("screen",),
+    "circuit": ("Circuit",),
+    "evaluation.curves": ("MIB", "Curve", "curve", "mib"),
+    "evaluation.faithfulness": ("Faithfulness", "completeness", "faithfulness", "minimality"),
+    "interchange.interchange": ("Interchange", "interchange_accuracy"),
+    "learned.causal_gating": ("causal_head_gating", "contrastive_head_gating"),
+    "learned.diffmask": ("HeadMasks", "differential_masks"),
+    "learned.edge_pruning": ("Pruned", "prune_edges"),
+    "learned.head_gates": ("HeadGates",),
     "roles": ("name_roles", "score_neurons"),
     "scores": ("EdgeScores",),
-    "screening": ("screen",),
-    "search": ("acdc", "acdc_sweep"),
-    "weights": ("WeightCircuits",),
+    "weights.channels": ("Channels", "attention_channels"),
+    "weights.composition": ("WeightCircuits",),
 }
-_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "MIB", "Channels", "Circuit", "Curve", "EdgeScores", "Faithfulness", "HeadGates", "HeadMasks", "Interchange",
@@ -55,10 +55,4 @@ __all__ = [
     "name_roles", "prune_edges", "random_scores", "score_neurons", "screen",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'interp.circuits' has no attribute {name!r}")
-    value = getattr(import_module(f"interp.circuits.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -35,15 +35,15 @@ from headstats.patterns import pattern_rows
 from jaxtyping import Bool
 from torch import Tensor
 
-from interp.circuits.evaluation import Evaluator, token_batches
-from interp.circuits.graph import Circuit
-from interp.circuits.nodes import attribute_sites
-from interp.circuits.softmax import calls_kept
-from interp.dense import AttentionCall
+from interp.circuits.attribution.nodes import attribute_sites
+from interp.circuits.attribution.qk_fix import calls_kept
+from interp.circuits.circuit import Circuit
+from interp.circuits.evaluation.evaluator import Evaluator, token_batches
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
-from interp.model import Model
-from interp.prompts import PromptPair
+from interp.model.attention_call import AttentionCall
+from interp.model.model import Model
+from interp.prompts.pairs import PromptPair
 from interp.sites import Site
 
 UNKNOWN = "unknown"

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from interp.circuits.architecture import Architecture
-from interp.circuits.graph import Circuit
+from interp.circuits.circuit import Circuit
+from interp.circuits.topology import Architecture
 from interp.errors import InterpError
 from interp.sites import Edge, Site
 

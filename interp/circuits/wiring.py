@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.circuits.architecture import Architecture, architecture
+from interp.circuits.topology import Architecture, architecture
 from interp.engine.runs import hooks
 from interp.errors import ModelError
-from interp.model import Model
+from interp.model.model import Model
 
 TOLERANCE = 1e-3  # of the activations' own scale; rounding of float32 is far below, a missing norm far above
 ROUNDINGS = 4  # of the activations' type, where those are more: of bfloat16 and float16

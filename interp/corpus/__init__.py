@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from interp.corpus.run import CorpusStatistics, statistics
 
 __all__ = ["CorpusStatistics", "statistics"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from interp.corpus import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, {"run": ("CorpusStatistics", "statistics")})

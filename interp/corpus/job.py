@@ -26,7 +26,7 @@ def spec_of(statistics: dict[str, Any] | None) -> Any:
     """A StatSpec of what was asked for: statistics with one number for a position, which have a mean."""
     import headstats
 
-    from interp.head_statistics import one_number_each
+    from interp.model.collect_statistics import one_number_each
 
     try:
         spec = headstats.StatSpec() if statistics is None else headstats.StatSpec(**{**_off(), **statistics})
@@ -123,7 +123,7 @@ class CorpusJob:
         """One buffer of windows through the model."""
         import torch
 
-        from interp.batching import equal_length_batches
+        from interp.model.batching import equal_length_batches
 
         with torch.no_grad():
             for batch in equal_length_batches(windows):
@@ -154,7 +154,7 @@ class CorpusJob:
 
 def _collected(model: Any, ids: list[list[int]], statistics: dict[str, Any] | None) -> dict[str, Any]:
     """Statistics of windows of one length: arrays [window, layers, heads, position]."""
-    from interp.head_statistics import stack_layers
+    from interp.model.collect_statistics import stack_layers
 
     with model.instrument.collecting(spec_of(statistics)) as collected:
         model.forward(ids)

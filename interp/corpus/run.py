@@ -16,11 +16,11 @@ from interp.corpus.job import spec_of, stretches
 from interp.corpus.moments import merged
 from interp.corpus.reading import described
 from interp.errors import InterpError
+from interp.jobs.driver import Options, Outcome, drive
+from interp.jobs.store import Store
 from interp.sweep.config import differences
-from interp.sweep.drive import Options, Outcome, drive
+from interp.sweep.config_sections import PICKLES
 from interp.sweep.export import tables
-from interp.sweep.sections import PICKLES
-from interp.sweep.store import Store
 
 BYTES_PER_PART = 2**19
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

@@ -9,7 +9,7 @@ import torch
 
 from interp.engine.plan import BlockCost
 from interp.errors import InterpError
-from interp.model import Model
+from interp.model.model import Model
 from interp.sites import COMPONENTS
 
 UNITS = {"": 1, "b": 1} | {

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.errors import PromptError
-from interp.prompts import Encoded
+from interp.prompts.pairs import Encoded
 from interp.sites import Site
 
 # A change here reaches other positions only in later blocks: within its own block it comes after the keys and values.

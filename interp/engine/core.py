@@ -12,17 +12,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.batching import TOKENS_PER_FORWARD
-from interp.engine import naive, packed
-from interp.engine.base import lean_runs
+from interp.engine import naive
+from interp.engine import packed_forward as packed
+from interp.engine.base_runs import lean_runs
 from interp.engine.budget import Budget, as_bytes
 from interp.engine.cells import Cell, Write
-from interp.engine.lean import WRITABLE, LeanBlock, fixed_rotary, lean_blocks
+from interp.engine.matmul import redirected
+from interp.engine.plain_blocks import WRITABLE, LeanBlock, fixed_rotary, lean_blocks
 from interp.engine.plan import PLANNING
-from interp.engine.products import redirected
 from interp.engine.runs import Frame, Run, record
 from interp.errors import InterpError, SiteError
-from interp.model import Model
+from interp.model.batching import TOKENS_PER_FORWARD
+from interp.model.model import Model
 from interp.sites import COMPONENTS, Site
 
 log = logging.getLogger("interp")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp.engine.cells import Cell, Write, cut_mask, write_into
 from interp.engine.runs import Run, hooks
-from interp.model import Model
+from interp.model.model import Model
 
 
 def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interp.engine.cells import Cell
-from interp.engine.products import products_for
+from interp.engine.matmul import products_for
 from interp.engine.runs import Run
 from interp.errors import InterpError
-from interp.model import Model
+from interp.model.model import Model
 
 if TYPE_CHECKING:
     from interp.engine.core import Engine

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.batching import equal_length_batches
-from interp.dense import AttentionCall
 from interp.engine.cells import Write
-from interp.given import frozen
-from interp.instrument import attend
-from interp.model import Model
+from interp.model.attention_call import AttentionCall
+from interp.model.batching import equal_length_batches
+from interp.model.instrument import attend
+from interp.model.model import Model
+from interp.prompts.model_input import frozen
 from interp.sites import COMPONENTS, Site
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from interp.attention import AttentionStats
-from interp.patterns import AttentionPatterns
 from interp.plots import payload
 from interp.plots.pattern_payload import encode_pattern_example, expected_bytes
+from interp.results.attention_patterns import AttentionPatterns
+from interp.results.attention_stats import AttentionStats
 
 SHORT_BYTES, LONG_BYTES = 1_500_000, 5_000_000
 LONG_TOKENS = 64  # a page about longer prompts may be larger, and its maps may lose lines rather than the page a prompt

@@ -84,7 +84,7 @@ def _kind(site: Site, graph: Any) -> str:
 def decode_circuit(data: dict[str, Any]) -> Any:
     """The Circuit that a report was given."""
     from interp.circuits import Circuit
-    from interp.circuits.architecture import Architecture
+    from interp.circuits.topology import Architecture
 
     edges = {
         Edge(Site.parse(e["sender"]), Site.parse(e["receiver"])): float("nan") if e["score"] is None else e["score"]

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from interp.attention import AttentionStats
-from interp.effects import Effects
 from interp.errors import InterpError
 from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.labels import visible
 from interp.plots.panels import INTERVALS, VALUES, Axis, EdgePanel, Panel, Variant, split
+from interp.results.attention_stats import AttentionStats
+from interp.results.effects import Effects
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 AXIS_TITLES = {"layer": "layer", "head": "head", "position": "token", "role": "part of the prompt", "all": "",

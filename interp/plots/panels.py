@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.effects import SITE_COLUMNS, Effects
 from interp.errors import InterpError
 from interp.plots.labels import visible
+from interp.results.effects import SITE_COLUMNS, Effects
 from interp.sites import Site
 
 VALUES = {

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from interp.patterns import AttentionPatterns, PatternExample, PatternRun, head_name, roots, vertical_scores, weights_of
 from interp.plots import png
 from interp.plots.codec import pack, unpack
 from interp.plots.labels import visible
+from interp.results.attention_patterns import (
+    AttentionPatterns,
+    PatternExample,
+    PatternRun,
+    head_name,
+    roots,
+    vertical_scores,
+    weights_of,
+)
 
 SHEET_LINES = 256  # short maps are stacked in images of about this height: few to decode, each quickly
 SAMPLED = 12  # maps that tell the size of all

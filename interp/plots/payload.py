@@ -13,10 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.attention import KEY_STATISTICS, AttentionStats
-from interp.effects import ADDED, COLUMNS, Effects
 from interp.errors import InterpError
-from interp.patterns import AttentionPatterns
 from interp.plots.circuit_payload import (
     CircuitLike,
     CurveLike,
@@ -29,6 +26,9 @@ from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
 from interp.plots.labels import visible
 from interp.plots.panels import Axis, EdgePanel, Panel, Variant, split
 from interp.plots.pattern_payload import decode_patterns, encode_patterns
+from interp.results.attention_patterns import AttentionPatterns
+from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
+from interp.results.effects import ADDED, COLUMNS, Effects
 
 Result = Effects | AttentionStats | AttentionPatterns | CircuitLike | CurveLike | str
 

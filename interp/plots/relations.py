@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from interp.effects import SITE_COLUMNS, Effects
 from interp.errors import InterpError
-from interp.patterns import AttentionPatterns, Head, head_name
 from interp.plots.circuit_payload import CurveLike
 from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.figures import FONT
 from interp.plots.labels import visible
+from interp.results.attention_patterns import AttentionPatterns, Head, head_name
+from interp.results.effects import SITE_COLUMNS, Effects
 
 LINE = DIVERGING[2]
 

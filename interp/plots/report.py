@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from interp.attention import AttentionStats
-from interp.effects import Effects
 from interp.errors import InterpError
-from interp.patterns import AttentionPatterns
 from interp.plots import budget, payload
 from interp.plots.circuit_payload import CircuitLike, CurveLike
 from interp.plots.colors import COLORS
 from interp.plots.template import fill_template
+from interp.results.attention_patterns import AttentionPatterns
+from interp.results.attention_stats import AttentionStats
+from interp.results.effects import Effects
 
 log = logging.getLogger("interp")
 

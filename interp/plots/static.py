@@ -6,13 +6,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from interp.attention import AttentionStats
-from interp.effects import Effects
-from interp.patterns import AttentionPatterns, head_name
 from interp.plots.circuit_payload import CurveLike
 from interp.plots.figures import heads, heatmap
 from interp.plots.panels import split
 from interp.plots.relations import attention_map, faithfulness
+from interp.results.attention_patterns import AttentionPatterns, head_name
+from interp.results.attention_stats import AttentionStats
+from interp.results.effects import Effects
 
 
 def figures_of(sections: list[tuple[str | None, Any]]) -> dict[str, go.Figure]:

@@ -6,18 +6,13 @@ brings it to its end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from interp.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from interp.sweep.api import Sweep
 
 __all__ = ["Sweep"]
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy: a worker of light parts need not load pandas.
-    if name == "Sweep":
-        from interp.sweep.api import Sweep
-
-        return Sweep
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, {"api": ("Sweep",)})

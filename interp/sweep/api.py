@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from interp.effects import Effects
 from interp.errors import InterpError
+from interp.jobs.driver import Options, Outcome, drive
+from interp.jobs.store import Inventory, Store
+from interp.results.effects import Effects
 from interp.sweep.config import Config, config_text, differences, parse, parse_toml
-from interp.sweep.drive import Options, Outcome, drive
-from interp.sweep.files import inside
-from interp.sweep.store import Inventory, Store
+from interp.utils.files import inside
 
 RUNS = Path("runs")
 
@@ -105,7 +105,7 @@ class Sweep:
         return plan(self.config, workers, self.models)
 
     def run(self, **options: Any) -> Outcome:
-        """Run, or go on with, the sweep; see `interp.sweep.drive.Options`. The outcome's ``code`` is the exit code."""
+        """Run, or go on with, the sweep; see `interp.jobs.driver.Options`. The outcome's ``code`` is the exit code."""
         return drive(self.create(), Options(models=self.models, **options))
 
     def status(self) -> Inventory:

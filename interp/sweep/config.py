@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError
-from interp.sweep.fields import REQUIRED, Source, Table, list_of, name, one_of, spelled, text, whole
-from interp.sweep.recipe_fields import RECIPES
-from interp.sweep.sections import (
+from interp.sweep.config_sections import (
     ModelSpec,
     RecipeSpec,
     SitesSpec,
@@ -29,6 +27,8 @@ from interp.sweep.sections import (
     read_task,
     without_none,
 )
+from interp.sweep.config_table import REQUIRED, Source, Table, list_of, name, one_of, spelled, text, whole
+from interp.sweep.recipe_fields import RECIPES
 from interp.sweep.toml_lines import key_lines
 
 VERSION = 1

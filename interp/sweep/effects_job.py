@@ -123,7 +123,7 @@ class EffectsJob:
 
     def _ask(self, model: Any, part: Part, prompts: Prompts) -> str:
         """How well a model does a task, by its prompts; leaves the model settled on these."""
-        from interp.sweep.behaviour import BaseRuns, asked
+        from interp.sweep.task_check import BaseRuns, asked
 
         self.settle(model, prompts)
         runs = BaseRuns(model, self.config.engine, self.config.memory)
@@ -138,7 +138,7 @@ class EffectsJob:
         """
         from interp.engine import Engine
         from interp.engine.core import LEAN_RUNS, NOT_LEAN
-        from interp.prompts import encode_any
+        from interp.prompts.pairs import encode_any
 
         if anew or NOT_LEAN in model.engine_checks:
             model.engine_checks.clear()
@@ -218,8 +218,8 @@ class _Trial:
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:
         """The recipe on some examples, as a frame that counts them as the set does; NaN is let through."""
-        from interp.means import SHARED
-        from interp.recipes import EXAMPLES, KEEP_NAN
+        from interp.recipes.mean_activations import SHARED
+        from interp.recipes.sweep_loop import EXAMPLES, KEEP_NAN
 
         where = {i: n for n, i in enumerate(self.usable)}
         first, last = where[examples[0]], where[examples[-1]]
@@ -250,7 +250,7 @@ class _Trial:
 def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
     """The recipe's function, what follows model and prompts, and the options."""
     import interp
-    from interp.sweep_options import groups_of, numbers, place, receivers_of, sites_of
+    from interp.cli.options import groups_of, numbers, place, receivers_of, sites_of
 
     spec, known = part.recipe, RECIPES[part.recipe.recipe]
     recipe, options, args = getattr(interp, known.function), dict(spec.options), []

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
-from interp.effects import COLUMNS, Effects
 from interp.errors import InterpError
-from interp.sweep.files import publish_file, sync_folder, temporary_name, write_file, writing
-from interp.sweep.store import SCHEMA_VERSION, Receipt, Store
+from interp.jobs.store import SCHEMA_VERSION, Receipt, Store
+from interp.results.effects import COLUMNS, Effects
 from interp.sweep.table import LABELS, SCHEMA, as_frame
+from interp.utils.files import publish_file, sync_folder, temporary_name, write_file, writing
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".html": "html"}
 MOST_ON_A_PAGE = 2_000_000  # cells

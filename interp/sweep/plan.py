@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError
+from interp.jobs.status import duration
 from interp.sweep.config import Config, Part
-from interp.sweep.display import duration
 from interp.sweep.effects_job import EffectsJob, call_of, input_name
-from interp.sweep.files import inside
 from interp.sweep.prompt_sets import as_task
+from interp.utils.files import inside
 
 ROW_BYTES = 16.0  # of a packed row in a large part
 PART_BYTES = 11_000.0  # of a part beside its rows: columns' headers, provenance, receipt

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError, ModelError
-from interp.prompts import Fact, PairSet, PromptPair, encode_any
+from interp.prompts.pairs import Fact, PairSet, PromptPair, encode_any
 from interp.sweep.config import TaskSpec
-from interp.sweep.files import digest_of
-from interp.sweep.sections import makers
+from interp.sweep.config_sections import makers
+from interp.utils.files import digest_of
 
 Prompts = list[PromptPair | Fact]
 
@@ -118,7 +118,7 @@ def as_task(prompts: Sequence[PromptPair | Fact], task: TaskSpec, seed: int) -> 
 
 
 def _read(task: TaskSpec, content: bytes) -> Prompts:
-    from interp.prompt_files import read_prompts
+    from interp.prompts.files import read_prompts
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("prompts" + Path(str(task.pairs)).suffix)

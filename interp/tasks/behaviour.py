@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from interp.errors import PromptError, TaskError
-from interp.prompts import Encoded, Fact, PromptPair, encode_facts, encode_pairs
+from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
 from interp.tasks.vocabulary import TaskModel
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from interp.prompts import PromptPair
-from interp.tasks.making import Split, check_split, end_of, make, part, span_of
+from interp.prompts.pairs import PromptPair
+from interp.tasks.generate import Split, check_split, end_of, make, part, span_of
 from interp.tasks.vocabulary import TaskModel, TaskPairs, words_of_tokenizer
 
 ARGUMENTS, DOCUMENTED = 5, 2

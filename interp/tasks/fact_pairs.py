@@ -10,9 +10,9 @@ from collections import defaultdict
 from random import Random
 
 from interp.errors import TaskError
-from interp.prompts import Fact, PromptPair
+from interp.prompts.pairs import Fact, PromptPair
+from interp.tasks.generate import Split, check_split, part
 from interp.tasks.known_facts import all_facts, facts
-from interp.tasks.making import Split, check_split, part
 from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from random import Random
 from typing import Literal
 
-from interp.prompts import PromptPair
-from interp.tasks.making import Split, check_choice, check_split, end_of, fill, lists, make, part, usable
+from interp.prompts.pairs import PromptPair
+from interp.tasks.generate import Split, check_choice, check_split, end_of, fill, lists, make, part, usable
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
 PRONOUNS = ("she", "he")

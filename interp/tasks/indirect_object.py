@@ -10,18 +10,8 @@ import logging
 from random import Random
 from typing import Literal
 
-from interp.prompts import Coder, PromptPair
-from interp.tasks.making import (
-    Split,
-    check_choice,
-    check_split,
-    end_of,
-    fill,
-    lists,
-    make,
-    part,
-    usable,
-)
+from interp.prompts.pairs import Coder, PromptPair
+from interp.tasks.generate import Split, check_choice, check_split, end_of, fill, lists, make, part, usable
 from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one
 
 log = logging.getLogger("interp")

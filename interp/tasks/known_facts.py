@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from interp.errors import TaskError
-from interp.prompts import Fact, encode_facts
+from interp.prompts.pairs import Fact, encode_facts
 from interp.tasks.behaviour import margins
 from interp.tasks.vocabulary import TaskModel, at_least_one, token_of
 

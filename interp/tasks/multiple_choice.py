@@ -7,9 +7,9 @@ from string import ascii_uppercase
 from typing import Literal
 
 from interp.errors import TaskError
-from interp.prompts import PromptPair
+from interp.prompts.pairs import PromptPair
+from interp.tasks.generate import Split, check_choice, check_split, end_of, make, part, span_of, usable
 from interp.tasks.known_facts import relations
-from interp.tasks.making import Split, check_choice, check_split, end_of, make, part, span_of, usable
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
 

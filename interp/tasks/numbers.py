@@ -12,8 +12,8 @@ from random import Random
 from typing import Literal
 
 from interp.errors import TaskError
-from interp.prompts import Coder, PromptPair, Span
-from interp.tasks.making import Draw, Split, check_choice, check_split, end_of, fill, lists, make, part
+from interp.prompts.pairs import Coder, PromptPair, Span
+from interp.tasks.generate import Draw, Split, check_choice, check_split, end_of, fill, lists, make, part
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
 Style = Literal["digits", "numbers"]

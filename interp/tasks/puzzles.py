@@ -10,9 +10,9 @@ from random import Random
 from typing import Literal
 
 from interp.errors import TaskError
-from interp.prompts import PromptPair
+from interp.prompts.pairs import PromptPair
+from interp.tasks.generate import Split, check_choice, check_split, end_of, fill, lists, make, part, usable
 from interp.tasks.known_facts import relations
-from interp.tasks.making import Split, check_choice, check_split, end_of, fill, lists, make, part, usable
 from interp.tasks.vocabulary import TaskModel, TaskPairs, single_tokens
 
 Kind = Literal["recall", "reasoning"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from interp.prompts import PromptPair
-from interp.tasks.making import EVERY, Split, check_split, make, part
+from interp.prompts.pairs import PromptPair
+from interp.tasks.generate import EVERY, Split, check_split, make, part
 from interp.tasks.vocabulary import TaskModel, TaskPairs, words_of_tokenizer
 
 LENGTH = 12  # words in the first part

@@ -6,8 +6,8 @@ from random import Random
 from typing import Literal
 
 from interp.errors import TaskError
-from interp.prompts import Coder, PromptPair
-from interp.tasks.making import Split, check_choice, check_split, end_of, lists, make, span_of, usable
+from interp.prompts.pairs import Coder, PromptPair
+from interp.tasks.generate import Split, check_choice, check_split, end_of, lists, make, span_of, usable
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
 FEWEST_TOKENS = 100

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from interp.errors import TaskError
-from interp.prompts import Coder, PairSet, PromptPair
+from interp.prompts.pairs import Coder, PairSet, PromptPair
 
 
 class TaskModel(Protocol):

@@ -16,7 +16,7 @@ from interp.zoo.single_heads import duplicate_token, previous_token
 from interp.zoo.trained import Trained, modular_addition, trained_induction
 
 if TYPE_CHECKING:
-    from interp.zoo.embedded import embedded_model
+    from interp.model.embedded import embedded_model
 
 __all__ = [
     "Known", "Trained", "duplicate_token", "embedded_model", "greater_than", "induction", "ioi", "modular_addition",
@@ -25,9 +25,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `python -m interp.zoo.embedded` does not find its own module imported already.
+    # Lazy, so that `python -m interp.model.embedded` does not find its own module imported already.
     if name == "embedded_model":
-        from interp.zoo.embedded import embedded_model
+        from interp.model.embedded import embedded_model
 
         return embedded_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

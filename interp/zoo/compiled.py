@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
-from interp.prompts import PromptPair
+from interp.prompts.pairs import PromptPair
 from interp.sites import Site, Sites
 from interp.zoo import shipped
 from interp.zoo.known import Known, positions_of, spans_of

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from interp.errors import TaskError
-from interp.prompts import PromptPair
+from interp.prompts.pairs import PromptPair
 from interp.sites import Site, Sites
 from interp.zoo.known import Known, answers_and_foils, positions_of, spans_of
 from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES

@@ -26,7 +26,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import TaskError
-from interp.prompts import Fact, PairSet, PromptPair
+from interp.prompts.pairs import Fact, PairSet, PromptPair
 from interp.sites import Site, Sites
 from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import TYPE_CHECKING
 
-from interp.prompts import PromptPair
+from interp.prompts.pairs import PromptPair
 from interp.sites import Site, Sites
 from interp.zoo.known import Known, answers_and_foils, positions_of, spans_of
 from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES

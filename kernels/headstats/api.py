@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats import blocked, cpu, launch, ops, reference, validate_finite
+from headstats import cpu, reference
+from headstats import torch_ops as ops
+from headstats.blocked import backend as blocked
 from headstats.spec import AttentionStats, StatSpec
-from headstats.validate import make_call
-from headstats.values import tracing
+from headstats.triton import backend as launch
+from headstats.validate import finite as validate_finite
+from headstats.validate.call import make_call
+from headstats.validate.values import tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

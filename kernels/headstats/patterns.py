@@ -12,16 +12,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 
-from headstats import tiles
+from headstats.blocked import tiles
+from headstats.blocked.rows import softmax
+from headstats.blocked.tiles import (
+    Tile,
+    by_group,
+    heads_apart,
+    keys_and_values,
+    logits,
+    pattern_keys,
+    queries,
+    query_heads,
+)
 from headstats.call import Call, part
 from headstats.edit import Edit
-from headstats.rows import softmax
 from headstats.spec import StatSpec
 from headstats.stats import members
-from headstats.tiles import Tile, by_group, heads_apart, keys_and_values, logits, pattern_keys, queries, query_heads
-from headstats.validate import make_call
-from headstats.validate_edit import ACTING
-from headstats.validate_keys import integers, same_device
+from headstats.validate.call import make_call
+from headstats.validate.edit import ACTING
+from headstats.validate.keys import integers, same_device
 
 if TYPE_CHECKING:
     from typing import Unpack

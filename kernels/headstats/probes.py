@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headstats.blocked.tiles import heads_apart
 from headstats.call import Call, hidden_by_bias
 from headstats.stats import Value
-from headstats.tiles import heads_apart
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

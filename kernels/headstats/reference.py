@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import weights
 from headstats.call import HIDDEN, Call, hidden_by_bias
+from headstats.edits import weights
 from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, mapped, over_rows
 
 if TYPE_CHECKING:

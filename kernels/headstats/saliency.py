@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats import tiles
+from headstats.blocked import tiles
+from headstats.blocked.tiles import Tile, heads_apart, scores
 from headstats.call import Call
 from headstats.patterns import How, SegmentPairs, Weights, call_of, chosen_queries, row_tiles
-from headstats.tiles import Tile, heads_apart, scores
-from headstats.validate_keys import same_device
+from headstats.validate.keys import same_device
 
 if TYPE_CHECKING:
     from typing import Unpack

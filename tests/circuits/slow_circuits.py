@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import interp
-from interp.circuits.architecture import architecture
+from interp.circuits.topology import architecture
 from interp.engine.runs import hooks
 from interp.sites import Edge, Site
 

@@ -8,7 +8,7 @@ import pytest
 import interp
 from interp import zoo
 from interp.circuits import Circuit, acdc, acdc_sweep, attribute_edges
-from interp.circuits.evaluation import Evaluator
+from interp.circuits.evaluation.evaluator import Evaluator
 from interp.errors import InterpError, ModelError
 
 PAIRS = [
@@ -37,12 +37,12 @@ def test_circuits_run_together_as_they_run_alone(tiny, kind: str, using, monkeyp
     alone = slow.many(np.stack(masks))
     assert np.abs(alone[1] - alone[3:]).min() > 1e-4
     for tokens in (1024, 1):
-        monkeypatch.setattr("interp.circuits.evaluation.TOKENS", tokens)
+        monkeypatch.setattr("interp.circuits.evaluation.evaluator.TOKENS", tokens)
         evaluate = Evaluator(tiny(kind), PAIRS, interp.logit_diff, using)
         assert evaluate.packed is not None and len(evaluate.packed) == (1 if tokens > 1 else len(PAIRS))
         np.testing.assert_allclose(evaluate.many(np.stack(masks)), alone, atol=ATOL)
         np.testing.assert_allclose(evaluate.many(np.stack(masks), evaluate.start(masks[1])), alone, atol=ATOL)
-    monkeypatch.setattr("interp.circuits.running.HELD_BYTES", 0)
+    monkeypatch.setattr("interp.circuits.evaluation.ablated_forward.HELD_BYTES", 0)
     evaluate = Evaluator(tiny(kind), PAIRS, interp.logit_diff, using)
     assert evaluate.packed is None and evaluate.start(masks[1]) is None
     np.testing.assert_allclose(evaluate.many(np.stack(masks)), alone, atol=ATOL)
@@ -82,7 +82,7 @@ def test_equals_edges_tried_one_by_one(tiny, kind, metric, order, parents, absol
     want = one_by_one(model, threshold, metric, order, parents, absolute, start)
     assert 3 < want.sum() < 37
     for chain in (64, 3):
-        monkeypatch.setattr("interp.circuits.search.CHAIN", chain)
+        monkeypatch.setattr("interp.circuits.acdc_search.CHAIN", chain)
         found = acdc(model, PAIRS[1:], threshold, metric, **how)
         np.testing.assert_array_equal(found.mask(), want)
     assert found.provenance["threshold"] == threshold and found.provenance["start"]["method"] == "eap"

@@ -9,9 +9,9 @@ from slow_circuits import metric_as_circuit, outputs
 
 import interp
 from interp.circuits import Circuit, completeness, curve, faithfulness, mib, minimality, random_scores
-from interp.circuits.architecture import Architecture, architecture
-from interp.circuits.evaluation import Evaluator
-from interp.circuits.faithful import random_circuit
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.evaluation.faithfulness import random_circuit
+from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError
 from interp.sites import Edge, Site
 

@@ -10,10 +10,10 @@ from slow_circuits import activations, edge_scores, logit_diff, outputs
 import interp
 from interp import zoo
 from interp.circuits import atp_star, attribute_edges
-from interp.circuits.architecture import architecture
+from interp.circuits.topology import architecture
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError, ModelError
 from interp.sites import Edge, Site
-from interp.zoo.architectures import tiny_hf
 from interp.zoo.tokenizer import word_tokenizer as word_tokenizer_of
 
 KINDS = ("llama", "gpt2", "neox", "qwen3")  # grouped queries; plain; parallel MLPs; norms of q and k

@@ -8,9 +8,9 @@ import torch
 
 import interp
 from interp.circuits import attribute_edges
-from interp.circuits.evaluation import Evaluator
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.doctor.memory import PeakMemory
 from interp.errors import ModelError
-from interp.memory import PeakMemory
 
 D_MODEL, LAYERS = 64, 4
 
@@ -38,7 +38,7 @@ def peak(model: interp.Model, tokens: int) -> int:
 
 
 def test_memory_grows_with_tokens_and_width_and_not_with_nodes(word_tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr("interp.circuits.contraction.CHUNK_BYTES", 2**20)
+    monkeypatch.setattr("interp.circuits.attribution.contraction.CHUNK_BYTES", 2**20)
     few, many = model(word_tokenizer, 2), model(word_tokenizer, 16)
     unit = 4 * D_MODEL * LAYERS  # bytes of one vector of d_model numbers per token and layer
     nodes = 16 + 1 + 2 * 16 + 1  # of a layer with 16 heads
@@ -60,7 +60,7 @@ def test_chunks_change_nothing(tiny, monkeypatch) -> None:
         monkeypatch.setattr(f"interp.circuits.{name}", size)
         # sums of the same float64 products in another order
         np.testing.assert_allclose(attribute_edges(kind, pair, steps=2).matrix, whole, atol=1e-9)
-    monkeypatch.setattr("interp.circuits.running.HELD_BYTES", 0)
+    monkeypatch.setattr("interp.circuits.evaluation.ablated_forward.HELD_BYTES", 0)
     np.testing.assert_allclose(evaluate(mask & evaluate.graph.allowed), held, atol=1e-9)
 
 

@@ -24,11 +24,11 @@ from interp.circuits import (
     magnitude_scores,
     random_scores,
 )  # fmt: skip
-from interp.circuits.architecture import architecture
-from interp.circuits.evaluation import Evaluator
-from interp.cli import app
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.topology import architecture
+from interp.cli.main import app
 from interp.errors import InterpError
-from interp.inference import sign_flip
+from interp.results.significance import sign_flip
 from interp.sites import Site
 
 MAKERS = {name: made for name in zoo.__all__ if inspect.isfunction(made := getattr(zoo, name))}

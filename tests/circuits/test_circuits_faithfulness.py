@@ -18,10 +18,10 @@ from interp.circuits import (
     minimality,
     random_scores,
 )
-from interp.circuits.architecture import architecture
-from interp.circuits.curves import MIB_SIZES, Curve
-from interp.circuits.evaluation import Evaluator
+from interp.circuits.evaluation.curves import MIB_SIZES, Curve
+from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.scores import EdgeScores
+from interp.circuits.topology import architecture
 from interp.errors import InterpError, ModelError, PromptError
 from interp.sites import Edge, Site
 

@@ -10,8 +10,8 @@ from slow_circuits import original, outputs
 import interp
 from interp import zoo
 from interp.circuits import flow_routes, flow_scores
-from interp.circuits.architecture import architecture
-from interp.circuits.flow import EPSILON, _proximity
+from interp.circuits.attribution.flow import EPSILON, _proximity
+from interp.circuits.topology import architecture
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
 from interp.sites import Site
@@ -75,7 +75,7 @@ def test_edges_equal_parts_taken_away_one_by_one(tiny, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_routes_equal_heads_and_tokens_taken_away_one_by_one(tiny, kind: str, monkeypatch) -> None:
-    monkeypatch.setattr("interp.circuits.flow.PART_BYTES", 1)
+    monkeypatch.setattr("interp.circuits.attribution.flow.PART_BYTES", 1)
     model = tiny(kind)
     acts, routes = seen(model, PAIR.clean), flow_routes(model, PAIR.clean, 0.0)
     n, heads = acts["blocks.0.hook_resid_pre"].shape[1], model.n_heads

@@ -11,10 +11,10 @@ import torch
 import interp
 from interp import zoo
 from interp.circuits import Circuit, HeadGates, causal_head_gating, contrastive_head_gating
-from interp.circuits.gated import Gated
-from interp.circuits.gates import _Fit, _loss
-from interp.circuits.head_gates import HELD
-from interp.circuits.next_token import Unembedding, draws, permuted, samples
+from interp.circuits.learned.causal_gating import _Fit, _loss
+from interp.circuits.learned.gated_model import Gated
+from interp.circuits.learned.head_gates import HELD
+from interp.circuits.learned.next_token import Unembedding, draws, permuted, samples
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError
 from interp.sites import Site
@@ -40,7 +40,7 @@ def plain(model, sample, gates) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["llama", "neox", "mistral", "gemma2", "mixtral"])
 def test_gated_log_probs_and_gradients_equal_scaled_z(tiny, kind: str, monkeypatch) -> None:
     """Grouped queries; parallel blocks; a window; norms behind attention and soft caps; experts."""
-    monkeypatch.setattr("interp.circuits.next_token.LOGIT_BYTES", 1)  # a position at a time
+    monkeypatch.setattr("interp.circuits.learned.next_token.LOGIT_BYTES", 1)  # a position at a time
     model = tiny(kind)
     data = samples(TEXTS, model)
     gates = torch.rand(2, model.n_layers, model.n_heads, generator=torch.Generator().manual_seed(0)).to(model.dtype)
@@ -83,7 +83,7 @@ def test_a_batch_in_parts_moves_gates_as_one_does(tiny, monkeypatch) -> None:
     """Lengths differ, and only some prompts fit through the model together."""
     model, moved = tiny("llama"), []
     for tokens in (4096, 6):
-        monkeypatch.setattr("interp.circuits.gated.TOKENS", tokens)
+        monkeypatch.setattr("interp.circuits.learned.gated_model.TOKENS", tokens)
         found = causal_head_gating(model, [*TEXTS, "w3 w1 w7 w9 w2"], steps=2, n_seeds=2)
         moved.append(found.values["minus"])
     np.testing.assert_allclose(moved[0], moved[1], atol=1e-6)
@@ -235,7 +235,7 @@ def test_the_contrastive_loss_stops_at_its_bound(tiny) -> None:
 
     def moved(bound: float) -> torch.Tensor:
         fit = _Fit(gated, torch.zeros(1, model.n_layers, model.n_heads, dtype=torch.float64), 1.0, 1.0, 1, 0.0)
-        import interp.circuits.gates as module
+        import interp.circuits.learned.causal_gating as module
 
         before, module.MAX_DIFFERENCE = module.MAX_DIFFERENCE, bound
         try:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from interp.circuits import Circuit, EdgeScores
-from interp.circuits.architecture import Architecture, architecture
+from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError, SiteError
 from interp.sites import Edge, Site
 

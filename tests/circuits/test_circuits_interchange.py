@@ -11,10 +11,10 @@ import torch
 import interp
 from interp import zoo
 from interp.circuits import Interchange, interchange_accuracy
-from interp.circuits.bijections import Exchange, RevNet
-from interp.circuits.interchange import random_weights, wilson
+from interp.circuits.interchange.bijections import Exchange, RevNet
+from interp.circuits.interchange.interchange import random_weights, wilson
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError, ModelError, PromptError, SiteError
-from interp.zoo.architectures import tiny_hf
 
 PAIRS = [
     interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w4", "w5"),

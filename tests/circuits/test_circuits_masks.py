@@ -11,16 +11,16 @@ import torch
 import interp
 from interp import zoo
 from interp.circuits import causal_head_gating, differential_masks, prune_edges, random_scores
-from interp.circuits.diffmask import _Fit, bernoulli_kl
-from interp.circuits.evaluation import Evaluator
-from interp.circuits.hard_concrete import HardConcrete
-from interp.circuits.running import run_circuit, sender_hooks
-from interp.circuits.soft_running import run_weighted
+from interp.circuits.evaluation.ablated_forward import run_circuit, sender_hooks
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.learned.diffmask import _Fit, bernoulli_kl
+from interp.circuits.learned.hard_concrete import HardConcrete
+from interp.circuits.learned.soft_forward import run_weighted
 from interp.circuits.wiring import Wiring, capture
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError
-from interp.inference import sign_flip
-from interp.prompts import encode_pairs
+from interp.prompts.pairs import encode_pairs
+from interp.results.significance import sign_flip
 from interp.sites import Site
 
 KINDS = ["llama", "gpt2", "neox", "mistral", "mixtral"]  # grouped queries; plain; parallel; a window; experts

@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from interp.circuits.missed import at_most, missed
+from interp.circuits.attribution.miss_bound import at_most, missed
 from interp.errors import InterpError
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 import interp
 from interp import zoo
 from interp.circuits import atp_star, attribute_sites, screen
-from interp.circuits.nodes import first_hook
-from interp.circuits.softmax import Rerun, Secants, calls_kept
+from interp.circuits.attribution.nodes import first_hook
+from interp.circuits.attribution.qk_fix import Rerun, Secants, calls_kept
 from interp.circuits.wiring import capture
-from interp.dense import dense_attention
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
+from interp.model.attention_call import dense_attention
 from interp.sites import Site
 
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")
@@ -54,7 +54,7 @@ def test_queries_and_keys_equal_one_softmax_at_a_time(tiny, kind: str, monkeypat
                 change = (dense_attention(replace(call, k=k)).transpose(1, 2) - z) * grads
                 want[0, t, head] = change[:, :, head * group : (head + 1) * group].sum()
         for tile in (1, 2**21):
-            monkeypatch.setattr("interp.circuits.softmax.TILE", tile)
+            monkeypatch.setattr("interp.circuits.attribution.qk_fix.TILE", tile)
             torch.testing.assert_close(rerun.each_key(layer, grads), want.to(grads), atol=1e-6, rtol=1e-5)
         q = dense_attention(replace(call, q=other.q)).transpose(1, 2) - z
         torch.testing.assert_close(rerun.queries(layer), q, atol=1e-6, rtol=1e-5)
@@ -201,7 +201,7 @@ def test_neither_batches_nor_lengths_nor_order_matter(tiny, monkeypatch) -> None
     alone = [atp_star(model, p, sites).sort_values(["component", "layer", "head"])["score"] for p in pairs]
     together = atp_star(model, pairs, sites).sort_values(["component", "layer", "head"])["score"]
     np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-6)
-    monkeypatch.setattr("interp.circuits.nodes.TOKENS", 1)
+    monkeypatch.setattr("interp.circuits.attribution.nodes.TOKENS", 1)
     again = atp_star(model, pairs[::-1], sites).sort_values(["component", "layer", "head"])["score"]
     np.testing.assert_allclose(again, together, rtol=1e-6)
 

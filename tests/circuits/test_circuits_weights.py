@@ -11,8 +11,8 @@ from slow_circuits import activations
 
 from interp import zoo
 from interp.circuits import Channels, WeightCircuits, attention_channels
-from interp.circuits.channels import smallest_prefix
-from interp.circuits.weights import _pairs
+from interp.circuits.weights.channels import smallest_prefix
+from interp.circuits.weights.composition import _pairs
 from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError, SiteError
 
@@ -182,7 +182,7 @@ def test_a_firing_is_traced_to_the_head_that_wrote_its_key(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
 def test_terms_and_senders_sum_to_the_score(tiny, kind: str, monkeypatch) -> None:
     """With all directions: the model's own score. Senders: each one's output on the direction, and nothing is left."""
-    monkeypatch.setattr("interp.circuits.channels.FIRING", 0.3)
+    monkeypatch.setattr("interp.circuits.weights.channels.FIRING", 0.3)
     model = tiny(kind)
     found = scores_of(model, TEXT)
     outputs = activations(model, TEXT)

@@ -5,7 +5,8 @@ import os
 import headstats
 import pytest
 import torch
-from headstats.cpu import build, library, trial
+from headstats.cpu import build, library
+from headstats.cpu import self_test as trial
 from headstats_jobs import Jobs
 
 

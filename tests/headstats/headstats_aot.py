@@ -13,9 +13,12 @@ from dataclasses import replace
 
 import torch
 import triton
-from headstats import StatSpec, carried, forward, launch
+from headstats import StatSpec
 from headstats.stats import BY_NAME
-from headstats.validate import make_call
+from headstats.triton import backend as launch
+from headstats.triton import forward
+from headstats.triton import per_key_values as carried
+from headstats.validate.call import make_call
 from headstats_cases import EDITED, WITH_BIAS, inputs
 from headstats_plain import plain_kernel
 from triton.backends.compiler import GPUTarget

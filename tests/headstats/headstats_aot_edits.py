@@ -12,7 +12,11 @@ from functools import partial
 from unittest import mock
 
 import torch
-from headstats import StatSpec, columns, forward, known_cells, largest, launch
+from headstats import StatSpec
+from headstats.triton import backend as launch
+from headstats.triton import columns, forward
+from headstats.triton import probe_kernel as known_cells
+from headstats.triton import topk as largest
 from headstats_aot import TARGETS, call_of, compiled, resources
 from headstats_aot_passes import Noted
 from headstats_cases import COUNTERFACTUALS, REDISTRIBUTION

@@ -8,9 +8,11 @@ import json
 from dataclasses import replace
 
 import torch
-from headstats import Edit, StatSpec, backward, columns, largest, launch_backward
+from headstats import Edit, StatSpec
 from headstats.call import LEAVES
-from headstats.validate import make_call
+from headstats.triton import backward, columns, launch_backward
+from headstats.triton import topk as largest
+from headstats.validate.call import make_call
 from headstats_aot import TYPES, compiled, resources
 from triton.backends.compiler import GPUTarget
 

@@ -5,10 +5,10 @@ from dataclasses import fields, replace
 import headstats
 import torch
 from headstats import reference
-from headstats.cpu import trial
-from headstats.lowering import LAYOUTS
+from headstats.cpu import self_test as trial
+from headstats.edits.lowering import LAYOUTS
 from headstats.stats import BY_NAME, tensors
-from headstats.validate import make_call
+from headstats.validate.call import make_call
 
 # Every way to shape attention, alone and in the combinations that have met in one model.
 OPTIONS = {

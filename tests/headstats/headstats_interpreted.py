@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headstats import Edit, StatSpec, launch, probes
+from headstats import Edit, StatSpec, probes
 from headstats.stats import BY_NAME
+from headstats.triton import backend as launch
 from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
 from headstats_device import attend, shapes
 

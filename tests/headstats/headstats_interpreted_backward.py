@@ -3,8 +3,11 @@
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, launch, launch_backward, recompute
-from headstats.validate import make_call
+from headstats import Edit, StatSpec
+from headstats.blocked import recompute
+from headstats.triton import backend as launch
+from headstats.triton import launch_backward
+from headstats.validate.call import make_call
 from headstats_cases import CHANGED, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
 from headstats_device import attend, shapes
 

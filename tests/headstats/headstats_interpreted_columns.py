@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from headstats import StatSpec, launch
+from headstats import StatSpec
+from headstats.triton import backend as launch
 from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, inputs, oracle
 from headstats_device import attend, shapes
 

@@ -28,7 +28,7 @@ q, k, v = (torch.randn(1, h, 40, 8, requires_grad=True) for h in (4, 2, 2))
 for backend in ("blocked", "reference"):
     r = headstats.attend(q, k, v, spec=headstats.StatSpec.all(), backend=backend)
     r.out.sum().backward()
-import headstats.bench
+import headstats.bench.run
 assert not set({BLOCKED!r}) & {{name.split(".")[0] for name in sys.modules}}
 print(headstats.__file__)
 """

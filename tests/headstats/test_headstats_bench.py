@@ -8,8 +8,10 @@ import sys
 import headstats
 import pytest
 import torch
-from headstats import bench, bench_cases, peers
-from headstats.bench_cases import Case, Target
+from headstats.bench import cases as bench_cases
+from headstats.bench import peers
+from headstats.bench import run as bench
+from headstats.bench.cases import Case, Target
 from headstats_cases import inputs, oracle
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -3,8 +3,12 @@
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, blocked, cpu_flash, fast, rows, tiles
-from headstats.validate import make_call
+from headstats import StatSpec
+from headstats.blocked import backend as blocked
+from headstats.blocked import rows, tiles
+from headstats.blocked import sdpa as cpu_flash
+from headstats.blocked import statistics as fast
+from headstats.validate.call import make_call
 from headstats_cases import (
     CHANGED,
     EDITED,

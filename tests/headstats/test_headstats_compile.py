@@ -213,7 +213,7 @@ def test_opcheck(name, monkeypatch):
         patch.setattr(torch.ops.headstats, "attend", lambda *a: calls.append(a) or attend(*a))
         f(leaves, spec=StatSpec(topk=2, received=True))
     (arguments,) = calls
-    wanted = {headstats.ops.INDEX[n] for n in LEAVES}
+    wanted = {headstats.torch_ops.INDEX[n] for n in LEAVES}
     arguments = tuple(
         x.detach().clone().requires_grad_() if i in wanted and x is not None else x for i, x in enumerate(arguments)
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from headstats import StatSpec, cpu
 from headstats.call import Call
-from headstats.cpu import build, library, trial
-from headstats.validate import make_call
+from headstats.cpu import build, library
+from headstats.cpu import self_test as trial
+from headstats.validate.call import make_call
 from headstats_cases import (
     CELLS,
     CHANGED,

@@ -5,7 +5,8 @@ from dataclasses import replace
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, tiles
+from headstats import Edit, StatSpec
+from headstats.blocked import tiles
 from headstats_cases import EDITED, extras, inputs
 
 N = 6

@@ -5,8 +5,11 @@ from dataclasses import fields, replace
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, api, call, cpu_flash, launch, tiles
-from headstats.validate import make_call
+from headstats import Edit, StatSpec, api, call
+from headstats.blocked import sdpa as cpu_flash
+from headstats.blocked import tiles
+from headstats.triton import backend as launch
+from headstats.validate.call import make_call
 from headstats_cases import CHANGED, REDISTRIBUTION, assert_same, extras, in_double, inputs, oracle
 
 # What a field needs beside it to be a whole edit.

@@ -5,7 +5,9 @@ from dataclasses import fields, replace
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, noise, tiles
+from headstats import Edit, StatSpec
+from headstats.blocked import tiles
+from headstats.edits import hash_noise as noise
 from headstats_cases import CHANGED, in_double, inputs
 
 N = 6

@@ -6,7 +6,8 @@ import sys
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, launch
+from headstats import Edit, StatSpec
+from headstats.triton import backend as launch
 from headstats_cases import choice_on_cpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 

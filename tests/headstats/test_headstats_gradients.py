@@ -3,7 +3,8 @@
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, tiles
+from headstats import Edit, StatSpec
+from headstats.blocked import tiles
 from headstats_cases import OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
 
 EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX

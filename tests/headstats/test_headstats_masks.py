@@ -3,7 +3,8 @@
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, tiles
+from headstats import StatSpec
+from headstats.blocked import tiles
 from headstats_cases import inputs
 
 

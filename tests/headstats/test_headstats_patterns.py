@@ -7,9 +7,10 @@ from itertools import pairwise
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, tiles
+from headstats import StatSpec
+from headstats.blocked import tiles
 from headstats.reference import build_pattern
-from headstats.validate import make_call
+from headstats.validate.call import make_call
 from headstats_cases import EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
 
 EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX | EDITED

@@ -3,7 +3,9 @@
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, cpu_flash, tiles
+from headstats import Edit, StatSpec
+from headstats.blocked import sdpa as cpu_flash
+from headstats.blocked import tiles
 from headstats_cases import inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 

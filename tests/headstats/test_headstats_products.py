@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from headstats import products
+from headstats.blocked import matmul as products
 from torch.utils.flop_counter import FlopCounterMode
 
 needs_onednn = pytest.mark.skipif(

@@ -6,9 +6,10 @@ from dataclasses import replace
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, tiles
+from headstats import Edit, StatSpec
+from headstats.blocked import tiles
 from headstats.reference import build_pattern, expanded
-from headstats.validate import make_call
+from headstats.validate.call import make_call
 from headstats_cases import EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
 
 EVERY = OPTIONS | WITH_BIAS | SEGMENTED | PREFIX | EDITED

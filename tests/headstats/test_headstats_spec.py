@@ -7,7 +7,9 @@ from dataclasses import fields
 import headstats
 import pytest
 import torch
-from headstats import STATISTICS, AttentionStats, StatSpec, blocked, reference, tiles
+from headstats import STATISTICS, AttentionStats, StatSpec, reference
+from headstats.blocked import backend as blocked
+from headstats.blocked import tiles
 from headstats.stats import ARGUMENT, BY_NAME, table, tensors
 from headstats_cases import assert_same, extras, inputs, oracle
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -5,7 +5,8 @@ import math
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, tiles
+from headstats import StatSpec
+from headstats.blocked import tiles
 from headstats_cases import inputs, oracle
 
 N = 12

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from headstats import StatSpec
-from headstats.launch import IN_KERNEL, PER_KEY
 from headstats.probes import PROBED
 from headstats.stats import BY_NAME
+from headstats.triton.backend import IN_KERNEL, PER_KEY
 from headstats_cases import CELLS, EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, assert_same, extras, inputs, oracle
 from headstats_device import attend
 

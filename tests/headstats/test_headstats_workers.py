@@ -7,7 +7,7 @@ import threading
 import headstats
 import pytest
 import torch
-from headstats import workers
+from headstats.blocked import threads as workers
 from headstats.stats import tensors
 from torch.utils.flop_counter import FlopCounterMode
 

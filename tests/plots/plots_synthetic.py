@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from interp.attention import AttentionStats
 from interp.circuits import Circuit, Curve
-from interp.circuits.architecture import Architecture
-from interp.effects import Effects
-from interp.patterns import AttentionPatterns, PatternExample, PatternRun, partition, roots
+from interp.circuits.topology import Architecture
+from interp.results.attention_patterns import AttentionPatterns, PatternExample, PatternRun, partition, roots
+from interp.results.attention_stats import AttentionStats
+from interp.results.effects import Effects
 from interp.sites import Edge, Site
 
 LAYERS, HEADS = 30, 9

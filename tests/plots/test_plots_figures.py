@@ -7,7 +7,6 @@ import plotly.io as pio
 import plots_synthetic as synthetic
 import pytest
 
-from interp.effects import Effects
 from interp.errors import InterpError
 from interp.plots import (
     attention_map,
@@ -19,6 +18,7 @@ from interp.plots import (
     layer_curve,
     report,
 )
+from interp.results.effects import Effects
 
 
 def test_heatmap_carries_the_summary_symmetric_around_zero():

@@ -11,9 +11,9 @@ import pytest
 from plots_browser import Browser
 from test_plots_report import hostile
 
-from interp.effects import Effects
-from interp.patterns import AttentionPatterns, PatternExample
 from interp.plots import report
+from interp.results.attention_patterns import AttentionPatterns, PatternExample
+from interp.results.effects import Effects
 from interp.sites import Site
 
 pytestmark = pytest.mark.browser

@@ -12,17 +12,17 @@ import pandas as pd
 import plots_synthetic as synthetic
 import pytest
 
-from interp.attention import AttentionStats
 from interp.circuits import Circuit, Curve
-from interp.effects import Effects
 from interp.errors import InterpError
-from interp.patterns import AttentionPatterns, PatternExample
 from interp.plots import Report, bars, heatmap, png, report
 from interp.plots.budget import LONG_BYTES, SHORT_BYTES
 from interp.plots.codec import unpack
 from interp.plots.panels import EdgePanel, split
 from interp.plots.pattern_payload import decode_patterns, encode_pattern_example
-from interp.results import read_results
+from interp.plots.read_results import read_results
+from interp.results.attention_patterns import AttentionPatterns, PatternExample
+from interp.results.attention_stats import AttentionStats
+from interp.results.effects import Effects
 
 
 def back(*results, tmp_path: Path, **how) -> list:

@@ -14,14 +14,14 @@ import pandas as pd
 import plots_synthetic as synthetic
 import pytest
 
-from interp.attention import AttentionStats
-from interp.effects import COLUMNS, Effects
 from interp.errors import InterpError
-from interp.patterns import AttentionPatterns, PatternExample
 from interp.plots import Report, report
 from interp.plots.codec import pack, unpack
 from interp.plots.labels import visible
 from interp.plots.report import DATA_BLOCK, PAGE_BYTES
+from interp.results.attention_patterns import AttentionPatterns, PatternExample
+from interp.results.attention_stats import AttentionStats
+from interp.results.effects import COLUMNS, Effects
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
@@ -306,13 +306,13 @@ def test_plots_needs_no_model():
         "numpy",
         "pandas",
         "plotly",
-        "interp.effects",
-        "interp.attention",
+        "interp.results.effects",
+        "interp.results.attention_stats",
         "interp.errors",
         "interp.sites",
-        "interp.patterns",
+        "interp.results.attention_patterns",
         "interp.circuits",
-        "interp.circuits.architecture",
+        "interp.circuits.topology",
         "jaxtyping",
     }
     for path in (Path(__file__).parents[2] / "interp" / "plots").glob("*.py"):

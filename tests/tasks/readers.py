@@ -8,9 +8,9 @@ from functools import cache
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from interp.prompts import Coder
+from interp.prompts.pairs import Coder
+from interp.tasks.generate import lists
 from interp.tasks.known_facts import relations
-from interp.tasks.making import lists
 from interp.zoo.tokenizer import word_tokenizer
 
 TABLES = ("indirect_object", "colored_objects", "agreement", "greater_than", "gender_bias", "puzzles", "retrieval")

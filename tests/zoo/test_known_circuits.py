@@ -9,9 +9,9 @@ from naive_hooks import run
 
 import interp
 from interp import zoo
-from interp.circuits.evaluation import Evaluator
+from interp.circuits.evaluation.evaluator import Evaluator
 from interp.errors import TaskError
-from interp.prompts import encode_pairs
+from interp.prompts.pairs import encode_pairs
 from interp.sites import Edge, Site
 from interp.zoo.planted import LOGIT
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats import lowering, recompute
+from headstats.blocked import recompute
 from headstats.call import Call
-from headstats.cpu import library, trial
+from headstats.cpu import library
+from headstats.cpu import self_test as trial
 from headstats.cpu.arguments import COMPUTED, Arguments
+from headstats.edits import lowering
 from headstats.stats import Result
-from headstats.values import tracing
+from headstats.validate.values import tracing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from headstats.cpu import build, trial
+from headstats.cpu import build
+from headstats.cpu import self_test as trial
 
 
 def main() -> int:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats import noise
 from headstats.call import HIDDEN, Call
-from headstats.lowering import LAYOUTS, Lowered
+from headstats.edits import hash_noise as noise
+from headstats.edits.lowering import LAYOUTS, Lowered
 from headstats.stats import Result, TopK
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Scores of edges and sites by gradients, information flow, weights or at random; screening by those scores."""

@@ -1,0 +1,57 @@
+"""Scores that a method has to beat: chance, and the size of what senders send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from interp.circuits.evaluation.ablated_forward import sender_hooks
+from interp.circuits.evaluation.evaluator import token_batches
+from interp.circuits.scores import EdgeScores
+from interp.circuits.topology import architecture
+from interp.circuits.wiring import Wiring, capture
+from interp.model.model import Model
+from interp.prompts.pairs import PromptPair, encode_pairs, listed_prompts
+from interp.utils.provenance import prompt_hash
+
+
+def random_scores(model: Model, seed: int = 0) -> EdgeScores:
+    """Scores drawn uniformly from [0, 1)."""
+    graph = architecture(model)
+    drawn = np.random.default_rng(seed).random(graph.allowed.shape)
+    return EdgeScores(graph, drawn, {**model.provenance(), "method": "random", "seed": seed})
+
+
+def magnitude_scores(model: Model, pairs: PromptPair | Iterable[PromptPair], seed: int = 0) -> EdgeScores:
+    """By how much each sender's output differs between the two prompts: the mean over examples of the Euclidean norm
+    [positions × d_model] of clean − corrupt, without any gradient.
+
+    The same for all edges of a sender; their order among themselves is drawn by ``seed``.
+    """
+    listed = listed_prompts(pairs)
+    prompts = encode_pairs(listed, model.coder)
+    wiring = Wiring(model)
+    wiring.check(prompts[0].clean)
+    graph, names = wiring.graph, sender_hooks(wiring)
+    size = torch.zeros(len(graph.senders), dtype=torch.float64)
+    for batch in token_batches(prompts):
+        clean = capture(model, [prompts[i].clean for i in batch], names)
+        corrupt = capture(model, [prompts[i].corrupt for i in batch], names)
+        change = {name: clean[name] - corrupt[name] for name in names}
+        size[0] += _norms(change["blocks.0.hook_resid_pre"][None])[0]
+        for layer in range(graph.n_layers):
+            z = wiring.contributions(layer, change[f"blocks.{layer}.attn.hook_z"])
+            size[graph.columns(layer, "z")] += _norms(z)
+            if graph.mlps:
+                size[graph.columns(layer, "mlp_out")] += _norms(change[f"blocks.{layer}.hook_mlp_out"][None])
+    matrix = np.broadcast_to((size / len(prompts)).numpy(), graph.allowed.shape)
+    ties = 1 + 1e-9 * np.random.default_rng(seed).random(graph.allowed.shape)
+    made = {"method": "magnitude", "seed": seed, "prompts": prompt_hash(listed), "n_prompts": len(listed)}
+    return EdgeScores(graph, matrix * ties, {**model.provenance(), **made})
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the batch of norms over position and d_model, by sender, float64 on the CPU."""
+    return x.flatten(2).double().norm(dim=2).sum(1).cpu()

@@ -1,0 +1,92 @@
+"""Scores of all edges from what senders send and gradients at what receivers read: a product summed over tokens.
+
+Both have d_model numbers per node and token, which are never held for all nodes and tokens together: some tokens are
+taken at a time (`CHUNK_BYTES`), for all senders, and for the receivers of some layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.circuits.attribution.gradients import Received, through_norm
+from interp.circuits.wiring import Wiring
+
+WAITING_BYTES = 384 * 2**20  # gradients, per head and layer, that wait to be contracted
+CHUNK_BYTES = 96 * 2**20  # of nodes × tokens × d_model at a time
+LAYERS = 8  # whose receivers are taken together: large enough products, of which little is thrown away
+
+
+class Contraction:
+    """``total`` [receivers, senders], float64: (what a sender sends) · (gradient at a receiver), over all tokens.
+
+    ``sent``, by sender hook: z [batch, position, heads, d_head], the others [batch, position, d_model].
+    """
+
+    def __init__(self, wiring: Wiring, sent: dict[str, Tensor]):
+        self.wiring, self.graph = wiring, wiring.graph
+        self.sent = {name: x.flatten(0, 1) for name, x in sent.items()}
+        self.tokens = len(self.sent["blocks.0.hook_resid_pre"])
+        self.total = torch.zeros(self.graph.allowed.shape, dtype=torch.float64)
+        self.waiting: list[Received] = []
+
+    def receive(self, received: Received) -> None:
+        """Take in one layer's gradients; contract what waits when it becomes too much."""
+        self.waiting.append(received)
+        if sum(r.bytes for r in self.waiting) > WAITING_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Contract all that waits."""
+        if not self.waiting:
+            return
+        layers = sorted(self.waiting, key=lambda r: r.layer)
+        self.waiting = []
+        groups = [layers[i : i + LAYERS] for i in range(0, len(layers), LAYERS)]
+        d_model = self.sent["blocks.0.hook_resid_pre"].shape[-1]
+        nodes = len(self.graph.senders) + LAYERS * -(-len(self.graph.receivers) // self.graph.n_layers)
+        step = max(1, CHUNK_BYTES // (4 * nodes * d_model))
+        for start in range(0, self.tokens, step):
+            rows = slice(start, start + step)
+            sent = self._sending(rows, layers[-1].layer).flatten(1)
+            for group in groups:
+                into, received = self._receiving(rows, group)
+                upto = self._columns(group[-1].layer)
+                self.total[into, :upto] += (received.flatten(1) @ sent[:upto].T).double().cpu()
+
+    def _columns(self, layer: int) -> int:
+        """How many senders come before a layer's end."""
+        if layer >= self.graph.n_layers:
+            return len(self.graph.senders)
+        return self.graph.columns(layer, "mlp_out" if self.graph.mlps else "z").stop
+
+    def _sending(self, tokens: slice, upto: int) -> Float[Tensor, "senders tokens d_model"]:
+        parts = [self.sent["blocks.0.hook_resid_pre"][tokens][None]]
+        for layer in range(min(upto + 1, self.graph.n_layers)):
+            parts.append(self.wiring.contributions(layer, self.sent[f"blocks.{layer}.attn.hook_z"][tokens]))
+            if self.graph.mlps:
+                parts.append(self.sent[f"blocks.{layer}.hook_mlp_out"][tokens][None])
+        return torch.cat(parts)
+
+    def _receiving(
+        self, tokens: slice, group: Sequence[Received]
+    ) -> tuple[slice, Float[Tensor, "receivers tokens d_model"]]:
+        """Gradients at the residual streams that some layers' receivers read, before the norms, with their rows."""
+        parts: list[Tensor] = []
+        for received in group:
+            grads = {name: g.flatten(0, 1)[tokens] for name, g in received.grads.items()}
+            streams = {name: x.flatten(0, 1)[tokens] for name, x in received.streams.items()}
+            if "logits" in grads:
+                parts.append(grads["logits"][None])
+                continue
+            layer = received.layer
+            normed = [torch.einsum("phe,hed->hpd", grads[c], self.wiring.reads(layer, c)) for c in "qkv"]
+            parts.append(through_norm(self.wiring.norm(layer, "attn"), streams["attn"], torch.cat(normed)))
+            if self.graph.mlps:
+                parts.append(through_norm(self.wiring.norm(layer, "mlp"), streams["mlp"], grads["mlp"][None]))
+        first, stop = group[0].layer, len(self.graph.receivers)
+        start = stop - 1 if first == self.graph.n_layers else self.graph.rows(first, "q").start
+        return slice(start, start + sum(len(p) for p in parts)), torch.cat(parts)

@@ -1,0 +1,205 @@
+"""Gradients of a metric at what every receiver reads, one layer after the other, from the last to the first.
+
+A forward pass keeps what enters each block, and no graph. Then each block is computed again, alone and with a graph,
+and the gradient of what leaves it is carried back to what enters it: one backward pass for all q, k, v and MLP inputs,
+for a second forward. Beside residual streams, one block's activations exist at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.circuits.wiring import Wiring, tolerance
+from interp.engine.runs import hooks
+from interp.errors import InterpError, ModelError
+from interp.metrics import Metric, Readout
+from interp.model.model import Model
+
+Override = tuple[str, Any]  # a hook that sets an activation
+
+
+@dataclass
+class Received:
+    """Gradients at one layer's receivers, with the residual streams that its norms read.
+
+    ``grads``: "q", "k", "v" [batch, position, heads, d_head] and "mlp" [batch, position, d_model], behind the norms;
+    ``streams``: "attn" and "mlp" [batch, position, d_model]. The logits are a layer of their own behind the last one,
+    with "logits" [batch, position, d_model] alone.
+    """
+
+    layer: int
+    grads: dict[str, Tensor]
+    streams: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """What is held."""
+        return sum(t.numel() * t.element_size() for t in (*self.grads.values(), *self.streams.values()))
+
+
+def stream_gradients(
+    wiring: Wiring,
+    ids: Sequence[Sequence[int]],
+    metric: Metric,
+    read: Readout,
+    override: Override | None,
+    receive: Callable[[Received], None],
+) -> None:
+    """Hand each layer's gradients of the metric, summed over prompts of one length, to ``receive``: the logits' first,
+    then from the last layer to the first.
+
+    ``override``: a hook that sets an activation in both passes. Raises InterpError for a metric without a gradient.
+    """
+    with weights_fixed(wiring.model), torch.enable_grad():
+        _Backward(wiring, override)(ids, metric, read, receive)
+
+
+class _Backward:
+    def __init__(self, wiring: Wiring, override: Override | None):
+        self.wiring, self.model, self.graph, self.override = wiring, wiring.model, wiring.graph, override
+        self.again = False  # in the second pass, block by block
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # of the blocks
+        self.final: Tensor | None = None
+        self.leaf: Tensor | None = None
+        self.copies: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
+
+    def __call__(
+        self,
+        ids: Sequence[Sequence[int]],
+        metric: Metric,
+        read: Readout,
+        receive: Callable[[Received], None],
+    ) -> None:
+        n = self.graph.n_layers
+        with ExitStack() as stack:
+            stack.enter_context(hooks(self.model, *self._hooks()))
+            for block in self.model.bridge.blocks:
+                stack.callback(block.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
+            logits = self.model.last_logits(torch.tensor([list(p) for p in ids], device=self.model.device))
+            total = metric(logits, read).sum()
+            if not total.requires_grad:
+                raise InterpError(f"metric {metric.name!r} has no gradient: attribution needs one")
+            if not total.isfinite():
+                raise InterpError(f"metric {metric.name!r} returned NaN or infinity: attribution needs a number")
+            assert self.final is not None and len(self.calls) == n, "not every block was run"
+            (leaving,) = torch.autograd.grad(total, self.final)
+            del logits, total
+            receive(Received(n, {"logits": leaving}, {}))
+            self.again, after = True, self.final.detach()
+            self.final = None
+            for layer in reversed(range(n)):
+                leaving, after = self._back(layer, leaving, after, receive)
+
+    def _back(
+        self, layer: int, leaving: Tensor, after: Tensor, receive: Callable[[Received], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Through one block: the gradient of what leaves it → that of what enters it; with what enters it."""
+        args, kwargs = self.calls.pop()
+        out = self.model.bridge.blocks[layer](*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        self._same(out.detach(), after, layer)
+        assert self.leaf is not None
+        names, copies = list(self.copies), list(self.copies.values())
+        found = torch.autograd.grad(out, [self.leaf, *copies], leaving, allow_unused=True)
+        # an activation that was set lets no gradient through
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip([self.leaf, *copies], found, strict=True)]
+        entered, streams = _hidden(args, kwargs), self.streams
+        self.leaf, self.copies, self.streams = None, {}, {}
+        del out, copies
+        receive(Received(layer, dict(zip(names, grads[1:], strict=True)), streams))
+        return grads[0], entered
+
+    def _same(self, got: Tensor, want: Tensor, layer: int) -> None:
+        gap = (got - want).abs().max().item()
+        if not gap <= tolerance(want.dtype) * max(1.0, want.abs().max().item()):
+            raise ModelError(
+                f"{self.model.name}, layer {layer}: computed again, its output differs by {gap:.1e}, so that gradients "
+                "cannot be taken block by block. Is the model in evaluation mode (model.eval()), without a cache?"
+            )
+
+    # ------------------------------------------------------------ hooks
+
+    def _hooks(self) -> Iterator[Override]:
+        if self.override is not None:
+            yield self.override  # first, so that the others see what it sets
+        for layer in range(self.graph.n_layers):
+            at = f"blocks.{layer}."
+            yield at + "hook_resid_pre", self._enter
+            for c in "qkv":
+                yield f"{at}attn.hook_{c}", self._branch(c)
+            if self.graph.mlps:
+                if not self.graph.parallel:
+                    yield at + "hook_resid_mid", lambda x, hook: self._note("mlp", x)
+                yield at + "mlp.hook_in", self._branch("mlp")
+        yield f"blocks.{self.graph.n_layers - 1}.hook_resid_post", self._leave
+
+    def _keep_call(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.again:
+            self.calls.append((args, kwargs))
+
+    def _enter(self, x: Tensor, hook: Any) -> Tensor | None:
+        if not self.again:
+            return None
+        self.leaf = x.detach().requires_grad_()
+        self._note("attn", x)
+        if self.graph.parallel:
+            self._note("mlp", x)
+        return self.leaf.clone()  # a block may write into what it is given
+
+    def _note(self, into: str, x: Tensor) -> None:
+        if self.again:
+            self.streams[into] = x.detach()
+
+    def _branch(self, name: str) -> Any:
+        """Keeps a copy that only this hook's consumer reads, so that its gradient is that consumer's alone."""
+
+        def hook(x: Tensor, hook: Any) -> Tensor | None:
+            if not self.again:
+                return None
+            self.copies[name] = x.clone()
+            return self.copies[name]
+
+        return hook
+
+    def _leave(self, x: Tensor, hook: Any) -> Tensor | None:
+        if self.again:
+            return None
+        self.final = x.detach().requires_grad_()
+        return self.final
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def through_norm(
+    norm: Any, x: Float[Tensor, "*rows d_model"], grads: Float[Tensor, "receivers *rows d_model"]
+) -> Float[Tensor, "receivers *rows d_model"]:
+    """Vector–Jacobian products of a norm at ``x``, one per receiver."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        normed = norm(leaf)
+        if normed is leaf:  # no norm
+            return grads
+        return torch.autograd.grad(normed, leaf, grads, is_grads_batched=True)[0]
+
+
+@contextmanager
+def weights_fixed(model: Model) -> Iterator[None]:
+    """Inside, weights need no gradients, so that nothing is kept for them."""
+    needed = [p for p in model.bridge.parameters() if p.requires_grad]
+    for parameter in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)

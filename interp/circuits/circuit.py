@@ -1,0 +1,330 @@
+"""Circuit: some of a model's edges, with scores, roles of nodes, and what made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool
+
+from interp.circuits.topology import Architecture, architecture
+from interp.errors import InterpError, ModelError
+from interp.model.model import Model
+from interp.sites import Edge, Site
+from interp.utils.html_card import card
+
+SCHEMA_VERSION = 1
+
+
+class Circuit:
+    """Edges of one model, in its order of computation.
+
+    ``edges`` maps each edge to its score (NaN: it has none); ``roles`` maps nodes (senders) to a word about them,
+    ``evidence`` to the measurements that it rests on (`name_roles`), and ``neurons`` single neurons to scores;
+    ``provenance`` says what made it, and under ``"weights"`` the fingerprint of the model that it belongs to.
+    ``a | b``, ``a & b`` and ``a - b`` are sets of edges, with the left circuit's scores first. Raises InterpError for
+    no edges, and SiteError for an edge that the architecture does not have.
+    """
+
+    def __init__(
+        self,
+        graph: Architecture,
+        edges: Mapping[Edge, float] | Iterable[Edge | str],
+        roles: Mapping[Site, str] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        evidence: Mapping[Site, Mapping[str, Any]] | None = None,
+        neurons: Mapping[Site, float] | None = None,
+    ) -> None:
+        scored = edges.items() if isinstance(edges, Mapping) else ((e, float("nan")) for e in edges)
+        known = {Edge.parse(e) if isinstance(e, str) else e: score for e, score in scored}
+        for edge, score in known.items():
+            if not isinstance(edge, Edge) or isinstance(score, bool) or not isinstance(score, int | float | np.number):
+                raise InterpError(
+                    f"edges like 'z.L3H1 -> q.L5H0', with numbers as scores, expected: {edge!r}: {score!r}"
+                )
+        if not known:
+            raise InterpError("the circuit is empty: it needs at least one edge")
+        order = sorted(known, key=graph.place)
+        self.graph = graph
+        self.edges: dict[Edge, float] = {e: float(known[e]) for e in order}
+        self.roles = dict(roles or {})
+        self.provenance = dict(provenance or {})
+        self.evidence = {s: dict(found) for s, found in (evidence or {}).items()}
+        self.neurons = dict(neurons or {})
+        stranger = next((s for s in (*self.roles, *self.evidence) if s not in graph.sender_number), None)
+        far = next((s for s in self.neurons if not 0 <= (-1 if s.layer is None else s.layer) < graph.n_layers), None)
+        if far is not None:
+            raise InterpError(f"a score was given to {far}, which is no neuron of {graph.describe()}")
+        if stranger is not None:
+            raise InterpError(f"a role was given to {stranger}, which is no node of {graph.describe()}")
+
+    @classmethod
+    def of(cls, model: Model, edges: Mapping[Edge, float] | Iterable[Edge | str], **more: Any) -> Circuit:
+        """A circuit of a model, by its edges: ``Circuit.of(model, ["z.L0H1 -> k.L1H2", …])``."""
+        return cls(architecture(model), edges, provenance={"weights": model.fingerprint(), "model": model.name}, **more)
+
+    @classmethod
+    def whole(cls, model: Model) -> Circuit:
+        """All edges of a model."""
+        return cls.of(model, architecture(model).edges())
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def __contains__(self, edge: Edge | str) -> bool:
+        return (Edge.parse(edge) if isinstance(edge, str) else edge) in self.edges
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Circuit) and self.graph == other.graph and set(self.edges) == set(other.edges)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        share = 100 * len(self) / len(self.graph)
+        digits = 1 if share >= 0.1 else 3  # of a large model, a circuit is a small share
+        made = self.provenance.get("selection") or self.provenance.get("method") or ""
+        size = f"{len(self)} of {len(self.graph)} edges ({share:.{digits}f}%), {len(self.nodes())} nodes"
+        return f"Circuit({size}{made and ', '}{made})"
+
+    def _repr_html_(self) -> str:
+        of = self.graph.describe()
+        facts = {"edges": f"{len(self)} of {len(self.graph)}", "nodes": len(self.nodes()), "model": of}
+        frame: Any = self.frame()
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index[:8]
+        return card("Circuit", facts, ["sender", "receiver", "score", "sender_role"], frame.loc[order])
+
+    # ------------------------------------------------------------ contents
+
+    def nodes(self) -> tuple[Site, ...]:
+        """Senders that an edge starts from, and those that an edge ends in (for k and v: the whole group of heads, of
+        which those count that send something, or all if none does), in order of computation."""
+        sending = {e.sender for e in self.edges}
+        found = set(sending)
+        for receiver in {e.receiver for e in self.edges}:
+            fed = set(self.graph.fed_by(receiver))
+            found |= (fed & sending) or fed
+        return tuple(s for s in self.graph.senders if s in found)
+
+    def mask(self) -> Bool[np.ndarray, "receivers senders"]:
+        """True where an edge is in the circuit."""
+        found = np.zeros(self.graph.allowed.shape, dtype=bool)
+        for edge in self.edges:
+            found[self.graph.place(edge)] = True
+        return found
+
+    def frame(self) -> pd.DataFrame:
+        """One row per edge: sender, receiver, score, and the roles of both ends."""
+        role = {str(site): text for site, text in self.roles.items()}
+        rows = [
+            {
+                "sender": str(e.sender), "receiver": str(e.receiver), "score": score,
+                "sender_role": role.get(str(e.sender), ""),
+                "receiver_role": ", ".join(self.roles[s] for s in self.graph.fed_by(e.receiver) if s in self.roles),
+            }
+            for e, score in self.edges.items()
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    # ------------------------------------------------------------ paths
+
+    def connected(self) -> Circuit:
+        """The edges on a path from the input to the logits. InterpError if there is no such path.
+
+        A head passes on what it reads through any of q, k and v.
+        """
+        kept = self._on_paths()
+        if not kept:
+            raise InterpError(
+                f"the circuit is disconnected: none of its {len(self)} edges lies on a path from {self.graph.input} to "
+                f"{self.graph.output} (the logits). Keep more edges, or choose them greedily from the logits "
+                "(EdgeScores.greedy, --selection greedy)"
+            )
+        return self._with(kept)
+
+    def is_connected(self) -> bool:
+        """Whether any path leads from the input to the logits."""
+        return bool(self._on_paths())
+
+    def _on_paths(self) -> dict[Edge, float]:
+        forward, backward = self._reached(), self._useful()
+        return {e: x for e, x in self.edges.items() if e.sender in forward and e.receiver in backward}
+
+    def _reached(self) -> set[Site]:
+        """Senders that the input reaches."""
+        found = {self.graph.input}
+        for edge in self.edges:  # in order of computation: an edge's sender comes before what it feeds
+            if edge.sender in found:
+                found.update(self.graph.fed_by(edge.receiver))
+        return found
+
+    def _useful(self) -> set[Site]:
+        """Receivers that reach the logits."""
+        useful, sending = {self.graph.output}, set()
+        for edge in reversed(self.edges):
+            if edge.receiver in useful or sending & set(self.graph.fed_by(edge.receiver)):
+                useful.add(edge.receiver)
+                sending.add(edge.sender)
+        return useful
+
+    # ------------------------------------------------------------ sets
+
+    def __or__(self, other: Circuit) -> Circuit:
+        self._comparable(other)
+        return self._with({**other.edges, **self.edges}, joined=other, how="|")
+
+    def __and__(self, other: Circuit) -> Circuit:
+        self._comparable(other)
+        return self._with({e: x for e, x in self.edges.items() if e in other.edges}, joined=other, how="&")
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        self._comparable(other)
+        return self._with({e: x for e, x in self.edges.items() if e not in other.edges}, joined=other, how="-")
+
+    def overlap(self, other: Circuit) -> pd.DataFrame:
+        """How much two circuits of one model share, by nodes and by edges.
+
+        One row each: ``shared``, ``here`` and ``there`` (counts), ``of_here`` and ``of_there`` (the shared share of
+        each: Merullo et al. 2024, arXiv 2310.08744, report it of the most important heads) and ``jaccard`` (shared
+        / all).
+        """
+        self._comparable(other)
+        rows = []
+        for what, a, b in (
+            ("nodes", set(self.nodes()), set(other.nodes())),
+            ("edges", set(self.edges), set(other.edges)),
+        ):
+            n = len(a & b)
+            rows.append(
+                {"of": what, "shared": n, "here": len(a), "there": len(b), "of_here": n / len(a),
+                 "of_there": n / len(b), "jaccard": n / len(a | b)}
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def _comparable(self, other: Circuit) -> None:
+        if not isinstance(other, Circuit):
+            raise InterpError(f"a Circuit is compared with a Circuit, got {type(other).__name__}")
+        mine, theirs = (c.provenance.get("weights") for c in (self, other))
+        if self.graph != other.graph or (mine and theirs and mine != theirs):
+            raise ModelError("these circuits belong to different models: their edges do not correspond")
+
+    def _with(self, edges: Mapping[Edge, float], joined: Circuit | None = None, how: str = "") -> Circuit:
+        provenance = dict(self.provenance)
+        roles = dict(self.roles)
+        if joined is not None:
+            roles = {**joined.roles, **roles}
+            provenance["joined"] = {"how": how, "with": joined.provenance}
+        return Circuit(self.graph, edges, roles, provenance, self.evidence, self.neurons)
+
+    def annotated(
+        self,
+        roles: Mapping[Site, str] | None = None,
+        evidence: Mapping[Site, Mapping[str, Any]] | None = None,
+        neurons: Mapping[Site, float] | None = None,
+    ) -> Circuit:
+        """A copy with other roles, evidence or neurons, where they are given."""
+        given = (roles, evidence, neurons)
+        mine = (self.roles, self.evidence, self.neurons)
+        new = [b if a is None else a for a, b in zip(given, mine, strict=True)]
+        return Circuit(self.graph, self.edges, new[0], self.provenance, new[1], new[2])  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------ files
+
+    def write(self, path: str | Path) -> Path:
+        """Save as JSON, whole or not at all. InterpError where no file can be written."""
+        facts = {k: getattr(self.graph, k) for k in ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")}
+        data = {
+            "format": "interp.Circuit", "schema": SCHEMA_VERSION, "architecture": facts,
+            "provenance": self.provenance,
+            "roles": {str(s): text for s, text in self.roles.items()},
+            "evidence": {str(s): found for s, found in self.evidence.items()},
+            "neurons": {str(s): score for s, score in self.neurons.items()},
+            "edges": [[str(e.sender), str(e.receiver), None if np.isnan(x) else x] for e, x in self.edges.items()],
+        }  # fmt: skip
+        path = Path(path)
+        try:
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+        except OSError as e:
+            raise InterpError(f"{path} cannot be written: {e.strerror}") from None
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(data, file, indent=1, ensure_ascii=False, default=str)
+            os.replace(partial, path)
+        except OSError as e:
+            Path(partial).unlink(missing_ok=True)
+            raise InterpError(f"{path} cannot be written: {e.strerror}") from None
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path, model: Model | None = None) -> Circuit:
+        """Load what `write` saved. ModelError if it was made for other weights than ``model``'s; InterpError for a file
+        that is no circuit, damaged, or of a later version."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise InterpError(f"{path} cannot be read: {e.strerror}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+            raise InterpError(f"{path} is not a circuit: it is no JSON ({e})") from None
+        if not isinstance(data, dict) or data.get("format") != "interp.Circuit":
+            raise InterpError(f"{path} is not a circuit: it was not written by Circuit.write")
+        if (version := data.get("schema")) != SCHEMA_VERSION:
+            raise InterpError(
+                f"{path} has schema version {version!r}, and this version reads {SCHEMA_VERSION}: update interp"
+            )
+        try:
+            circuit = cls._from(data)
+        except InterpError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+            raise InterpError(f"{path} is damaged: {type(e).__name__}, {e}. Find the circuit again") from None
+        if model is not None:
+            circuit.check(model)
+        return circuit
+
+    @classmethod
+    def _from(cls, data: dict[str, Any]) -> Circuit:
+        graph = Architecture(**data["architecture"])
+        graph.check()
+        edges = {Edge(Site.parse(s), Site.parse(r)): _score(x) for s, r, x in data["edges"]}
+        roles = {Site.parse(s): _text(role) for s, role in data["roles"].items()}
+        evidence, neurons = (
+            {Site.parse(s): found for s, found in data.get(name, {}).items()} for name in ("evidence", "neurons")
+        )
+        return cls(graph, edges, roles, data["provenance"], evidence, {s: _score(x) for s, x in neurons.items()})
+
+    def check(self, model: Model) -> None:
+        """Raise ModelError unless this is a circuit of ``model``: same architecture, same weights if they are known."""
+        if self.graph != architecture(model):
+            mine, its = self.graph.describe(), architecture(model).describe()
+            raise ModelError(f"the circuit is of a model with {mine}; {model.name} has {its}")
+        made_for = self.provenance.get("weights")
+        if made_for is not None and made_for != model.fingerprint():
+            other = self.provenance.get("model", "another model")
+            raise ModelError(
+                f"the circuit was made for {other} with weights {made_for}; those of {model.name} are "
+                f"{model.fingerprint()}. A circuit says nothing about other weights: find it again, or build it anew "
+                "with Circuit.of(model, edges)"
+            )
+
+
+def _score(x: Any) -> float:
+    """A score in a file: null where an edge has none."""
+    if x is None:
+        return float("nan")
+    if isinstance(x, bool) or not isinstance(x, int | float) or not np.isfinite(float(x)):
+        raise ValueError(f"{x!r:.40} is no score")
+    return float(x)
+
+
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise ValueError(f"{x!r:.40} is no role")
+    return x

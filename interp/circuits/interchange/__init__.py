@@ -1,0 +1,1 @@
+"""Interchange interventions on learned subspaces (DAS) and through learned bijections."""

@@ -1,0 +1,1 @@
+"""Circuits read from the weights: QK and OV products, composition, attention channels."""

@@ -1,0 +1,1 @@
+"""The command line: `main` has the app, `options` what the commands share, one module a family of commands."""

@@ -1,0 +1,106 @@
+"""The verb that finds a circuit: discover, prune, test, name, write; heavy imports wait for the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Annotated, Any
+
+import typer
+
+from interp.cli.options import Sweep
+from interp.errors import InterpError
+
+METRICS = ("logit_diff", "logprob", "prob", "kl")
+METHODS = ("eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations", "flow", "acdc")
+
+
+def circuit(
+    model: Annotated[str, typer.Option(help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")] = (
+        "smollm2"
+    ),
+    task: Annotated[str | None, typer.Option(help="Prompts of a task: ioi, induction, …  Default: ioi.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .jsonl, in place of a task.")] = None,
+    n: Annotated[int, typer.Option(help="Prompts of the task.")] = 16,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "eap-ig-inputs",
+    edges: Annotated[int, typer.Option(help="Edges to take, before pruning; for acdc: to begin with.")] = 200,
+    selection: Annotated[str, typer.Option(help="top; greedy: backwards from the logits, always connected.")] = "top",
+    threshold: Annotated[float, typer.Option(help="acdc: an edge stays if the metric (KL) gets worse by this.")] = 0.01,
+    steps: Annotated[int, typer.Option(help="Steps of integrated gradients.")] = 5,
+    metric: Annotated[str, typer.Option(help="logit_diff, logprob, prob or kl: what is attributed and measured.")] = (
+        "logit_diff"
+    ),
+    roles: Annotated[bool, typer.Option("--roles", help="Name heads by evidence: some forwards for each.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the circuit goes: a .json file.")] = None,
+) -> None:
+    """Find a circuit: score edges, keep the best on paths to the logits, say how faithful they are, and write them.
+
+    Printed are the strongest edges and the circuit's faithfulness (edges outside carry the corrupt prompt's activation)
+    beside random circuits of its size, on the prompts that it was found on.
+    """
+    if method not in METHODS or selection not in ("top", "greedy"):
+        raise InterpError(f"--method {method} --selection {selection}: one of {', '.join(METHODS)}; top or greedy")
+    if metric not in METRICS:
+        raise InterpError(f"--metric {metric}: one of {', '.join(METRICS)}; attribution needs a gradient")
+    if edges < 1 or steps < 1 or seed < 0 or not 0 < threshold < float("inf"):
+        raise InterpError(
+            f"--edges {edges} --steps {steps} --seed {seed} --threshold {threshold:g}: at least 1 edge and 1 step, a "
+            "seed from 0 on, and a threshold above 0 expected"
+        )
+    _check_out(out)
+    sweep = Sweep(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device)
+    sweep.check()
+    loaded = sweep.loaded()
+    from interp.circuits.topology import architecture
+
+    prompts = sweep.prompts(loaded)
+    size = len(architecture(loaded))
+    if edges > size:
+        raise InterpError(f"--edges {edges}: {loaded.name} has {size}")
+    found = _found(loaded, prompts, metric, method, edges, selection, threshold, steps)
+    from interp import circuits
+
+    if roles:
+        found = circuits.name_roles(loaded, prompts, found, metric)
+    faithful = circuits.faithfulness(loaded, prompts, found, metric, n_random=10, seed=seed)
+    table: Any = found.frame()
+    typer.echo(table.iloc[table["score"].abs().argsort()[::-1]].head(20).to_string(index=False))
+    typer.echo(f"{found!r}")
+    interval = f"[{faithful.lo:.3f}, {faithful.hi:.3f}]" if len(faithful.whole) > 1 else "(one pair: no interval)"
+    typer.echo(
+        f"faithfulness {faithful.value:.3f} {interval}; random circuits of its size: "
+        f"{faithful.random.mean():z.3f}, at most {faithful.random.max():z.3f}"
+    )
+    if out is not None:
+        typer.echo(f"wrote {found.write(out)}")
+
+
+def _check_out(out: Path | None) -> None:
+    """Refuse, before anything is loaded, a file that could not be written."""
+    if out is None:
+        return
+    if out.suffix != ".json" or not out.absolute().parent.is_dir():
+        raise InterpError(f"--out {out}: a .json file in a folder that exists expected")
+    try:
+        with TemporaryFile(dir=out.absolute().parent):
+            pass
+    except OSError as e:
+        raise InterpError(f"--out {out}: no file can be written there ({e.strerror})") from None
+
+
+def _found(
+    model: Any, prompts: Any, metric: str, method: str, edges: int, selection: str, threshold: float, steps: int
+) -> Any:
+    from interp import circuits
+
+    if method == "flow":
+        scores = circuits.flow_scores(model, prompts)
+    else:
+        how: Any = "eap-ig-inputs" if method == "acdc" else method
+        scores = circuits.attribute_edges(model, prompts, metric, how, steps=steps)
+    pruned = method != "acdc"
+    chosen = (scores.greedy if selection == "greedy" else scores.top)(edges, prune=pruned)
+    return chosen if pruned else circuits.acdc(model, prompts, threshold, start=chosen)

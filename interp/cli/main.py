@@ -1,0 +1,236 @@
+"""The command line. Bad input ends with one clear message and exit code 2; heavy imports wait for the verb."""
+
+from __future__ import annotations
+
+import os
+import sys
+from json import loads
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from interp.cli.circuits import circuit
+from interp.cli.recipes import register
+from interp.cli.stats import stats
+from interp.cli.sweep import app as sweep
+from interp.cli.tasks import tasks
+from interp.errors import InterpError
+
+app = typer.Typer(
+    help="Activation patching, causal tracing and head ablation, on attention that reports what every head did.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep verbs as verbs even while there are few of them."""
+
+
+@app.command()
+def demo(
+    task: Annotated[
+        str,
+        typer.Option(
+            help="ioi: indirect object identification (who gets the drink?). induction: complete a repeated "
+            "sequence. facts: recall a fact about a subject. interp tasks lists the others."
+        ),
+    ] = "ioi",
+    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Everything random (names, donors, noise) follows from it.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the Parquet files and report.html.")] = Path("results/demo"),
+    model: Annotated[
+        str,
+        typer.Option(help="smollm2 (embedded, needs no model hub), a hub id, a local model folder or a .gguf file."),
+    ] = "smollm2",
+    facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 3,
+    samples: Annotated[int, typer.Option(help="Noise samples per fact in causal tracing (published: 10).")] = 10,
+) -> None:
+    """Run the main job on a real model: behaviour, attention statistics, patching, ablation, causal tracing, report.
+
+    Each step's result is a Parquet file in --out as soon as it is done; report.html joins them all.
+    """
+    from interp.cli.demo import Demo
+
+    job = Demo(task, n, seed, out, model, facts, samples, say=lambda line: typer.echo(line))
+    try:
+        path = job.run()
+    except KeyboardInterrupt:
+        done = ", ".join(p.name for p in job.finished) or "nothing yet"
+        typer.echo(f"\ninterrupted; finished and readable in {out}: {done}", err=True)
+        if job.finished:
+            typer.echo(f"make a page of them with: interp report {out}", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"\nOpen {path} in a browser.")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A folder of Parquet files written by interp, or one such file.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write; default RUN/report.html.")] = None,
+) -> None:
+    """Make one self-contained HTML page from a folder of results."""
+    from interp.plots.read_results import read_results
+    from interp.plots.report import report as make
+
+    target = out or (run if run.is_dir() else run.parent) / "report.html"
+    typer.echo(f"wrote {make(read_results(run), title=run.stem).write(target)}")
+
+
+@app.command()
+def fetch() -> None:
+    """Fetch and convert the embedded model now, so that later runs need no network."""
+    from interp.model.embedded import embedded_model
+
+    typer.echo(f"the embedded model is in {embedded_model()}")
+
+
+register(app)
+app.command()(stats)
+app.add_typer(sweep, name="sweep")
+app.command()(tasks)
+app.command()(circuit)
+
+bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def _cases(names: list[str] | None) -> list[str]:
+    """``--cases a,b --cases c`` as [a, b, c]."""
+    return [name.strip() for text in names or () for name in text.split(",")]
+
+
+def _results(path: Path | None) -> None:
+    """Refuse, before hours of measuring, a file that they could not be written to, or would be lost in."""
+    if path is None:
+        return
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        earlier = loads(path.read_text(encoding="utf-8")) if existing == path else {}
+        fine = isinstance(earlier, dict) and (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
+    except (OSError, ValueError):
+        fine = False
+    if not fine:
+        raise InterpError(
+            f"--json {path}: a new file, or one that this command has written, expected, where one can write"
+        )
+
+
+@bench.callback()
+def _bench() -> None:
+    """Keep verbs as verbs even while there are few of them."""
+
+
+@bench.command()
+def kernel(
+    json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few runs: does it work?")] = False,
+    cases: Annotated[
+        list[str] | None, typer.Option(help="causal, prefix, costs or gpu; may be given again. Default: all.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch, for what runs on the CPU.")] = 2,
+) -> None:
+    """Attention with statistics against plain attention: times, memory, and the targets.
+
+    The same as python -m headstats.bench. The cases for a GPU run only where there is one.
+    """
+    from headstats.bench import run as kernel_bench
+
+    if wrong := set(_cases(cases)) - set(kernel_bench.KINDS):
+        raise InterpError(f"--cases {' '.join(sorted(wrong))}: choose from {', '.join(kernel_bench.KINDS)}")
+    _results(json)
+    result = kernel_bench.run(_cases(cases) or kernel_bench.KINDS, quick, threads, say=typer.echo)
+    if json:
+        kernel_bench.write(result, json)
+
+
+@bench.command()
+def sweeps(
+    json: Annotated[
+        Path | None, typer.Option(help="Where to write all numbers; cases that it has from before stay.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="resid-early, z, ablation, tracing, edges, …; a wrong name lists them all. Default: all."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Times that each library runs each case; medians count.")] = 3,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+) -> None:
+    """Sweeps of the embedded model beside TransformerLens' loop, Hugging Face hooks in batches, nnsight and pyvene.
+
+    The last two where they are installed. In turn in one process; a time counts only if all numbers agree within 1e-4.
+    Half an hour for everything.
+    """
+    os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; read when tqdm is imported
+    from interp.bench import sweeps as measured
+
+    _results(json)
+    measured.run(_cases(cases) or measured.NAMES, rounds, threads, json, say=typer.echo)
+
+
+@bench.command("sweep-layer")
+def sweep_layer(
+    json: Annotated[
+        Path | None, typer.Option(help="Where to write all numbers; cases that it has from before stay.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="overhead, local, ray, rows, resume, corpus; may be given again. Default: all."),
+    ] = None,
+) -> None:
+    """What `interp sweep` adds to the engine, what workers bring, and how it takes many rows, parts and documents."""
+    from interp.bench import sweep_layer as measured
+
+    _results(json)
+    measured.run(_cases(cases) or list(measured.CASES), json, say=typer.echo)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="As for demo: smollm2, a hub id, a local folder or a .gguf file.")] = (
+        "smollm2"
+    ),
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to work out the memory for. Default: the model's own context.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
+    architectures: Annotated[
+        bool, typer.Option("--architectures", help="Check tiny random models of every architecture family instead.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print that table as Markdown.")] = False,
+) -> None:
+    """Check a model as interp runs it: logits against eager attention, backends, sites, half precision, memory.
+
+    Exit code 1 if a check fails, 2 if the model cannot be loaded.
+    """
+    if architectures:
+        from interp.doctor.matrix import architectures as examine_families
+
+        table = examine_families(say=lambda line: typer.echo(line, err=True))
+        typer.echo(table.markdown() if markdown else str(table))
+        passed = table.passed
+    else:
+        from interp.doctor.examination import examine
+
+        found = examine(model, context=context, dtype=dtype, device=device)
+        typer.echo(str(found))
+        passed = found.passed
+    if not passed:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: turns InterpError into a message and exit code 2."""
+    try:
+        app()
+    except InterpError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

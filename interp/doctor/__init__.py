@@ -1,0 +1,14 @@
+"""Whether a model comes out right when interp runs it: one model examined, or the matrix of architectures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from interp.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from interp.doctor.examination import Examination, Finding, examine
+
+__all__ = ["Examination", "Finding", "examine"]
+
+__getattr__, __dir__ = lazy_exports(__name__, {"examination": ("Examination", "Finding", "examine")})

@@ -1,0 +1,157 @@
+"""One family's tiny models, the inputs on which they are compared, and how a difference is measured."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.doctor.families.text import FAMILIES, tiny_hf
+from interp.model import dummy_inputs as made_up
+from interp.model.attention_call import AttentionCall
+from interp.model.instrument import attend, stacks
+from interp.model.loading import Weights, wrap
+from interp.model.model import Model, load
+from interp.prompts.images import output_of
+from interp.zoo.tokenizer import SPECIALS, word_tokenizer
+
+ALLOWED = 1e-4  # largest difference, relative to the largest value: float32's share in models of a few layers
+WORDS = tuple(f"w{i}" for i in range(100 - len(SPECIALS)))
+DECODERS = ("decoder", "hybrid")
+PREFIXES = {
+    "": "blocks.{}.attn",
+    "vision": "vision_encoder.encoder_layers.{}.attn",
+    "encoder": "encoder_blocks.{}.attn",
+    "decoder": "decoder_blocks.{}.self_attn",
+    "cross": "decoder_blocks.{}.cross_attn",
+}
+
+
+class DoesNotApply(Exception):
+    """A check that means nothing for a family; the text says why."""
+
+
+class Case:
+    """One family's models, each built when a check first asks for it; the same weights in all of them."""
+
+    def __init__(self, family: str):
+        self.family = family
+        self.kind = FAMILIES[family].kind
+        self.tokenizer = word_tokenizer(WORDS)
+
+    @cached_property
+    def eager(self) -> Any:
+        """Hugging Face's eager attention, in float64 where the family has it."""
+        return tiny_hf(self.family)
+
+    @cached_property
+    def eager32(self) -> Any:
+        """The same in float32: with padding, transformers' eager float64 mask overflows its float32 softmax."""
+        return tiny_hf(self.family, torch.float32)
+
+    @cached_property
+    def ours(self) -> Model:
+        """Through headstats, in float64 where the family has it."""
+        return load(tiny_hf(self.family), tokenizer=self.tokenizer)
+
+    @cached_property
+    def ours32(self) -> Model:
+        """Through headstats, in float32."""
+        return load(tiny_hf(self.family, torch.float32), tokenizer=self.tokenizer)
+
+    @cached_property
+    def theirs(self) -> Any:
+        """A TransformerBridge as TransformerLens makes it."""
+        return wrap(Weights(f"tiny {self.family}", tiny_hf(self.family), self.tokenizer))[0]
+
+    # ------------------------------------------------------------ inputs and outputs
+
+    def tokens(self, batch: int = 3, length: int = 11) -> Tensor:
+        """Random token ids that are no special ones, the same every time."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(len(SPECIALS), 100, (batch, length), generator=generator)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a forward of the family takes."""
+        if self.kind == "vision":
+            return {"pixel_values": made_up.images(self.eager, 3)}
+        if self.kind == "vision-language":
+            return made_up.image_prompt(self.eager)
+        if self.kind != "seq2seq":
+            return {"input_ids": self.tokens()}
+        decoder = {"decoder_input_ids": self.tokens(3, 6).flip(1)}
+        if self.eager.main_input_name != "input_features":
+            return {"input_ids": self.tokens(), **decoder}
+        config, generator = self.eager.config, torch.Generator().manual_seed(2)
+        shape = (3, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": torch.randn(shape, generator=generator, dtype=torch.float64), **decoder}
+
+    def run(self, model: Any, inputs: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
+        """Logits, or what stands for them, of a Hugging Face model, a bridge or a Model."""
+        inputs = self.inputs() if inputs is None else inputs
+        if self.kind in DECODERS and not options and list(inputs) == ["input_ids"]:
+            done = model(inputs["input_ids"])
+            return getattr(done, "logits", done)
+        hf = getattr(getattr(model, "bridge", model), "original_model", model)
+        first = next(hf.parameters())
+        done = hf(**made_up.placed(inputs, first.device, first.dtype), **options)
+        if self.kind == "vision":
+            return output_of(done)
+        return done.logits if getattr(done, "logits", None) is not None else done.last_hidden_state
+
+    # ------------------------------------------------------------ what attention is like
+
+    def attentions(self) -> dict[str, tuple[str, int]]:
+        """The hook prefix of every attention, with its stack and layer; e.g. ``blocks.1.attn``: "", 1."""
+        found = stacks(self.ours.bridge)
+        return {PREFIXES[stack].format(i): (stack, i) for stack, layers in found.items() for i in layers}
+
+    @torch.no_grad()
+    def stack_calls(self) -> dict[str, list[AttentionCall]]:
+        """What each layer of each stack asked of the kernel in one forward."""
+        seen: dict[str, list[AttentionCall]] = {stack: [] for stack in self.ours.instruments}
+        with ExitStack() as held:
+            for stack, instrument in self.ours.instruments.items():
+                held.enter_context(
+                    instrument.handled_by(lambda call, kept=seen[stack]: (kept.append(call), attend(call).out)[1])
+                )
+            self.run(self.ours)
+        return seen
+
+    def calls(self) -> list[AttentionCall]:
+        """The same, one after the other."""
+        return [call for calls in self.stack_calls().values() for call in calls]
+
+    def features(self) -> list[str]:
+        """What this family's attention has beside plain causal softmax: what negative controls can break."""
+        by_stack, calls = self.stack_calls(), self.calls()
+        main = by_stack.get("") or calls
+        has = {
+            "both directions": not self.ours.stacks and all(map(_sees_right, main)),
+            "three stacks": bool(self.ours.stacks),
+            "grouped": any(c.k.shape[1] < c.q.shape[1] for c in calls),
+            "window": any(c.window is not None for c in main),
+            "softcap": any(c.softcap is not None for c in calls),
+            "sinks": any(c.sinks is not None for c in calls),
+            "bias": any(c.bias is not None for c in calls),
+            "own scale": any(abs(c.scale * c.q.shape[-1] ** 0.5 - 1) > 1e-6 for c in calls),
+        }
+        return [name for name, there in has.items() if there]
+
+
+def _sees_right(call: AttentionCall) -> bool:
+    """Whether the first query may read the last key (a causal mask can come as a bias)."""
+    hidden = call.bias is not None and bool((call.bias[..., 0, -1] < -1e30).any())
+    return not call.causal and not hidden
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference relative to the largest value of ``theirs``; infinite for NaN or another shape."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    gap = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)).item()
+    return gap if gap == gap else float("inf")

@@ -1,0 +1,127 @@
+"""Base runs by lean blocks: prompts of all lengths as rows of one packed state, without a detour through the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.engine.packed_forward import PackedForward, final_logits
+from interp.engine.packing import Group, Piece, place
+from interp.engine.plain_blocks import LeanBlock, RowsOf
+from interp.engine.runs import Frame, Run
+from interp.model.batching import TOKENS_PER_FORWARD
+from interp.model.model import Model
+from interp.prompts.model_input import frozen
+
+_Key = tuple[tuple[int, ...], int | None]  # ids; for a run with noise its number, which no other shares
+
+
+def lean_runs(
+    model: Model,
+    blocks: Sequence[LeanBlock],
+    frame: Frame,
+    prompts: Sequence[Sequence[int]],
+    components: Sequence[str] = (),
+    noise: Sequence[Tensor | None] | None = None,
+) -> list[Run]:
+    """As `interp.engine.runs.record`, of models whose blocks are known to the letter.
+
+    ``frame`` was recorded on prompts at least as long.  ``components``: of `interp.engine.plain_blocks.WRITABLE`.
+    """
+    noises = [None] * len(prompts) if noise is None else noise
+    asked = [(frozen(p), n) for p, n in zip(prompts, noises, strict=True)]
+    made: dict[_Key, Run] = {}
+    keys = [(ids, None if n is None else i) for i, (ids, n) in enumerate(asked)]
+    distinct = dict(zip(keys, asked, strict=True))
+    for batch in _batches(list(distinct), TOKENS_PER_FORWARD):
+        runs = _forward(model, blocks, frame, [distinct[key] for key in batch], components)
+        made |= dict(zip(batch, runs, strict=True))
+    return [made[key] for key in keys]
+
+
+def _batches(keys: list[_Key], rows: int) -> Iterator[list[_Key]]:
+    """Prompts in order of length, about ``rows`` tokens to a batch."""
+    batch: list[_Key] = []
+    used = 0
+    for key in sorted(keys, key=lambda key: len(key[0])):
+        if batch and used + len(key[0]) > rows:
+            yield batch
+            batch, used = [], 0
+        batch.append(key)
+        used += len(key[0])
+    if batch:
+        yield batch
+
+
+def _forward(
+    model: Model,
+    blocks: Sequence[LeanBlock],
+    frame: Frame,
+    prompts: Sequence[tuple[tuple[int, ...], Tensor | None]],
+    components: Sequence[str],
+) -> list[Run]:
+    """One packed forward of prompts that stand in order of length."""
+    pieces = _pieces(model, prompts)
+    forward, kept = PackedForward(model, (), (), frame, blocks), _Kept(components)
+    packed = place(pieces, forward.layout)
+    resid = packed.new_empty(len(blocks) + 1, *packed.shape)
+    keys, values = [], []
+    for layer, block in enumerate(blocks):
+        resid[layer] = packed
+        q, k, v = block.project(packed, "qkv", forward.rotation(layer, pieces), kept.of(layer))
+        block.finish(packed, forward.attention(layer, q, k, v, pieces, pieces), kept.of(layer))
+        keys.append(k)
+        values.append(v)
+    resid[-1] = packed
+    spans = [slice(p.offset + n * p.rows, p.offset + (n + 1) * p.rows) for p in pieces for n in range(len(p.cells))]
+    logits = final_logits(model, packed[[span.stop - 1 for span in spans]])
+    return [
+        Run(
+            ids, resid[:, span], logits[i], [k[span].transpose(0, 1) for k in keys],
+            [v[span].transpose(0, 1) for v in values],
+            {c: {layer: x[span] for layer, x in layers.items()} for c, layers in kept.found.items()}, noise,
+        )
+        for i, ((ids, noise), span) in enumerate(zip(prompts, spans, strict=True))
+    ]  # fmt: skip
+
+
+def _pieces(model: Model, prompts: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> list[Piece]:
+    """One piece for each length, of embedded tokens with their noise."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i, (ids, _) in enumerate(prompts):
+        by_length[len(ids)].append(i)
+    pieces = []
+    for length, members in by_length.items():
+        hidden = model.bridge.embed(torch.tensor([list(prompts[i][0]) for i in members], device=model.device))
+        noises = [prompts[i][1] for i in members]
+        if any(n is not None for n in noises):
+            hidden = hidden + torch.stack([torch.zeros_like(hidden[0]) if n is None else n.to(hidden) for n in noises])
+        nothing = Run((), hidden[0, :0], hidden[0, 0, :0])  # there is no prefix
+        pieces.append(Piece(Group(nothing, 0), members, 0, length, [hidden]))
+    return pieces
+
+
+class _Kept:
+    """Stands where a lean block looks for writes, and keeps what it is shown."""
+
+    def __init__(self, components: Sequence[str]):
+        self.found: dict[str, dict[int, Float[Tensor, "rows ..."]]] = {
+            c: {} for c in components if c not in ("resid_pre", "resid_post")
+        }
+
+    def of(self, layer: int) -> RowsOf:
+        """The writes of one layer, as `LeanBlock` asks for them."""
+        return lambda component: _Keep(self.found[component], layer) if component in self.found else None
+
+
+class _Keep:
+    def __init__(self, into: dict[int, Tensor], layer: int):
+        self.into, self.layer = into, layer
+
+    def put_(self, x: Tensor, headed: bool) -> None:
+        """Keeps a copy: what is not ``headed`` may be added to in place."""
+        self.into[self.layer] = x if headed else x.clone()

@@ -1,0 +1,339 @@
+"""The fast path: all cells of a batch advance through the blocks together, re-running only what can change.
+
+Exact for causal decoders, by these facts:
+
+* blocks before the first change see the base run's input: a cell enters at its first changed block;
+* under causal attention positions before the first changed one never change: only rows from there on are
+  computed, and their attention reads the base run's keys and values for the rest;
+* in its first block a change that comes after the keys and values (z, attn_out, mlp_out, q, a cut) stays in its
+  own rows: no others are computed there;
+* everything but attention acts on tokens one by one: rows of all cells are packed into one [1, rows, d]
+  hidden state, so that short prompts still fill the matrix products;
+* the metric reads the last position: the last block computes keys and values for all rows, and the rest for
+  that row alone, which alone meets the unembedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import headstats
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from interp.engine.cells import Cell, cut_table
+from interp.engine.matmul import products_for, redirected
+from interp.engine.packed_attention import packed_attention
+from interp.engine.packing import Changes, Group, Piece, place, positions, unpack
+from interp.engine.plain_blocks import LeanBlock, RowsOf, rotation
+from interp.engine.runs import Frame, Run, hooks
+from interp.model.attention_call import AttentionCall
+from interp.model.model import Model
+from interp.sites import COMPONENTS
+
+ROWWISE_KWARGS = ("position_embeddings", "position_ids", "alibi")
+DROPPED_KWARGS = (
+    "attention_mask", "past_key_values", "layer_past", "use_cache", "cache_position", "encoder_attention_mask",
+    "position_bias",  # a linear bias: the recorded calls hold it, per key
+)  # fmt: skip
+MIXERS = (torch.nn.Conv1d, torch.nn.RNNBase)  # of state-space branches and the like
+
+
+def other_mixer(model: Model, layer: int) -> str | None:
+    """What else but softmax attention carries something from position to position in a block, or None."""
+    found = (type(m).__name__ for m in model.bridge.blocks[layer].modules() if isinstance(m, MIXERS))
+    return next(found, None)
+
+
+def unsupported(model: Model, frame: Frame) -> str | None:
+    """Why this model's blocks cannot be run packed, or None."""
+    if len(model.attention_layers) < model.n_layers:
+        return "layers without softmax attention mix positions in ways of their own"
+    for layer in range(model.n_layers):
+        if (other := other_mixer(model, layer)) is not None:
+            return f"block {layer} mixes positions beside attention, by a {other}"
+    for layer, call in frame.calls.items():
+        if not call.causal:
+            return f"layer {layer} is not causal (bidirectional, or behind a custom mask)"
+        if call.bias is not None and call.bias.shape[-2] != 1:
+            return f"layer {layer} adds a bias that depends on the query's position"
+    if frame.positions_differ:
+        return "rotary positions differ between prompts, with their length or with where and how large their images are"
+    if len(frame.calls) < model.n_layers or len(frame.kwargs) < model.n_layers:
+        return "not every layer was seen by the recorder"
+    for layer, kwargs in enumerate(frame.kwargs):
+        for name, value in kwargs.items():
+            known = name.startswith(ROWWISE_KWARGS) or name in DROPPED_KWARGS
+            if not known and isinstance(value, Tensor | tuple | list | dict):
+                return f"block {layer} takes {name!r}, which the packed path does not know how to slice"
+    if not hasattr(model.bridge, "ln_final") or not hasattr(model.bridge, "unembed"):
+        return "the model has no final norm and unembedding under their TransformerLens names"
+    return None
+
+
+class Enough(Exception):
+    """Leaves a block once its keys and values are known."""
+
+
+class PackedForward:
+    """One batch of cells, advanced block by block. ``lean``: the blocks in bare products, where they are known."""
+
+    def __init__(
+        self,
+        model: Model,
+        runs: Sequence[Run],
+        cells: Sequence[Cell],
+        frame: Frame,
+        lean: Sequence[LeanBlock] | None = None,
+    ):
+        self.model, self.cells, self.frame, self.lean = model, cells, frame, lean
+        self.table: tuple[Tensor, Tensor] | None = None  # of rotary positions
+        self.rotated: tuple[list[Piece], Tensor] | None = None  # the same for rows of pieces
+        # lean blocks take rows laid out once; the model's own are handed those that there are
+        self.layout = int if lean is None else products_for(model.dtype, model.device).rows
+        self.changes = Changes(cells)
+        groups: dict[tuple[int, int], Group] = {}
+        for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
+            key = (cells[i].run, cells[i].first_row)
+            groups.setdefault(key, Group(runs[cells[i].run], cells[i].first_row)).waiting.append(i)
+        self.groups = list(groups.values())
+
+    def logits(self, columns: Int[Tensor, "cells k"] | None = None) -> Float[Tensor, "cells vocab"]:
+        """Last-position logits of every cell, in the order of ``cells``; with ``columns``, those [cells, k] alone."""
+        n = self.model.n_layers
+        for layer in range(n):
+            pieces = self._enter(layer)
+            if pieces and layer < n - 1:
+                self._block(layer, pieces)
+            elif pieces:
+                self._last_block(layer, pieces)
+        for group in self.groups:  # what changes the last block's output alone
+            if group.waiting:
+                group.admit(group.waiting, group.run.resid[n][-1:].expand(len(group.waiting), -1, -1))
+        final = [Piece(g, g.active, len(g.run) - 1, len(g.run), g.parts) for g in self.groups]
+        rows = place(final)
+        self._write_residual(n, final, rows)
+        order = torch.argsort(torch.tensor([i for piece in final for i in piece.cells], device=rows.device))
+        return final_logits(self.model, rows[order], columns)
+
+    # ------------------------------------------------------------ which rows
+
+    def _enter(self, layer: int) -> list[Piece]:
+        """The pieces that go through a block: those that are in already, and the cells whose first block it is."""
+        pieces = []
+        for group in self.groups:
+            n, resid = len(group.run), group.run.resid[layer]
+            narrow: dict[int, list[int]] = {}
+            while group.waiting and self.cells[group.waiting[0]].first_layer <= layer:
+                i = group.waiting.pop(0)
+                narrow.setdefault(self.cells[i].entry_stop(n), []).append(i)
+            wide = narrow.pop(n, [])
+            if wide:
+                group.admit(wide, resid[group.start :].expand(len(wide), -1, -1))
+            if group.parts:
+                pieces.append(Piece(group, group.active, group.start, n, group.parts))
+            for stop, cells in narrow.items():
+                fresh = resid[group.start : stop].expand(len(cells), -1, -1)
+                pieces.append(Piece(group, cells, group.start, stop, [fresh], narrow=True))
+        return pieces
+
+    def _write_residual(self, layer: int, pieces: Sequence[Piece], packed: Tensor) -> None:
+        rows = self.changes.rows(layer, "resid_pre", pieces, packed.device)
+        if rows is not None:
+            rows.put_(packed, headed=False)
+
+    # ------------------------------------------------------------ one block
+
+    def _block(self, layer: int, pieces: list[Piece]) -> None:
+        """Runs one block on the packed rows of all cells that are in."""
+        packed = place(pieces, self.layout)
+        self._write_residual(layer, pieces, packed)
+        if self.lean is None:
+            packed = self.run_block(layer, pieces, packed, lambda call: self.attend(call, pieces))
+        else:
+            rows = self._rows_of(layer, pieces, packed.device)
+            q, k, v = self.lean[layer].project(packed, "qkv", self.rotation(layer, pieces), rows)
+            self.lean[layer].finish(packed, self.attention(layer, q, k, v, pieces, pieces), rows)
+        unpack(packed, pieces)
+        for piece in pieces:
+            if piece.narrow:  # from the next block on with all its rows: the others are the base run's
+                group = piece.group
+                whole = group.run.resid[layer + 1][group.start :].repeat(len(piece.cells), 1, 1)
+                whole[:, : piece.rows] = piece.parts[0]
+                group.admit(piece.cells, whole)
+
+    def _last_block(self, layer: int, pieces: list[Piece]) -> None:
+        """The same, but only keys and values are computed for all rows, and the rest for the last one."""
+        unpack(packed := place(pieces), pieces)
+        self._write_residual(layer, pieces, packed)
+        wide = [p for p in pieces if not p.narrow]
+        if wide:
+            last = [p.last_rows() for p in wide]
+            run = self._last_rows if self.lean is None else self._lean_last_rows
+            rows = run(layer, wide, last)
+            for piece in last:
+                piece.group.parts = [piece.by_cell(rows)]
+        for piece in pieces:
+            if piece.narrow:  # rows that nothing reads any more
+                base = piece.group.run.resid[layer + 1][-1:]
+                piece.group.admit(piece.cells, base.expand(len(piece.cells), -1, -1))
+
+    def _last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
+        """The block's output in the last row of every cell."""
+        found: dict[str, Tensor] = {}
+
+        def keep(call: AttentionCall) -> Tensor:
+            found.update(k=rows_first(call.k), v=rows_first(call.v))
+            raise Enough
+
+        with suppress(Enough):
+            self.run_block(layer, wide, place(wide), keep)
+
+        def handler(call: AttentionCall) -> Tensor:
+            return heads_first(self.attention(layer, rows_first(call.q), found["k"], found["v"], last, wide))
+
+        return self.run_block(layer, last, place(last), handler)
+
+    def _lean_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
+        assert self.lean is not None
+        block, packed = self.lean[layer], place(wide, self.layout)
+        rows = self._rows_of(layer, wide, packed.device)
+        k, v = block.project(packed, "kv", self.rotation(layer, wide), rows)
+        packed = place(last, self.layout)
+        rows = self._rows_of(layer, last, packed.device)
+        (q,) = block.project(packed, "q", self.rotation(layer, last), rows)
+        block.finish(packed, self.attention(layer, q, k, v, last, wide), rows)
+        return packed
+
+    def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> RowsOf:
+        return lambda component: self.changes.rows(layer, component, pieces, device)
+
+    def rotation(self, layer: int, pieces: list[Piece]) -> Float[Tensor, "rows 2 d_head"]:
+        """Rotary tables of all rows laid out."""
+        cos, sin = self.frame.kwargs[layer]["position_embeddings"]
+        if self.table is None or self.table[0] is not cos:  # layers share theirs
+            self.table = cos, rotation(cos, sin)
+            self.rotated = None
+        if self.rotated is None or self.rotated[0] is not pieces:
+            where = positions(pieces, self.model.device)
+            where = F.pad(where, (0, self.layout(len(where)) - len(where)))
+            self.rotated = pieces, self.table[1].index_select(0, where)
+        return self.rotated[1]
+
+    def run_block(
+        self, layer: int, pieces: list[Piece], packed: Tensor, handler: Callable[[AttentionCall], Tensor]
+    ) -> Tensor:
+        """The model's own block, its hooks included, on packed rows [rows, d_model]."""
+        packed = packed[None]
+        kwargs = self._kwargs(layer, pieces)
+        with ExitStack() as stack:
+            stack.enter_context(hooks(self.model, *self._write_hooks(layer, pieces, packed)))
+            stack.enter_context(self.model.instrument.handled_by(handler))
+            stack.enter_context(redirected(packed.dtype, packed.device))
+            out = self.model.bridge.blocks[layer](packed, **kwargs)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    def _kwargs(self, layer: int, pieces: list[Piece]) -> dict[str, Any]:
+        """The block's keyword arguments for packed rows: per-position ones gathered, masks and caches dropped."""
+        where = positions(pieces, self.model.device)
+
+        def gather(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(gather(v) for v in value)
+            return value[:1, where] if isinstance(value, Tensor) else value
+
+        kwargs: dict[str, Any] = {}
+        for name, value in self.frame.kwargs[layer].items():
+            if name == "position_ids":
+                kwargs[name] = where[None]
+            elif name.startswith("position_embeddings"):
+                kwargs[name] = gather(value)
+            elif name == "alibi" and isinstance(value, Tensor):  # [batch · heads, 1, keys]; blocks insist on having it
+                kwargs[name] = value[: self.model.n_heads, :, where]
+            elif name == "use_cache":
+                kwargs[name] = False
+            else:
+                kwargs[name] = None if name in DROPPED_KWARGS else value
+        return kwargs
+
+    def _write_hooks(self, layer: int, pieces: list[Piece], packed: Tensor) -> Iterator[tuple[str, Any]]:
+        """Hooks that apply this layer's writes inside the block (all components but the residual inputs)."""
+        # resid_mid last, since it replaces what attention put out
+        for component in sorted(self.changes.components(layer), key=lambda c: c == "resid_mid"):
+            rows = self.changes.rows(layer, component, pieces, packed.device)
+            if rows is None:
+                continue
+            spec = COMPONENTS[component]
+            name = spec.hook.format(layer=layer)
+            if component == "resid_mid":  # see naive._hooks_for: the residual itself, not the MLP branch
+                name = f"blocks.{layer}.hook_attn_out"
+                relative = rows.value - packed[0, rows.at]
+                rows.value = relative if rows.add is None else torch.where(rows.add, rows.value, relative)
+            yield name, lambda x, hook, rows=rows, headed=spec.heads is not None: rows.put(x, headed)
+
+    def attend(self, call: AttentionCall, pieces: list[Piece]) -> Tensor:
+        """`attention` as a handler of the model's own blocks."""
+        q, k, v = (rows_first(x) for x in (call.q, call.k, call.v))
+        return heads_first(self.attention(call.layer, q, k, v, pieces, pieces))
+
+    def attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, queries: list[Piece], keys: list[Piece]
+    ) -> Float[Tensor, "rows heads d_value"]:
+        """Attention of packed rows, each group's own after the base run's shared prefix."""
+        like, backend = self.frame.calls[layer], self.model.instrument.backend
+        return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._cuts(layer, piece))
+
+    def _cuts(self, layer: int, piece: Piece) -> dict[str, Any]:
+        """The piece's cuts in a layer as arguments of headstats."""
+        by_number = self.changes.cuts.get(layer, {})
+        cuts = [by_number.get(i, []) for i in piece.cells]
+        if not any(cuts):
+            return {}
+        table = cut_table(cuts, self.model.n_heads, (piece.start, piece.stop), piece.stop)
+        moved = {name: x.to(self.model.device) for name, x in table.items()}
+        return {"edit": headstats.Edit(knockout=moved.pop("knockout")), **moved}
+
+
+def rows_first(x: Tensor) -> Tensor:
+    """[1, heads, rows, d] as [rows, heads, d]."""
+    return x[0].transpose(0, 1)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[rows, heads, d] as [1, heads, rows, d]."""
+    return x.transpose(0, 1)[None]
+
+
+def final_logits(
+    model: Model, rows: Float[Tensor, "rows d_model"], columns: Int[Tensor, "rows k"] | None = None
+) -> Float[Tensor, "rows vocab"]:
+    """Final norm and unembedding of some residual rows, with the scalings that some architectures apply after.
+
+    ``columns``: token ids of the only logits wanted, row by row; then [rows, k].
+    """
+    bridge, config = model.bridge, getattr(model.bridge.original_model, "config", None)
+    if config is not None and model.pictures is not None:
+        config = config.get_text_config()
+    unembed = getattr(bridge.unembed, "original_component", None)
+    with redirected(rows.dtype, rows.device):
+        normed = bridge.ln_final(rows[None])
+        if columns is not None and type(unembed) is torch.nn.Linear:
+            logits = torch.einsum("rd,rkd->rk", normed[0], unembed.weight[columns])
+            logits = logits if unembed.bias is None else logits + unembed.bias[columns]
+        else:
+            logits = bridge.unembed(normed)[0]
+            logits = logits if columns is None else logits.gather(1, columns)
+    divide = getattr(config, "logits_scaling", None)  # Granite
+    multiply = getattr(config, "logit_scale", None)  # Cohere
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(bridge.cfg, "output_logits_soft_cap", None)
+    if isinstance(divide, int | float):
+        logits = logits / divide
+    if isinstance(multiply, int | float):
+        logits = logits * multiply
+    if isinstance(cap, int | float) and cap > 0:
+        logits = cap * torch.tanh(logits / cap)
+    return logits

@@ -1,0 +1,267 @@
+"""A driver: brings a run to its end, whatever state it is found in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from interp.errors import InterpError
+from interp.jobs.leases import Leases, holder
+from interp.jobs.status import Tally, display, duration
+from interp.jobs.store import FOLDERS, Inventory, Store
+from interp.jobs.work import Emit, shard_of
+from interp.utils.files import write_file, writing
+from interp.utils.provenance import now, versions
+
+EXECUTORS = ("auto", "in-process", "local", "ray")
+ROUNDS = 3  # of repairing what is found damaged at the end
+COMPLETE, FAILED_CELLS, INCOMPLETE, INTERRUPTED = 0, 3, 4, 130
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out. None of it changes results.
+
+    ``workers``: default one a core. ``threads``: of each worker; the same number gives the same bits. ``shard``: (i,
+    n), only every n-th part from the i-th. ``devices``: values of CUDA_VISIBLE_DEVICES, dealt out to workers.
+    ``address``, ``gpus``: of a Ray cluster, and GPUs of each of its workers.
+    """
+
+    executor: str = "auto"
+    workers: int | None = None
+    threads: int = 1
+    shard: tuple[int, int] | None = None
+    devices: tuple[str, ...] = ()
+    address: str | None = None
+    gpus: float = 0
+    retry_failed: bool = False
+    show: str = "auto"
+    models: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there is when a driver ends. ``code``: 0 complete, 3 with failed cells, 4 incomplete, 130 interrupted."""
+
+    parts: int
+    present: int
+    rows: int
+    failed: int
+    left: dict[int, str]
+    damaged: dict[int, str]
+    interrupted: bool
+    elsewhere: int
+    why: str = ""  # the commonest reason in the first part with failed cells
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        if self.interrupted:
+            return INTERRUPTED
+        if self.present < self.parts - self.elsewhere:
+            return INCOMPLETE
+        return FAILED_CELLS if self.failed else COMPLETE
+
+    def __str__(self) -> str:
+        lines = [f"{self.present:,} of {self.parts:,} parts, {self.rows:,} cells"]
+        if self.failed:
+            why = f": {self.why[:300]}" if self.why else ""
+            lines.append(f"{self.failed:,} of these failed; the column `error` says why{why}")
+        if self.damaged:
+            lines.append(f"{len(self.damaged)} part(s) were found damaged and computed anew: {_some(self.damaged)}")
+        for reason in dict.fromkeys(self.left.values()):
+            lines.append(f"{sum(r == reason for r in self.left.values())} part(s) left undone: {reason}")
+        if self.elsewhere and self.present < self.parts:
+            lines.append(f"{self.elsewhere:,} parts belong to other shards")
+        return "\n".join(lines)
+
+
+def drive(store: Store, options: Options | None = None) -> Outcome:
+    """Compute what is missing, check what is there, and compute anew what is damaged.
+
+    Raises StorageError if the run directory cannot be written, InterpError for what cannot be started.
+    """
+    options = options or Options()
+    execute, workers = executor(options)
+    chosen = shard_of(store.n_parts, options.shard)
+    _sign(store, options, workers)
+    leases = store.leases()
+    repairs = _Repairs(store, leases)
+    left: dict[int, str] = {}
+    inventory = store.inventory()
+    here = set(chosen)
+    tally = Tally(len(chosen), *_count(inventory, here))
+    checked: set[int] = set()
+    with display(options.show, tally, store.document.get("name", store.root.name)) as emit, interruptible(emit) as stop:
+        repairs.emit = emit
+        if options.retry_failed:
+            repairs.retry(p for p, r in inventory.present.items() if r.failed and p in here)
+        repairs.tidy()
+        repairs.of({p: why for p, why in inventory.damaged.items() if p in here})
+        before = set(inventory.present) & here
+        parts = range(*_bounds(store, options))
+        settings = {k: getattr(options, k) for k in ("threads", "devices", "models", "address", "gpus")} | options.extra
+        for _ in range(ROUNDS):
+            if any(not store.has(p) for p in chosen):
+                left = execute(store, parts, emit, stop.is_set, workers=workers, **settings)
+            if stop.is_set():
+                break
+            now_there = store.inventory()
+            found = {p: why for p, why in now_there.damaged.items() if p in here}
+            found |= dict(store.verify(sorted((before & set(now_there.present)) - checked)))
+            checked |= before
+            if not found:
+                break
+            repairs.of(found)
+    leases.close()
+    last = store.inventory()
+    _, rows, failed = _count(last, here)
+    left = {p: why for p, why in left.items() if p not in last.present}
+    present, elsewhere = len(set(last.present) & here), store.n_parts - len(chosen)
+    return Outcome(
+        store.n_parts, present, rows, failed, left, repairs.done, stop.is_set(), elsewhere, _why(store, last, here),
+    )  # fmt: skip
+
+
+def _bounds(store: Store, options: Options) -> tuple[int, int, int]:
+    i, n = options.shard or (0, 1)
+    return i, store.n_parts, n
+
+
+def _count(inventory: Any, here: set[int]) -> tuple[int, int, int]:
+    own = [r for p, r in inventory.present.items() if p in here]
+    return len(own), sum(r.rows for r in own), sum(r.failed for r in own)
+
+
+def _why(store: Store, inventory: Inventory, here: set[int]) -> str:
+    """What went wrong, of the first part in which something did."""
+    part = next((p for p, r in sorted(inventory.present.items()) if r.failed and p in here), None)
+    if part is None:
+        return ""
+    try:
+        return Counter(store.table(part)["error"].drop_null().to_pylist()).most_common(1)[0][0]
+    except (InterpError, OSError, IndexError):  # damaged since: the next start says so
+        return ""
+
+
+def executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
+    """The executor's function, and how many workers it gets. InterpError for what does not go together."""
+    if options.executor not in EXECUTORS:
+        raise InterpError(f"unknown executor {options.executor!r}: choose one of {', '.join(EXECUTORS)}")
+    if options.threads < 1 or (options.workers is not None and options.workers < 1):
+        raise InterpError(f"workers and threads must be at least 1, got {options.workers} and {options.threads}")
+    if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
+        i, n = options.shard
+        raise InterpError(f"shard {i}/{n}: " + (f"counted from 0, so at most {n - 1}" if n > 0 else "of 1 at least"))
+    if options.address is not None and options.executor != "ray":
+        raise InterpError("an address belongs to executor 'ray'")
+    if options.models and options.executor not in ("auto", "in-process"):
+        raise InterpError("model objects can be used in this process only: save them to a folder for workers to load")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = options.workers or (len(options.devices) or max(1, cores // options.threads))
+    kind = options.executor
+    if kind == "auto":
+        kind = "in-process" if options.models or workers == 1 else "local"
+    if kind == "ray":
+        from interp.jobs.executors import ray as chosen
+
+        return chosen.run, workers if options.workers else 0
+    if kind == "local":
+        from interp.jobs.executors import local as chosen
+
+        return chosen.run, workers
+    from interp.jobs.executors import inprocess as chosen
+
+    return chosen.run, 1
+
+
+class _Repairs:
+    """Puts damaged parts aside, each under its lease, and removes what died while it was being written."""
+
+    def __init__(self, store: Store, leases: Leases):
+        self.store, self.leases = store, leases
+        self.emit: Emit = lambda event: None
+        self.done: dict[int, str] = {}
+
+    def of(self, damaged: dict[int, str]) -> None:
+        for part, why in damaged.items():
+            if self._aside(part):
+                self.done[part] = why
+                self.emit({"event": "damaged", "part": part, "reason": why})
+
+    def retry(self, parts: Iterator[int] | Any) -> None:
+        for part in parts:
+            if self._aside(part):
+                self.emit({"event": "retried", "part": part})
+
+    def _aside(self, part: int) -> bool:
+        lease = self.leases.take(part)
+        if lease is None:  # somebody is at it
+            return False
+        try:
+            return self.store.put_aside(part, lease) is not None
+        finally:
+            lease.release()
+
+    def tidy(self) -> None:
+        for part, files in self.store.leftovers().items():
+            lease = self.leases.take(part)
+            if lease is not None:
+                for file in files:
+                    file.unlink(missing_ok=True)
+                lease.release()
+
+
+def _sign(store: Store, options: Options, workers: int) -> None:
+    """Notes who was started on the run, with what. Makes folders anew that a copy of the run may lack."""
+    with writing(store.root):
+        for folder in FOLDERS:
+            (store.root / folder).mkdir(exist_ok=True)
+    me = holder()
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", str(me["host"]))
+    number = len(list((store.root / "drivers").glob("*.json")))
+    note = {
+        **me, "started": now(), "platform": platform.platform(), "versions": versions(), "executor": options.executor,
+        "workers": workers, "threads": options.threads, "shard": options.shard, "command": sys.argv[:1],
+    }  # fmt: skip
+    write_file(store.root / "drivers" / f"{number:04d}-{host}-{me['pid']}.json", json.dumps(note, indent=1).encode())
+
+
+@contextmanager
+def interruptible(emit: Emit) -> Iterator[threading.Event]:
+    """Ctrl-C once: the event is set. Twice: KeyboardInterrupt, at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        emit({"event": "stopping"})
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _some(parts: dict[int, str]) -> str:
+    first = sorted(parts)[:5]
+    return ", ".join(map(str, first)) + (", …" if len(parts) > 5 else "")
+
+
+__all__ = ["EXECUTORS", "Options", "Outcome", "drive", "duration", "executor"]

@@ -1,0 +1,128 @@
+"""The loop of whoever works on a run: take a part, compute it, publish it, until none is left."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from interp.errors import InterpError, ModelError
+from interp.jobs.leases import Leases, holder
+from interp.jobs.store import Store
+from interp.utils.files import inside, publish_file
+
+log = logging.getLogger("interp")
+
+JOBS = {"sweep": "interp.sweep.effects_job:EffectsJob", "corpus": "interp.corpus.job:CorpusJob"}
+POLL = 0.5  # seconds between looks at parts that others hold
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+
+class StoreShelf:
+    """The run's small files in its own folder."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def get(self, name: str) -> bytes | None:
+        """Contents of a file of the run, or None."""
+        path = inside(self.store.root, name)
+        return path.read_bytes() if path.exists() else None
+
+    def keep(self, name: str, content: bytes) -> bytes:
+        """Freeze contents; returns what is frozen, which may be somebody else's."""
+        path = inside(self.store.root, name)
+        publish_file(path, content)
+        return path.read_bytes()
+
+
+def job_of(store: Store, **options: Any) -> Any:
+    """What computes the run's parts in this process."""
+    return job_class(store.kind)(store.document, StoreShelf(store), **options)
+
+
+def job_class(kind: str) -> Any:
+    """The class that computes a kind of run."""
+    if kind not in JOBS:
+        raise InterpError(f"this run is of a kind that this interp does not know: {kind!r}")
+    module, _, name = JOBS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass
+class Work:
+    """Working through ``parts`` of a run, sharing them with whoever else does.
+
+    ``emit`` is told what happens: part started, done, left. ``stopped()``: whether to take no further part.
+    ``wait``: whether to stay until parts that others hold are published, and take them over if those others die.
+    """
+
+    store: Store
+    job: Any
+    leases: Leases
+    emit: Emit
+    stopped: Callable[[], bool]
+    wait: bool = True
+    left: dict[int, str] = field(default_factory=dict)  # parts that cannot be computed now, and why
+
+    def through(self, parts: Iterable[int]) -> None:
+        """Returns when all parts are published or left, or when stopped."""
+        todo = [p for p in parts if not self.store.has(p)]
+        while todo and not self.stopped():
+            taken = sum(self._one(part) for part in todo if not self.stopped())
+            todo = [p for p in todo if p not in self.left and not self.store.has(p)]
+            if todo and not taken:
+                if not self.wait:
+                    return
+                time.sleep(POLL)
+
+    def _one(self, part: int) -> bool:
+        """Whether the part was taken by this process."""
+        if part in self.left or self.store.has(part):
+            return False
+        lease = self.leases.take(part)
+        if lease is None:
+            return False
+        try:
+            if not self.store.has(part):  # published since
+                self._compute(part)
+            return True
+        finally:
+            lease.release()
+
+    def _compute(self, part: int) -> None:
+        self.emit({"event": "started", "part": part})
+        start = time.perf_counter()
+        try:
+            found = self.job.compute(part)
+        except ModelError as error:
+            self.left[part] = str(error)
+            self.emit({"event": "left", "part": part, "reason": str(error)})
+            return
+        seconds = time.perf_counter() - start
+        note = {**found.note, "seconds": round(seconds, 3), "by": holder()}
+        if self.store.commit(part, found.table, found.failed, note, found.about):
+            done = {"event": "done", "part": part, "rows": found.table.num_rows, "failed": found.failed}
+            self.emit({**done, "seconds": seconds, "memory": memory()})
+
+
+def memory() -> int:
+    """Bytes of this process that are in memory."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def shard_of(n_parts: int, shard: tuple[int, int] | None) -> list[int]:
+    """The parts of shard (i, n), i from 0: every n-th. All without."""
+    return list(range(n_parts)) if shard is None else list(range(shard[0], n_parts, shard[1]))

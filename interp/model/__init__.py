@@ -1,0 +1,14 @@
+"""Loading models and routing their attention through headstats; the only package that knows transformer_lens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from interp.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from interp.model.model import Model, load
+
+__all__ = ["Model", "load"]
+
+__getattr__, __dir__ = lazy_exports(__name__, {"model": ("Model", "load")})

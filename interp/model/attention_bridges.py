@@ -1,0 +1,356 @@
+"""Subclasses of TransformerLens' attention bridges that keep their hooks and hand attention to the instrument.
+
+`adapt` swaps the class of one bridge object. Bridges that merely wrap a Hugging Face module need nothing:
+the module itself calls our registered function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.errors import ModelError
+from interp.model.attention_call import AttentionCall
+
+_LENGTH = "_interp_length"  # positions in the running forward of the original module; None outside one
+
+
+def adapt(attn: Any) -> None:
+    """Give one attention bridge (or the native module in it) a forward that goes through its link.
+
+    Raises ModelError for a bridge that computes attention in a way of its own (e.g. DeepSeek's sparse attention).
+    """
+    from transformer_lens.model_bridge.generalized_components import alibi_joint_qkv_attention as alibi
+    from transformer_lens.model_bridge.generalized_components import bloom_attention as bloom
+    from transformer_lens.model_bridge.generalized_components import joint_qkv_attention as joint
+    from transformer_lens.model_bridge.generalized_components import (
+        joint_qkv_position_embeddings_attention as joint_rope,
+    )
+    from transformer_lens.model_bridge.generalized_components import mla_attention as mla
+    from transformer_lens.model_bridge.generalized_components import mpt_alibi_attention as mpt
+    from transformer_lens.model_bridge.generalized_components import position_embeddings_attention as rope
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+    from transformer_lens.model_bridge.sources.native.model import NativeAttention
+
+    module = attn.original_component
+    if isinstance(module, NativeAttention):
+        module.__class__ = _subclass(type(module), "forward", _native_forward)
+        return
+    kind = type(attn)
+    if issubclass(kind, rope.PositionEmbeddingsAttentionBridge):
+        # Subclasses adapt TransformerLens' re-implementation (NoPE layers, norms); the original module knows them.
+        attn.__class__ = _subclass(kind, "forward", _rope_forward)
+        _hook_norms(attn)
+        if hasattr(attn, "hook_q_gate"):
+            attn.q.register_forward_hook(_gate_hook(attn))
+        return
+    if kind.forward is mla.MLAAttentionBridge.forward:
+        attn.__class__ = _subclass(kind, "forward", _latent_forward)
+        _hook_latents(attn)
+        return
+    plain = (joint.JointQKVAttentionBridge, joint_rope.JointQKVPositionEmbeddingsAttentionBridge)
+    linear_bias = (alibi.ALiBiJointQKVAttentionBridge, bloom.BloomAttentionBridge, mpt.MPTALiBiAttentionBridge)
+    own = getattr(kind, "_reconstruct_attention", None)
+    if any(own is base._reconstruct_attention for base in (*plain, *linear_bias)):
+        attn.__class__ = _subclass(kind, "_reconstruct_attention", _joint_reconstruct)
+    elif kind.forward is not AttentionBridge.forward:
+        raise ModelError(
+            f"{type(module).__name__} computes attention in a way of its own (TransformerLens: {kind.__name__}), "
+            "which interp cannot route through its kernel; its statistics and edits would be wrong, so it is refused"
+        )
+    elif callable(getattr(module, "_attn", None)):
+        module.__class__ = _subclass(type(module), "_attn", _inner_attention)
+
+
+@cache
+def _subclass(base: type, method: str, function: Any) -> type:
+    """One generated subclass per (class, method), so that isinstance checks and pickling of state still work."""
+    return type(f"Instrumented{base.__name__}", (base,), {method: function, "__module__": __name__})
+
+
+def _hook_norms(attn: Any) -> None:
+    """Fire ``hook_q_normed``/``hook_k_normed`` when the original module calls its query and key norms.
+
+    TransformerLens shows per-head norms as [batch, heads, position, d_head]. Some models (Qwen 3) norm before
+    they transpose; there the norm is given TransformerLens' layout and its output turned back.
+    """
+    for name in ("q", "k"):
+        norm, hook = getattr(attn, f"{name}_norm", None), getattr(attn, f"hook_{name}_normed", None)
+        if norm is None or hook is None:
+            continue
+        turned: list[bool] = []
+
+        def before(module: Any, args: Any, turned: list[bool] = turned) -> Any:
+            length = attn.__dict__.get(_LENGTH)
+            x = args[0]
+            early = length is not None and x.ndim == 4 and x.shape[1] == length
+            # With as many heads as positions the shape does not tell; a transposed view is not contiguous.
+            turned.append(bool(early and (x.shape[2] != length or x.is_contiguous()) and not attn._qk_norm_per_head))
+            return (x.transpose(1, 2), *args[1:]) if turned[-1] else None
+
+        def after(module: Any, args: Any, out: Any, turned: list[bool] = turned, hook: Any = hook) -> Any:
+            was_turned = turned.pop()
+            if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
+                return None
+            out = hook(out)
+            return out.transpose(1, 2) if was_turned else out
+
+        norm.register_forward_pre_hook(before)
+        norm.register_forward_hook(after)
+
+
+def _gate_hook(attn: Any) -> Any:
+    """Fire ``hook_q_gate`` where a query projection gives, for each head, its query and then an output gate."""
+
+    def after(module: Any, args: Any, out: Tensor) -> Tensor | None:
+        if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
+            return None
+        query, gate = out.unflatten(-1, (int(attn.config.n_heads), -1)).chunk(2, dim=-1)
+        gate = attn.hook_q_gate(gate.flatten(-2)).view_as(gate)
+        return torch.cat([query, gate], dim=-1).flatten(-2)
+
+    return after
+
+
+def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run the original module, letting the norm hooks know that it is running and on how many positions."""
+    self.__dict__[_LENGTH] = hidden.shape[1]
+    try:
+        return self.original_component(hidden, *args, **kwargs)
+    finally:
+        self.__dict__[_LENGTH] = None
+
+
+def _entered(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    """What attention reads, and the arguments after it, once their hooks have fired."""
+    if "hidden_states" in kwargs:
+        hidden = kwargs.pop("hidden_states")
+    else:
+        hidden, args = args[0], args[1:]
+    hidden = self.hook_in(hidden)
+    if kwargs.get("position_embeddings") is not None:
+        kwargs["position_embeddings"] = self._apply_position_embedding_hooks(kwargs["position_embeddings"])
+    return hidden, args
+
+
+def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Delegate to the Hugging Face forward, whose projections are TransformerLens' hooked linears.
+
+    With per-head input hooks on (``use_split_qkv_input``, ``use_attn_in``) the projections differ per
+    head; then TransformerLens' own dense forward runs, and the layer is reported as dense.
+    """
+    config = self.config
+    if getattr(config, "use_split_qkv_input", False) or getattr(config, "use_attn_in", False):
+        return _tl_forward(self, args, kwargs)
+    hidden, args = _entered(self, args, kwargs)
+    if getattr(config, "use_attn_result", False):
+        return self.hook_out(_with_result(self, hidden, args, kwargs)), None
+    out = _delegate(self, hidden, args, kwargs)
+    return (self.hook_out(out[0]), *out[1:]) if isinstance(out, tuple) else self.hook_out(out)
+
+
+def _hook_latents(attn: Any) -> None:
+    """Fire ``hook_q_latent``/``hook_kv_latent`` on what the original module's compressing projections give."""
+    for norm, hook in (("q_a_layernorm", attn.hook_q_latent), ("kv_a_layernorm", attn.hook_kv_latent)):
+        module = getattr(attn.original_component, norm, None)  # queries are not always compressed
+        if module is not None:
+            module.register_forward_hook(lambda _module, _args, out, hook=hook: hook(out))
+    # transformers gives the latent a head axis for its cache; the projection's hooks show it without
+    attn.original_component.kv_b_proj.register_forward_pre_hook(lambda _module, args: (args[0].squeeze(1),))
+
+
+def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multi-head latent attention (DeepSeek): delegate to the Hugging Face forward, which decompresses keys."""
+    hidden, args = _entered(self, args, kwargs)
+    kwargs["past_key_values"] = _HookedCache(self, kwargs.get("past_key_values"))
+    if getattr(self.config, "use_attn_result", False):
+        return self.hook_out(_with_result(self, hidden, args, kwargs)), None
+    out = _delegate(self, hidden, args, kwargs)
+    return (self.hook_out(out[0]), *out[1:])
+
+
+class _HookedCache:
+    """A latent attention's KV cache (or none), which fires the hook of the rotated key on its way in.
+
+    The cache holds the latent and one rotated key for all heads; per-head keys and values are made anew from
+    them at every step.
+    """
+
+    def __init__(self, attn: Any, cache: Any):
+        self.attn, self.cache = attn, cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update(self, latent: Tensor, rotated: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the module then reads: everything so far."""
+        rotated = self.attn.hook_rot_k(rotated)
+        return (latent, rotated) if self.cache is None else self.cache.update(latent, rotated, *args, **kwargs)
+
+
+def fire_latent(attn: Any, call: AttentionCall) -> AttentionCall:
+    """Fire a latent attention's hooks on queries, and on the keys and values of this step's own positions.
+
+    An edit of earlier positions' keys is not kept for later steps of decoding; one of the latent is.
+    """
+    rope, m = attn.original_component.qk_rope_head_dim, call.q.shape[2]
+    q = attn.hook_q(torch.cat([call.q[..., :-rope], attn.hook_rot_q(call.q[..., -rope:])], dim=-1))
+    past = call.k.shape[2] - m
+    k, v = (
+        torch.cat([x[:, :, :past], hook(x[:, :, past:])], dim=2)
+        for x, hook in ((call.k, attn.hook_k), (call.v, attn.hook_v))
+    )
+    return replace(call, q=q, k=k, v=v)
+
+
+def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """Attention output as the sum of hooked per-head results: needs z as the output projection receives it."""
+    received: list[Tensor] = []
+    handle = self.o.original_component.register_forward_pre_hook(lambda _m, inputs: received.append(inputs[0]))
+    try:
+        _delegate(self, hidden, args, kwargs)
+    finally:
+        handle.remove()
+    n_heads = int(self.config.n_heads)
+    z = received[0].unflatten(-1, (n_heads, -1))
+    return self._compute_per_head_result(z, n_heads, z.shape[-1])
+
+
+def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
+    """TransformerLens' dense forward, with the mask that it expects."""
+    from interp.model.instrument import _LINK, _read_mask
+
+    link = self.__dict__[_LINK]
+    record = link.instrument.record(link.layer)
+    record.calls += 1
+    record.backends["transformer_lens"] += 1
+    record.dense_because = "use_split_qkv_input or use_attn_in is on"
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        m, n = hidden.shape[1], mask.shape[1]
+        empty = hidden.new_empty(hidden.shape[0], 1, m, 1)
+        call = AttentionCall(0, empty, hidden.new_empty(hidden.shape[0], 1, n, 1), empty, 1.0, **_read_mask(mask))
+        visible = call.visible()
+        zeros = hidden.new_zeros(hidden.shape[0], 1, m, n)
+        kwargs["attention_mask"] = (
+            zeros if visible is None else zeros.masked_fill(~visible, torch.finfo(hidden.dtype).min)
+        )
+    return type(self).__mro__[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    """Attention of fused-QKV models after TransformerLens has split and hooked q, k, v.
+
+    GPT-2, GPT-NeoX, Phi-3; Bloom, MPT and Falcon with their linear biases (ALiBi).
+    """
+    from interp.model.instrument import _LINK, _read_mask
+
+    config = self.config
+    n_heads = int(config.n_heads)
+    n_kv = int(getattr(config, "n_key_value_heads", None) or n_heads)
+    clip = getattr(self, "_clip_qkv", None)
+    if clip:
+        q, k, v = (x.clamp(min=-clip, max=clip) for x in (q, k, v))
+    q, k, v, batch, length, d_head = self._reshape_qkv_to_heads(q, k, v, n_heads, n_kv)
+    embeddings = kwargs.get("position_embeddings")
+    if embeddings is not None and hasattr(self, "_apply_rotary_pos_emb"):
+        cos, sin = self._apply_position_embedding_hooks(embeddings)
+        q, k = self._apply_rotary_pos_emb(q, k, cos, sin)
+    k, v = self._update_kv_cache(k, v, **kwargs)
+    scale = getattr(self, "_softmax_scale", None) or d_head**-0.5
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and self._layer_idx is not None:
+        scale /= self._layer_idx + 1
+    masks = _read_mask(kwargs.get("attention_mask"))
+    bias = _linear_bias(self, kwargs, n_heads, k.shape[2], scale)
+    if bias is not None:
+        masks["bias"] = bias if masks.get("bias") is None else masks["bias"] + bias
+    link = self.__dict__[_LINK]
+    out = link.run(AttentionCall(link.layer, q, k, v, scale, **masks))
+    out = self._reshape_attn_output(out, batch, length, n_heads, out.shape[-1])
+    if getattr(config, "use_attn_result", False):
+        z = self.o.hook_in(out).unflatten(-1, (n_heads, -1))
+        return self._compute_per_head_result(z, n_heads, z.shape[-1]), None
+    return self._apply_output_projection(out), None
+
+
+def _linear_bias(self: Any, kwargs: Any, n_heads: int, n_keys: int, scale: float) -> Tensor | None:
+    """ALiBi as an additive bias [batch or 1, heads, 1, keys], which softmax knows only up to a constant per row.
+
+    Bloom and Falcon hand over [batch · heads, 1, keys] in ``alibi`` (Falcon scales it with the scores), MPT
+    [heads, 1, max_keys] in ``position_bias``, counted from the last key back.
+    """
+    from transformer_lens.model_bridge.generalized_components.alibi_joint_qkv_attention import (
+        ALiBiJointQKVAttentionBridge,
+    )
+
+    if kwargs.get("position_bias") is not None:
+        return kwargs["position_bias"][None, :, :, -n_keys:]
+    alibi = kwargs.get("alibi")
+    if alibi is None:
+        return None
+    bias = alibi.reshape(-1, n_heads, 1, alibi.shape[-1])
+    if bias.shape[-1] < n_keys:  # decoding with a cache: the same slopes, more keys
+        slope = bias[..., 1:2] - bias[..., 0:1]
+        bias = slope * torch.arange(n_keys, device=bias.device, dtype=bias.dtype)
+    bias = bias[..., :n_keys]
+    return bias * scale if isinstance(self, ALiBiJointQKVAttentionBridge) else bias
+
+
+def _inner_attention(
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The ``_attn`` method of GPT-J, CodeGen and GPT-Neo modules: [B, H, M, D] in and out.
+
+    GPT-Neo does not scale its scores, and alternates global layers with local ones.
+    """
+    from interp.model.instrument import _LINK, _read_mask
+
+    link = self.__dict__[_LINK]
+    masks = _read_mask(attention_mask)
+    scale = 1 / float(self.scale_attn) if hasattr(self, "scale_attn") else 1.0
+    if getattr(self, "attention_type", None) == "local":
+        masks["window"] = int(self.config.window_size)
+    call = AttentionCall(link.layer, query.to(value.dtype), key.to(value.dtype), value, scale, **masks)
+    return link.run(call), None
+
+
+def _native_forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    pattern_fn: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """TransformerLens' native attention; ``pattern_fn`` is its pattern hook, which the dense path fires itself."""
+    from interp.model.instrument import _LINK
+
+    heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
+    q, k, v = (
+        getattr(self, name)(hidden_states).unflatten(-1, (n, self.d_head)).transpose(1, 2) for name, n in heads.items()
+    )
+    if self.rotary is not None:
+        q, k = self.rotary.apply_rope(q, k, position_ids=position_ids)
+    masks: dict[str, Any] = {"causal": self.causal}
+    if attention_mask is not None and attention_mask.ndim == 2:
+        masks["key_padding"] = attention_mask.bool()
+    elif attention_mask is not None:
+        # Native convention: a 4D bool mask is True where HIDDEN; an additive one hides below −1.
+        hidden = attention_mask if attention_mask.dtype == torch.bool else attention_mask < -1.0
+        masks["bias"] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
+    link = self.__dict__[_LINK]
+    softcap = self.attn_scores_soft_cap if self.attn_scores_soft_cap > 0 else None
+    call = AttentionCall(link.layer, q, k, v, 1 / self.scale, softcap=softcap, **masks)
+    out = link.run(call).transpose(1, 2).flatten(2)
+    return self.o(out), None

@@ -1,0 +1,186 @@
+"""TransformerLens adapters for architectures that it lacks or reads wrongly, and repairs of transformers' own models.
+
+`register` hands the adapters to TransformerLens by its own registry; `repair` corrects a Hugging Face model
+object. Both are called before a bridge is built.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# transformers' class -> the class under which TransformerLens knows the same architecture
+SAME_AS = {
+    "PhimoeForCausalLM": "PhiMoEForCausalLM",
+    "SmolVLMForConditionalGeneration": "Idefics3ForConditionalGeneration",
+}
+
+
+@cache
+def register() -> None:
+    """Add to TransformerLens' registry of architectures; done once."""
+    from transformer_lens.factories import architecture_adapter_factory as factory
+
+    from interp.model.vision_adapters import image_adapters
+
+    known = factory.SUPPORTED_ARCHITECTURES
+    ours = {name: known[same] for name, same in SAME_AS.items()} | {"FalconForCausalLM": _falcon()}
+    ours |= {"BertModel": _headless(known["BertForMaskedLM"]), "RobertaModel": _headless(known["RobertaForMaskedLM"])}
+    ours |= {"WhisperForConditionalGeneration": _whisper()}
+    ours |= {"ModernBertForMaskedLM": _modernbert(), "ModernBertModel": _headless(_modernbert())}
+    ours |= image_adapters()
+    for name, adapter in ours.items():
+        known[name] = adapter  # where configs are recognised
+        factory.ArchitectureAdapterFactory.register_adapter(name, adapter)  # where adapters are made
+
+
+def _falcon() -> type:
+    """Falcon with grouped keys: TransformerLens counts one key head and cuts the fused weight in three runs."""
+    from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
+
+    class Falcon(FalconArchitectureAdapter):
+        def __init__(self, cfg: Any) -> None:
+            grouped = cfg.n_key_value_heads
+            super().__init__(cfg)
+            if self._is_new_arch:
+                self.cfg.n_key_value_heads = grouped
+
+        def prepare_model(self, hf_model: Any) -> None:
+            super().prepare_model(hf_model)
+            if self._is_new_arch and hf_model.config.num_ln_in_parallel_attn == 1:  # Falcon 2: one shared norm
+                self.component_mapping["blocks"].submodules["ln1"].name = "input_layernorm"
+
+        def _split_falcon_qkv(self, original_attention_component: Any) -> Any:
+            if not self._is_new_arch:
+                return super()._split_falcon_qkv(original_attention_component)
+            module = original_attention_component
+            return split_by_group(
+                module.query_key_value, self.cfg.n_key_value_heads or self.cfg.n_heads, module.head_dim
+            )
+
+    return Falcon
+
+
+def _headless(masked: type) -> type:
+    """An encoder without its language-model head: the adapter of the whole model, with shorter paths."""
+
+    class Headless(masked):
+        def prepare_model(self, hf_model: Any) -> None:
+            for head in ("mlm_head", "mlm_norm", "unembed"):
+                self.component_mapping.pop(head, None)
+            if self.component_mapping["ln_final"].name.split(".")[0] in ("cls", "lm_head"):  # it belongs to the head
+                del self.component_mapping["ln_final"]
+            for component in self.component_mapping.values():
+                component.name = component.name.split(".", 1)[1]
+
+    return Headless
+
+
+def _modernbert() -> type:
+    """ModernBERT: fused projections, rotary positions, local and global layers by turns."""
+    from transformer_lens.model_bridge import generalized_components as parts
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    class ModernBert(ArchitectureAdapter):
+        supports_generation = False
+        supports_fold_ln = False  # layer 0's attention reads the residual stream without a norm
+        supports_center_writing_weights = False
+
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            self.cfg.normalization_type = "LN"
+            self.cfg.positional_embedding_type = "rotary"
+            self.cfg.attention_dir = "bidirectional"
+            self.cfg.gated_mlp = self.cfg.attn_only = self.cfg.final_rms = False
+            self.weight_processing_conversions = {}
+            attention = parts.JointQKVPositionEmbeddingsAttentionBridge(
+                name="attn",
+                config=self.cfg,
+                split_qkv_matrix=lambda module: split_in_thirds(module.Wqkv),
+                submodules={"qkv": parts.LinearBridge(name="Wqkv"), "o": parts.LinearBridge(name="Wo")},
+            )
+            attention.is_causal = False  # else TransformerLens' own attention hides the right where there is no mask
+            block = {
+                "ln1": self._norm("attn_norm"),
+                "attn": attention,
+                "ln2": self._norm("mlp_norm"),
+                "mlp": self._ungated_mlp(up="Wi", down="Wo"),
+            }
+            self.component_mapping = {
+                "embed": parts.EmbeddingBridge(name="model.embeddings.tok_embeddings"),
+                "embed_ln": self._norm("model.embeddings.norm"),
+                "rotary_emb": parts.RotaryEmbeddingBridge(name="model.rotary_emb"),
+                "blocks": parts.BlockBridge(name="model.layers", config=self.cfg, submodules=block),
+                "ln_final": self._norm("model.final_norm"),
+                "mlm_head": parts.LinearBridge(name="head.dense"),
+                "mlm_norm": self._norm("head.norm"),
+                "unembed": parts.UnembeddingBridge(name="decoder"),
+            }
+
+        def _norm(self, name: str) -> Any:
+            return parts.NormalizationBridge(name=name, config=self.cfg, use_native_layernorm_autograd=True)
+
+    return ModernBert
+
+
+def _whisper() -> type:
+    """Whisper: BART's blocks with norms in front, on frames of sound instead of tokens."""
+    from transformer_lens.model_bridge import generalized_components as parts
+    from transformer_lens.model_bridge.supported_architectures.bart import BartFamilyArchitectureAdapter
+
+    class Whisper(BartFamilyArchitectureAdapter):
+        has_final_stack_norm = True
+        supports_generation = False
+
+        def _build_component_mapping(self) -> dict[str, Any]:
+            mapping = super()._build_component_mapping()
+            del mapping["embed"]
+            mapping["unembed"] = parts.UnembeddingBridge(name="proj_out")
+            return mapping
+
+    return Whisper
+
+
+def split_in_thirds(fused: Any) -> list[torch.nn.Linear]:
+    """A fused projection whose rows are all queries, then all keys, then all values."""
+    return [
+        _linear(weight.clone(), None if fused.bias is None else fused.bias.detach().chunk(3)[i].clone())
+        for i, weight in enumerate(fused.weight.detach().chunk(3))
+    ]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = torch.nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = torch.nn.Parameter(bias)
+    return linear
+
+
+def split_by_group(fused: Any, n_groups: int, d_head: int) -> list[torch.nn.Linear]:
+    """A fused projection whose rows are, for each key head, its query heads, then its key, then its value."""
+    rows = fused.weight.detach().unflatten(0, (n_groups, -1, d_head))
+    bias = None if fused.bias is None else fused.bias.detach().unflatten(0, (n_groups, -1, d_head))
+    runs = (slice(0, -2), slice(-2, -1), slice(-1, None))
+    return [
+        _linear(rows[:, run].flatten(0, 2).clone(), None if bias is None else bias[:, run].flatten().clone())
+        for run in runs
+    ]
+
+
+def repair(hf: Any) -> None:
+    """Correct a model object in place where transformers' eager attention is not the model's."""
+    if type(hf).__name__.startswith("Falcon") and getattr(hf.config, "alibi", False):
+        for block in hf.transformer.h:
+            block.register_forward_pre_hook(_alibi_once, with_kwargs=True)
+
+
+def _alibi_once(block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Falcon's dense mask already holds ALiBi, and its eager attention adds it again; its SDPA path does not."""
+    mask: Tensor | None = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 4 and kwargs.get("alibi") is not None:
+        kwargs["alibi"] = torch.zeros_like(kwargs["alibi"])
+    return args, kwargs

@@ -1,0 +1,112 @@
+"""Per-head attention statistics of prompts, collected while a model runs on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import headstats
+import torch
+from headstats.stats import tensors
+
+from interp.errors import PromptError
+from interp.model.batching import equal_length_batches
+from interp.model.input_checks import refuse_images
+from interp.prompts.images import layout_of
+from interp.prompts.model_input import Given
+from interp.prompts.pairs import Prompt, PromptPair
+from interp.results.attention_stats import AttentionStats
+from interp.utils.provenance import now, prompt_hash
+
+
+@torch.no_grad()
+def prompt_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+    """Statistics of every layer and head of a model of one stack; see `Model.attention_stats`."""
+    if model.pictures is not None:
+        asked = model.pictures.prompts(prompts)
+    else:
+        asked = texts_of(prompts)
+    spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
+    ids: list[Sequence[int]] = [p if isinstance(p, Given) else model.coder.encode(p) for p in asked]
+    values: dict[str, list[Any]] = {}
+    for batch in equal_length_batches(ids):
+        with model.instrument.collecting(spec) as collected:
+            model.forward([ids[i] for i in batch])
+        for name, stacked in stack_layers(collected, model.n_layers).items():
+            rows = values.setdefault(name, [None] * len(ids))
+            for i, row in zip(batch, stacked, strict=True):
+                rows[i] = row
+    backends = {i: ", ".join(model.instrument.record(i).backends) for i in range(model.n_layers)}
+    definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
+    hashed = [p if isinstance(p, str) else [list(p), p.digest.hex()] for p in asked]
+    provenance = {
+        **model.provenance(), "prompts": prompt_hash(hashed), "created": now(), "definitions": definitions,
+        "left_out": left_out,
+    }  # fmt: skip
+    tokens = [list(p.texts) if isinstance(p, Given) else model.coder.texts(p) for p in ids]
+    return AttentionStats(tokens, values, backends, provenance)
+
+
+@torch.no_grad()
+def tower_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+    """Statistics of a vision–language model's vision tower: an example for each image (or tile) of each prompt."""
+    instrument = model.instruments["vision"]
+    spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
+    values: dict[str, list[Any]] = {}
+    asked = [p for p in model.pictures.prompts(prompts) if isinstance(p, Given)]
+    if not asked:
+        raise PromptError("the vision tower reads images, and no prompt holds one")
+    for prompt in asked:
+        with instrument.collecting(spec) as collected:
+            model.forward([prompt])
+        for name, stacked in stack_layers(collected, len(collected)).items():
+            values.setdefault(name, []).extend(stacked)
+    positions = next(iter(values.values()))
+    layouts = [layout_of(model.bridge.original_model.config, x.shape[-1]) for x in positions]
+    tokens = [layout.texts(*layout.size) for layout in layouts]
+    definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
+    provenance = {
+        **model.provenance(), "prompts": prompt_hash([[list(p), p.digest.hex()] for p in asked]), "created": now(),
+        "definitions": definitions, "left_out": left_out,
+    }  # fmt: skip
+    backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
+    return AttentionStats(tokens, values, backends, provenance, "vision", tokens)
+
+
+def texts_of(prompts: Any) -> list[str]:
+    """The texts of prompts in any form; PromptError if there are none, or something is not text."""
+    listed = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
+    listed = [p.text if isinstance(p, Prompt) else p for p in listed]
+    texts = [p.clean if isinstance(p, PromptPair) else getattr(p, "prompt", p) for p in listed]
+    if not texts:
+        raise PromptError("there are no prompts: pass a string, a PromptPair or a list of them")
+    wrong = next((t for t in texts if not isinstance(t, str)), None)
+    if wrong is not None:
+        refuse_images(wrong)
+        raise PromptError(f"attention_stats takes strings or PromptPairs, got {type(wrong).__name__}")
+    return texts
+
+
+def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[str]]:
+    """The spec without the statistics that are not one number for a position, and their names."""
+    if not isinstance(spec, headstats.StatSpec):
+        raise PromptError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
+    shapes = {s.name: s.shape for s in headstats.STATISTICS}
+    left_out = [name for name in spec.requested() if shapes[name] not in ("B H M", "B H N")]
+    kept = dataclasses.replace(spec, **dict.fromkeys(left_out, False))
+    if not kept.requested():
+        raise PromptError(
+            f"spec asks for {', '.join(left_out) or 'nothing'}: attention_stats keeps statistics with one number for a "
+            "position; the others come from headstats.attend"
+        )
+    return kept, left_out
+
+
+def stack_layers(collected: dict[int, headstats.AttentionStats], n_layers: int) -> dict[str, Any]:
+    """Per-layer kernel statistics → {name: array [batch, layers, heads, position]}."""
+    found = {i: {n: tensors(x)[0] for n, x in stats.as_dict().items()} for i, stats in collected.items()}
+    like = next(iter(found.values()))
+    none = {n: torch.full_like(x, float("nan") if x.is_floating_point() else -1) for n, x in like.items()}
+    layers = [found.get(i, none) for i in range(n_layers)]
+    return {n: torch.stack([layer[n] for layer in layers], dim=1).cpu().numpy() for n in like}

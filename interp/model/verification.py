@@ -1,0 +1,117 @@
+"""Is a model, once routed through headstats, still the model it was? Asked of every model when it is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.errors import ModelError
+from interp.model import dummy_inputs as made_up
+from interp.model import encoder_decoder as seq2seq
+from interp.model.instrument import stacks
+from interp.prompts import images as pictures
+
+PROBED = 8  # tokens of each of two rows: loading waits for them twice
+
+
+def reads_of(hf: Any) -> str:
+    """What a Hugging Face model reads: "text", "images", "images and text", or "pairs" (an encoder–decoder)."""
+    config, takes = getattr(hf, "config", None), inspect.signature(hf.forward).parameters
+    if getattr(config, "is_encoder_decoder", False):
+        return "pairs"
+    if "pixel_values" not in takes:
+        return "text"
+    return "images and text" if "input_ids" in takes else "images"
+
+
+@torch.no_grad()
+def probe(model: Any) -> tuple[Tensor, int]:
+    """Outputs for fixed inputs, and how many positions entered block 0.
+
+    Before installation this is TransformerLens' own eager attention. Raises ModelError if the forward fails.
+    """
+    vocab = int(model.bridge.cfg.d_vocab)
+    length = min(PROBED, model.n_ctx)
+    seen: list[int] = []
+
+    def note(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    blocks = getattr(model.bridge, "blocks", None)
+    handle = None if blocks is None else blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        if model.reads == "images":
+            images = made_up.images(model.bridge.original_model, 2).to(model.device, model.dtype)
+            return pictures.output_of(model.bridge.original_model(pixel_values=images)), seen[0]
+        if model.reads == "images and text":
+            return _with_image(model), 0
+        tokens = torch.arange(2 * length).reshape(2, length).mul(7919).add(11).remainder(min(vocab, 30_000))
+        if model.reads == "pairs":
+            return seq2seq.probe_logits(model, tokens.to(model.device)), 0
+        return model.bridge(tokens.to(model.device)), length
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{model.name}: a first forward failed: {error}") from error
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _with_image(model: Any) -> Tensor:
+    """Logits of a prompt with an image, where it is known how this family's look; else ModelError."""
+    hf = model.bridge.original_model
+    try:
+        inputs = made_up.image_prompt(hf)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{model.name} ({type(hf).__name__}) reads images in a way that interp has not been tried on ({error}); "
+            "its numbers could not be trusted, so it is refused"
+        ) from error
+    return hf(**made_up.placed(inputs, model.device, model.dtype)).logits
+
+
+def verify(model: Any, before: Tensor) -> None:
+    """Refuse a model that bypasses headstats in any layer, or whose outputs changed."""
+    after, _ = probe(model)
+    architecture = type(model.bridge.original_model).__name__
+    attentions = [(stack, i) for stack, layers in stacks(model.bridge).items() for i in layers]
+    silent = [i for stack, i in attentions if model.instruments[stack].record(i).calls == 0]
+    if silent:
+        raise ModelError(
+            f"{model.name} ({architecture}) computes attention outside the interface that interp intercepts: "
+            f"no call arrived from {len(silent)} of {len(attentions)} layers (first: layer {silent[0]}). "
+            "Its statistics and edits would be silently wrong, so it is refused."
+        )
+    scale = before.float().abs().max().item() or 1.0
+    gap = (after.float() - before.float()).abs().max().item()
+    # transformers' eager softmax rounds to float32 even in a float64 model
+    allowed = {torch.float32: 1e-4, torch.float64: 1e-5}.get(before.dtype, 5e-2) * max(scale, 1.0)
+    if not gap <= allowed:
+        raise ModelError(
+            f"{model.name} ({architecture}): logits through headstats differ from eager attention by {gap:.2e} "
+            f"(allowed {allowed:.1e}); this architecture is not routed correctly and is refused."
+        )
+
+
+def count_hooks(bridge: Any) -> int:
+    """Hooks that a user may have added: not those by which the libraries themselves only look, which come and stay.
+
+    transformers wires its recording of attentions and hidden states at the first forward that asks for them, and a
+    bridge's blocks capture inputs to be shown at hook points.
+    """
+    looking = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
+    count, todo, seen = 0, [bridge], set()
+    while todo:  # as bridge.modules(), in a fraction of its time: every sweep asks
+        module = todo.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        inside = module.__dict__
+        todo += inside["_modules"].values()
+        for hook in (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values()):
+            count += not getattr(hook, "__module__", "").startswith(looking)
+    return count

@@ -1,0 +1,105 @@
+"""Prompts from files: pairs and facts as CSV or JSON lines, plain texts one a line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from interp.errors import PromptError
+from interp.prompts.pairs import Fact, PromptPair
+
+PAIR = ("clean", "corrupt", "answer")
+FACT = ("prompt", "subject", "answer")
+
+
+def read_prompts(path: str | Path) -> list[PromptPair | Fact]:
+    """Pairs (columns clean, corrupt, answer, and foil if there is one) or facts (prompt, subject, answer).
+
+    ``.csv`` has these as its header; ``.jsonl`` (or ``.json``) has one JSON object a line, which for pairs may name
+    spans by their words in the clean prompt: ``"spans": {"subject": "Mary"}``. Answers keep their leading space.
+    Raises PromptError, naming the line, for what cannot be read.
+    """
+    path = Path(path)
+    read = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}.get(path.suffix.lower())
+    if read is None:
+        raise PromptError(f"{path}: a .csv or .jsonl file expected")
+    found = [_prompt(f"{path}, line {number}", row) for number, row in read(path)]
+    if not found:
+        raise PromptError(f"{path} holds no prompts")
+    return found
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The lines of a text file, empty ones left out. Raises PromptError if there are none."""
+    lines = [line for line in _text(Path(path)).splitlines() if line.strip()]
+    if not lines:
+        raise PromptError(f"{path} holds no text")
+    return lines
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # not UTF-8, or a name that no file can have
+        raise PromptError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _text(path)
+    before = csv.field_size_limit(max(len(text), 131_072))  # a prompt may be longer than the module's default
+    try:
+        # only line ends divide lines: U+2028 and the like are part of a prompt
+        reader = csv.DictReader(io.StringIO(text))
+        names = reader.fieldnames or []
+        if twice := sorted({n for n in names if names.count(n) > 1 and n}):
+            raise PromptError(f"{path}: its first line names the column {twice[0]!r} twice")
+        for row in reader:
+            if None in row:
+                raise PromptError(
+                    f"{path}, line {reader.line_num} has more fields than the first line has names: put text that "
+                    "holds commas in double quotes"
+                )
+            yield reader.line_num, {k: v for k, v in row.items() if k and v}
+    except csv.Error as error:
+        raise PromptError(f"{path} cannot be read as CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", None) or error
+            raise PromptError(f"{path}, line {number} is not JSON ({why}): one object a line expected") from None
+        if not isinstance(row, dict):
+            raise PromptError(f"{path}, line {number}: an object with clean, corrupt, answer expected, got {row!r:.60}")
+        yield number, row
+
+
+def _prompt(where: str, row: dict[str, Any]) -> PromptPair | Fact:
+    kind = FACT if "prompt" in row else PAIR
+    lacking = [name for name in kind if not isinstance(row.get(name), str) or not row[name]]
+    if lacking:
+        raise PromptError(
+            f"{where} lacks {', '.join(lacking)} (it has {', '.join(map(repr, row)) or 'nothing'}): pairs have clean, "
+            "corrupt, answer and perhaps foil; facts have prompt, subject, answer"
+        )
+    if kind is FACT:
+        return Fact(row["prompt"], row["subject"], row["answer"])
+    pair = PromptPair(row["clean"], row["corrupt"], row["answer"], row.get("foil") or None)
+    spans = row.get("spans") or {}
+    if not isinstance(spans, dict) or not all(isinstance(words, str) for words in spans.values()):
+        raise PromptError(
+            f'{where}: "spans" must name words of the clean prompt, {{"subject": "Mary"}}, got {spans!r:.60}'
+        )
+    for name, words in spans.items():
+        pair = pair.span(name, words)
+    return pair

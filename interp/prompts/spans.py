@@ -1,0 +1,106 @@
+"""Named spans found for you: the messages of a chat, the sentences of a text, the images among the tokens."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from interp.errors import PromptError
+from interp.prompts.pairs import Prompt, PromptPair, Span
+
+Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+P = TypeVar("P", Prompt, PromptPair)
+
+ABBREVIATIONS = {
+    "mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "cf", "fig", "eq", "no", "al", "approx",
+}  # fmt: skip
+_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n+")
+
+
+def sentence_spans(text: str) -> dict[str, Span]:
+    """``sentence_1``, ``sentence_2``, … by character, without the space between them; line ends divide too.
+
+    A full stop after a common abbreviation, a single initial or a list number does not end a sentence.
+    """
+    found: list[Span] = []
+    start = 0
+    for end in (*_END.finditer(text), None):
+        stop = len(text) if end is None else end.end()
+        if end is not None and end[0] == "." and _abbreviates(text[start : end.start()]):
+            continue
+        stripped = text[start:stop].strip()
+        if stripped:
+            begin = text.index(stripped, start)
+            found.append((begin, begin + len(stripped)))
+        start = stop
+    return {f"sentence_{i}": span for i, span in enumerate(found, 1)}
+
+
+def _abbreviates(before: str) -> bool:
+    words = before.split()
+    last = words[-1].lstrip("([\"'“") if words else ""
+    return last.lower() in ABBREVIATIONS or (len(last) == 1 and last.isupper()) or (len(words) == 1 and last.isdigit())
+
+
+def with_sentences(prompt: P) -> P:
+    """A copy of a Prompt or PromptPair in which every sentence (of the clean text) is a named span."""
+    text = prompt.clean if isinstance(prompt, PromptPair) else prompt.text
+    return replace(prompt, spans={**prompt.spans, **sentence_spans(text)})
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool = True) -> Prompt:
+    """The text of a conversation by the tokenizer's chat template, each message's content a span named by its role.
+
+    A role that occurs again is numbered: ``user_1``, ``user_2``. ``answering`` opens the assistant's next turn.
+    Raises PromptError if there is no template, or if it drops or rewrites a message.
+    """
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise PromptError(f"a message is {{'role': …, 'content': …}}, got {message!r:.80}")
+    if not messages or not getattr(tokenizer, "chat_template", None):
+        raise PromptError("a chat needs at least one message and a tokenizer that has a chat template")
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+    often = Counter(m["role"] for m in messages)
+    seen: Counter[str] = Counter()
+    spans: dict[str, Span] = {}
+    at = 0
+    for message in messages:
+        role, content = message["role"], message["content"].strip()
+        seen[role] += 1
+        name = role if often[role] == 1 else f"{role}_{seen[role]}"
+        start = text.find(content, at)
+        if start < 0 or not content:
+            raise PromptError(f"the chat template does not show the {name} message {content!r:.60} as it was written")
+        at = start + len(content)
+        spans[name] = (start, at)
+    return Prompt(text, spans)
+
+
+def chat_pair(
+    tokenizer: Any, clean: Sequence[Message], corrupt: Sequence[Message], answer: str, foil: str | None = None
+) -> PromptPair:
+    """A PromptPair of two conversations that the assistant is about to answer, with the clean one's spans."""
+    first, second = chat_prompt(tokenizer, clean), chat_prompt(tokenizer, corrupt)
+    return PromptPair(first.text, second.text, answer, foil, first.spans)
+
+
+def image_spans(ids: Sequence[int], image_token: int) -> dict[str, Span]:
+    """Token ranges of images: runs of the placeholder token that a processor puts where an image goes.
+
+    ``image`` if there is one, else ``image_1``, ``image_2``, … (images that touch count as one). Raises PromptError
+    if there is none.
+    """
+    runs: list[Span] = []
+    for i, token in enumerate(ids):
+        if token != image_token:
+            continue
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    if not runs:
+        raise PromptError(f"no token of the {len(ids)} is the image token {image_token}: was the image given?")
+    return {"image": runs[0]} if len(runs) == 1 else {f"image_{i}": run for i, run in enumerate(runs, 1)}

@@ -1,0 +1,1 @@
+"""What comes out: effects, attention statistics, attention patterns; Parquet files and significance tests."""

@@ -1,0 +1,218 @@
+"""AttentionPatterns: what chosen prompts' heads read, as far as it can be shown and sent, without an n×n pattern.
+
+Of every head a map of at most ``resolution``² cells (each the largest weight of what it stands for; of a prompt of at
+most ``resolution`` tokens it is the pattern itself), its mass between segments of the prompt, and two marginals; of
+some heads also the exact largest weights of every query, and exact rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from interp.errors import InterpError
+from interp.results.effects import read_parquet, write_parquet
+from interp.utils.html_card import card
+
+Head = tuple[int, int]  # layer, head
+Segment = tuple[str, int, int]  # name ("" for what lies between named spans), first token, end
+PROXIMITY = 4  # sentences: reading the last few is not what makes a receiver head
+FEWEST_SCORES = 6  # segments with a vertical score, for a kurtosis of them to say anything
+ARRAYS = ("edges", "maps", "blocks", "received", "entropy", "top_index", "top_value", "queries", "rows")
+
+
+def head_name(head: Head) -> str:
+    """``L9H6``."""
+    return f"L{head[0]}H{head[1]}"
+
+
+def roots(weights: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
+    """Weights in [0, 1] as 8 bits of their square roots: small weights keep their order."""
+    return np.round(255 * np.sqrt(np.clip(np.nan_to_num(weights), 0, 1))).astype(np.uint8)
+
+
+def weights_of(rooted: UInt8[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """What `roots` stored: within 1/255 of the weight, and far closer where it is small."""
+    return (rooted.astype(np.float32) / 255) ** 2
+
+
+@dataclass(frozen=True)
+class PatternRun:
+    """One forward of one prompt. Heads are in the order of `AttentionPatterns.heads`, exact ones of ``exact``."""
+
+    tokens: list[str]
+    maps: UInt8[np.ndarray, "heads bins bins"]  # 8 bits of √p of the largest weight in each cell
+    blocks: Float[np.ndarray, "heads segments segments"]  # share of a segment's attention that another receives
+    received: Float[np.ndarray, "heads bins"]  # mean weight that a key gets from the queries that see it
+    entropy: Float[np.ndarray, "heads bins"]  # nats, mean over the queries of a bin
+    top_index: Int[np.ndarray, "exact tokens k"]  # keys of the largest weights, −1: none
+    top_value: Float[np.ndarray, "exact tokens k"]
+    queries: Int[np.ndarray, " rows"]  # whose rows are held
+    rows: UInt8[np.ndarray, "exact rows tokens"]
+
+
+@dataclass(frozen=True)
+class PatternExample:
+    """One prompt, or a pair's clean and corrupt one: ``runs`` by name, and what both share."""
+
+    segments: list[Segment]
+    edges: Int[np.ndarray, " bins+1"]  # bin r holds the tokens edges[r] <= i < edges[r + 1]
+    runs: dict[str, PatternRun]
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the prompt."""
+        return int(self.edges[-1])
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a cell of the maps stands for more than one weight."""
+        return len(self.edges) - 1 < self.n_tokens
+
+
+@dataclass(frozen=True)
+class AttentionPatterns:
+    """The patterns of some prompts. ``exact`` are the heads that have exact largest weights and rows."""
+
+    heads: list[Head]
+    exact: list[Head]
+    n_layers: int
+    n_heads: int
+    examples: list[PatternExample]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __repr__(self) -> str:
+        n = [e.n_tokens for e in self.examples]
+        span = "" if not n else f" of {min(n)}–{max(n)} tokens" if min(n) != max(n) else f" of {n[0]} tokens"
+        runs = " and ".join(dict.fromkeys(r for e in self.examples for r in e.runs))
+        return f"AttentionPatterns({len(n)} prompt(s){span}, {runs}; {len(self.heads)} heads, {len(self.exact)} exact)"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "prompts": len(self), "tokens": sum(e.n_tokens for e in self.examples), "heads": len(self.heads),
+            "exact": ", ".join(map(head_name, self.exact)) or "–",
+            "runs": ", ".join(dict.fromkeys(r for e in self.examples for r in e.runs)),
+        }  # fmt: skip
+        return card("AttentionPatterns", facts)
+
+    def map(self, head: Head, example: int = 0, run: str = "clean") -> Float[np.ndarray, "bins bins"]:
+        """The largest weight of every cell, to 8 bits of its root."""
+        if head not in self.heads:
+            raise InterpError(f"{head_name(head)} was not collected; collected: {_listed(self.heads)}")
+        return weights_of(self.examples[example].runs[run].maps[self.heads.index(head)])
+
+    def receiver_scores(self, run: str = "clean") -> Float[np.ndarray, " heads"]:
+        """How much each head singles out a few segments: mean `receiver_score` over prompts, NaN with few segments."""
+        found = [
+            [receiver_score(e.runs[run].blocks[i], e.segments) for i in range(len(self.heads))] for e in self.examples
+        ]
+        table = np.array(found, dtype=float).reshape(len(self.examples), len(self.heads))
+        seen = np.isfinite(table)
+        total = np.where(seen, table, 0).sum(0)
+        return np.where(seen.any(0), total / np.maximum(seen.sum(0), 1), np.nan)
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write one Parquet file, whole or not at all: a row for each prompt and run, arrays in numpy's format."""
+        import pyarrow as pa
+
+        rows = []
+        for number, example in enumerate(self.examples):
+            for name, run in example.runs.items():
+                held = {"edges": example.edges, **{k: getattr(run, k) for k in ARRAYS if k != "edges"}}
+                row = {"example": number, "run": name, "tokens": run.tokens, "segments": json.dumps(example.segments)}
+                rows.append({**row, **{k: _bytes(v) for k, v in held.items()}})
+        facts = {"heads": self.heads, "exact": self.exact, "n_layers": self.n_layers, "n_heads": self.n_heads}
+        table = pa.Table.from_pylist(rows)
+        return write_parquet(table, path, kind="attention_patterns", provenance={**self.provenance, "patterns": facts})
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> AttentionPatterns:
+        """Read what `write` wrote. Raises InterpError on anything else."""
+        frame, provenance = read_parquet(path, kind="attention_patterns")
+        facts = provenance.pop("patterns")
+        examples: dict[int, PatternExample] = {}
+        for row in frame.to_dict("records"):
+            arrays = {k: np.load(io.BytesIO(row[k]), allow_pickle=False) for k in ARRAYS}
+            edges = arrays.pop("edges")
+            segments = [(str(name), int(a), int(b)) for name, a, b in json.loads(row["segments"])]
+            example = examples.setdefault(int(row["example"]), PatternExample(segments, edges, {}))
+            example.runs[row["run"]] = PatternRun([str(t) for t in row["tokens"]], **arrays)
+        heads, exact = ([(int(a), int(b)) for a, b in facts[k]] for k in ("heads", "exact"))
+        return cls(heads, exact, facts["n_layers"], facts["n_heads"], list(examples.values()), provenance)
+
+
+def partition(spans: Mapping[str, tuple[int, int]], n_tokens: int) -> list[Segment]:
+    """Named token ranges as a division of the whole prompt: what lies between them is a segment without a name.
+
+    Where spans overlap, the shorter one keeps its tokens.
+    """
+    owner: list[str | None] = [None] * n_tokens
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1][0] - item[1][1]):
+        owner[start:stop] = [name] * (stop - start)
+    found: list[Segment] = []
+    for i, name in enumerate(owner):
+        if found and found[-1][0] == (name or ""):
+            found[-1] = (found[-1][0], found[-1][1], i + 1)
+        else:
+            found.append((name or "", i, i + 1))
+    return found
+
+
+def chunked(n_tokens: int, parts: int = 16) -> list[Segment]:
+    """A prompt without named spans in runs of equal length."""
+    edges = np.unique(np.linspace(0, n_tokens, min(parts, n_tokens) + 1).astype(int)).tolist()
+    return [(f"{a}–{b - 1}" if b - a > 1 else str(a), a, b) for a, b in pairwise(edges)]
+
+
+def vertical_scores(
+    blocks: Float[np.ndarray, "segments segments"], segments: Iterable[Segment], proximity: int = PROXIMITY
+) -> Float[np.ndarray, " segments"]:
+    """Mean weight that later segments, from ``proximity`` on, give to the tokens of each; NaN where there is none.
+
+    The vertical score of Thought Anchors (Bogdan et al. 2025, arXiv 2506.19143): the mean over i >= j + proximity of
+    the mean of p over the tokens of segment i times those of segment j. There the segments are the sentences of a
+    trace; here, likewise, segments without a name (what lies between named spans, such as a start token) do not count,
+    nor does the one that holds the first token: most heads rest on it, and would all be heads that single it out.
+    """
+    listed = list(segments)
+    counted = [i for i, (name, start, _) in enumerate(listed) if name and start > 0]
+    width = np.array([b - a for _, a, b in listed], dtype=float)[counted]
+    mean = np.asarray(blocks, dtype=float)[np.ix_(counted, counted)] / width  # mass / keys: the block mean
+    out = np.full(len(listed), np.nan)
+    for j in range(len(counted) - proximity):
+        out[counted[j]] = mean[j + proximity :, j].mean()
+    return out
+
+
+def receiver_score(blocks: Float[np.ndarray, "segments segments"], segments: list[Segment]) -> float:
+    """Excess kurtosis (population) of a head's vertical scores: high for a receiver head; NaN with fewer than six."""
+    scores = vertical_scores(blocks, segments)
+    seen = scores[np.isfinite(scores)]
+    if len(seen) < FEWEST_SCORES:
+        return float("nan")
+    spread = seen - seen.mean()
+    variance = float((spread**2).mean())
+    rounding = (1e-9 * float(np.abs(seen).max())) ** 2
+    return float((spread**4).mean() / variance**2 - 3) if variance > rounding else float("nan")
+
+
+def _bytes(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
+def _listed(heads: list[Head]) -> str:
+    return ", ".join(head_name(h) for h in heads[:8]) + (", …" if len(heads) > 8 else "")

@@ -1,0 +1,266 @@
+"""The tables of a sweep's config: models, tasks, recipes, choices of sites. Their types, and how each is read."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp.errors import InterpError
+from interp.sweep import config_table as fields
+from interp.sweep.config_table import Table, list_of, name, one_of, text, whole
+from interp.sweep.recipe_fields import METRICS, RECIPES, ranges, receivers_text, sites_text
+
+if TYPE_CHECKING:
+    from interp.tasks import Task
+
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")
+MOST_PROMPTS = 10_000_000  # of a task: all are made before the first is measured
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: ``load`` is what `interp.load` takes, the rest its options."""
+
+    name: str
+    load: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One set of prompts: a task's, or those of a file (``pairs``, with the digest of its contents)."""
+
+    name: str
+    n: int
+    require: float
+    task: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pairs: str | None = None
+    pairs_digest: str | None = None
+    facts: bool = False
+
+
+@dataclass(frozen=True)
+class RecipeSpec:
+    """One recipe with its options; ``tasks`` and ``sites``: the names of those it is run on."""
+
+    name: str
+    recipe: str
+    metric: str
+    tasks: tuple[str, ...]
+    sites: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SitesSpec:
+    """Sites by the grammar of ``--sites``, or groups of them."""
+
+    name: str
+    sites: str | None = None
+    layers: str | None = None
+    groups: Mapping[str, str] | None = None
+
+
+def read_model(table: Table) -> ModelSpec:
+    """A table of [[models]]."""
+    load = table.take("load", text)
+    if load.lower().endswith(PICKLES):
+        raise table.refuse(
+            "load",
+            f" = {load!r}: pickled weights can run code when they are read, and are refused; give a folder of "
+            "safetensors, a "
+            ".gguf file or a hub id",
+        )
+    options = {
+        "dtype": table.take("dtype", one_of(*DTYPES), None),
+        "device": table.take("device", text, None),
+        "revision": table.take("revision", text, None),
+        "backend": table.take("backend", one_of("auto", "reference", "blocked", "triton", "cpu"), None),
+        "device_map": table.take("device_map", _device_map, None),
+    }
+    label = table.take("name", name, _label(load))
+    table.done()
+    if options["device_map"] is not None and options["device"] is not None:
+        raise table.refuse("device_map", ": device and device_map cannot both say where the model goes; leave one out")
+    return ModelSpec(label, load, without_none(options))
+
+
+def _device_map(value: Any) -> Any:
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(v, int | str) and not isinstance(v, bool) for v in value.values())
+    ):
+        return value
+    return text(value)
+
+
+def read_task(table: Table, folder: Path | None) -> TaskSpec:
+    """A table of [[tasks]]; a file of prompts is read from ``folder`` (None: it is not read again)."""
+    require = table.take("require", fields.number(0, 1), 0.8)
+    if "pairs" in table and "task" in table:
+        raise table.refuse("pairs", ": give task or pairs, not both")
+    if "pairs" in table:
+        return _own_prompts(table, folder, require)
+    task = table.take("task", one_of(*makers()))
+    n = table.take("n", whole(1, MOST_PROMPTS), 64)
+    options = table.take("options", _options(task), {})
+    label = table.take("name", name, task)
+    facts = table.take("facts", fields.flag, task == "facts")
+    table.done()
+    return TaskSpec(label, n, require, task, options, facts=facts)
+
+
+def _own_prompts(table: Table, folder: Path | None, require: float) -> TaskSpec:
+    from interp.prompts.files import read_prompts
+    from interp.prompts.pairs import Fact
+
+    file = table.take("pairs", text)
+    if file.lower().endswith(PICKLES):
+        raise table.refuse(
+            "pairs",
+            f" = {file!r}: pickled data can run code when it is read, and is refused; write the prompts as .csv "
+            "or .jsonl",
+        )
+    label = table.take("name", name, _label(Path(file).stem))
+    n, digest = table.take("n", whole(1, MOST_PROMPTS), None), table.take("pairs_digest", text, None)
+    facts, _ = table.take("facts", fields.flag, False), table.take("options", _options(None), {})
+    table.done()
+    if folder is not None:
+        try:
+            prompts = read_prompts(folder / file)
+            content = (folder / file).read_bytes()
+        except InterpError as error:
+            raise table.refuse("pairs", f": {error}") from None
+        kinds = {isinstance(p, Fact) for p in prompts}
+        if len(kinds) > 1:
+            raise table.refuse("pairs", f": {file} holds both pairs and facts; give each a file of its own")
+        if n is not None and n > len(prompts):
+            raise table.refuse("n", f" = {n}, but {file} holds {len(prompts)} prompts")
+        found = hashlib.blake2b(content, digest_size=16).hexdigest()
+        n, digest, facts = n or len(prompts), found, kinds.pop()
+    if n is None or digest is None:
+        raise table.refuse("pairs", ": n and pairs_digest are missing beside it")
+    return TaskSpec(label, n, require, pairs=file, pairs_digest=digest, facts=facts)
+
+
+def makers() -> dict[str, Task]:
+    """What ``task = "…"`` may name: the functions of `interp.tasks` that make prompts, and what ``--task`` calls them.
+
+    ``facts`` makes single prompts, for causal tracing, and ``fact_pairs`` pairs of them, as on the command line (which
+    takes ``facts`` for ``fact_pairs`` where two prompts are compared).
+    """
+    from interp import tasks
+
+    functions = {n: f for n in tasks.__all__ if inspect.isfunction(f := getattr(tasks, n))}
+    making = {n: f for n, f in functions.items() if {"n", "seed"} <= set(inspect.signature(f).parameters)}
+    return {**tasks.TASKS, **{n: tasks.Task(f, "") for n, f in making.items()}}
+
+
+def _options(task: str | None) -> fields.Check:
+    def check(value: Any) -> dict[str, Any]:
+        made = makers()[task] if task else None
+        known = [] if made is None else [p for p in inspect.signature(made.make).parameters if p not in made.options]
+        known = [p for p in known if p not in ("model", "n", "seed")]
+        if not isinstance(value, dict) or not all(map(_plain, value.values())):
+            raise ValueError("a table of plain values expected: texts, numbers, true or false, and lists of these")
+        if unknown := [k for k in value if k not in known]:
+            raise ValueError(f"{unknown[0]!r} is no option of {task}; options: {', '.join(known) or 'none'}")
+        return value
+
+    return check
+
+
+def _plain(value: Any) -> bool:
+    return all(map(_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float)
+
+
+def read_sites(table: Table, fresh: bool = True) -> SitesSpec:
+    """A table of [[sites]]. ``fresh``: not of a run that is there, so that what no model has is refused at once."""
+    chosen, groups = table.take("sites", sites_text if fresh else text, None), table.take("groups", _groups, None)
+    for name_of, members in (groups or {}).items() if fresh else ():
+        try:
+            sites_text(members)
+        except ValueError as error:
+            raise table.refuse("groups", f".{name_of} = {members!r}: {error}") from None
+    if chosen is None and groups is None:
+        raise table.source.refuse(
+            table.path, ": sites = … (a component or sites, as for --sites) or groups = … expected"
+        )
+    layers = table.take("layers", ranges, None)
+    if layers is not None and chosen is None:
+        raise table.refuse("layers", ": layers choose among sites = …, and there is none")
+    label = table.take("name", name, _label(chosen or "groups"))
+    table.done()
+    return SitesSpec(label, chosen, layers, groups)
+
+
+def _groups(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not value or not all(isinstance(v, str) and v.strip() for v in value.values()):
+        raise ValueError('a table of sites by name expected: {movers = "z.L9H6,z.L10H0"}')
+    return value
+
+
+def read_recipe(
+    table: Table, tasks: tuple[TaskSpec, ...], sites: tuple[SitesSpec, ...], fresh: bool = True
+) -> RecipeSpec:
+    """A table of [[recipes]], which names tasks and sites of the same config."""
+    kind = table.take("recipe", one_of(*RECIPES))
+    known = RECIPES[kind]
+    options = {key: table.take(key, check, None) for key, check in known.keys.items()}
+    for key, check in (("senders", sites_text), ("receivers", receivers_text)) if fresh else ():
+        if options.get(key) is not None:
+            table.take(key, check)
+    metric = table.take("metric", one_of(*METRICS), known.metric)
+    names = [t.name for t in tasks]
+    fitting = [t.name for t in tasks if known.facts or not t.facts]
+    on = table.take("tasks", list_of(one_of(*names)), names)
+    if unfit := [n for n in on if n not in fitting]:
+        raise table.refuse(
+            "tasks",
+            f": {kind} compares a clean and a corrupt prompt, and {unfit[0]!r} holds facts, which have none: use "
+            "the task fact_pairs, or tasks = […] to leave it out here",
+        )
+    labels = [s.name for s in sites]
+    if known.sites and not sites:
+        raise table.source.refuse(table.path, f": {kind} sweeps over sites, and there is no [[sites]]")
+    if "sites" in table and not known.sites:
+        raise table.refuse("sites", f": {kind} takes no [[sites]]; it has its own: {', '.join(known.keys)}")
+    where = table.take("sites", list_of(one_of(*labels)), labels) if known.sites else []
+    label = table.take("name", name, kind)
+    table.done()
+    if kind == "path_patch" and options["senders"] is None:
+        options["senders"] = "z"
+    if kind == "trace" and options["sever"] is not None and (options["component"] or "resid_post") != "resid_post":
+        raise table.refuse("sever", " needs component = 'resid_post'")
+    if kind == "path_patch" and options["using"] == "zero" and options["mode"] == "denoise":
+        raise table.refuse("using", " = 'zero' needs mode = 'noise'")
+    if metric == "logit_diff" and (bare := [t.name for t in tasks if t.facts and t.name in on]):
+        raise table.refuse(
+            "metric", f" = 'logit_diff' needs a foil, and facts ({bare[0]!r}) have none: use prob or logprob"
+        )
+    return RecipeSpec(label, kind, metric, tuple(on), tuple(where), without_none(options))
+
+
+def _label(value: str) -> str:
+    """A name made of what there is, which `fields.name` accepts: the frozen config is read back with it."""
+    plain = unicodedata.normalize("NFKD", Path(value).name or value)
+    kept = "".join(
+        c if c.isascii() and (c.isalnum() or c in "._+@=-") else "-" for c in plain if not unicodedata.combining(c)
+    )
+    return re.sub(r"\.{2,}", ".", kept).lstrip("._+@=-")[:60].rstrip("-.") or "unnamed"
+
+
+def without_none(value: Any) -> Any:
+    """Tables without the keys that say nothing: TOML has no null."""
+    if isinstance(value, Mapping):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    return [without_none(v) for v in value] if isinstance(value, list) else value

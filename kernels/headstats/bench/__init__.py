@@ -1,0 +1,1 @@
+"""Measure the backends beside plain attention: ``python -m headstats.bench``."""

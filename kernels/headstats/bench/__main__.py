@@ -1,0 +1,5 @@
+"""``python -m headstats.bench``."""
+
+from headstats.bench.run import main
+
+main()

@@ -1,0 +1,1 @@
+"""The blocked backend: plain torch, one tile of queries at a time."""

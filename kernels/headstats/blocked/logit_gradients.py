@@ -1,0 +1,115 @@
+"""Gradients of what shapes logits, logit = (x - alibi |distance| + bias) / temperature + log gain, where
+x = factor z + raise |factor z|; and of learned sinks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from headstats.blocked import weight_gradients as weights_backward
+from headstats.blocked.tiles import LOG2E, Origin, Tile, of_edit_cells, of_rows, query_heads
+from headstats.call import Call, part
+from headstats.edits.weights import Change
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+NAMES = ("logit_factor", "logit_raise", "temperature", "edit_bias", "gain", "keep_fraction", "sinks", "alibi", "bias")
+TABLES = ("logit_factor", "logit_raise", "edit_bias", "gain")  # over pairs of segments
+
+
+class Shaping:
+    """Sums of gradients over tiles, each in the shape of its argument."""
+
+    def __init__(self, call: Call, wanted: set[str]):
+        self.call = call
+        self.grads = {n: torch.zeros_like(getattr(call, n), dtype=call.dtype) for n in NAMES if n in wanted}
+
+    def back(
+        self,
+        t: Tile,
+        ds: Float[Tensor, "b h g m n"],
+        s: Float[Tensor, "b h g m n"] | None,
+        delta: Float[Tensor, "b h g m"],
+        lse: Float[Tensor, "b h g m"],
+        origin: Origin,
+    ) -> Float[Tensor, "b h g m n"]:
+        """Turns ds = d loss / d logit (overwritten) into d loss / d z, and adds up what passes on the way.
+
+        s: logits, in base 2 as lse is; needed for temperature.  delta: what each unit of weight is charged.
+        """
+        call = self.call
+        heat = None if call.temperature is None else of_rows(call, t, call.temperature)
+        if "edit_bias" in self.grads:
+            self.add_table("edit_bias", t, ds)
+        if call.sinks is not None and self.grads:
+            sink = of_rows(call, t, call.sinks[None, :, None])
+            sink = sink if heat is None else sink / heat
+            d_sink = -torch.exp2(sink * LOG2E - lse) * delta  # its value is zero
+            if "sinks" in self.grads:
+                self.add("sinks", t, d_sink if heat is None else d_sink / heat)
+            if "temperature" in self.grads and heat is not None:
+                self.add("temperature", t, -d_sink * sink / heat)
+        if "temperature" in self.grads:
+            assert s is not None and heat is not None  # there is a gradient of it
+            x = s / LOG2E if call.edit_bias is None else s / LOG2E - of_edit_cells(call, t, call.edit_bias)
+            self.add("temperature", t, -(ds * x).sum(-1) / heat)  # hidden cells: ds is 0 and x finite
+        if heat is not None:
+            ds.div_(heat[..., None])
+        if "alibi" in self.grads:
+            away = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(ds.dtype)
+            self.add("alibi", t, -(ds * away).sum(-1))
+        if "bias" in self.grads:
+            self.add("bias", t, ds)
+        return ds if origin.z is None else self._reshaped(t, ds, origin.z / LOG2E)
+
+    def through_weights(
+        self, t: Tile, change: Change, x: Float[Tensor, "b h g m n"], d_weight: Float[Tensor, "b h g m n"]
+    ) -> tuple[Float[Tensor, "b h g m n"], Float[Tensor, "b h g m n"]]:
+        """Weights after an edit, and d loss / d ln p before it. x: log2 p."""
+        found = weights_backward.back(change, x, d_weight)
+        if "gain" in self.grads and found.gain is not None:
+            self.add_table("gain", t, found.gain)
+        if "keep_fraction" in self.grads and found.keep is not None:
+            self.add("keep_fraction", t, found.keep)
+        return found.weights, found.log_p
+
+    def _reshaped(self, t: Tile, ds: Tensor, z: Tensor) -> Tensor:
+        """The same through Edit.logit_raise and then logit_factor."""
+        call = self.call
+        factor = None if call.logit_factor is None else of_edit_cells(call, t, call.logit_factor)
+        times = z if factor is None else z * factor
+        if "logit_raise" in self.grads:
+            self.add_table("logit_raise", t, ds * times.abs())
+        if call.logit_raise is not None:
+            ds = ds * (1 + of_edit_cells(call, t, call.logit_raise) * times.sign())
+        if "logit_factor" in self.grads:
+            self.add_table("logit_factor", t, ds * z)
+        return ds if factor is None else ds * factor
+
+    def add(self, name: str, t: Tile, x: Float[Tensor, "b h g *rest"]) -> None:
+        """Sums over what the argument was broadcast along."""
+        x, heads = x.flatten(1, 2), query_heads(self.call, t)
+        grad = self.grads[name]
+        if grad.dim() == 1:  # a number for each head
+            grad[heads] += x.sum((0, 2))
+            return
+        grad = part(part(grad, t.b), heads, 1)
+        if name not in TABLES:  # which have segments in the place of queries and keys
+            grad = part(grad, t.i, 2)
+            grad = part(grad, t.j, 3) if grad.dim() == 4 else grad
+        grad += x.sum_to_size(grad.shape)
+
+    def add_table(self, name: str, t: Tile, x: Float[Tensor, "b h g m n"]) -> None:
+        """Sums over the cells of each pair of segments."""
+        call = self.call
+        assert call.edit_q_segments is not None and call.k_segments is not None  # validated
+        ids = (part(call.edit_q_segments, t.b)[:, t.i], part(call.k_segments, t.b)[:, t.j])
+        rows, columns = (
+            (x_ids.remainder(n)[..., None] == torch.arange(n, device=x.device)).to(x.dtype).expand(len(x), -1, -1)
+            for x_ids, n in zip(ids, self.grads[name].shape[2:], strict=True)
+        )
+        per_column = torch.einsum("bhgmn,bnk->bhgmk", x, columns)
+        self.add(name, t, torch.einsum("bhgmk,bms->bhgsk", per_column, rows))

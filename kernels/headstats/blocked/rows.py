@@ -1,0 +1,139 @@
+"""Softmax of whole rows in one tile of the blocked backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from headstats.blocked.tiles import LOG2E, Keys, Scratch, Tile, by_group, of_rows, query_heads, weights_edit
+from headstats.call import HIDDEN, Call, part
+from headstats.edits import weights
+from headstats.stats import Pattern, over_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """A tile after the softmax, not yet normalised: p = e * inverse. x, ex, argmax exist if a statistic needs them.
+
+    x, shift and top are in base 2, that is, logits times log2(e). Edits of weights have changed e, x and what is
+    taken from them, but not shift, inverse and lse.
+    """
+
+    e: Float[Tensor, "b h g m n"]  # 2^x, 0 where hidden
+    x: Float[Tensor, "b h g m n"] | None  # logit - shift
+    shift: Float[Tensor, "b h g m"]  # the row's largest logit, learned sink included
+    inverse: Float[Tensor, "b h g m"]  # 1 / sum of 2^(score - shift), learned sink included
+    log_total: Float[Tensor, "b h g m"]  # log2 of what inverse is the inverse of
+    lse: Float[Tensor, "b h g m"]  # natural
+    mass: Float[Tensor, "b h g m"]  # sum of e over keys
+    top: Float[Tensor, "b h g m"]  # the largest x
+    argmax: Int[Tensor, "b h g m"] | None
+    ex: Float[Tensor, "b h g m"] | None  # sum of e x
+    empty: Bool[Tensor, "b h g m"] | None  # no key is visible, or all are cut; None: not so for any row
+    v: Keys | None = None  # values, of the whole call
+    z: Float[Tensor, "b h g m Dv"] | None = None  # sum of e v
+
+    def where_empty(self, x: Float[Tensor, "b h g m *rest"], value: float) -> Float[Tensor, "b h g m *rest"]:
+        """x, with another value in empty rows."""
+        if self.empty is None:
+            return x
+        return x.masked_fill(over_rows(self.empty, x), value)
+
+
+def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room: Scratch | None) -> Rows:
+    """Turns logits (overwritten) into unnormalised weights. keep: a statistic needs the logits afterwards."""
+    argmax = None
+    if s.shape[-1] == 0:
+        top = s.new_full(s.shape[:-1], HIDDEN)
+        argmax = torch.zeros_like(top, dtype=torch.int64)
+    elif call.spec.argmax:
+        top, argmax = top_and_place(s)
+    else:
+        top = s.amax(-1)
+    empty = top <= HIDDEN / 2 if call.may_be_empty else None
+    shift = top if empty is None else top.clamp_min(HIDDEN / 2)  # keeps 2^(HIDDEN - shift) = 0 where all is hidden
+    if call.sinks is not None:
+        sink = of_rows(call, t, call.sinks[None, :, None] * LOG2E)
+        if call.temperature is not None:
+            sink = sink / of_rows(call, t, call.temperature)
+        shift = torch.maximum(shift, sink)
+    change = weights_edit(call, t)
+    entropic = call.spec.entropy or call.spec.entropy_normalised
+    x = s.sub_(shift[..., None])
+    if keep or entropic or change is not None:
+        e = x.exp2() if room is None else torch.exp2(x, out=room.of(x.shape))
+    else:
+        e = x.exp2_()
+    mass = e.sum(-1)
+    total = mass if call.sinks is None else mass + torch.exp2(sink - shift)
+    log_total = total.log2()
+    lse = (shift + log_total).mul_(1 / LOG2E)
+    if empty is not None:
+        lse.masked_fill_(empty, -torch.inf)
+    top = top - shift
+    # Where nothing is visible, total may be 0; mass is 0 then, so any finite inverse gives zeros.
+    total = total.clamp_min(torch.finfo(s.dtype).tiny)
+    if change is not None:  # the row's norm stays
+        e, x = weights.changed(change, x, total, weights.BINARY)
+        mass, (top, argmax) = e.sum(-1), top_and_place(x)
+        empty = top <= HIDDEN / 4
+    ex = (e * x if keep else x.mul_(e)).sum(-1) if entropic else None
+    return Rows(e, x if keep else None, shift, total.reciprocal(), log_total, lse, mass, top, argmax, ex, empty)
+
+
+def top_and_place(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], Int[Tensor, "*lead"]]:
+    """The largest logit and where it first stands. In long rows: the best of many blocks, then the place within it.
+
+    A maximum without its place is ten times faster than one with.
+    """
+    n = s.shape[-1]
+    if n < 64:
+        top, place = s.max(-1)
+        return top, place
+    width = 32 if n < 1024 else 64 if n < 4096 else 128
+    count = n // width
+    blocks = s[..., : count * width].unflatten(-1, (count, width))
+    top, block = blocks.amax(-1).max(-1)
+    if blocks.is_contiguous():  # whole blocks are copied much faster than cells are gathered
+        every = torch.arange(0, block.numel() * count, count, device=s.device)
+        chosen = blocks.view(-1, width).index_select(0, block.flatten() + every).view(*block.shape, width)
+    else:
+        chosen = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, width))[..., 0, :]
+    place = block * width + chosen.max(-1).indices
+    if count * width < n:
+        last, there = s[..., count * width :].max(-1)
+        place = torch.where(last > top, there + count * width, place)  # on a tie the earlier one stays
+        top = torch.maximum(top, last)
+    return top, place
+
+
+def as_pattern(call: Call, t: Tile, row: Rows) -> Pattern:
+    """The tile in the terms in which statistics are defined."""
+    # kept for statistics without a fast form
+    assert row.x is not None and row.v is not None and row.z is not None
+    i, j = (t.i.start, t.i.stop), (t.j.start, t.j.stop)
+    visible = call.visible(t.i, t.j, t.b, query_heads(call, t))
+    real = visible.new_ones(1, 1) if call.query_padding is None else call.query_padding[t.b, t.i]
+    targets, features, segment = call.targets, call.key_features, call.k_segments
+    return Pattern(
+        p=row.e * row.inverse[..., None],
+        scores=(row.x + row.shift[..., None]) / LOG2E,
+        log_norm=row.where_empty(row.lse, 0),
+        visible=by_group(call, visible),
+        distance=call.distances(*i, *j).to(row.e.dtype),
+        key_rank=part(call.key_rank(), t.b)[:, None, None, None, t.j],
+        real_query=real[:, None, None, :, None],
+        v=row.v.of(t)[:, :, None],
+        z=row.z * row.inverse[..., None],
+        first_key=t.j.start,
+        key_segment=None if segment is None else part(segment, t.b)[:, None, None, t.j],
+        n_segments=call.n_segments,
+        targets=None if targets is None else part(targets, t.b)[:, None, None, t.i],
+        features=None if features is None else part(features, t.b)[:, None, None, t.j].to(row.e.dtype),
+    )

@@ -1,0 +1,1 @@
+"""The Triton backend: kernels, their arguments and their launch."""

@@ -1,0 +1,217 @@
+"""Triton backend: what it can do, tile sizes, and the launch. Imports triton only when it is about to run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headstats import probes
+from headstats.blocked import recompute
+from headstats.call import Call
+from headstats.edits import lowering
+from headstats.spec import StatSpec
+from headstats.stats import Result, Value
+from headstats.triton import kernel_arguments as arguments
+from headstats.triton import launch_backward
+from headstats.triton import per_key_values as carried
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Attended = tuple[Tensor, Tensor, dict[str, Result]]
+
+IN_KERNEL = (
+    "entropy", "entropy_normalised", "max_prob", "argmax", "participation", "effective_keys", "distance",
+    "distance_var", "waad", "local", "value_norm",
+)  # fmt: skip
+COLUMNS = ("received", "received_max", "column_norm", "fai")  # a second pass
+PER_KEY = ("segments", "key_features", "segment_value_norms", "segment_outputs")
+BESIDE = 16  # features that ride along with the values; more take passes of their own
+MAX_HEAD = 256
+AMD = torch.version.hip is not None
+PROBE_ROWS = 32  # queries of one program
+# Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256: shapes that spill no register on sm_80
+# and sm_90 with every statistic and option on. float32 runs on the plain cores and holds twice the bytes.
+HALF_TILES = ((128, 64, 3), (128, 32, 3), (64, 32, 2))
+FLOAT32_TILES = ((64, 32, 2), (32, 32, 1), (16, 32, 1))
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this backend cannot do the call, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not call.q.is_cuda and not _interpreted():
+        return f"it needs CUDA tensors, and q is on {call.q.device} (for tests, set TRITON_INTERPRET=1 before start)"
+    if call.q.dtype == torch.float64:
+        return "it computes in float32, and the inputs are float64"
+    if max(call.q.shape[3], call.v.shape[3]) > MAX_HEAD:
+        return f"head sizes up to {MAX_HEAD} fit, given D={call.q.shape[3]}, Dv={call.v.shape[3]}"
+    if (reason := lowering.unsupported(call, MAX_HEAD)) is not None:
+        return reason
+    if missing := set(call.spec.requested()) - {*IN_KERNEL, *PER_KEY, *COLUMNS, *probes.PROBED, "topk"}:
+        return f"it does not compute {', '.join(sorted(missing))}"
+    return None
+
+
+def _interpreted() -> bool:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    from headstats.triton import forward
+
+    return forward.INTERPRETED
+
+
+def run(call: Call) -> Attended:
+    """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+    return recompute.with_gradients(call, launch, backward) if call.trainable else launch(call)
+
+
+def launch(call: Call) -> Attended:
+    """The same without gradients."""
+    call = carried.apart(lowering.lowered(call, lambda part: forward_pass(part, None), MAX_HEAD))
+    asked, features = call.spec.requested(), carried.features(call)
+    out, lse, found = forward_pass(call, None if features is None else features[..., :BESIDE])
+    for name, value in asked.items():
+        if name in probes.PROBED:
+            found[name] = probe(call, lse, name, value)
+    if set(COLUMNS) & set(asked):
+        from headstats.triton import columns
+
+        found |= columns.statistics(call, lse)
+    if call.spec.topk:
+        from headstats.triton import topk as largest
+
+        found["topk"] = largest.topk(call, lse)
+    if features is not None:
+        rest = features[..., BESIDE:]
+        more = [averaged(call, *carried.of_heads(call, rest))] if rest.shape[2] else []
+        per_key = torch.cat([found["per_key"], *more], -1)
+        s = call.n_segments if call.spec.segments else 0
+        found |= {"segments": per_key[..., :s], "key_features": per_key[..., s:]}
+    if call.spec.segment_value_norms:
+        found["segment_value_norms"] = averaged(call, *carried.segment_value_norms(call))
+    if call.spec.segment_outputs:
+        each = [averaged(call, *carried.values_of_segment(call, s)) for s in range(call.n_segments)]
+        found["segment_outputs"] = torch.stack(each, 3)
+    return out, lse, {name: found[name] for name in asked}
+
+
+backward = launch_backward.backward
+
+
+def averaged(
+    call: Call, own: Float[Tensor, "#B #Hk n F"], shared: Float[Tensor, "#G #Hk P F"] | None
+) -> Float[Tensor, "B H M F"]:
+    """Sums of what keys carry under p, with it in the place of values: a pass for every MAX_HEAD of its numbers."""
+    bare = replace(call, gate=None, replacement=None, spec=StatSpec.none())
+    found = []
+    for at in range(0, own.shape[3], MAX_HEAD):
+        these = slice(at, at + MAX_HEAD)
+        first = None
+        if shared is not None and call.prefix_k is not None:
+            first = shared[..., these].expand(*call.prefix_k.shape[:3], -1)
+        found.append(
+            forward_pass(replace(bare, v=own[..., these].expand(*call.k.shape[:3], -1), prefix_v=first), None)[0]
+        )
+    return torch.cat(found, -1)
+
+
+def forward_pass(call: Call, features: Float[Tensor, "#B N F"] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """One launch: out, lse, and by name the statistics of IN_KERNEL and the sums of features under p, `per_key`."""
+    from headstats.triton import forward
+
+    kernel: Any = forward.attend_kernel
+    blocks, given, meta, results = prepare(call, features, forward.INTERPRETED)
+    with torch.cuda.device(call.q.device) if call.q.is_cuda else nullcontext():
+        kernel[(blocks,)](*given, **meta)
+    return results
+
+
+def prepare(
+    call: Call, features: Float[Tensor, "#B N F"] | None, interpreted: bool = False, amd: bool = AMD
+) -> tuple[int, tuple[Any, ...], dict[str, Any], tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Number of programs, arguments, compile-time arguments and the tensors that the kernel will fill."""
+    b, h, m, _ = call.q.shape
+    q = arguments.unit_stride(call.q)
+    out = torch.empty(b, h, m, call.v.shape[3], dtype=call.v.dtype, device=q.device)
+    lse = torch.empty(b, h, m, dtype=torch.float32, device=q.device)
+    asked, spec = call.spec.requested(), call.spec
+    found: dict[str, Any] = {
+        name: torch.empty_like(lse, dtype=torch.int64 if name == "argmax" else None)
+        for name in IN_KERNEL if name in asked
+    }  # fmt: skip
+    numbers: dict[str, Any] = {"waad_window": spec.waad or None, "local_window": spec.local or None}
+    numbers["reach"] = max(spec.waad, spec.local) or None
+    if features is not None:
+        features = features.contiguous()
+        found["per_key"] = lse.new_empty(b, h, m, features.shape[2])
+        numbers |= {"features": features, "n_features": features.shape[2]}
+        numbers["features_stride"] = arguments.batch_stride(features)
+    prefix, run = arguments.prefix(call)
+    meta = constants(call, interpreted, amd)
+    given = (
+        q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, out, lse, arguments.cells(call),
+        arguments.Outputs(**found, **numbers), arguments.ends(call), h, m, call.n, run,
+    )  # fmt: skip
+    rows = m * (run or 1)
+    return b // (run or 1) * h * -(-rows // meta["BM"]), given, meta, (out, lse, found)
+
+
+def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
+    """A statistic of known keys, in a kernel of its own: in the main one it would cost registers."""
+    from headstats.triton import probe_kernel as known_cells
+
+    b, h, m, d = call.q.shape
+    keys, total = probes.keys_of(call, name, value).contiguous(), name != "targets"
+    t = keys.shape[2]
+    q = arguments.unit_stride(call.q)
+    out = lse.new_empty((b, h, m) if total else (b, h, m, t))
+    kernel: Any = known_cells.weigh_cells_kernel
+    prefix, run = arguments.prefix(call)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        kernel[(b * h * -(-m // PROBE_ROWS),)](
+            q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, keys, arguments.strides(keys, 2), lse, out,
+            arguments.cells(call), h, m, call.n, t, run,
+            G=call.groups, D=d, BD=arguments.power_of_two(d), BM=PROBE_ROWS, SUM=total,
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def constants(call: Call, interpreted: bool = False, amd: bool = AMD) -> dict[str, Any]:
+    """Compile-time arguments of the kernel: sizes, precision and tile shape."""
+    d, dv = call.q.shape[3], call.v.shape[3]
+    full = call.q.dtype == torch.float32
+    exact = "ieee" if amd else "tf32x3"  # three products in place of one keep float32's accuracy
+    precision = "ieee" if full else "tf32"
+    per_cell = call.bias is not None or call.q_segments is not None
+    return {
+        "G": call.groups, "D": d, "DV": dv, "BD": arguments.power_of_two(d), "BDV": arguments.power_of_two(dv),
+        "BF": BESIDE, "UPCAST": interpreted and not full, "PRECISION": precision,
+        "MIX_PRECISION": exact if call.v.dtype != call.q.dtype else precision, "EXACT": exact,
+        **tile_shape(max(d, dv), full, interpreted, amd, per_cell),
+    }  # fmt: skip
+
+
+def tile_shape(
+    d: int, full: bool, interpreted: bool = False, amd: bool = AMD, per_cell: bool = False
+) -> dict[str, Any]:
+    """Queries and keys of a tile, warps and pipeline stages. A fixed table: autotuning needs a driver.
+
+    per_cell: whether cells bring numbers of their own, which take registers and memory.
+    """
+    if interpreted:
+        return {"BM": 16, "BN": 16}
+    size = 0 if d <= 64 else 1 if d <= 128 else 2
+    bm, bn, stages = (FLOAT32_TILES if full else HALF_TILES)[size]
+    if amd:
+        bn, stages = 32, min(stages, 2)
+    if per_cell:
+        bm, bn, stages = min(bm, 64), 32, 1
+    return {"BM": bm, "BN": bn, "num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}

@@ -1,0 +1,218 @@
+"""Checks of an Edit, and what of `Call` it sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstats.edit import TABLES, Edit
+from headstats.validate.keys import four_dimensions, same_device, segment_table
+from headstats.validate.rows import rows_where_it_acts
+from headstats.validate.values import checked, tracing
+
+KINDS = ("uniform", "reversed", "shuffled", "random", "identity")
+ACTING = (*TABLES, "gate", "replacement", "temperature", "counterfactual", "pattern_from")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the call: M queries, N keys with those of a shared prefix, values of size Dv."""
+
+    b: int
+    h: int
+    m: int
+    n: int
+    dv: int
+    prefix: bool
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Batch, heads, queries."""
+        return self.b, self.h, self.m
+
+
+def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | None, k_ids: Any) -> dict[str, Any]:
+    """The fields of `Call` that an edit sets: all of `call.EDITS`, or none where it acts on no row."""
+    _flags(edit, k_ids)
+    heads, rows = sizes.rows[:2], rows_where_it_acts(edit, sizes, q)
+    gate = _rows("gate", edit.gate, sizes.rows, q)
+    if gate is None and edit.replacement is not None:
+        gate = torch.zeros(1, 1, 1, device=q.device)
+    temperature = _rows("temperature", edit.temperature, sizes.rows, q)
+    if temperature is not None:
+        temperature = checked(temperature, "Edit.temperature", "positive")
+    tables = {name: t for name in TABLES if (t := getattr(edit, name)) is not None}
+    if len({t.shape[-2:] for t in tables.values()}) > 1:
+        shapes = ", ".join(f"Edit.{name} {list(t.shape)}" for name, t in tables.items())
+        raise ValueError(f"tables of one edit have different numbers of segments [Sq, Sk]: {shapes}")
+    pattern_q, pattern_k = _pattern(edit.pattern_from, q, k)
+    found = {
+        "edit_q_segments": _acting(q_ids, rows, -1) if tables else None,
+        "pattern_q": pattern_q,
+        "pattern_k": pattern_k,
+        "pattern_rows": _acting_heads(edit, "pattern_heads", heads, q, rows),
+        "logit_factor": _number_table("logit_factor", edit.logit_factor, heads, q, neutral=1),
+        "logit_raise": _number_table("logit_raise", edit.logit_raise, heads, q, neutral=0),
+        "temperature": _acting(temperature, rows, 1),
+        "counterfactual": edit.counterfactual,
+        "counterfactual_rows": _acting_heads(edit, "counterfactual_heads", heads, q, rows),
+        "counterfactual_renormalise": edit.counterfactual is None or edit.renormalise,
+        "counterfactual_seed": 0 if edit.counterfactual is None else edit.seed,
+        **_gains(edit, heads, q),
+        **_redistribution(edit, sizes, q),
+        "gate": _acting(gate, rows, 1),
+        "replacement": _replacement(edit.replacement, (*sizes.rows, sizes.dv), q),
+    }
+    if rows is None or tracing(q) or bool(rows.any()) or any(_learns(x) for x in found.values()):
+        return found
+    return {}
+
+
+def _flags(edit: Edit, k_ids: Any) -> None:
+    for name in ("renormalise", "report_mass"):
+        if not isinstance(getattr(edit, name), bool):
+            raise TypeError(f"Edit.{name}={getattr(edit, name)!r}: True or False expected")
+    if not edit.renormalise and edit.knockout is None and edit.gain is None and edit.counterfactual is None:
+        raise ValueError(
+            "Edit.renormalise=False says how to change weights, but Edit.knockout, Edit.gain and Edit.counterfactual "
+            "are None"
+        )
+    if edit.report_mass and k_ids is None:
+        raise ValueError("Edit.report_mass=True reports the mass on key segments and needs k_segments=, which is None")
+    if edit.counterfactual is not None and edit.counterfactual not in KINDS:
+        raise ValueError(f"Edit.counterfactual={edit.counterfactual!r}: one of {', '.join(map(repr, KINDS))} expected")
+    if isinstance(edit.seed, bool) or not isinstance(edit.seed, int) or not 0 <= edit.seed < 1 << 32:
+        raise ValueError(f"Edit.seed={edit.seed!r}: an int from 0 to 2**32 - 1 expected")
+    for heads, what in (("counterfactual_heads", "counterfactual"), ("pattern_heads", "pattern_from")):
+        if getattr(edit, heads) is not None and getattr(edit, what) is None:
+            raise ValueError(f"Edit.{heads} is given, but Edit.{what} is None")
+    given = (edit.rows, edit.phase, edit.prompt_length)
+    if any(x is not None for x in given) and all(getattr(edit, name) is None for name in ACTING):
+        raise ValueError("Edit.rows and Edit.phase say where to act, but no field of Edit says what to do")
+
+
+def _learns(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _acting(x: Tensor | None, rows: Tensor | None, neutral: float) -> Tensor | None:
+    """[#B, M] or [#B, #H, #M], with the neutral number in rows that are left alone."""
+    if x is None or rows is None:
+        return x
+    return torch.where(rows if x.dim() == 2 else rows[:, None], x, neutral)
+
+
+def _acting_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows: Tensor | None) -> Tensor | None:
+    """Heads and rows that are changed, [#B, #H, #M]; None = all (or the field is not used)."""
+    used = (edit.pattern_from if name == "pattern_heads" else edit.counterfactual) is not None
+    t: Any = getattr(edit, name)
+    chosen = None if rows is None or not used else rows[:, None]
+    if t is None:
+        return chosen
+    same_device(f"Edit.{name}", t, q, floating=False)
+    if t.dtype != torch.bool:
+        raise TypeError(f"Edit.{name} has dtype {t.dtype}: bool expected")
+    if tuple(t.shape) not in (heads[1:], heads):
+        raise ValueError(
+            f"Edit.{name} has shape {list(t.shape)}: [H] = [{heads[1]}] or [B, H] = {list(heads)} expected"
+        )
+    t = t.reshape(-1, heads[1], 1)
+    return t if chosen is None else t & chosen
+
+
+def _gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, Tensor | None]:
+    """Edit.bias, gain and knockout as log gains and hidden cells before the softmax, and gains after it."""
+    bias = _number_table("bias", edit.bias, heads, q, neutral=0)
+    gain = _number_table("gain", edit.gain, heads, q, neutral=1)
+    cut = segment_table("Edit.knockout", edit.knockout, heads, q, neutral=False)
+    if gain is not None:
+        gain = checked(gain, "Edit.gain", "not negative")
+    if not edit.renormalise:
+        if cut is not None:
+            gain = torch.where(cut, 0, q.new_ones(()) if gain is None else gain)
+        return {"edit_bias": bias, "knockout": None, "gain": gain}
+    if gain is not None:
+        gain = checked(gain, "Edit.gain", "has a logarithm") if gain.requires_grad else gain
+        none = gain == 0
+        if tracing(gain) or bool(none.any()):
+            cut = none if cut is None else cut | none
+        log_gain = torch.where(none, 1, gain).log()
+        bias = log_gain if bias is None else bias + log_gain
+    return {"edit_bias": bias, "knockout": cut, "gain": None}
+
+
+def _redistribution(edit: Edit, sizes: Sizes, q: Tensor) -> dict[str, Tensor | None]:
+    names = ("take", "give", "keep_fraction")
+    if missing := [f"Edit.{x}" for x in names if getattr(edit, x) is None]:
+        if len(missing) < len(names):
+            raise ValueError(f"Edit.take, Edit.give and Edit.keep_fraction go together, but {missing[0]} is None")
+        return dict.fromkeys(names)
+    take, give = (segment_table(f"Edit.{x}", getattr(edit, x), sizes.rows[:2], q, neutral=False) for x in names[:2])
+    assert take is not None and give is not None  # given
+    take = take & ~checked(take & give, "Edit.take and Edit.give", "apart")
+    keep = edit.keep_fraction
+    if isinstance(keep, (int, float)) and not isinstance(keep, bool):
+        keep = torch.tensor(float(keep), device=q.device)
+    keep = _rows("keep_fraction", keep, sizes.rows, q)
+    assert keep is not None  # given
+    return {"take": take, "give": give, "keep_fraction": checked(keep, "Edit.keep_fraction", "fraction")}
+
+
+def _number_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: float) -> Tensor | None:
+    """A table of finite numbers over pairs of segments, with a row and a column for what is in no segment."""
+    if t is None:
+        return None
+    same_device(f"Edit.{name}", t, q)
+    t = checked(four_dimensions(f"Edit.{name}", t, heads), f"Edit.{name}", "finite")
+    return torch.nn.functional.pad(t, (0, 1, 0, 1), value=neutral)
+
+
+def _pattern(pair: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if pair is None:
+        return None, None
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+        raise TypeError(f"Edit.pattern_from is a {type(pair).__name__}: a pair of tensors (q2, k2) expected, or None")
+    for name, x, own in (("q2", pair[0], q), ("k2", pair[1], k)):
+        if x.shape != own.shape or x.dtype != own.dtype or x.device != own.device:
+            raise ValueError(
+                f"Edit.pattern_from: {name} is {x.dtype} {list(x.shape)} on {x.device}, but {name[0]} is {own.dtype} "
+                f"{list(own.shape)} on {own.device}: the same expected"
+            )
+    return pair[0], pair[1]
+
+
+def _rows(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
+    """A number for each head, or for each head and query, as [#B, #H, #M]."""
+    if t is None:
+        return None
+    same_device(f"Edit.{name}", t, q)
+    whole = t if t.dim() == 3 else t[..., None]
+    if not _broadcasts(whole, shape):
+        raise ValueError(
+            f"Edit.{name} has shape {list(t.shape)}: broadcastable to [B, H] = {list(shape[:2])} or, with three "
+            f"dimensions, to [B, H, M] = {list(shape)} expected"
+        )
+    return whole.reshape((1,) * (3 - whole.dim()) + tuple(whole.shape))
+
+
+def _replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
+    """A vector for each head, or for each head and query, as [#B, #H, #M, #Dv]."""
+    if t is None:
+        return None
+    same_device("Edit.replacement", t, q)
+    b, h, m, dv = shape
+    whole = t if t.dim() == 4 else t[..., None, :] if t.dim() else t.reshape(1, 1)
+    if not _broadcasts(whole, shape):
+        raise ValueError(
+            f"Edit.replacement has shape {list(t.shape)}: broadcastable to [B, H, Dv] = {[b, h, dv]} or, with four "
+            f"dimensions, to [B, H, M, Dv] = {[b, h, m, dv]} expected"
+        )
+    return whole.reshape((1,) * (4 - whole.dim()) + tuple(whole.shape))
+
+
+def _broadcasts(t: Tensor, shape: tuple[int, ...]) -> bool:
+    short = shape[len(shape) - t.dim() :]
+    return t.dim() <= len(shape) and all(s in (1, w) for s, w in zip(t.shape, short, strict=True))

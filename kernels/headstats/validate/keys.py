@@ -1,0 +1,129 @@
+"""Checks of what a caller says about keys: segments, targets, features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstats.edit import TABLES
+from headstats.spec import StatSpec
+from headstats.stats import ARGUMENT
+from headstats.validate.values import checked, tracing
+
+
+def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
+    """Refuses what is not a tensor on q's device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor expected, or None")
+    if floating and not t.is_floating_point():
+        raise TypeError(f"{name} has dtype {t.dtype}: a floating dtype expected")
+    if t.device != q.device:
+        raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
+
+
+def resolved(spec: StatSpec, given: dict[str, Any]) -> StatSpec:
+    """Settles the statistics that wait for an argument, and refuses an argument that nothing would read."""
+    settled = {}
+    for name, argument in ARGUMENT.items():
+        wanted, there = getattr(spec, name), given[argument] is not None
+        if wanted and not there:
+            raise ValueError(f"StatSpec({name}=True) needs {argument}=, which is None")
+        if wanted is False and there and argument != "k_segments":
+            raise ValueError(
+                f"{argument} is given, but StatSpec({name}=False) leaves it unread: use {name}=None or True, "
+                f"or leave {argument} out"
+            )
+        settled[name] = there and wanted is not False
+    return replace(spec, **settled)
+
+
+def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
+    """Ids of shape [B, *] or without B, from -1 (none) to below the limit. Returned as int64 with a batch axis."""
+    if t is None:
+        return None
+    same_device(name, t, q, floating=False)
+    if t.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{name} has dtype {t.dtype}: an integer dtype expected")
+    whole = t[None] if t.dim() == len(shape) - 1 else t
+    if whole.dim() != len(shape) or any(s not in (w, -1) for w, s in zip(whole.shape[1:], shape[1:], strict=True)) \
+            or whole.shape[0] not in (1, shape[0]):  # fmt: skip
+        sizes = ", ".join("any" if s == -1 else str(s) for s in shape[1:])
+        raise ValueError(
+            f"{name} has shape {list(t.shape)}: [{letters}] = [{sizes}] or [B, {letters}] = [{shape[0]}, {sizes}] "
+            "expected"
+        )
+    return checked(whole.long(), name, "ids", limit)
+
+
+def segment_ids(
+    q_ids: Any, k_ids: Any, tables: dict[str, Any], shape: tuple[int, int, int], q: Tensor
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Segment ids of queries and keys, checked against the tables that read them, and the number of key segments."""
+    b, m, n = shape
+    tables = {name: t for name, t in tables.items() if t is not None}
+    for name, t in tables.items():
+        if not isinstance(t, Tensor) or t.dim() < 2:
+            given = f"of shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise TypeError(f"{name} is {given}: a tensor broadcastable to [B, H, Sq, Sk] expected, or None")
+        for ids, argument in ((q_ids, "q_segments"), (k_ids, "k_segments")):
+            if ids is None:
+                raise ValueError(f"{name} needs {argument}=, which is None")
+    if q_ids is not None and not tables:
+        readers = f"segment_mask, segment_open, Edit.{', Edit.'.join(TABLES)}"
+        raise ValueError(f"q_segments is given, but nothing reads it: it goes with one of {readers}")
+    rows = min([t.shape[-2] for t in tables.values()]) if tables else None
+    columns = min([t.shape[-1] for t in tables.values()]) if tables else None
+    q_ids = integers("q_segments", q_ids, (b, m), q, "M", limit=rows)
+    k_ids = integers("k_segments", k_ids, (b, n), q, "N", limit=columns)
+    if k_ids is None or columns is not None:
+        return q_ids, k_ids, columns or 0
+    if tracing(k_ids):
+        raise ValueError(
+            "k_segments without a table over segments: their number would be read from the ids, which torch.compile "
+            "does not know; give q_segments and segment_mask=torch.ones(S, S, dtype=torch.bool) too, or "
+            "StatSpec(segments=False)"
+        )
+    return q_ids, k_ids, int(k_ids.max()) + 1
+
+
+def segment_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:
+    """A bool table over pairs of segments, with a row and a column for what is in no segment."""
+    if t is None:
+        return None
+    same_device(name, t, q, floating=False)
+    if t.dtype != torch.bool:
+        raise TypeError(f"{name} has dtype {t.dtype}: bool expected")
+    return torch.nn.functional.pad(four_dimensions(name, t, heads), (0, 1, 0, 1), value=neutral)
+
+
+def four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
+    """A table of [Sq, Sk] or more dimensions as [#B, #H, Sq, Sk]."""
+    whole = t.reshape((1,) * (4 - t.dim()) + tuple(t.shape)) if t.dim() < 4 else t
+    if whole.dim() != 4 or any(s not in (1, w) for s, w in zip(whole.shape[:2], heads, strict=True)):
+        raise ValueError(
+            f"{name} has shape {list(t.shape)}: broadcastable to [B, H, Sq, Sk] expected, with B = {heads[0]} and "
+            f"H = {heads[1]}"
+        )
+    return whole
+
+
+def target_keys(t: Any, shape: tuple[int, int], n: int, q: Tensor) -> Tensor | None:
+    """Key indices for each query."""
+    return integers("targets", t, (*shape, -1), q, "M, T", limit=n)
+
+
+def features_of_keys(t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+    """Numbers of each key."""
+    if t is None:
+        return None
+    same_device("key_features", t, q)
+    whole = t[None] if t.dim() == 2 else t
+    if whole.dim() != 3 or whole.shape[1] != shape[1] or whole.shape[0] not in (1, shape[0]):
+        raise ValueError(
+            f"key_features has shape {list(t.shape)}: [N, F] with N = {shape[1]}, or [B, N, F] with B = {shape[0]}, "
+            "expected"
+        )
+    return whole

@@ -1,0 +1,63 @@
+"""Checks of where an Edit acts: rows and phase."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headstats.edit import Edit
+from headstats.validate.keys import same_device
+from headstats.validate.values import checked
+
+if TYPE_CHECKING:
+    from headstats.validate.edit import Sizes
+
+
+def rows_where_it_acts(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
+    """Queries on which the edit acts, bool [#B, M]; None = all."""
+    rows, phase = _chosen(edit.rows, sizes, q), _of_phase(edit, sizes, q)
+    return phase if rows is None else rows if phase is None else rows & phase
+
+
+def _chosen(rows: Any, sizes: Sizes, q: Tensor) -> Tensor | None:
+    if rows is None:
+        return None
+    same_device("Edit.rows", rows, q, floating=False)
+    if rows.dtype != torch.bool:
+        raise TypeError(f"Edit.rows has dtype {rows.dtype}: bool expected, True = the edit acts on this query")
+    if tuple(rows.shape) not in ((sizes.m,), (sizes.b, sizes.m)):
+        raise ValueError(
+            f"Edit.rows has shape {list(rows.shape)}: [M] = [{sizes.m}] or [B, M] = [{sizes.b}, {sizes.m}] expected"
+        )
+    return rows.reshape(-1, sizes.m)
+
+
+def _of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
+    phase, length = edit.phase, edit.prompt_length
+    if phase is None:
+        if length is not None:
+            raise ValueError("Edit.prompt_length is given, but Edit.phase is None, which reads it")
+        return None
+    if phase not in ("prompt", "decoding"):
+        raise ValueError(f"Edit.phase={phase!r}: 'prompt', 'decoding' or None expected")
+    if length is None:
+        if sizes.prefix or sizes.m > sizes.n:
+            why = "there is a shared prefix" if sizes.prefix else f"there are more queries ({sizes.m}) than keys"
+            raise ValueError(f"Edit.phase={phase!r} needs Edit.prompt_length, since {why}")
+        return torch.full((1, sizes.m), (sizes.m == sizes.n) == (phase == "prompt"), device=q.device)
+    positions = torch.arange(sizes.n - sizes.m, sizes.n, device=q.device)
+    return (positions < _lengths(length, sizes, q)) == (phase == "prompt")
+
+
+def _lengths(given: Any, sizes: Sizes, q: Tensor) -> Tensor:
+    """Of the prompts, [#B, 1]."""
+    number = isinstance(given, int) and not isinstance(given, bool)
+    length: Any = torch.tensor([given], device=q.device) if number else given
+    same_device("Edit.prompt_length", length, q, floating=False)
+    if length.is_floating_point() or length.dtype == torch.bool or tuple(length.shape) not in ((1,), (sizes.b,)):
+        raise ValueError(
+            f"Edit.prompt_length is {length.dtype} {list(length.shape)}: an int, or integers [B] = [{sizes.b}] expected"
+        )
+    return checked(length, "Edit.prompt_length", "not negative")[:, None]
