@@ -1,188 +1,200 @@
-"""Import arrows point one way; heavy libraries stay out of light modules."""
+"""Imports point one way: each room may import what stands below it, never beside or above, and no circles inside."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# room -> what it may import from interp (module prefixes); None: anything
-ALLOWED: dict[str, tuple[str, ...] | None] = {
-    "collector": (),
-    "errors": (),
-    "display": (),
-    "sites": ("display", "errors"),
-    "prompts": ("display", "errors"),
-    "metrics": ("errors",),
-    "provenance": ("given",),
-    "progress": (),
-    "dense": (),
-    "inference": (),
-    "effects": ("display", "errors", "inference"),
-    "attention": ("display", "effects", "errors"),
-    "attention_bridges": ("dense", "errors", "instrument"),
-    "inputs": ("errors",),
-    "instrument": ("dense", "errors", "attention_bridges"),
-    "adapters": ("image_adapters",),
-    "image_adapters": (),
-    "towers": ("errors", "image_adapters"),
-    "given": ("prompts",),
-    "batching": ("given",),
-    "encoding": ("alignment", "errors", "prompts"),
-    "made_up": (),
-    "pictures": ("errors", "given", "prompts", "spans"),
-    "verification": ("errors", "instrument", "made_up", "pictures", "seq2seq"),
-    "pattern_collection": (
-        "dense", "errors", "head_statistics", "instrument", "patterns", "prompts", "provenance", "sites", "spans",
-    ),
-    "head_statistics": (
-        "attention", "batching", "errors", "given", "inputs", "pictures", "prompts", "provenance",
-    ),
-    "seq2seq": ("attention", "errors", "made_up", "provenance"),
-    "loading": ("adapters", "errors", "towers", "zoo.embedded"),
-    "alignment": (),
-    "spans": ("errors", "prompts"),
-    "model": (
-        "attention",
-        "batching",
-        "collector",
-        "display",
-        "encoding",
-        "errors",
-        "head_statistics",
-        "inputs",
-        "instrument",
-        "loading",
-        "pattern_collection",
-        "patterns",
-        "pictures",
-        "prompts",
-        "provenance",
-        "seq2seq",
-        "sites",
-        "verification",
-    ),
-    "memory": ("dense", "model"),
-    "trial": ("made_up", "pictures", "seq2seq", "verification"),
-    "doctor": (
-        "dense", "engine", "errors", "instrument", "loading", "matrix", "memory", "model", "sites", "towers", "trial",
-    ),
-    "matrix": ("dense", "errors", "instrument", "loading", "made_up", "matrix", "model", "pictures", "zoo"),
-    "engine": ("batching", "dense", "engine", "errors", "given", "instrument", "model", "prompts", "sites"),
-    "recipes": (
-        "effects",
-        "engine",
-        "errors",
-        "metrics",
-        "model",
-        "progress",
-        "prompts",
-        "provenance",
-        "sites",
-        "targets",
-    ),
-    "targets": ("engine", "errors", "prompts", "sites"),
-    "means": ("engine", "errors", "prompts", "sites"),
-    "circuits": (
-        "batching",
-        "circuits",
-        "display",
-        "dense",
-        "effects",
-        "engine",
-        "errors",
-        "inference",
-        "instrument",
-        "means",
-        "metrics",
-        "model",
-        "patching",
-        "progress",
-        "prompts",
-        "provenance",
-        "recipes",
-        "sites",
-        "targets",
-    ),
-    "corpus": ("batching", "corpus", "errors", "head_statistics", "sweep"),
-    "sweep": (
-        "batching", "effects", "engine", "errors", "means", "plots.report", "prompt_files", "prompts", "provenance",
-        "recipes", "sites", "sweep", "sweep_options", "tasks",
-    ),
-    "patterns": ("display", "effects", "errors"),
-    "plots": ("attention", "circuits", "effects", "errors", "patterns", "plots", "sites"),
-    "results": ("attention", "circuits", "effects", "errors", "patterns"),
-}  # fmt: skip
-RECIPES = ("patching", "ablation", "tracing", "knockout", "paths", "steering", "omission", "peeking")
+# From the top floor down. Rooms of one line do not import each other either.
+FLOORS = [
+    ["interp.cli", "experiments", "notebooks"],
+    ["interp"],  # the front door: lazy public names, which nothing inside interp imports
+    ["interp.spans"],  # the public address of interp.prompts.spans
+    ["interp.bench"],
+    ["interp.doctor", "interp.sweep"],
+    ["interp.zoo", "interp.plots"],
+    ["interp.circuits"],
+    ["interp.recipes"],
+    ["interp.heads", "interp.lens"],
+    ["interp.engine", "interp.corpus"],
+    ["interp.model", "interp.tasks"],
+    ["interp.prompts", "interp.results", "interp.jobs"],
+    ["interp.interventions", "interp.metrics"],
+    ["interp.sites"],
+    ["interp.utils"],
+    ["interp.errors"],
+    ["headstats"],
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def module_of(path: Path) -> str:
+    """``interp/model/model.py`` as ``interp.model.model``; a package is called by its own name."""
+    parts = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_of(path): path
+    for folder in ("interp", "kernels/headstats", "experiments")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def room_of(module: str) -> str:
+    """The room that a module stands in: ``interp.model`` for ``interp.model.model``."""
+    return next(r for r in (".".join(module.split(".")[:2]), module.split(".")[0]) if r in FLOOR)
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Every module of ours that a module imports, anywhere in its code; a package face where a name is taken from it.
+
+    What is imported for type checkers alone counts too, but in a face, whose names are lazy.
+    """
+    tree = ast.parse(SOURCES[module].read_text())
+    if SOURCES[module].name == "__init__.py":
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            yield from (a.name for a in node.names if a.name in SOURCES)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in SOURCES:
+                    yield full
+                elif node.module in SOURCES:
+                    yield node.module
+
+
+ARROWS = {module: sorted(set(imports_of(module)) - {module}) for module in SOURCES}
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if not m.startswith("headstats")])
+def test_imports_point_down(module: str) -> None:
+    here = room_of(module)
+    for target in ARROWS[module]:
+        there = room_of(target)
+        assert here == there or FLOOR[there] > FLOOR[here], f"{module} must not import {target}"
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of names that import each other, directly or through others (Tarjan's components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    out: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for target in arrows.get(name, ()):
+            if target not in index:
+                visit(target)
+                low[name] = min(low[name], low[target])
+            elif target in stack:
+                low[name] = min(low[name], index[target])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                out.append(sorted(group))
+
+    for name in arrows:
+        if name not in index:
+            visit(name)
+    return out
+
+
+def test_no_circles_between_modules() -> None:
+    assert not circles({m: set(targets) for m, targets in ARROWS.items()})
+
+
+@pytest.mark.parametrize("room", sorted({room_of(m) for m in SOURCES} - {"interp"}))
+def test_no_circles_between_the_folders_of_a_room(room: str) -> None:
+    """Folders and files that stand side by side inside a room import each other one way only."""
+
+    def place(module: str) -> str:
+        return module.removeprefix(room).lstrip(".").split(".")[0]
+
+    arrows: dict[str, set[str]] = {}
+    for module in SOURCES:
+        if room_of(module) == room and place(module):
+            inside = {place(t) for t in ARROWS[module] if room_of(t) == room}
+            arrows.setdefault(place(module), set()).update(inside - {place(module), ""})
+    assert not circles(arrows)
+
+
+def test_no_circles_between_the_scripts_of_the_page() -> None:
+    page = ROOT / "interp" / "plots" / "page"
+    arrows = {p.name: set(re.findall(r'from "\./(\w+\.js)"', p.read_text())) for p in page.glob("*.js")}
+    assert sum(map(len, arrows.values())) > len(arrows)  # imports are written as this test reads them
+    assert not circles(arrows)
+
+
+def test_backends_do_not_import_each_other() -> None:
+    backends = ("headstats.triton", "headstats.blocked", "headstats.cpu")
+    for module, targets in ARROWS.items():
+        own = next((b for b in backends if module.startswith(b)), None)
+        if own is not None:
+            others = tuple(b for b in backends if b != own)
+            assert not [t for t in targets if t.startswith(others)], module
+
+
+def imported_libraries(module: str) -> set[str]:
+    """Top-level names of everything that a module imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{a.name}" for a in node.names}
-    return found
+            names.add(node.module.split(".")[0])
+    return names
 
 
-def modules(room: str) -> list[Path]:
-    folder = ROOT / "interp" / room
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-
-
-@pytest.mark.parametrize("room", ALLOWED)
-def test_arrows(room: str) -> None:
-    allowed = ALLOWED[room]
-    assert allowed is not None
-    for path in modules(room):
-        for name in imports_of(path):
-            if name.startswith("interp."):
-                inner = name.removeprefix("interp.")
-                if inner == "engine":  # `from interp import engine`
-                    continue
-                assert inner.startswith(tuple(allowed)), f"{path.relative_to(ROOT)} must not import {name}"
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_do_not_import_each_other(recipe: str) -> None:
-    (path,) = modules(recipe)
-    others = [f"interp.{r}" for r in RECIPES if r != recipe]
-    assert not [n for n in imports_of(path) if n.startswith(tuple(others))]
-
-
-def test_mediation_is_patching_twice() -> None:
-    (path,) = modules("mediation")
-    others = [f"interp.{r}" for r in RECIPES if r != "patching"]
-    assert not [n for n in imports_of(path) if n.startswith(tuple(others))]
-
-
-def test_only_model_rooms_import_transformer_lens() -> None:
-    homes = {"adapters", "image_adapters", "model", "loading", "instrument", "attention_bridges"}
-    homes |= {"weights", "interchange"}  # which wrap its FactoredMatrix and its interchange interventions
-    for path in (ROOT / "interp").rglob("*.py"):
-        if path.stem in homes or "zoo" in path.parts or path.parts[-2:] == ("bench", "peers.py"):
-            continue
-        assert not [n for n in imports_of(path) if n.startswith("transformer_lens")], path
+def test_only_the_model_room_reaches_into_transformer_lens_and_transformers() -> None:
+    """`interp.bench` runs other libraries, and the zoo and the doctor's families build models of their classes."""
+    for module in SOURCES:
+        if room_of(module) not in ("interp.model", "interp.bench", "experiments"):
+            libraries = imported_libraries(module)
+            assert "transformer_lens" not in libraries, module
+            if room_of(module) not in ("interp.zoo", "interp.doctor"):
+                assert "transformers" not in libraries, module
 
 
 def test_headstats_stands_alone() -> None:
-    allowed = ("headstats", "torch", "triton", "jaxtyping")
-    stdlib = sys.stdlib_module_names
-    for path in (ROOT / "kernels" / "headstats").rglob("*.py"):
-        for name in imports_of(path):
-            root = name.split(".")[0]
-            assert root in stdlib or root in allowed, f"{path.name} imports {name}"
+    allowed = {"headstats", "torch", "triton", "jaxtyping", *sys.stdlib_module_names}
+    for module in SOURCES:
+        if room_of(module) == "headstats":
+            assert imported_libraries(module) <= allowed, module
 
 
 def test_plots_know_neither_torch_nor_models() -> None:
-    for path in (ROOT / "interp" / "plots").rglob("*.py"):
-        assert not [n for n in imports_of(path) if n.split(".")[0] in ("torch", "transformers")], path
+    for module in SOURCES:
+        if room_of(module) == "interp.plots":
+            assert not imported_libraries(module) & {"torch", "transformers"}, module
+
+
+def test_jobs_know_neither_torch_nor_effects() -> None:
+    for module in SOURCES:
+        if room_of(module) == "interp.jobs":
+            assert "torch" not in imported_libraries(module), module
+
+
+def test_a_worker_imports_no_command_line() -> None:
+    code = (
+        "import sys, interp.jobs.worker, interp.sweep.effects_job; "
+        "print(any(m.startswith(('interp.cli', 'typer')) for m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
 def test_the_kernels_folder_does_not_shadow_the_kernels_package() -> None:
