@@ -166,7 +166,9 @@ def test_what_is_no_image_for_the_model_is_refused(encoder, images, monkeypatch)
     with pytest.raises(PromptError, match="positions do not correspond"):
         small = encoder("dinov2")[1]
         interp.patch(small, interp.ImagePair(images[0], images[0, :, :8], 1, 2), small.sites("z"))
-    real = interp.model.verify.__globals__["stacks"]
-    monkeypatch.setitem(interp.model.verify.__globals__, "stacks", lambda bridge: {"": {**real(bridge)[""], 7: None}})
+    real = interp.model.model.verify.__globals__["stacks"]
+    monkeypatch.setitem(
+        interp.model.model.verify.__globals__, "stacks", lambda bridge: {"": {**real(bridge)[""], 7: None}}
+    )
     with pytest.raises(ModelError, match="no call arrived from 1 of 4 layers"):
         interp.load(tiny_hf("vit"))
