@@ -27,7 +27,7 @@ from watching import Watch
 import interp
 from interp.circuits import WeightCircuits, attention_channels
 from interp.circuits.weights.channels import smallest_prefix
-from interp.engine.runs import hooks
+from interp.model.hooks import hooks
 from interp.utils.provenance import now, versions
 
 LAYER, HEAD = 18, 6

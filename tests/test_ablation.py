@@ -25,7 +25,7 @@ def activation(model, text: str, site: Site) -> torch.Tensor:
 
 def logit_diff_with(model, text: str, site: Site, value: torch.Tensor) -> float:
     """A full hooked forward in which the site is set to ``value`` at every position."""
-    from interp.engine.runs import hooks
+    from interp.model.hooks import hooks
 
     def write(x, hook):
         x = x.clone()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import interp
 from interp.engine import Cut
 from interp.engine.cells import cut_mask, cut_table
-from interp.engine.runs import hooks
 from interp.errors import InterpError, PromptError
+from interp.model.hooks import hooks
 
 PAIRS = [interp.PromptPair(f"w{a} w5 w{b} w6 w7", "w8 w5 w9 w6 w7", "w95", "w96") for a in (1, 2) for b in (3, 4)]
 

@@ -12,8 +12,8 @@ from architectures import ARCHITECTURES
 import interp
 from interp.engine import Engine
 from interp.engine.block_probe import Probe
-from interp.engine.runs import hooks
 from interp.errors import InterpError, PromptError, SiteError
+from interp.model.hooks import hooks
 from interp.sites import Site
 from interp.zoo.known import INDUCTION, PREVIOUS_TOKEN
 

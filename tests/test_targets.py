@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import interp
-from interp.engine.runs import hooks
 from interp.errors import InterpError, PromptError, SiteError
+from interp.model.hooks import hooks
 from interp.recipes.targets import targets_of, window_layers
 from interp.sites import Site
 

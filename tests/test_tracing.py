@@ -109,7 +109,7 @@ def test_severed_paths_equal_two_hooked_forwards(tiny, kind: str, sever: str) ->
 
         return name, hook
 
-    from interp.engine.runs import hooks
+    from interp.model.hooks import hooks
 
     with torch.no_grad(), hooks(model, put(state, clean), *(put(n, corrupt) for n in out)):
         logits = model.last_logits(torch.tensor([model.coder.encode(PAIR.corrupt)]))[0]
@@ -123,7 +123,7 @@ def test_severed_paths_equal_two_hooked_forwards(tiny, kind: str, sever: str) ->
 
 
 def seen(model, text: str, names: list[str]) -> dict:
-    from interp.engine.runs import hooks
+    from interp.model.hooks import hooks
 
     found: dict = {}
     keep = [(n, lambda x, hook, n=n: found.update({n: x.detach()})) for n in names]

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp.circuits.topology import Architecture, architecture
-from interp.engine.runs import hooks
 from interp.errors import ModelError
+from interp.model.hooks import hooks
 from interp.model.model import Model
 
 TOLERANCE = 1e-3  # of the activations' own scale; rounding of float32 is far below, a missing norm far above

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.model import dummy_inputs as made_up
-from interp.model.encoder_decoder import probe_inputs
+from interp.model.dummy_inputs import probe_inputs
 from interp.model.verification import reads_of
 from interp.prompts.images import output_of
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from interp.engine.cells import Cell, Write
 from interp.engine.packed_forward import Enough, PackedForward
 from interp.engine.packing import Changes, Group, Piece, place
-from interp.engine.runs import Frame, Run, hooks
+from interp.engine.runs import Frame, Run
 from interp.errors import InterpError
+from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.sites import COMPONENTS, Site
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from interp.engine.plan import BlockCost
+from interp.engine.cost import BlockCost
 from interp.errors import InterpError
 from interp.model.model import Model
 from interp.sites import COMPONENTS

@@ -19,7 +19,7 @@ from interp.engine.budget import Budget, as_bytes
 from interp.engine.cells import Cell, Write
 from interp.engine.matmul import redirected
 from interp.engine.plain_blocks import WRITABLE, LeanBlock, fixed_rotary, lean_blocks
-from interp.engine.plan import PLANNING
+from interp.engine.planner import PLANNING
 from interp.engine.runs import Frame, Run, record
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.engine.cells import Cell, Write, cut_mask, write_into
-from interp.engine.runs import Run, hooks
+from interp.engine.runs import Run
+from interp.model.hooks import hooks
 from interp.model.model import Model
 
 

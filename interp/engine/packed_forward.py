@@ -30,8 +30,9 @@ from interp.engine.matmul import products_for, redirected
 from interp.engine.packed_attention import packed_attention
 from interp.engine.packing import Changes, Group, Piece, place, positions, unpack
 from interp.engine.plain_blocks import LeanBlock, RowsOf, rotation
-from interp.engine.runs import Frame, Run, hooks
+from interp.engine.runs import Frame, Run
 from interp.model.attention_call import AttentionCall
+from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.sites import COMPONENTS
 

@@ -4,58 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from interp.engine.cells import Cell
+from interp.engine.core import Engine
+from interp.engine.cost import EFFICIENCY, BlockCost
 from interp.engine.matmul import products_for
-from interp.engine.runs import Run
+from interp.engine.planner import PLANNING, Planner
 from interp.errors import InterpError
-from interp.model.model import Model
-
-if TYPE_CHECKING:
-    from interp.engine.core import Engine
-
-EFFICIENCY = 0.8  # of the matrix products' own rate; norms, activations and attention take the rest
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """What one block costs: FLOPs of a row's matrix products (``qkv``: those before attention, ``kv``: of these without
-    queries), and of one cell of its attention pattern, over all heads; and bytes that a packed row needs at its widest.
-    """  # fmt: skip
-
-    row: float
-    qkv: float
-    kv: float
-    pattern: float
-    bytes: float
-
-    @classmethod
-    def of(cls, model: Model) -> BlockCost:
-        """Of the model's first block; of experts only the active ones count."""
-        block = model.bridge.blocks[0]
-        config = getattr(model.bridge.original_model, "config", None)
-        total = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
-        active = int(getattr(config, "num_experts_per_tok", None) or total)
-        weights = attention = widest = 0
-        for name, weight in block.original_component.named_parameters():
-            if weight.ndim < 2:
-                continue
-            numel = weight.numel() * (active / total if "experts" in name else 1)
-            weights += numel
-            widest += numel / model.d_model
-            attention += numel if "attn" in name or "attention" in name else 0
-        d_head = int(model.bridge.cfg.d_head)
-        heads, kv = model.n_heads * d_head, model.n_kv_heads * d_head
-        qkv, kv = (min(attention, model.d_model * width) for width in (heads + 2 * kv, 2 * kv))
-        size = torch.finfo(model.dtype).bits // 8
-        # the residual and its copies, and everything that the block's products put out
-        return cls(2 * weights, 2 * qkv, 2 * kv, 4 * heads, size * (6 * model.d_model + widest))
 
 
 @dataclass(frozen=True)
@@ -208,33 +168,6 @@ class Plan:
     __str__ = explain
 
 
-class Planner:
-    """Takes the place of running: keeps the cells that engines are asked to score."""
-
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-        self.lengths: list[int] = []
-        self.cells: list[Cell] = []
-        self.unasked = 0
-        self.runs_bytes = 0.0
-        self.columns: int | None = None
-        self.whole: list[int] = []  # tokens of prompts that are cells of their own
-
-    def add(self, engine: Engine, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
-        """Cells of some runs, which may be followed by others, and how many logits of each are read if not all."""
-        self.columns = columns
-        first, self.engine = len(self.lengths), engine
-        self.lengths += [len(r) for r in runs]
-        for cell in cells:
-            writes = tuple(replace(w, value=None) for w in cell.writes)
-            self.cells.append(replace(cell, run=cell.run + first, writes=writes))
-        held = sum(x.numel() * x.element_size() for r in runs for x in r.tensors())
-        self.runs_bytes = max(self.runs_bytes, held)
-
-
-PLANNING: ContextVar[Planner | None] = ContextVar("planning", default=None)
-
-
 def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     """What ``recipe(*args, **kwargs)`` would cost: ``print(interp.explain(interp.patch, model, pairs, sites))``.
 
@@ -247,7 +180,7 @@ def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         recipe(*args, **{"show_progress": False, **kwargs})
     finally:
         PLANNING.reset(token)
-    if planner.engine is None:
+    if not isinstance(planner.engine, Engine):
         raise InterpError(f"{getattr(recipe, '__name__', recipe)} asked the engine for nothing: there is no sweep")
     return Plan(
         planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes, planner.columns,

@@ -14,6 +14,7 @@ from torch import Tensor
 from interp.engine.cells import Write
 from interp.model.attention_call import AttentionCall
 from interp.model.batching import equal_length_batches
+from interp.model.hooks import hooks
 from interp.model.instrument import attend
 from interp.model.model import Model
 from interp.prompts.model_input import frozen
@@ -129,33 +130,6 @@ def _stack_noise(noises: list[Tensor | None]) -> Tensor | None:
 
 def _n_keys(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.shape[-1]
-
-
-@contextmanager
-def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
-    """Temporary TransformerLens forward hooks: (hook name, fn(tensor, hook) -> tensor or None)."""
-    handles = []
-    known = model.bridge.hook_dict if pairs else {}  # a property that looks through the whole model
-    try:
-        for name, function in pairs:
-            point = known[name]
-            heads_first = getattr(point, "pos_dim", 1) == 2
-            handles.append((point, point.add_hook(_positions_first(function) if heads_first else function)))
-        yield
-    finally:
-        for point, handle in handles:
-            handle.hook.remove()
-            point.fwd_hooks.remove(handle)
-
-
-def _positions_first(function: Any) -> Any:
-    """For hooks that carry [batch, heads, position, d] (latent attention): the function sees positions before heads."""
-
-    def turned(x: Tensor, hook: Any) -> Tensor | None:
-        out = function(x.transpose(1, 2), hook)
-        return None if out is None else out.transpose(1, 2)
-
-    return turned
 
 
 class _Recorder:

@@ -6,7 +6,6 @@ the module itself calls our registered function.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall
+from interp.model.instrument import LINK
+from interp.model.masks import read_mask
 
 _LENGTH = "_interp_length"  # positions in the running forward of the original module; None outside one
 
@@ -192,21 +193,6 @@ class _HookedCache:
         return (latent, rotated) if self.cache is None else self.cache.update(latent, rotated, *args, **kwargs)
 
 
-def fire_latent(attn: Any, call: AttentionCall) -> AttentionCall:
-    """Fire a latent attention's hooks on queries, and on the keys and values of this step's own positions.
-
-    An edit of earlier positions' keys is not kept for later steps of decoding; one of the latent is.
-    """
-    rope, m = attn.original_component.qk_rope_head_dim, call.q.shape[2]
-    q = attn.hook_q(torch.cat([call.q[..., :-rope], attn.hook_rot_q(call.q[..., -rope:])], dim=-1))
-    past = call.k.shape[2] - m
-    k, v = (
-        torch.cat([x[:, :, :past], hook(x[:, :, past:])], dim=2)
-        for x, hook in ((call.k, attn.hook_k), (call.v, attn.hook_v))
-    )
-    return replace(call, q=q, k=k, v=v)
-
-
 def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
     """Attention output as the sum of hooked per-head results: needs z as the output projection receives it."""
     received: list[Tensor] = []
@@ -222,9 +208,7 @@ def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
     """TransformerLens' dense forward, with the mask that it expects."""
-    from interp.model.instrument import _LINK, _read_mask
-
-    link = self.__dict__[_LINK]
+    link = self.__dict__[LINK]
     record = link.instrument.record(link.layer)
     record.calls += 1
     record.backends["transformer_lens"] += 1
@@ -234,7 +218,7 @@ def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
     if mask is not None and mask.ndim == 2:
         m, n = hidden.shape[1], mask.shape[1]
         empty = hidden.new_empty(hidden.shape[0], 1, m, 1)
-        call = AttentionCall(0, empty, hidden.new_empty(hidden.shape[0], 1, n, 1), empty, 1.0, **_read_mask(mask))
+        call = AttentionCall(0, empty, hidden.new_empty(hidden.shape[0], 1, n, 1), empty, 1.0, **read_mask(mask))
         visible = call.visible()
         zeros = hidden.new_zeros(hidden.shape[0], 1, m, n)
         kwargs["attention_mask"] = (
@@ -248,8 +232,6 @@ def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any
 
     GPT-2, GPT-NeoX, Phi-3; Bloom, MPT and Falcon with their linear biases (ALiBi).
     """
-    from interp.model.instrument import _LINK, _read_mask
-
     config = self.config
     n_heads = int(config.n_heads)
     n_kv = int(getattr(config, "n_key_value_heads", None) or n_heads)
@@ -265,11 +247,11 @@ def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any
     scale = getattr(self, "_softmax_scale", None) or d_head**-0.5
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) and self._layer_idx is not None:
         scale /= self._layer_idx + 1
-    masks = _read_mask(kwargs.get("attention_mask"))
+    masks = read_mask(kwargs.get("attention_mask"))
     bias = _linear_bias(self, kwargs, n_heads, k.shape[2], scale)
     if bias is not None:
         masks["bias"] = bias if masks.get("bias") is None else masks["bias"] + bias
-    link = self.__dict__[_LINK]
+    link = self.__dict__[LINK]
     out = link.run(AttentionCall(link.layer, q, k, v, scale, **masks))
     out = self._reshape_attn_output(out, batch, length, n_heads, out.shape[-1])
     if getattr(config, "use_attn_result", False):
@@ -314,10 +296,8 @@ def _inner_attention(
 
     GPT-Neo does not scale its scores, and alternates global layers with local ones.
     """
-    from interp.model.instrument import _LINK, _read_mask
-
-    link = self.__dict__[_LINK]
-    masks = _read_mask(attention_mask)
+    link = self.__dict__[LINK]
+    masks = read_mask(attention_mask)
     scale = 1 / float(self.scale_attn) if hasattr(self, "scale_attn") else 1.0
     if getattr(self, "attention_type", None) == "local":
         masks["window"] = int(self.config.window_size)
@@ -334,7 +314,7 @@ def _native_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """TransformerLens' native attention; ``pattern_fn`` is its pattern hook, which the dense path fires itself."""
-    from interp.model.instrument import _LINK
+    from interp.model.instrument import LINK
 
     heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
     q, k, v = (
@@ -349,7 +329,7 @@ def _native_forward(
         # Native convention: a 4D bool mask is True where HIDDEN; an additive one hides below −1.
         hidden = attention_mask if attention_mask.dtype == torch.bool else attention_mask < -1.0
         masks["bias"] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
-    link = self.__dict__[_LINK]
+    link = self.__dict__[LINK]
     softcap = self.attn_scores_soft_cap if self.attn_scores_soft_cap > 0 else None
     call = AttentionCall(link.layer, q, k, v, 1 / self.scale, softcap=softcap, **masks)
     out = link.run(call).transpose(1, 2).flatten(2)

@@ -83,3 +83,19 @@ def _n_tokens(hf: Any, inputs: dict[str, Tensor]) -> int:
 def placed(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Inputs on a device, floats in a model's dtype."""
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+
+def probe_inputs(hf: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """Inputs of no meaning: token rows for both sides, or input features for a speech model's encoder."""
+    decoder = {"decoder_input_ids": tokens.flip(1)[:, :7]}
+    if hf.main_input_name != "input_features":
+        return {"input_ids": tokens, **decoder}
+    frames = 2 * hf.config.max_source_positions  # its first convolutions halve them
+    wave = torch.linspace(0, 20, hf.config.num_mel_bins * frames).sin()
+    return {"input_features": wave.reshape(1, -1, frames).expand(len(tokens), -1, -1), **decoder}
+
+
+def probe_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Logits of `probe_inputs`."""
+    inputs = placed(probe_inputs(model.bridge.original_model, tokens), model.device, model.dtype)
+    return model.bridge.original_model(**inputs, use_cache=False).logits

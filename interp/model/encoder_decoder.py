@@ -11,25 +11,8 @@ import torch
 from torch import Tensor
 
 from interp.errors import PromptError
-from interp.model.dummy_inputs import placed
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.utils.provenance import now, prompt_hash
-
-
-def probe_inputs(hf: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Inputs of no meaning: token rows for both sides, or input features for a speech model's encoder."""
-    decoder = {"decoder_input_ids": tokens.flip(1)[:, :7]}
-    if hf.main_input_name != "input_features":
-        return {"input_ids": tokens, **decoder}
-    frames = 2 * hf.config.max_source_positions  # its first convolutions halve them
-    wave = torch.linspace(0, 20, hf.config.num_mel_bins * frames).sin()
-    return {"input_features": wave.reshape(1, -1, frames).expand(len(tokens), -1, -1), **decoder}
-
-
-def probe_logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits of `probe_inputs`."""
-    inputs = placed(probe_inputs(model.bridge.original_model, tokens), model.device, model.dtype)
-    return model.bridge.original_model(**inputs, use_cache=False).logits
 
 
 @torch.no_grad()

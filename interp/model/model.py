@@ -25,7 +25,8 @@ from interp.model.input_checks import (
     refuse_text,
     refuse_wrong_inputs,
 )
-from interp.model.instrument import Instrument, install, stacks
+from interp.model.install import install, stacks
+from interp.model.instrument import Instrument
 from interp.model.loading import boot, check_device
 from interp.model.verification import count_hooks, probe, reads_of, verify
 from interp.prompts.images import Pictures, layout_of, output_of

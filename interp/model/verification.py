@@ -10,8 +10,7 @@ from torch import Tensor
 
 from interp.errors import ModelError
 from interp.model import dummy_inputs as made_up
-from interp.model import encoder_decoder as seq2seq
-from interp.model.instrument import stacks
+from interp.model.install import stacks
 from interp.prompts import images as pictures
 
 PROBED = 8  # tokens of each of two rows: loading waits for them twice
@@ -50,7 +49,7 @@ def probe(model: Any) -> tuple[Tensor, int]:
             return _with_image(model), 0
         tokens = torch.arange(2 * length).reshape(2, length).mul(7919).add(11).remainder(min(vocab, 30_000))
         if model.reads == "pairs":
-            return seq2seq.probe_logits(model, tokens.to(model.device)), 0
+            return made_up.probe_logits(model, tokens.to(model.device)), 0
         return model.bridge(tokens.to(model.device)), length
     except ModelError:
         raise

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import interp
 from interp.circuits.topology import architecture
-from interp.engine.runs import hooks
+from interp.model.hooks import hooks
 from interp.sites import Edge, Site
 
 

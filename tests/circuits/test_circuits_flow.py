@@ -12,8 +12,8 @@ from interp import zoo
 from interp.circuits import flow_routes, flow_scores
 from interp.circuits.attribution.flow import EPSILON, _proximity
 from interp.circuits.topology import architecture
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
+from interp.model.hooks import hooks
 from interp.sites import Site
 
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")

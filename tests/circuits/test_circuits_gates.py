@@ -15,8 +15,8 @@ from interp.circuits.learned.causal_gating import _Fit, _loss
 from interp.circuits.learned.gated_model import Gated
 from interp.circuits.learned.head_gates import HELD
 from interp.circuits.learned.next_token import Unembedding, draws, permuted, samples
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError
+from interp.model.hooks import hooks
 from interp.sites import Site
 from interp.zoo.planted import part
 

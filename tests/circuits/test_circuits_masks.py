@@ -17,8 +17,8 @@ from interp.circuits.learned.diffmask import _Fit, bernoulli_kl
 from interp.circuits.learned.hard_concrete import HardConcrete
 from interp.circuits.learned.soft_forward import run_weighted
 from interp.circuits.wiring import Wiring, capture
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError
+from interp.model.hooks import hooks
 from interp.prompts.pairs import encode_pairs
 from interp.results.significance import sign_flip
 from interp.sites import Site

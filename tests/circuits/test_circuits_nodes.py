@@ -15,9 +15,9 @@ from interp.circuits import atp_star, attribute_sites, screen
 from interp.circuits.attribution.nodes import first_hook
 from interp.circuits.attribution.qk_fix import Rerun, Secants, calls_kept
 from interp.circuits.wiring import capture
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
 from interp.model.attention_call import dense_attention
+from interp.model.hooks import hooks
 from interp.sites import Site
 
 PAIR = interp.PromptPair("w1 w2 w3 w4 w5", "w1 w9 w3 w7 w5", "w95", "w96")

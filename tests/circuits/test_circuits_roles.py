@@ -11,8 +11,8 @@ from interp import zoo
 from interp.circuits import Circuit, acdc, attribute_edges, name_roles, score_neurons
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.roles import attention_shares, effects_by_route
-from interp.engine.runs import hooks
 from interp.errors import InterpError
+from interp.model.hooks import hooks
 from interp.sites import Site
 
 PAIRS = [

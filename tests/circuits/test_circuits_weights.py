@@ -13,8 +13,8 @@ from interp import zoo
 from interp.circuits import Channels, WeightCircuits, attention_channels
 from interp.circuits.weights.channels import smallest_prefix
 from interp.circuits.weights.composition import _pairs
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError, SiteError
+from interp.model.hooks import hooks
 
 TEXT = "w1 w9 w3 w7 w5 w2"
 KINDS = [

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.wiring import Wiring, tolerance
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
 from interp.metrics import Metric, Readout
+from interp.model.hooks import hooks
 from interp.model.model import Model
 
 Override = tuple[str, Any]  # a hook that sets an activation

@@ -44,9 +44,9 @@ from interp.circuits.evaluation.evaluator import TOKENS, token_batches
 from interp.circuits.wiring import capture
 from interp.engine import Engine
 from interp.engine.cells import rows_of
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, SiteError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
+from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.sweep_loop import Rows, check_metric, provenance_of, readout, resolve

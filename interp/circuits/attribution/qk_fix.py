@@ -25,9 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.wiring import capture
-from interp.engine.runs import hooks
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall
+from interp.model.hooks import hooks
 from interp.model.instrument import attend
 from interp.model.model import Model
 from interp.sites import COMPONENTS

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from interp.circuits.wiring import Wiring
 from interp.engine.matmul import redirected
-from interp.engine.runs import hooks
+from interp.model.hooks import hooks
 
 HELD_BYTES = 256 * 2**20  # of what senders change, d_model numbers per sender and token
 

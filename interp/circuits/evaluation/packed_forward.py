@@ -29,7 +29,8 @@ from interp.circuits.wiring import Wiring
 from interp.engine import Run
 from interp.engine.packed_forward import PackedForward, final_logits
 from interp.engine.packing import Group, Piece, place
-from interp.engine.runs import Frame, hooks
+from interp.engine.runs import Frame
+from interp.model.hooks import hooks
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from interp.circuits.wiring import module_behind
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError, PromptError
+from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair, encode_pairs
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from interp.circuits.wiring import Wiring
-from interp.engine.runs import hooks
+from interp.model.hooks import hooks
 
 
 @dataclass(frozen=True)

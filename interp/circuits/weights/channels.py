@@ -29,8 +29,8 @@ from torch import Tensor
 
 from interp.circuits.evaluation.ablated_forward import sender_hooks
 from interp.circuits.weights.composition import FactoredMatrix, WeightCircuits
-from interp.engine.runs import hooks
 from interp.errors import InterpError, PromptError
+from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
 from interp.results.effects import read_parquet, write_parquet

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.runs import hooks
 from interp.errors import InterpError, ModelError
 from interp.model.attention_call import AttentionCall
+from interp.model.hooks import hooks
 from interp.model.instrument import attend
 from interp.model.model import Model
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.model import dummy_inputs as made_up
 from interp.model.attention_call import AttentionCall
-from interp.model.instrument import attend, stacks
+from interp.model.install import stacks
+from interp.model.instrument import attend
 from interp.model.loading import Weights, wrap
 from interp.model.model import Model, load
 from interp.prompts.images import output_of

@@ -1,0 +1,37 @@
+"""Planner: records the cells that engines are asked to score, in place of running them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+
+from interp.engine.cells import Cell
+from interp.engine.runs import Run
+
+
+class Planner:
+    """Takes the place of running: keeps the cells that engines are asked to score."""
+
+    def __init__(self) -> None:
+        self.engine: object = None  # the one that scored last
+        self.lengths: list[int] = []
+        self.cells: list[Cell] = []
+        self.unasked = 0
+        self.runs_bytes = 0.0
+        self.columns: int | None = None
+        self.whole: list[int] = []  # tokens of prompts that are cells of their own
+
+    def add(self, engine: object, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
+        """Cells of some runs, which may be followed by others, and how many logits of each are read if not all."""
+        self.columns = columns
+        first, self.engine = len(self.lengths), engine
+        self.lengths += [len(r) for r in runs]
+        for cell in cells:
+            writes = tuple(replace(w, value=None) for w in cell.writes)
+            self.cells.append(replace(cell, run=cell.run + first, writes=writes))
+        held = sum(x.numel() * x.element_size() for r in runs for x in r.tensors())
+        self.runs_bytes = max(self.runs_bytes, held)
+
+
+PLANNING: ContextVar[Planner | None] = ContextVar("planning", default=None)

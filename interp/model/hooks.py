@@ -1,0 +1,39 @@
+"""Temporary TransformerLens hooks on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from interp.model.model import Model
+
+
+@contextmanager
+def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
+    """Temporary TransformerLens forward hooks: (hook name, fn(tensor, hook) -> tensor or None)."""
+    handles = []
+    known = model.bridge.hook_dict if pairs else {}  # a property that looks through the whole model
+    try:
+        for name, function in pairs:
+            point = known[name]
+            heads_first = getattr(point, "pos_dim", 1) == 2
+            handles.append((point, point.add_hook(_positions_first(function) if heads_first else function)))
+        yield
+    finally:
+        for point, handle in handles:
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
+
+
+def _positions_first(function: Any) -> Any:
+    """For hooks that carry [batch, heads, position, d] (latent attention): the function sees positions before heads."""
+
+    def turned(x: Tensor, hook: Any) -> Tensor | None:
+        out = function(x.transpose(1, 2), hook)
+        return None if out is None else out.transpose(1, 2)
+
+    return turned

@@ -1,0 +1,98 @@
+"""Send the attention of every layer of a TransformerBridge to its instrument."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from interp.errors import ModelError
+from interp.model.attention_bridges import adapt
+from interp.model.attention_call import AttentionCall
+from interp.model.instrument import LINK, Instrument, Link, attend
+from interp.model.masks import compact_mask, read_mask
+
+IMPLEMENTATION = "interp_headstats"
+
+
+def _hf_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The function that transformers' attention modules call: [B, H, M, D] in, [B, M, H, Dv] out."""
+    if dropout and module.training:
+        raise ModelError("attention dropout is active: call model.eval() (interp runs models in evaluation mode)")
+    link = module.__dict__.get(LINK)
+    if softcap is None:
+        softcap = getattr(module, "attn_logit_softcapping", None)
+    masks, position_bias = read_mask(attention_mask), kwargs.get("position_bias")
+    if position_bias is not None:  # T5's relative positions
+        masks["bias"] = position_bias if masks.get("bias") is None else masks["bias"] + position_bias
+    call = AttentionCall(
+        layer=link.layer if link else -1, q=query, k=key, v=value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap, sinks=s_aux, **masks,
+    )  # fmt: skip
+    out = link.run(call) if link else attend(call).out
+    return out.transpose(1, 2).contiguous(), None
+
+
+def stacks(bridge: Any) -> dict[str, dict[int, Any]]:
+    """Attention bridges by stack and layer: one nameless stack, or an encoder's, a decoder's and the cross-attention's.
+
+    In a hybrid model only some layers are there. A vision–language model also has "vision", where the inside of its
+    vision tower is bridged.
+    """
+    if not hasattr(bridge, "encoder_blocks"):
+        layers = {i: getattr(block, "attn", None) for i, block in enumerate(bridge.blocks)}
+        tower = getattr(getattr(bridge, "vision_encoder", None), "encoder_layers", None)
+        seeing = {} if tower is None else {"vision": {i: block.attn for i, block in enumerate(tower)}}
+        return {"": {i: attn for i, attn in layers.items() if attn is not None}, **seeing}
+    encoder, decoder = bridge.encoder_blocks, bridge.decoder_blocks
+    return {
+        "encoder": {i: block.attn for i, block in enumerate(encoder)},
+        "decoder": {i: block.self_attn for i, block in enumerate(decoder)},
+        "cross": {i: block.cross_attn for i, block in enumerate(decoder)},
+    }
+
+
+def install(bridge: Any, instruments: dict[str, Instrument]) -> None:
+    """Send every layer's attention of a TransformerBridge through its stack's instrument.
+
+    Raises ModelError, naming the class, for attention that cannot be intercepted.
+    """
+    from transformer_lens.model_bridge.sources.native.model import NativeAttention
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _hf_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, compact_mask)
+    attentions = [(name, layer, attn) for name, layers in stacks(bridge).items() for layer, attn in layers.items()]
+    if not attentions:
+        raise ModelError(
+            f"{type(bridge.original_model).__name__} has no softmax attention in any of its {len(bridge.blocks)} "
+            "layers (a recurrent or state-space model): there are no patterns for interp to read"
+        )
+    for stack, layer, attn in attentions:
+        link = Link(instruments[stack], attn, layer)
+        attn.__dict__[LINK] = link
+        for module in attn.original_component.modules():  # e.g. BertSelfAttention calls us from inside BertAttention
+            module.__dict__[LINK] = link
+        adapt(attn)
+    if not isinstance(attentions[0][2].original_component, NativeAttention):
+        _select(bridge.original_model)
+
+
+def _select(hf: Any) -> None:
+    """Make a Hugging Face model's attention and masks go to our functions.
+
+    Models that predate the attention interface refuse the switch, but still build their masks by the
+    config's word; their modules are then reached through their bridges.
+    """
+    with suppress(ValueError, NotImplementedError):
+        hf.set_attn_implementation(IMPLEMENTATION)
+    for module in hf.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_attn_implementation", None) == "eager":
+            config._attn_implementation = IMPLEMENTATION

@@ -1,0 +1,87 @@
+"""Attention masks without the n×n matrix: padding, causality and window of a Hugging Face mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.errors import ModelError
+
+
+@dataclass(frozen=True)
+class MaskNote:
+    """What a Hugging Face mask means, attached to the 2D padding tensor that our mask function returns."""
+
+    causal: bool
+    window: int | None
+
+
+def compact_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+    mask_function: Any = None, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True,
+    local_size: int | None = None, device: Any = "cpu", **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """A transformers mask function: 2D padding plus a note for plain masks, a dense 4D mask for all others."""
+    from transformers import masking_utils as mu
+
+    kind = _mask_kind(mask_function, mu)
+    everywhere = kind is not None and not kind.causal and kind.window is None  # cross-attention: no position counts
+    aligned = everywhere or q_offset + q_length == kv_offset + kv_length
+    padding_fits = attention_mask is None or attention_mask.shape[1] >= kv_length
+    if kind is None or not aligned or not padding_fits or kwargs.get("use_vmap"):
+        return mu.eager_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs
+        )
+    if attention_mask is None:
+        padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        padding = attention_mask[:, -kv_length:].bool()
+    padding = padding.clone()  # the note must not leak onto the caller's tensor
+    padding.interp_note = kind  # type: ignore[attr-defined]
+    return padding
+
+
+def _mask_kind(function: Any, mu: Any) -> MaskNote | None:
+    """Recognise transformers' plain causal, sliding-window and bidirectional masks; None for anything else."""
+    if function is mu.causal_mask_function:
+        return MaskNote(causal=True, window=None)
+    if function is mu.bidirectional_mask_function:
+        return MaskNote(causal=False, window=None)
+    parts = _closure_of(function, "and_mask").get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is mu.causal_mask_function:
+        window = _closure_of(parts[0], "inner_mask").get("sliding_window")
+        if isinstance(window, int) and parts[0].__qualname__.startswith("sliding_window_overlay"):
+            return MaskNote(causal=True, window=window)
+    if len(parts) == 2 and parts[1] is mu.bidirectional_mask_function:
+        window = _closure_of(parts[0], "inner_mask").get("sliding_window")
+        if isinstance(window, int) and parts[0].__qualname__.startswith("sliding_window_bidirectional_overlay"):
+            return MaskNote(causal=False, window=window + 1)  # theirs does not count the query's own position
+    return None
+
+
+def _closure_of(function: Any, name: str) -> dict[str, Any]:
+    if getattr(function, "__name__", "") != name or not function.__closure__:
+        return {}
+    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+
+
+def read_mask(mask: Tensor | None) -> dict[str, Any]:
+    """Mask as handed to an attention module → the mask fields of an AttentionCall."""
+    if mask is None:  # no mask function ran: transformers' eager attention would then show every key
+        return {"causal": False}
+    note: MaskNote | None = getattr(mask, "interp_note", None)
+    if note is not None:
+        return {"causal": note.causal, "window": note.window, "key_padding": None if bool(mask.all()) else mask}
+    if mask.ndim == 4:  # a dense mask, the model's or the user's own: authoritative as it stands
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+        else:
+            mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+        return {"causal": False, "bias": mask}
+    raise ModelError(
+        f"this model reshapes its attention mask (got {tuple(mask.shape)}) before attention, "
+        "which interp does not support; please report the architecture"
+    )
