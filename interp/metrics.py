@@ -1,32 +1,35 @@
 """Metrics: named functions of the final logits, with a direction.
 
-A metric sees the logits at the answer position, one row per run, and a `Readout` that says what to look
-for. Effects report it raw and on the recovery scale, where 0 is the run that is patched into and 1 the
-run that is patched from.
+A metric reads the logits at the answer position, one row per run, and a `Readout` with the token ids to look for.
+Effects report its raw value and the recovery scale, on which 0 is the run that is patched into and 1 the run that is
+patched from.
+
+Importing this module does not import torch, so that the command line can list metrics quickly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from interp.errors import InterpError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Readout:
-    """What a metric may read beside the logits: per row, token ids and the clean run's logits."""
+    """What a metric may read besides the logits: per row, the token ids and the clean run's logits."""
 
     answer: Int[Tensor, " batch"]
     foil: Int[Tensor, " batch"] | None = None
     clean_logits: Float[Tensor, "batch vocab"] | None = None
 
     def rows(self, index: Int[Tensor, " rows"]) -> Readout:
-        """The readout of some rows, repeated as the index says."""
+        """Return the readout of the rows in ``index``, which may repeat rows."""
         index = index.to(self.answer.device)
         foil, clean = self.foil, self.clean_logits
         return Readout(
@@ -36,16 +39,17 @@ class Readout:
         )
 
 
-MetricFn = Callable[[Float[Tensor, "batch vocab"], Readout], Float[Tensor, " batch"]]
+MetricFn = Callable[["Float[Tensor, 'batch vocab']", Readout], "Float[Tensor, ' batch']"]
 
 
 @dataclass(frozen=True)
 class Metric:
     """A named metric. ``fn(logits [batch, vocab], readout) -> [batch]``.
 
-    ``direction`` is +1 if larger means that the model does the task better, −1 if worse. ``unit`` is
-    shown on axes. ``needs_foil`` lets a recipe refuse a pair without one before any forward is run. ``reads_pair``:
-    of the logits, only the answer's and the foil's are read, so that no others need to be computed.
+    ``direction`` is +1 if a larger value means that the model does the task better, −1 if worse. ``unit`` is shown on
+    axes. ``needs_foil`` lets a recipe refuse a pair without a foil before any forward is run. ``reads_pair``: the
+    metric reads only the logits of the answer and the foil, so that no others need to be computed.
+    ``differentiable``: attribution methods can use it.
     """
 
     name: str
@@ -54,17 +58,20 @@ class Metric:
     direction: int = 1
     needs_foil: bool = False
     reads_pair: bool = False
+    differentiable: bool = True
 
     def __call__(self, logits: Float[Tensor, "batch vocab"], readout: Readout) -> Float[Tensor, " batch"]:
         """Evaluate on a batch of final-position logits."""
         if self.needs_foil and readout.foil is None:
             raise InterpError(f"metric {self.name!r} needs a foil: give every PromptPair foil=…, or use interp.logprob")
+        from torch import Tensor
+
         values = self.fn(logits, readout)
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-            found = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            shape = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise InterpError(
-                f"metric {self.name!r} returned {found} for logits of {len(logits)} runs: a tensor with one number for "
-                f"each, of shape [{len(logits)}], expected"
+                f"metric {self.name!r} returned {shape} for logits of {len(logits)} runs; expected a tensor of shape "
+                f"[{len(logits)}], one number per run"
             )
         return values
 
@@ -74,6 +81,8 @@ def _pick(values: Float[Tensor, "batch vocab"], ids: Int[Tensor, " batch"]) -> F
 
 
 def _wide(logits: Tensor) -> Tensor:
+    import torch
+
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -98,8 +107,9 @@ prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="
 logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats")
 """Log-probability of the answer token."""
 
-rank = Metric("rank", lambda x, r: (x > _pick(x, r.answer)[:, None]).sum(-1).float(), unit="rank", direction=-1)
-"""How many tokens outrank the answer; 0 means that the model says it."""
+rank = Metric("rank", lambda x, r: (x > _pick(x, r.answer)[:, None]).sum(-1).float(), unit="rank", direction=-1,
+    differentiable=False)  # fmt: skip
+"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice."""
 
 kl = Metric("kl", _kl, unit="nats", direction=-1)
 """KL(clean ‖ run) over the whole vocabulary; 0 for the clean run itself."""
@@ -120,14 +130,48 @@ def as_metric(metric: Metric | str | MetricFn) -> Metric:
     raise InterpError(f"metric must be an interp.Metric, a name or a function, got {type(metric).__name__}")
 
 
-def recovery(
-    patched: Float[Tensor, " n"], clean: Float[Tensor, " n"], corrupt: Float[Tensor, " n"], mode: str
-) -> Float[Tensor, " n"]:
-    """The recovery scale: the share of the clean–corrupt gap that a patch carries over.
+def rounding(
+    metric: Metric, logits: Float[Tensor, "batch vocab"], readout: Readout, eps: float
+) -> Float[Tensor, " batch"]:
+    """Return how far rounding of the logits can move the metric: two scores closer than that are the same.
 
-    Denoising (patch clean into the corrupt run): (patched − corrupt)/(clean − corrupt). Noising (patch
-    corrupt into the clean run): (patched − clean)/(corrupt − clean). NaN where the gap is exactly zero.
+    The same prompt gives logits that differ in their last bits when it is run in another batch. The bound is the
+    largest change of the metric when every logit moves by 2 · ``eps`` · max|logit|: once the answer up and all others
+    down, once the answer up, the foil down, and the others up and down in turn. ``eps`` is the machine epsilon of the
+    dtype in which the model computes (``torch.finfo(dtype).eps``). Computed in the logits' own dtype, so that the
+    metric's own rounding is part of it.
     """
+    import torch
+
+    before = metric(logits, readout).double()
+    step = (2 * eps * logits.detach().abs().amax(-1, keepdim=True)).to(logits.dtype)
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    against_all = -torch.ones_like(logits)
+    in_turn = torch.where(columns % 2 == 0, 1.0, -1.0).to(logits.dtype).expand_as(logits).clone()
+    if readout.foil is not None:
+        in_turn[columns == readout.foil[:, None]] = -1
+    bound = torch.zeros_like(before)
+    for signs in (against_all, in_turn):
+        signs[columns == readout.answer[:, None]] = 1
+        bound = torch.maximum(bound, (metric(logits + signs * step, readout).double() - before).abs())
+    return bound
+
+
+def recovery(
+    patched: Float[Tensor, " n"],
+    clean: Float[Tensor, " n"],
+    corrupt: Float[Tensor, " n"],
+    mode: str,
+    no_gap: Bool[Tensor, " n"] | None = None,
+) -> Float[Tensor, " n"]:
+    """Return the recovery scale: the share of the clean–corrupt gap that a patch carries over.
+
+    Denoising (patch clean into the corrupt run): (patched − corrupt)/(clean − corrupt). Noising (patch corrupt into
+    the clean run): (patched − clean)/(corrupt − clean). NaN where the gap is zero, or within rounding (``no_gap``).
+    """
+    import torch
+
     start, end = (corrupt, clean) if mode == "denoise" else (clean, corrupt)
     gap = end - start
-    return torch.where(gap == 0, torch.full_like(gap, float("nan")), (patched - start) / gap)
+    undefined = gap == 0 if no_gap is None else (gap == 0) | no_gap
+    return torch.where(undefined, torch.full_like(gap, float("nan")), (patched - start) / gap)
