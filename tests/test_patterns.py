@@ -20,7 +20,7 @@ from interp.results.attention_patterns import (
     vertical_scores,
     weights_of,
 )
-from interp.results.effects import read_parquet
+from interp.results.parquet import read_parquet
 
 TEXT = " ".join(f"w{i}" for i in (5, 9, 3, 5, 9, 44, 7, 61, 5, 9, 3, 12, 12, 80, 2, 33, 5, 9))
 

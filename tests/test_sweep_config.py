@@ -10,7 +10,8 @@ import pytest
 
 from interp.cli import main as cli
 from interp.errors import InterpError
-from interp.sweep.config import differences, parse, parse_toml, read_config
+from interp.jobs.store import differences
+from interp.sweep.config import parse, parse_toml, read_config
 from interp.sweep.template import TEMPLATE
 from interp.sweep.toml_lines import key_lines
 

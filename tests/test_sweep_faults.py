@@ -278,7 +278,7 @@ def test_clocks_that_jump(store, undisturbed, monkeypatch) -> None:
 
 
 def test_shards_and_merge(tmp_path, undisturbed) -> None:
-    from interp.sweep.export import merge
+    from interp.jobs.merge import merge
 
     halves = [light.make(tmp_path / n) for n in "ab"]
     for i, half in enumerate(halves):

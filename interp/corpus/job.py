@@ -10,7 +10,8 @@ from typing import Any
 from interp.corpus.moments import Moments, table_of
 from interp.corpus.reading import TOKENS, described, documents
 from interp.errors import InterpError, ModelError, PromptError
-from interp.sweep.effects_job import Computed, Shelf, out_of_memory
+from interp.jobs.job import PartResult, RunFiles
+from interp.utils.out_of_memory import is_out_of_memory
 
 BUFFER = 8192  # tokens that wait to be batched
 WEIGHTS = "prompts/weights.json"
@@ -47,13 +48,13 @@ def _off() -> dict[str, Any]:
 class CorpusJob:
     """Computes stretches of a corpus."""
 
-    def __init__(self, document: dict[str, Any], shelf: Shelf, models: dict[str, Any] | None = None):
+    def __init__(self, document: dict[str, Any], shelf: RunFiles, models: dict[str, Any] | None = None):
         self.document, self.shelf = document, shelf
         self.model: Any = (models or {}).get("model")
         self.ready = False
         self.known: dict[str, bool] = {}
 
-    def compute(self, part: int) -> Computed:
+    def compute(self, part: int) -> PartResult:
         """One stretch. ModelError for a model or a file that is not there or no longer the same."""
         model = self._model()
         file, start, stop = stretches(self.document)[part]
@@ -66,15 +67,15 @@ class CorpusJob:
         except ModelError:
             raise
         except InterpError as error:
-            return Computed(table_of({}, f"{error}"), 1, {"counts": counts})
-        return Computed(table_of(moments), 0, {"counts": counts, "provenance": model.provenance()})
+            return PartResult(table_of({}, f"{error}"), 1, {"counts": counts})
+        return PartResult(table_of(moments), 0, {"counts": counts, "provenance": model.provenance()})
 
     def _model(self) -> Any:
         if not self.ready:
-            import interp
-
             if self.model is None:
-                self.model = interp.load(self.document["load"], **self.document["options"])
+                from interp.model.model import load
+
+                self.model = load(self.document["load"], **self.document["options"])
             weights = self.model.fingerprint().encode()
             if self.shelf.keep(WEIGHTS, weights) != weights:
                 raise ModelError(f"{self.document['load']} has other weights than when this run began: make a new run")
@@ -134,7 +135,7 @@ class CorpusJob:
         try:
             found = _collected(model, ids, self.document["statistics"])
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(ids) == 1:
                 raise InterpError(

@@ -17,10 +17,8 @@ from interp.corpus.moments import merged
 from interp.corpus.reading import described
 from interp.errors import InterpError
 from interp.jobs.driver import Options, Outcome, drive
-from interp.jobs.store import Store
-from interp.sweep.config import differences
-from interp.sweep.config_sections import PICKLES
-from interp.sweep.export import tables
+from interp.jobs.store import Store, differences, read_tables
+from interp.utils.files import PICKLES
 
 BYTES_PER_PART = 2**19
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -51,7 +49,7 @@ class CorpusStatistics:
         store = Store.open(root)
         if store.kind != "corpus":
             raise InterpError(f"{root} holds no statistics of a corpus but a {store.kind}")
-        found, errors = merged(tables(store))
+        found, errors = merged(read_tables(store))
         parts = []
         for name, m in found.items():
             layer, head = (axis.ravel() for axis in np.indices(m.count.shape))

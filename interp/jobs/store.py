@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 
 from interp.errors import InterpError
 from interp.jobs.leases import Lease, Leases, open_leases, suitable
-from interp.sweep.table import encoded
+from interp.jobs.parquet import encode_table
+from interp.utils.checks import dotted_key
 from interp.utils.files import digest_of, inside, publish_file, sync_folder, temporary_name, write_file, writing
 from interp.utils.provenance import now
 
@@ -188,7 +189,7 @@ class Store:
 
         ``about`` goes into the Parquet metadata, ``note`` (times, process) only into the receipt.
         """
-        content = encoded(table, f"{self.kind} part", SCHEMA_VERSION, {"part": part, **about})
+        content = encode_table(table, f"{self.kind} part", SCHEMA_VERSION, {"part": part, **about})
         receipt = Receipt(part, len(content), table.num_rows, failed, digest_of(content))
         write_file(self.root / "receipts" / receipt.file, json.dumps(note).encode())
         return publish_file(self.path(part), content)
@@ -252,3 +253,30 @@ class Store:
 
 def _digest(document: dict[str, Any]) -> str:
     return digest_of(json.dumps(document, sort_keys=True).encode())
+
+
+def read_tables(store: Store) -> Iterator[pa.Table]:
+    """Every part's table in order, compared with its checksum. InterpError for a damaged one."""
+    inventory = store.inventory()
+    if inventory.damaged:
+        part, why = next(iter(inventory.damaged.items()))
+        raise InterpError(f"{store.path(part)} is damaged ({why}): resume the run to compute it anew")
+    for part in sorted(inventory.present):
+        yield store.table(part)
+
+
+def differences(before: Any, after: Any) -> list[str]:
+    """What changed from one document to another, one line a key."""
+    old, new = _by_key(before), _by_key(after)
+    lines = []
+    for key in dict.fromkeys((*old, *new)):
+        if old.get(key) != new.get(key):
+            lines.append(f"  {key}: {old.get(key, 'not there')} → {new.get(key, 'not there')}")
+    return lines
+
+
+def _by_key(value: Any, path: tuple[str | int, ...] = ()) -> dict[str, str]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        return {dotted_key(path): json.dumps(value)}
+    return {k: v for key, inner in items for k, v in _by_key(inner, (*path, key)).items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError, ModelError
+from interp.jobs.job import Job
 from interp.jobs.leases import Leases, holder
 from interp.jobs.store import Store
 from interp.utils.files import inside, publish_file
@@ -25,7 +26,7 @@ Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
 
-class StoreShelf:
+class StoreFiles:
     """The run's small files in its own folder."""
 
     def __init__(self, store: Store):
@@ -43,9 +44,9 @@ class StoreShelf:
         return path.read_bytes()
 
 
-def job_of(store: Store, **options: Any) -> Any:
+def job_of(store: Store, **options: Any) -> Job:
     """What computes the run's parts in this process."""
-    return job_class(store.kind)(store.document, StoreShelf(store), **options)
+    return job_class(store.kind)(store.document, StoreFiles(store), **options)
 
 
 def job_class(kind: str) -> Any:
@@ -65,7 +66,7 @@ class Work:
     """
 
     store: Store
-    job: Any
+    job: Job
     leases: Leases
     emit: Emit
     stopped: Callable[[], bool]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from interp.prompts.pairs import Span
+from interp.utils.provenance import tensor_bytes
 
 
 class Given(tuple[int, ...]):
@@ -39,7 +40,7 @@ class Given(tuple[int, ...]):
         self.more, self.texts, self.spans, self.tokens = dict(more), tuple(texts), dict(spans or {}), tokens
         hashed = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(more.items()):
-            hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + content(tensor))
+            hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor_bytes(tensor))
         self.digest = hashed.digest()
         return self
 
@@ -56,12 +57,6 @@ class Given(tuple[int, ...]):
     def shapes(self) -> tuple[Any, ...]:
         """The shapes of what is beside the ids: prompts of one batch have them in common."""
         return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.more.items()))
-
-
-def content(tensor: Any) -> bytes:
-    """A tensor's numbers as bytes, for hashing."""
-    tensor = tensor.detach().cpu()
-    return (tensor.double() if tensor.is_floating_point() else tensor).contiguous().numpy().tobytes()
 
 
 def frozen(ids: Sequence[int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from interp.errors import InterpError
-from interp.results.effects import read_parquet, write_parquet
+from interp.results.parquet import read_parquet, write_parquet
 from interp.utils.html_card import card
 
 Head = tuple[int, int]  # layer, head

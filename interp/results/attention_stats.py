@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Float, Shaped
 
 from interp.errors import InterpError
-from interp.results.effects import read_parquet, write_parquet
+from interp.results.parquet import read_parquet, write_parquet
 from interp.utils.html_card import card
 
 KEY_STATISTICS = ("received", "received_max", "fai", "column_norm")  # per key; every other statistic is per query

@@ -5,9 +5,7 @@ A number without its recipe is not a result, so provenance travels in the Parque
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InterpError
+from interp.results.parquet import read_parquet, write_parquet
 from interp.results.significance import benjamini_hochberg, sign_flip
 from interp.utils.html_card import card
 
@@ -39,7 +38,6 @@ COLUMNS: dict[str, str] = {
 }
 SITE_COLUMNS = ("component", "layer", "head", "position")
 ADDED = ("sender",)  # columns that tables written by earlier versions lack
-SCHEMA_VERSION = 1
 BOOTSTRAP_ROWS = 4096
 
 
@@ -219,53 +217,3 @@ def _quantiles(draws: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
     safe = np.where(np.expand_dims(empty, 1), 0.0, draws)
     lo, hi = np.nanquantile(safe, [tail, 1 - tail], axis=-1)
     return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)
-
-
-def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, provenance: dict[str, Any]) -> Path:
-    """Write a pyarrow table to a temporary name, sync, rename: the file is either whole or absent."""
-    import pyarrow.parquet as pq
-
-    target = Path(path)
-    header = {"interp": json.dumps({"kind": kind, "schema": SCHEMA_VERSION, "provenance": provenance})}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **header})
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is private; a result is to be shared
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise InterpError(f"cannot write {target}: {error.strerror or error}. Choose a writable folder.") from None
-    return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read_parquet(path: str | os.PathLike[str], *, kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read a table written by `write_parquet`, checking that it is what it should be."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise InterpError(f"{path} does not exist") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InterpError(f"{path} is not a readable Parquet file: {error}") from None
-    raw = (table.schema.metadata or {}).get(b"interp")
-    header = json.loads(raw) if raw else {}
-    if header.get("kind") != kind:
-        raise InterpError(f"{path} does not hold {kind} written by interp (found: {header.get('kind', 'no header')})")
-    if header.get("schema", 0) > SCHEMA_VERSION:
-        raise InterpError(f"{path} was written by a newer interp (schema {header['schema']}): upgrade to read it")
-    return table.to_pandas(), header["provenance"]

@@ -10,9 +10,9 @@ import pandas as pd
 
 from interp.errors import InterpError
 from interp.jobs.driver import Options, Outcome, drive
-from interp.jobs.store import Inventory, Store
+from interp.jobs.store import Inventory, Store, differences
 from interp.results.effects import Effects
-from interp.sweep.config import Config, config_text, differences, parse, parse_toml
+from interp.sweep.config import Config, config_text, parse, parse_toml
 from interp.utils.files import inside
 
 RUNS = Path("runs")
@@ -173,6 +173,6 @@ class Sweep:
 
     def merge(self, *others: str | Path) -> dict[str, int]:
         """Take over parts of other run directories of the same config; returns how many."""
-        from interp.sweep.export import merge
+        from interp.jobs.merge import merge
 
         return merge(self.store, [Store.open(o) for o in others])

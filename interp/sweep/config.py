@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,11 @@ from interp.sweep.config_sections import (
     read_recipe,
     read_sites,
     read_task,
-    without_none,
 )
-from interp.sweep.config_table import REQUIRED, Source, Table, list_of, name, one_of, spelled, text, whole
+from interp.sweep.config_table import REQUIRED, Source, Table
 from interp.sweep.recipe_fields import RECIPES
 from interp.sweep.toml_lines import key_lines
+from interp.utils.checks import list_of, name, one_of, text, whole, without_none
 
 VERSION = 1
 MOST_BYTES = 2**20  # of a config: a page of text has 3,000
@@ -238,20 +238,3 @@ def _check_product(config: Config, source: Source) -> None:
             ("examples_per_part",),
             f": {n} parts, and at most {MOST_PARTS} can be kept apart; take more examples in a part",
         )
-
-
-def differences(before: Any, after: Any) -> list[str]:
-    """What changed from one document to another, one line a key."""
-    old, new = _flat(before), _flat(after)
-    lines = []
-    for key in dict.fromkeys((*old, *new)):
-        if old.get(key) != new.get(key):
-            lines.append(f"  {key}: {old.get(key, 'not there')} → {new.get(key, 'not there')}")
-    return lines
-
-
-def _flat(value: Any, path: tuple[str | int, ...] = ()) -> dict[str, str]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
-    if items is None or not value:
-        return {spelled(path): json.dumps(value)}
-    return {k: v for key, inner in items for k, v in _flat(inner, (*path, key)).items()}

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError
-from interp.sweep import config_table as fields
-from interp.sweep.config_table import Table, list_of, name, one_of, text, whole
+from interp.sweep.config_table import Table
 from interp.sweep.recipe_fields import METRICS, RECIPES, ranges, receivers_text, sites_text
+from interp.utils.checks import Check, flag, list_of, name, number, one_of, text, whole, without_none
+from interp.utils.files import PICKLES
 
 if TYPE_CHECKING:
     from interp.tasks import Task
 
-PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")
 MOST_PROMPTS = 10_000_000  # of a task: all are made before the first is measured
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -105,7 +105,7 @@ def _device_map(value: Any) -> Any:
 
 def read_task(table: Table, folder: Path | None) -> TaskSpec:
     """A table of [[tasks]]; a file of prompts is read from ``folder`` (None: it is not read again)."""
-    require = table.take("require", fields.number(0, 1), 0.8)
+    require = table.take("require", number(0, 1), 0.8)
     if "pairs" in table and "task" in table:
         raise table.refuse("pairs", ": give task or pairs, not both")
     if "pairs" in table:
@@ -114,7 +114,7 @@ def read_task(table: Table, folder: Path | None) -> TaskSpec:
     n = table.take("n", whole(1, MOST_PROMPTS), 64)
     options = table.take("options", _options(task), {})
     label = table.take("name", name, task)
-    facts = table.take("facts", fields.flag, task == "facts")
+    facts = table.take("facts", flag, task == "facts")
     table.done()
     return TaskSpec(label, n, require, task, options, facts=facts)
 
@@ -132,7 +132,7 @@ def _own_prompts(table: Table, folder: Path | None, require: float) -> TaskSpec:
         )
     label = table.take("name", name, _label(Path(file).stem))
     n, digest = table.take("n", whole(1, MOST_PROMPTS), None), table.take("pairs_digest", text, None)
-    facts, _ = table.take("facts", fields.flag, False), table.take("options", _options(None), {})
+    facts, _ = table.take("facts", flag, False), table.take("options", _options(None), {})
     table.done()
     if folder is not None:
         try:
@@ -165,7 +165,7 @@ def makers() -> dict[str, Task]:
     return {**tasks.TASKS, **{n: tasks.Task(f, "") for n, f in making.items()}}
 
 
-def _options(task: str | None) -> fields.Check:
+def _options(task: str | None) -> Check:
     def check(value: Any) -> dict[str, Any]:
         made = makers()[task] if task else None
         known = [] if made is None else [p for p in inspect.signature(made.make).parameters if p not in made.options]
@@ -251,16 +251,9 @@ def read_recipe(
 
 
 def _label(value: str) -> str:
-    """A name made of what there is, which `fields.name` accepts: the frozen config is read back with it."""
+    """A name made of what there is, which `checks.name` accepts: the frozen config is read back with it."""
     plain = unicodedata.normalize("NFKD", Path(value).name or value)
     kept = "".join(
         c if c.isascii() and (c.isalnum() or c in "._+@=-") else "-" for c in plain if not unicodedata.combining(c)
     )
     return re.sub(r"\.{2,}", ".", kept).lstrip("._+@=-")[:60].rstrip("-.") or "unnamed"
-
-
-def without_none(value: Any) -> Any:
-    """Tables without the keys that say nothing: TOML has no null."""
-    if isinstance(value, Mapping):
-        return {k: without_none(v) for k, v in value.items() if v is not None}
-    return [without_none(v) for v in value] if isinstance(value, list) else value

@@ -6,50 +6,29 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from interp.errors import InterpError, ModelError, SiteError
+from interp.jobs.job import PartResult, RunFiles
 from interp.sweep import prompt_sets
 from interp.sweep.config import Config, ModelSpec, Part, parse
 from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, file_name, make_set, takes
 from interp.sweep.recipe_fields import RECIPES
 from interp.sweep.table import failed_rows, table_of
+from interp.utils.out_of_memory import free_memory, is_out_of_memory
 
 log = logging.getLogger("interp")
-
-
-class Shelf(Protocol):
-    """The run's small files, wherever the work is done."""
-
-    def get(self, name: str) -> bytes | None:
-        """Contents of a file of the run, or None."""
-        ...
-
-    def keep(self, name: str, content: bytes) -> bytes:
-        """Freeze contents under a name; returns what is frozen there, which may be somebody else's."""
-        ...
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A part's table, how many of its rows have no number, its provenance, and what is only worth noting."""
-
-    table: pa.Table
-    failed: int
-    about: dict[str, Any] = field(default_factory=dict)
-    note: dict[str, Any] = field(default_factory=dict)
 
 
 class EffectsJob:
     """Computes parts of a sweep. Holds one model at a time. ``models``: model objects in place of loading, by name."""
 
-    def __init__(self, document: dict[str, Any], shelf: Shelf, models: dict[str, Any] | None = None):
+    def __init__(self, document: dict[str, Any], shelf: RunFiles, models: dict[str, Any] | None = None):
         self.config: Config = parse(document)
         self.shelf, self.given = shelf, models or {}
         self.loaded: tuple[str, Any] | None = None
@@ -57,7 +36,7 @@ class EffectsJob:
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
         self.shared: dict[Any, Any] = {}  # means over whole sets
 
-    def compute(self, number: int) -> Computed:
+    def compute(self, number: int) -> PartResult:
         """One part. ModelError if its model cannot be loaded; everything else that goes wrong is in the table."""
         part = self.config.parts[number]
         model = self.model(part.model)
@@ -75,19 +54,23 @@ class EffectsJob:
         table = pa.concat_tables(tables) if tables else table_of(pd.DataFrame(), {})
         failed = table.num_rows - table["error"].null_count
         about = {"provenance": {**trial.provenance, "behaviour": prompts.behaviour}, "error": prompts.error}
-        return Computed(table, failed, about, {"halved": trial.halved} if trial.halved else {})
+        return PartResult(table, failed, about, {"halved": trial.halved} if trial.halved else {})
+
+    def shared_file(self, part: int) -> str:
+        """Name the file of the run with the part's prompts."""
+        return frozen_name(self.config.parts[part])
 
     def model(self, spec: ModelSpec) -> Any:
         """The model, loaded once and kept until another is needed."""
         if spec.name in self.given:
             return self.given[spec.name]
         if self.loaded is None or self.loaded[0] != spec.name:
-            import interp
+            from interp.model.model import load
 
             self.loaded = self.settled = None
             self.shared.clear()
             gc.collect()
-            self.loaded = spec.name, interp.load(spec.load, **spec.options)
+            self.loaded = spec.name, load(spec.load, **spec.options)
         return self.loaded[1]
 
     def prompts(self, part: Part, model: Any) -> PromptSet:
@@ -198,13 +181,13 @@ class _Trial:
         if len(examples) == 1:
             self.failed[examples[0]] = _reason(error)
             return []
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             return self._one_by_one(examples)
         self.halved += 1
         half = len(examples) // 2
         log.warning("%s: out of memory with %d examples; going on with half as many", self.part, len(examples))
         del error
-        _free()
+        free_memory()
         return [*self.measured(examples[:half]), *self.measured(examples[half:])]
 
     def _one_by_one(self, examples: Sequence[int]) -> list[pd.DataFrame]:
@@ -302,20 +285,3 @@ def _marked(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:2000]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, of any kind."""
-    import torch
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-    )
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

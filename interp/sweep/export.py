@@ -1,9 +1,8 @@
-"""A run's table as one file: CSV, Parquet, an HTML report; and the parts of other copies of a run, brought together."""
+"""A run's table as one file: CSV, Parquet or an HTML report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,13 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from interp.errors import InterpError
-from interp.jobs.store import SCHEMA_VERSION, Receipt, Store
+from interp.jobs.store import SCHEMA_VERSION, Store, read_tables
 from interp.results.effects import COLUMNS, Effects
-from interp.sweep.table import LABELS, SCHEMA, as_frame
-from interp.utils.files import publish_file, sync_folder, temporary_name, write_file, writing
+from interp.sweep.table import LABELS, as_frame
+from interp.utils.files import sync_folder, temporary_name, writing
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".html": "html"}
 MOST_ON_A_PAGE = 2_000_000  # cells
-
-
-def tables(store: Store) -> Iterator[pa.Table]:
-    """Every part's table in order, compared with its checksum. InterpError for a damaged one."""
-    inventory = store.inventory()
-    if inventory.damaged:
-        part, why = next(iter(inventory.damaged.items()))
-        raise InterpError(f"{store.path(part)} is damaged ({why}): resume the run to compute it anew")
-    for part in sorted(inventory.present):
-        yield store.table(part)
 
 
 def export(store: Store, target: Path, format: str | None = None) -> Path:
@@ -56,7 +45,7 @@ def _write(store: Store, path: Path, kind: str) -> int:
     """Part by part: what is in memory is one part."""
     writer: Any = None
     rows = 0
-    for table in tables(store):
+    for table in read_tables(store):
         if writer is None:
             if kind == "csv":
                 writer = pc.CSVWriter(path, table.schema)
@@ -113,34 +102,3 @@ def _page(store: Store, target: Path) -> Path:
     if there < store.n_parts:
         title += f" (unfinished: {there:,} of {store.n_parts:,} parts)"
     return report(found, title=title).write(target)
-
-
-def merge(store: Store, others: list[Store]) -> dict[str, int]:
-    """Take over the parts that other run directories of the same config have and this one lacks, each checked.
-
-    Returns how many parts were ``taken``, were ``there`` already, and are ``missing`` still.
-    """
-    for other in others:
-        if other.header["digest"] != store.header["digest"]:
-            from interp.sweep.config import differences
-
-            changed = "\n".join(differences(store.document, other.document))
-            raise InterpError(f"{other.root} is a run of another config than {store.root}; they differ in\n{changed}")
-    counts = {"taken": 0, "there": 0}
-    for other in others:
-        receipts: dict[int, Receipt] = other.inventory().present
-        for part in sorted(receipts):
-            if store.has(part):
-                counts["there"] += 1
-                continue
-            content = other.content(part)
-            for prompts in (other.root / "prompts").glob("*.json"):
-                publish_file(store.root / "prompts" / prompts.name, prompts.read_bytes())
-            for receipt in (other.root / "receipts").glob(f"{part:06d}-*.json"):
-                write_file(store.root / "receipts" / receipt.name, receipt.read_bytes())
-            counts["taken" if publish_file(store.path(part), content) else "there"] += 1
-    counts["missing"] = store.n_parts - len(store.inventory().present)
-    return counts
-
-
-__all__ = ["SCHEMA", "effects_by_combination", "export", "merge", "tables"]

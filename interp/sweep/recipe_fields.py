@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interp.errors import SiteError
-from interp.sweep.config_table import Check, either, list_of, number, one_of, text, whole
+from interp.utils.checks import Check, either, list_of, number, one_of, text, whole
 
 METRICS = ("logit_diff", "prob", "logprob", "rank", "kl")
 _MODE = one_of("denoise", "noise")

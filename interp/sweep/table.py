@@ -7,11 +7,9 @@ cell has no number; it is null for all others.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,24 +24,7 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 LABELS = ("model", "task", "recipe", "sites", "seed", "part")
 NUMBERS = ("clean", "corrupt", "patched", "effect", "raw")
-REPEATED = ("clean", "corrupt")  # the same for all cells of an example
 DERIVED = ("effect", "raw")
-
-
-def encoded(table: pa.Table, kind: str, schema_version: int, about: dict[str, Any]) -> bytes:
-    """A table as the bytes of one Parquet file; ``about`` goes into its metadata. Same table, same bytes."""
-    header = {"interp": json.dumps({"kind": kind, "schema": schema_version, **about}, sort_keys=True)}
-    floats = [f.name for f in table.schema if pa.types.is_floating(f.type) and f.name not in REPEATED]
-    others = [f.name for f in table.schema if f.name not in floats and not pa.types.is_binary(f.type)]
-    sink = pa.BufferOutputStream()
-    packing: dict[str, Any] = {
-        "compression": "zstd", "compression_level": 3, "use_dictionary": others, "use_byte_stream_split": floats,
-        "store_schema": False, "write_page_checksum": True,
-    }  # fmt: skip
-    with pq.ParquetWriter(sink, table.schema, **packing) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata(header)
-    return sink.getvalue().to_pybytes()
 
 
 def table_of(frame: pd.DataFrame, labels: dict[str, Any]) -> pa.Table:

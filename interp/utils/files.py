@@ -12,6 +12,7 @@ from pathlib import Path
 from interp.errors import InterpError
 
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EACCES)
+PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz")  # reading one can run code
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

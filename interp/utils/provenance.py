@@ -42,10 +42,14 @@ def prompt_hash(items: Iterable[Any]) -> str:
 def _content(x: Any) -> Any:
     """What JSON does not know, as what it does: of tensors all their numbers (their text form leaves some out)."""
     if hasattr(x, "detach"):
-        from interp.prompts.model_input import content
-
-        return hashlib.blake2b(f"{tuple(x.shape)}".encode() + content(x), digest_size=8).hexdigest()
+        return hashlib.blake2b(f"{tuple(x.shape)}".encode() + tensor_bytes(x), digest_size=8).hexdigest()
     return dict(x) if isinstance(x, Mapping) else str(x)
+
+
+def tensor_bytes(tensor: Any) -> bytes:
+    """Return a tensor's numbers as bytes, for hashing."""
+    tensor = tensor.detach().cpu()
+    return (tensor.double() if tensor.is_floating_point() else tensor).contiguous().numpy().tobytes()
 
 
 def now() -> str:

@@ -19,7 +19,7 @@ from interp.circuits.learned.next_token import samples
 from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError
 from interp.model.model import Model
-from interp.results.effects import read_parquet, write_parquet
+from interp.results.parquet import read_parquet, write_parquet
 from interp.results.significance import benjamini_hochberg, sign_flip
 from interp.sites import Edge, Site
 from interp.utils.progress import progress

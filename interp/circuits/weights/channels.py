@@ -33,7 +33,7 @@ from interp.errors import InterpError, PromptError
 from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
-from interp.results.effects import read_parquet, write_parquet
+from interp.results.parquet import read_parquet, write_parquet
 from interp.sites import Site
 from interp.utils.arguments import positive
 from interp.utils.progress import progress

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from interp.jobs.store import Store
 from interp.jobs.work import Emit, Work, job_of
+from interp.utils.threads import limit_threads
 
 
 def run(
@@ -18,22 +18,7 @@ def run(
     leases = store.leases()
     job = job_of(store, models=models) if models else job_of(store)
     work = Work(store, job, leases, emit, stopped)
-    with _threads(threads):
+    with limit_threads(threads):
         work.through(parts)
     leases.close()
     return work.left
-
-
-@contextlib.contextmanager
-def _threads(n: int | None) -> Iterator[None]:
-    if n is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

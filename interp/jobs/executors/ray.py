@@ -22,11 +22,11 @@ import pyarrow as pa
 
 from interp.errors import InterpError, ModelError
 from interp.jobs.executors.local import MOST_DEATHS, THREAD_VARIABLES
+from interp.jobs.job import RemoteJob
 from interp.jobs.leases import Lease, holder
 from interp.jobs.store import Store
-from interp.jobs.work import POLL, Emit, StoreShelf, job_class, memory
-from interp.sweep.config import parse
-from interp.sweep.effects_job import frozen_name
+from interp.jobs.work import POLL, Emit, StoreFiles, job_class, job_of, memory
+from interp.utils.threads import limit_threads
 
 SILENCE = 30.0  # seconds; Ray itself ends the process, without a word of the run, after 60
 IN_FLIGHT = 2  # parts of each actor
@@ -60,15 +60,13 @@ class Actor:
     def compute(self, part: int, name: str, frozen: bytes | None) -> dict[str, Any]:
         """One part's table as Arrow bytes, with what belongs to it. ``frozen``: its prompts, if the run has them."""
         if self.job is None or (frozen is not None and self.blobs.get(name) not in (None, frozen)):
-            import torch
-
-            torch.set_num_threads(self.threads)
             self.job = job_class(self.kind)(self.document, self.blobs)
         if frozen is not None:
             self.blobs.sent[name] = frozen
         start = time.perf_counter()
         try:
-            found = self.job.compute(part)
+            with limit_threads(self.threads):
+                found = self.job.compute(part)
         except ModelError as error:
             return {"left": str(error)}
         sink = pa.BufferOutputStream()
@@ -110,7 +108,8 @@ class Cluster:
 
     def run(self, parts: range, workers: int) -> dict[int, str]:
         """Until every part is published or left, or the sweep is stopped; returns those left."""
-        self.shelf, self.leases, self.config = StoreShelf(self.store), self.store.leases(), parse(self.store.document)
+        self.job = remote_job(self.store)
+        self.files, self.leases = StoreFiles(self.store), self.store.leases()
         inputs = {f"inputs/{p.name}": p.read_bytes() for p in (self.store.root / "inputs").iterdir()}
         self.inputs = self.ray.put(inputs)
         todo = deque(p for p in parts if not self.store.has(p))
@@ -197,8 +196,8 @@ class Cluster:
         return handed
 
     def _submit(self, actor: int, part: int, lease: Lease) -> None:
-        name = frozen_name(self.config.parts[part])
-        if name not in self.frozen and (content := self.shelf.get(name)) is not None:
+        name = self.job.shared_file(part)
+        if name not in self.frozen and (content := self.files.get(name)) is not None:
             self.frozen[name] = self.ray.put(content)
         reference = self.actors[actor].compute.remote(part, name, self.frozen.get(name))
         self.sent[reference] = _Sent(actor, part, lease)
@@ -225,7 +224,7 @@ class Cluster:
             self.emit({"event": "left", "part": sent.part, "reason": found["left"], "worker": sent.actor})
             return
         for name, content in found["made"].items():
-            if self.shelf.keep(name, content) != content:  # others froze another set first: theirs counts
+            if self.files.keep(name, content) != content:  # others froze another set first: theirs counts
                 todo.append(sent.part)
                 return
         table = pa.ipc.open_stream(found["table"]).read_all()
@@ -279,15 +278,22 @@ def _unheard(address: str) -> str | None:
     return None
 
 
+def remote_job(store: Store) -> RemoteJob:
+    """Return the run's job. InterpError if its parts cannot be computed on another machine."""
+    job = job_of(store)
+    if not isinstance(job, RemoteJob):
+        raise InterpError(
+            f"executor 'ray' runs sweeps; a run of kind {store.kind!r} is computed in-process or by 'local'"
+        )
+    return job
+
+
 def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, workers: int, threads: int = 1,
     address: str | None = None, gpus: float = 0, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
     """Work through the parts with Ray actors; returns those left, and why. ``workers`` 0: as many as fit."""
-    if store.kind != "sweep":
-        raise InterpError(
-            f"executor 'ray' runs sweeps; a run of kind {store.kind!r} is computed in-process or by 'local'"
-        )
+    remote_job(store)
     try:
         import ray
     except ImportError:
