@@ -1,8 +1,8 @@
-"""The page's parts put together: one file, no bundler.
+"""Build the report page from the files in ``page/``: one HTML file, no bundler.
 
-``page/*.js`` are modules with imports and exports, so that they can be read and type-checked one by one. A page holds
-them in one script, in the order of `SCRIPTS`, without those two words; names are unique among all of them (a test
-compiles the whole).
+``page/*.js`` are modules with imports and exports, so that each can be read and type-checked alone. The page holds
+them in one script, each module after those that it imports, without the words ``import`` and ``export``. Names are
+unique among all modules (a test compiles the joined script).
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
-SCRIPTS = (
-    "dom.js", "colors.js", "data.js", "state.js", "export.js", "tables.js", "heatmap.js", "readout.js", "effects.js",
-    "mediation.js", "heads.js", "headlist.js", "patterns.js", "figure.js", "strip.js", "rows.js", "attention.js",
-    "sentences.js", "statistics.js", "graph.js", "circuit.js", "provenance.js", "page.js",
-)  # fmt: skip
-IMPORT = re.compile(r"^import [^;]*;\n", re.M)
+ENTRY = "page.js"  # the module that starts the page; every other module is imported by it, directly or not
+IMPORT = re.compile(r'^import [^;]*"\./([\w-]+\.js)";\n', re.M)
 
 
 def fill_template(title: str, data: str) -> str:
-    """Put the parts into page.html; one pass, so that no part can contain a placeholder for another."""
+    """Insert title, data, style and script into page.html.
+
+    All placeholders are replaced in one pass, so that an inserted text cannot contain a placeholder for another.
+    """
     printable = "".join(c if c.isprintable() else " " for c in title)
     parts = {
         **_fixed_parts(),
@@ -36,22 +35,38 @@ def fill_template(title: str, data: str) -> str:
 
 @cache
 def _fixed_parts() -> dict[str, str]:
-    """Template, style and script, with their hashes for the content-security policy."""
-    folder = files("interp.plots") / "page"
-    read = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *SCRIPTS)}
-    script = joined_script({name: read[name] for name in SCRIPTS})
-    style = read["page.css"]
+    """Return template, style and script, with their hashes for the content-security policy."""
+    script, style = joined_script(page_scripts()), _read("page.css")
     return {
-        "page": read["page.html"], "style": style, "style_hash": _csp_hash(style),
+        "page": _read("page.html"), "style": style, "style_hash": _csp_hash(style),
         "script": script, "script_hash": _csp_hash(script),
     }  # fmt: skip
 
 
+def page_scripts() -> dict[str, str]:
+    """Return the text of every module that the page uses, by name, each after the modules that it imports."""
+    scripts: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        text = _read(name)
+        for imported in IMPORT.findall(text):
+            if imported not in scripts:
+                add(imported)
+        scripts[name] = text
+
+    add(ENTRY)
+    return scripts
+
+
 def joined_script(modules: dict[str, str]) -> str:
-    """Modules as one strict script in ASCII: the page survives any encoding that it is mailed in."""
+    """Join modules into one strict script in ASCII, so that the page survives any encoding it is mailed in."""
     bare = (re.sub(r"^export ", "", IMPORT.sub("", text), flags=re.M) for text in modules.values())
     script = '"use strict";\n{\n' + "\n".join(bare) + "\n}\n"
     return re.sub(r"[^\x00-\x7f]", lambda m: json.dumps(m[0])[1:-1], script)
+
+
+def _read(name: str) -> str:
+    return (files("interp.plots") / "page" / name).read_text(encoding="utf-8")
 
 
 def _csp_hash(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from interp.plots.template import SCRIPTS, fill_template, joined_script
+from interp.plots.template import fill_template, joined_script, page_scripts
 
 FOLDER = Path(__file__).parents[2] / "interp" / "plots" / "page"
 DENO = shutil.which("deno", path=str(Path(sys.executable).parent)) or shutil.which("deno")
@@ -29,7 +29,7 @@ def run(*arguments: str, folder: Path = FOLDER) -> str:
 
 
 def test_modules_are_listed_small_and_use_what_they_import():
-    assert {p.name for p in FOLDER.glob("*.js")} == set(SCRIPTS)
+    assert {p.name for p in FOLDER.glob("*.js")} == set(page_scripts())
     for path in FOLDER.glob("*.js"):
         text = path.read_text()
         assert len(text.splitlines()) < 400, path.name
@@ -53,7 +53,7 @@ def test_the_type_checker_would_notice(tmp_path: Path):
 
 @needs_deno
 def test_names_are_unique_in_the_joined_script(tmp_path: Path):
-    script = joined_script({name: (FOLDER / name).read_text() for name in SCRIPTS})
+    script = joined_script(page_scripts())
     assert script.isascii() and not re.search(r"^(import|export) ", script, re.M)
     names = re.findall(r"^(?:async )?(?:function|const|let|class) (\w+)", script, re.M)
     assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)

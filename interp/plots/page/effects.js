@@ -8,121 +8,17 @@ import { heatmap } from "./heatmap.js";
 import { INDIRECT, mediationOf, mediationTable } from "./mediation.js";
 import { effectsReadout, strongest } from "./readout.js";
 import { dataTable } from "./tables.js";
+import { axisTitle, endsOf, MODES, siteAddress, siteName, sliceOf, valueName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
-/** @typedef {import("./data.js").Axis} Axis */
-/** @typedef {import("./data.js").Cells} Cells */
 /** @typedef {import("./data.js").EffectsResult} EffectsResult */
+/** @typedef {import("./view.js").View} View */
 
-/** @type {Object<string, string[]>} */
-export const INTERVALS = { effect: ["lo", "hi"], pooled: ["pooled_lo", "pooled_hi"], raw: ["raw_lo", "raw_hi"] };
-/** @type {Object<string, string>} */
-const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "", sender: "sender",
-  receiver: "receiver" };
 /** @type {Object<string, string>} */
 const ACROSS = { position: "layer × token", role: "layer × part of the prompt", all: "by layer",
   receiver: "sender × receiver" };
-/** @type {Object<string, string>} */
-export const MODES = { denoise: "denoising", noise: "noising" };
 const LISTED = 12;
-
-/**
- * @typedef {object} View  what a card shows right now
- * @property {Panel} panel
- * @property {Variant} variant
- * @property {string} value
- * @property {number} slice
- * @property {string} example  "" = the mean over examples
- * @property {Axis} columns
- * @property {Cells} cells
- */
-
-/**
- * @param {View} view
- * @param {string} name
- */
-export function sliceOf(view, name) {
-  const size = view.panel.rows.values.length * view.columns.values.length;
-  return view.cells[name].slice(view.slice * size, (view.slice + 1) * size);
-}
-
-/**
- * What the table's column `head` counts: neurons, where a component has no heads.
- * @param {Panel} panel
- */
-function unitOf(panel) {
-  return panel.component === "mlp_post" ? { word: "neuron", letter: "N" } : { word: "head", letter: "H" };
-}
-
-/**
- * How an axis of a panel is called.
- * @param {Panel} panel
- * @param {string} kind
- */
-export function axisTitle(panel, kind) {
-  return kind === "head" ? unitOf(panel).word : AXIS_TITLES[kind];
-}
-
-/**
- * How a cell is called: `L9H6`, or layer, position and token (a word may occur twice).
- * @param {View} view
- * @param {number} cell
- */
-export function siteName(view, cell) {
-  const [r, c] = [Math.floor(cell / view.columns.values.length), cell % view.columns.values.length];
-  if (view.columns.kind === "receiver") return `${view.panel.rows.labels[r]} → ${view.columns.labels[c]}`;
-  const layer = view.panel.rows.values[r] === null ? "" : `L${view.panel.rows.values[r]}`;
-  const { kind } = view.columns;
-  if (kind === "head") return `${layer}${unitOf(view.panel).letter}${view.columns.values[c]}`;
-  const label = view.columns.labels[c];
-  const place = kind === "position" ? `@${view.columns.values[c]}` : "";
-  return [layer, place, kind === "all" || place === `@${label}` ? "" : label].filter(Boolean).join(" ") || view.panel.component;
-}
-
-/**
- * The full address, as Site.parse reads it: `resid_pre.L3@12`. None for a mean over the tokens of a span:
- * an address with the span's name is something else, all its tokens at once.
- * @param {View} view
- * @param {number} cell
- */
-export function siteAddress(view, cell) {
-  const { panel, columns } = view;
-  if (panel.averages_positions && columns.kind === "role") return "";
-  const [r, c] = [Math.floor(cell / columns.values.length), cell % columns.values.length];
-  if (panel.edge) {
-    const sender = panel.edge.receiver ? `z.L${panel.rows.values[r]}H${columns.values[c]}` : panel.rows.values[r];
-    return `${sender} → ${panel.edge.receiver || columns.values[c]}`;
-  }
-  /** @type {Object<string, any>} */
-  const at = { [panel.rows.kind]: panel.rows.values[r], [columns.kind]: columns.values[c] };
-  if (panel.slices) at[panel.slices.kind] = panel.slices.values[view.slice];
-  const layer = at.layer === null ? "" : `.L${at.layer}` + (at.head === undefined ? "" : `${unitOf(panel).letter}${at.head}`);
-  const where = at.position ?? at.role;
-  return panel.component + layer + (where === undefined || where === "" ? "" : `@${where}`);
-}
-
-/** @param {View} view */
-export function metricOf(view) {
-  return view.variant.metric + (view.variant.unit ? ` (${view.variant.unit})` : "");
-}
-
-/** @param {View} view */
-export function valueName(view) {
-  return { effect: "recovery", pooled: "recovery (ratio of means)", raw: `change of ${metricOf(view)}` }[view.value] ?? "";
-}
-
-/**
- * What red and blue mean; half of reading a map right is knowing its sign.
- * @param {View} view
- * @returns {[string, string]}
- */
-export function endsOf(view) {
-  if (view.value === "raw") return [`lowers ${view.variant.metric}`, `raises ${view.variant.metric}`];
-  return view.variant.mode === "denoise"
-    ? ["away from the clean answer", "towards the clean answer (1 = all of it)"]
-    : ["away from the corrupt answer", "towards the corrupt answer (1 = all the way): the site is needed"];
-}
 
 /**
  * Symmetric colour limit. All means of a panel share it, so that variants can be compared; a single

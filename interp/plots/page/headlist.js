@@ -6,9 +6,33 @@ import { intervalBar } from "./readout.js";
 import { on, state, togglePin, written } from "./state.js";
 import { dataTable } from "./tables.js";
 
-/** @typedef {import("./heads.js").Heads} Heads */
-/** @typedef {import("./heads.js").Measure} Measure */
-/** @typedef {import("./heads.js").Counted} Counted */
+/** @typedef {import("./data.js").Panel} Panel */
+/** @typedef {import("./data.js").Variant} Variant */
+
+/**
+ * @typedef {object} Measure  an effect that was measured of heads
+ * @property {string} id
+ * @property {string} label
+ * @property {Panel} panel
+ * @property {Variant} variant
+ * @property {(head: number, name: string) => number|null} at  a column of its summary; head = layer × heads + head
+ */
+
+/**
+ * @typedef {object} Counted  a statistic, by head
+ * @property {string} id
+ * @property {string} label
+ * @property {string} definition
+ * @property {(number|null)[]} values
+ */
+
+/**
+ * @typedef {object} Heads  all that is known of heads
+ * @property {number} layers
+ * @property {number} heads
+ * @property {Measure[]} measures
+ * @property {Counted[]} counted
+ */
 
 const HEADS_LISTED = 40;
 

@@ -2,42 +2,21 @@
 
 import { legend } from "./colors.js";
 import { chooser, el, format, keepFocus, rangeOf, roundUp, some, svg } from "./dom.js";
-import { endsOf, MODES, valueName } from "./effects.js";
 import { savers } from "./export.js";
 import { headList, headReadout } from "./headlist.js";
 import { heatmap } from "./heatmap.js";
 import { INDIRECT, mediationOf } from "./mediation.js";
 import { on, say, set, state } from "./state.js";
+import { endsOf, MODES, valueName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
 /** @typedef {import("./data.js").AttentionResult} AttentionResult */
 /** @typedef {import("./heatmap.js").How} How */
 
-/**
- * @typedef {object} Measure  an effect that was measured of heads
- * @property {string} id
- * @property {string} label
- * @property {Panel} panel
- * @property {Variant} variant
- * @property {(head: number, name: string) => number|null} at  a column of its summary; head = layer × heads + head
- */
-
-/**
- * @typedef {object} Counted  a statistic, by head
- * @property {string} id
- * @property {string} label
- * @property {string} definition
- * @property {(number|null)[]} values
- */
-
-/**
- * @typedef {object} Heads  all that is known of heads
- * @property {number} layers
- * @property {number} heads
- * @property {Measure[]} measures
- * @property {Counted[]} counted
- */
+/** @typedef {import("./headlist.js").Heads} Heads */
+/** @typedef {import("./headlist.js").Measure} Measure */
+/** @typedef {import("./headlist.js").Counted} Counted */
 
 const QUERY_HEADS = ["z", "result", "q"];
 

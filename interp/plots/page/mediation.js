@@ -1,9 +1,9 @@
 // Mediation: total, direct and indirect effect of each mediator, side by side.
 
 import { el, exact, format, formatInterval } from "./dom.js";
-import { siteAddress, siteName } from "./effects.js";
 import { intervalBar } from "./readout.js";
 import { dataTable } from "./tables.js";
+import { siteAddress, siteName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */

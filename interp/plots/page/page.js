@@ -4,13 +4,14 @@ import { attentionView } from "./attention.js";
 import { circuitCard, curveChart } from "./circuit.js";
 import { setPalettes } from "./colors.js";
 import { button, el } from "./dom.js";
-import { effectsCard, axisTitle } from "./effects.js";
+import { effectsCard } from "./effects.js";
 import { copy, saveJson } from "./export.js";
 import { gatherHeads, headGrid, inGrid } from "./heads.js";
 import { provenance } from "./provenance.js";
 import { sentenceCard } from "./sentences.js";
 import { announcer, notify, on, permalink, readAddress, say, set, state, watchTheme, written } from "./state.js";
 import { statisticsCard } from "./statistics.js";
+import { axisTitle } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 

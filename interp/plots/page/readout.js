@@ -2,10 +2,10 @@
 
 import { paint } from "./colors.js";
 import { el, format, formatInterval, svg } from "./dom.js";
-import { INTERVALS, metricOf, siteAddress, siteName, sliceOf, valueName } from "./effects.js";
 import { copy } from "./export.js";
+import { INTERVALS, metricOf, siteAddress, siteName, sliceOf, valueName } from "./view.js";
 
-/** @typedef {import("./effects.js").View} View */
+/** @typedef {import("./view.js").View} View */
 
 /**
  * The numbers of one cell. The table follows the pointer; chosen cells are also spoken.
