@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp.model import dummy_inputs as made_up
 from interp.model.dummy_inputs import probe_inputs
+from interp.model.model import Model
 from interp.model.verification import reads_of
 from interp.prompts.images import output_of
 
@@ -63,7 +64,7 @@ def outputs(hf: Any, batch: dict[str, Tensor]) -> Tensor:
     return found if real is None or "decoder_input_ids" in batch else found[real.bool()]
 
 
-def prompt(model: Any) -> Sequence[int]:
+def prompt(model: Model) -> Sequence[int]:
     """One prompt as the engine takes it: text (with the mask token, if the model fills it in), or with an image."""
     if model.pictures is not None:
         hf = model.bridge.original_model

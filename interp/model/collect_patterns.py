@@ -17,6 +17,7 @@ from interp.errors import PromptError, SiteError
 from interp.model.attention_call import AttentionCall
 from interp.model.collect_statistics import texts_of
 from interp.model.instrument import attend
+from interp.model.loaded_model import LoadedModel
 from interp.prompts.pairs import Prompt, PromptPair, encode_pairs
 from interp.prompts.spans import sentence_spans
 from interp.results.attention_patterns import (
@@ -49,7 +50,7 @@ class Wanted:
 
 @torch.no_grad()
 def prompt_patterns(
-    model: Any, prompts: Any, heads: Any, exact: Any, resolution: int, topk: int, rows: int
+    model: LoadedModel, prompts: Any, heads: Any, exact: Any, resolution: int, topk: int, rows: int
 ) -> AttentionPatterns:
     """Patterns of chosen heads; see `Model.attention_patterns`."""
     if model.stacks or model.reads != "text":
@@ -85,7 +86,7 @@ def _heads(heads: Iterable[Any], every: Sequence[Head]) -> list[Head]:
     return list(dict.fromkeys(found))
 
 
-def _example(model: Any, prompt: Any, wanted: Wanted) -> PatternExample:
+def _example(model: LoadedModel, prompt: Any, wanted: Wanted) -> PatternExample:
     """Runs of one prompt."""
     coder = model.coder
     if isinstance(prompt, PromptPair):
@@ -110,7 +111,7 @@ def _example(model: Any, prompt: Any, wanted: Wanted) -> PatternExample:
     return PatternExample(segments, edges, runs)
 
 
-def _run(model: Any, ids: list[int], segments: list[Segment], edges: np.ndarray, wanted: Wanted) -> PatternRun:
+def _run(model: LoadedModel, ids: list[int], segments: list[Segment], edges: np.ndarray, wanted: Wanted) -> PatternRun:
     """One forward, in which every layer's attention is computed as ever and then looked at."""
     n = len(ids)
     numbers = torch.empty(n, dtype=torch.int64, device=model.device)

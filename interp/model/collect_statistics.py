@@ -13,6 +13,7 @@ from headstats.stats import tensors
 from interp.errors import PromptError
 from interp.model.batching import equal_length_batches
 from interp.model.input_checks import refuse_images
+from interp.model.loaded_model import LoadedModel
 from interp.prompts.images import layout_of
 from interp.prompts.model_input import Given
 from interp.prompts.pairs import Prompt, PromptPair
@@ -21,7 +22,7 @@ from interp.utils.provenance import now, prompt_hash
 
 
 @torch.no_grad()
-def prompt_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
     """Statistics of every layer and head of a model of one stack; see `Model.attention_stats`."""
     if model.pictures is not None:
         asked = model.pictures.prompts(prompts)
@@ -49,11 +50,12 @@ def prompt_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> A
 
 
 @torch.no_grad()
-def tower_stats(model: Any, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
     """Statistics of a vision–language model's vision tower: an example for each image (or tile) of each prompt."""
     instrument = model.instruments["vision"]
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     values: dict[str, list[Any]] = {}
+    assert model.pictures is not None  # the model has a vision tower
     asked = [p for p in model.pictures.prompts(prompts) if isinstance(p, Given)]
     if not asked:
         raise PromptError("the vision tower reads images, and no prompt holds one")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.model.loaded_model import LoadedModel
+
 WORDS_BEFORE, WORDS_AFTER = 3, 8
 
 
@@ -95,7 +97,7 @@ def probe_inputs(hf: Any, tokens: Tensor) -> dict[str, Tensor]:
     return {"input_features": wave.reshape(1, -1, frames).expand(len(tokens), -1, -1), **decoder}
 
 
-def probe_logits(model: Any, tokens: Tensor) -> Tensor:
+def probe_logits(model: LoadedModel, tokens: Tensor) -> Tensor:
     """Logits of `probe_inputs`."""
     inputs = placed(probe_inputs(model.bridge.original_model, tokens), model.device, model.dtype)
     return model.bridge.original_model(**inputs, use_cache=False).logits

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from interp.errors import PromptError
+from interp.model.loaded_model import LoadedModel
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.utils.provenance import now, prompt_hash
 
 
 @torch.no_grad()
-def stack_stats(model: Any, sources: Any, targets: Any, stack: str | None, spec: headstats.StatSpec) -> AttentionStats:
+def stack_stats(
+    model: LoadedModel, sources: Any, targets: Any, stack: str | None, spec: headstats.StatSpec
+) -> AttentionStats:
     """Per-head statistics of one stack, for pairs of a source and a target; see `Model.attention_stats`.
 
     Raises PromptError if the model has one stack only, or sources and targets do not pair up.
@@ -52,7 +55,7 @@ def stack_stats(model: Any, sources: Any, targets: Any, stack: str | None, spec:
     return AttentionStats(tokens, values, backends, provenance, stack, keys)
 
 
-def _pairs(model: Any, sources: Any, targets: Any) -> list[tuple[dict[str, Tensor], Tensor]]:
+def _pairs(model: LoadedModel, sources: Any, targets: Any) -> list[tuple[dict[str, Tensor], Tensor]]:
     listed = [sources] if isinstance(sources, str | Tensor) else list(sources)
     wanted = [targets] if isinstance(targets, str) else list(targets or [])
     if not listed or len(listed) != len(wanted):
@@ -63,7 +66,7 @@ def _pairs(model: Any, sources: Any, targets: Any) -> list[tuple[dict[str, Tenso
     return [(_source(model, s), _target(model, t)) for s, t in zip(listed, wanted, strict=True)]
 
 
-def _source(model: Any, source: str | Tensor) -> dict[str, Tensor]:
+def _source(model: LoadedModel, source: str | Tensor) -> dict[str, Tensor]:
     features = model.bridge.original_model.main_input_name == "input_features"
     if features and isinstance(source, Tensor) and source.ndim == 2:
         return {"input_features": source[None].to(model.device, model.dtype)}
@@ -73,7 +76,7 @@ def _source(model: Any, source: str | Tensor) -> dict[str, Tensor]:
     raise PromptError(f"{model.name} takes as its source {takes}; got {type(source).__name__}")
 
 
-def _target(model: Any, target: Sequence[str] | str) -> Tensor:
+def _target(model: LoadedModel, target: Sequence[str] | str) -> Tensor:
     """The decoder's input: its start token, then the target's tokens (special tokens: none)."""
     if not isinstance(target, str) or not target:
         raise PromptError(f"a target must be a non-empty string, got {target!r}")
@@ -82,7 +85,7 @@ def _target(model: Any, target: Sequence[str] | str) -> Tensor:
     return torch.tensor([[start, *ids]], device=model.device)
 
 
-def _texts(model: Any, source: dict[str, Tensor]) -> list[str]:
+def _texts(model: LoadedModel, source: dict[str, Tensor]) -> list[str]:
     """One string for each position of the encoder; frames of sound have numbers."""
     if "input_ids" in source:
         return [model.tokenizer.decode([i]) for i in source["input_ids"][0].tolist()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import ModelError, PromptError
+from interp.model.loaded_model import LoadedModel
 
 IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "input_features")
 
@@ -34,7 +35,7 @@ def refuse_images(prompt: Any) -> None:
         )
 
 
-def needs_images(model: Any) -> bool:
+def needs_images(model: LoadedModel) -> bool:
     """Whether a model runs on images alone, or never without one."""
     pixels = inspect.signature(model.bridge.original_model.forward).parameters.get("pixel_values")
     return pixels is not None and (model.reads == "images" or pixels.default is inspect.Parameter.empty)
@@ -47,7 +48,7 @@ def refuse_text(name: str, text: str) -> NoReturn:
     )
 
 
-def refuse_wrong_inputs(model: Any, tokens: Any, options: dict[str, Any]) -> None:
+def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]) -> None:
     """PromptError for what a forward of an `interp.Model` would silently ignore, or fail on far from the cause."""
     takes = inspect.signature(model.bridge.original_model.forward).parameters
     unread = [name for name in IMAGES if options.get(name) is not None and name not in takes]
@@ -70,7 +71,7 @@ def refuse_wrong_inputs(model: Any, tokens: Any, options: dict[str, Any]) -> Non
         )
 
 
-def mask_positions(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def mask_positions(model: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Where the mask token stands in each row of ``tokens`` [batch, position]; PromptError unless it does once."""
     mask = getattr(model.tokenizer, "mask_token_id", None)
     if mask is None:

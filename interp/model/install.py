@@ -12,6 +12,7 @@ from interp.model.attention_bridges import adapt
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import LINK, Instrument, Link, attend
 from interp.model.masks import compact_mask, read_mask
+from interp.model.protocols import Bridge
 
 IMPLEMENTATION = "interp_headstats"
 
@@ -39,7 +40,7 @@ def _hf_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def stacks(bridge: Any) -> dict[str, dict[int, Any]]:
+def stacks(bridge: Bridge) -> dict[str, dict[int, Any]]:
     """Attention bridges by stack and layer: one nameless stack, or an encoder's, a decoder's and the cross-attention's.
 
     In a hybrid model only some layers are there. A vision–language model also has "vision", where the inside of its
@@ -58,7 +59,7 @@ def stacks(bridge: Any) -> dict[str, dict[int, Any]]:
     }
 
 
-def install(bridge: Any, instruments: dict[str, Instrument]) -> None:
+def install(bridge: Bridge, instruments: dict[str, Instrument]) -> None:
     """Send every layer's attention of a TransformerBridge through its stack's instrument.
 
     Raises ModelError, naming the class, for attention that cannot be intercepted.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from interp.model.attention_call import AttentionCall, dense_attention
+from interp.model.protocols import AttentionLayer
 
 LINK = "_interp_link"  # attribute of attention modules and bridges that holds their `Link`
 NO_STATISTICS = headstats.StatSpec.none()
@@ -58,7 +59,7 @@ class Instrument:
         """The record of a layer, created on first use."""
         return self.layers.setdefault(layer, LayerRecord())
 
-    def __call__(self, call: AttentionCall, bridge: Any) -> Tensor:
+    def __call__(self, call: AttentionCall, bridge: AttentionLayer) -> Tensor:
         """Attention output [B, H, M, Dv] of one layer; dense if that layer's scores or pattern are hooked."""
         record = self.record(call.layer)
         record.calls += 1
@@ -108,7 +109,7 @@ def attend(
     )  # fmt: skip
 
 
-def _has_hooks(bridge: Any, name: str) -> bool:
+def _has_hooks(bridge: AttentionLayer, name: str) -> bool:
     hook = getattr(bridge, name, None)
     return hook is not None and hook.has_hooks()
 
@@ -118,7 +119,7 @@ class Link:
     """A plain attribute on an attention module that leads back to its bridge (not a submodule)."""
 
     instrument: Instrument
-    bridge: Any
+    bridge: AttentionLayer
     layer: int
 
     def run(self, call: AttentionCall) -> Tensor:

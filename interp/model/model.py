@@ -28,6 +28,7 @@ from interp.model.input_checks import (
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
 from interp.model.loading import boot, check_device
+from interp.model.protocols import Bridge
 from interp.model.verification import count_hooks, probe, reads_of, verify
 from interp.prompts.images import Pictures, layout_of, output_of
 from interp.prompts.pairs import Coder, Prompt, PromptPair
@@ -102,7 +103,7 @@ class Model:
     ``bridge`` is TransformerLens' TransformerBridge: its hooks all work. ``model(tokens)`` gives logits.
     """
 
-    def __init__(self, bridge: Any, *, name: str, backend: str = "auto"):
+    def __init__(self, bridge: Bridge, *, name: str, backend: str = "auto"):
         self.bridge = bridge
         self.name = name
         self.instruments = {stack: Instrument(backend) for stack in stacks(bridge)}

@@ -11,6 +11,8 @@ from torch import Tensor
 from interp.errors import ModelError
 from interp.model import dummy_inputs as made_up
 from interp.model.install import stacks
+from interp.model.loaded_model import LoadedModel
+from interp.model.protocols import Bridge
 from interp.prompts import images as pictures
 
 PROBED = 8  # tokens of each of two rows: loading waits for them twice
@@ -27,7 +29,7 @@ def reads_of(hf: Any) -> str:
 
 
 @torch.no_grad()
-def probe(model: Any) -> tuple[Tensor, int]:
+def probe(model: LoadedModel) -> tuple[Tensor, int]:
     """Outputs for fixed inputs, and how many positions entered block 0.
 
     Before installation this is TransformerLens' own eager attention. Raises ModelError if the forward fails.
@@ -60,7 +62,7 @@ def probe(model: Any) -> tuple[Tensor, int]:
             handle.remove()
 
 
-def _with_image(model: Any) -> Tensor:
+def _with_image(model: LoadedModel) -> Tensor:
     """Logits of a prompt with an image, where it is known how this family's look; else ModelError."""
     hf = model.bridge.original_model
     try:
@@ -73,7 +75,7 @@ def _with_image(model: Any) -> Tensor:
     return hf(**made_up.placed(inputs, model.device, model.dtype)).logits
 
 
-def verify(model: Any, before: Tensor) -> None:
+def verify(model: LoadedModel, before: Tensor) -> None:
     """Refuse a model that bypasses headstats in any layer, or whose outputs changed."""
     after, _ = probe(model)
     architecture = type(model.bridge.original_model).__name__
@@ -96,7 +98,7 @@ def verify(model: Any, before: Tensor) -> None:
         )
 
 
-def count_hooks(bridge: Any) -> int:
+def count_hooks(bridge: Bridge) -> int:
     """Hooks that a user may have added: not those by which the libraries themselves only look, which come and stay.
 
     transformers wires its recording of attentions and hidden states at the first forward that asks for them, and a

@@ -15,6 +15,7 @@ from interp.doctor.matrix.case import ALLOWED, DECODERS, Case, difference
 from interp.doctor.matrix.outputs import halve_head
 from interp.errors import InterpError
 from interp.model.instrument import attend
+from interp.model.protocols import Bridge
 
 HIDDEN = -1e30  # masked scores hold "very negative", whose value is a convention
 
@@ -26,7 +27,7 @@ def _halve_square(x: Tensor, hook: Any) -> Tensor:
     return x
 
 
-def _fired(case: Case, bridge: Any) -> dict[str, Any]:
+def _fired(case: Case, bridge: Bridge) -> dict[str, Any]:
     """What every hook of a bridge carries in one forward."""
     if case.kind in DECODERS:
         return bridge.run_with_cache(case.tokens(), return_cache_object=False)[1]
@@ -90,7 +91,7 @@ def edits(case: Case) -> float:
     return worst
 
 
-def _edited(case: Case, bridge: Any, name: str, edit: Any) -> Tensor:
+def _edited(case: Case, bridge: Bridge, name: str, edit: Any) -> Tensor:
     with warnings.catch_warnings(), bridge.hooks(fwd_hooks=[(name, edit)]):
         warnings.simplefilter("ignore", UserWarning)  # where TransformerLens discards the edit, it warns
         return case.run(bridge)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp.doctor.matrix.case import ALLOWED, DECODERS, Case, DoesNotApply, difference
 from interp.model import dummy_inputs as made_up
+from interp.model.model import Model
 from interp.zoo.tokenizer import SPECIALS
 
 
@@ -109,7 +110,7 @@ def cached(case: Case) -> float:
     return difference(stepped(case.ours), stepped(case.eager) if hybrid else case.eager(tokens).logits)
 
 
-def _steps_of_decoder(case: Case, model: Any) -> Tensor:
+def _steps_of_decoder(case: Case, model: Model) -> Tensor:
     """An encoder–decoder's logits, a token of the target at a time."""
     hf = model.bridge.original_model
     inputs = made_up.placed(case.inputs(), model.device, model.dtype)
