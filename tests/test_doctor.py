@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import interp
 from interp.cli.main import app
-from interp.doctor import examine as doctor
+from interp.doctor import examination as doctor
 from interp.doctor.families.text import tiny_hf
 from interp.doctor.matrix import WORDS
 from interp.doctor.memory import PeakMemory, forward_peak

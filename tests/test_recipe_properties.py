@@ -140,18 +140,19 @@ def test_answers_of_other_pairs_are_not_carried_by_any_head(smollm2) -> None:
 @pytest.fixture(scope="module")
 def linear() -> interp.Model:
     """Attention without norms or MLPs whose queries are zero: uniform patterns, so that logits are linear in all."""
+    from interp.model.native import plain_module
     from interp.zoo.known import WORDS
-    from interp.zoo.planted import boot, part
+    from interp.zoo.planted import word_level_bridge
     from interp.zoo.tokenizer import SPECIALS
 
     config = {
         "d_model": 16, "d_head": 4, "n_heads": 4, "n_layers": 3, "n_ctx": 32, "d_vocab": len(SPECIALS) + len(WORDS),
         "attn_only": True, "normalization_type": None, "positional_embedding_type": "standard", "seed": 0,
     }  # fmt: skip
-    bridge = boot("linear", config, WORDS, torch.float64)
+    bridge = word_level_bridge("linear", config, WORDS, torch.float64)
     with torch.no_grad():
         for layer in bridge.original_model.layers:  # type: ignore[union-attr]
-            query = part(part(layer.attn).q)
+            query = plain_module(plain_module(layer.attn).q)
             query.weight.zero_()
             query.bias.zero_()
     return interp.load(bridge)

@@ -10,12 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-import interp
+from interp import tasks
 from interp.bench.peers import Cell, HuggingFace, Job, Loop, NNsight, OneByOne, Pyvene, Record, TransformerLens
 from interp.engine.cells import rows_of
-from interp.engine.plan import Plan
-from interp.prompts.pairs import Encoded, encode_facts, encode_pairs
-from interp.recipes.tracing import subject_noise, subject_std
+from interp.engine.plan import Plan, explain
+from interp.model.model import Model
+from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
+from interp.recipes.ablation import ablate
+from interp.recipes.patching import patch
+from interp.recipes.path_patching import path_patch
+from interp.recipes.tracing import subject_noise, subject_std, trace
 from interp.sites import Site, Sites
 
 CLEAN = "When John and Mary went to the store, John gave a drink to"
@@ -60,7 +64,7 @@ class Case:
 class Workbench:
     """The model as interp has it, and two more copies as the others have them."""
 
-    model: interp.Model
+    model: Model
     hf: Any
     bridge: Any
     seed: int = 0
@@ -71,15 +75,13 @@ class Workbench:
             return list(range(n))
         return sorted(np.random.default_rng(self.seed).choice(n, most, replace=False).tolist())
 
-    def encode(self, pair: interp.PromptPair) -> Encoded:
+    def encode(self, pair: PromptPair) -> Encoded:
         """The pair's tokens."""
         return encode_pairs([pair], self.model.coder)[0]
 
     # ------------------------------------------------------------ activation patching
 
-    def patching(
-        self, name: str, pair: interp.PromptPair, sites: Sequence[Site], most: int | None, **targets: float
-    ) -> Case:
+    def patching(self, name: str, pair: PromptPair, sites: Sequence[Site], most: int | None, **targets: float) -> Case:
         """Sites of one pair; peers get ``most`` of them. targets: by `loop` and `hf`."""
         prompt, chosen = self.encode(pair), self.some(len(sites), most)
         asked = [sites[i] for i in chosen]
@@ -94,7 +96,7 @@ class Workbench:
         index = pd.DataFrame([[getattr(s, places[a]) for a in axes] for s in asked], columns=axes)
         loop = Loop(component, SETTERS[component, by_position], index, prompt.clean)
         job = Job(prompt.corrupt, prompt.answer, prompt.foil, make, loop)
-        recipe = (interp.patch, self.model, pair, Sites(sites))
+        recipe = (patch, self.model, pair, Sites(sites))
         return Case(
             name, str(len(prompt)), str(prompt.first_difference), *_ours(*recipe), [Part(job, chosen)],
             targets=_targets(targets), note=_share(len(chosen), len(sites)),
@@ -106,7 +108,7 @@ class Workbench:
         value = source[site.component, site.layer][start:stop]
         return Cell(site, start, stop, value if site.head is None else value[:, _head(site.head, self.d_head)])
 
-    def long_pair(self, tokens: int) -> interp.PromptPair:
+    def long_pair(self, tokens: int) -> PromptPair:
         """A pair of ``tokens`` tokens that differs at its first name."""
         start, end = "When John and Mary went to the store", ", John gave a drink to"
         room = tokens - len(self.model.coder.encode(start + end))
@@ -114,11 +116,11 @@ class Workbench:
         while len(self.model.coder.encode(start + "".join(f" {w}" for w in words) + end)) > tokens:
             words.pop()
         text = start + "".join(f" {w}" for w in words) + end
-        return interp.PromptPair(text, text.replace("When John", "When Tom"), " Mary", " John")
+        return PromptPair(text, text.replace("When John", "When Tom"), " Mary", " John")
 
     # ------------------------------------------------------------ ablation, tracing, paths
 
-    def ablation(self, name: str, pairs: Sequence[interp.PromptPair], shared: int, most: int, **targets: float) -> Case:
+    def ablation(self, name: str, pairs: Sequence[PromptPair], shared: int, most: int, **targets: float) -> Case:
         """Every head set to zero; peers get ``most`` heads each of the first ``shared`` pairs."""
         sites, prompts = list(self.model.sites("z")), encode_pairs(list(pairs), self.model.coder)
         chosen = self.some(len(sites), most)
@@ -133,11 +135,11 @@ class Workbench:
         lengths = sorted({len(p) for p in prompts})
         return Case(
             name, f"{lengths[0]} to {lengths[-1]}", "all are clean runs",
-            *_ours(interp.ablate, self.model, list(pairs), Sites(sites), using="zero"), parts,
+            *_ours(ablate, self.model, list(pairs), Sites(sites), using="zero"), parts,
             targets=_targets(targets), note=_share(len(chosen) * shared, len(sites) * len(prompts)),
         )  # fmt: skip
 
-    def tracing(self, name: str, fact: interp.Fact, samples: int, most: int, **targets: float) -> Case:
+    def tracing(self, name: str, fact: Fact, samples: int, most: int, **targets: float) -> Case:
         """One fact, one state restored at a time; peers get ``most`` sites with all their noise samples."""
         (prompt,) = encode_facts([fact], self.model.coder)
         sites = [s.at(p) for s in self.model.sites("resid_post", positions="each") for p in range(len(prompt))]
@@ -155,7 +157,7 @@ class Workbench:
             return cells
 
         job = Job(prompt.clean, prompt.answer, None, make)
-        recipe = (interp.trace, self.model, fact, "resid_post")
+        recipe = (trace, self.model, fact, "resid_post")
         return Case(
             name, str(len(prompt)), f"{prompt.spans['subject'][0]} (noise on the subject)",
             *_ours(*recipe, samples=samples), [Part(job, chosen, samples)], samples,
@@ -163,7 +165,7 @@ class Workbench:
         )  # fmt: skip
 
     def edges(
-        self, name: str, pair: interp.PromptPair, heads: Sequence[int], most: int,
+        self, name: str, pair: PromptPair, heads: Sequence[int], most: int,
         peers: tuple[type, ...] = (TransformerLens, OneByOne, HuggingFace), **targets: float,
     ) -> Case:  # fmt: skip
         """Direct paths from every head to q, k and v of some heads; peers get ``most``, a forward each."""
@@ -184,7 +186,7 @@ class Workbench:
         job = Job(prompt.clean, prompt.answer, prompt.foil, make)
         return Case(
             name, str(len(prompt)), str(prompt.first_difference),
-            *_ours(interp.path_patch, model, pair, model.sites("z"), receivers), [Part(job, chosen)],
+            *_ours(path_patch, model, pair, model.sites("z"), receivers), [Part(job, chosen)],
             peers=peers, targets=_targets(targets),
             note=_share(len(chosen), len(every)), order=order,
         )  # fmt: skip
@@ -225,16 +227,16 @@ def _ours(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Callab
     """The recipe's table, and its plan."""
     return (
         lambda: recipe(*args, show_progress=False, **kwargs).frame(),
-        lambda: interp.explain(recipe, *args, **kwargs),
+        lambda: explain(recipe, *args, **kwargs),
     )
 
 
 def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
     """All cases by name, made when they are asked for."""
-    late, early = (interp.PromptPair(CLEAN, corrupt, " Mary", " John") for corrupt in (LATE, EARLY))
+    late, early = (PromptPair(CLEAN, corrupt, " Mary", " John") for corrupt in (LATE, EARLY))
     sites, n = bench.model.sites, bench.model.n_layers
 
-    def resid(pair: interp.PromptPair, every: int = 1) -> list[Site]:
+    def resid(pair: PromptPair, every: int = 1) -> list[Site]:
         length = len(bench.encode(pair))
         return [Site("resid_pre", i, position=p) for i in range(n) for p in range(every // 2, length, every)]
 
@@ -253,10 +255,10 @@ def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
             "layer × head × position z", early, z_positions(), 136, loop=25, hf=4.5
         ),
         "ablation": lambda: bench.ablation(
-            "every single-head ablation, 64 prompts", interp.tasks.ioi(bench.model, n=64, seed=0), 2, 64, hf=3
+            "every single-head ablation, 64 prompts", tasks.ioi(bench.model, n=64, seed=0), 2, 64, hf=3
         ),
         "tracing": lambda: bench.tracing(
-            "causal tracing, resid_post", interp.tasks.facts(bench.model, n=1, seed=0)[0], 10, 16, hf=5
+            "causal tracing, resid_post", tasks.facts(bench.model, n=1, seed=0)[0], 10, 16, hf=5
         ),
         "edges": lambda: bench.edges(
             "direct edges, every head → q, k, v of one head a layer", late, [0], 64, one=40

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,19 +46,23 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
 
     import torch
 
-    import interp
+    from interp.model.model import load
+    from interp.recipes.ablation import ablate
+    from interp.recipes.patching import patch
+    from interp.sweep.api import Sweep
     from interp.sweep.template import TEMPLATE
+    from interp.tasks.indirect_object import ioi
 
     config = tomllib.loads(TEMPLATE)
     config["tasks"][0]["n"] = pairs
     torch.set_num_threads(1)
-    model = interp.load("smollm2")
+    model = load("smollm2")
     sites = model.sites("z")
 
     def by_hand(n: int, chosen: Any) -> int:
-        made = interp.tasks.ioi(model, n=n, seed=0)
-        patched = interp.patch(model, made, chosen, mode="denoise", show_progress=False)
-        return len(patched) + len(interp.ablate(model, made, chosen, using="mean", show_progress=False))
+        made = ioi(model, n=n, seed=0)
+        patched = patch(model, made, chosen, mode="denoise", show_progress=False)
+        return len(patched) + len(ablate(model, made, chosen, using="mean", show_progress=False))
 
     by_hand(2, model.sites("z", layers=29))  # what is done once a process
     engine = []
@@ -71,9 +75,9 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
 
     cells = time_by_hand()
     spans: list[tuple[float, float]] = []  # of the recipes' calls
-    with tempfile.TemporaryDirectory() as folder, _timed(spans, interp, "patch", "ablate"):
+    with tempfile.TemporaryDirectory() as folder, _recipes_timed(spans):
         start = time.perf_counter()
-        sweep = interp.Sweep(config, Path(folder) / "run", models={"smollm2": model})
+        sweep = Sweep(config, Path(folder) / "run", models={"smollm2": model})
         outcome = sweep.run(show="none")
         layer = time.perf_counter() - start
         assert outcome.code == 0 and outcome.rows == cells
@@ -94,34 +98,39 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
 
 
 @contextmanager
-def _timed(spans: list[tuple[float, float]], module: Any, *names: str) -> Iterator[None]:
-    """Inside the block, notes when each call of some functions of a module began and ended."""
+def _recipes_timed(spans: list[tuple[float, float]]) -> Iterator[None]:
+    """Append to ``spans`` when each recipe call of the sweeps inside the block began and ended."""
+    from interp.sweep import effects_job
+
+    call_of = effects_job.call_of
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
-            found = function(*args, **options)
+            effects = function(*args, **options)
             spans.append((start, time.perf_counter()))
-            return found
+            return effects
 
         return call
 
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(module, name, timed(getattr(module, name))))
+    def timed_call_of(*args: Any) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+        recipe, arguments, options = call_of(*args)
+        return timed(recipe), arguments, options
+
+    with mock.patch.object(effects_job, "call_of", timed_call_of):
         yield
 
 
 def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]:
     """The same sweep with one worker of one thread and with two; from the first part's start to the end."""
-    import interp
+    from interp.sweep.api import Sweep
 
     found: dict[str, Any] = {}
     for n in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             config = {**CONFIG, "examples_per_part": 2, "tasks": [{"task": "ioi", "n": 2 * parts}]}
-            sweep = interp.Sweep(config, Path(folder) / "run")
+            sweep = Sweep(config, Path(folder) / "run")
             command = [sys.executable, "-m", "interp.cli.main", "sweep", "resume", str(sweep.root), "--log", "json"]
             sweep.create()
             begun = time.perf_counter()
@@ -240,14 +249,14 @@ def corpus(say: Say) -> dict[str, Any]:
 
 
 def _corpus(n: int) -> None:
-    import interp
     from interp import corpus as measured
     from interp.doctor.families.text import tiny_hf
+    from interp.model.model import load
     from interp.zoo.known import induction
 
     hf = tiny_hf("llama")
     words = induction().bridge.tokenizer
-    model = interp.load(hf.float(), tokenizer=words)
+    model = load(hf.float(), tokenizer=words)
     text = " ".join(words.convert_ids_to_tokens([5 + i % 60 for i in range(200)]))
     options = {"bytes_per_part": 2**16, "executor": "in-process", "show": "none"}
     with tempfile.TemporaryDirectory() as folder:

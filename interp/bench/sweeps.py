@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import interp
 from interp.bench.cases import NAMES, Case, Workbench, cases
 from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
 from interp.engine.matmul import PLAIN, Products, products_for
@@ -31,6 +30,7 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
 
     from interp.model.embedded import embedded_model
     from interp.model.loading import boot
+    from interp.model.model import load as load_model
 
     folder = embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -40,7 +40,7 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
 
     bridge, _ = boot(load(), tokenizer=tokenizer)
     bridge.eval()
-    return Workbench(interp.load("smollm2"), load(), bridge, seed), tokenizer
+    return Workbench(load_model("smollm2"), load(), bridge, seed), tokenizer
 
 
 def run(

@@ -21,6 +21,7 @@ from interp.doctor.memory import needed
 from interp.engine import Cell, Engine, Write
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
+from interp.model.hf_classes import key_value_cache
 from interp.model.instrument import attend
 from interp.model.loading import read, wrap
 from interp.model.model import Model, load
@@ -156,9 +157,7 @@ def _compared(section: str, name: str, gap: float, allowed: float) -> Finding:
 
 
 def _decode(model: Model, tokens: Tensor) -> Tensor:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.bridge.original_model.config)
+    cache = key_value_cache(model.bridge.original_model.config)
     pieces = [tokens[:, :4], *tokens[:, 4:].split(1, dim=1)]
     return torch.cat([model(piece, past_key_values=cache, use_cache=True) for piece in pieces], 1)
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from interp.errors import TaskError
 from interp.prompts.pairs import Fact, PairSet, PromptPair
@@ -32,9 +32,10 @@ from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES
 
 if TYPE_CHECKING:
     import torch
-    from transformer_lens.model_bridge import TransformerBridge
 
     from interp.circuits import Circuit
+    from interp.model.model import Model
+    from interp.model.native import TransformerBridge
 
 MAX_PAIRS = 72
 """Most pairs in one set of a hand-set model: beyond this many, answers would have to repeat."""
@@ -79,11 +80,11 @@ class Known:
     roles: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The bridge as an `interp.Model`."""
-        import interp
+        from interp.model.model import load
 
-        return interp.load(self.bridge)
+        return load(self.bridge)
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -301,14 +302,14 @@ def random(seed: int = 0, *, dtype: torch.dtype | None = None) -> Known:
     there is. The pooled ratio (mean raw change over mean gap) has a zero-mean numerator, but its denominator
     is zero-mean noise too: read its interval as "undetermined", and test the null on ``raw``.
     """
-    from interp.zoo.planted import boot
+    from interp.zoo.planted import word_level_bridge
 
     config = {
         "d_model": 64, "d_head": 8, "n_heads": 8, "n_layers": 4, "d_mlp": 256, "act_fn": "gelu", "n_ctx": 64,
         "d_vocab": len(SPECIALS) + len(WORDS), "normalization_type": "LN", "seed": seed,
         "positional_embedding_type": "standard",
     }  # fmt: skip
-    bridge, nowhere = boot("random", config, WORDS, dtype), Sites([])
+    bridge, nowhere = word_level_bridge("random", config, WORDS, dtype), Sites([])
     return Known("random", bridge, nowhere, _random_pairs, lambda _: nowhere, lambda _: {}, _max_pairs=None)
 
 

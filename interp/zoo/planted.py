@@ -10,12 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from interp.model.native import native_bridge, plain_module
 from interp.zoo.tokenizer import SPECIALS, word_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformer_lens.model_bridge import TransformerBridge
+
+    from interp.model.native import TransformerBridge
 
 # Scores, in nats, of the key that a planted head looks for, and of <bos>, where it looks if there is none.
 # Each lies 60 or more above the next best; a key diluted to half (the mean of two) loses to the sink.
@@ -70,7 +72,7 @@ class Planted:
             config |= {"d_mlp": d_mlp, "act_fn": "relu"}
         if n_kv_heads is not None:
             config["n_key_value_heads"] = n_kv_heads
-        self.bridge = boot(name, config, words, self.dtype)
+        self.bridge = word_level_bridge(name, config, words, self.dtype)
         self._embed(n_ctx=channels["pos"])
 
     def _embed(self, n_ctx: int) -> None:
@@ -81,13 +83,13 @@ class Planted:
             for parameter in model.parameters():
                 parameter.zero_()
             n = len(self.ids)
-            part(model.tok_embed).weight[:, self.where["tok"]] = torch.eye(n, dtype=self.dtype)
-            part(model.pos).weight[:, self.where["pos"]] = torch.eye(n_ctx, dtype=self.dtype)
+            plain_module(model.tok_embed).weight[:, self.where["tok"]] = torch.eye(n, dtype=self.dtype)
+            plain_module(model.pos).weight[:, self.where["pos"]] = torch.eye(n_ctx, dtype=self.dtype)
             unembed = LOGIT * torch.eye(n, dtype=self.dtype)
             unembed[: len(SPECIALS)] = 0  # the model never says a special token
-            part(model.head).weight[:, self.where["out"]] = unembed
+            plain_module(model.head).weight[:, self.where["out"]] = unembed
             if "shift" in self.where:
-                part(model.head).weight[:, self.where["shift"]] = 1.0
+                plain_module(model.head).weight[:, self.where["shift"]] = 1.0
 
     def _weights(self, layer: int, head: int) -> dict[str, Tensor]:
         """Views of one head's weights: q, k, v [d_head, d_model], o [d_model, d_head], q_bias [d_head].
@@ -95,12 +97,12 @@ class Planted:
         Heads of one group of grouped queries share k and v.
         """
         model: Any = self.bridge.original_model
-        attn = part(part(model.layers[layer]).attn)
+        attn = plain_module(plain_module(model.layers[layer]).attn)
         rows = slice(head * self.d_head, (head + 1) * self.d_head)
         shared = slice(head // self.group * self.d_head, (head // self.group + 1) * self.d_head)
-        weights = {name: part(getattr(attn, name)).weight[rows if name == "q" else shared] for name in "qkv"}
-        weights["o"] = part(attn.o).weight[:, rows]
-        weights["q_bias"] = part(attn.q).bias[rows]
+        weights = {name: plain_module(getattr(attn, name)).weight[rows if name == "q" else shared] for name in "qkv"}
+        weights["o"] = plain_module(attn.o).weight[:, rows]
+        weights["q_bias"] = plain_module(attn.q).bias[rows]
         return weights
 
     def plant(self, layer: int, head: int, *, q: Mapping[str, Tensor], k: Mapping[str, Tensor],
@@ -193,26 +195,14 @@ class Planted:
 
     def _mlp(self, layer: int) -> tuple[Any, Any]:
         model: Any = self.bridge.original_model
-        mlp = part(part(model.layers[layer]).mlp)
-        return part(mlp.fc_in), part(mlp.fc_out)
+        mlp = plain_module(plain_module(model.layers[layer]).mlp)
+        return plain_module(mlp.fc_in), plain_module(mlp.fc_out)
 
 
-def boot(name: str, config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None) -> TransformerBridge:
+def word_level_bridge(
+    name: str, config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None
+) -> TransformerBridge:
     """A native TransformerLens model (no hub, no download) with a word-level tokenizer."""
     import torch
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.model_bridge.sources import native  # noqa: F401  (attaches boot_native)
 
-    boot_native: Any = TransformerBridge.boot_native  # type: ignore[attr-defined]
-    # Construction draws default weights from the global generator; a caller's seed must survive us.
-    with torch.random.fork_rng(devices=[]):
-        bridge = boot_native(
-            config, tokenizer=word_tokenizer(words), dtype=dtype or torch.float32, model_name=f"zoo.{name}"
-        )
-    return bridge.eval()
-
-
-def part(module: Any) -> Any:
-    """The plain torch module behind a bridge component (or the module itself)."""
-    original = module._modules.get("_original_component")
-    return module if original is None else original
+    return native_bridge(config, name=f"zoo.{name}", tokenizer=word_tokenizer(words), dtype=dtype or torch.float32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from interp.model.native import TransformerBridge
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -21,7 +21,8 @@ def load(name: str, words: Sequence[str], folder: Path | None = None) -> tuple[T
     import torch
     from safetensors.torch import load as read
 
-    from interp.zoo.planted import boot, part
+    from interp.model.native import plain_module
+    from interp.zoo.planted import word_level_bridge
 
     folder = folder or WEIGHTS
     try:
@@ -35,12 +36,12 @@ def load(name: str, words: Sequence[str], folder: Path | None = None) -> tuple[T
             f"zoo.{name}: its weights have the checksum {found[:12]}…, and should have {about['sha256'][:12]}…: the "
             f"file {folder / name}.safetensors is damaged or was changed; reinstall interp"
         )
-    bridge = boot(name, {**about["config"], "init_weights": False}, words, torch.float32)
+    bridge = word_level_bridge(name, {**about["config"], "init_weights": False}, words, torch.float32)
     with torch.no_grad():
         for key, value in read(data).items():
             *where, last = key.split(".")
-            module = part(bridge.original_model)
+            module = plain_module(bridge.original_model)
             for step in where:
-                module = part(module[int(step)] if step.isdigit() else getattr(module, step))
+                module = plain_module(module[int(step)] if step.isdigit() else getattr(module, step))
             getattr(module, last).copy_(value)
     return bridge, about

@@ -7,7 +7,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from interp.model.hf_classes import PreTrainedTokenizerFast
 
 BOS, EOS, UNK, PAD = SPECIALS = ("<bos>", "<eos>", "<unk>", "<pad>")
 
@@ -27,7 +27,8 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
+
+    from interp.model.hf_classes import fast_tokenizer
 
     vocabulary = {word: i for i, word in enumerate((*SPECIALS, *words))}
     if len(vocabulary) != len(SPECIALS) + len(words):
@@ -37,8 +38,8 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = TemplateProcessing(  # type: ignore[assignment]
         single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return fast_tokenizer(
+        tokenizer,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,

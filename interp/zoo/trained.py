@@ -26,7 +26,9 @@ from interp.zoo.tokenizer import SPECIALS
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
-    from transformer_lens.model_bridge import TransformerBridge
+
+    from interp.model.model import Model
+    from interp.model.native import TransformerBridge
 
 MODULUS = 53
 EQUALS = "="
@@ -49,11 +51,11 @@ class Trained:
     _measure: Callable[[Trained], dict[str, Any]] = field(repr=False)
 
     @cached_property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The bridge as an `interp.Model`."""
-        import interp
+        from interp.model.model import load
 
-        return interp.load(self.bridge)
+        return load(self.bridge)
 
     def pairs(self, n: int = 32, seed: int = 0) -> PairSet:
         """``n`` pairs, the same ones for the same seed. TaskError for n < 1."""

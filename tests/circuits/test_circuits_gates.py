@@ -17,8 +17,8 @@ from interp.circuits.learned.head_gates import HELD
 from interp.circuits.learned.next_token import Unembedding, draws, permuted, samples
 from interp.errors import InterpError, ModelError, PromptError
 from interp.model.hooks import hooks
+from interp.model.native import plain_module
 from interp.sites import Site
-from interp.zoo.planted import part
 
 TEXTS = ["w1 w2 w3 w4 w5", "w7 w8 w9", "w2 w4 w6 w8 w1"]
 SLOW = {"lr": 0.25, "lr_end": 0.02, "start": (0.9, 0.98), "batch_size": 4}  # for saturated heads: see gates.py
@@ -161,14 +161,14 @@ def opposed():
     """zoo.one_head with L2H1 set to do what L1H2 does, nine tenths of it, with the other sign."""
     known = zoo.one_head()
     layers: Any = known.bridge.original_model.layers
-    of, to = (part(part(layers[i]).attn) for i in (1, 2))
+    of, to = (plain_module(plain_module(layers[i]).attn) for i in (1, 2))
     n = of.q.weight.shape[0] // 4
     there, here = slice(2 * n, 3 * n), slice(n, 2 * n)
     with torch.no_grad():
         for name in "qkv":
-            part(getattr(to, name)).weight[here] = part(getattr(of, name)).weight[there]
-        part(to.q).bias[here] = part(of.q).bias[there]
-        part(to.o).weight[:, here] = -0.9 * part(of.o).weight[:, there]
+            plain_module(getattr(to, name)).weight[here] = plain_module(getattr(of, name)).weight[there]
+        plain_module(to.q).bias[here] = plain_module(of.q).bias[there]
+        plain_module(to.o).weight[:, here] = -0.9 * plain_module(of.o).weight[:, there]
     return known
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from interp.doctor.families.family import COMMON, GROUPED, NARROW, SIZES, Family
 from interp.doctor.families.images import IMAGE_FAMILIES
+from interp.model.hf_classes import hf_config, hf_model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+
+    from interp.model.hf_classes import PreTrainedModel
 
 FALCON: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -156,11 +157,9 @@ FAMILIES: dict[str, Family] = {
 
 def config(family: str) -> Any:
     """The family's tiny transformers config."""
-    import transformers
-
-    make: Callable[..., Any] = getattr(transformers, FAMILIES[family].config)
-    common = COMMON if not FAMILIES[family].kind.startswith("vision") else {}
-    return make(**common, **FAMILIES[family].arguments)
+    row = FAMILIES[family]
+    common = {} if row.kind.startswith("vision") else COMMON
+    return hf_config(row.config, **common, **row.arguments)
 
 
 def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -169,17 +168,15 @@ def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     The same family gives the same weights every time; the global generator is left as it was.
     """
     import torch
-    import transformers as tf
 
     family = FAMILIES[kind]
     if not family.float64:
         dtype = torch.float32
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        made: Any = getattr(tf, family.auto)
-        make = getattr(made, "from_config", None) or made._from_config  # a class of its own has no public one
-        model = make(config(kind), attn_implementation="eager" if family.eager else "sdpa")
-        model = model.to(dtype or torch.float64).eval()
+        attention = "eager" if family.eager else "sdpa"
+        model = hf_model(family.auto, config(kind), attn_implementation=attention)
+        model = model.to(dtype or torch.float64).eval()  # pyright: ignore[reportArgumentType]
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(family.gain if "embed" not in name and "wte" not in name else 20.0)

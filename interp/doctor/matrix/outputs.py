@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp.doctor.matrix.case import ALLOWED, DECODERS, Case, DoesNotApply, difference
 from interp.model import dummy_inputs as made_up
+from interp.model.hf_classes import key_value_cache
 from interp.model.model import Model
 from interp.zoo.tokenizer import SPECIALS
 
@@ -90,8 +91,6 @@ def cached(case: Case) -> float:
     Of a hybrid, and behind an image, it gives those of Hugging Face's own steps: a recurrent layer may step otherwise
     than it scans, and a prompt may be read in both directions.
     """
-    from transformers import DynamicCache
-
     if case.kind in ("encoder", "vision"):
         raise DoesNotApply("an encoder does not decode")
     if case.kind == "seq2seq":
@@ -102,7 +101,7 @@ def cached(case: Case) -> float:
     pieces = tokens.split([4, 1, 1, 1, 1, 1], dim=1)
 
     def stepped(model: Any) -> Tensor:
-        cache = DynamicCache(config=case.eager.config)
+        cache = key_value_cache(case.eager.config)
         steps = [model(piece, past_key_values=cache, use_cache=True) for piece in pieces]
         return torch.cat([getattr(step, "logits", step) for step in steps], 1)
 
