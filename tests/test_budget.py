@@ -88,6 +88,6 @@ def test_batches_grow_with_the_budget(tiny) -> None:
     sizes = []
     for budget in ("300KiB", "3MiB", None):
         runner = Engine(model, "fast", budget)
-        runner.allot(7, 100_000)
+        runner.fit_batches_to_memory(7, 100_000)
         sizes.append((runner.rows_per_batch, runner.cells_per_batch))
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]

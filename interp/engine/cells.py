@@ -84,7 +84,7 @@ class Cell:
             return max(c.stop for c in entering)
         return length
 
-    def blind(self, n_layers: int, length: int) -> bool:
+    def cannot_reach_logits(self, n_layers: int, length: int) -> bool:
         """Whether the last position's logits cannot depend on it: it changes other rows where nothing reads them."""
         if self.first_layer >= n_layers:
             return max(c.stop for c in self.changes) < length

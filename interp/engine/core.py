@@ -70,13 +70,13 @@ class Engine:
         """How cells were run, for provenance."""
         return "packed, exact" if self.fast else f"one full forward per cell ({self.reason})"
 
-    def leave(self, n: int) -> int:
+    def count_answered(self, n: int) -> int:
         """Takes note of cells that a recipe answers from base runs by itself; returns their number."""
         if self.planner is not None:
             self.planner.unasked += n
         return n
 
-    def allot(self, longest: int, held: float) -> None:
+    def fit_batches_to_memory(self, longest: int, held: float) -> None:
         """Cuts batches to the budget, beside ``held`` bytes of base runs whose longest has ``longest`` tokens.
 
         Raises InterpError if not one cell fits.
@@ -214,7 +214,7 @@ class Engine:
         values = torch.full((len(cells),), float("nan"), dtype=torch.float64)
         components = {w.site.component for c in cells for w in c.writes}
         with self._extra_hooks(tuple(components)):
-            if self.fast and not all(self.blind(runs, c) for c in cells):
+            if self.fast and not all(self.cannot_reach_logits(runs, c) for c in cells):
                 self._check(runs, cells)
             for batch in self.batches(runs, cells, None if columns is None else columns.shape[1]):
                 values[batch] = self._run(runs, cells, batch, score, columns)
@@ -256,7 +256,7 @@ class Engine:
         chosen = [cells[i] for i in batch]
         wanted = None if columns is None else columns[torch.tensor([c.run for c in chosen], device=columns.device)]
         try:
-            if self.fast and not all(self.blind(runs, c) for c in chosen):
+            if self.fast and not all(self.cannot_reach_logits(runs, c) for c in chosen):
                 logits = self._forward(runs, chosen).logits(wanted)
             else:
                 whole = [runs[c.run].logits for c in chosen] if self.fast else naive.run_cells(self.model, runs, chosen)
@@ -276,9 +276,9 @@ class Engine:
         half = len(batch) // 2
         return torch.cat([self._run(runs, cells, part, score, columns) for part in (batch[:half], batch[half:])])
 
-    def blind(self, runs: Sequence[Sized], cell: Cell) -> bool:
+    def cannot_reach_logits(self, runs: Sequence[Sized], cell: Cell) -> bool:
         """Whether the cell provably changes nothing that is read, so that the base run answers it."""
-        return self.fast and cell.blind(self.model.n_layers, len(runs[cell.run]))
+        return self.fast and cell.cannot_reach_logits(self.model.n_layers, len(runs[cell.run]))
 
     def _forward(self, runs: Sequence[Run], chosen: Sequence[Cell]) -> packed.PackedForward:
         lean = self.lean if all(w.site.component in WRITABLE for c in chosen for w in c.writes) else None
@@ -292,7 +292,7 @@ class Engine:
         Those that cannot change anything come first, together: they are answered from the base runs.
         """
         most = self.cells_per_batch if columns is None else len(cells)
-        seeing = [i for i in range(len(cells)) if not self.blind(runs, cells[i])]
+        seeing = [i for i in range(len(cells)) if not self.cannot_reach_logits(runs, cells[i])]
         blind = sorted(set(range(len(cells))) - set(seeing))
         for i in range(0, len(blind), self.cells_per_batch):
             yield blind[i : i + self.cells_per_batch]

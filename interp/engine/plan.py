@@ -45,7 +45,7 @@ class Plan:
         """Cells that will go through the model together; a full forward each on the naive path."""
         runs = [range(n) for n in self.lengths]
         cut = self.engine.batches(runs, self.cells, self.columns)
-        return [b for b in cut if not self.engine.blind(runs, self.cells[b[0]])]
+        return [b for b in cut if not self.engine.cannot_reach_logits(runs, self.cells[b[0]])]
 
     @property
     def n_cells(self) -> int:

@@ -165,7 +165,7 @@ class _Sweep:
         It sets their residual stream from ``first`` on, before which the runs are the same; further writes, all of
         these rows later on, then find what they would set.
         """
-        if not self.runner.fast or self.runner.blind([run], replace(cell, run=0)):
+        if not self.runner.fast or self.runner.cannot_reach_logits([run], replace(cell, run=0)):
             return None
         lead = min(cell.writes, key=lambda w: (w.site.layer or 0, _depth(w)))
         taken = all(_depth(w) >= 0 and w.start <= first and w.stop <= lead.stop for w in cell.writes)

@@ -93,7 +93,7 @@ def peek(
             tell_of_equal(metric, *scores)
             asked = [(n, site) for n in range(len(here)) for site in sites]
             cells = [_cell(n, site, here[n], means, full, model.n_layers) for n, site in asked]
-            advance(runner.leave(sum(c is None for c in cells)))
+            advance(runner.count_answered(sum(c is None for c in cells)))
             values = iter(evaluate(runner, metric, clean, [c for c in cells if c], read, advance).tolist())
             for (n, site), cell in zip(asked, cells, strict=True):
                 value = scores[0][n] if cell is None else next(values)

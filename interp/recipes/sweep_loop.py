@@ -106,7 +106,7 @@ def chunks(
             start, used = i, 0
         used += sizes[i]
     for part in [*parts, range(start, here.stop)]:
-        runner.allot(max(len(prompts[i]) for i in part), sum(held[i] for i in part))
+        runner.fit_batches_to_memory(max(len(prompts[i]) for i in part), sum(held[i] for i in part))
         yield part
 
 
@@ -177,7 +177,7 @@ def evaluate_or_keep(
 ) -> list[float]:
     """The metric of every cell; of one that is None, because it would change nothing, ``unchanged`` of its number."""
     changing = [c for c in cells if c is not None]
-    advance(runner.leave(len(cells) - len(changing)))
+    advance(runner.count_answered(len(cells) - len(changing)))
     found = iter(evaluate(runner, metric, runs, changing, read, advance).tolist())
     return [known if cell is None else next(found) for cell, known in zip(cells, unchanged, strict=True)]
 
