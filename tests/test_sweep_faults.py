@@ -249,7 +249,7 @@ def test_read_only_output(store, undisturbed, monkeypatch) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_write_temporary", refuse)
+        patched.setattr(files, "_synced_file", refuse)
         with pytest.raises(InterpError, match="Read-only file system; it is read-only here: choose another folder"):
             here(store)
     assert here(store).code == 0

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InterpError
+from interp.utils.files import result_file
 from interp.utils.provenance import now, versions
 
 Say = Callable[[str], None]
@@ -300,6 +301,6 @@ def run(names: Sequence[str], json_file: Path | None, say: Say = print) -> dict[
         found = CASES[name](say)
         result[name] = {**found, "made": now(), "machine": platform.machine(), "versions": versions()}
         if json_file:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(result, indent=1) + "\n")
+            with result_file(json_file) as file:
+                file.write(f"{json.dumps(result, indent=1)}\n".encode())
     return result

@@ -17,6 +17,7 @@ from interp.bench.cases import NAMES, Case, Workbench, cases
 from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
 from interp.engine.matmul import PLAIN, Products, products_for
 from interp.errors import InterpError
+from interp.utils.files import result_file
 from interp.utils.provenance import now, versions
 
 TOLERANCE = 1e-4  # logits, or probability
@@ -209,5 +210,5 @@ def write(result: dict[str, Any], path: Path) -> None:
         earlier = loads(path.read_text())
         kept = [c for c in earlier["cases"] if c["name"] not in again]
         result = {**result, "cases": kept + result["cases"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dumps(result, indent=1) + "\n")
+    with result_file(path) as file:
+        file.write(f"{dumps(result, indent=1)}\n".encode())

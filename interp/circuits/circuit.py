@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError
 from interp.model.model import Model
 from interp.sites import Edge, Site
+from interp.utils.files import whole_file
 from interp.utils.html_card import card
 
 SCHEMA_VERSION = 1
@@ -247,20 +246,12 @@ class Circuit:
             "edges": [[str(e.sender), str(e.receiver), None if np.isnan(x) else x] for e, x in self.edges.items()],
         }  # fmt: skip
         path = Path(path)
+        text = json.dumps(data, indent=1, ensure_ascii=False, default=str)
         try:
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+            with whole_file(path) as file:
+                file.write(text.encode("utf-8"))
         except OSError as e:
             raise InterpError(f"{path} cannot be written: {e.strerror}") from None
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1, ensure_ascii=False, default=str)
-            os.replace(partial, path)
-        except OSError as e:
-            Path(partial).unlink(missing_ok=True)
-            raise InterpError(f"{path} cannot be written: {e.strerror}") from None
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
         return path
 
     @classmethod

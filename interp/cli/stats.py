@@ -39,6 +39,7 @@ def stats(
     Writes statistics.csv (count, mean, variance, quantiles by layer and head) into the run directory.
     """
     from interp.corpus import statistics as measure
+    from interp.utils.files import result_file
 
     try:
         found = measure(
@@ -50,7 +51,8 @@ def stats(
         typer.echo("\ninterrupted; what is finished is kept. The same command goes on with it", err=True)
         raise typer.Exit(130) from None
     target = found.root / "statistics.csv"
-    found.frame().to_csv(target, index=False)
+    with result_file(target) as file:
+        file.write(found.frame().to_csv(index=False).encode())
     typer.echo(f"{found.documents:,} documents, {found.tokens:,} tokens; wrote {target}", err=show == "json")
     for error in dict.fromkeys(found.errors):
         typer.echo(f"  left out: {error}", err=True)

@@ -40,9 +40,9 @@ def tasks(
         return
     if n < 1 or split not in (None, "train", "test"):
         raise InterpError(f"--n {n} --split {split}: n of at least 1, and train or test expected")
-    import interp
+    from interp.model.model import load
 
-    loaded, rows = interp.load(model), []
+    loaded, rows = load(model), []
     typer.echo(
         f"{'task':16} {'n':>4} {'accuracy':>9} {'logit diff':>11} {'95% interval':>16} {'lacking':>8} {'refused':>8}"
     )
@@ -53,7 +53,10 @@ def tasks(
     if out is not None:
         import pandas as pd
 
-        pd.DataFrame(rows).to_csv(out, index=False)
+        from interp.utils.files import result_file
+
+        with result_file(out) as file:
+            file.write(pd.DataFrame(rows).to_csv(index=False).encode())
         typer.echo(f"wrote {out}")
 
 

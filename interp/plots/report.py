@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from html import escape
@@ -27,6 +26,7 @@ from interp.plots.template import fill_template
 from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import Effects
+from interp.utils.files import result_file
 
 log = logging.getLogger("interp")
 
@@ -90,23 +90,9 @@ class Report:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, whole or not at all. Raises InterpError if the path cannot be written."""
         content = self.html.encode("ascii")
-        target = Path(path)
-        temporary: str | None = None
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private; a report is for sending
-            os.replace(temporary, target)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
-            why = getattr(error, "strerror", None) or error
-            raise InterpError(f"cannot write {target}: {why}. Choose a writable folder.") from None
-        return target
+        with result_file(path) as file:
+            file.write(content)
+        return Path(path)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
@@ -236,9 +222,3 @@ def _default_title(sections: list[tuple[str | None, payload.Result]]) -> str:
     provenances = [_provenance(r) for _, r in sections]
     parts = [next((str(p[k]) for p in provenances if isinstance(p.get(k), str)), None) for k in ("task", "model")]
     return " · ".join(dict.fromkeys(p for p in parts if p)) or "Causal effects and attention"
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current

@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from interp.errors import InterpError
+from interp.utils.files import result_file
 
 SCHEMA_VERSION = 1
 
 
 def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, provenance: dict[str, Any]) -> Path:
-    """Write a pyarrow table to a temporary name, sync, rename: the file is either whole or absent."""
+    """Write a pyarrow table: the file is either whole or absent. Raises InterpError if it cannot be written."""
     import pyarrow.parquet as pq
 
-    target = Path(path)
     header = {"interp": json.dumps({"kind": kind, "schema": SCHEMA_VERSION, "provenance": provenance})}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **header})
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is private; a result is to be shared
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise InterpError(f"cannot write {target}: {error.strerror or error}. Choose a writable folder.") from None
-    return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with result_file(path) as file:
+        pq.write_table(table, file)
+    return Path(path)
 
 
 def read_parquet(path: str | os.PathLike[str], *, kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.csv as pc
@@ -14,7 +14,7 @@ from interp.errors import InterpError
 from interp.jobs.store import SCHEMA_VERSION, Store, read_tables
 from interp.results.effects import COLUMNS, Effects
 from interp.sweep.table import LABELS, as_frame
-from interp.utils.files import sync_folder, temporary_name, writing
+from interp.utils.files import result_file
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".html": "html"}
 MOST_ON_A_PAGE = 2_000_000  # cells
@@ -27,30 +27,22 @@ def export(store: Store, target: Path, format: str | None = None) -> Path:
         raise InterpError(f"{target}: a name that ends with .parquet, .csv or .html expected, or --format")
     if kind == "html":
         return _page(store, target)
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(target)
-        try:
-            rows = _write(store, temporary, kind)
-            if not rows:
-                raise InterpError(f"{store.root} has no finished part yet")
-            temporary.replace(target)
-            sync_folder(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with result_file(target) as file:
+        if not _write(store, file, kind):
+            raise InterpError(f"{store.root} has no finished part yet")
     return target
 
 
-def _write(store: Store, path: Path, kind: str) -> int:
+def _write(store: Store, file: BinaryIO, kind: str) -> int:
     """Part by part: what is in memory is one part."""
     writer: Any = None
     rows = 0
     for table in read_tables(store):
         if writer is None:
             if kind == "csv":
-                writer = pc.CSVWriter(path, table.schema)
+                writer = pc.CSVWriter(file, table.schema)
             else:
-                writer = pq.ParquetWriter(path, table.schema, compression="zstd", store_schema=False)
+                writer = pq.ParquetWriter(file, table.schema, compression="zstd", store_schema=False)
                 about = {"kind": f"{store.kind} table", "schema": SCHEMA_VERSION, "config": store.document}
                 about |= {"parts": store.n_parts, "parts_present": len(store.inventory().present)}
                 writer.add_key_value_metadata({"interp": json.dumps(about)})

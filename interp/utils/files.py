@@ -7,7 +7,9 @@ import errno
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from interp.errors import InterpError
 
@@ -67,39 +69,73 @@ def writing(target: Path):
 
 
 def temporary_name(target: Path) -> Path:
-    """A name in the same folder that nobody else uses."""
-    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+    """Return an unused name in the folder of ``target``, short enough for any filesystem."""
+    return target.parent / f".{target.name[:40]}.{uuid.uuid4().hex[:12]}.tmp"
 
 
-def _write_temporary(target: Path, content: bytes | memoryview) -> Path:
-    temporary = temporary_name(target)
+@contextlib.contextmanager
+def _synced_file(temporary: Path) -> Iterator[BinaryIO]:
+    """Open a new file; it is on disk when the block ends, and removed if the block raises."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with open(temporary, "xb") as file:  # mode 0o666: the kernel applies the umask
+            yield file
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         _unlink(temporary)
         raise
-    return temporary
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """Open a file that replaces ``target`` when the block ends: written whole and synced, or not at all.
+
+    The one way in which interp writes results. Permissions are those of any new file, as the umask says; after an error
+    or an interruption nothing is left behind. Raises OSError.
+
+        with whole_file(Path("table.csv")) as file:
+            file.write(b"a,b\n")
+    """
+    temporary = temporary_name(target)
+    with _synced_file(temporary) as file:
+        yield file
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        _unlink(temporary)
+        raise
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def result_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Like `whole_file`, in a folder that is made if it does not exist. InterpError if it cannot be written."""
+    target = Path(path)
+    if "\0" in str(target):
+        raise InterpError(f"cannot write {str(target)!r}: a path cannot hold a null character")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as file:
+            yield file
+    except OSError as error:
+        raise InterpError(f"cannot write {target}: {error.strerror or error}. Choose a writable folder.") from None
 
 
 def write_file(target: Path, content: bytes | memoryview) -> None:
-    """Write, sync, rename over what may be there. StorageError if it cannot be."""
-    with writing(target):
-        temporary = _write_temporary(target, content)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            _unlink(temporary)
-            raise
-        sync_folder(target.parent)
+    """Write a file of a run directory over what may exist there. StorageError if it cannot be written."""
+    with writing(target), whole_file(target) as file:
+        file.write(content)
 
 
 def publish_file(target: Path, content: bytes | memoryview) -> bool:
-    """Write, sync, and put in place only if nothing is there: False if something was. One of several writers wins."""
+    """Write, sync, and put in place only if nothing exists there; False if something does. One of several writers wins.
+
+    StorageError if it cannot be written.
+    """
     with writing(target):
-        temporary = _write_temporary(target, content)
+        temporary = temporary_name(target)
+        with _synced_file(temporary) as file:
+            file.write(content)
         try:
             try:
                 os.link(temporary, target)
@@ -108,7 +144,7 @@ def publish_file(target: Path, content: bytes | memoryview) -> bool:
             except OSError as error:
                 if error.errno not in NO_LINKS or not target.parent.exists():
                     raise
-                if target.exists():  # no hard links here: between this look and the rename the lease has to do
+                if target.exists():  # no hard links: between this look and the rename only the lease protects
                     return False
                 os.rename(temporary, target)
             sync_folder(target.parent)
