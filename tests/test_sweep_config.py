@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import pytest
+from headstats.api import BACKENDS
 
 from interp.cli import main as cli
 from interp.errors import InterpError
@@ -49,6 +50,14 @@ def test_the_template_is_a_config_and_its_frozen_form_reads_back() -> None:
     assert parse_toml(TEMPLATE.replace("# ", "#  ")).digest == config.digest  # comments decide nothing
 
 
+def test_a_model_takes_any_backend_of_headstats() -> None:
+    for backend in ("auto", *BACKENDS):
+        config = parse_toml(SMALL.replace('load = "m"', f'load = "m"\nbackend = "{backend}"'))
+        assert config.models[0].options["backend"] == backend
+    with pytest.raises(InterpError, match="one of auto, triton, compiled, blocked, reference expected"):
+        parse_toml(SMALL.replace('load = "m"', 'load = "m"\nbackend = "cpu"'))
+
+
 @pytest.mark.parametrize("load", ["modèle", "_m", "a..b", ".hidden-", "模型", "é" * 80])
 def test_names_made_of_folders_read_back(load: str) -> None:
     config = parse_toml(SMALL.replace('load = "m"', f'load = "{load}"'))
@@ -59,6 +68,7 @@ def test_what_an_older_run_froze_still_opens() -> None:
     """Also what is refused today when it is new."""
     document = json.loads(json.dumps(parse_toml(SMALL).document))
     document["memory"], document["sites"][0]["sites"] = "lots", "zz"
+    document["models"][0]["backend"] = "cpu"
     assert parse(document).sites[0].sites == "zz"
 
 

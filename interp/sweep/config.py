@@ -179,7 +179,7 @@ def parse(document: Any, source: Source | None = None, folder: Path | None = Non
     }
     top.done()
     read = {key: [Table(source, (key, i), t) for i, t in enumerate(listed)] for key, listed in raw.items()}
-    models = tuple(read_model(t) for t in read["models"])
+    models = tuple(read_model(t, folder is not None) for t in read["models"])
     tasks = tuple(read_task(t, folder) for t in read["tasks"])
     sites = tuple(read_sites(t, folder is not None) for t in read["sites"])
     recipes = tuple(read_recipe(t, tasks, sites, folder is not None) for t in read["recipes"])

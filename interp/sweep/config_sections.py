@@ -69,8 +69,8 @@ class SitesSpec:
     groups: Mapping[str, str] | None = None
 
 
-def read_model(table: Table) -> ModelSpec:
-    """A table of [[models]]."""
+def read_model(table: Table, fresh: bool = True) -> ModelSpec:
+    """A table of [[models]]. ``fresh``: not of a run that exists already, which may name what is refused by now."""
     load = table.take("load", text)
     if load.lower().endswith(PICKLES):
         raise table.refuse(
@@ -83,7 +83,7 @@ def read_model(table: Table) -> ModelSpec:
         "dtype": table.take("dtype", one_of(*DTYPES), None),
         "device": table.take("device", text, None),
         "revision": table.take("revision", text, None),
-        "backend": table.take("backend", one_of("auto", "reference", "blocked", "triton", "cpu"), None),
+        "backend": table.take("backend", _backend if fresh else text, None),
         "device_map": table.take("device_map", _device_map, None),
     }
     label = table.take("name", name, _label(load))
@@ -91,6 +91,12 @@ def read_model(table: Table) -> ModelSpec:
     if options["device_map"] is not None and options["device"] is not None:
         raise table.refuse("device_map", ": device and device_map cannot both say where the model goes; leave one out")
     return ModelSpec(label, load, without_none(options))
+
+
+def _backend(value: Any) -> str:
+    from headstats.api import BACKENDS
+
+    return one_of("auto", *BACKENDS)(value)
 
 
 def _device_map(value: Any) -> Any:
