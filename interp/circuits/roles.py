@@ -36,9 +36,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from interp.circuits.attribution.nodes import attribute_sites
-from interp.circuits.attribution.qk_fix import calls_kept
+from interp.circuits.capture import capture_calls
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluation.evaluator import Evaluator, token_batches
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.inputs import token_batches
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.attention_call import AttentionCall
@@ -131,7 +132,7 @@ def attention_shares(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
     for batch in token_batches(evaluate.prompts):
         prompts = [evaluate.prompts[i] for i in batch]
         ids = torch.tensor([list(p.clean) for p in prompts], device=evaluate.model.device)
-        with torch.no_grad(), calls_kept(evaluate.model) as calls:
+        with torch.no_grad(), capture_calls(evaluate.model) as calls:
             evaluate.model.last_logits(ids)
         targets = [_targets(p.clean, p.answer) for p in prompts]
         for name in count:

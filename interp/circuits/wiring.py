@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interp.circuits.capture import capture
 from interp.circuits.topology import Architecture, architecture
 from interp.errors import ModelError
-from interp.model.hooks import hooks
 from interp.model.model import Model
 
 TOLERANCE = 1e-3  # of the activations' own scale; rounding of float32 is far below, a missing norm far above
@@ -121,25 +121,11 @@ class Wiring:
             )
 
 
-def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Tensor]:
-    """One forward of prompts of one length: activations by hook name, and ``"logits"`` [batch, vocab].
-
-    ModelError if a hook is not there or did not fire.
-    """
-    found: dict[str, Tensor] = {}
-    known = model.bridge.hook_dict
-
-    def keep(name: str) -> tuple[str, Any]:
-        return name, lambda x, hook: found.__setitem__(name, x.detach())
-
-    absent = next((n for n in names if n not in known), None)
-    if absent is None:
-        with torch.no_grad(), hooks(model, *map(keep, names)):
-            found["logits"] = model.last_logits(torch.tensor([list(p) for p in prompts], device=model.device))
-        absent = next((n for n in names if n not in found), None)
-    if absent is not None:
-        raise ModelError(f"{model.name} has no {absent}: its edges cannot be told apart")
-    return found
+def sender_hooks(wiring: Wiring) -> list[str]:
+    """The hooks that carry what senders send: what enters block 0, z of every layer, the output of every MLP."""
+    layers = range(wiring.graph.n_layers)
+    names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.attn.hook_z" for i in layers)]
+    return names + [f"blocks.{i}.hook_mlp_out" for i in layers] * wiring.graph.mlps
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -11,10 +11,11 @@ import torch
 import interp
 from interp import zoo
 from interp.circuits import Circuit, HeadGates, causal_head_gating, contrastive_head_gating
+from interp.circuits.fitting import shuffled_batches
 from interp.circuits.learned.causal_gating import _Fit, _loss
 from interp.circuits.learned.gated_model import Gated
 from interp.circuits.learned.head_gates import HELD
-from interp.circuits.learned.next_token import Unembedding, draws, permuted, samples
+from interp.circuits.learned.next_token import Unembedding, permuted, samples
 from interp.errors import InterpError, ModelError, PromptError
 from interp.model.hooks import hooks
 from interp.model.native import plain_module
@@ -100,9 +101,9 @@ def test_what_is_predicted(tiny) -> None:
     assert answer.targets == (model.coder.continuation("w4")[0],) and answer.positions == (len(answer.ids) - 1,)
     mixed = permuted([text, text, answer, answer, answer], seed=0)
     assert mixed[0].targets == text.targets and mixed[0].ids == text.ids
-    seen = list(draws(5, 2, 10, seed=0))
+    seen = list(shuffled_batches(5, 2, 10, seed=0))
     assert [len(b) for b in seen] == [2] * 10 and len({*seen[0], *seen[1]}) == 4
-    assert all(len(b) == 3 for b in draws(3, 8, 4, seed=0))
+    assert all(len(b) == 3 for b in shuffled_batches(3, 8, 4, seed=0))
 
 
 def test_every_planted_head_of_induction_is_classified_over_five_seeds() -> None:

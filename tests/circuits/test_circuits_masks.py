@@ -11,12 +11,13 @@ import torch
 import interp
 from interp import zoo
 from interp.circuits import causal_head_gating, differential_masks, prune_edges, random_scores
-from interp.circuits.evaluation.ablated_forward import run_circuit, sender_hooks
+from interp.circuits.capture import capture
+from interp.circuits.evaluation.ablated_forward import run_circuit
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.learned.diffmask import _Fit, bernoulli_kl
 from interp.circuits.learned.hard_concrete import HardConcrete
 from interp.circuits.learned.soft_forward import run_weighted
-from interp.circuits.wiring import Wiring, capture
+from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError, ModelError, PromptError
 from interp.model.hooks import hooks
 from interp.prompts.pairs import encode_pairs

@@ -13,8 +13,8 @@ import interp
 from interp import zoo
 from interp.circuits import atp_star, attribute_sites, screen
 from interp.circuits.attribution.nodes import first_hook
-from interp.circuits.attribution.qk_fix import Rerun, Secants, calls_kept
-from interp.circuits.wiring import capture
+from interp.circuits.attribution.qk_fix import Rerun, Secants
+from interp.circuits.capture import capture, capture_calls
 from interp.errors import InterpError, ModelError
 from interp.model.attention_call import dense_attention
 from interp.model.hooks import hooks
@@ -29,7 +29,7 @@ def ids(model: interp.Model, text: str) -> Tensor:
 
 
 def calls(model: interp.Model, *texts: str):
-    with torch.no_grad(), calls_kept(model) as kept:
+    with torch.no_grad(), capture_calls(model) as kept:
         for text in texts:
             model.last_logits(ids(model, text))
             yield dict(kept)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from interp.circuits.evaluation.ablated_forward import sender_hooks
-from interp.circuits.evaluation.evaluator import token_batches
+from interp.circuits.capture import capture
+from interp.circuits.inputs import token_batches
 from interp.circuits.scores import EdgeScores
 from interp.circuits.topology import architecture
-from interp.circuits.wiring import Wiring, capture
+from interp.circuits.wiring import Wiring, sender_hooks
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair, encode_pairs, listed_prompts
 from interp.utils.provenance import prompt_hash

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from interp.circuits.attribution.contraction import Contraction
 from interp.circuits.attribution.gradients import Override, stream_gradients
-from interp.circuits.evaluation.ablated_forward import sender_hooks
-from interp.circuits.evaluation.evaluator import token_batches
+from interp.circuits.capture import capture
+from interp.circuits.inputs import token_batches
 from interp.circuits.scores import EdgeScores
-from interp.circuits.wiring import Wiring, capture
+from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model.model import Model

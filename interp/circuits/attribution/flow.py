@@ -31,11 +31,10 @@ from headstats.patterns import pattern_rows
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution.qk_fix import calls_kept
-from interp.circuits.evaluation.ablated_forward import sender_hooks
-from interp.circuits.evaluation.evaluator import token_batches
+from interp.circuits.capture import capture, capture_calls
+from interp.circuits.inputs import token_batches
 from interp.circuits.scores import EdgeScores
-from interp.circuits.wiring import Wiring, capture
+from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
 from interp.model.model import Model
@@ -153,7 +152,7 @@ def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = 
         raise InterpError(f"position {position} is outside a prompt of {len(ids)} tokens")
     names = [f"blocks.{i}.hook_{n}" for i in range(graph.n_layers) for n in ("resid_pre", "attn_out")]
     names += [f"blocks.{i}.hook_mlp_out" for i in range(graph.n_layers)] * graph.mlps
-    with calls_kept(model) as calls:
+    with capture_calls(model) as calls:
         acts = capture(model, [ids], names)
     rows: list[dict[str, Any]] = []
     reached = {position % len(ids)}

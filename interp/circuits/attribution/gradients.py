@@ -8,7 +8,7 @@ for a second forward. Beside residual streams, one block's activations exist at 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.circuits.fitting import without_weight_gradients
 from interp.circuits.wiring import Wiring, tolerance
 from interp.errors import InterpError, ModelError
 from interp.metrics import Metric, Readout
 from interp.model.hooks import hooks
-from interp.model.model import Model
 
 Override = tuple[str, Any]  # a hook that sets an activation
 
@@ -57,7 +57,7 @@ def stream_gradients(
 
     ``override``: a hook that sets an activation in both passes. Raises InterpError for a metric without a gradient.
     """
-    with weights_fixed(wiring.model), torch.enable_grad():
+    with without_weight_gradients(wiring.model), torch.enable_grad():
         _Backward(wiring, override)(ids, metric, read, receive)
 
 
@@ -190,16 +190,3 @@ def through_norm(
         if normed is leaf:  # no norm
             return grads
         return torch.autograd.grad(normed, leaf, grads, is_grads_batched=True)[0]
-
-
-@contextmanager
-def weights_fixed(model: Model) -> Iterator[None]:
-    """Inside, weights need no gradients, so that nothing is kept for them."""
-    needed = [p for p in model.bridge.parameters() if p.requires_grad]
-    for parameter in needed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)

@@ -38,10 +38,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution.gradients import weights_fixed
-from interp.circuits.attribution.qk_fix import Rerun, Secants, calls_kept, check_heads_apart
-from interp.circuits.evaluation.evaluator import TOKENS, token_batches
-from interp.circuits.wiring import capture
+from interp.circuits.attribution.qk_fix import Rerun, Secants, check_heads_apart
+from interp.circuits.capture import capture, capture_calls
+from interp.circuits.fitting import without_weight_gradients
+from interp.circuits.inputs import TOKENS, token_batches
 from interp.engine import Engine
 from interp.engine.cells import rows_of
 from interp.errors import InterpError, ModelError, SiteError
@@ -214,7 +214,7 @@ class _Batch:
         self.acts, calls = {}, {}
         for run, ids in self.ids.items():
             if fixed:
-                with calls_kept(self.model) as calls[run]:
+                with capture_calls(self.model) as calls[run]:
                     self.acts[run] = capture(self.model, ids, hooked)
             else:
                 self.acts[run] = capture(self.model, ids, hooked)
@@ -380,7 +380,7 @@ def backward(
         if not writes:
             raise ModelError(f"{model.name}: what layer {layer} writes has no hook: take grad_drop=False")
         pairs += [(name, gate(layer)) for name in writes]
-    with weights_fixed(model), torch.enable_grad(), hooks(model, *pairs):
+    with without_weight_gradients(model), torch.enable_grad(), hooks(model, *pairs):
         total = metric(model.last_logits(torch.tensor([list(p) for p in ids], device=model.device)), read).sum()
     if not total.requires_grad:
         raise InterpError(f"metric {metric.name!r} has no gradient: attribution needs one")

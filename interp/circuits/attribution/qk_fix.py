@@ -15,8 +15,7 @@ Where one key holds nearly all attention, 1 − A is lost to rounding; the other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.wiring import capture
+from interp.circuits.capture import capture, capture_calls
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
@@ -183,20 +182,6 @@ def _row(call: AttentionCall, row: int) -> AttentionCall:
     return replace(call, q=call.q[one], k=call.k[one], v=call.v[one], bias=bias)
 
 
-@contextmanager
-def calls_kept(model: Model) -> Iterator[dict[int, AttentionCall]]:
-    """Inside, the attention calls of a forward are kept, by layer."""
-    kept: dict[int, AttentionCall] = {}
-
-    def keep(call: AttentionCall) -> Tensor:
-        result = attend(call, backend=model.instrument.backend)
-        kept[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
-        return result.out
-
-    with model.instrument.handled_by(keep):
-        yield kept
-
-
 @torch.no_grad()
 def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str]) -> None:
     """Raise ModelError where the q or k of a head, as hooks have them, do not reach that head's attention alone.
@@ -204,7 +189,7 @@ def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str
     One forward per component: head 0 of the first layer is changed, and no other head's may be.
     """
     layer = model.attention_layers[0]
-    with calls_kept(model) as kept:
+    with capture_calls(model) as kept:
         model.last_logits(torch.tensor([list(ids)], device=model.device))
         before = kept[layer]
         want = {"q": before.q, "k": before.k, "z": before.q[..., :1].expand(*before.q.shape[:3], before.v.shape[-1])}

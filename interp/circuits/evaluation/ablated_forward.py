@@ -25,13 +25,6 @@ from interp.model.hooks import hooks
 HELD_BYTES = 256 * 2**20  # of what senders change, d_model numbers per sender and token
 
 
-def sender_hooks(wiring: Wiring) -> list[str]:
-    """The hooks that carry what senders send: what enters block 0, z of every layer, the output of every MLP."""
-    layers = range(wiring.graph.n_layers)
-    names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.attn.hook_z" for i in layers)]
-    return names + [f"blocks.{i}.hook_mlp_out" for i in layers] * wiring.graph.mlps
-
-
 @torch.no_grad()
 def run_circuit(
     wiring: Wiring,

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.circuits.evaluation.ablated_forward import run_circuit, sender_hooks
+from interp.circuits.capture import capture
+from interp.circuits.choices import Ablation
+from interp.circuits.evaluation.ablated_forward import run_circuit
 from interp.circuits.evaluation.packed_forward import (
     Prompts,
     Recorded,
@@ -25,12 +26,12 @@ from interp.circuits.evaluation.packed_forward import (
     run_circuits,
     slim,
 )
-from interp.circuits.wiring import Wiring, capture
+from interp.circuits.inputs import TOKENS, token_batches
+from interp.circuits.wiring import Wiring, sender_hooks
 from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, Readout, as_metric
-from interp.model.batching import equal_length_batches
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.mean_activations import Means
@@ -39,24 +40,15 @@ from interp.sites import COMPONENTS, Site, Sites
 from interp.utils.arguments import whole
 from interp.utils.provenance import now, prompt_hash
 
-Ablation = Literal["counterfactual", "zero", "mean", "resample"]
-RECIPES = {
+RECIPES: dict[Ablation, str] = {
     "counterfactual": "edges outside the circuit carry the activation of the pair's corrupt run",
     "zero": "edges outside the circuit carry 0",
     "mean": "edges outside the circuit carry the activation's mean over all tokens of all clean prompts of the set",
     "resample": "edges outside the circuit carry the activation of another example's clean run, of the same length",
 }
-TOKENS = 1024  # of a batch
 STARTS = 4  # times what a forward may hold: what the runs of a circuit may, that others go on from
 CHECKED, NOT_PACKED = frozenset({"circuits"}), frozenset({"circuits are not packed"})  # noted once for each model
 log = logging.getLogger("interp")
-
-
-def token_batches(prompts: Sequence[Encoded], tokens: int = TOKENS) -> Iterator[list[int]]:
-    """Numbers of prompts of one length, at most so many tokens together."""
-    for batch in equal_length_batches([p.clean for p in prompts]):
-        step = max(1, tokens // len(prompts[batch[0]]))
-        yield from (batch[i : i + step] for i in range(0, len(batch), step))
 
 
 @dataclass(frozen=True)

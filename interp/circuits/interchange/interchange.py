@@ -35,12 +35,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformer_lens.tools.analysis import interchange as tl
 
-from interp.circuits.attribution.gradients import weights_fixed
+from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
 from interp.circuits.interchange.bijections import Exchange, RevNet
-from interp.circuits.learned.next_token import draws, finite
 from interp.errors import InterpError, ModelError, PromptError, SiteError
+from interp.model import transformer_lens_tools as tl
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.sweep_loop import provenance_of
@@ -182,7 +181,9 @@ class _Job:
             base_positions=cases.positions, source_positions=cases.positions, epochs=epochs,
             batch_size=self.batch_size, lr=lr, seed=self.seed,
         )  # fmt: skip
-        finite(torch.tensor(done.losses[-1]), "the loss of the linear map", "its fit diverged; take a smaller lr")
+        require_finite(
+            torch.tensor(done.losses[-1]), "the loss of the linear map", "its fit diverged; take a smaller lr"
+        )
         advance(steps)
         return tl.SubspaceInterchange(done.basis)
 
@@ -194,14 +195,14 @@ class _Job:
             bijection = RevNet(there.shape[1], blocks, hidden, scale=float(there.float().std()) or 1.0)
         exchange = Exchange(bijection, self.rank).to(self.model.device, self.model.dtype)
         optimizer = torch.optim.Adam(exchange.parameters(), lr=lr)
-        with torch.enable_grad(), weights_fixed(self.model):
-            for batch in draws(len(cases.base), self.batch_size, steps, self.seed):
+        with torch.enable_grad(), without_weight_gradients(self.model):
+            for batch in shuffled_batches(len(cases.base), self.batch_size, steps, self.seed):
                 logits = tl.run_with_intervention(
                     self.model.bridge, self.hook, exchange, cases.base[batch], there[batch], self.logits,
                     positions=cases.positions[batch],
                 )  # fmt: skip
                 loss = F.cross_entropy(logits, cases.targets[batch].to(logits.device))
-                finite(loss, "the loss of the non-linear map", "its fit diverged; take a smaller nonlinear_lr")
+                require_finite(loss, "the loss of the non-linear map", "its fit diverged; take a smaller nonlinear_lr")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -38,10 +38,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution.gradients import weights_fixed
+from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
 from interp.circuits.learned.gated_model import Gated
 from interp.circuits.learned.head_gates import CLAMP, HeadGates
-from interp.circuits.learned.next_token import Sample, Text, draws, finite, permuted, samples
+from interp.circuits.learned.next_token import Sample, Text, permuted, samples
 from interp.errors import InterpError, PromptError
 from interp.model.model import Model
 from interp.recipes.sweep_loop import provenance_of
@@ -88,7 +88,7 @@ def causal_head_gating(
         for phase, pull in (("start", 0.0), ("plus", lam), ("minus", -lam)):
             begin = logits["start"].clamp(-CLAMP, CLAMP) if pull else logits["start"].clone()
             fit = _Fit(gated, begin, lr, lr_end, steps, pull)
-            for batch in draws(len(encoded), batch_size, steps, seed):
+            for batch in shuffled_batches(len(encoded), batch_size, steps, seed):
                 fit.step([encoded[i] for i in batch], phase)
                 advance(1)
             logits[phase] = fit.m.detach()
@@ -136,7 +136,7 @@ def contrastive_head_gating(
     gated = Gated(model)
     fit = _Fit(gated, _starts(gated, n_seeds, seed, start), lr, lr_end, steps, lam)
     with progress("contrastive head gates", steps, show_progress) as advance:
-        for batch in draws(len(both[0]), batch_size, steps, seed):
+        for batch in shuffled_batches(len(both[0]), batch_size, steps, seed):
             fit.contrast(*([variant[i] for i in batch] for variant in both))
             advance(1)
     gates = fit.m.detach().sigmoid()
@@ -160,10 +160,10 @@ class _Fit:
     def step(self, batch: Sequence[Sample], phase: str) -> None:
         """One update on the loss −log P."""
         gates = self.m.detach().sigmoid().requires_grad_()
-        with torch.enable_grad(), weights_fixed(self.gated.model):
+        with torch.enable_grad(), without_weight_gradients(self.gated.model):
             for _, found in self.gated.log_probs(batch, gates):
                 loss = -found.sum() / len(batch)
-                finite(loss, f"the loss of the {phase} fit")
+                require_finite(loss, f"the loss of the {phase} fit")
                 loss.backward()
         self._update(gates)
 
@@ -171,15 +171,15 @@ class _Fit:
         """One update on the contrastive loss."""
         kept = torch.zeros(len(self.m), len(retain), device=self.m.device, dtype=torch.float64)
         gates = self.m.detach().sigmoid().requires_grad_()
-        with torch.enable_grad(), weights_fixed(self.gated.model):
+        with torch.enable_grad(), without_weight_gradients(self.gated.model):
             for rows, found in self.gated.log_probs(retain, gates):
                 kept[:, rows] = found.detach().to(kept)
                 loss = -found.sum() / len(retain)
-                finite(loss, "the contrastive loss")
+                require_finite(loss, "the contrastive loss")
                 loss.backward()
             for rows, found in self.gated.log_probs(forget, gates):
                 loss = (found - kept[:, rows].to(found)).clamp(min=-MAX_DIFFERENCE).sum() / len(forget)
-                finite(loss, "the contrastive loss")
+                require_finite(loss, "the contrastive loss")
                 loss.backward()
         self._update(gates)
 

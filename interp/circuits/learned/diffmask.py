@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution.gradients import weights_fixed
-from interp.circuits.evaluation.evaluator import token_batches
+from interp.circuits.capture import capture
+from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
+from interp.circuits.inputs import token_batches
 from interp.circuits.learned.hard_concrete import HardConcrete
-from interp.circuits.learned.next_token import Unembedding, draws, finite
-from interp.circuits.wiring import capture
+from interp.circuits.learned.next_token import Unembedding
 from interp.errors import InterpError, PromptError
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
@@ -94,7 +94,7 @@ def differential_masks(
     Unembedding(model)  # refuses what is no decoder
     fit = _Fit(model, k, lr, seed)
     with progress("differential masks", steps, show_progress) as advance:
-        for batch in draws(len(prompts), batch_size, steps, seed):
+        for batch in shuffled_batches(len(prompts), batch_size, steps, seed):
             fit.step([prompts[i] for i in batch])
             advance(1)
     made = {
@@ -128,10 +128,10 @@ class _Fit:
     def step(self, batch: Sequence[Encoded]) -> None:
         """One update, a draw for every example."""
         total = 0.0
-        with torch.enable_grad(), weights_fixed(self.model):
+        with torch.enable_grad(), without_weight_gradients(self.model):
             for part in token_batches(batch):
                 loss = self._flip([batch[i] for i in part]) / len(batch)
-                total += finite(loss, "the loss of differential masking")
+                total += require_finite(loss, "the loss of differential masking")
                 loss.backward()
             (self.pull * (self.gates.alive(self.location).sum() - self.k)).backward()
         self.loss = total

@@ -25,15 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution.gradients import weights_fixed
+from interp.circuits.capture import capture
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluation.ablated_forward import sender_hooks
-from interp.circuits.evaluation.evaluator import token_batches
+from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
+from interp.circuits.inputs import token_batches
 from interp.circuits.learned.hard_concrete import HardConcrete
-from interp.circuits.learned.next_token import draws, finite
 from interp.circuits.learned.soft_forward import run_weighted
 from interp.circuits.scores import EdgeScores
-from interp.circuits.wiring import Wiring, capture
+from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
@@ -92,7 +91,7 @@ def prune_edges(
     wiring.check(prompts[0].clean)
     fit = _Fit(wiring, prompts, sparsity, steps, lr, start, seed)
     with progress("prune edges", steps, show_progress) as advance:
-        for batch in draws(len(prompts), batch_size, steps, seed):
+        for batch in shuffled_batches(len(prompts), batch_size, steps, seed):
             fit.step([prompts[i] for i in batch])
             advance(1)
     made = {
@@ -136,7 +135,7 @@ class _Fit:
     def step(self, batch: Sequence[Encoded]) -> None:
         """One update: one draw of the gates for the whole batch."""
         done = min(1.0, len(self.history) / max(1.0, self.steps * 5 / 6))
-        with torch.enable_grad(), weights_fixed(self.model):
+        with torch.enable_grad(), without_weight_gradients(self.model):
             z = self.gates.sample(self.a, self.generator)
             if not self.history:  # a target below what gates begin with would first drive them open
                 self.begin = float(1 - z.detach()[self.allowed].mean())
@@ -145,7 +144,7 @@ class _Fit:
             divergence = 0.0
             for part in token_batches(batch):
                 loss = self._divergence([batch[i] for i in part], leaf) / len(batch)
-                divergence += finite(loss, "the divergence of model and circuit")
+                divergence += require_finite(loss, "the divergence of model and circuit")
                 loss.backward()
             gap = 1 - z[self.allowed].mean() - target
             (self.pull[0] * gap + self.pull[1] * gap**2).backward(retain_graph=True)

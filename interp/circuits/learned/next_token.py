@@ -7,7 +7,7 @@ a time in float32, and computed again in the backward pass.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from interp.circuits.wiring import module_behind
-from interp.errors import InterpError, ModelError, PromptError
+from interp.errors import ModelError, PromptError
 from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair, encode_pairs
@@ -154,22 +154,3 @@ class Unembedding:
     def _log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = self.logits(hidden)
         return logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-
-
-def draws(n: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` batches of numbers below n: shuffled, all of them before any comes again."""
-    rng, queue = np.random.default_rng(seed), []
-    for _ in range(steps):
-        if len(queue) < min(batch, n):
-            queue += rng.permutation(n).tolist()
-        yield queue[:batch]
-        queue = queue[batch:]
-
-
-def finite(value: Tensor, what: str, why: str = "") -> float:
-    """A number that is one. InterpError if it is NaN or infinite, with ``why`` (default: the model's precision)."""
-    found = float(value.detach())
-    if not np.isfinite(found):
-        why = why or "the model gives no finite probabilities on this data (try dtype='float32')"
-        raise InterpError(f"{what} is {found}: {why}")
-    return found

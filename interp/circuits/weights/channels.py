@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.evaluation.ablated_forward import sender_hooks
 from interp.circuits.weights.composition import FactoredMatrix, WeightCircuits
+from interp.circuits.wiring import sender_hooks
 from interp.errors import InterpError, PromptError
 from interp.model.hooks import hooks
 from interp.model.model import Model

@@ -27,12 +27,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.FactoredMatrix import FactoredMatrix
 
 from interp.circuits.weights.rotations import Rotations
 from interp.circuits.wiring import Wiring, module_behind
 from interp.errors import ModelError, SiteError
 from interp.model.model import Model
+from interp.model.transformer_lens_tools import FactoredMatrix
 
 KINDS = ("q", "k", "v")
 
