@@ -1,4 +1,4 @@
-"""Circuits: which edges of a model carry a behaviour, by estimate and exactly, and how much of it they carry alone."""
+"""Circuits: find the edges of a model that carry a behaviour, and measure how much of it they carry alone."""
 
 from __future__ import annotations
 

@@ -18,35 +18,38 @@ from interp.model.model import Model
 
 
 def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Tensor]:
-    """One forward of prompts of one length: activations by hook name, and ``"logits"`` [batch, vocab].
+    """Run prompts of one length; return activations by hook name, and ``"logits"`` [batch, vocab].
 
-    ModelError if a hook is not there or did not fire.
+    Raises ModelError if the model lacks a hook or the hook did not fire.
     """
-    found: dict[str, Tensor] = {}
-    known = model.bridge.hook_dict
+    acts: dict[str, Tensor] = {}
 
-    def keep(name: str) -> tuple[str, Any]:
-        return name, lambda x, hook: found.__setitem__(name, x.detach())
+    def recorder(name: str) -> tuple[str, Any]:
+        def record(x: Tensor, hook: object) -> None:
+            acts[name] = x.detach()
 
-    absent = next((n for n in names if n not in known), None)
-    if absent is None:
-        with torch.no_grad(), hooks(model, *map(keep, names)):
-            found["logits"] = model.last_logits(torch.tensor([list(p) for p in prompts], device=model.device))
-        absent = next((n for n in names if n not in found), None)
-    if absent is not None:
-        raise ModelError(f"{model.name} has no {absent}: its edges cannot be told apart")
-    return found
+        return name, record
+
+    hook_names = model.bridge.hook_dict
+    missing = next((n for n in names if n not in hook_names), None)
+    if missing is None:
+        with torch.no_grad(), hooks(model, *map(recorder, names)):
+            acts["logits"] = model.last_logits(torch.tensor([list(p) for p in prompts], device=model.device))
+        missing = next((n for n in names if n not in acts), None)
+    if missing is not None:
+        raise ModelError(f"{model.name} has no {missing}: its edges cannot be told apart")
+    return acts
 
 
 @contextmanager
 def capture_calls(model: Model) -> Iterator[dict[int, AttentionCall]]:
-    """Inside, the attention calls of a forward are kept, by layer."""
-    kept: dict[int, AttentionCall] = {}
+    """Inside the block, the latest attention call of each layer is stored by layer, without gradients."""
+    calls: dict[int, AttentionCall] = {}
 
-    def keep(call: AttentionCall) -> Tensor:
+    def record(call: AttentionCall) -> Tensor:
         result = attend(call, backend=model.instrument.backend)
-        kept[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
+        calls[call.layer] = replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach())
         return result.out
 
-    with model.instrument.handled_by(keep):
-        yield kept
+    with model.instrument.handled_by(record):
+        yield calls

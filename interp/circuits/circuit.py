@@ -1,4 +1,4 @@
-"""Circuit: some of a model's edges, with scores, roles of nodes, and what made it."""
+"""Circuit: a set of edges of a model, with scores, roles of nodes, and provenance."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ SCHEMA_VERSION = 1
 
 
 class Circuit:
-    """Edges of one model, in its order of computation.
+    """Edges of one model, in order of computation.
 
-    ``edges`` maps each edge to its score (NaN: it has none); ``roles`` maps nodes (senders) to a word about them,
-    ``evidence`` to the measurements that it rests on (`name_roles`), and ``neurons`` single neurons to scores;
-    ``provenance`` says what made it, and under ``"weights"`` the fingerprint of the model that it belongs to.
-    ``a | b``, ``a & b`` and ``a - b`` are sets of edges, with the left circuit's scores first. Raises InterpError for
-    no edges, and SiteError for an edge that the architecture does not have.
+    ``edges`` maps each edge to its score (NaN if it has none). ``roles`` maps nodes (senders) to the name of their
+    role, ``evidence`` maps nodes to the measurements behind that name (`name_roles`), and ``neurons`` maps single
+    neurons to scores. ``provenance`` records how the circuit was made; its key ``"weights"`` holds the fingerprint of
+    the model that the circuit belongs to. ``a | b``, ``a & b`` and ``a - b`` combine the sets of edges; where both
+    circuits score an edge, the left one's score counts.
+
+    Raises InterpError if there are no edges, and SiteError for an edge that the architecture does not have.
     """
 
     def __init__(
@@ -41,36 +43,41 @@ class Circuit:
         neurons: Mapping[Site, float] | None = None,
     ) -> None:
         scored = edges.items() if isinstance(edges, Mapping) else ((e, float("nan")) for e in edges)
-        known = {Edge.parse(e) if isinstance(e, str) else e: score for e, score in scored}
-        for edge, score in known.items():
+        scores = {Edge.parse(e) if isinstance(e, str) else e: score for e, score in scored}
+        for edge, score in scores.items():
             if not isinstance(edge, Edge) or isinstance(score, bool) or not isinstance(score, int | float | np.number):
                 raise InterpError(
-                    f"edges like 'z.L3H1 -> q.L5H0', with numbers as scores, expected: {edge!r}: {score!r}"
+                    f"expected edges like 'z.L3H1 -> q.L5H0' with numbers as scores, got {edge!r}: {score!r}"
                 )
-        if not known:
+        if not scores:
             raise InterpError("the circuit is empty: it needs at least one edge")
-        order = sorted(known, key=graph.place)
+        order = sorted(scores, key=graph.place)
         self.graph = graph
-        self.edges: dict[Edge, float] = {e: float(known[e]) for e in order}
+        self.edges: dict[Edge, float] = {e: float(scores[e]) for e in order}
         self.roles = dict(roles or {})
         self.provenance = dict(provenance or {})
-        self.evidence = {s: dict(found) for s, found in (evidence or {}).items()}
+        self.evidence = {s: dict(measurements) for s, measurements in (evidence or {}).items()}
         self.neurons = dict(neurons or {})
-        stranger = next((s for s in (*self.roles, *self.evidence) if s not in graph.sender_number), None)
-        far = next((s for s in self.neurons if not 0 <= (-1 if s.layer is None else s.layer) < graph.n_layers), None)
-        if far is not None:
-            raise InterpError(f"a score was given to {far}, which is no neuron of {graph.describe()}")
-        if stranger is not None:
-            raise InterpError(f"a role was given to {stranger}, which is no node of {graph.describe()}")
+        self._check_sites()
+
+    def _check_sites(self) -> None:
+        """Raise InterpError unless roles and evidence belong to nodes, and neuron scores to layers, of the model."""
+        layers = range(self.graph.n_layers)
+        bad_neuron = next((s for s in self.neurons if s.layer not in layers), None)
+        if bad_neuron is not None:
+            raise InterpError(f"a score was given to {bad_neuron}, which is no neuron of {self.graph.describe()}")
+        bad_node = next((s for s in (*self.roles, *self.evidence) if s not in self.graph.sender_number), None)
+        if bad_node is not None:
+            raise InterpError(f"a role was given to {bad_node}, which is no node of {self.graph.describe()}")
 
     @classmethod
     def of(cls, model: Model, edges: Mapping[Edge, float] | Iterable[Edge | str], **more: Any) -> Circuit:
-        """A circuit of a model, by its edges: ``Circuit.of(model, ["z.L0H1 -> k.L1H2", …])``."""
+        """Make a circuit of a model from edges: ``Circuit.of(model, ["z.L0H1 -> k.L1H2", …])``."""
         return cls(architecture(model), edges, provenance={"weights": model.fingerprint(), "model": model.name}, **more)
 
     @classmethod
     def whole(cls, model: Model) -> Circuit:
-        """All edges of a model."""
+        """Make the circuit of all edges of a model."""
         return cls.of(model, architecture(model).edges())
 
     def __len__(self) -> int:
@@ -86,14 +93,14 @@ class Circuit:
 
     def __repr__(self) -> str:
         share = 100 * len(self) / len(self.graph)
-        digits = 1 if share >= 0.1 else 3  # of a large model, a circuit is a small share
-        made = self.provenance.get("selection") or self.provenance.get("method") or ""
+        digits = 1 if share >= 0.1 else 3  # a circuit is a small share of a large model
+        origin = self.provenance.get("selection") or self.provenance.get("method") or ""
         size = f"{len(self)} of {len(self.graph)} edges ({share:.{digits}f}%), {len(self.nodes())} nodes"
-        return f"Circuit({size}{made and ', '}{made})"
+        return f"Circuit({size}{origin and ', '}{origin})"
 
     def _repr_html_(self) -> str:
-        of = self.graph.describe()
-        facts = {"edges": f"{len(self)} of {len(self.graph)}", "nodes": len(self.nodes()), "model": of}
+        model = self.graph.describe()
+        facts = {"edges": f"{len(self)} of {len(self.graph)}", "nodes": len(self.nodes()), "model": model}
         frame: Any = self.frame()
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index[:8]
         return card("Circuit", facts, ["sender", "receiver", "score", "sender_role"], frame.loc[order])
@@ -101,24 +108,27 @@ class Circuit:
     # ------------------------------------------------------------ contents
 
     def nodes(self) -> tuple[Site, ...]:
-        """Senders that an edge starts from, and those that an edge ends in (for k and v: the whole group of heads, of
-        which those count that send something, or all if none does), in order of computation."""
+        """The senders at which an edge starts or ends, in order of computation.
+
+        An edge into k or v ends in a whole group of heads. Of the group, the heads that send something count; if no
+        head does, all of them count.
+        """
         sending = {e.sender for e in self.edges}
-        found = set(sending)
+        nodes = set(sending)
         for receiver in {e.receiver for e in self.edges}:
             fed = set(self.graph.fed_by(receiver))
-            found |= (fed & sending) or fed
-        return tuple(s for s in self.graph.senders if s in found)
+            nodes |= (fed & sending) or fed
+        return tuple(s for s in self.graph.senders if s in nodes)
 
     def mask(self) -> Bool[np.ndarray, "receivers senders"]:
         """True where an edge is in the circuit."""
-        found = np.zeros(self.graph.allowed.shape, dtype=bool)
+        mask = np.zeros(self.graph.allowed.shape, dtype=bool)
         for edge in self.edges:
-            found[self.graph.place(edge)] = True
-        return found
+            mask[self.graph.place(edge)] = True
+        return mask
 
     def frame(self) -> pd.DataFrame:
-        """One row per edge: sender, receiver, score, and the roles of both ends."""
+        """Table with one row per edge: sender, receiver, score, and the roles of both ends."""
         role = {str(site): text for site, text in self.roles.items()}
         rows = [
             {
@@ -133,66 +143,66 @@ class Circuit:
     # ------------------------------------------------------------ paths
 
     def connected(self) -> Circuit:
-        """The edges on a path from the input to the logits. InterpError if there is no such path.
+        """The circuit of the edges that lie on a path from the input to the logits.
 
-        A head passes on what it reads through any of q, k and v.
+        Any of a head's q, k and v continues a path through that head. Raises InterpError if there is no path.
         """
-        kept = self._on_paths()
-        if not kept:
+        edges = self._edges_on_paths()
+        if not edges:
             raise InterpError(
                 f"the circuit is disconnected: none of its {len(self)} edges lies on a path from {self.graph.input} to "
                 f"{self.graph.output} (the logits). Keep more edges, or choose them greedily from the logits "
                 "(EdgeScores.greedy, --selection greedy)"
             )
-        return self._with(kept)
+        return self._with(edges)
 
     def is_connected(self) -> bool:
         """Whether any path leads from the input to the logits."""
-        return bool(self._on_paths())
+        return bool(self._edges_on_paths())
 
-    def _on_paths(self) -> dict[Edge, float]:
-        forward, backward = self._reached(), self._useful()
-        return {e: x for e, x in self.edges.items() if e.sender in forward and e.receiver in backward}
+    def _edges_on_paths(self) -> dict[Edge, float]:
+        senders, receivers = self._senders_after_input(), self._receivers_before_logits()
+        return {e: x for e, x in self.edges.items() if e.sender in senders and e.receiver in receivers}
 
-    def _reached(self) -> set[Site]:
-        """Senders that the input reaches."""
-        found = {self.graph.input}
-        for edge in self.edges:  # in order of computation: an edge's sender comes before what it feeds
-            if edge.sender in found:
-                found.update(self.graph.fed_by(edge.receiver))
-        return found
+    def _senders_after_input(self) -> set[Site]:
+        """Senders that a path from the input reaches."""
+        senders = {self.graph.input}
+        for edge in self.edges:  # in order of computation: an edge comes after all edges into its sender
+            if edge.sender in senders:
+                senders.update(self.graph.fed_by(edge.receiver))
+        return senders
 
-    def _useful(self) -> set[Site]:
-        """Receivers that reach the logits."""
-        useful, sending = {self.graph.output}, set()
+    def _receivers_before_logits(self) -> set[Site]:
+        """Receivers from which a path leads to the logits."""
+        receivers, senders = {self.graph.output}, set()
         for edge in reversed(self.edges):
-            if edge.receiver in useful or sending & set(self.graph.fed_by(edge.receiver)):
-                useful.add(edge.receiver)
-                sending.add(edge.sender)
-        return useful
+            if edge.receiver in receivers or senders & set(self.graph.fed_by(edge.receiver)):
+                receivers.add(edge.receiver)
+                senders.add(edge.sender)
+        return receivers
 
     # ------------------------------------------------------------ sets
 
     def __or__(self, other: Circuit) -> Circuit:
-        self._comparable(other)
+        self._check_comparable(other)
         return self._with({**other.edges, **self.edges}, joined=other, how="|")
 
     def __and__(self, other: Circuit) -> Circuit:
-        self._comparable(other)
+        self._check_comparable(other)
         return self._with({e: x for e, x in self.edges.items() if e in other.edges}, joined=other, how="&")
 
     def __sub__(self, other: Circuit) -> Circuit:
-        self._comparable(other)
+        self._check_comparable(other)
         return self._with({e: x for e, x in self.edges.items() if e not in other.edges}, joined=other, how="-")
 
     def overlap(self, other: Circuit) -> pd.DataFrame:
-        """How much two circuits of one model share, by nodes and by edges.
+        """Table of how much two circuits of one model share: one row for nodes, one for edges.
 
-        One row each: ``shared``, ``here`` and ``there`` (counts), ``of_here`` and ``of_there`` (the shared share of
-        each: Merullo et al. 2024, arXiv 2310.08744, report it of the most important heads) and ``jaccard`` (shared
-        / all).
+        ``shared``, ``here`` and ``there`` are counts: in both circuits, in this one, in the other. ``of_here`` and
+        ``of_there`` divide ``shared`` by each circuit's size (Merullo et al. 2024, arXiv 2310.08744, report this
+        quantity for the most important heads), and ``jaccard`` divides it by the size of the union.
         """
-        self._comparable(other)
+        self._check_comparable(other)
         rows = []
         for what, a, b in (
             ("nodes", set(self.nodes()), set(other.nodes())),
@@ -205,9 +215,9 @@ class Circuit:
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def _comparable(self, other: Circuit) -> None:
+    def _check_comparable(self, other: Circuit) -> None:
         if not isinstance(other, Circuit):
-            raise InterpError(f"a Circuit is compared with a Circuit, got {type(other).__name__}")
+            raise InterpError(f"a Circuit can only be compared with a Circuit, got {type(other).__name__}")
         mine, theirs = (c.provenance.get("weights") for c in (self, other))
         if self.graph != other.graph or (mine and theirs and mine != theirs):
             raise ModelError("these circuits belong to different models: their edges do not correspond")
@@ -226,22 +236,26 @@ class Circuit:
         evidence: Mapping[Site, Mapping[str, Any]] | None = None,
         neurons: Mapping[Site, float] | None = None,
     ) -> Circuit:
-        """A copy with other roles, evidence or neurons, where they are given."""
-        given = (roles, evidence, neurons)
-        mine = (self.roles, self.evidence, self.neurons)
-        new = [b if a is None else a for a, b in zip(given, mine, strict=True)]
-        return Circuit(self.graph, self.edges, new[0], self.provenance, new[1], new[2])  # type: ignore[arg-type]
+        """A copy in which roles, evidence or neurons are replaced by those passed. None leaves them as they are."""
+        return Circuit(
+            self.graph,
+            self.edges,
+            self.roles if roles is None else roles,
+            self.provenance,
+            self.evidence if evidence is None else evidence,
+            self.neurons if neurons is None else neurons,
+        )
 
     # ------------------------------------------------------------ files
 
     def write(self, path: str | Path) -> Path:
-        """Save as JSON, whole or not at all. InterpError where no file can be written."""
+        """Save as JSON, whole or not at all. Raises InterpError if the file cannot be written."""
         facts = {k: getattr(self.graph, k) for k in ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")}
         data = {
             "format": "interp.Circuit", "schema": SCHEMA_VERSION, "architecture": facts,
             "provenance": self.provenance,
             "roles": {str(s): text for s, text in self.roles.items()},
-            "evidence": {str(s): found for s, found in self.evidence.items()},
+            "evidence": {str(s): measurements for s, measurements in self.evidence.items()},
             "neurons": {str(s): score for s, score in self.neurons.items()},
             "edges": [[str(e.sender), str(e.receiver), None if np.isnan(x) else x] for e, x in self.edges.items()],
         }  # fmt: skip
@@ -256,8 +270,11 @@ class Circuit:
 
     @classmethod
     def read(cls, path: str | Path, model: Model | None = None) -> Circuit:
-        """Load what `write` saved. ModelError if it was made for other weights than ``model``'s; InterpError for a file
-        that is no circuit, damaged, or of a later version."""
+        """Load a circuit that `write` saved.
+
+        Raises InterpError for a file that is not a circuit, is damaged, or has another schema version, and ModelError
+        if ``model`` is passed and its weights are not those that the circuit was made for.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as e:
@@ -275,7 +292,7 @@ class Circuit:
         except InterpError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise InterpError(f"{path} is damaged: {type(e).__name__}, {e}. Find the circuit again") from None
+            raise InterpError(f"{path} is damaged ({type(e).__name__}: {e}): find the circuit again") from None
         if model is not None:
             circuit.check(model)
         return circuit
@@ -287,12 +304,12 @@ class Circuit:
         edges = {Edge(Site.parse(s), Site.parse(r)): _score(x) for s, r, x in data["edges"]}
         roles = {Site.parse(s): _text(role) for s, role in data["roles"].items()}
         evidence, neurons = (
-            {Site.parse(s): found for s, found in data.get(name, {}).items()} for name in ("evidence", "neurons")
+            {Site.parse(s): value for s, value in data.get(name, {}).items()} for name in ("evidence", "neurons")
         )
         return cls(graph, edges, roles, data["provenance"], evidence, {s: _score(x) for s, x in neurons.items()})
 
     def check(self, model: Model) -> None:
-        """Raise ModelError unless this is a circuit of ``model``: same architecture, same weights if they are known."""
+        """Raise ModelError unless architecture and weights (if the provenance names any) are those of ``model``."""
         if self.graph != architecture(model):
             mine, its = self.graph.describe(), architecture(model).describe()
             raise ModelError(f"the circuit is of a model with {mine}; {model.name} has {its}")
@@ -301,21 +318,21 @@ class Circuit:
             other = self.provenance.get("model", "another model")
             raise ModelError(
                 f"the circuit was made for {other} with weights {made_for}; those of {model.name} are "
-                f"{model.fingerprint()}. A circuit says nothing about other weights: find it again, or build it anew "
-                "with Circuit.of(model, edges)"
+                f"{model.fingerprint()}. A circuit says nothing about other weights: find it again, or rebuild it with "
+                "Circuit.of(model, edges)"
             )
 
 
 def _score(x: Any) -> float:
-    """A score in a file: null where an edge has none."""
+    """Read a score of a file, where null means that an edge has none."""
     if x is None:
         return float("nan")
     if isinstance(x, bool) or not isinstance(x, int | float) or not np.isfinite(float(x)):
-        raise ValueError(f"{x!r:.40} is no score")
+        raise ValueError(f"{x!r:.40} is not a score")
     return float(x)
 
 
 def _text(x: Any) -> str:
     if not isinstance(x, str):
-        raise ValueError(f"{x!r:.40} is no role")
+        raise ValueError(f"{x!r:.40} is not a role")
     return x

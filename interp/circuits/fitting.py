@@ -1,4 +1,4 @@
-"""What fits by gradient descent share: weights without gradients, shuffled batches, checks of losses."""
+"""Helpers of fits by gradient descent: weights without gradients, shuffled batches, checks of losses."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from interp.model.model import Model
 
 @contextmanager
 def without_weight_gradients(model: Model) -> Iterator[None]:
-    """Inside, weights need no gradients, so that nothing is kept for them."""
-    needed = [p for p in model.bridge.parameters() if p.requires_grad]
-    for parameter in needed:
+    """Inside the block, weights need no gradients, so nothing is stored for them."""
+    trainable = [p for p in model.bridge.parameters() if p.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in needed:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def shuffled_batches(n: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` batches of numbers below n: shuffled, all of them before any comes again."""
+    """``steps`` batches of shuffled indices below n; every index is used before any is repeated."""
     rng, queue = np.random.default_rng(seed), []
     for _ in range(steps):
         if len(queue) < min(batch, n):
@@ -35,10 +35,10 @@ def shuffled_batches(n: int, batch: int, steps: int, seed: int) -> Iterator[list
         queue = queue[batch:]
 
 
-def require_finite(value: Tensor, what: str, why: str = "") -> float:
-    """A number that is one. InterpError if it is NaN or infinite, with ``why`` (default: the model's precision)."""
-    found = float(value.detach())
-    if not np.isfinite(found):
-        why = why or "the model gives no finite probabilities on this data (try dtype='float32')"
-        raise InterpError(f"{what} is {found}: {why}")
-    return found
+def require_finite(value: Tensor, what: str, advice: str = "") -> float:
+    """The value as a float. Raises InterpError, with ``advice`` (default: try float32), if it is NaN or infinite."""
+    number = float(value.detach())
+    if not np.isfinite(number):
+        advice = advice or "the model gives no finite probabilities on this data (try dtype='float32')"
+        raise InterpError(f"{what} is {number}: {advice}")
+    return number

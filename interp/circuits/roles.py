@@ -1,7 +1,8 @@
-"""Names for the nodes of a circuit, from evidence: where a head attends, and what it does to the metric.
+"""Name the heads of a circuit by evidence: where a head attends, and how it affects the metric.
 
-A head is named only if both hold: a share of attention of at least ``attention`` on the tokens that a role is about,
-and an exact effect of at least ``effect`` of the whole model's. Rules, the first that holds:
+A head gets a role only if two conditions hold: at least the share ``attention`` of its attention is on the tokens that
+the role is about, and its exact effect is at least the share ``effect`` of the whole model's. The first rule that holds
+counts:
 
     ====================  ==================================================  =======================================
     role                  attention, mean over the queries concerned          effect
@@ -13,19 +14,19 @@ and an exact effect of at least ``effect`` of the whole model's. Rules, the firs
     previous token        on the token before the query                       of all its edges
     name mover            at the last position, on the answer's token         of its edge to the logits; negative
                                                                               name mover if it is below −``effect``
-    inhibition            at the last position, on tokens that the prompt     of its edges into queries of other heads
-                          holds twice
+    inhibition            at the last position, on tokens that occur twice    of its edges into queries of other heads
+                          in the prompt
     sink                  on the first token                                  of all its edges, below ``effect``
     ====================  ==================================================  =======================================
 
-Everything else is "unknown". Effects are shares of m(M) − m(∅): by how much the metric falls, exactly, if the edges
-named carry the corrupt activation in the clean run. Attention is that of the clean prompts. The numbers are stored with
-the role: ``circuit.evidence[site]``. A name says what these measurements say, and no more.
+Every other head is "unknown". Effects are shares of m(M) − m(∅): how much the metric falls, measured exactly, if the
+edges in the table carry the corrupt activation in the clean run. Attention is that of the clean prompts. The numbers
+are stored with the role, in ``circuit.evidence[site]``. A role states what these measurements show, and no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +38,10 @@ from torch import Tensor
 
 from interp.circuits.attribution.nodes import attribute_sites
 from interp.circuits.capture import capture_calls
+from interp.circuits.choices import NodeMethod
 from interp.circuits.circuit import Circuit
 from interp.circuits.evaluation.evaluator import Evaluator
-from interp.circuits.inputs import token_batches
+from interp.circuits.inputs import Pairs, token_batches
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.attention_call import AttentionCall
@@ -48,13 +50,12 @@ from interp.prompts.pairs import PromptPair
 from interp.sites import Site
 
 UNKNOWN = "unknown"
-ROWS = 256  # queries whose patterns exist at one time, of one layer
-Pairs = PromptPair | Iterable[PromptPair]
+ROWS = 256  # queries of one layer whose attention patterns exist at one time
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A role: the attention it needs, and the effect."""
+    """A role, with the kind of attention and the kind of effect that it needs."""
 
     role: str
     attention: str
@@ -80,51 +81,60 @@ def name_roles(
     effect: float = 0.05,
     heads: Sequence[Site | str] | None = None,
 ) -> Circuit:
-    """The circuit with roles and their evidence for its heads (or some of them): see this module's first lines.
+    """Return the circuit with roles, and their evidence, for its heads or for ``heads``.
 
-    ``evidence[site]`` holds the attention shares, the effects, the thresholds and ``pairs``, how many there were. Roles
-    that the circuit had for these heads are replaced. Raises InterpError for thresholds outside (0, 1], or for sites
-    that are no heads of the model.
+    The module docstring lists the rules. ``evidence[site]`` holds the attention shares, the effects, the thresholds and
+    the number of ``pairs``. Roles that the circuit already has for these heads are replaced. Raises InterpError for
+    thresholds outside (0, 1] and for sites that are not heads of the model.
     """
     for name, value in (("attention", attention), ("effect", effect)):
         if isinstance(value, bool) or not 0 < value <= 1:
-            raise InterpError(f"{name}={value!r}: a share above 0 and at most 1")
+            raise InterpError(f"{name}={value!r}: expected a share above 0 and at most 1")
     circuit.check(model)
-    listed = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
-    chosen = [Site.parse(s) if isinstance(s, str) else s for s in (circuit.nodes() if heads is None else heads)]
-    chosen = [s for s in chosen if s.component == "z"] if heads is None else chosen
-    wrong = next((s for s in chosen if s.component != "z" or s not in circuit.graph.sender_number), None)
-    if wrong is not None or not chosen:
-        raise InterpError(f"{wrong or 'the circuit'} has no head to name: roles are given to heads (sites of z)")
-    evaluate = Evaluator(model, listed, metric, "counterfactual")
-    looks, does = attention_shares(evaluate, chosen), effects_by_route(evaluate, chosen)
+    pairs = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    sites = _heads_to_name(circuit, heads)
+    evaluate = Evaluator(model, pairs, metric, "counterfactual")
+    shares, effects = attention_shares(evaluate, sites), effects_by_route(evaluate, sites)
     roles, evidence = dict(circuit.roles), dict(circuit.evidence)
-    for site in chosen:
-        roles[site] = _role(looks[site], does[site], attention, effect)
+    for site in sites:
+        roles[site] = _role(shares[site], effects[site], attention, effect)
         evidence[site] = {
-            "attention": looks[site], "effect": does[site], "pairs": len(listed),
+            "attention": shares[site], "effect": effects[site], "pairs": len(pairs),
             "thresholds": {"attention": attention, "effect": effect},
         }  # fmt: skip
     return circuit.annotated(roles=roles, evidence=evidence)
 
 
-def _role(looks: dict[str, float], does: dict[str, float], attention: float, effect: float) -> str:
+def _heads_to_name(circuit: Circuit, heads: Sequence[Site | str] | None) -> list[Site]:
+    """The heads passed by the caller, or all heads of the circuit. InterpError for other sites, or if there is none."""
+    if heads is None:
+        sites = [s for s in circuit.nodes() if s.component == "z"]
+    else:
+        sites = [Site.parse(s) if isinstance(s, str) else s for s in heads]
+    no_head = next((s for s in sites if s.component != "z" or s not in circuit.graph.sender_number), None)
+    if no_head is not None or not sites:
+        raise InterpError(f"{no_head or 'the circuit'} has no head to name: only heads (sites of z) get roles")
+    return sites
+
+
+def _role(shares: dict[str, float], effects: dict[str, float], attention: float, effect: float) -> str:
+    """The role of one head, from its attention shares and effects."""
     for rule in RULES:
-        if looks[rule.attention] >= attention and does[rule.effect] >= effect:
+        if shares[rule.attention] >= attention and effects[rule.effect] >= effect:
             return rule.role
-        if rule.role == "name mover" and looks["answer"] >= attention and does["direct"] <= -effect:
+        if rule.role == "name mover" and shares["answer"] >= attention and effects["direct"] <= -effect:
             return "negative name mover"
-    idle = abs(does["total"]) < effect and looks["first"] >= attention
-    return "sink" if idle else UNKNOWN
+    is_sink = abs(effects["total"]) < effect and shares["first"] >= attention
+    return "sink" if is_sink else UNKNOWN
 
 
 # ---------------------------------------------------------------- where heads attend
 
 
 def attention_shares(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, dict[str, float]]:
-    """Mean attention of heads on the keys of each rule, over the queries of the clean prompts that have such keys.
+    """Mean attention of heads on each kind of target key, over the queries of the clean prompts that have such keys.
 
-    NaN where no query has one. Patterns are rebuilt by the kernel from q and k, `ROWS` queries of a layer at a time.
+    NaN if no query has one. The kernel rebuilds patterns from q and k, `ROWS` queries of a layer at a time.
     """
     total = {site: dict.fromkeys(_targets((0, 0), 0), 0.0) for site in heads}
     count = dict.fromkeys(_targets((0, 0), 0), 0)
@@ -138,11 +148,11 @@ def attention_shares(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
         for name in count:
             count[name] += sum(int(t[name].any(1).sum()) for t in targets)
         for layer in layers:
-            here = [s for s in heads if s.layer == layer]
-            _add_shares(total, here, calls[layer], targets, ids.shape[1])
+            layer_heads = [s for s in heads if s.layer == layer]
+            _add_shares(total, layer_heads, calls[layer], targets, ids.shape[1])
     return {
-        site: {name: x / count[name] if count[name] else float("nan") for name, x in found.items()}
-        for site, found in total.items()
+        site: {name: x / count[name] if count[name] else float("nan") for name, x in sums.items()}
+        for site, sums in total.items()
     }
 
 
@@ -150,20 +160,21 @@ def _add_shares(
     total: dict[Site, dict[str, float]], heads: Sequence[Site], call: AttentionCall,
     targets: Sequence[dict[str, Bool[Tensor, "n n"]]], n: int,
 ) -> None:  # fmt: skip
+    """Add to ``total`` the attention of heads of one layer, in a batch of prompts of n tokens."""
     for start in range(0, n, ROWS):
         rows = torch.arange(start, min(start + ROWS, n), device=call.q.device)
         pattern = pattern_rows(
             call.q, call.k, None, rows, causal=call.causal, window=call.window, softcap=call.softcap,
             scale=call.scale, bias=call.bias, sinks=call.sinks, key_padding=call.key_padding,
         ).cpu()  # fmt: skip
-        for row, wanted in enumerate(targets):
-            for name, mask in wanted.items():
+        for row, masks in enumerate(targets):
+            for name, mask in masks.items():
                 for site in heads:
                     total[site][name] += float(pattern[row, site.head][mask[start : start + len(rows)]].sum())
 
 
 def _targets(ids: Sequence[int], answer: int) -> dict[str, Bool[Tensor, "n n"]]:
-    """For each kind of target, which keys (columns) it has for each query (rows). The first token counts as a sink."""
+    """Masks [query, key] of each kind of target. The first token is the sink, and no target of any other kind."""
     tokens, n = torch.tensor(list(ids)), len(ids)
     before = torch.ones(n, n, dtype=torch.bool).tril(-1)
     real = torch.arange(n) > 0
@@ -182,41 +193,37 @@ def _targets(ids: Sequence[int], answer: int) -> dict[str, Bool[Tensor, "n n"]]:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------- what heads do
+# ---------------------------------------------------------------- how heads affect the metric
 
 
 def effects_by_route(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, dict[str, float]]:
-    """Exact effects of heads' edges, all (``total``) and by where they lead, as shares of m(M) − m(∅).
+    """Exact effects of heads' edges, of all (``total``) and by destination, as shares of m(M) − m(∅).
 
-    ``direct``: to the logits; ``via_q``, ``via_k``, ``via_v``: into heads' queries, keys, values; ``via_mlp``. Each set
-    of edges carries the corrupt activation in a run of its own. InterpError if m(M) = m(∅).
+    ``direct``: edges to the logits; ``via_q``, ``via_k``, ``via_v``: into heads' queries, keys, values; ``via_mlp``:
+    into MLPs. Each set of edges carries the corrupt activation in a separate run. InterpError if m(M) = m(∅).
     """
-    graph, nothing = evaluate.graph, np.zeros(evaluate.graph.allowed.shape, dtype=bool)
-    gap = evaluate.whole.mean() - evaluate(nothing).mean()
+    graph, no_edges = evaluate.graph, np.zeros(evaluate.graph.allowed.shape, dtype=bool)
+    gap = evaluate.whole.mean() - evaluate(no_edges).mean()
     if not abs(gap) > 1e-9 * max(np.abs(evaluate.whole).mean(), 1e-9):
         raise InterpError("the metric is the same in the clean and the corrupt run: no head can have an effect")
     routes = {"total": None, "direct": "resid_post", "via_q": "q", "via_k": "k", "via_v": "v", "via_mlp": "mlp_out"}
-    leads = {
+    route_rows = {
         name: np.array([component in (None, r.component) for r in graph.receivers])
         for name, component in routes.items()
     }
-    found: dict[Site, dict[str, float]] = {site: {} for site in heads}
-    asked, masks = [], []
+    effects: dict[Site, dict[str, float]] = {site: dict.fromkeys(routes, 0.0) for site in heads}
+    masks: dict[tuple[Site, str], np.ndarray] = {}
     for site in heads:
         column = graph.sender_number[site]
-        for name, rows in leads.items():
+        for name, rows in route_rows.items():
             cut = rows & graph.allowed[:, column]
-            if not cut.any():
-                found[site][name] = 0.0
-                continue
-            mask = graph.allowed.copy()
-            mask[cut, column] = False
-            asked.append((site, name))
-            masks.append(mask)
-    values = evaluate.many(np.stack(masks)).mean(1)
-    for (site, name), value in zip(asked, values.tolist(), strict=True):
-        found[site][name] = (float(evaluate.whole.mean()) - value) / float(gap)
-    return {site: {name: by_name[name] for name in routes} for site, by_name in found.items()}
+            if cut.any():
+                masks[site, name] = graph.allowed.copy()
+                masks[site, name][cut, column] = False
+    values = evaluate.many(np.stack(list(masks.values()))).mean(1)
+    for (site, name), value in zip(masks, values.tolist(), strict=True):
+        effects[site][name] = (float(evaluate.whole.mean()) - value) / float(gap)
+    return effects
 
 
 # ---------------------------------------------------------------- neurons
@@ -229,18 +236,19 @@ def score_neurons(
     metric: Metric | MetricFn | str = logit_diff,
     *,
     k: int = 20,
-    method: Any = "atp",
+    method: NodeMethod = "atp",
 ) -> Circuit:
-    """The circuit with the ``k`` neurons of its MLPs whose attribution is largest: ``circuit.neurons[site]``.
+    """Return the circuit with scores of the ``k`` neurons of its MLPs that have the largest attribution.
 
-    Scores are estimates by `attribute_sites` (mode "noise": the metric's change when the neuron is corrupted), their
-    mean over pairs. Edges start and end at whole MLPs: neurons say what within one matters, and play no part when the
-    model is run as the circuit. Raises InterpError for a circuit without MLPs.
+    ``circuit.neurons[site]`` is the mean over pairs of the estimate by `attribute_sites` with mode "noise": the change
+    of the metric when the neuron is corrupted. Edges start and end at whole MLPs. Neuron scores only show what matters
+    within an MLP; they have no influence when the model is run as the circuit. Raises InterpError for a circuit without
+    MLPs.
     """
     circuit.check(model)
     layers = [s.layer for s in circuit.nodes() if s.component == "mlp_out"]
     if not layers or isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InterpError(f"k={k!r}, {len(layers)} MLPs: a circuit with an MLP, and a number from 1 on, are needed")
+        raise InterpError(f"k={k!r}, {len(layers)} MLPs: expected a circuit with an MLP, and a whole number from 1 on")
     sites = model.sites("mlp_post", layers=[x for x in layers if x is not None], positions="all")
     table: Any = attribute_sites(model, pairs, sites, metric, "noise", method=method).frame()
     means = table.groupby(["layer", "head"])["raw"].mean()

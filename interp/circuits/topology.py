@@ -1,9 +1,9 @@
-"""Which edges a model has: who writes to the residual stream, and who reads it.
+"""The edges of a model: which nodes write to the residual stream, and which read it.
 
-Senders add to the residual stream: what enters block 0 (the site resid_pre.L0), every head (z), every MLP (mlp_out).
-Receivers read it: a head's query (q), a key/value head's keys and values (k, v: one each per KV head, shared by its
-group of query heads), an MLP's input (mlp_out) and the logits (resid_post of the last layer). These are the sites that
-`interp.path_patch` takes. Within a node no edges are drawn: q, k and v feed the heads of their group.
+Senders add to the residual stream: the input of block 0 (the site resid_pre.L0), every head (z), every MLP (mlp_out).
+Receivers read it: a head's query (q), the keys and values of a KV head (k, v: one each per KV head, shared by its
+group of query heads), an MLP's input (mlp_out) and the logits (resid_post of the last layer). `interp.path_patch`
+takes the same sites. There are no edges within a node: q, k and v feed the heads of their group.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from interp.errors import ModelError, SiteError
 from interp.model.model import Model
 from interp.sites import Edge, Site
 
-MOST_HEADS = 20_000  # of a model that a file may describe: the largest published ones have 16,128
+MAX_HEADS = 20_000  # in a model that a file describes; the largest published models have 16,128
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The nodes and edges that a model has. ``parallel``: MLPs read what their layer's attention reads."""
+    """The nodes and edges of a model. ``parallel``: an MLP reads the same stream as its layer's attention."""
 
     n_layers: int
     n_heads: int
@@ -33,42 +33,46 @@ class Architecture:
     parallel: bool
 
     def check(self) -> None:
-        """Raise ValueError for what no model is: as read from a file."""
+        """Raise ValueError unless a model can have these sizes. For values read from a file."""
         sizes = (self.n_layers, self.n_heads, self.n_kv_heads)
         if any(type(x) is not int or x < 1 for x in sizes) or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"no model has {self.n_layers} layers × {self.n_heads} heads ({self.n_kv_heads} KV)")
-        if self.n_layers * self.n_heads > MOST_HEADS:
-            raise ValueError(f"{self.n_layers} layers × {self.n_heads} heads are more than {MOST_HEADS:,} heads")
+            raise ValueError(
+                f"a model cannot have {self.n_layers} layers × {self.n_heads} heads ({self.n_kv_heads} KV)"
+            )
+        if self.n_layers * self.n_heads > MAX_HEADS:
+            raise ValueError(f"{self.n_layers} layers × {self.n_heads} heads are more than {MAX_HEADS:,} heads")
         if type(self.mlps) is not bool or type(self.parallel) is not bool:
-            raise ValueError(f"mlps={self.mlps!r}, parallel={self.parallel!r}: true or false expected")
+            raise ValueError(f"mlps={self.mlps!r}, parallel={self.parallel!r}: expected true or false")
 
     @cached_property
     def senders(self) -> tuple[Site, ...]:
         """The sites that write, in order of computation."""
-        found = [self.input]
+        sites = [self.input]
         for layer in range(self.n_layers):
-            found += [Site("z", layer, head) for head in range(self.n_heads)]
-            found += [Site("mlp_out", layer)] * self.mlps
-        return tuple(found)
+            sites += [Site("z", layer, head) for head in range(self.n_heads)]
+            if self.mlps:
+                sites.append(Site("mlp_out", layer))
+        return tuple(sites)
 
     @cached_property
     def receivers(self) -> tuple[Site, ...]:
         """The sites that read, in order of computation: in each layer q, k, v by head, then the MLP."""
-        found: list[Site] = []
+        sites: list[Site] = []
         for layer in range(self.n_layers):
             for component, n in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
-                found += [Site(component, layer, head) for head in range(n)]
-            found += [Site("mlp_out", layer)] * self.mlps
-        return (*found, self.output)
+                sites += [Site(component, layer, head) for head in range(n)]
+            if self.mlps:
+                sites.append(Site("mlp_out", layer))
+        return (*sites, self.output)
 
     @property
     def input(self) -> Site:
-        """The first sender: what enters block 0."""
+        """The first sender: the input of block 0."""
         return Site("resid_pre", 0)
 
     @property
     def output(self) -> Site:
-        """The last receiver: the residual stream that the logits are read from."""
+        """The last receiver: the residual stream from which the logits are computed."""
         return Site("resid_post", self.n_layers - 1)
 
     @cached_property
@@ -96,7 +100,8 @@ class Architecture:
     def allowed(self) -> Bool[np.ndarray, "receivers senders"]:
         """True where the receiver reads the sender."""
         sends = np.array([-1 if s == self.input else 2 * (s.layer or 0) + (s.component != "z") for s in self.senders])
-        late = {"mlp_out": 0 if self.parallel else 1, "resid_post": 2}  # this layer's attention; its MLP too
+        # read after: 0 the block's input, 1 its attention, 2 its MLP
+        late = {"mlp_out": 0 if self.parallel else 1, "resid_post": 2}
         reads = np.array([2 * (r.layer or 0) + late.get(r.component, 0) for r in self.receivers])
         return sends[None] < reads[:, None]
 
@@ -110,19 +115,22 @@ class Architecture:
             yield Edge(self.senders[column], self.receivers[row])
 
     def place(self, edge: Edge) -> tuple[int, int]:
-        """Row and column of an edge. SiteError if this architecture does not have it, saying why."""
+        """Row and column of an edge. Raises SiteError, with the reason, if this architecture does not have it."""
         where = f"this model ({self.describe()})"
         if edge.sender not in self.sender_number:
-            raise SiteError(f"edge {edge}: {edge.sender} is no sender of {where}; senders are {_listed(self.senders)}")
+            raise SiteError(
+                f"edge {edge}: {edge.sender} is no sender of {where}; senders are {_first_and_last(self.senders)}"
+            )
         if edge.receiver not in self.receiver_number:
             raise SiteError(
-                f"edge {edge}: {edge.receiver} is no receiver of {where}; receivers are {_listed(self.receivers)}"
+                f"edge {edge}: {edge.receiver} is no receiver of {where}; "
+                f"receivers are {_first_and_last(self.receivers)}"
             )
         place = self.receiver_number[edge.receiver], self.sender_number[edge.sender]
         if not self.allowed[place]:
             same = edge.sender.layer == edge.receiver.layer and edge.receiver.component == "mlp_out"
             why = (
-                "its attention and MLPs are parallel: both read what enters the block"
+                "its attention and MLPs are parallel: both read the input of the block"
                 if self.parallel and same and edge.sender.component == "z"
                 else "the receiver is computed before the sender, or with it"
             )
@@ -130,7 +138,7 @@ class Architecture:
         return place
 
     def fed_by(self, receiver: Site) -> tuple[Site, ...]:
-        """The senders that a receiver is part of: heads of its group, or its MLP; none for the logits."""
+        """The senders that a receiver feeds: the heads of its group, or its MLP; none for the logits."""
         if receiver.component == "q":
             return (Site("z", receiver.layer, receiver.head),)
         if receiver.component in ("k", "v"):
@@ -139,28 +147,39 @@ class Architecture:
             return tuple(Site("z", receiver.layer, head) for head in range(first, first + group))
         return () if receiver == self.output else (receiver,)
 
+    def receivers_of(self, sender: Site) -> Bool[np.ndarray, " receivers"]:
+        """True for the receivers of a sender's node: a head's q, k and v, or the MLP's input."""
+        mask = np.zeros(len(self.receivers), dtype=bool)
+        if sender.component == "mlp_out":
+            mask[self.receiver_number[sender]] = True
+        elif sender.component == "z":
+            kv = (sender.head or 0) // (self.n_heads // self.n_kv_heads)
+            for component, head in (("q", sender.head), ("k", kv), ("v", kv)):
+                mask[self.receiver_number[Site(component, sender.layer, head)]] = True
+        return mask
+
     def describe(self) -> str:
-        """One line."""
+        """Summary in one line."""
         mlps = "parallel MLPs" if self.parallel else "MLPs" if self.mlps else "no MLPs"
         return f"{self.n_layers} layers × {self.n_heads} heads ({self.n_kv_heads} KV), {mlps}"
 
 
-def _listed(sites: tuple[Site, ...]) -> str:
+def _first_and_last(sites: tuple[Site, ...]) -> str:
     return f"{sites[0]}, {sites[1]}, … {sites[-1]}"
 
 
 def architecture(model: Model) -> Architecture:
-    """The nodes and edges of a model. ModelError for one whose edges are not defined."""
+    """The nodes and edges of a model. Raises ModelError if its edges are not defined."""
     if model.reads != "text" or model.stacks or model.masked:
         raise ModelError(f"{model.name}: circuits are defined for decoders that read text")
     if model.attention_layers != list(range(model.n_layers)):
-        lacking = sorted(set(range(model.n_layers)) - set(model.attention_layers))
-        raise ModelError(f"{model.name}: layers {lacking} have no softmax attention: their edges are not defined")
-    known = model.bridge.hook_dict
-    if "unembed.hook_in" not in known:
+        without = sorted(set(range(model.n_layers)) - set(model.attention_layers))
+        raise ModelError(f"{model.name}: layers {without} have no softmax attention: their edges are not defined")
+    hook_names = model.bridge.hook_dict
+    if "unembed.hook_in" not in hook_names:
         raise ModelError(f"{model.name} has no unembedding: circuits are defined for decoders, up to their logits")
-    mlps = [f"blocks.{layer}.hook_mlp_out" in known for layer in range(model.n_layers)]
+    mlps = [f"blocks.{layer}.hook_mlp_out" in hook_names for layer in range(model.n_layers)]
     if any(mlps) != all(mlps):
-        raise ModelError(f"{model.name}: some layers have MLPs and some have none, which circuits do not support")
-    parallel = mlps[0] and "blocks.0.hook_resid_mid" not in known
+        raise ModelError(f"{model.name}: only some layers have MLPs, which circuits do not support")
+    parallel = mlps[0] and "blocks.0.hook_resid_mid" not in hook_names
     return Architecture(model.n_layers, model.n_heads, model.n_kv_heads, mlps[0], parallel)

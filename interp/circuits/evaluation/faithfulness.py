@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float
 from interp.circuits.circuit import Circuit
 from interp.circuits.evaluation.evaluator import Ablation
 from interp.circuits.evaluation.scale import Pairs, Scale
-from interp.circuits.scores import rows_of
 from interp.circuits.topology import Architecture
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
@@ -190,7 +189,7 @@ def _random_path(graph: Architecture, generator: np.random.Generator) -> list[tu
         path.append((row, column))
         if graph.senders[column] == graph.input:
             return path
-        row = int(generator.choice(np.flatnonzero(rows_of(graph, graph.senders[column]))))
+        row = int(generator.choice(np.flatnonzero(graph.receivers_of(graph.senders[column]))))
 
 
 def _random_edges(graph: Architecture, n: int, generator: np.random.Generator) -> Bool[np.ndarray, "receivers senders"]:

@@ -109,7 +109,7 @@ class _Forward:
 
     def _projections(self, layer: int) -> dict[str, Tensor]:
         rows = slice(self.graph.rows(layer, "q").start, self.graph.rows(layer, "v").stop)
-        sizes = [self.wiring.heads(c) for c in "qkv"]
+        sizes = [self.wiring.head_count(c) for c in "qkv"]
 
         def project(mixed: Tensor) -> tuple[Tensor, ...]:
             parts = zip("qkv", mixed.split(sizes), strict=True)
