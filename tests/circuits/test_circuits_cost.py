@@ -56,8 +56,8 @@ def test_chunks_change_nothing(tiny, monkeypatch) -> None:
     evaluate = Evaluator(kind, pair, interp.logit_diff, "counterfactual", engine="naive")
     mask = np.random.default_rng(0).random(evaluate.graph.allowed.shape) < 0.5
     held = evaluate(mask & evaluate.graph.allowed)
-    for name, size in (("contraction.WAITING_BYTES", 1), ("contraction.CHUNK_BYTES", 1), ("contraction.LAYERS", 1)):
-        monkeypatch.setattr(f"interp.circuits.attribution.{name}", size)
+    for name, size in (("WAITING_BYTES", 1), ("CHUNK_BYTES", 1), ("LAYERS", 1)):
+        monkeypatch.setattr(f"interp.circuits.attribution.contraction.{name}", size)
         # sums of the same float64 products in another order
         np.testing.assert_allclose(attribute_edges(kind, pair, steps=2).matrix, whole, atol=1e-9)
     monkeypatch.setattr("interp.circuits.evaluation.ablated_forward.HELD_BYTES", 0)
