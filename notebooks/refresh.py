@@ -1,7 +1,7 @@
-"""Runs notebooks from a fresh kernel and keeps their outputs, figures as pictures.
+"""Run notebooks from a fresh kernel and store their outputs, with figures as PNG images.
 
 Run: python notebooks/refresh.py [NOTEBOOK ...] (default: all). Headless Chromium draws the figures, so that any viewer
-shows them; whoever runs a notebook gets them interactive.
+can show them. A reader who runs a notebook gets interactive figures.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from nbclient import NotebookClient
 from plotly.offline import get_plotlyjs
 
 FIGURE = "application/vnd.plotly.v1+json"
-SIZE = (760, 440)  # of a figure that does not say
+SIZE = (760, 440)  # in pixels, of a figure without a size of its own
 
 
 def execute(path: Path) -> Any:
-    """The notebook with the outputs of a run from top to bottom, in a folder of its own."""
-    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"  # the figure's data, without the library that draws it
+    """Run a notebook from top to bottom in a temporary folder; return it with its outputs."""
+    os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"  # stores the figure's data without the plotly library
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
@@ -43,7 +43,7 @@ def execute(path: Path) -> Any:
 
 
 def draw(notebook: Any) -> int:
-    """Put a PNG in the place of every figure; returns how many there are."""
+    """Replace every figure by a PNG; return the number of figures."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     outputs = [o for c in notebook.cells for o in c.get("outputs", []) if FIGURE in o.get("data", {})]
     if outputs and browser is None:
@@ -55,16 +55,16 @@ def draw(notebook: Any) -> int:
 
 
 def picture(browser: str, figure: dict[str, Any]) -> bytes:
-    """A PNG of a plotly figure."""
+    """Draw a plotly figure as a PNG."""
     layout = figure.get("layout", {})
     width, height = (layout.get(k) or default for k, default in zip(("width", "height"), SIZE, strict=True))
-    shown = json.dumps({"data": figure["data"], "layout": {**layout, "width": width, "height": height}})
+    data = json.dumps({"data": figure["data"], "layout": {**layout, "width": width, "height": height}})
     with tempfile.TemporaryDirectory() as folder:
         page, png = Path(folder, "figure.html"), Path(folder, "figure.png")
-        draws = f"const f = {shown}; Plotly.newPlot('f', f.data, f.layout, {{staticPlot: true}})".replace("</", "<\\/")
+        script = f"const f = {data}; Plotly.newPlot('f', f.data, f.layout, {{staticPlot: true}})".replace("</", "<\\/")
         page.write_text(
             "<meta charset=utf-8><body style='margin:0'><div id=f></div>"
-            f"<script>{get_plotlyjs()}</script><script>{draws}</script>",
+            f"<script>{get_plotlyjs()}</script><script>{script}</script>",
             encoding="utf-8",
         )
         command = [
@@ -76,7 +76,7 @@ def picture(browser: str, figure: dict[str, Any]) -> bytes:
 
 
 def main(paths: list[Path]) -> None:
-    """Run and write each of them."""
+    """Run each notebook and write it back."""
     for path in paths:
         start = time.perf_counter()
         notebook = execute(path)
