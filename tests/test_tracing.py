@@ -8,8 +8,8 @@ import torch
 
 import interp
 from interp.prompts.pairs import encode_facts
+from interp.recipes.corruption import subject_noise, subject_std
 from interp.recipes.targets import window_layers
-from interp.recipes.tracing import subject_noise, subject_std
 
 FACTS = [interp.Fact("w1 w2 w3 w4", "w2 w3", "w95"), interp.Fact("w7 w8 w9 w1", "w8", "w90")]
 

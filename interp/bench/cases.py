@@ -17,9 +17,10 @@ from interp.engine.plan import Plan, explain
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
 from interp.recipes.ablation import ablate
+from interp.recipes.corruption import subject_noise, subject_std
 from interp.recipes.patching import patch
 from interp.recipes.path_patching import path_patch
-from interp.recipes.tracing import subject_noise, subject_std, trace
+from interp.recipes.tracing import trace
 from interp.sites import Site, Sites
 
 CLEAN = "When John and Mary went to the store, John gave a drink to"

@@ -1,38 +1,28 @@
-"""Attention knock-out: forbid some tokens to read others, in a window of layers, and see what the answer loses.
+"""Attention knock-out: block attention from some tokens to others in a window of layers, and read the metric.
 
 Geva et al. 2023, "Dissecting recall of factual associations in auto-regressive language models": attention from the
-last position to a span is cut in a window of layers around each layer. The cut is made inside the kernel, before the
-softmax, so that what remains of a row still sums to 1.
+last position to a span is blocked in a window of layers around each layer. It is blocked inside the kernel, before the
+softmax, so that the remaining weights of a row still sum to 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import torch
-
-from interp.engine import Cell, Cut, Engine
+from interp.engine import Cell, Cut
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
-from interp.errors import InterpError, PromptError
-from interp.metrics import Metric, MetricFn, as_metric, logprob
+from interp.errors import PromptError
+from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_any
-from interp.recipes.sweep_loop import (
-    Rows,
-    asked_of,
-    check_metric,
-    chunks,
-    evaluate,
-    provenance_of,
-    readout,
-    score_runs,
-    tell_of_equal,
-)
-from interp.recipes.targets import window_layers
+from interp.prompts.pairs import Encoded, Fact, PromptPair
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.targets import check_window, window_layers
 from interp.results.effects import Effects
-from interp.sites import ALL, Site
-from interp.utils.progress import progress
+from interp.sites import ALL, Site, Sites
+
+Rows = tuple[int, int]  # [start, stop)
 
 
 def knock_out(
@@ -48,73 +38,75 @@ def knock_out(
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
     memory: int | str | None = None,
+    part: Part = WHOLE_SET,
 ) -> Effects:
-    """Cut what ``queries`` read from ``keys``, in ``window`` layers around each of ``layers``, in the clean run.
+    """Block attention from ``queries`` to ``keys``, in ``window`` layers around each of ``layers``, in the clean run.
+
+        effects = interp.knock_out(model, facts, "subject")                     # from the last token to the subject
+        effects = interp.knock_out(model, pairs, "S2", queries=-1, heads=[6])
+        effects.summary(by="layer")
 
     ``keys``, ``queries``: a position (negative ones count from the end) or a named span ("subject" of a Fact);
-    ``queries=None`` or ``"all"``: all positions. ``window``: layers cut together, centred as in `interp.trace`;
-    default a fifth of the model's. ``heads``: query heads concerned, default all. One row per (prompt, layer), with
-    the layer at the window's centre: ``raw`` is patched − clean in the metric's units; ``effect`` its share of
-    corrupt − clean, NaN for a Fact, which has no corrupt prompt.
+    ``queries=None`` or ``"all"``: all positions. ``window``: number of layers blocked together, centred as in
+    `interp.trace`; default a fifth of the model's layers. ``heads``: the query heads that are blocked, default all. One
+    row per (prompt, layer), with the layer at the window's centre: ``raw`` is patched − clean in the metric's units;
+    ``effect`` is its share of corrupt − clean, NaN for a Fact, which has no corrupt prompt. ``part``: for
+    `interp.sweep`.
 
-    Raises PromptError, SiteError or InterpError for bad input, also where a query would be left with nothing to read.
+    Raises PromptError, SiteError or InterpError for bad input, also where a query would have no key left to read.
     """
-    listed = asked_of(model, prompts)
-    metric = as_metric(metric)
-    encoded, pairs = encode_any(listed, model.coder)
-    check_metric(metric, encoded, model)
+    loop = SweepLoop(model, prompts, metric, engine, memory, part, show_progress, takes_facts=True)
     window = max(1, model.n_layers // 5) if window is None else window
     queries = None if queries == ALL else queries
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InterpError(f"window must be at least 1 layer, got {window!r}")
+    check_window(window)
     if layers is None:
         layers = model.attention_layers
     sites = model.sites("attn_out", layers=layers, positions="all" if queries is None else queries)
-    chosen = None if heads is None else tuple(sorted({s.head or 0 for s in model.sites("z", layers=0, heads=heads)}))
-    runner = Engine(model, engine, memory)
-    runner.check_sites(sites)
-    spans = [_spans(p, keys, queries) for p in encoded]
-    rows = Rows(f"cut attention to {keys}", "noise", metric)
-    with progress(f"knock out {keys}", len(sites) * len(encoded), show_progress) as advance:
-        for chunk in chunks(encoded, runner, [], runs_per_example=2):
-            here = [encoded[i] for i in chunk]
-            clean = runner.record([p.clean for p in here])
-            read = readout(here, [r.logits for r in clean])
-            scores = score_runs(metric, clean, read)
-            corrupt = torch.full_like(scores, torch.nan)
-            if pairs:
-                corrupt = score_runs(metric, runner.record([p.corrupt for p in here]), read)
-                tell_of_equal(metric, scores.tolist(), corrupt.tolist())
-            asked = [(n, site) for n in range(len(here)) for site in sites]
-            cells = [_cell(n, site, spans[chunk[n]], window, model, chosen) for n, site in asked]
-            values = evaluate(runner, metric, clean, cells, read, advance).tolist()
-            for (n, site), value in zip(asked, values, strict=True):
-                rows.add(chunk[n], site, here[n], float(scores[n]), float(corrupt[n]), value)
-    recipe = {"cut_keys": str(keys), "cut_queries": str(queries), "window": window, "heads": chosen or "all"}
-    return rows.effects(model, listed, engine=runner.describe(), **recipe, **provenance_of(prompts))
+    if heads is None:
+        head_numbers = None
+    else:
+        head_numbers = tuple(sorted({s.head or 0 for s in model.sites("z", layers=0, heads=heads)}))
+    loop.runner.check_sites(sites)
+    spans = [_blocked_rows(p, keys, queries) for p in loop.prompts]
+    cells = _KnockOutCells(f"knock out {keys}", model, sites, spans, window, head_numbers)
+    recipe: dict[str, Any] = {"cut_keys": str(keys), "cut_queries": str(queries), "window": window}
+    return loop.run(cells, f"cut attention to {keys}", "noise", **recipe, heads=head_numbers or "all")
 
 
-def _spans(prompt: Encoded, keys: int | str, queries: int | str | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Token rows of the queries and keys in one prompt."""
-    read, by = (rows_of(Site("attn_out", 0, position=p), prompt) for p in (keys, queries))
-    if read[0] == 0 and by[0] < read[1]:
+class _KnockOutCells(CellSource):
+    """One cell per prompt and layer. ``spans``: rows of the queries and of the keys in each prompt."""
+
+    def __init__(
+        self, title: str, model: Model, sites: Sites, spans: list[tuple[Rows, Rows]], window: int,
+        heads: tuple[int, ...] | None,
+    ):  # fmt: skip
+        self.title, self.sites, self.spans, self.heads = title, sites, spans, heads
+        self.size = len(sites) * len(spans)
+        attention_layers = set(model.attention_layers)
+        self.layers = {
+            site.layer: [i for i in window_layers(site.layer or 0, window, model.n_layers) if i in attention_layers]
+            for site in sites
+        }
+
+    def batch(self, loop: SweepLoop, numbers: range) -> Batch:
+        """Clean runs, then corrupt runs if there are any."""
+        return loop.record_clean_first(numbers)
+
+    def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
+        """Every layer of every prompt, in one group."""
+        yield [CellRow(n, site, self._cell(n, site, i)) for n, i in enumerate(batch.numbers) for site in self.sites]
+
+    def _cell(self, run: int, site: Site, number: int) -> Cell:
+        (start, stop), keys = self.spans[number]
+        return Cell(run, cuts=tuple(Cut(layer, start, stop, keys, self.heads) for layer in self.layers[site.layer]))
+
+
+def _blocked_rows(prompt: Encoded, keys: int | str, queries: int | str | None) -> tuple[Rows, Rows]:
+    """Return the token rows of the queries and of the keys in one prompt."""
+    key_rows, query_rows = (rows_of(Site("attn_out", 0, position=p), prompt) for p in (keys, queries))
+    if key_rows[0] == 0 and query_rows[0] < key_rows[1]:
         raise PromptError(
-            f"cutting keys {keys!r} (tokens {read[0]} to {read[1] - 1}) leaves the query at token {by[0]} "
-            f"({prompt.tokens[by[0]]!r}) nothing to read: choose later queries or fewer keys"
+            f"cutting keys {keys!r} (tokens {key_rows[0]} to {key_rows[1] - 1}) leaves the query at token "
+            f"{query_rows[0]} ({prompt.tokens[query_rows[0]]!r}) nothing to read: choose later queries or fewer keys"
         )
-    return by, read
-
-
-def _cell(
-    run: int,
-    site: Site,
-    spans: tuple[tuple[int, int], tuple[int, int]],
-    window: int,
-    model: Model,
-    heads: tuple[int, ...] | None,
-) -> Cell:
-    assert site.layer is not None
-    (start, stop), keys = spans
-    there = window_layers(site.layer, window, model.n_layers)
-    attending = set(model.attention_layers)
-    return Cell(run, cuts=tuple(Cut(layer, start, stop, keys, heads) for layer in there if layer in attending))
+    return query_rows, key_rows

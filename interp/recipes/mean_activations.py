@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,28 +17,29 @@ from interp.prompts.pairs import Coder, Encoded, Prompt, PromptPair, encode_pair
 from interp.sites import Site, Sites
 
 Ids = tuple[int, ...]
-TOKENS_AT_ONCE = 4096  # of reference prompts whose activations exist at one time
+TOKENS_AT_ONCE = 4096  # of reference prompts whose activations are held at one time
 
-# What tokens share one mean: all of them, those at the same place, or the same token at the same place.
-KEYS: dict[str, Callable[[Ids, int], tuple[int, ...]]] = {
+# Tokens with the same key share one mean: all tokens, those at the same place, or the same token at the same place.
+MEAN_KEYS: dict[str, Callable[[Ids, int], tuple[int, ...]]] = {
     "mean": lambda ids, i: (),
     "position_mean": lambda ids, i: (len(ids), i),
     "cama": lambda ids, i: (len(ids), i, ids[i]),
 }
 
 
-SHARED: ContextVar[dict[Any, Any] | None] = ContextVar("shared", default=None)  # means to be used again, by `means_of`
+def means_of(
+    runner: Engine, reference: Sequence[Ids], sites: Sites, kind: str, shared: dict[Any, Any] | None = None
+) -> Means:
+    """Return `Means`.
 
-
-def means_of(runner: Engine, reference: Sequence[Ids], sites: Sites, kind: str) -> Means:
-    """`Means`; inside a sweep, those worked out before for the same model, reference, sites and kind."""
-    kept = SHARED.get()
-    if kept is None or runner.planner is not None:
+    ``shared``: means computed earlier for the same model, reference, sites and kind, which are used again and added to.
+    """
+    if shared is None or runner.planner is not None:
         return Means(runner, reference, sites, kind)
     key = id(runner.model), kind, tuple(reference), tuple(sites)
-    if key not in kept:
-        kept[key] = Means(runner, reference, sites, kind)
-    return kept[key]
+    if key not in shared:
+        shared[key] = Means(runner, reference, sites, kind)
+    return shared[key]
 
 
 class Means:
@@ -47,54 +47,55 @@ class Means:
 
     def __init__(self, runner: Engine, reference: Sequence[Ids], sites: Sites, kind: str):
         self.runner, self.kind = runner, kind
-        keys = dict.fromkeys(KEYS[kind](ids, i) for ids in reference for i in range(len(ids)))
+        keys = dict.fromkeys(MEAN_KEYS[kind](ids, i) for ids in reference for i in range(len(ids)))
         self.number = {key: n for n, key in enumerate(keys)}
         self.count = torch.zeros(len(keys), dtype=torch.float64)
-        self.known: dict[tuple[Ids, int, int], Tensor] = {}
+        self.numbers_of_rows: dict[tuple[Ids, int, int], Tensor] = {}
         self.totals: dict[tuple[str, int | None], Tensor] = {}
-        places = list(dict.fromkeys((s.component, s.layer) for s in sites))
-        components = sorted({c for c, _ in places})
-        for part in _parts(reference, self._at_once(components)):
-            for run in runner.record(part, components):
-                self._add(run.ids, {place: run.whole(*place) for place in places})
+        addresses = list(dict.fromkeys((s.component, s.layer) for s in sites))
+        components = sorted({c for c, _ in addresses})
+        for chunk in _chunks(reference, self._at_once(components)):
+            for run in runner.record(chunk, components):
+                self._add(run.ids, {address: run.whole(*address) for address in addresses})
 
-    def _add(self, ids: Ids, found: dict[tuple[str, int | None], Tensor]) -> None:
-        where = self._numbers(ids, 0, len(ids))
-        self.count.index_add_(0, where, torch.ones(len(ids), dtype=torch.float64))
-        for place, x in found.items():
+    def _add(self, ids: Ids, activations: dict[tuple[str, int | None], Tensor]) -> None:
+        rows = self._numbers(ids, 0, len(ids))
+        self.count.index_add_(0, rows, torch.ones(len(ids), dtype=torch.float64))
+        for address, x in activations.items():
             x = x.cpu().double()  # on the CPU: MPS has no float64
-            if place not in self.totals:
-                self.totals[place] = x.new_zeros(len(self.number), *x.shape[1:])
-            self.totals[place].index_add_(0, where, x)
+            if address not in self.totals:
+                self.totals[address] = x.new_zeros(len(self.number), *x.shape[1:])
+            self.totals[address].index_add_(0, rows, x)
 
     def _at_once(self, components: Sequence[str]) -> int:
-        """Tokens of reference prompts that may be recorded together."""
+        """Return how many tokens of reference prompts may be recorded together."""
         budget = self.runner.budget
         if budget.limit is None:
             return TOKENS_AT_ONCE
         return min(TOKENS_AT_ONCE, int(budget.limit / 2 / (budget.run(1, components) + budget.row)))
 
     def _numbers(self, ids: Ids, start: int, stop: int) -> Tensor:
-        """Which mean each of the rows [start, stop) belongs to."""
-        if (ids, start, stop) not in self.known:
-            numbers = [self.number[KEYS[self.kind](ids, i)] for i in range(start, stop)]
-            self.known[ids, start, stop] = torch.tensor(numbers)
-        return self.known[ids, start, stop]
+        """Return the number of the mean that each of the rows [start, stop) belongs to."""
+        if (ids, start, stop) not in self.numbers_of_rows:
+            numbers = [self.number[MEAN_KEYS[self.kind](ids, i)] for i in range(start, stop)]
+            self.numbers_of_rows[ids, start, stop] = torch.tensor(numbers)
+        return self.numbers_of_rows[ids, start, stop]
 
     def value(self, site: Site, ids: Ids, start: int, stop: int) -> Float[Tensor, "rows width"]:
-        """The mean for rows [start, stop) of a prompt."""
-        where = self._numbers(ids, start, stop)
+        """Return the mean for rows [start, stop) of a prompt."""
+        rows = self._numbers(ids, start, stop)
         total = self.totals[site.component, site.layer]
-        total = total[where] if site.head is None else total[where, site.head]
-        mean = total / self.count[where][:, None]
+        total = total[rows] if site.head is None else total[rows, site.head]
+        mean = total / self.count[rows][:, None]
         model = self.runner.model
         return mean.to(model.device, torch.float64 if model.dtype == torch.float64 else torch.float32)
 
 
 def check_support(kind: str, prompts: Sequence[Encoded], reference: Sequence[Ids], sites: Sites) -> None:
-    """Refuse means that would be the activations themselves: a place (and token) that only one prompt has.
+    """Raise PromptError for means that would be the activations themselves: a place (and token) in only one prompt.
 
-    Where all prompts of a length agree before a token, its activation has no context to average over: one is enough.
+    Where all prompts of a length are equal before a token, its activation has no context to average over: one prompt is
+    enough.
     """
     if kind == "mean":
         return
@@ -102,7 +103,7 @@ def check_support(kind: str, prompts: Sequence[Encoded], reference: Sequence[Ids
     before: dict[tuple[int, int], set[Ids]] = {}
     for ids in reference:
         for i in range(len(ids)):
-            key = KEYS[kind](ids, i)
+            key = MEAN_KEYS[kind](ids, i)
             counts[key] = counts.get(key, 0) + 1
             before.setdefault((len(ids), i), set()).add(ids[: i + 1 if kind == "position_mean" else i])
     distinct = Counter(len(ids) for ids in set(reference))
@@ -112,7 +113,7 @@ def check_support(kind: str, prompts: Sequence[Encoded], reference: Sequence[Ids
         for i in sorted(rows):
             alike = {prompt.clean[: i + 1 if kind == "position_mean" else i]}
             free = distinct[len(prompt)] > 1 and before.get((len(prompt), i)) == alike
-            if counts.get(KEYS[kind](prompt.clean, i), 0) < (1 if free else 2):
+            if counts.get(MEAN_KEYS[kind](prompt.clean, i), 0) < (1 if free else 2):
                 lacking.append((n, i))
     if lacking:
         n, i = lacking[0]
@@ -129,13 +130,14 @@ def _rows(site: Site, prompt: Encoded) -> tuple[int, int]:
 
 
 def listed_reference(reference: Any) -> list[Any] | None:
-    """``reference=`` as a list; None stays None. PromptError for what is no prompts, a bare string too."""
+    """Return ``reference=`` as a list, or None. Raises PromptError if it is not a list of prompts."""
     if reference is None:
         return None
-    found = [reference] if isinstance(reference, str) or not isinstance(reference, Iterable) else list(reference)
-    if isinstance(reference, str) or not all(isinstance(p, str | Prompt | PromptPair) for p in found):
+    prompts = [] if isinstance(reference, str) or not isinstance(reference, Iterable) else list(reference)
+    is_list = not isinstance(reference, str) and isinstance(reference, Iterable)
+    if not is_list or not all(isinstance(p, str | Prompt | PromptPair) for p in prompts):
         raise PromptError(f"reference={reference!r:.60}: a list of prompts expected (texts, Prompts or PromptPairs)")
-    return found
+    return prompts
 
 
 def reference_ids(
@@ -143,27 +145,28 @@ def reference_ids(
     prompts: Sequence[Encoded],
     coder: Coder,
 ) -> list[Ids]:
-    """Token ids of the prompts to average over; by default the clean prompts themselves."""
+    """Return the token ids of the prompts to average over; by default the clean prompts themselves."""
     if reference is None:
         return [p.clean for p in prompts]
     if isinstance(reference, str):
         raise PromptError("reference= takes several prompts; got one string")
-    listed = list(reference)
-    if not listed:
+    reference = list(reference)
+    if not reference:
         raise PromptError("reference= is empty: give prompts to average over, or leave it out")
     return [
         encode_pairs(r, coder)[0].clean
         if isinstance(r, PromptPair)
         else tuple(coder.encode(r.text if isinstance(r, Prompt) else r))
-        for r in listed
+        for r in reference
     ]
 
 
-def _parts(reference: Sequence[Ids], tokens: int) -> Iterable[list[Ids]]:
-    part: list[Ids] = []
+def _chunks(reference: Sequence[Ids], tokens: int) -> Iterable[list[Ids]]:
+    """Yield lists of prompts that have at most ``tokens`` tokens together (a longer prompt stands alone)."""
+    chunk: list[Ids] = []
     for ids in reference:
-        if part and sum(map(len, part)) + len(ids) > tokens:
-            yield part
-            part = []
-        part.append(ids)
-    yield part
+        if chunk and sum(map(len, chunk)) + len(ids) > tokens:
+            yield chunk
+            chunk = []
+        chunk.append(ids)
+    yield chunk

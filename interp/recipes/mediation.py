@@ -20,8 +20,9 @@ from interp.engine.core import EngineKind
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
+from interp.recipes.inputs import as_prompts
 from interp.recipes.patching import patch
-from interp.recipes.sweep_loop import asked_of
+from interp.recipes.sweep_loop import WHOLE_SET, Part
 from interp.recipes.targets import Groups
 from interp.results.effects import Effects
 from interp.sites import Site
@@ -45,6 +46,7 @@ def mediate(
     groups: Groups | None = None,
     window: int = 1,
     memory: int | str | None = None,
+    part: Part = WHOLE_SET,
 ) -> Effects:
     """Total, direct and indirect effect of the change from clean to corrupt prompt, for each mediator.
 
@@ -58,25 +60,27 @@ def mediate(
     ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates.
     Raises as `interp.patch` does.
     """
-    listed = asked_of(model, pairs)
+    items = as_prompts(model, pairs)
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
-    options = {"groups": groups, "window": window, "memory": memory}
     indirect, direct = (
-        patch(model, listed, sites, metric, mode, engine, show_progress, **options) for mode in ("noise", "denoise")
-    )
+        patch(model, items, sites, metric, mode, engine, show_progress, groups=groups, window=window, memory=memory,
+              part=part)
+        for mode in ("noise", "denoise")
+    )  # fmt: skip
     into_clean, into_corrupt = indirect.frame(), direct.frame()
     total = into_clean.assign(patched=into_clean["corrupt"])
     held = into_clean.assign(patched=into_corrupt["patched"])
     both = held["patched"] + into_clean["patched"] - into_clean["clean"]
-    crossed = into_clean.assign(patched=into_clean["clean"] + into_clean["corrupt"] - both)
-    named = {TOTAL: total, DIRECT: held, INDIRECT: into_clean, INTERACTION: crossed}
-    frame = pd.concat([_effects(f.assign(intervention=name)) for name, f in named.items()], ignore_index=True)
-    frame = frame.iloc[np.arange(len(frame)).reshape(len(named), -1).T.ravel()]  # a mediator's four rows together
+    interaction = into_clean.assign(patched=into_clean["clean"] + into_clean["corrupt"] - both)
+    by_name = {TOTAL: total, DIRECT: held, INDIRECT: into_clean, INTERACTION: interaction}
+    frame = pd.concat([_with_effects(f.assign(intervention=name)) for name, f in by_name.items()], ignore_index=True)
+    frame = frame.iloc[np.arange(len(frame)).reshape(len(by_name), -1).T.ravel()]  # a mediator's four rows together
     provenance = {**indirect.provenance, "intervention": "mediation", "mode": "noise"}
     return Effects(frame, provenance)
 
 
-def _effects(frame: pd.DataFrame) -> pd.DataFrame:
+def _with_effects(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame with its own effects; NaN where the patch of the mediator has none (clean and corrupt equal)."""
     raw = frame["patched"] - frame["clean"]
     gap = frame["corrupt"] - frame["clean"]
-    return frame.assign(raw=raw, effect=(raw / gap).where(gap != 0), mode="noise")
+    return frame.assign(raw=raw, effect=(raw / gap).where(frame["effect"].notna()), mode="noise")

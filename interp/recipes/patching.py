@@ -1,13 +1,14 @@
-"""Activation patching: carry an activation from one prompt's run into the other's, and see what follows.
+"""Activation patching: copy an activation from one prompt's run into the other's, and read the metric.
 
-Denoising (clean → corrupt run) asks what is sufficient to restore the answer; noising (corrupt → clean run)
-what is necessary for it. Heimersheim & Nanda 2024, "How to use and interpret activation patching".
+Denoising (clean activation into the corrupt run) asks what is sufficient to restore the answer; noising (corrupt
+activation into the clean run) asks what is necessary for it. Heimersheim & Nanda 2024, "How to use and interpret
+activation patching".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,28 +18,17 @@ from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.engine.runs import differs
 from interp.errors import InterpError, PromptError
-from interp.metrics import Metric, MetricFn, as_metric, logit_diff
+from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, first_difference
-from interp.recipes.sweep_loop import (
-    Rows,
-    asked_of,
-    check_metric,
-    chunks,
-    evaluate_or_keep,
-    provenance_of,
-    readout,
-    score_runs,
-    tell_of_equal,
-)
-from interp.recipes.targets import Groups, Target, all_sites, components_of, spelled, targets_of
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
 from interp.sites import Site
-from interp.utils.progress import Advance, progress
 from interp.utils.provenance import prompt_hash
 
 Mode = Literal["denoise", "noise"]
-STREAM = ("resid_pre", "resid_mid", "resid_post")  # all that a position passes on from there
+STREAM = ("resid_pre", "resid_mid", "resid_post")  # components that hold everything a position passes on
 
 
 def patch(
@@ -54,146 +44,159 @@ def patch(
     window: int = 1,
     sources: PromptPair | Iterable[PromptPair] | None = None,
     memory: int | str | None = None,
+    part: Part = WHOLE_SET,
 ) -> Effects:
-    """Patch every site of every pair, one at a time.
+    """Patch every site of every pair, one site at a time.
 
-    ``mode="denoise"`` writes the clean activation into the corrupt run; ``"noise"`` the corrupt one into the
-    clean run. ``metric`` reads the next-token logits at the prompt's last position. Returns one row per
-    (pair, site): the metric on the clean, corrupt and patched runs, and ``effect``, 0 for a patch that does
-    nothing and 1 for one that carries the whole difference over (NaN where clean and corrupt score the same).
+    ``mode="denoise"`` writes the clean activation into the corrupt run; ``"noise"`` writes the corrupt one into the
+    clean run. ``metric`` reads the next-token logits at the prompt's last position. Returns one row per (pair, site):
+    the metric on the clean, corrupt and patched runs, and ``effect``, which is 0 for a patch that does nothing and 1
+    for one that carries the whole difference over (NaN where clean and corrupt score the same).
+
+        effects = interp.patch(model, pairs, model.sites("z"))      # every head
+        effects = interp.patch(model, pairs, model.sites("resid_pre"), mode="noise")
+        effects.summary().head()
 
     ``window``: layers patched together around each site's layer, as in `interp.trace`.  ``groups``: sites patched
     together, by name, ``{"movers": ["z.L9H6", "z.L10H0"]}``, or a list of lists; a group's row has its name as
-    component, and the layer, head and position that its sites share.  ``sources``: for each pair another one of the
+    component, and the layer, head and position that its sites share.  ``sources``: for each pair another pair of the
     same length, from whose clean (denoising) or corrupt (noising) run the activations come; metric, answer and scale
-    stay the pair's own (an interchange intervention: Geiger et al. 2021, "Causal abstractions of neural networks").
+    remain those of the pair itself (an interchange intervention: Geiger et al. 2021, "Causal abstractions of neural
+    networks").
 
-    ``engine="naive"`` runs one full forward per cell; ``"auto"`` re-runs only what a patch can change, where
-    that is exact. ``memory``: bytes beside the model's weights, or ``"4GiB"``; batches are cut to fit. Raises
-    PromptError, SiteError or InterpError for bad input, before any sweep begins.
+    ``engine="naive"`` runs one full forward per cell; ``"auto"`` re-runs only what a patch can change, where that is
+    exact. ``memory``: bytes besides the model's weights, or ``"4GiB"``; batches are cut to fit. ``part``: for
+    `interp.sweep`. Raises PromptError, SiteError or InterpError for bad input, before any sweep begins.
     """
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
-    listed = asked_of(model, pairs)
-    metric, targets = as_metric(metric), targets_of(sites, groups, window, model.n_layers)
-    prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts, model)
-    runner = Engine(model, engine, memory)
-    runner.check_sites(all_sites(targets))
-    given = None if sources is None else [sources] if isinstance(sources, PromptPair) else list(sources)
-    sweep = _Sweep(runner, metric, prompts, targets, _donors(prompts, given, model, mode), mode, own=given is None)
-    rows = Rows("patch" if window == 1 else f"patch, window of {window} layers", mode, metric)
-    with progress(f"patch {'+'.join(sweep.components)} ({mode})", sweep.size, show_progress) as advance:
-        for chunk in chunks(prompts, runner, sweep.components, runs_per_example=3 if given else 2):
-            sweep.run(chunk, rows, advance)
-    recipe = {"window": window, "groups": _members(targets), **provenance_of(pairs)}
-    if given:
-        recipe["sources"] = prompt_hash(given)
-    return rows.effects(model, listed, engine=runner.describe(), **recipe)
+    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
+    targets = targets_of(sites, groups, window, model.n_layers)
+    loop.runner.check_sites(all_sites(targets))
+    if sources is None:
+        source_pairs = None
+    else:
+        source_pairs = [sources] if isinstance(sources, PromptPair) else list(sources)
+    cells = _PatchCells(loop.runner, loop.prompts, targets, _donor_ids(loop.prompts, source_pairs, model, mode), mode,
+                        uses_own_runs=source_pairs is None)  # fmt: skip
+    recipe = {"window": window, "groups": _group_members(targets)}
+    if source_pairs:
+        recipe["sources"] = prompt_hash(source_pairs)
+    return loop.run(cells, "patch" if window == 1 else f"patch, window of {window} layers", mode, **recipe)
 
 
-class _Sweep:
-    """The cells of every pair. ``donors``: ids of the runs that activations come from; ``own``: the pairs' other runs.
+@dataclass
+class _PatchBatch(Batch):
+    """``donors``: the runs that activations come from; ``donor_scores``: their metric."""
 
+    donors: list[Run]
+    donor_scores: list[float]
+    unchanged: list[float]
+
+
+class _PatchCells(CellSource):
+    """The cells of every pair.
+
+    ``donors``: token ids of the runs that activations come from.  ``uses_own_runs``: they are the pairs' other runs.
     Raises PromptError for a position that a pair does not have.
     """
 
     def __init__(
-        self, runner: Engine, metric: Metric, prompts: Sequence[Encoded], targets: Sequence[Target],
-        donors: Sequence[tuple[int, ...]], mode: Mode, own: bool,
+        self, runner: Engine, prompts: Sequence[Encoded], targets: Sequence[Target], donors: Sequence[tuple[int, ...]],
+        mode: Mode, uses_own_runs: bool,
     ):  # fmt: skip
-        self.runner, self.metric, self.prompts, self.donors = runner, metric, prompts, donors
-        self.mode, self.own = mode, own
+        self.runner, self.donors, self.mode, self.uses_own_runs = runner, donors, mode, uses_own_runs
         self.components = components_of(targets)
-        self.plan = [list(spelled(targets, p)) for p in prompts]
+        self.targets = [list(expand_each(targets, p)) for p in prompts]
+        self.size = sum(map(len, self.targets))
+        self.runs_per_example = 2 if uses_own_runs else 3
+        self.title = f"patch {'+'.join(self.components)} ({mode})"
 
-    @property
-    def size(self) -> int:
-        """Number of cells."""
-        return sum(map(len, self.plan))
+    def batch(self, loop: SweepLoop, numbers: range) -> _PatchBatch:
+        """Record clean, corrupt and donor runs; cells go into the runs of the mode, or into donor runs."""
+        prompts = [loop.prompts[i] for i in numbers]
+        # equal prompts share a run, so that with a pair's own runs as donors nothing is run twice
+        ids = [row for i, p in zip(numbers, prompts, strict=True) for row in (p.clean, p.corrupt, self.donors[i])]
+        runs = loop.runner.record(ids, self.components)
+        base = loop.scored(numbers, prompts, runs[::3], runs[1::3])
+        donors = runs[2::3]
+        donor_scores = loop.score(donors, base.read).tolist()
+        if self.mode == "denoise":
+            into, unchanged = base.corrupt_runs, base.corrupt
+        else:
+            into, unchanged = base.clean_runs, base.clean
+        base.runs, base.read = [*into, *donors], base.read.rows(torch.arange(len(prompts)).repeat(2))
+        return _PatchBatch(**vars(base), donors=donors, donor_scores=donor_scores, unchanged=unchanged)
 
-    def run(self, chunk: range, rows: Rows, advance: Advance) -> None:
-        """Adds the rows of some pairs."""
-        here = [self.prompts[i] for i in chunk]
-        # equal prompts share a run, so that with a pair's own runs as sources nothing is run twice
-        ids = [row for i in chunk for row in (self.prompts[i].clean, self.prompts[i].corrupt, self.donors[i])]
-        runs = self.runner.record(ids, self.components)
-        clean, corrupt, source = runs[::3], runs[1::3], runs[2::3]
-        read = readout(here, [r.logits for r in clean])
-        scores = [score_runs(self.metric, base, read).tolist() for base in (clean, corrupt, source)]
-        tell_of_equal(self.metric, *scores[:2])
-        into, unchanged = (corrupt, scores[1]) if self.mode == "denoise" else (clean, scores[0])
-        asked = [(n, target) for n, i in enumerate(chunk) for target in self.plan[i]]
-        cells: list[Cell | None] = []
-        known: list[float] = []
-        for n, target in asked:
-            first = self._first(here[n], source[n], into[n])
-            cell = self._cell(n, target, here[n], source[n], into[n], first)
-            kept = unchanged
-            if cell is not None and (lead := self._takes_over(cell, first, source[n])):
-                cell, kept = _mirrored(lead, source[n], into[n], n + len(here)), scores[2]
-            cells.append(cell)
-            known.append(kept[n])
-        both = read.rows(torch.arange(len(here)).repeat(2))
-        values = evaluate_or_keep(self.runner, self.metric, [*into, *source], cells, known, both, advance)
-        for (n, target), value in zip(asked, values, strict=True):
-            rows.add(chunk[n], target.address, here[n], scores[0][n], scores[1][n], value)
+    def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
+        """Every target of every pair, in one group."""
+        assert isinstance(batch, _PatchBatch)
+        yield [self._row(batch, n, target) for n, i in enumerate(batch.numbers) for target in self.targets[i]]
 
-    def _first(self, prompt: Encoded, source: Run, into: Run) -> int:
-        """The first row in which the runs can differ.
+    def _row(self, batch: _PatchBatch, n: int, target: Target) -> CellRow:
+        prompt, donor, into = batch.prompts[n], batch.donors[n], batch.runs[n]
+        first = self._first_changed_row(prompt, donor, into)
+        cell = self._cell(n, target, prompt, donor, into, first)
+        if cell is not None and (lead := self._leading_write(cell, first, donor)):
+            mirrored = _mirrored(lead, donor, into, n + len(batch.prompts))
+            return CellRow(n, target.address, mirrored, batch.donor_scores[n])
+        return CellRow(n, target.address, cell, batch.unchanged[n])
 
-        Under causal attention an activation depends on tokens up to its own position only.
+    def _first_changed_row(self, prompt: Encoded, donor: Run, into: Run) -> int:
+        """Return the first row in which the two runs can differ.
+
+        Under causal attention an activation depends only on the tokens up to its own position.
         """
         if not self.runner.fast:
             return 0
-        return prompt.first_difference if self.own else _first_difference(source, into)
+        return prompt.first_difference if self.uses_own_runs else _first_difference(donor, into)
 
-    def _cell(self, number: int, target: Target, prompt: Encoded, source: Run, into: Run, first: int) -> Cell | None:
-        """The cell that writes ``source``'s activations into run ``into``; None if they are the same there."""
+    def _cell(self, number: int, target: Target, prompt: Encoded, donor: Run, into: Run, first: int) -> Cell | None:
+        """Return the cell that writes ``donor``'s activations into run ``into``; None if they are equal there."""
         writes = []
         for site in target.sites:
             start, stop = rows_of(site, prompt)
             start = max(start, first)
             if start < stop:
-                writes.append(Write(site, start, stop, source.value(site, start, stop)))
-        changing = any(differs(w, into) for w in writes) if self.runner.fast else writes
-        return Cell(number, tuple(writes)) if changing else None
+                writes.append(Write(site, start, stop, donor.value(site, start, stop)))
+        is_changing = any(differs(w, into) for w in writes) if self.runner.fast else bool(writes)
+        return Cell(number, tuple(writes)) if is_changing else None
 
-    def _takes_over(self, cell: Cell, first: int, run: Run) -> Write | None:
-        """The write by which all rows up to some position become those of the run that values come from, if one does.
+    def _leading_write(self, cell: Cell, first: int, donor: Run) -> Write | None:
+        """Return the write after which all rows up to its last equal the donor run's; None if there is none.
 
-        It sets their residual stream from ``first`` on, before which the runs are the same; further writes, all of
-        these rows later on, then find what they would set.
+        It sets the residual stream from row ``first`` on, before which the two runs are equal. Further writes to these
+        rows in later layers then find the values that they would set.
         """
-        if not self.runner.fast or self.runner.cannot_reach_logits([run], replace(cell, run=0)):
+        if not self.runner.fast or self.runner.cannot_reach_logits([donor], replace(cell, run=0)):
             return None
         lead = min(cell.writes, key=lambda w: (w.site.layer or 0, _depth(w)))
-        taken = all(_depth(w) >= 0 and w.start <= first and w.stop <= lead.stop for w in cell.writes)
-        return lead if taken else None
+        is_covered = all(_depth(w) >= 0 and w.start <= first and w.stop <= lead.stop for w in cell.writes)
+        return lead if is_covered else None
 
 
 def _depth(write: Write) -> int:
-    """Where in a block a write sets the residual stream; -1 if it does not."""
+    """Return where in a block a write sets the residual stream; -1 if it does not."""
     return STREAM.index(write.site.component) if write.site.component in STREAM else -1
 
 
-def _mirrored(write: Write, source: Run, into: Run, number: int) -> Cell | None:
-    """The cell of a write that takes over, seen from run ``source``, whose number is given; None if it is that run.
+def _mirrored(write: Write, donor: Run, into: Run, number: int) -> Cell | None:
+    """Return the same intervention as a cell of the ``donor`` run (run ``number``); None if it equals that run.
 
-    What the rows before ``write.stop`` do from there on, they do in ``source``; changed in it are the rows after them,
-    to those of ``into``: fewer to run.
+    From the write on, the rows before ``write.stop`` compute what they compute in ``donor``. So it is enough to change
+    the rows after it to those of ``into``: fewer rows to run.
     """
-    start, stop = write.stop, len(source)
+    start, stop = write.stop, len(donor)
     if start == stop:
         return None
     other = Write(write.site, start, stop, into.value(write.site, start, stop))
-    return Cell(number, (other,)) if differs(other, source) else None
+    return Cell(number, (other,)) if differs(other, donor) else None
 
 
-def _donors(
+def _donor_ids(
     prompts: Sequence[Encoded], sources: Sequence[PromptPair] | None, model: Model, mode: Mode
 ) -> list[tuple[int, ...]]:
-    """Token ids of the runs that activations are taken from, one per pair."""
+    """Return the token ids of the runs that activations are taken from, one per pair."""
     if sources is None:
         encoded = list(prompts)
     else:
@@ -210,11 +213,12 @@ def _donors(
     return donors
 
 
-def _first_difference(source: Run, into: Run) -> int:
-    """The first row in which two runs can differ: before it their prompts are the same."""
-    alike = getattr(source.ids, "digest", None) == getattr(into.ids, "digest", None)  # what is read beside the tokens
-    return first_difference(source.ids, into.ids) if alike else 0
+def _first_difference(donor: Run, into: Run) -> int:
+    """Return the first row in which two runs can differ: before it their prompts are the same."""
+    # images and other inputs besides the tokens have a digest
+    is_same_input = getattr(donor.ids, "digest", None) == getattr(into.ids, "digest", None)
+    return first_difference(donor.ids, into.ids) if is_same_input else 0
 
 
-def _members(targets: Sequence[Target]) -> dict[str, list[str]]:
+def _group_members(targets: Sequence[Target]) -> dict[str, list[str]]:
     return {str(t.address): [str(s) for s in t.sites] for t in targets if not isinstance(t.address, Site)}

@@ -4,9 +4,9 @@ Wang et al. 2022, "Interpretability in the wild" (MLPs recomputed along the path
 "Localizing model behavior with path patching" (the direct edge: everything else frozen). An edge runs from a sender,
 whose output is added to the residual stream, to a receiver, which reads it:
 
-1. the sender's activation is taken from the other run; every attention output is frozen at the base run's, and MLPs
-   are frozen (``mlps="frozen"``) or recomputed (``mlps="recomputed"``);
-2. what the receiver would read then is written into the base run, in which everything downstream is recomputed.
+1. the sender's activation is taken from the other run; every attention output is frozen at the base run's value, and
+   MLPs are frozen (``mlps="frozen"``) or recomputed (``mlps="recomputed"``);
+2. what the receiver would then read is written into the base run, in which everything downstream is recomputed.
 """
 
 from __future__ import annotations
@@ -23,29 +23,18 @@ from interp.engine.block_probe import Probe
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError, SiteError
-from interp.metrics import Metric, MetricFn, as_metric, logit_diff
+from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, PromptPair, encode_pairs
+from interp.prompts.pairs import Encoded, PromptPair
+from interp.recipes.choices import LOGITS, MODES, PATH_ABLATIONS, PATH_MLPS
 from interp.recipes.mean_activations import Means
-from interp.recipes.sweep_loop import (
-    Rows,
-    asked_of,
-    check_metric,
-    chunks,
-    evaluate_or_keep,
-    provenance_of,
-    readout,
-    score_runs,
-    tell_of_equal,
-)
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
 from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
 from interp.sites import COMPONENTS, EACH, Edge, Site, Sites
-from interp.utils.progress import Advance, progress
 
 SENDERS = ("z", "attn_out", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_out", "resid_post")
-LOGITS = "logits"
 
 
 def path_patch(
@@ -61,98 +50,118 @@ def path_patch(
     *,
     using: Literal["patch", "zero", "mean"] = "patch",
     memory: int | str | None = None,
+    part: Part = WHOLE_SET,
 ) -> Effects:
-    """The effect of every path from a sender to a later receiver, one at a time.
+    """Measure the effect of every path from a sender to a later receiver, one path at a time.
+
+        interp.path_patch(model, pairs, model.sites("z"))                                   # heads to logits
+        interp.path_patch(model, pairs, model.sites("z"), model.sites("q", layers=[9]))     # heads to queries
+        interp.path_patch(model, pairs, "z.L5H5", ["k.L6H0", "logits"], mlps="recomputed")
 
     ``senders``: sites of z (a head), attn_out or mlp_out. ``receivers``: sites of q, k, v (a head's query, key or
     value; k and v per KV head), mlp_out (the input of that MLP), or ``"logits"`` (the final residual stream, which is
     resid_post of the last layer). Positions of both restrict where the path starts and ends ("each": all at once).
     Pairs of sites in which the receiver cannot read the sender are left out. ``mode="noise"`` (as published) sends the
-    corrupt activation within the clean run, ``"denoise"`` the clean one within the corrupt run. ``mlps``: see this
-    module's first lines. ``using="zero"`` or ``"mean"`` ablates the edge in place of patching it: the sender sends 0,
-    or its mean over all tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
+    corrupt activation within the clean run, ``"denoise"`` the clean one within the corrupt run. ``mlps``: see the first
+    lines of this module. ``using="zero"`` or ``"mean"`` ablates the edge instead of patching it: the sender sends 0, or
+    its mean over all tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
 
-    Returns one row per (pair, edge): the receiver's site, and the ``sender``. Raises SiteError, PromptError or
-    InterpError for bad input, before the sweep, and where the model cannot be run packed.
+    Returns one row per (pair, edge): the receiver's site, and the ``sender``. ``part``: for `interp.sweep`. Raises
+    SiteError, PromptError or InterpError for bad input, before the sweep, and where the model cannot be run packed.
     """
-    if mode not in ("noise", "denoise") or mlps not in ("frozen", "recomputed"):
+    if mode not in MODES or mlps not in PATH_MLPS:
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
-    if using not in ("patch", "zero", "mean") or (using != "patch" and mode != "noise"):
+    if using not in PATH_ABLATIONS or (using != "patch" and mode != "noise"):
         raise InterpError(f"using={using!r}, mode={mode!r}: 'patch', or 'zero' or 'mean' with mode='noise' expected")
-    listed = asked_of(model, pairs)
-    metric, senders, receivers = as_metric(metric), _whole(as_sites(senders)), _receivers(model, receivers)
-    prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts, model)
-    runner = Engine(model, engine, memory)
-    edges = _edges(runner, senders, receivers)
-    for prompt in prompts:
-        for site in senders | receivers:
+    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
+    sender_sites, receiver_sites = _at_all_positions(as_sites(senders)), _receivers(model, receivers)
+    edges = _edges(loop.runner, sender_sites, receiver_sites)
+    for prompt in loop.prompts:
+        for site in sender_sites | receiver_sites:
             rows_of(site, prompt)
-    sweep = _Sweep(runner, metric, edges, mode, mlps == "recomputed", _Ablated(runner, prompts, senders, using))
-    rows = Rows(("path" if using == "patch" else f"ablate {using}, path") + f", MLPs {mlps}", mode, metric)
-    with progress(f"path patching ({mode})", len(edges) * len(prompts), show_progress) as advance:
-        for i, prompt in enumerate(prompts):
-            for _ in chunks([prompt], runner, sweep.kept, runs_per_example=3):
-                sweep.run(i, prompt, rows, advance)
-    recipe = {"mlps": mlps, "sent": using, "engine": runner.describe(), **provenance_of(pairs)}
-    return rows.effects(model, listed, **recipe)
+    sent = _SentActivations(loop.runner, loop.prompts, sender_sites, using)
+    cells = _PathCells(loop, edges, mode, mlps == "recomputed", sent)
+    intervention = ("path" if using == "patch" else f"ablate {using}, path") + f", MLPs {mlps}"
+    return loop.run(cells, intervention, mode, mlps=mlps, sent=using)
 
 
-class _Sweep:
-    """The cells of every edge in a pair. ``recompute``: MLPs on the way; ``sent``: what senders send."""
+class _PathCells(CellSource):
+    """The cells of every edge in every pair. ``recompute``: whether MLPs on the way are recomputed."""
 
-    def __init__(
-        self, runner: Engine, metric: Metric, edges: Sequence[Edge], mode: str, recompute: bool, sent: _Ablated
-    ):
-        self.runner, self.metric, self.edges, self.mode, self.sent = runner, metric, edges, mode, sent
-        hooks = runner.model.bridge.hook_dict
-        self.kept = [c for c in SENDERS if COMPONENTS[c].hook.format(layer=0) in hooks]  # some models have no MLPs
-        self.recompute = recompute and "mlp_out" in self.kept
+    one_at_a_time = True
+    runs_per_example = 3
 
-    def run(self, number: int, prompt: Encoded, rows: Rows, advance: Advance) -> None:
-        """Adds the rows of one pair. Raises InterpError where the model cannot be run packed."""
-        runner, metric = self.runner, self.metric
-        clean, corrupt = runner.record([prompt.clean, prompt.corrupt], self.kept, keep_kv=True)
-        if why := runner.unpackable():  # what receivers would read is computed block by block, on either engine
+    def __init__(self, loop: SweepLoop, edges: Sequence[Edge], mode: str, recompute: bool, sent: _SentActivations):
+        self.runner, self.edges, self.mode, self.sent = loop.runner, edges, mode, sent
+        hooks = loop.model.bridge.hook_dict
+        # some models have no MLPs
+        self.components = [c for c in SENDERS if COMPONENTS[c].hook.format(layer=0) in hooks]
+        self.recompute = recompute and "mlp_out" in self.components
+        self.title = f"path patching ({mode})"
+        self.size = len(edges) * len(loop.prompts)
+
+    def batch(self, loop: SweepLoop, numbers: range) -> Batch:
+        """Clean and corrupt run of one pair. Raises InterpError where the model cannot be run packed."""
+        prompts = [loop.prompts[i] for i in numbers]
+        ids = [row for p in prompts for row in (p.clean, p.corrupt)]
+        clean, corrupt = loop.runner.record(ids, self.components, keep_kv=True)
+        if why := loop.runner.unpackable():  # what receivers would read is computed block by block, on either engine
             raise InterpError(f"path patching needs blocks that can be run packed, and this model's cannot: {why}")
-        base, source = (clean, self.sent(corrupt)) if self.mode == "noise" else (corrupt, clean)
-        read = readout([prompt], [clean.logits])
-        known = [float(score_runs(metric, [r], read)[0]) for r in (clean, corrupt, base)]
-        tell_of_equal(metric, known[:1], known[1:2])
+        batch = loop.scored(numbers, prompts, [clean], [corrupt])
+        batch.runs = [clean if self.mode == "noise" else corrupt]
+        return batch
+
+    def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
+        """The cells of all edges, some senders at a time."""
+        (prompt,), (clean,), (corrupt,), (base,) = batch.prompts, batch.clean_runs, batch.corrupt_runs, batch.runs
+        source, (unchanged,) = (self.sent(corrupt), batch.clean) if self.mode == "noise" else (clean, batch.corrupt)
         start = prompt.first_difference if self.sent.using == "patch" else 0
-        probe = Probe(runner.model, runner.frame, base, start)
-        for found in _cells(probe, source, prompt, self.recompute, self.edges, runner.rows_per_batch):
-            cells = [cell for _, cell in found]
-            values = evaluate_or_keep(runner, metric, [base], cells, [known[2]] * len(cells), read, advance)
-            for (edge, _), value in zip(found, values, strict=True):
-                rows.add(number, edge.receiver, prompt, known[0], known[1], value, sender=edge.sender)
+        probe = Probe(self.runner.model, self.runner.frame, base, start)
+        for cells in self._cells(probe, source, prompt):
+            yield [CellRow(0, edge.receiver, cell, unchanged, sender=edge.sender) for edge, cell in cells]
+
+    def _cells(self, probe: Probe, source: Run, prompt: Encoded) -> Iterator[list[tuple[Edge, Cell | None]]]:
+        """Yield the cells of all edges, for as many senders at a time as fit into one batch of the engine."""
+        if probe.start == len(prompt):  # the prompts are equal
+            yield [(e, None) for e in self.edges]
+            return
+        probe.check_sums()
+        senders = list(dict.fromkeys(e.sender for e in self.edges))
+        step = max(1, self.runner.rows_per_batch // (len(prompt) - probe.start))
+        for first in range(0, len(senders), step):
+            group = set(senders[first : first + step])
+            paths = _Paths(probe, source, prompt, self.recompute)
+            yield from paths.cells([e for e in self.edges if e.sender in group])
 
 
 def _receivers(model: Model, receivers: Iterable[Site | str] | Site | str) -> Sites:
     final = Site("resid_post", model.n_layers - 1)
     if isinstance(receivers, Site | str):
         receivers = [receivers]
-    return _whole(as_sites([final if r == LOGITS else r for r in receivers]))
+    return _at_all_positions(as_sites([final if r == LOGITS else r for r in receivers]))
 
 
-def _whole(sites: Sites) -> Sites:
-    """All positions at once where each was meant: a path is an edge between components."""
+def _at_all_positions(sites: Sites) -> Sites:
+    """Return the sites with ``"each"`` read as all positions at once: a path is an edge between components."""
     return Sites(s.at(None) if s.position == EACH else s for s in sites)
 
 
 def _edges(runner: Engine, senders: Sites, receivers: Sites) -> list[Edge]:
-    """Every pair in which the receiver reads the sender. Raises SiteError for sites that cannot be one or the other."""
+    """Return every edge in which the receiver reads the sender.
+
+    Raises SiteError for sites that cannot be senders or receivers.
+    """
     runner.check_sites(senders)
     runner.check_sites(receivers)
     last = runner.model.n_layers - 1
     for sites, allowed, what in ((senders, SENDERS, "sender"), (receivers, RECEIVERS, "receiver")):
-        wrong = next((s for s in sites if s.component not in allowed), None)
-        if wrong is not None:
-            raise SiteError(f"{wrong} cannot be a {what} of a path: {', '.join(allowed)} can")
-    wrong = next((r for r in receivers if r.component == "resid_post" and r.layer != last), None)
-    if wrong is not None:
+        misplaced = next((s for s in sites if s.component not in allowed), None)
+        if misplaced is not None:
+            raise SiteError(f"{misplaced} cannot be a {what} of a path: {', '.join(allowed)} can")
+    misplaced = next((r for r in receivers if r.component == "resid_post" and r.layer != last), None)
+    if misplaced is not None:
         raise SiteError(
-            f"{wrong} is no receiver: of the residual stream, only resid_post of the last layer, the logits"
+            f"{misplaced} is no receiver: of the residual stream, only resid_post of the last layer, the logits"
         )
     parallel = "blocks.0.hook_resid_mid" not in runner.model.bridge.hook_dict  # MLPs read what attention reads
     edges = [Edge(s, r) for r in receivers for s in senders if _reads(r, s, parallel)]
@@ -170,34 +179,19 @@ def _reads(receiver: Site, sender: Site, parallel: bool) -> bool:
     return sender.layer < receiver.layer or (same_layer and sender.layer == receiver.layer)
 
 
-def _cells(
-    probe: Probe, source: Run, prompt: Encoded, recompute: bool, edges: Sequence[Edge], rows: int
-) -> Iterator[list[tuple[Edge, Cell | None]]]:
-    """The cells of all edges in one base run, some senders at a time: ``rows`` go through a block together."""
-    if probe.start == len(prompt):  # the prompts are the same
-        yield [(e, None) for e in edges]
-        return
-    probe.check_sums()
-    senders = list(dict.fromkeys(e.sender for e in edges))
-    step = max(1, rows // (len(prompt) - probe.start))
-    for first in range(0, len(senders), step):
-        some = set(senders[first : first + step])
-        yield from _Paths(probe, source, prompt, recompute).cells([e for e in edges if e.sender in some])
-
-
-class _Ablated:
-    """What senders send: the other run's activations, or zeros, or means over all clean prompts, in its place."""
+class _SentActivations:
+    """What senders send: the other run's activations, or zeros or means over all clean prompts instead."""
 
     def __init__(self, runner: Engine, prompts: Sequence[Encoded], senders: Sites, using: str):
         self.using = using
-        self.places = list(dict.fromkeys((s.component, s.layer) for s in senders))
+        self.addresses = list(dict.fromkeys((s.component, s.layer) for s in senders))
         self.means = Means(runner, [p.clean for p in prompts], senders, "mean") if using == "mean" else None
 
     def __call__(self, run: Run) -> Run:
         if self.using == "patch":
             return run
         acts = {component: dict(layers) for component, layers in run.acts.items()}
-        for component, layer in self.places:
+        for component, layer in self.addresses:
             old = acts[component][layer or 0]
             new = torch.zeros_like(old)
             if self.means is not None:
@@ -215,13 +209,13 @@ class _Paths:
         self.prompt, self.recompute = prompt, recompute
 
     def rows(self, edge: Edge) -> slice:
-        """Rows in which the receiver may read something else, counted from the probe's first."""
+        """Return the rows in which the receiver may read another value, counted from the probe's first."""
         (a, b), (c, d) = rows_of(edge.sender, self.prompt), rows_of(edge.receiver, self.prompt)
         start, stop = max(a, c, self.probe.start), min(b, d)
         return slice(start - self.probe.start, max(start, stop) - self.probe.start)
 
     def cells(self, edges: Sequence[Edge]) -> Iterator[list[tuple[Edge, Cell | None]]]:
-        """Cells by receiver layer; None for an edge that changes nothing."""
+        """Yield cells by receiver layer; None for an edge that changes nothing."""
         n_layers = self.probe.model.n_layers
         senders = list(dict.fromkeys(e.sender for e in edges))
         sent: dict[Site, Tensor] = {}  # what each sender has added to the residual stream so far [rows, d_model]
@@ -243,7 +237,7 @@ class _Paths:
     def _through(
         self, layer: int, into: Sequence[Edge], before: list[Site], sent: dict[Site, Tensor], added: dict[Site, Tensor]
     ) -> Iterator[list[tuple[Edge, Cell | None]]]:
-        """Edges into one layer; with MLPs recomputed, what its MLP makes of every sender is added to ``sent``."""
+        """Yield the cells of edges into one layer; with MLPs recomputed, add the MLP's response to ``sent``."""
         zero = torch.zeros_like(self.base.resid[0][self.probe.start :])
         group = before + list(added)
         delta = torch.stack([sent.get(s, zero) for s in group])
@@ -251,20 +245,19 @@ class _Paths:
         wanted = {e.receiver.component for e in into} | ({"mlp_out"} if self.recompute else set())
         read = self.probe.block(layer, delta, attention, wanted)
         number = {s: i for i, s in enumerate(group)}
-        found: list[tuple[Edge, Cell | None]] = []
+        cells: list[tuple[Edge, Cell | None]] = []
         for edge in into:
             values = read[edge.receiver.component][number[edge.sender]]
-            found.append(
-                (edge, self._cell(edge, values if edge.receiver.head is None else values[:, edge.receiver.head]))
-            )
-        if found:
-            yield found
+            of_receiver = values if edge.receiver.head is None else values[:, edge.receiver.head]
+            cells.append((edge, self._cell(edge, of_receiver)))
+        if cells:
+            yield cells
         if self.recompute:
             change = read["mlp_out"] - self.base.acts["mlp_out"][layer][self.probe.start :]
             sent |= {s: sent.get(s, zero) + change[i] for s, i in number.items()}
 
     def _attention(self, layer: int, senders: Sequence[Site]) -> dict[Site, Tensor]:
-        """By how much each sender changes its layer's attention output [rows, d_model]."""
+        """Return how much each sender changes its layer's attention output [rows, d_model]."""
         heads = [s for s in senders if s.component == "z"]
         out = {s: self._difference(s, "attn_out") for s in senders if s.component == "attn_out"}
         if heads:
@@ -279,7 +272,7 @@ class _Paths:
         return out
 
     def _difference(self, site: Site, component: str) -> Tensor:
-        """Source − base of an output that is added to the residual stream, 0 outside the site's rows."""
+        """Return source − base of an output that is added to the residual stream, 0 outside the site's rows."""
         assert site.layer is not None
         start, stop = rows_of(site, self.prompt)
         change = self.source.acts[component][site.layer] - self.base.acts[component][site.layer]

@@ -1,40 +1,29 @@
-"""All for one: can the last token do it alone, after others waited and it peeked at them for a few layers?
+"""All for One: can the last token compute the answer alone, after all tokens waited and it read them in few layers?
 
-"All for One" (arXiv 2509.09650): up to layer L_wait tokens only say what they are themselves: the residual stream
-leaving it is replaced by its context-aware mean (CAMA). Then attention-based peeking (ABP) masks attention before the
-softmax: every token reads itself and the first one alone, except that the last token reads all of them in the next
-``full`` layers ("full peek"), and afterwards no others either ("self peek"). What the model can still do, it does with
-one token's computation and ``full`` layers of transfer.
+"All for One" (arXiv 2509.09650): up to layer L_wait, tokens carry only their own information: the residual stream that
+leaves the layer is replaced by its context-aware mean (CAMA). Then attention-based peeking (ABP) masks attention before
+the softmax: every token reads only itself and the first token. The last token is the exception: it reads all tokens in
+the next ``full`` layers ("full peek"), and afterwards only itself and the first ("self peek"). What the model can still
+do, it does with one token's computation and ``full`` layers of transfer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from interp.engine import Cell, Cut, Engine, Write
+from interp.engine import Cell, Cut, Write
 from interp.engine.core import EngineKind
 from interp.engine.packed_forward import other_mixer
 from interp.errors import InterpError, SiteError
-from interp.metrics import Metric, MetricFn, as_metric, logit_diff
+from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, Prompt, PromptPair, encode_pairs
+from interp.prompts.pairs import Encoded, Prompt, PromptPair
 from interp.recipes.mean_activations import Means, check_support, listed_reference, means_of, reference_ids
-from interp.recipes.sweep_loop import (
-    Rows,
-    asked_of,
-    check_metric,
-    chunks,
-    evaluate,
-    provenance_of,
-    readout,
-    score_runs,
-    tell_of_equal,
-)
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
 from interp.results.effects import Effects
-from interp.sites import Site
-from interp.utils.progress import progress
+from interp.sites import Site, Sites
 from interp.utils.provenance import prompt_hash
 
 
@@ -50,68 +39,76 @@ def peek(
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
     memory: int | str | None = None,
+    part: Part = WHOLE_SET,
 ) -> Effects:
-    """The clean run with tokens waiting up to each layer of ``wait`` (default: all) and then peeking, one at a time.
+    """Run the clean prompt with tokens waiting up to each layer of ``wait`` (default: all) and then peeking.
 
-    ``full``: layers after it in which the last token reads all others; 0: none. ``context="mean"`` takes away, at
-    resid_post of the layer, what tokens had read of each other so far (CAMA, over ``reference`` prompts of the same
-    template, default the clean prompts, as in `interp.ablate`); ``"keep"`` leaves the residual stream, and only
-    attention is masked.
+        effects = interp.peek(model, pairs, full=2)
+        1 - effects.summary(by="layer")["effect"]      # faithfulness, by the layer up to which tokens wait
+
+    ``full``: number of layers after the waiting layer in which the last token reads all others; 0: none.
+    ``context="mean"`` removes, at resid_post of the layer, what tokens had read of each other so far (CAMA, over
+    ``reference`` prompts of the same template, default the clean prompts, as in `interp.ablate`); ``"keep"`` leaves the
+    residual stream unchanged, and only attention is masked.
 
     One row per (pair, layer): ``effect`` on the noising scale, 0 where nothing is lost, so that 1 − effect is the
-    subgraph's faithfulness; ``raw`` is patched − clean. Raises SiteError, PromptError or InterpError for bad input,
-    before the sweep.
+    subgraph's faithfulness; ``raw`` is patched − clean. ``part``: for `interp.sweep`. Raises SiteError, PromptError or
+    InterpError for bad input, before the sweep.
     """
     if isinstance(full, bool) or not isinstance(full, int) or full < 0 or context not in ("mean", "keep"):
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
-    listed = asked_of(model, pairs)
-    metric = as_metric(metric)
-    prompts = encode_pairs(listed, model.coder)
-    check_metric(metric, prompts, model)
+    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
     if len(model.attention_layers) < model.n_layers or any(map(partial(other_mixer, model), range(model.n_layers))):
         raise SiteError(
-            f"{model.name} carries something from token to token beside softmax attention, which no mask of attention "
-            "stops: tokens would not wait"
+            f"{model.name} passes information from token to token by other means than softmax attention, which no mask "
+            "of attention stops: tokens would not wait"
         )
     sites = model.sites("resid_post", layers=wait, positions="all")
-    runner = Engine(model, engine, memory)
-    runner.check_sites(sites)
-    given = listed_reference(reference)
-    known = reference_ids(given, prompts, model.coder)
+    loop.runner.check_sites(sites)
+    reference_prompts = listed_reference(reference)
     means = None
     if context == "mean":
-        check_support("cama", prompts, known, sites)
-        means = means_of(runner, known, sites, "cama")
-    rows = Rows(f"all for one, full peek of {full} layers", "noise", metric)
-    with progress(rows.intervention, len(sites) * len(prompts), show_progress) as advance:
-        for chunk in chunks(prompts, runner, [], runs_per_example=2):
-            here = [prompts[i] for i in chunk]
-            both = runner.record([ids for p in here for ids in (p.clean, p.corrupt)])
-            clean, corrupt = both[::2], both[1::2]
-            read = readout(here, [r.logits for r in clean])
-            scores = [score_runs(metric, runs, read).tolist() for runs in (clean, corrupt)]
-            tell_of_equal(metric, *scores)
-            asked = [(n, site) for n in range(len(here)) for site in sites]
-            cells = [_cell(n, site, here[n], means, full, model.n_layers) for n, site in asked]
-            advance(runner.count_answered(sum(c is None for c in cells)))
-            values = iter(evaluate(runner, metric, clean, [c for c in cells if c], read, advance).tolist())
-            for (n, site), cell in zip(asked, cells, strict=True):
-                value = scores[0][n] if cell is None else next(values)
-                rows.add(chunk[n], site, here[n], scores[0][n], scores[1][n], value)
-    context_words = "context-aware mean, then " if context == "mean" else ""
-    recipe = {"full_peek": full, "context": context, "ablation": f"{context_words}masked attention"}
-    if given is not None:
-        recipe |= {"reference": prompt_hash(given), "n_reference": len(given)}
-    return rows.effects(model, listed, engine=runner.describe(), **recipe, **provenance_of(pairs))
+        ids = reference_ids(reference_prompts, loop.prompts, model.coder)
+        check_support("cama", loop.prompts, ids, sites)
+        means = means_of(loop.runner, ids, sites, "cama", part.means)
+    else:
+        reference_ids(reference_prompts, loop.prompts, model.coder)  # raises for prompts that cannot be encoded
+    ablation = "context-aware mean, then masked attention" if context == "mean" else "masked attention"
+    recipe: dict[str, Any] = {"full_peek": full, "context": context, "ablation": ablation}
+    if reference_prompts is not None:
+        recipe |= {"reference": prompt_hash(reference_prompts), "n_reference": len(reference_prompts)}
+    cells = _PeekCells(f"all for one, full peek of {full} layers", loop, sites, means, full)
+    return loop.run(cells, cells.title, "noise", **recipe)
 
 
-def _cell(run: int, site: Site, prompt: Encoded, means: Means | None, full: int, n_layers: int) -> Cell | None:
-    """The waiting tokens' residual and the masks of all later layers; None if nothing is changed."""
-    assert site.layer is not None
-    n = len(prompt)
-    writes = () if means is None else (Write(site, 0, n, means.value(site, prompt.clean, 0, n)),)
-    cuts: list[Cut] = []
-    for layer in range(site.layer + 1, n_layers):
-        last = n - 1 if layer <= site.layer + full else n  # the last token's own row is masked after its full peek
-        cuts += [Cut(layer, row, row + 1, (1, row)) for row in range(2, last)]
-    return Cell(run, writes, tuple(cuts)) if writes or cuts else None
+class _PeekCells(CellSource):
+    """One cell per pair and layer up to which tokens wait."""
+
+    def __init__(self, title: str, loop: SweepLoop, sites: Sites, means: Means | None, full: int):
+        self.title, self.sites, self.means, self.full = title, sites, means, full
+        self.n_layers = loop.model.n_layers
+        self.size = len(sites) * len(loop.prompts)
+
+    def batch(self, loop: SweepLoop, numbers: range) -> Batch:
+        """Clean and corrupt runs."""
+        return loop.record_pairs(numbers)
+
+    def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
+        """Every layer of every pair, in one group."""
+        yield [
+            CellRow(n, site, self._cell(n, site, prompt), batch.clean[n])
+            for n, prompt in enumerate(batch.prompts)
+            for site in self.sites
+        ]
+
+    def _cell(self, run: int, site: Site, prompt: Encoded) -> Cell | None:
+        """Return the waiting tokens' residual stream and the masks of all later layers; None if nothing changes."""
+        assert site.layer is not None
+        n = len(prompt)
+        writes = () if self.means is None else (Write(site, 0, n, self.means.value(site, prompt.clean, 0, n)),)
+        cuts: list[Cut] = []
+        for layer in range(site.layer + 1, self.n_layers):
+            # the row of the last token is masked after its full peek
+            stop = n - 1 if layer <= site.layer + self.full else n
+            cuts += [Cut(layer, row, row + 1, (1, row)) for row in range(2, stop)]
+        return Cell(run, writes, tuple(cuts)) if writes or cuts else None

@@ -1,257 +1,266 @@
-"""What the recipes share: encode and check inputs, cut examples into chunks, turn scores into Effects rows."""
+"""The loop that every recipe shares: record → read out → score → cells → evaluate → rows.
+
+A recipe is a `CellSource`: which base runs it records, and which cells it enumerates in them. `SweepLoop` checks what
+every recipe takes, cuts the examples into batches that fit into memory, and makes Effects of the metric of every cell.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import pandas as pd
 import torch
 
-from interp import engine
-from interp.engine.cells import rows_of
-from interp.errors import InterpError, ModelError, PromptError
-from interp.metrics import METRICS, Metric, Readout, recovery
+from interp.engine import Cell, Engine, Run
+from interp.engine.core import EngineKind
+from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, PairSet, listed_prompts
+from interp.prompts.pairs import Encoded, encode_any, encode_pairs
+from interp.recipes.inputs import as_prompts, check_metric, provenance_of
+from interp.recipes.rows import EffectRows
+from interp.recipes.scoring import evaluate_or_keep, readout, rounding_of, score_runs, warn_if_no_gap
 from interp.recipes.targets import Address
-from interp.results.effects import COLUMNS, Effects
-from interp.sites import EACH, Site, Sites
-from interp.utils.progress import Advance
-from interp.utils.provenance import now, prompt_hash
-
-log = logging.getLogger("interp")
+from interp.results.effects import Effects
+from interp.sites import Site
+from interp.utils.progress import Advance, progress
 
 RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
 
-# Set by `interp.sweep`, which cuts a recipe's examples into parts; both leave a recipe's numbers as they are.
-EXAMPLES: ContextVar[range | None] = ContextVar("examples", default=None)  # which to run, of a set seen as a whole
-KEEP_NAN: ContextVar[bool] = ContextVar("keep_nan", default=False)  # rows of NaN are marked later, in place of refused
 
+@dataclass(frozen=True)
+class Part:
+    """How `interp.sweep` runs a part of a set of examples. The numbers of an example do not depend on it.
 
-def asked_of(model: Model, prompts: Any) -> list[Any]:
-    """The prompts as a list. Raises InterpError for what is no model, PromptError for what is no prompts."""
-    if not isinstance(model, Model):
-        raise InterpError(f"a model expected, e.g. interp.load('smollm2'), got {model!r:.80}")
-    return listed_prompts(prompts)
-
-
-def provenance_of(items: Any) -> dict[str, Any]:
-    """Task name and seed of a PairSet; nothing for a plain list."""
-    return {"task": items.task, "seed": items.seed} if isinstance(items, PairSet) else {}
-
-
-def check_seed(seed: object) -> None:
-    """Refuse what is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
-
-
-def resolve(sites: Sites, prompt: Encoded) -> Iterator[Site]:
-    """The sites with ``"each"`` spelled out for one prompt; PromptError if a position is not in it."""
-    for site in sites:
-        if site.position == EACH:
-            yield from (site.at(i) for i in range(len(prompt)))
-        else:
-            rows_of(site, prompt)
-            yield site
-
-
-def chosen(n: int) -> range:
-    """The examples that are to be run, of ``n``: all, unless `EXAMPLES` says some."""
-    return range(n) if (some := EXAMPLES.get()) is None else some
-
-
-def check_metric(metric: Metric, prompts: Sequence[Encoded], model: Model) -> None:
-    """Refuse, before any forward, a metric that needs foils when some pair has none, or words of a model without any.
-
-    A metric of one's own may read the hidden states of a model without a head.
+    ``examples``: which to run, of a set whose means, donors and noise depend on all of it (None: all).
+    ``keep_nan``: return rows whose metric is NaN, where a recipe would raise InterpError.  ``means``: mean activations
+    computed for earlier parts, to be used again.
     """
-    if model.headless and METRICS.get(metric.name) is metric:
-        raise InterpError(
-            f"{model.name} has no language-model head and ends in hidden states, and metric {metric.name!r} reads "
-            "logits of words: load the model with its head, or give a metric of your own"
-        )
-    missing = [i for i, p in enumerate(prompts) if metric.needs_foil and p.foil is None]
-    if missing:
-        raise PromptError(
-            f"metric {metric.name!r} needs a foil, and pair {missing[0]} has none: give PromptPair(foil=…), "
-            "or use metric=interp.logprob"
-        )
+
+    examples: range | None = None
+    keep_nan: bool = False
+    means: dict[Any, Any] | None = None
+
+    def selected(self, n: int) -> range:
+        """Return the numbers of the examples to run, of ``n``."""
+        return range(n) if self.examples is None else self.examples
 
 
-def chunks(
-    prompts: Sequence[Encoded], runner: engine.Engine, components: Sequence[str], runs_per_example: int
+WHOLE_SET = Part()
+
+
+@dataclass(frozen=True)
+class CellRow:
+    """One row of the result: the address it is filed under, and the cell whose metric it reports.
+
+    ``index``: of the example in its batch.  ``cell``: None if nothing would change; the row then reports ``unchanged``.
+    """
+
+    index: int
+    address: Site | Address
+    cell: Cell | None
+    unchanged: float = float("nan")
+    sender: Site | None = None
+
+
+@dataclass
+class Batch:
+    """Base runs of some examples, and their scores.
+
+    ``runs``: the runs that cells change; row i of ``read`` belongs to run i.  ``clean`` and ``corrupt``: the metric by
+    example (NaN where there is no corrupt run).  ``no_gap``: whether the two are the same within rounding.
+    """
+
+    numbers: range
+    prompts: list[Encoded]
+    clean_runs: list[Run]
+    corrupt_runs: list[Run]
+    runs: list[Run]
+    read: Readout
+    clean: list[float]
+    corrupt: list[float]
+    no_gap: list[bool]
+
+
+class CellSource:
+    """What a recipe adds to the loop. ``size``: number of cells, for the progress bar."""
+
+    title: str
+    size: int
+    components: Sequence[str] = ()  # whose activations base runs keep
+    runs_per_example: int = 2
+    one_at_a_time: bool = False  # a batch holds one example
+    samples: int = 1  # cells of an example come in so many equal lists, whose values are averaged
+
+    def batch(self, loop: SweepLoop, numbers: range) -> Batch:
+        """Record and score the base runs of some examples."""
+        raise NotImplementedError
+
+    def rows(self, batch: Batch) -> Iterable[list[CellRow]]:
+        """Yield the rows of a batch, in groups that are evaluated together."""
+        raise NotImplementedError
+
+    def evaluate(self, loop: SweepLoop, batch: Batch, rows: Sequence[CellRow], advance: Advance) -> list[float]:
+        """Return the metric of every row's cell."""
+        cells, unchanged = [row.cell for row in rows], [row.unchanged for row in rows]
+        return evaluate_or_keep(loop.runner, loop.metric, batch.runs, cells, unchanged, batch.read, advance)
+
+
+@dataclass
+class SweepLoop:
+    """The inputs of one call of a recipe, checked and encoded; `run` does the work.
+
+    ``takes_facts``: prompts may be Facts, which have no corrupt prompt.  Raises InterpError or PromptError for a model,
+    prompts, a metric or a ``memory`` that cannot be used, before any forward.
+    """
+
+    model: Model
+    given_prompts: Any
+    metric_like: Metric | MetricFn | str
+    engine: EngineKind = "auto"
+    memory: int | str | None = None
+    part: Part = WHOLE_SET
+    show_progress: bool | None = None
+    takes_facts: bool = False
+    items: list[Any] = field(init=False)
+    metric: Metric = field(init=False)
+    prompts: list[Encoded] = field(init=False)
+    has_pairs: bool = field(init=False, default=True)
+    runner: Engine = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.items = as_prompts(self.model, self.given_prompts)
+        self.metric = as_metric(self.metric_like)
+        if self.takes_facts:
+            self.prompts, self.has_pairs = encode_any(self.items, self.model.coder)
+        else:
+            self.prompts = encode_pairs(self.items, self.model.coder)
+        check_metric(self.metric, self.prompts, self.model)
+        self.runner = Engine(self.model, self.engine, self.memory)
+
+    @property
+    def selected(self) -> range:
+        """Numbers of the examples to run."""
+        return self.part.selected(len(self.prompts))
+
+    def record_pairs(self, numbers: range, components: Sequence[str] = ()) -> Batch:
+        """Record clean and corrupt runs of some pairs in one go; cells go into the clean runs."""
+        prompts = [self.prompts[i] for i in numbers]
+        runs = self.runner.record([ids for p in prompts for ids in (p.clean, p.corrupt)], components)
+        return self.scored(numbers, prompts, runs[::2], runs[1::2])
+
+    def record_clean_first(self, numbers: range, components: Sequence[str] = ()) -> Batch:
+        """Record the clean runs of some prompts, then the corrupt ones if they are pairs; cells go into the clean runs.
+
+        ``components``: what the clean runs keep.
+        """
+        prompts = [self.prompts[i] for i in numbers]
+        clean = self.runner.record([p.clean for p in prompts], components)
+        read = readout(prompts, [r.logits for r in clean])
+        scores = self.score(clean, read)
+        corrupt = self.runner.record([p.corrupt for p in prompts]) if self.has_pairs else []
+        return self._batch(numbers, prompts, clean, corrupt, read, scores)
+
+    def scored(self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run]) -> Batch:
+        """Score recorded runs; warn about pairs whose two runs score the same."""
+        read = readout(prompts, [r.logits for r in clean])
+        return self._batch(numbers, prompts, clean, corrupt, read, self.score(clean, read))
+
+    def _batch(
+        self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run], read: Readout,
+        scores: torch.Tensor,
+    ) -> Batch:  # fmt: skip
+        corrupt_scores, no_gap = torch.full_like(scores, torch.nan), [False] * len(prompts)
+        if corrupt:
+            corrupt_scores = self.score(corrupt, read)
+            no_gap = self.have_no_gap(scores, corrupt_scores, [(clean, read), (corrupt, read)])
+            no_gap = [same or p.clean == p.corrupt for same, p in zip(no_gap, prompts, strict=True)]
+            if not self.part.keep_nan:
+                warn_if_no_gap(self.metric, no_gap)
+        return Batch(numbers, prompts, clean, corrupt, clean, read, scores.tolist(), corrupt_scores.tolist(), no_gap)
+
+    def have_no_gap(
+        self, clean: torch.Tensor, corrupt: torch.Tensor, runs: Sequence[tuple[Sequence[Run], Readout]]
+    ) -> list[bool]:
+        """Return for each example whether its clean and corrupt scores are the same within rounding.
+
+        ``runs``: the runs that were scored, one list for each score, whose logits say how far rounding can go.
+        """
+        bounds = torch.stack(
+            [rounding_of(self.metric, scored_runs, read, self.model.dtype) for scored_runs, read in runs]
+        )
+        return ((clean - corrupt).abs() <= bounds.amax(0)).tolist()
+
+    def score(self, runs: Sequence[Run], read: Readout) -> torch.Tensor:
+        """Return the metric of base runs, float64 [runs]; InterpError if it is NaN, unless the part keeps NaN."""
+        return score_runs(self.metric, runs, read, self.part.keep_nan)
+
+    def run(self, source: CellSource, intervention: str, mode: str, **recipe: Any) -> Effects:
+        """Run every cell of a recipe and return its Effects.
+
+        ``recipe``: what the provenance says besides model, prompts, metric and engine.
+        """
+        table = EffectRows(intervention, mode, self.metric)
+        with progress(source.title, source.size, self.show_progress) as advance:
+            for numbers in self._batches(source):
+                batch = source.batch(self, numbers)
+                for rows in source.rows(batch):
+                    values = source.evaluate(self, batch, rows, advance)
+                    for row, value in _averaged(rows, values, source.samples):
+                        number, prompt = batch.numbers[row.index], batch.prompts[row.index]
+                        clean, corrupt = batch.clean[row.index], batch.corrupt[row.index]
+                        no_gap = batch.no_gap[row.index]
+                        table.add(number, row.address, prompt, clean, corrupt, value, row.sender, no_gap)
+        return table.effects(
+            self.model, self.items, keep_nan=self.part.keep_nan, engine=self.runner.describe(), **recipe,
+            **provenance_of(self.given_prompts),
+        )  # fmt: skip
+
+    def _batches(self, source: CellSource) -> Iterator[range]:
+        if not source.one_at_a_time:
+            yield from batches(self.prompts, self.selected, self.runner, source.components, source.runs_per_example)
+            return
+        for i in self.selected:
+            for _ in batches([self.prompts[i]], range(1), self.runner, source.components, source.runs_per_example):
+                yield range(i, i + 1)
+
+
+def batches(
+    prompts: Sequence[Encoded], selected: range, runner: Engine, components: Sequence[str], runs_per_example: int
 ) -> Iterator[range]:
-    """Consecutive examples whose base runs fit in `RUN_BYTES` together, or in half of the engine's budget if less.
+    """Yield ranges of examples whose base runs fit into `RUN_BYTES` together, or into half of the engine's budget.
 
-    Only `chosen` ones. Cuts the engine's batches to what is left of the budget. Raises InterpError, before anything is
-    run, if not one cell fits beside the base runs of one example.
+    Cuts the engine's batches of cells to what is left of the budget. Raises InterpError, before anything is run, if not
+    one cell fits next to the base runs of one example.
     """
     budget = runner.budget
     held = [runs_per_example * budget.run(len(p), components) for p in prompts]
     # while it is recorded, a run needs a forward's rows too
     sizes = [h + runs_per_example * budget.row * len(p) for h, p in zip(held, prompts, strict=True)]
     limit = RUN_BYTES if budget.limit is None else min(RUN_BYTES, budget.limit / 2)
-    for size, own, prompt in zip(sizes, held, prompts, strict=True):
-        budget.check(len(prompt), max(own, size - budget.cell(len(prompt))))
-    here = chosen(len(prompts))
-    parts, start, used = [], here.start, 0.0
-    for i in here:
+    for size, run_bytes, prompt in zip(sizes, held, prompts, strict=True):
+        budget.check(len(prompt), max(run_bytes, size - budget.cell(len(prompt))))
+    ranges, start, used = [], selected.start, 0.0
+    for i in selected:
         if i > start and used + sizes[i] > limit:
-            parts.append(range(start, i))
+            ranges.append(range(start, i))
             start, used = i, 0
         used += sizes[i]
-    for part in [*parts, range(start, here.stop)]:
-        runner.fit_batches_to_memory(max(len(prompts[i]) for i in part), sum(held[i] for i in part))
-        yield part
+    for numbers in [*ranges, range(start, selected.stop)]:
+        runner.fit_batches_to_memory(max(len(prompts[i]) for i in numbers), sum(held[i] for i in numbers))
+        yield numbers
 
 
-def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) -> Readout:
-    """A metric's readout, one row per prompt. ModelError if the model's output has no logit for an answer or foil."""
-    device = clean_logits[0].device
-    foils = [p.foil for p in prompts]
-    largest, size = max(x for p in prompts for x in (p.answer, p.foil or 0)), clean_logits[0].shape[-1]
-    if largest >= size:
-        raise ModelError(
-            f"the model gives {size} numbers for a prompt, and an answer or foil is token {largest}: it has no head "
-            "over its vocabulary, or the tokenizer is another model's"
-        )
-    return Readout(
-        answer=torch.tensor([p.answer for p in prompts], device=device),
-        foil=None if any(f is None for f in foils) else torch.tensor(foils, device=device),
-        clean_logits=torch.stack(list(clean_logits)),
-    )
-
-
-def score_runs(metric: Metric, runs: Sequence[engine.Run], read: Readout) -> torch.Tensor:
-    """The metric on base runs themselves, float64 on the CPU. InterpError, before any cell is run, if it is NaN."""
-    scores = metric(torch.stack([r.logits for r in runs]), read).cpu().double()
-    if (broken := int((~scores.isfinite()).sum())) and not KEEP_NAN.get():
-        raise InterpError(
-            f"metric {metric.name!r} returned NaN or infinity for {broken} of {len(scores)} prompts as they are, "
-            "before anything was changed: no effect could be read from it"
-        )
-    return scores
-
-
-def tell_of_equal(metric: Metric, clean: Sequence[float], corrupt: Sequence[float]) -> None:
-    """Says, before cells are run, for how many pairs there will be no recovery: the metric sees no difference."""
-    alike = sum(a == b for a, b in zip(clean, corrupt, strict=True))
-    if alike and not KEEP_NAN.get():
-        log.warning(
-            "metric %r is the same on the clean and the corrupt prompt of %d of %d pairs: they have no recovery "
-            "(effect is NaN), only raw changes", metric.name, alike, len(clean),
-        )  # fmt: skip
-
-
-def evaluate(
-    runner: engine.Engine,
-    metric: Metric,
-    runs: Sequence[engine.Run],
-    cells: Sequence[engine.Cell],
-    read: Readout,
-    advance: Advance,
-) -> torch.Tensor:
-    """The metric of every cell; row i of ``read`` belongs to run i."""
-    if metric.reads_pair and read.foil is not None:
-        return _evaluate_pair(runner, metric, runs, cells, read.answer, read.foil, advance)
-
-    def score(logits: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-        return metric(logits, read.rows(torch.tensor([cells[i].run for i in which])))
-
-    return runner.score(runs, cells, score, advance)
-
-
-def evaluate_or_keep(
-    runner: engine.Engine,
-    metric: Metric,
-    runs: Sequence[engine.Run],
-    cells: Sequence[engine.Cell | None],
-    unchanged: Sequence[float],
-    read: Readout,
-    advance: Advance,
-) -> list[float]:
-    """The metric of every cell; of one that is None, because it would change nothing, ``unchanged`` of its number."""
-    changing = [c for c in cells if c is not None]
-    advance(runner.count_answered(len(cells) - len(changing)))
-    found = iter(evaluate(runner, metric, runs, changing, read, advance).tolist())
-    return [known if cell is None else next(found) for cell, known in zip(cells, unchanged, strict=True)]
-
-
-def _evaluate_pair(
-    runner: engine.Engine,
-    metric: Metric,
-    runs: Sequence[engine.Run],
-    cells: Sequence[engine.Cell],
-    answer: torch.Tensor,
-    foil: torch.Tensor,
-    advance: Advance,
-) -> torch.Tensor:
-    """The same where answer and foil are all that is read: logits of two columns, the answer's first."""
-
-    def score(logits: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
-        first = answer.new_zeros(len(which))
-        return metric(logits, Readout(first, first + 1))
-
-    return runner.score(runs, cells, score, advance, torch.stack([answer, foil], dim=1))
-
-
-@dataclass
-class Rows:
-    """Collects result rows of one recipe and makes Effects of them."""
-
-    intervention: str
-    mode: str
-    metric: Metric
-
-    def __post_init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {c: [] for c in COLUMNS if c not in ("effect", "raw")}
-
-    def add(
-        self, example: int, site: Site | Address, prompt: Encoded, clean: float, corrupt: float, patched: float,
-        sender: Site | None = None,
-    ) -> None:  # fmt: skip
-        """One row; position, token and role follow from the site. ``sender``: the other end, if it is an edge."""
-        where = site.position
-        single = where % len(prompt) if isinstance(where, int) else None
-        role = where if isinstance(where, str) else ("" if single is None else prompt.role(single))
-        values = {
-            "example": example, "component": site.component, "layer": site.layer, "head": site.head,
-            "position": single, "sender": None if sender is None else str(sender),
-            "token": "" if single is None else prompt.tokens[single], "role": role,
-            "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
-            "clean": clean, "corrupt": corrupt, "patched": patched,
-        }  # fmt: skip
-        for name, value in values.items():
-            self.columns[name].append(value)
-
-    def effects(self, model: Model, prompts: Sequence[Any], **recipe: Any) -> Effects:
-        """The table, with effects on the recovery scale and the recipe in its provenance.
-
-        Raises InterpError if the metric came out NaN or infinite: a table of those is not a result.
-        """
-        numbers = {c: torch.tensor(self.columns[c], dtype=torch.float64) for c in ("clean", "corrupt", "patched")}
-        # corrupt is NaN where there is no corrupt run
-        broken = ~(numbers["patched"].isfinite() & numbers["clean"].isfinite() & ~numbers["corrupt"].isinf()).numpy()
-        if broken.any() and not KEEP_NAN.get():
-            first = {c: values[broken.argmax()] for c, values in self.columns.items()}
-            raise InterpError(
-                f"metric {self.metric.name!r} returned NaN or infinity for {int(broken.sum())} of {len(broken)} cells "
-                f"(first: example {first['example']}, {first['component']} layer {first['layer']})"
-            )
-        start = numbers["corrupt"] if self.mode == "denoise" else numbers["clean"]
-        effect, raw = recovery(**numbers, mode=self.mode), numbers["patched"] - start
-        frame = pd.DataFrame({**self.columns, "effect": effect.numpy(), "raw": raw.numpy()})
-        provenance = {
-            **model.provenance(), "prompts": prompt_hash(prompts), "n_prompts": len(prompts), "created": now(),
-            "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
-            "metric_unit": self.metric.unit,
-            "normalisation": "(patched − corrupt)/(clean − corrupt)" if self.mode == "denoise"
-            else "(patched − clean)/(corrupt − clean)",
-            **recipe,
-        }  # fmt: skip
-        return Effects(frame, provenance)
+def _averaged(rows: Sequence[CellRow], values: Sequence[float], samples: int) -> Iterator[tuple[CellRow, float]]:
+    """Yield each row with its value: with several samples, the mean over an example's equal lists of rows."""
+    if samples == 1:
+        yield from zip(rows, values, strict=True)
+        return
+    start = 0
+    while start < len(rows):
+        stop = start
+        while stop < len(rows) and rows[stop].index == rows[start].index:
+            stop += 1
+        by_sample = torch.tensor(values[start:stop], dtype=torch.float64).view(samples, -1)
+        yield from zip(rows[start : start + by_sample.shape[1]], by_sample.mean(0).tolist(), strict=True)
+        start = stop

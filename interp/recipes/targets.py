@@ -1,4 +1,4 @@
-"""What a cell changes together: one site, a window of layers, or a group of sites with a name."""
+"""Targets: the sites that one cell changes together (one site, a window of layers, or a named group)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from interp.prompts.pairs import Encoded
 from interp.sites import COMPONENTS, EACH, Site, Sites
 
 Groups = Mapping[str, Iterable[Site | str] | Site | str] | Iterable[Iterable[Site | str] | Site | str]
-NAMED_BY_SITES = 3  # a group without a name of at most so many sites is called by them
+NAMED_BY_SITES = 3  # an unnamed group of at most so many sites is named by them
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a group of sites stands in a table: its name as component, and what all its sites share."""
+    """The address of a group in a table: its name as component, and the axes that all its sites share."""
 
     component: str
     layer: int | None = None
@@ -46,36 +46,43 @@ def as_sites(sites: Iterable[Site | str] | Site | str) -> Sites:
 def targets_of(
     sites: Iterable[Site | str] | Site | str | None, groups: Groups | None, window: int, n_layers: int
 ) -> list[Target]:
-    """Every site (with ``window`` > 1: with its like in the layers around it), then every group.
+    """Return a target for every site (``window`` > 1: in the layers around it too), then one for every group.
 
     Raises SiteError if there is neither, and for windows over heads or neurons.
     """
     if sites is None and groups is None:
         raise SiteError("there is nothing to sweep: pass sites, e.g. model.sites('z'), or groups={'name': sites}")
+    check_window(window)
+    single = [] if sites is None else [Target(site, _around(site, window, n_layers)) for site in as_sites(sites)]
+    return [*single, *(() if groups is None else _group_targets(groups))]
+
+
+def check_window(window: int) -> None:
+    """Raise InterpError unless ``window`` is a number of layers from 1 on."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise InterpError(f"window must be at least 1 layer, got {window!r}")
-    listed = [] if sites is None else as_sites(sites)
-    found = [Target(site, _around(site, window, n_layers)) for site in listed]
-    return [*found, *(() if groups is None else _groups(groups))]
 
 
 def window_layers(layer: int, window: int, n_layers: int) -> range:
-    """Layers changed together, centred on ``layer`` and clipped to the model (as in Meng et al.'s published code)."""
+    """Return the layers changed together, centred on ``layer`` and clipped to the model (as in Meng et al.'s published code)."""
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
 
 def all_sites(targets: Iterable[Target]) -> Sites:
-    """Every site of some targets, once."""
+    """Return every site of the targets, once."""
     return Sites(s for t in targets for s in t.sites)
 
 
 def components_of(targets: Iterable[Target]) -> list[str]:
-    """The components whose values the targets need."""
+    """Return the components whose values the targets need."""
     return sorted({s.component for t in targets for s in t.sites})
 
 
-def spelled(targets: Iterable[Target], prompt: Encoded) -> Iterator[Target]:
-    """The targets with ``"each"`` spelled out for one prompt; PromptError if a position is not in it."""
+def expand_each(targets: Iterable[Target], prompt: Encoded) -> Iterator[Target]:
+    """Yield the targets of one prompt, ``"each"`` as one target per position.
+
+    Raises PromptError for a position that the prompt does not have.
+    """
     for target in targets:
         if target.address.position == EACH:
             for i in range(len(prompt)):
@@ -99,28 +106,29 @@ def _around(site: Site, window: int, n_layers: int) -> tuple[Site, ...]:
     return tuple(replace(site, layer=layer) for layer in window_layers(site.layer, window, n_layers))
 
 
-def _groups(groups: Groups) -> list[Target]:
+def _group_targets(groups: Groups) -> list[Target]:
     if not isinstance(groups, Iterable):
         raise SiteError(f"groups={{name: sites}}, or a list of lists of sites, expected, got {type(groups).__name__}")
-    named = isinstance(groups, Mapping)
+    has_names = isinstance(groups, Mapping)
     pairs = groups.items() if isinstance(groups, Mapping) else enumerate(groups, 1)
-    out, seen = [], set()
+    targets: list[Target] = []
+    titles: set[str] = set()
     for name, members in pairs:
         sites = tuple(s.at(None) if s.position == EACH else s for s in as_sites(members))
         if not sites:
             raise SiteError(f"group {name!r} has no sites")
         short = " + ".join(map(str, sites)) if len(sites) <= NAMED_BY_SITES else f"group {name}"
-        title = str(name) if named else short
-        if title in COMPONENTS or title in seen:
+        title = str(name) if has_names else short
+        if title in COMPONENTS or title in titles:
             raise SiteError(
                 f"two groups, or a group and a component, are called {title!r}: give groups={{name: sites}}"
             )
-        seen.add(title)
+        titles.add(title)
         shared = {x: _shared([getattr(s, x) for s in sites]) for x in ("layer", "head", "position")}
-        out.append(Target(Address(title, **shared), sites))
-    if not out:
+        targets.append(Target(Address(title, **shared), sites))
+    if not targets:
         raise SiteError("groups= is empty")
-    return out
+    return targets
 
 
 def _shared(values: Sequence[Any]) -> Any:

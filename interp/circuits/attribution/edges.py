@@ -39,7 +39,8 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
-from interp.recipes.sweep_loop import check_metric, provenance_of, readout
+from interp.recipes.inputs import check_metric, provenance_of
+from interp.recipes.scoring import readout
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 

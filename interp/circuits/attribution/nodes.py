@@ -49,7 +49,9 @@ from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
-from interp.recipes.sweep_loop import Rows, check_metric, provenance_of, readout, resolve
+from interp.recipes.inputs import check_metric, expand_sites, provenance_of
+from interp.recipes.rows import EffectRows
+from interp.recipes.scoring import readout
 from interp.recipes.targets import as_sites
 from interp.results.effects import SITE_COLUMNS, Effects
 from interp.sites import EACH, Site, Sites
@@ -87,7 +89,7 @@ def attribute_sites(
     if method not in METHODS:
         raise InterpError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     job = _Job(model, pairs, sites, metric, mode, steps)
-    rows = Rows(METHODS[method], mode, job.metric)
+    rows = EffectRows(METHODS[method], mode, job.metric)
     for found in job.estimates(method):
         rows.add(found.example, found.site, found.prompt, *found.known, found.start + float(found.change[0]))
     recipe = {"method": method, "steps": steps if method.startswith("ig") else None, **provenance_of(pairs)}
@@ -230,7 +232,7 @@ class _Batch:
         """Every site of one prompt, with its estimates."""
         if self.products is None:
             self.products = self._products(method)
-        for site in resolve(self.job.wanted, prompt):
+        for site in expand_sites(self.job.wanted, prompt):
             found = self.products[site.hook_name, _reach(site)][:, row]
             start, stop = (0, 1) if _reach(site) == "all" else rows_of(site, prompt)
             found = found[:, start:stop] if site.head is None else found[:, start:stop, site.head]

@@ -42,7 +42,7 @@ from interp.errors import InterpError, ModelError, PromptError, SiteError
 from interp.model import transformer_lens_tools as tl
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
-from interp.recipes.sweep_loop import provenance_of
+from interp.recipes.inputs import provenance_of
 from interp.sites import COMPONENTS, Site
 from interp.utils.arguments import positive, whole
 from interp.utils.progress import Advance, progress

@@ -44,7 +44,7 @@ from interp.circuits.learned.head_gates import CLAMP, HeadGates
 from interp.circuits.learned.next_token import Sample, Text, permuted, samples
 from interp.errors import InterpError, PromptError
 from interp.model.model import Model
-from interp.recipes.sweep_loop import provenance_of
+from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import positive, whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash

@@ -35,7 +35,7 @@ from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
-from interp.recipes.sweep_loop import provenance_of
+from interp.recipes.inputs import provenance_of
 from interp.sites import Site
 from interp.utils.arguments import positive, whole
 from interp.utils.progress import progress

@@ -36,7 +36,7 @@ from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
-from interp.recipes.sweep_loop import provenance_of
+from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import positive, whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash

@@ -1,0 +1,22 @@
+"""The words that recipes' options take, kept once; importing this module is light."""
+
+from __future__ import annotations
+
+MODES = {
+    "denoise": "write clean activations into the corrupt run",
+    "noise": "write corrupt activations into the clean run",
+}
+ABLATIONS = {
+    "zero": "activation set to 0",
+    "mean": "activation set to its mean over all tokens of all clean prompts of the set",
+    "position_mean": "activation set to its mean over tokens at the same place in clean prompts of the same length",
+    "cama": "activation set to its mean over the same token at the same place in clean prompts of the same length",
+    "resample": "activation taken, position by position from the last token back, from another example's clean prompt",
+}
+SCHEDULES = ("each", "cumulative", "all but one")
+TRACED_WINDOWS = {"resid_post": 1, "mlp_out": 10, "attn_out": 10}  # component: published window, in layers
+SEVERED = {"mlp": "mlp_out", "attn": "attn_out"}
+PATH_MLPS = ("frozen", "recomputed")
+PATH_ABLATIONS = ("patch", "zero", "mean")
+LOGITS = "logits"  # the receiver of paths that end at the unembedding
+PEEK_CONTEXTS = ("mean", "keep")

@@ -1,0 +1,107 @@
+"""How causal tracing corrupts a prompt: Gaussian noise on the subject's embeddings, or the pair's corrupt prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interp.engine import Engine, Run
+from interp.errors import InterpError
+from interp.model.model import Model
+from interp.prompts.pairs import Encoded
+
+PUBLISHED_NOISE, PUBLISHED_SAMPLES = 3.0, 10  # Meng et al. 2022
+
+
+@dataclass(frozen=True)
+class NoiseCorruption:
+    """Corrupted runs of facts: noise of ``multiple`` × ``sigma`` on the subject's embeddings."""
+
+    model: Model
+    multiple: float
+    sigma: float
+    samples: int
+    seed: int
+
+    def runs(self, runner: Engine, prompts: Sequence[Encoded], numbers: range, components: Sequence[str]) -> list[Run]:
+        """Record ``samples`` corrupted runs of each prompt, which keep ``components``."""
+        jobs = [(i, p, s) for i, p in zip(numbers, prompts, strict=True) for s in range(self.samples)]
+        std = self.multiple * self.sigma
+        noises = [subject_noise(self.model, p, std, self.seed, i, s) for i, p, s in jobs]
+        return runner.record([p.clean for _, p, _ in jobs], components, noises)
+
+    def first(self, prompt: Encoded) -> int:
+        """Return the first row that the corruption changes."""
+        return prompt.spans["subject"][0]
+
+    def recipe(self) -> dict[str, object]:
+        """Return what the provenance says of it."""
+        words = f"Gaussian, {self.multiple} × σ on subject embeddings"
+        return {"corruption": words, "noise": words, "sigma": self.sigma, "samples": self.samples}
+
+
+@dataclass(frozen=True)
+class PairCorruption:
+    """Corrupted runs of pairs: their corrupt prompts."""
+
+    samples: int = 1
+
+    def runs(self, runner: Engine, prompts: Sequence[Encoded], numbers: range, components: Sequence[str]) -> list[Run]:
+        """Record the corrupt run of each pair, which keeps ``components``."""
+        return runner.record([p.corrupt for p in prompts], components)
+
+    def first(self, prompt: Encoded) -> int:
+        """Return the first row that the corruption changes."""
+        return prompt.first_difference
+
+    def recipe(self) -> dict[str, object]:
+        """Return what the provenance says of it."""
+        return {"corruption": "the corrupt prompt (symmetric token replacement)", "samples": 1}
+
+
+def corruption_of(
+    model: Model, prompts: Sequence[Encoded], has_pairs: bool, noise: float | None, samples: int | None,
+    sigma: float | None, seed: int,
+) -> NoiseCorruption | PairCorruption:  # fmt: skip
+    """Return the corruption of facts (noise) or pairs (their corrupt prompts). Raises InterpError for bad settings."""
+    if has_pairs:
+        if noise is not None or samples is not None or sigma is not None:
+            raise InterpError("noise, samples and sigma are for Facts: a PromptPair is corrupted by its corrupt prompt")
+        return PairCorruption()
+    noise = PUBLISHED_NOISE if noise is None else noise
+    samples = PUBLISHED_SAMPLES if samples is None else samples
+    is_whole = isinstance(samples, int) and not isinstance(samples, bool)
+    is_numeric = all(isinstance(x, int | float) for x in (noise, 0 if sigma is None else sigma))
+    if (
+        not is_numeric
+        or not 0 < noise < float("inf")
+        or not is_whole
+        or samples < 1
+        or (sigma is not None and not 0 < sigma < float("inf"))
+    ):
+        raise InterpError(
+            f"noise must be positive, sigma too, and samples a number from 1 on, got noise={noise}, samples={samples}, "
+            f"sigma={sigma}"
+        )
+    return NoiseCorruption(model, noise, subject_std(model, prompts) if sigma is None else sigma, samples, seed)
+
+
+def subject_std(model: Model, prompts: Sequence[Encoded]) -> float:
+    """Return the standard deviation of the embedding values of all subject tokens, each as often as it occurs."""
+    ids = [i for p in prompts for i in p.clean[slice(*p.spans["subject"])]]
+    if len(ids) == 0:
+        raise InterpError("the facts have no subject tokens")
+    embed = model.bridge.embed(torch.tensor([ids], device=model.device))
+    return float(embed.detach().float().std())
+
+
+def subject_noise(model: Model, prompt: Encoded, std: float, seed: int, example: int, sample: int) -> Tensor:
+    """Return noise on the subject's embeddings, zero elsewhere; equal for equal (seed, example, sample)."""
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + example) * 10_007 + sample) % 2**63)
+    start, stop = prompt.spans["subject"]
+    out = torch.zeros(len(prompt), model.d_model)
+    out[start:stop] = std * torch.randn(stop - start, model.d_model, generator=generator)
+    return out.to(model.device)

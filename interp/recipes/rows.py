@@ -1,0 +1,89 @@
+"""Rows of one recipe, collected and turned into Effects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+
+from interp.errors import InterpError
+from interp.metrics import Metric, recovery
+from interp.model.model import Model
+from interp.prompts.pairs import Encoded
+from interp.recipes.targets import Address
+from interp.results.effects import COLUMNS, Effects
+from interp.sites import Site
+from interp.utils.provenance import now, prompt_hash
+
+
+@dataclass
+class EffectRows:
+    """Collects the result rows of one recipe and makes Effects of them."""
+
+    intervention: str
+    mode: str
+    metric: Metric
+    columns: dict[str, list[Any]] = field(init=False)
+    no_gap: list[bool] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.columns = {c: [] for c in COLUMNS if c not in ("effect", "raw")}
+
+    def add(
+        self, example: int, site: Site | Address, prompt: Encoded, clean: float, corrupt: float, patched: float,
+        sender: Site | None = None, no_gap: bool = False,
+    ) -> None:  # fmt: skip
+        """Add one row; position, token and role follow from the site.
+
+        ``sender``: the other end, if the row is about an edge.  ``no_gap``: clean and corrupt score the same within
+        rounding, so that the effect is NaN.
+        """
+        position = site.position % len(prompt) if isinstance(site.position, int) else None
+        if isinstance(site.position, str):
+            role = site.position
+        else:
+            role = "" if position is None else prompt.role(position)
+        values = {
+            "example": example, "component": site.component, "layer": site.layer, "head": site.head,
+            "position": position, "sender": None if sender is None else str(sender),
+            "token": "" if position is None else prompt.tokens[position], "role": role,
+            "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
+            "clean": clean, "corrupt": corrupt, "patched": patched,
+        }  # fmt: skip
+        for name, value in values.items():
+            self.columns[name].append(value)
+        self.no_gap.append(no_gap)
+
+    def effects(self, model: Model, prompts: Sequence[Any], *, keep_nan: bool = False, **recipe: Any) -> Effects:
+        """Return the table, with effects on the recovery scale and the recipe in its provenance.
+
+        Raises InterpError if the metric came out NaN or infinite, unless ``keep_nan``.
+        """
+        numbers = {c: torch.tensor(self.columns[c], dtype=torch.float64) for c in ("clean", "corrupt", "patched")}
+        if not keep_nan:
+            self._refuse_nan(**numbers)
+        start = numbers["corrupt"] if self.mode == "denoise" else numbers["clean"]
+        effect = recovery(**numbers, mode=self.mode, no_gap=torch.tensor(self.no_gap, dtype=torch.bool))
+        raw = numbers["patched"] - start
+        frame = pd.DataFrame({**self.columns, "effect": effect.numpy(), "raw": raw.numpy()})
+        denoising, noising = "(patched − corrupt)/(clean − corrupt)", "(patched − clean)/(corrupt − clean)"
+        provenance = {
+            **model.provenance(), "prompts": prompt_hash(prompts), "n_prompts": len(prompts), "created": now(),
+            "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
+            "metric_unit": self.metric.unit, "normalisation": denoising if self.mode == "denoise" else noising,
+            **recipe,
+        }  # fmt: skip
+        return Effects(frame, provenance)
+
+    def _refuse_nan(self, clean: torch.Tensor, corrupt: torch.Tensor, patched: torch.Tensor) -> None:
+        # corrupt is NaN where there is no corrupt run
+        broken = ~(patched.isfinite() & clean.isfinite() & ~corrupt.isinf()).numpy()
+        if broken.any():
+            first = {c: values[broken.argmax()] for c, values in self.columns.items()}
+            raise InterpError(
+                f"metric {self.metric.name!r} returned NaN or infinity for {int(broken.sum())} of {len(broken)} cells "
+                f"(first: example {first['example']}, {first['component']} layer {first['layer']})"
+            )

@@ -1,0 +1,99 @@
+"""Read a metric from runs: of base runs as they are, and of cells that change them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from interp.engine import Cell, Engine, Run
+from interp.errors import InterpError, ModelError
+from interp.metrics import Metric, Readout, rounding
+from interp.prompts.pairs import Encoded
+from interp.utils.progress import Advance
+
+log = logging.getLogger("interp")
+
+
+def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) -> Readout:
+    """Return a metric's readout, one row per prompt.
+
+    Raises ModelError if the model's output has no logit for an answer or foil.
+    """
+    device = clean_logits[0].device
+    foils = [p.foil for p in prompts]
+    largest, size = max(x for p in prompts for x in (p.answer, p.foil or 0)), clean_logits[0].shape[-1]
+    if largest >= size:
+        raise ModelError(
+            f"the model gives {size} numbers for a prompt, and an answer or foil is token {largest}: it has no head "
+            "over its vocabulary, or the tokenizer belongs to another model"
+        )
+    return Readout(
+        answer=torch.tensor([p.answer for p in prompts], device=device),
+        foil=None if any(f is None for f in foils) else torch.tensor(foils, device=device),
+        clean_logits=torch.stack(list(clean_logits)),
+    )
+
+
+def score_runs(metric: Metric, runs: Sequence[Run], read: Readout, keep_nan: bool = False) -> torch.Tensor:
+    """Return the metric of base runs, float64 on the CPU [runs].
+
+    Raises InterpError, before any cell is run, if it is NaN or infinite, unless ``keep_nan``.
+    """
+    scores = metric(torch.stack([r.logits for r in runs]), read).cpu().double()
+    if (broken := int((~scores.isfinite()).sum())) and not keep_nan:
+        raise InterpError(
+            f"metric {metric.name!r} returned NaN or infinity for {broken} of {len(scores)} prompts as they are, "
+            "before anything was changed: no effect could be read from it"
+        )
+    return scores
+
+
+def rounding_of(metric: Metric, runs: Sequence[Run], read: Readout, dtype: torch.dtype) -> torch.Tensor:
+    """Return how far rounding can move the metric of each run, float64 on the CPU [runs]."""
+    eps = torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps
+    return rounding(metric, torch.stack([r.logits for r in runs]), read, eps).cpu()
+
+
+def warn_if_no_gap(metric: Metric, no_gap: Sequence[bool]) -> None:
+    """Warn about pairs whose recovery is undefined because clean and corrupt score the same."""
+    if any(no_gap):
+        log.warning(
+            "metric %r is the same on the clean and the corrupt prompt of %d of %d pairs: they have no recovery "
+            "(effect is NaN), only raw changes", metric.name, sum(no_gap), len(no_gap),
+        )  # fmt: skip
+
+
+def evaluate(
+    runner: Engine, metric: Metric, runs: Sequence[Run], cells: Sequence[Cell], read: Readout, advance: Advance
+) -> torch.Tensor:
+    """Return the metric of every cell; row i of ``read`` belongs to run i."""
+    if metric.reads_pair and read.foil is not None:
+        # only two columns of logits are computed: the answer's and the foil's
+        def score_columns(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+            answer_column = read.answer.new_zeros(len(indices))
+            return metric(logits, Readout(answer_column, answer_column + 1))
+
+        return runner.score(runs, cells, score_columns, advance, torch.stack([read.answer, read.foil], dim=1))
+
+    def score(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+        return metric(logits, read.rows(torch.tensor([cells[i].run for i in indices])))
+
+    return runner.score(runs, cells, score, advance)
+
+
+def evaluate_or_keep(
+    runner: Engine,
+    metric: Metric,
+    runs: Sequence[Run],
+    cells: Sequence[Cell | None],
+    unchanged: Sequence[float],
+    read: Readout,
+    advance: Advance,
+) -> list[float]:
+    """Return the metric of every cell, and the ``unchanged`` value for a cell that is None and changes nothing."""
+    changing = [c for c in cells if c is not None]
+    advance(runner.count_answered(len(cells) - len(changing)))
+    values = iter(evaluate(runner, metric, runs, changing, read, advance).tolist())
+    return [value if cell is None else next(values) for cell, value in zip(cells, unchanged, strict=True)]
