@@ -32,7 +32,7 @@ from interp.recipes.mean_activations import (
     means_of,
     reference_ids,
 )
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
@@ -58,7 +58,7 @@ def ablate(
     schedule: Schedule = "each",
     reference: Iterable[str | Prompt | PromptPair] | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Ablate every site in the clean run of every pair, one site at a time.
 
@@ -78,12 +78,12 @@ def ablate(
     `interp.patch`.
 
     ``effect`` is on the noising scale, (patched − clean)/(corrupt − clean): 1 means that losing this site costs as much
-    as corrupting the prompt. ``raw`` is patched − clean in the metric's units. ``part``: for `interp.sweep`. Raises
+    as corrupting the prompt. ``raw`` is patched − clean in the metric's units. ``subset``: for `interp.sweep`. Raises
     InterpError for a recipe that the set cannot support (resampling needs two examples; means by place or token need
     two prompts for each), before any sweep.
     """
     _check_recipe(using, schedule, seed)
-    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
     targets = targets_of(sites, groups, window, model.n_layers)
     every_site = all_sites(targets)
     loop.runner.check_sites(every_site)
@@ -156,7 +156,7 @@ class _AblationSource:
             self.donors = resample_donors(loop.prompts, reference, is_own_set, seed)
         if using in MEAN_KEYS:
             check_support(using, loop.prompts, reference, sites)
-            self.means = means_of(loop.runner, reference, sites, using, loop.part.means)
+            self.means = means_of(loop.runner, reference, sites, using, loop.subset.means)
 
     def writer(self, batch: Batch) -> _Writer:
         """Return what makes the writes of a batch."""

@@ -17,7 +17,7 @@ from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Fact, PromptPair
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import check_window, window_layers
 from interp.results.effects import Effects
 from interp.sites import ALL, Site, Sites
@@ -38,7 +38,7 @@ def knock_out(
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Block attention from ``queries`` to ``keys``, in ``window`` layers around each of ``layers``, in the clean run.
 
@@ -50,12 +50,12 @@ def knock_out(
     ``queries=None`` or ``"all"``: all positions. ``window``: number of layers blocked together, centred as in
     `interp.trace`; default a fifth of the model's layers. ``heads``: the query heads that are blocked, default all. One
     row per (prompt, layer), with the layer at the window's centre: ``raw`` is patched − clean in the metric's units;
-    ``effect`` is its share of corrupt − clean, NaN for a Fact, which has no corrupt prompt. ``part``: for
+    ``effect`` is its share of corrupt − clean, NaN for a Fact, which has no corrupt prompt. ``subset``: for
     `interp.sweep`.
 
     Raises PromptError, SiteError or InterpError for bad input, also where a query would have no key left to read.
     """
-    loop = SweepLoop(model, prompts, metric, engine, memory, part, show_progress, takes_facts=True)
+    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True)
     window = max(1, model.n_layers // 5) if window is None else window
     queries = None if queries == ALL else queries
     check_window(window)

@@ -16,7 +16,7 @@ from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
 from interp.prompts.model_input import Given
 from interp.prompts.pairs import Encoded, Fact, PromptPair
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site
 from interp.utils.progress import Advance
@@ -33,7 +33,7 @@ def leave_out(
     metric: Metric | MetricFn | str = logprob,
     show_progress: bool | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Measure the clean prompt with each named span's tokens left out, or replaced, one span at a time.
 
@@ -44,12 +44,13 @@ def leave_out(
     ``spans``: names; default all spans of each prompt.  ``instead``: words that take a span's place (by its name),
     tokenised as a continuation; other spans are left out. Later tokens move up: positions change with the length, so
     each cell is a full forward. One row per (prompt, span), with the span's name as ``role``: ``raw`` is patched −
-    clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact). ``part``: for `interp.sweep`.
+    clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact). ``subset``: for
+    `interp.sweep`.
 
     Raises PromptError for a span that a prompt does not have, or that is the whole prompt; InterpError for a ``memory``
     (bytes besides the weights, or ``"4GiB"``) that does not hold one prompt.
     """
-    loop = SweepLoop(model, prompts, metric, "naive", memory, part, show_progress, takes_facts=True)
+    loop = SweepLoop(model, prompts, metric, "naive", memory, subset, show_progress, takes_facts=True)
     loop.runner.reason = "tokens move, so that nothing can be reused"
     if instead is not None and not (
         isinstance(instead, Mapping) and all(isinstance(text, str) for text in instead.values())

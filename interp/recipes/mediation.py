@@ -22,7 +22,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
 from interp.recipes.inputs import as_prompts
 from interp.recipes.patching import patch
-from interp.recipes.sweep_loop import WHOLE_SET, Part
+from interp.recipes.sweep_loop import WHOLE_SET, Subset
 from interp.recipes.targets import Groups
 from interp.results.effects import Effects
 from interp.sites import Site
@@ -46,7 +46,7 @@ def mediate(
     groups: Groups | None = None,
     window: int = 1,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Total, direct and indirect effect of the change from clean to corrupt prompt, for each mediator.
 
@@ -64,7 +64,7 @@ def mediate(
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
     indirect, direct = (
         patch(model, items, sites, metric, mode, engine, show_progress, groups=groups, window=window, memory=memory,
-              part=part)
+              subset=subset)
         for mode in ("noise", "denoise")
     )  # fmt: skip
     into_clean, into_corrupt = indirect.frame(), direct.frame()

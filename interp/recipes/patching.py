@@ -21,7 +21,7 @@ from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, first_difference
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
 from interp.sites import Site
@@ -44,7 +44,7 @@ def patch(
     window: int = 1,
     sources: PromptPair | Iterable[PromptPair] | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Patch every site of every pair, one site at a time.
 
@@ -65,12 +65,12 @@ def patch(
     networks").
 
     ``engine="naive"`` runs one full forward per cell; ``"auto"`` re-runs only what a patch can change, where that is
-    exact. ``memory``: bytes besides the model's weights, or ``"4GiB"``; batches are cut to fit. ``part``: for
+    exact. ``memory``: bytes besides the model's weights, or ``"4GiB"``; batches are cut to fit. ``subset``: for
     `interp.sweep`. Raises PromptError, SiteError or InterpError for bad input, before any sweep begins.
     """
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
-    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
     targets = targets_of(sites, groups, window, model.n_layers)
     loop.runner.check_sites(all_sites(targets))
     if sources is None:

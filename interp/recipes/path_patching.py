@@ -28,7 +28,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair
 from interp.recipes.choices import LOGITS, MODES, PATH_ABLATIONS, PATH_MLPS
 from interp.recipes.mean_activations import Means
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
 from interp.sites import COMPONENTS, EACH, Edge, Site, Sites
@@ -50,7 +50,7 @@ def path_patch(
     *,
     using: Literal["patch", "zero", "mean"] = "patch",
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Measure the effect of every path from a sender to a later receiver, one path at a time.
 
@@ -66,14 +66,14 @@ def path_patch(
     lines of this module. ``using="zero"`` or ``"mean"`` ablates the edge instead of patching it: the sender sends 0, or
     its mean over all tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
 
-    Returns one row per (pair, edge): the receiver's site, and the ``sender``. ``part``: for `interp.sweep`. Raises
+    Returns one row per (pair, edge): the receiver's site, and the ``sender``. ``subset``: for `interp.sweep`. Raises
     SiteError, PromptError or InterpError for bad input, before the sweep, and where the model cannot be run packed.
     """
     if mode not in MODES or mlps not in PATH_MLPS:
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
     if using not in PATH_ABLATIONS or (using != "patch" and mode != "noise"):
         raise InterpError(f"using={using!r}, mode={mode!r}: 'patch', or 'zero' or 'mean' with mode='noise' expected")
-    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
     sender_sites, receiver_sites = _at_all_positions(as_sites(senders)), _receivers(model, receivers)
     edges = _edges(loop.runner, sender_sites, receiver_sites)
     for prompt in loop.prompts:

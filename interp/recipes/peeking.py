@@ -21,7 +21,7 @@ from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Prompt, PromptPair
 from interp.recipes.mean_activations import Means, check_support, listed_reference, means_of, reference_ids
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
 from interp.utils.provenance import prompt_hash
@@ -39,7 +39,7 @@ def peek(
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Run the clean prompt with tokens waiting up to each layer of ``wait`` (default: all) and then peeking.
 
@@ -52,12 +52,12 @@ def peek(
     residual stream unchanged, and only attention is masked.
 
     One row per (pair, layer): ``effect`` on the noising scale, 0 where nothing is lost, so that 1 − effect is the
-    subgraph's faithfulness; ``raw`` is patched − clean. ``part``: for `interp.sweep`. Raises SiteError, PromptError or
-    InterpError for bad input, before the sweep.
+    subgraph's faithfulness; ``raw`` is patched − clean. ``subset``: for `interp.sweep`. Raises SiteError, PromptError
+    or InterpError for bad input, before the sweep.
     """
     if isinstance(full, bool) or not isinstance(full, int) or full < 0 or context not in ("mean", "keep"):
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
-    loop = SweepLoop(model, pairs, metric, engine, memory, part, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
     if len(model.attention_layers) < model.n_layers or any(map(partial(other_mixer, model), range(model.n_layers))):
         raise SiteError(
             f"{model.name} passes information from token to token by other means than softmax attention, which no mask "
@@ -70,7 +70,7 @@ def peek(
     if context == "mean":
         ids = reference_ids(reference_prompts, loop.prompts, model.coder)
         check_support("cama", loop.prompts, ids, sites)
-        means = means_of(loop.runner, ids, sites, "cama", part.means)
+        means = means_of(loop.runner, ids, sites, "cama", subset.means)
     else:
         reference_ids(reference_prompts, loop.prompts, model.coder)  # raises for prompts that cannot be encoded
     ablation = "context-aware mean, then masked attention" if context == "mean" else "masked attention"

@@ -21,7 +21,7 @@ from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.inputs import expand_sites
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
@@ -39,7 +39,7 @@ def steer(
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Add ``scale`` × ``direction`` to the activation at every site in the clean run, one site at a time.
 
@@ -49,9 +49,9 @@ def steer(
 
     ``direction`` has the width of the sites' activation: d_model, or d_head for q, k, v and z. One row per (prompt,
     site): ``raw`` is patched − clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact).
-    ``part``: for `interp.sweep`. Raises SiteError or PromptError for bad input, before the sweep.
+    ``subset``: for `interp.sweep`. Raises SiteError or PromptError for bad input, before the sweep.
     """
-    loop = SweepLoop(model, prompts, metric, engine, memory, part, show_progress, takes_facts=True)
+    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True)
     sites = as_sites(sites)
     loop.runner.check_sites(sites)
     cells = _SteerCells(loop, sites, _scaled_direction(direction, scale).to(model.device))

@@ -29,7 +29,7 @@ RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
 
 
 @dataclass(frozen=True)
-class Part:
+class Subset:
     """How `interp.sweep` runs a part of a set of examples. The numbers of an example do not depend on it.
 
     ``examples``: which to run, of a set whose means, donors and noise depend on all of it (None: all).
@@ -46,7 +46,7 @@ class Part:
         return range(n) if self.examples is None else self.examples
 
 
-WHOLE_SET = Part()
+WHOLE_SET = Subset()
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class SweepLoop:
     metric_like: Metric | MetricFn | str
     engine: EngineKind = "auto"
     memory: int | str | None = None
-    part: Part = WHOLE_SET
+    subset: Subset = WHOLE_SET
     show_progress: bool | None = None
     takes_facts: bool = False
     items: list[Any] = field(init=False)
@@ -141,7 +141,7 @@ class SweepLoop:
     @property
     def selected(self) -> range:
         """Numbers of the examples to run."""
-        return self.part.selected(len(self.prompts))
+        return self.subset.selected(len(self.prompts))
 
     def record_pairs(self, numbers: range, components: Sequence[str] = ()) -> Batch:
         """Record clean and corrupt runs of some pairs in one go; cells go into the clean runs."""
@@ -175,7 +175,7 @@ class SweepLoop:
             corrupt_scores = self.score(corrupt, read)
             no_gap = self.have_no_gap(scores, corrupt_scores, [(clean, read), (corrupt, read)])
             no_gap = [same or p.clean == p.corrupt for same, p in zip(no_gap, prompts, strict=True)]
-            if not self.part.keep_nan:
+            if not self.subset.keep_nan:
                 warn_if_no_gap(self.metric, no_gap)
         return Batch(numbers, prompts, clean, corrupt, clean, read, scores.tolist(), corrupt_scores.tolist(), no_gap)
 
@@ -192,8 +192,8 @@ class SweepLoop:
         return ((clean - corrupt).abs() <= bounds.amax(0)).tolist()
 
     def score(self, runs: Sequence[Run], read: Readout) -> torch.Tensor:
-        """Return the metric of base runs, float64 [runs]; InterpError if it is NaN, unless the part keeps NaN."""
-        return score_runs(self.metric, runs, read, self.part.keep_nan)
+        """Return the metric of base runs, float64 [runs]; InterpError if it is NaN, unless the subset keeps NaN."""
+        return score_runs(self.metric, runs, read, self.subset.keep_nan)
 
     def run(self, source: CellSource, intervention: str, mode: str, **recipe: Any) -> Effects:
         """Run every cell of a recipe and return its Effects.
@@ -212,7 +212,7 @@ class SweepLoop:
                         no_gap = batch.no_gap[row.index]
                         table.add(number, row.address, prompt, clean, corrupt, value, row.sender, no_gap)
         return table.effects(
-            self.model, self.items, keep_nan=self.part.keep_nan, engine=self.runner.describe(), **recipe,
+            self.model, self.items, keep_nan=self.subset.keep_nan, engine=self.runner.describe(), **recipe,
             **provenance_of(self.given_prompts),
         )  # fmt: skip
 

@@ -64,7 +64,7 @@ def check_window(window: int) -> None:
 
 
 def window_layers(layer: int, window: int, n_layers: int) -> range:
-    """Return the layers changed together, centred on ``layer`` and clipped to the model (as in Meng et al.'s published code)."""
+    """Return the layers changed together, centred on ``layer`` and clipped to the model (as in Meng et al.'s code)."""
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
 
 

@@ -26,7 +26,7 @@ from interp.recipes.choices import SEVERED, TRACED_WINDOWS
 from interp.recipes.corruption import NoiseCorruption, PairCorruption, corruption_of
 from interp.recipes.inputs import check_seed, expand_sites
 from interp.recipes.scoring import readout
-from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Part, SweepLoop
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import check_window, window_layers
 from interp.recipes.trace_table import trace_table
 from interp.results.effects import Effects
@@ -54,7 +54,7 @@ def trace(
     engine: EngineKind = "auto",
     show_progress: bool | None = None,
     memory: int | str | None = None,
-    part: Part = WHOLE_SET,
+    subset: Subset = WHOLE_SET,
 ) -> Effects:
     """Trace facts through the model.
 
@@ -76,11 +76,11 @@ def trace(
 
     Row values are means over the samples: ``clean`` = P, ``corrupt`` = P*, ``patched`` = P with the state restored.
     Total effect TE = clean − corrupt; indirect effect IE = ``raw``; ``effect`` is IE/TE. `trace_table` averages them
-    over facts. ``part``: for `interp.sweep`. Raises PromptError or InterpError for bad input, before the sweep.
+    over facts. ``subset``: for `interp.sweep`. Raises PromptError or InterpError for bad input, before the sweep.
     """
     window = _checked_window(component, window, sever)
     check_seed(seed)
-    loop = SweepLoop(model, facts, metric, engine, memory, part, show_progress, takes_facts=True)
+    loop = SweepLoop(model, facts, metric, engine, memory, subset, show_progress, takes_facts=True)
     corruption = corruption_of(model, loop.prompts, loop.has_pairs, noise, samples, sigma, seed)
     sites = model.sites(component, layers=layers, positions=positions)
     restore = _Restore(model.n_layers, window, None if sever is None else SEVERED[sever])

@@ -201,25 +201,16 @@ class _Trial:
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:
         """The recipe on some examples, as a frame that counts them as the set does; NaN is let through."""
-        from interp.recipes.mean_activations import SHARED
-        from interp.recipes.sweep_loop import EXAMPLES, KEEP_NAN
+        from interp.recipes.sweep_loop import Subset
 
         where = {i: n for n, i in enumerate(self.usable)}
         first, last = where[examples[0]], where[examples[-1]]
         whole = self.recipe.whole_set
         kept = self.usable if whole else list(examples)
         prompts = as_task([self.prompts.prompts[i] for i in kept], self.part.task, self.part.seed)
-        tokens = [
-            (KEEP_NAN, KEEP_NAN.set(True)),
-            (SHARED, SHARED.set(self.job.shared)),
-            (EXAMPLES, EXAMPLES.set(range(first, last + 1) if whole else None)),
-        ]
-        try:
-            recipe, args, options = call_of(self.job.config, self.part, self.model)
-            effects = recipe(self.model, prompts, *args, **options)
-        finally:
-            for variable, token in tokens:
-                variable.reset(token)
+        subset = Subset(range(first, last + 1) if whole else None, keep_nan=True, means=self.job.shared)
+        recipe, args, options = call_of(self.job.config, self.part, self.model)
+        effects = recipe(self.model, prompts, *args, **options, subset=subset)
         self.provenance = {k: v for k, v in effects.provenance.items() if k not in ("created", "prompts", "n_prompts")}
         self.provenance |= {
             "prompts": self.prompts.digest[:16],
