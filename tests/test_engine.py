@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import interp
 from interp.doctor.families.text import FAMILIES
 from interp.engine import Cell, Engine, Write
+from interp.engine.verified import VERIFIED, Verified
 from interp.errors import InterpError
 from interp.sites import COMPONENTS, Site
 
@@ -220,7 +221,7 @@ def test_a_wrong_fast_path_is_noticed_and_left(tiny, monkeypatch, caplog) -> Non
     model = tiny("llama")
     pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w96")
     right = interp.patch(model, pair, model.sites("z")).frame()["patched"]
-    monkeypatch.setattr(model, "engine_checks", set())  # as it was loaded, and for this test alone
+    monkeypatch.setitem(VERIFIED, model, Verified())  # as it was loaded, and for this test alone
     real = joint.attend
     monkeypatch.setattr(joint, "attend", lambda call, **k: _scaled(real(call, **k)))
     e = interp.patch(model, pair, model.sites("z"))
@@ -233,7 +234,7 @@ def test_a_wrong_fast_path_is_noticed_and_left(tiny, monkeypatch, caplog) -> Non
 def test_a_prompt_of_two_tokens_vouches_for_no_other(tiny, monkeypatch) -> None:
     """With next to nothing to read, a packed path that read it wrongly would pass: longer prompts are checked anew."""
     model = tiny("gpt2")
-    monkeypatch.setattr(model, "engine_checks", set())
+    monkeypatch.setitem(VERIFIED, model, Verified())
     calls: list[int] = []
     check = Engine._gap
     monkeypatch.setattr(Engine, "_gap", lambda self, runs, *a: calls.append(len(runs[0])) or check(self, runs, *a))

@@ -13,6 +13,7 @@ from interp.engine import Engine, core
 from interp.engine import matmul as products
 from interp.engine import packed_attention as joint
 from interp.engine import packed_forward as packed
+from interp.engine.verified import VERIFIED, Verified
 from interp.errors import InterpError
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
@@ -74,7 +75,7 @@ def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch, lean: bool) -
 
     monkeypatch.setattr(products, "onednn_pays", lambda threads: False)  # the counter does not know its operators
     model = tiny("llama")
-    monkeypatch.setattr(model, "engine_checks", set())  # as it was loaded
+    monkeypatch.setitem(VERIFIED, model, Verified())  # as it was loaded
     if not lean:
         monkeypatch.setattr(core, "lean_blocks", lambda model: None)
     sites = model.sites("resid_pre", layers=[0, 1])
@@ -98,7 +99,17 @@ def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch, lean: bool) -
     assert measured == pytest.approx(plan.flops, rel=0.001)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.90 GB, max allowed: 18.13 GB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes"),
+        MemoryError(),
+    ],
+    ids=["cuda", "mps", "cpu", "python"],
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog, error: BaseException) -> None:
     model = tiny("llama")
     sites = model.sites("resid_pre")
     want = interp.patch(model, EARLY, sites).frame()["patched"]
@@ -106,19 +117,28 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog) -
 
     def small_machine(self, columns):
         if len(self.cells) > 5:
-            raise torch.OutOfMemoryError("pretend")
+            raise error
         return real(self, columns)
 
     monkeypatch.setattr(packed.PackedForward, "logits", small_machine)
     got = interp.patch(model, EARLY, sites).frame()["patched"]
     assert (got - want).abs().max() < 1e-9 and "half as many" in caplog.text
-    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, columns: small_machine_of_nothing())
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, columns: _raise(error))
     with pytest.raises(InterpError, match="one cell on a prompt of"):
         interp.patch(model, EARLY, sites)
 
 
-def small_machine_of_nothing():
-    raise torch.OutOfMemoryError("pretend")
+def test_another_runtime_error_is_not_taken_for_lack_of_memory(tiny, monkeypatch) -> None:
+    model = tiny("llama")
+    interp.patch(model, EARLY, model.sites("resid_pre"))  # its self-check is done
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, columns: _raise(error))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        interp.patch(model, EARLY, model.sites("resid_pre"))
+
+
+def _raise(error: BaseException):
+    raise error
 
 
 def test_prompts_that_are_cells_of_their_own_are_planned(tiny, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from interp.engine.base_runs import lean_runs
 from interp.engine.matmul import ONEDNN, PLAIN, filled_rows
 from interp.engine.plain_blocks import WRITABLE, lean_blocks
 from interp.engine.runs import record
+from interp.engine.verified import Verified
 
 EARLY = interp.PromptPair("w1 w2 w3 w4 w5 w6", "w9 w2 w3 w4 w5 w6", "w95", "w96")
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -86,11 +87,11 @@ def test_lean_blocks_equal_the_models_own_in_float64(tiny) -> None:
     model = tiny("llama")
     sites = [s for c in ("resid_pre", "resid_mid", "attn_out", "mlp_out", "q", "k", "v", "z") for s in model.sites(c)]
     lean = interp.patch(model, EARLY, sites).frame()["patched"]
-    model.engine_checks.add(frozenset({"not lean"}))
+    Verified.of(model).plain_blocks_differ = True
     try:
         own = interp.patch(model, EARLY, sites).frame()["patched"]
     finally:
-        model.engine_checks.clear()
+        Verified.forget(model)
     assert abs(lean - own).max() < 1e-9
     assert abs(lean - lean.mean()).max() > 1e-3
 
@@ -123,7 +124,7 @@ def test_base_runs_in_bare_products_are_the_models_own(tiny, kind: str) -> None:
 def test_only_what_was_seen_is_run_lean(tiny, monkeypatch) -> None:
     """Longer prompts than any before, and components inside experts' or fused parts, go through the model itself."""
     model = tiny("llama")
-    model.engine_checks.clear()
+    Verified.forget(model)
     seen = []
     real = type(model).last_logits
     monkeypatch.setattr(type(model), "last_logits", lambda self, t: seen.append(len(t)) or real(self, t))
@@ -134,7 +135,7 @@ def test_only_what_was_seen_is_run_lean(tiny, monkeypatch) -> None:
         seen.clear()
         Engine(model).record(prompts, components)
         assert len(seen) == forwards, (prompts, components)
-    model.engine_checks.clear()
+    Verified.forget(model)
 
 
 def test_a_lean_block_that_is_wrong_gives_way_to_the_models_own(word_tokenizer, monkeypatch) -> None:

@@ -21,10 +21,12 @@ from interp.engine.matmul import redirected
 from interp.engine.plain_blocks import WRITABLE, LeanBlock, fixed_rotary, lean_blocks
 from interp.engine.planner import PLANNING
 from interp.engine.runs import Frame, Run, record
+from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
 from interp.sites import COMPONENTS, Site
+from interp.utils.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("interp")
 
@@ -33,7 +35,6 @@ Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab or co
 
 ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix products, keeps memory at ~100 MB
 LOGITS_PER_BATCH = 256  # cells whose full logits exist at one time
-NOT_LEAN, LEAN_RUNS = frozenset({"not lean"}), frozenset({"lean base runs"})  # stand among the checks done on a model
 TELLING = 4  # tokens of a prompt on which a check is taken for all
 CHECK_TOLERANCE = 1e-3  # of the logits' own scale; float32 rounding is far below
 
@@ -140,7 +141,7 @@ class Engine:
         if self.fast:
             self._decide(self._obstacle())
         if self.fast:
-            self.lean = None if NOT_LEAN in self.model.engine_checks else lean_blocks(self.model)
+            self.lean = None if Verified.of(self.model).plain_blocks_differ else lean_blocks(self.model)
             if self.lean and self._framed(max(map(len, prompts)), components):
                 return lean_runs(self.model, self.lean, self.frame, prompts, components, noise)
         with self._extra_hooks(components):
@@ -168,12 +169,10 @@ class Engine:
 
     def _framed(self, longest: int, components: Sequence[str]) -> bool:
         """Whether base runs can be lean: blocks of this model were seen being called on prompts as long, and agreed."""
-        known: tuple[str, Frame] | None = self.model.engine_frame
-        if known is None or LEAN_RUNS not in self.model.engine_checks:
+        known = Verified.of(self.model).plain_base_runs
+        if known is None or known.setting != self._setting() or known.frame.length < longest:
             return False
-        if known[0] != self._setting() or known[1].length < longest:
-            return False
-        self.frame = known[1]
+        self.frame = known.frame
         return set(components) <= WRITABLE
 
     def _setting(self) -> str:
@@ -189,11 +188,10 @@ class Engine:
         (own,) = lean_runs(self.model, self.lean, self.frame, [run.ids], (), [run.noise])
         pairs = zip(own.tensors(), replace(run, acts={}).tensors(), strict=True)
         if all((a - b).abs().max().item() <= CHECK_TOLERANCE * max(b.abs().max().item(), 1.0) for a, b in pairs):
-            self.model.engine_frame = self._setting(), self.frame
-            self.model.engine_checks.add(LEAN_RUNS)
+            Verified.of(self.model).plain_base_runs = VerifiedFrame(self._setting(), self.frame)
         else:
             self.lean = None
-            self.model.engine_checks.add(NOT_LEAN)
+            Verified.of(self.model).plain_blocks_differ = True
 
     @torch.no_grad()
     def score(
@@ -263,8 +261,8 @@ class Engine:
                 logits = torch.stack(whole)
                 logits = logits if wanted is None else logits.gather(1, wanted)
             return score(logits, batch).cpu().double()
-        except RuntimeError as error:
-            if not _out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
         if len(batch) == 1:
             raise InterpError(
@@ -319,7 +317,7 @@ class Engine:
         """
         changes = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
         kind = frozenset(changes)
-        if kind in self.model.engine_checks:
+        if kind in Verified.of(self.model).packed_changes:
             return
         run = max((c.run for c in cells), key=lambda i: len(runs[i]))
         site = Site("resid_pre", 0, position=0)
@@ -332,12 +330,12 @@ class Engine:
         if self.lean and not gap <= allowed:
             self.lean = None  # weights that its bridges hold processed, for one: the model's own blocks know
             gap = self._gap(runs, chosen, slow)
-            self.model.engine_checks.add(NOT_LEAN)
+            Verified.of(self.model).plain_blocks_differ = True
         if not gap <= allowed:
             self._decide(f"its logits differ from the naive path by {gap:.1e} on this model")
             return
         if len(runs[run]) >= TELLING:
-            self.model.engine_checks.add(kind)
+            Verified.of(self.model).packed_changes.add(kind)
 
     def _gap(self, runs: Sequence[Run], cells: Sequence[Cell], logits: Tensor) -> float:
         return (self._forward(runs, cells).logits() - logits).abs().max().item()
@@ -368,7 +366,3 @@ class _ResultHooks:
     def __exit__(self, *_: object) -> None:
         if self.needed and not self.before:
             self.bridge.set_use_attn_result(False)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -119,8 +119,6 @@ class Model:
         self._told_about_cache = False
         self._hooks_of_its_own = count_hooks(bridge)
         self._layout = layout_of(bridge.original_model.config, entering) if self.reads == "images" else None
-        self.engine_checks: set[frozenset[str]] = set()  # kinds of sweep that the engine has checked on this model
-        self.engine_frame: Any = None  # how the engine saw the blocks being called, once its base runs were checked
 
     # ------------------------------------------------------------ facts
 

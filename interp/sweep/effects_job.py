@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ class EffectsJob:
         self.config: Config = parse(document)
         self.shelf, self.given = shelf, models or {}
         self.loaded: tuple[str, Any] | None = None
-        self.settled: tuple[str, str, int] | None = None
+        self.warmed_up_for: tuple[str, str, int] | None = None
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
         self.shared: dict[Any, Any] = {}  # means over whole sets
 
@@ -67,7 +66,7 @@ class EffectsJob:
         if self.loaded is None or self.loaded[0] != spec.name:
             from interp.model.model import load
 
-            self.loaded = self.settled = None
+            self.loaded = self.warmed_up_for = None
             self.shared.clear()
             gc.collect()
             self.loaded = spec.name, load(spec.load, **spec.options)
@@ -87,10 +86,10 @@ class EffectsJob:
                         raise InterpError(
                             f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew"
                         )
-                self.settled = None
+                self.warmed_up_for = None
                 made = make_set(model, part.task, part.seed, own, partial(self._ask, model, part)).encoded()
                 content = self.shelf.keep(name, made)
-                self.settled = key if content == made else None
+                self.warmed_up_for = key if content == made else None
             found = PromptSet.decoded(content)
             if found.weights != model.fingerprint():
                 raise ModelError(
@@ -98,39 +97,25 @@ class EffectsJob:
                     "would not belong together. Make a new run"
                 )
             self.sets[key] = found
-        if self.settled != key:
-            self.settled = key
+        if self.warmed_up_for != key:
+            self.warmed_up_for = key
             if self.sets[key].error is None:
-                self.settle(model, [self.sets[key].prompts[i] for i in self.sets[key].usable])
+                self.warm_up(model, [self.sets[key].prompts[i] for i in self.sets[key].usable])
         return self.sets[key]
 
     def _ask(self, model: Any, part: Part, prompts: Prompts) -> str:
-        """How well a model does a task, by its prompts; leaves the model settled on these."""
+        """How well a model does a task, by its prompts; leaves the model warmed up for these."""
         from interp.sweep.task_check import BaseRuns, asked
 
-        self.settle(model, prompts)
+        self.warm_up(model, prompts)
         runs = BaseRuns(model, self.config.engine, self.config.memory)
         return asked(runs, prompts, lambda some: as_task(some, part.task, part.seed), part.task.require)
 
-    def settle(self, model: Any, prompts: Prompts, anew: bool = False) -> None:
-        """Bring what the engine remembers of a model to where it always is before a part of these prompts.
+    def warm_up(self, model: Any, prompts: Prompts, anew: bool = False) -> None:
+        """Make what the engine knows about a model the same before every part of these prompts."""
+        from interp.engine.warm_up import warm_up
 
-        Which products compute a base run depends on what was recorded before, and with it the last bits; not so once
-        the longest prompt has been recorded. That packed cells agree with full forwards follows from the model's
-        structure, and is checked once; ``anew`` with every call, because NaN in one example can look like a failure.
-        """
-        from interp.engine import Engine
-        from interp.engine.core import LEAN_RUNS, NOT_LEAN
-        from interp.prompts.pairs import encode_any
-
-        if anew or NOT_LEAN in model.engine_checks:
-            model.engine_checks.clear()
-        model.engine_checks.discard(LEAN_RUNS)
-        model.engine_frame = None
-        if prompts:
-            encoded, _ = encode_any(prompts, model.coder)
-            with contextlib.suppress(InterpError):  # of what has no engine, recipes say so
-                Engine(model, self.config.engine, self.config.memory).record([max(encoded, key=len).clean])
+        warm_up(model, prompts, self.config.engine, self.config.memory, anew)
 
 
 def frozen_name(part: Part) -> str:
@@ -194,9 +179,9 @@ class _Trial:
         frames = []
         usable = [self.prompts.prompts[i] for i in self.usable]
         for i in examples:
-            self.job.settle(self.model, usable, anew=True)
+            self.job.warm_up(self.model, usable, anew=True)
             frames += self.measured([i])
-        self.job.settle(self.model, usable, anew=True)
+        self.job.warm_up(self.model, usable, anew=True)
         return frames
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import torch
 
 from interp import tasks
 from interp.engine import Engine
-from interp.engine.core import LEAN_RUNS
+from interp.engine.verified import Verified
 from interp.errors import InterpError
 from interp.model.batching import TOKENS_PER_FORWARD
 
@@ -35,7 +35,7 @@ class BaseRuns:
             found[order[0]] = engine.record([ids[order[0]]])[0].logits.float().cpu()  # by which the engine learns
         except InterpError:  # of what has no engine
             return self.model.next_token_logits(ids)
-        if LEAN_RUNS not in self.model.engine_checks:
+        if Verified.of(self.model).plain_base_runs is None:
             return self.model.next_token_logits(ids)
         step = max(1, TOKENS_PER_FORWARD // len(ids[order[0]]))
         for start in range(1, len(order), step):  # runs hold much more than their logits

@@ -30,6 +30,7 @@ from interp.circuits.inputs import TOKENS, token_batches
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
+from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
@@ -48,7 +49,6 @@ RECIPES: dict[Ablation, str] = {
     "resample": "edges outside the circuit carry the activation of another example's clean run, of the same length",
 }
 STARTS = 4  # times what a forward may hold: what the runs of a circuit may, that others go on from
-CHECKED, NOT_PACKED = frozenset({"circuits"}), frozenset({"circuits are not packed"})  # noted once for each model
 log = logging.getLogger("interp")
 
 
@@ -164,7 +164,7 @@ class Evaluator:
         """The examples, as many together as fit, ready for the engine; None where it cannot take them."""
         rows = [len(p) - start for p, start in zip(self.prompts, starts, strict=True)]
         fit = rows_that_fit(self.wiring, 0, max(TOKENS, *rows))
-        if engine == "naive" or max(rows) > fit or NOT_PACKED in self.model.engine_checks:
+        if engine == "naive" or max(rows) > fit or Verified.of(self.model).packed_circuits is False:
             return None
         runner, found = Engine(self.model, engine), []
         for batch in _stretches(rows, min(TOKENS, fit)):
@@ -187,7 +187,7 @@ class Evaluator:
 
     def _agrees(self, packed: tuple[list[int], Readout, Prompts]) -> bool:
         """Whether a circuit drawn by lot runs alike both ways, on the first example: tried once for each model."""
-        if CHECKED in self.model.engine_checks:
+        if Verified.of(self.model).packed_circuits:
             return True
         numbers, _, prompts = packed
         kept = torch.from_numpy(self.graph.allowed & (np.random.default_rng(0).random(self.graph.allowed.shape) < 0.9))
@@ -196,9 +196,9 @@ class Evaluator:
         gap = (run_circuits(self.wiring, prompts, kept[None])[0, 0] - slow).abs().max().item()
         if not gap <= CHECK_TOLERANCE * max(slow.abs().max().item(), 1.0):
             log.warning("circuits: one full forward each, because packed ones differ by %.1e on this model", gap)
-            self.model.engine_checks.add(NOT_PACKED)
+            Verified.of(self.model).packed_circuits = False
             return False
-        self.model.engine_checks.add(CHECKED)
+        Verified.of(self.model).packed_circuits = True
         return True
 
     def _slowly(self, batch: Batch, kept: Tensor) -> Float[Tensor, "batch vocab"]:
