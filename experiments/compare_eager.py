@@ -1,9 +1,12 @@
-"""The documentation's figures of attention with statistics: blocked against eager. (Sweeps: `interp bench sweeps`.)
+"""Measure attention with statistics, blocked backend against eager, for the documentation.
 
 Run: python experiments/compare_eager.py [--json FILE] [--rounds 3] [--quick]
 
-Medians of runs in a process each. Peak memory is the growth of the process's resident set while the statistics of
-one attention layer are computed.
+Figures are medians of runs, each in its own process. Peak memory is the growth of the process's resident set while the
+statistics of one attention layer are computed. (For sweeps: `interp bench sweeps`.)
+
+Result (results/compare_eager.json, two CPU cores, float32): at 2,048 tokens 0.14 s and 19 MiB against 1.14 s and
+640 MiB; at 8,192 tokens 2.23 s and 65 MiB against 26.56 s and 10,151 MiB.
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ print(seconds, max(peak[0], resident()) - base)
 
 
 def statistics_rows(rounds: int, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Default statistics of one layer (9 heads, 3 KV heads, 64 wide, causal, float32): blocked against eager."""
+    """Measure the default statistics of one layer (9 heads, 3 KV heads, head size 64, causal, float32)."""
     rows = []
     for n in lengths:
         measured: dict[str, list[list[float]]] = {"blocked": [], "reference": []}
         for _ in range(rounds):
-            for how, found in measured.items():
+            for how, runs in measured.items():
                 done = subprocess.run([sys.executable, "-c", STATS, str(n), how], capture_output=True, text=True)
-                found.append([float(x) for x in done.stdout.split()])
+                runs.append([float(x) for x in done.stdout.split()])
         blocked, eager = ([statistics.median(c) for c in zip(*measured[h], strict=True)] for h in measured)
         rows.append(
             {"tokens": n, "ours_s": blocked[0], "theirs_s": eager[0], "ratio": eager[0] / blocked[0],
@@ -60,7 +63,7 @@ def statistics_rows(rounds: int, lengths: tuple[int, ...]) -> list[dict[str, Any
 
 
 def main() -> None:
-    """Measure, print, and write the raw numbers if asked."""
+    """Measure, print, and write the raw numbers if `--json` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,7 +1,7 @@
-"""Compiles the program of zoo.tracr_induction by Tracr, and converts it by TransformerLens.
+"""Compile the program of zoo.tracr_induction with Tracr, and convert it with TransformerLens.
 
-Run: python experiments/compile_tracr.py [FOLDER] (default: interp/zoo/weights). Needs Tracr beside interp, in an
-environment of its own: pip install tracr-pypi. Seconds.
+Run: python experiments/compile_tracr.py [FOLDER] (default: interp/zoo/weights). It takes seconds. It needs Tracr
+installed next to interp, in a separate environment: pip install tracr-pypi.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ OUTPUT = "induction"
 
 
 def program() -> rasp.SOp:
-    """What followed the previous occurrence of this token?"""
+    """Return the RASP program: the token that followed the previous occurrence of the current token."""
     back = rasp.Select(rasp.indices, rasp.indices, lambda key, query: key == query - 1)
     previous = rasp.Aggregate(back, rasp.tokens, default=None).named("previous")
     same = rasp.Select(previous, rasp.tokens, rasp.Comparison.EQ)
     return rasp.Aggregate(same, rasp.tokens, default=None).named(OUTPUT)
 
 
-def renumbered(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """Token ids of our tokenizer: specials, of which only <bos> means something, then letters."""
+def renumber(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Reorder embedding and output rows to the ids of our tokenizer: special tokens, then letters.
+
+    Only <bos> among the special tokens has a meaning for this model.
+    """
     inputs, outputs = model.input_encoder.encoding_map, model.output_encoder.encoding_map
     embed, head = weights["tok_embed.weight"], weights["head.weight"]
     width = embed.shape[1]
@@ -46,13 +49,13 @@ def renumbered(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.
 
 
 def main(folder: Path) -> None:
-    """Compile, convert, renumber, save; then compare with Tracr's own answers."""
+    """Compile, convert, renumber and save; then compare with the answers of Tracr's model."""
     model = compiling.compile_rasp_to_model(
         program(), vocab=set(LETTERS), max_seq_len=compiled.LENGTH, causal=True, compiler_bos="BOS"
     )
     labels = {label.rpartition(":")[0] for label in model.residual_labels}
     label = next(label for label in labels if label.startswith(OUTPUT))
-    weights = renumbered(converter.make_tracr_transformer_bridge_state_dict(model, label), model)
+    weights = renumber(converter.make_tracr_transformer_bridge_state_dict(model, label), model)
     layers, shape = model.model_config.num_layers, model.model_config
     config = {
         "d_model": weights["tok_embed.weight"].shape[1], "d_head": shape.key_size, "n_heads": shape.num_heads,
@@ -65,10 +68,10 @@ def main(folder: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     known = compiled.tracr_induction(folder=folder)
     for pair in known.pairs(20):
-        said = model.apply(["BOS", *pair.clean.split()]).decoded[-1]
+        tracr_answer = model.apply(["BOS", *pair.clean.split()]).decoded[-1]
         logits = known.bridge(known.bridge.to_tokens(pair.clean))[0, -1]
-        ours = known.bridge.tokenizer.decode([int(logits.argmax())])
-        assert said == ours == pair.answer.strip(), (pair, said, ours)
+        our_answer = known.bridge.tokenizer.decode([int(logits.argmax())])
+        assert tracr_answer == our_answer == pair.answer.strip(), (pair, tracr_answer, our_answer)
     print(f"wrote {path}, which answers as Tracr's model does")
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/pictures/*.svg: the ideas behind interp, one picture each.
+"""Draw docs/pictures/*.svg, one picture for each idea behind interp.
 
 Run: python experiments/draw_concepts.py [FOLDER].
 """
@@ -19,26 +19,26 @@ WORDS = ("John", "and", "Mary", "met", "John", "told")
 def text(
     x: float, y: float, words: str, size: int = 14, fill: str = INK, anchor: str = "middle", more: str = ""
 ) -> str:
-    """One line of words."""
+    """Return one line of text as SVG."""
     place = f'x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"'
     return f"<text {place} {more}>{escape(words)}</text>"
 
 
 def box(x: float, y: float, w: float, h: float, fill: str = PALE, stroke: str = LINE, words: str = "") -> str:
-    """A rectangle, with words in its middle."""
+    """Return a rectangle with text in its middle."""
     shape = f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="4" fill="{fill}" stroke="{stroke}"/>'
     return shape + (text(x + w / 2, y + h / 2 + 5, words) if words else "")
 
 
 def arrow(x0: float, y0: float, x1: float, y1: float, colour: str = LINE, width: float = 1.6, bend: float = 0) -> str:
-    """An arrow, straight or bent sideways."""
+    """Return an arrow, straight or bent sideways."""
     middle = f"Q{(x0 + x1) / 2 + bend:g} {(y0 + y1) / 2:g} {x1:g} {y1:g}" if bend else f"L{x1:g} {y1:g}"
     head = f'marker-end="url(#{colour[1:]})"'
     return f'<path d="M{x0:g} {y0:g}{middle}" fill="none" stroke="{colour}" stroke-width="{width}" {head}/>'
 
 
 def picture(width: int, height: int, title: str, parts: list[str]) -> str:
-    """A whole SVG on white, described for those who cannot see it."""
+    """Return a whole SVG on a white background, with a title for screen readers."""
     heads = "".join(
         f'<marker id="{c[1:]}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         f'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{c}"/></marker>'
@@ -53,7 +53,7 @@ def picture(width: int, height: int, title: str, parts: list[str]) -> str:
 
 
 def directions() -> str:
-    """Denoising and noising: which run an activation is taken from, and into which it is written."""
+    """Draw denoising and noising: the run an activation is read from, and the run it is written into."""
     parts = []
     for x, mode, source, into in ((30, "denoising", "clean", "corrupt"), (440, "noising", "corrupt", "clean")):
         colours = {"clean": CLEAN, "corrupt": CORRUPT}
@@ -70,7 +70,7 @@ def directions() -> str:
 
 
 def scale() -> str:
-    """The recovery scale, as a line of numbers."""
+    """Draw the recovery scale as a number line."""
 
     def at(v: float) -> float:
         return 150 + 400 * v
@@ -92,7 +92,7 @@ def scale() -> str:
 
 
 def sites() -> str:
-    """One block of a transformer, with the names of its sites."""
+    """Draw one block of a transformer with the names of its sites."""
     mono = 'font-family="monospace"'
     parts = [f'<path d="M130 440V40" stroke="{LINE}" stroke-width="5" stroke-linecap="round"/>']
     parts.append(text(130, 468, "residual stream", 13, SOFT))
@@ -118,7 +118,7 @@ def sites() -> str:
 
 
 def edges() -> str:
-    """A node changes everything after it; an edge changes what one receiver reads."""
+    """Draw what a patch changes: a node everything after it, an edge what one receiver reads."""
     parts = []
     for x, title, direct in (
         (30, "patching a head: everything after it", False),
@@ -134,13 +134,13 @@ def edges() -> str:
         parts.append(arrow(low[0] + 50, 248, mid[0] - 36, 192, off, 1.6))
         parts.append(arrow(mid[0] - 24, 150, high[0] + 24, 100, off, 1.6))
         parts.append(text(x + 96, 168, "k", 15, RED, "end", 'font-weight="600"'))
-        said = "frozen: as in the base run" if direct else "recomputed"
-        parts.append(text(x + 262, 246, said, 12, SOFT))
+        mlp_note = "frozen: as in the base run" if direct else "recomputed"
+        parts.append(text(x + 262, 246, mlp_note, 12, SOFT))
     return picture(820, 306, "A patched head changes all that reads it; a patched edge one reader alone", parts)
 
 
 def saved() -> str:
-    """What a sweep reads from the recorded run, and what it computes."""
+    """Draw what a sweep reads from the recorded run, and what it computes."""
     layers, left, top, w, h, at_layer, at_position = 6, 110, 54, 78, 30, 2, 3
     parts = [text(left + w * 3, 30, "one cell: resid_pre at layer 2, position 3", 16, more='font-weight="600"')]
     for layer in range(layers):
@@ -153,10 +153,10 @@ def saved() -> str:
     for position, word in enumerate(WORDS):
         parts.append(text(left + w * position + w / 2 - 2, top + h * layers + 18, word, 13))
     key = top + h * layers + 46
-    kept = layers * len(WORDS) - (layers - at_layer) * (len(WORDS) - at_position)
+    n_read = layers * len(WORDS) - (layers - at_layer) * (len(WORDS) - at_position)
     for x, fill, words in (
-        (left, PALE, f"read from the recorded run: {kept} of {layers * len(WORDS)}"),
-        (left + 330, FRESH, f"computed: {layers * len(WORDS) - kept}"),
+        (left, PALE, f"read from the recorded run: {n_read} of {layers * len(WORDS)}"),
+        (left + 330, FRESH, f"computed: {layers * len(WORDS) - n_read}"),
     ):
         parts += [box(x, key - 14, 18, 18, fill), text(x + 26, key, words, 13, INK, "start")]
     return picture(620, key + 20, "Only layers above and positions from the patch on are computed again", parts)
@@ -173,5 +173,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    here = Path(__file__).parents[1] / "docs" / "pictures"
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else here)
+    pictures = Path(__file__).parents[1] / "docs" / "pictures"
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else pictures)

@@ -1,18 +1,31 @@
-"""Which heads of the embedded model do learned gates call facilitating, and do exact ablations and other data agree?
+"""Causal head gating on IOI, compared with exact ablation and with toggling on other data.
 
 Run: python experiments/head_gating.py [--json experiments/results/head_gating.json] [--steps 30] [--seeds 2]
 
-Causal head gating on indirect objects, fitted to pairs of the split "train" and judged on pairs of the split "test",
-which share neither name nor template with those. Three fits with the same settings: as given; with the pairs' answers
-permuted (the same model, nothing to be found); with random weights (redrawn with the matrices' mean and deviation).
-Of each fit: the loss with gates; how many heads are called what; the rank correlation over all heads of facilitation
-with the exact effect of ablating each head alone (z set to 0, logit difference, test pairs, same weights), and how well
-facilitation finds the 20 heads whose ablation hurts most (AUROC; chance is 0.5); and of the 12 most facilitating heads
-and 12 others drawn at random, in how many the class is confirmed by toggling the gate on test pairs (sign-flip tests,
-false discoveries at most 5%).
+Claim: the heads that learned gates call facilitating are those that exact ablation finds important, also on other data.
 
-A head that others can stand in for need not stay open, and one that is needed only where others are shut does: the two
-measures answer different questions, and agree in part.
+Causal head gating on indirect objects is fitted to pairs of the split "train" and judged on pairs of the split "test".
+The two splits share no name and no template. Three fits use the same settings:
+
+* ``model``: the embedded model as it is;
+* ``permuted`` (null): the same model, with the answers of the pairs permuted, so that there is nothing to find;
+* ``random`` (null): random weights, redrawn with the mean and standard deviation of each matrix.
+
+For each fit the script reports
+
+* the loss with gates, and the number of heads in each class;
+* the rank correlation over all heads between facilitation and the exact effect of ablating each head alone (z set to 0,
+  logit difference, test pairs, same weights);
+* how well facilitation finds the 20 heads whose ablation hurts most (AUROC; chance is 0.5);
+* among the 12 most facilitating heads and 12 others drawn at random, the number whose class is confirmed by toggling
+  the gate on test pairs (sign-flip tests, false discovery rate at most 5%).
+
+Result (results/head_gating.json: 8 pairs, one seed of 16 steps): the rank correlation is 0.29 and the AUROC 0.75; 3 of
+the 12 most facilitating heads are confirmed, and 1 of the 12 others. Null: with permuted answers and with random
+weights the correlations are 0.00 and 0.08, the AUROCs 0.55 and 0.63, and no head is confirmed.
+
+The two measures answer different questions, so they agree only in part. A head that others can replace need not stay
+open. A head that is needed only where others are closed does stay open.
 """
 
 from __future__ import annotations
@@ -26,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from watching import Watch
+from resource_meter import ResourceMeter
 
 import interp
 from interp.circuits import causal_head_gating
@@ -37,26 +50,28 @@ TOP, JUDGED = 20, 12
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks; what is equal has the mean of its ranks."""
+    """Return ranks; equal values share the mean of their ranks."""
     _, group, size = np.unique(x, return_inverse=True, return_counts=True)
     return (np.cumsum(size) - (size - 1) / 2)[group]
 
 
 def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """P(what is true outranks what is not), ties counting half."""
+    """Return the probability that a true item outranks a false one; ties count half."""
     true, other = scores[truth][:, None], scores[~truth]
     return float((true > other).mean() + (true == other).mean() / 2)
 
 
-def harm(model: Any, pairs: Any) -> np.ndarray:
-    """By how much the logit difference falls when each head alone is ablated, exactly: all heads in order."""
-    lost: Any = interp.ablate(model, pairs, model.sites("z"), using="zero", show_progress=False).summary()
-    return -lost.sort_values(["layer", "head"])["raw"].to_numpy()
+def ablation_harm(model: interp.Model, pairs: Any) -> np.ndarray:
+    """Return by how much the logit difference falls when each head alone is ablated, for all heads in order."""
+    summary: Any = interp.ablate(model, pairs, model.sites("z"), using="zero", show_progress=False).summary()
+    return -summary.sort_values(["layer", "head"])["raw"].to_numpy()
 
 
-def judged(model: Any, train: Any, test: Any, permute: bool, fit: dict[str, Any], hurts: np.ndarray) -> dict[str, Any]:
-    """Fit, compare with ablation, toggle."""
-    with Watch() as watch:
+def fit_and_judge(
+    model: interp.Model, train: Any, test: Any, permute: bool, fit: dict[str, Any], hurts: np.ndarray
+) -> dict[str, Any]:
+    """Fit gates, compare them with ablation, and toggle the gates of 24 heads."""
+    with ResourceMeter() as meter:
         gates = causal_head_gating(model, train, permute_targets=permute, show_progress=False, **fit)
     table: Any = gates.summary().sort_values(["layer", "head"])
     helps = table["facilitation"].to_numpy()
@@ -82,17 +97,17 @@ def judged(model: Any, train: Any, test: Any, permute: bool, fit: dict[str, Any]
             {"head": str(interp.Site("z", int(i) // model.n_heads, int(i) % model.n_heads)), "hurts": float(hurts[i]),
              "facilitation": float(helps[i])} for i in np.argsort(-hurts)[:JUDGED]
         ],
-        **watch.facts(),
+        **meter.facts(),
     }  # fmt: skip
 
 
 def main() -> None:
-    """Fit three times, judge, print."""
+    """Fit three times, judge each fit, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--steps", type=int, default=30, help="updates of each of the three fits")
-    parser.add_argument("--seeds", type=int, default=2, help="sets of gates")
-    parser.add_argument("--pairs", type=int, default=12, help="to fit on, and as many to judge on")
+    parser.add_argument("--seeds", type=int, default=2, help="number of sets of gates")
+    parser.add_argument("--pairs", type=int, default=12, help="number of pairs to fit on; as many again to judge on")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -104,11 +119,11 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]), "made": now(), "model": model.provenance(), "device": "cpu",
         "versions": versions(), "pairs": options.pairs, "fit": fit, "fits": {},
     }  # fmt: skip
-    hurts = harm(model, test)
+    hurts = ablation_harm(model, test)
     for name in ("model", "permuted", "random"):
         with random_weights(model) if name == "random" else nullcontext():
-            own = harm(model, test) if name == "random" else hurts
-            result["fits"][name] = judged(model, train, test, name == "permuted", fit, own)
+            harm = ablation_harm(model, test) if name == "random" else hurts
+            result["fits"][name] = fit_and_judge(model, train, test, name == "permuted", fit, harm)
         print(name, json.dumps(result["fits"][name]), flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

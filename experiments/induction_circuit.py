@@ -1,13 +1,25 @@
-"""Does edge attribution find the known induction head of the embedded model, and the previous-token heads it needs?
+"""Edge attribution on induction: whether it finds the induction head and the previous-token heads it needs.
 
 Run: python experiments/induction_circuit.py [--json experiments/results/induction_circuit.json] [--pairs 16]
 
-Heads are named by what they attend to, in the same prompts (`headstats`: mass on the previous token; whether the last
-word reads most the word after its earlier occurrence). Edges are scored by EAP-IG on inputs, 5 steps. Reported: the
-rank of each head among all heads by the largest |score| of its edges; the smallest circuit (pruned top n) that contains
-it; the rank, among the edges into the key of the induction head's group, of those from previous-token heads. A control
-shuffles the scores among edges, 20 times. The null is a model of the same kind with random weights (four layers), three
-seeds: the gain of the best circuit over random ones of the same size on pairs that were not scored, in standard errors.
+Claim (Olsson et al. 2022): an induction head reads, through its key, what previous-token heads wrote. A circuit method
+should therefore find both.
+
+Heads of the embedded model are named by what they attend to in the same prompts (`headstats`): a previous-token head by
+its mass on the previous token, an induction head if the last word attends most to the word after its earlier
+occurrence. Edges are scored by EAP-IG on inputs, 5 steps. The script reports the rank of each head among all heads by
+the largest |score| of its edges; the smallest circuit (pruned top n) that contains it; and the rank of each
+previous-token head among the edges into the key of the induction head's group.
+
+Result (results/induction_circuit.json, 16 pairs): the induction head L18H6 ranks 14th of 270 heads and is in the best
+50 edges. The previous-token head L16H0 ranks first, among all heads and into the key; the four others rank 25th to 47th
+among all heads and 8th to 28th into the key.
+
+Control: with scores shuffled among edges, 20 times, L18H6 needs 500 to 5,000 edges.
+
+Null: a model of the same kind with random weights (four layers), three seeds. Reported is the gain of the best circuit
+over random circuits of the same size, in standard errors. It is 2.6 to 3.0 on the pairs that were scored, and −1.2 to
+0.4 on other pairs.
 """
 
 from __future__ import annotations
@@ -21,24 +33,26 @@ from typing import Any
 import headstats
 import numpy as np
 import torch
-from watching import Watch
+from resource_meter import ResourceMeter
 
 import interp
 from interp.circuits import EdgeScores, attribute_edges
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.evaluation.faithfulness import random_circuit
-from interp.errors import InterpError
-from interp.prompts.pairs import encode_pairs
-from interp.sites import Site
+from interp.prompts import encode_pairs
 from interp.utils.provenance import now, versions
 
-INDUCTION = Site("z", 18, 6)
+INDUCTION = interp.Site("z", 18, 6)
 SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-EDGES = 500  # of the null's circuits
+EDGES = 500  # in each circuit of the null
 
 
-def heads_by_attention(model: Any, pairs: Any) -> dict[str, np.ndarray]:
-    """[layers, heads]: mean mass on the previous token; in how many prompts the last word reads what followed it."""
+def attention_roles(model: interp.Model, pairs: Any) -> dict[str, np.ndarray]:
+    """Return two arrays [layers, heads], one for each role.
+
+    ``previous`` is the mean mass on the previous token. ``induction`` is the share of prompts in which the last word
+    attends most to the word that followed its earlier occurrence.
+    """
     stats = model.attention_stats(pairs, headstats.StatSpec(previous=True))
     follows = [
         np.isin(stats.values["argmax"][i][..., -1], range(*encoded.spans["B1"]))
@@ -47,58 +61,58 @@ def heads_by_attention(model: Any, pairs: Any) -> dict[str, np.ndarray]:
     return {"previous": stats.per_head("previous"), "induction": np.mean(follows, axis=0)}
 
 
-def rank_of_heads(scores: EdgeScores) -> list[Site]:
-    """Heads by the largest |score| of their outgoing edges, best first."""
+def rank_heads(scores: EdgeScores) -> list[interp.Site]:
+    """Return the heads in order of the largest |score| of their outgoing edges, best first."""
     best = dict(zip(scores.graph.senders, np.nanmax(np.abs(scores.matrix), axis=0), strict=True))
     return sorted((s for s in best if s.component == "z"), key=lambda s: -best[s])
 
 
-def smallest(scores: EdgeScores, site: Site) -> int | None:
-    """The least n of `SIZES` whose pruned top-n circuit holds a node."""
+def smallest_size(scores: EdgeScores, site: interp.Site) -> int | None:
+    """Return the smallest n in `SIZES` whose pruned top-n circuit contains a node."""
     for n in SIZES:
         try:
             if site in scores.top(n).nodes():
                 return n
-        except InterpError:  # no path yet
+        except interp.InterpError:  # these edges form no path from input to logits
             continue
     return None
 
 
-def found(model: Any, pairs: Any) -> dict[str, Any]:
-    """The embedded model's induction circuit."""
-    with Watch() as watch:
+def induction_circuit(model: interp.Model, pairs: Any) -> dict[str, Any]:
+    """Score all edges, and report the ranks of the induction head and of the previous-token heads."""
+    with ResourceMeter() as meter:
         scores = attribute_edges(model, pairs, steps=5, show_progress=False)
-    attends = heads_by_attention(model, pairs)
-    previous = [Site("z", *map(int, at)) for at in np.argwhere(attends["previous"] > 0.5)]
-    ranked = rank_of_heads(scores)
-    key = Site("k", INDUCTION.layer, (INDUCTION.head or 0) // (model.n_heads // model.n_kv_heads))
+    attends = attention_roles(model, pairs)
+    previous = [interp.Site("z", *map(int, at)) for at in np.argwhere(attends["previous"] > 0.5)]
+    ranked = rank_heads(scores)
+    key = interp.Site("k", INDUCTION.layer, (INDUCTION.head or 0) // (model.n_heads // model.n_kv_heads))
     into = np.abs(scores.matrix[scores.graph.receiver_number[key]])
     order = [scores.graph.senders[i] for i in np.argsort(-np.where(np.isnan(into), -np.inf, into))]
     shuffled, generator = [], np.random.default_rng(0)
     for _ in range(20):
         matrix = scores.matrix.copy()
         matrix[scores.graph.allowed] = generator.permutation(matrix[scores.graph.allowed])
-        shuffled.append(smallest(EdgeScores(scores.graph, matrix, {}), INDUCTION))
+        shuffled.append(smallest_size(EdgeScores(scores.graph, matrix, {}), INDUCTION))
     early = [s for s in previous if (s.layer or 0) < (INDUCTION.layer or 0)]
     return {
         "induction_head": {
             "head": str(INDUCTION), "attends_to_what_followed": float(attends["induction"][18, 6]),
-            "rank_of_270_heads": ranked.index(INDUCTION) + 1, "smallest_circuit": smallest(scores, INDUCTION),
+            "rank_of_270_heads": ranked.index(INDUCTION) + 1, "smallest_circuit": smallest_size(scores, INDUCTION),
             "smallest_circuit_shuffled": shuffled,
         },
         "previous_token_heads": [
             {"head": str(s), "previous": float(attends["previous"][s.layer or 0, s.head or 0]),
-             "rank_of_270_heads": ranked.index(s) + 1, "smallest_circuit": smallest(scores, s),
+             "rank_of_270_heads": ranked.index(s) + 1, "smallest_circuit": smallest_size(scores, s),
              f"rank_into_{key}": order.index(s) + 1}
             for s in early
         ],
         "senders_into_key": [str(s) for s in order[:8]], "best_heads": [str(s) for s in ranked[:10]],
-        "pairs": len(pairs), **watch.facts(),
+        "pairs": len(pairs), **meter.facts(),
     }  # fmt: skip
 
 
 def null(seed: int, tokenizer: Any) -> dict[str, Any]:
-    """A random model: what its best circuit gains on pairs that were scored, and on others."""
+    """Return the gain of the best circuit of a random model, on the scored pairs and on other pairs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -119,16 +133,17 @@ def null(seed: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Find, compare, print."""
+    """Score the embedded model, run the null, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pairs", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(2)
     model = interp.load("smollm2")
+    pairs = list(interp.tasks.induction(model, n=options.pairs, seed=0))
     result = {
         "command": " ".join(["python", *sys.argv]), "made": now(), "model": model.provenance(), "device": "cpu",
-        "versions": versions(), **found(model, list(interp.tasks.induction(model, n=options.pairs, seed=0))),
+        "versions": versions(), **induction_circuit(model, pairs),
         "null": [null(seed, model.tokenizer) for seed in range(3)],
     }  # fmt: skip
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "model")}, indent=1))

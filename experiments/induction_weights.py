@@ -1,14 +1,26 @@
-"""Do weights alone, and the directions that attention goes by, lead from the induction head to previous-token heads?
+"""Composition and channels: from the induction head to previous-token heads by weights and by directions.
 
 Run: python experiments/induction_weights.py [--json experiments/results/induction_weights.json] [--pairs 8]
 
-On the embedded model. *Composition*: how much of what each earlier head writes is read by the key of the induction head
-L18H6, at distances 4 to 12 (RoPE), in standard deviations above randomly turned outputs; mean over distances.
+Claim: weights alone, and the few directions that carry an attention score, lead from the key of an induction head to
+the previous-token heads that it reads.
+
+*Composition*: how much of what each earlier head writes is read by the key of the induction head L18H6 of the embedded
+model, at distances of 4 to 12 tokens (RoPE). The unit is standard deviations above randomly rotated outputs; the mean
+over distances is reported.
+
 *Channels* (sparse attention decomposition): at each firing of L18H6 on induction prompts, how many singular directions
-carry its score, and what share of them each earlier head wrote on the key's side. Previous-token heads are those whose
-mean mass on the previous token of the same prompts is above 0.5. Baselines: the ranks of the same heads for the keys of
-all other heads of layers 17 and 18 that do not attend by induction; and for the number of directions, 20 random
-orthonormal bases in the place of the singular one.
+carry its score, and what share of them each earlier head wrote on the key's side.
+
+Previous-token heads are those whose mean mass on the previous token of the same prompts is above 0.5.
+
+Result (results/induction_weights.json, 6 pairs, 28 firings): of 162 earlier heads, L16H0 is second by composition
+(z = 272) and writes 40% of the channels on the key's side, more than any other sender. A median of 3 singular
+directions carries the score. The other previous-token heads rank 10 to 27 by composition.
+
+Null: for the keys of all other heads of layers 17 and 18 that do not attend by induction, the median rank of L16H0 is
+151, and those of the other previous-token heads are 58 to 80. With 20 random orthonormal bases in the place of the
+singular one, a median of 5 directions carries the score.
 """
 
 from __future__ import annotations
@@ -22,7 +34,7 @@ from typing import Any
 import headstats
 import numpy as np
 import torch
-from watching import Watch
+from resource_meter import ResourceMeter
 
 import interp
 from interp.circuits import WeightCircuits, attention_channels
@@ -35,7 +47,7 @@ OFFSETS = (4, 8, 12)
 
 
 def composition(weights: WeightCircuits, layer: int) -> np.ndarray:
-    """z of every earlier head's composition with the keys of a layer's heads, [heads, earlier layers, heads]."""
+    """Return z of the composition of every earlier head with the keys of a layer, [heads, earlier layers, heads]."""
     total = 0.0
     for offset in OFFSETS:
         table: Any = weights.composition("k", offset=offset, layers=[layer])
@@ -45,13 +57,14 @@ def composition(weights: WeightCircuits, layer: int) -> np.ndarray:
 
 
 def rank(values: np.ndarray, site: tuple[int, int]) -> int:
-    """1 for the largest."""
+    """Return the rank of one value; 1 is the largest."""
     return int((values > values[site]).sum()) + 1
 
 
-def directions(model: Any, weights: WeightCircuits, pairs: Any, firings: Any) -> dict[str, Any]:
-    """How many directions carry the scores: singular ones, and those of random bases of the same space."""
-    norm, generator, found = weights.norms[LAYER], torch.Generator().manual_seed(0), {"singular": [], "random": []}
+def median_directions(model: interp.Model, weights: WeightCircuits, pairs: Any, firings: Any) -> dict[str, Any]:
+    """Return how many directions carry the scores: singular ones, and those of random bases of the same space."""
+    norm, generator = weights.norms[LAYER], torch.Generator().manual_seed(0)
+    counts: dict[str, list[int]] = {"singular": [], "random": []}
     for row in firings.itertuples():
         stream: list[Any] = []
         with (
@@ -66,15 +79,15 @@ def directions(model: Any, weights: WeightCircuits, pairs: Any, firings: Any) ->
                 (row.query, row.key), weights.rotated(LAYER, HEAD, int(row.query - row.key)), strict=True
             )
         ]
-        found["singular"].append(int(row.directions))
+        counts["singular"].append(int(row.directions))
         for _ in range(20):
             basis, _ = torch.linalg.qr(torch.randn(len(sides[0]), len(sides[0]), generator=generator))
-            found["random"].append(len(smallest_prefix((sides[0] @ basis) * (sides[1] @ basis), 1.0)))
-    return {name: float(np.median(x)) for name, x in found.items()}
+            counts["random"].append(len(smallest_prefix((sides[0] @ basis) * (sides[1] @ basis), 1.0)))
+    return {name: float(np.median(x)) for name, x in counts.items()}
 
 
 def main() -> None:
-    """Compose, decompose, compare, print."""
+    """Compute composition and channels, compare them with the baselines, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pairs", type=int, default=8)
@@ -86,7 +99,7 @@ def main() -> None:
     stats = model.attention_stats(pairs, headstats.StatSpec(previous=True))
     mass = stats.per_head("previous")
     previous = [(int(i), int(h)) for i, h in np.argwhere(mass > 0.5) if i < LAYER - 1]
-    with Watch() as watch:
+    with ResourceMeter() as meter:
         weights = WeightCircuits(model)
         z = {layer: composition(weights, layer) for layer in (LAYER - 1, LAYER)}
         channels = attention_channels(model, pairs, f"z.L{LAYER}H{HEAD}", show_progress=False)
@@ -98,7 +111,8 @@ def main() -> None:
     result = {
         "command": " ".join(["python", *sys.argv]), "made": now(), "model": model.provenance(), "device": "cpu",
         "versions": versions(), "pairs": len(pairs), "receiver": f"k of L{LAYER}H{HEAD}", "senders": len(order),
-        "firings": len(channels.firings()), "median_directions": directions(model, weights, pairs, channels.firings()),
+        "firings": len(channels.firings()),
+        "median_directions": median_directions(model, weights, pairs, channels.firings()),
         "key_side": key.head(8)[["sender", "share", "kept"]].to_dict("records"),
         "query_side": summary[summary["side"] == "query"].head(4)[["sender", "share", "kept"]].to_dict("records"),
         "composition_top": [
@@ -113,7 +127,7 @@ def main() -> None:
              "channel_share": float(heads["share"][order[f"z.L{i}H{h}"] - 1])}
             for i, h in previous
         ],
-        **watch.facts(),
+        **meter.facts(),
     }  # fmt: skip
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "model")}, indent=1))
     if options.json:

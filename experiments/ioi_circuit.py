@@ -1,12 +1,22 @@
-"""Which method finds the better circuit? Edges of the embedded model on indirect object identification.
+"""Circuit methods compared on IOI: which method ranks the edges of the embedded model best.
 
-    python experiments/ioi_circuit.py run [METHOD …] [--seconds 280]     one method after the other, resumable
-    python experiments/ioi_circuit.py table                              → results/ioi_circuit.json and .md
+    python experiments/ioi_circuit.py run [METHOD …] [--seconds 280]     run methods one after the other, resumable
+    python experiments/ioi_circuit.py table                              write results/ioi_circuit.json and .md
 
-Scores are made on `TRAIN` pairs; CPR, CMD and faithfulness are measured on `TEST` others, with counterfactual ablation
-and the logit difference, as in MIB. A method is cut into pieces (scores of some pairs; circuits by signed or absolute
-scores), each in a process of its own, whose resident memory is watched from the moment the model is loaded. A piece
-that is done lies in `--work` and is not run again; ``--seconds`` starts no further piece after so long.
+Claim (MIB, Hanna et al. 2024): EAP-IG ranks edges better than EAP and than exact patching of single edges.
+
+Edges are scored on `TRAIN` pairs. CPR, CMD and faithfulness are measured on `TEST` other pairs, with counterfactual
+ablation and the logit difference, as in MIB.
+
+Result (results/ioi_circuit.md; CMD, lower is better): EAP-IG 0.014, ACDC among the edges that EAP-IG ranks first 0.015,
+EAP 0.019, path patching of every edge alone 0.036, AtP of nodes 0.096.
+
+Null: edges drawn at random have a CMD of 0.71 to 0.75. A second baseline ranks edges by the size of what senders
+change: 0.75.
+
+The work of a method is divided into pieces: scores of some pairs, then circuits by signed or absolute scores. Each
+piece runs in its own process, whose resident memory is measured from the moment the model is loaded. A finished piece
+is saved in `--work` and is not run again. With ``--seconds``, no further piece starts after that time.
 """
 
 from __future__ import annotations
@@ -23,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from watching import Watch
+from resource_meter import ResourceMeter
 
 import interp
 from interp.circuits import (
@@ -38,7 +48,7 @@ from interp.circuits import (
 )
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.topology import architecture
-from interp.sites import Edge, Site, Sites
+from interp.sites import Edge
 from interp.utils.provenance import now, prompt_hash, versions
 
 HERE = Path(__file__).parent
@@ -49,34 +59,36 @@ Scorer = Callable[[Any, Any], EdgeScores]
 
 @dataclass(frozen=True)
 class Method:
-    """``score(model, pairs)``; ``chunk`` pairs are scored in a process; ``pairs`` in all. ``signed``: whether scores
-    tell helpful edges from harmful ones. Where they do not, both rankings are the same."""
+    """A method that scores edges, and how its work is divided."""
 
     score: Scorer
     what: str
-    chunk: int = TRAIN
-    pairs: int = TRAIN
-    signed: bool = True
+    chunk: int = TRAIN  # pairs that are scored in one process
+    pairs: int = TRAIN  # pairs in all
+    signed: bool = True  # scores distinguish helpful edges from harmful ones; if not, both rankings are the same
 
 
 def by_gradients(method: Any) -> Scorer:
-    """Edge attribution with MIB's five steps."""
+    """Return edge attribution with the five steps of MIB."""
     return lambda model, pairs: attribute_edges(model, pairs, method=method, steps=5, show_progress=False)
 
 
 def by_nodes(method: Any) -> Scorer:
-    """Scores of nodes as scores of edges: the weaker of both ends, so that n edges are those among the best nodes."""
+    """Return scores of edges from scores of nodes: an edge scores as the weaker of its two ends.
+
+    The best n edges are then the edges among the best nodes.
+    """
 
     def score(model: Any, pairs: Any) -> EdgeScores:
         graph = architecture(model)
-        effects = attribute_sites(model, pairs, Sites(graph.senders), mode="noise", method=method, steps=5)
+        effects = attribute_sites(model, pairs, interp.Sites(graph.senders), mode="noise", method=method, steps=5)
         table = effects.frame().groupby(["component", "layer", "head"], dropna=False, observed=True)["raw"].mean()
-        found = {}
+        node_scores = {}
         for (component, layer, head), raw in table.items():
-            found[component, int(layer), None if str(head) in ("nan", "<NA>") else int(head)] = float(raw)
-        sends = np.array([found[s.component, s.layer, s.head] for s in graph.senders])
+            node_scores[component, int(layer), None if str(head) in ("nan", "<NA>") else int(head)] = float(raw)
+        sends = np.array([node_scores[s.component, s.layer, s.head] for s in graph.senders])
         numbers = graph.sender_number
-        # k and v of a group stand for its head of largest score; the logits count as kept
+        # k and v of a group score as its head with the largest score; the logits are always in the circuit
         fed = [[sends[numbers[s]] for s in graph.fed_by(r)] for r in graph.receivers]
         reads = np.array([max(f, key=abs) if f else np.inf for f in fed])
         weaker = np.where(np.abs(sends[None]) < np.abs(reads[:, None]), sends[None], reads[:, None])
@@ -86,9 +98,9 @@ def by_nodes(method: Any) -> Scorer:
 
 
 def by_path_patching(model: Any, pairs: Any) -> EdgeScores:
-    """Every edge exactly, one at a time: the sender's corrupt activation along it alone, in the clean run.
+    """Score every edge exactly: patch the corrupt activation of its sender along this edge alone in the clean run.
 
-    `interp.path_patch` takes heads and MLPs as senders; the edges from the input are cut in the model run as a circuit.
+    `interp.path_patch` takes heads and MLPs as senders. Edges from the input are removed in the model run as a circuit.
     """
     graph = architecture(model)
     total = np.zeros(graph.allowed.shape)
@@ -97,35 +109,36 @@ def by_path_patching(model: Any, pairs: Any) -> EdgeScores:
     change = (table["patched"] - table["clean"]) / len(pairs)
     columns = ("sender", "component", "layer", "head")
     for sender, component, layer, head, x in zip(*(table[c] for c in columns), change, strict=True):
-        receiver = Site(component, int(layer), None if str(head) in ("nan", "<NA>") else int(head))
-        total[graph.place(Edge(Site.parse(sender), receiver))] += x
+        receiver = interp.Site(component, int(layer), None if str(head) in ("nan", "<NA>") else int(head))
+        total[graph.place(Edge(interp.Site.parse(sender), receiver))] += x
     evaluate = Evaluator(model, pairs, "logit_diff", "counterfactual")
     rows = np.flatnonzero(graph.allowed[:, 0])
     masks = np.repeat(graph.allowed[None], len(rows), axis=0)
     masks[np.arange(len(rows)), rows, 0] = False
     total[rows, 0] = (evaluate.many(masks, evaluate.start(graph.allowed)) - evaluate.whole).mean(1)
-    made = {"method": "path patching, edge by edge", "mode": "noise", "metric_direction": 1, "evidence": "exact"}
-    return EdgeScores(graph, total, {**model.provenance(), **made})
+    recipe = {"method": "path patching, edge by edge", "mode": "noise", "metric_direction": 1, "evidence": "exact"}
+    return EdgeScores(graph, total, {**model.provenance(), **recipe})
 
 
 SCREENED = 706  # 1% of the edges
-THRESHOLDS = (0.001, 0.003, 0.01)  # nats of KL from the whole model: by the logit difference, it would remove what
-# holds the answer back, and leave a circuit several times as sure as the model
+# Nats of KL from the whole model. With the logit difference, ACDC would remove the edges that work against the answer
+# and leave a circuit several times as confident as the model.
+THRESHOLDS = (0.001, 0.003, 0.01)
 
 
 def by_acdc(model: Any, pairs: Any) -> EdgeScores:
-    """ACDC from the `SCREENED` best edges of EAP-IG on, at several thresholds.
+    """Run ACDC at several thresholds, starting from the `SCREENED` best edges of EAP-IG.
 
-    An edge scores the largest threshold at which it stays; among such and among those that never do, EAP-IG ranks.
+    An edge scores the largest threshold at which it stays. Ties, and the edges that never stay, are ranked by EAP-IG.
     """
     screened = attribute_edges(model, pairs, steps=5, show_progress=False).helpful()
     start = screened.top(SCREENED, prune=False)
-    stays = acdc_sweep(model, pairs, THRESHOLDS, "kl", start=start, show_progress=False)
-    level = np.searchsorted(np.sort(THRESHOLDS), np.nan_to_num(stays.matrix), side="right")
+    sweep = acdc_sweep(model, pairs, THRESHOLDS, "kl", start=start, show_progress=False)
+    level = np.searchsorted(np.sort(THRESHOLDS), np.nan_to_num(sweep.matrix), side="right")
     size = 1 + 2 * np.nanmax(np.abs(screened.matrix))
-    # what ACDC keeps helps, and ranks above all that it does not
+    # an edge that ACDC keeps is helpful, and ranks above all edges that it removes
     matrix = np.where(level > 0, level * size + np.abs(screened.matrix), screened.matrix)
-    return EdgeScores(stays.graph, matrix, {**stays.provenance, "ties": "EAP-IG"})
+    return EdgeScores(sweep.graph, matrix, {**sweep.provenance, "ties": "EAP-IG"})
 
 
 METHODS: dict[str, Method] = {
@@ -150,7 +163,7 @@ METHODS: dict[str, Method] = {
     "flow": Method(lambda m, p: flow_scores(m, p), "information-flow routes (Ferrando & Voita 2024)", 8, signed=False),
     "magnitude": Method(lambda m, p: magnitude_scores(m, p), "baseline: size of what senders change", signed=False),
     **{
-        f"random-{seed}": Method(lambda m, p, s=seed: random_scores(m, s), "baseline: drawn by lot", signed=False)
+        f"random-{seed}": Method(lambda m, p, s=seed: random_scores(m, s), "baseline: drawn at random", signed=False)
         for seed in range(3)
     },
 }
@@ -159,8 +172,8 @@ METHODS: dict[str, Method] = {
 # ---------------------------------------------------------------- pieces
 
 
-def data(model: Any) -> tuple[list[Any], list[Any]]:
-    """Pairs to score on, shortest first, and others to measure on. No prompt is in both."""
+def load_pairs(model: interp.Model) -> tuple[list[Any], list[Any]]:
+    """Return pairs to score on, shortest first, and other pairs to measure on. No prompt is in both."""
     train, test = (list(interp.tasks.ioi(model, n=n, seed=s)) for n, s in ((TRAIN, 1), (TEST, 2)))
     seen = {p.clean for p in train} | {p.corrupt for p in train}
     assert not seen & ({p.clean for p in test} | {p.corrupt for p in test}), "a prompt is in both splits"
@@ -168,50 +181,49 @@ def data(model: Any) -> tuple[list[Any], list[Any]]:
 
 
 def pieces(name: str) -> list[str]:
-    """Of a method, in order."""
+    """Return the names of the pieces of a method, in order."""
     method = METHODS[name]
     scores = [f"score-{i}" for i in range(-(-method.pairs // method.chunk))]
     return [*scores, "curve-absolute", *(["curve-signed"] if method.signed else [])]
 
 
-def piece(name: str, what: str, work: Path) -> None:
-    """Run one piece, in this process, and write it."""
+def run_piece(name: str, what: str, work: Path) -> None:
+    """Run one piece in this process and write its result."""
     torch.set_num_threads(THREADS)
     model = interp.load("smollm2")
-    train, test = data(model)
+    train, test = load_pairs(model)
     kind, _, which = what.partition("-")
     if kind == "score":
         method, i = METHODS[name], int(which)
         pairs = train[: method.pairs][i * method.chunk : (i + 1) * method.chunk]
-        with Watch() as watch:
+        with ResourceMeter() as meter:
             scores = method.score(model, pairs)
         facts: dict[str, Any] = {"n": len(pairs), "provenance": scores.provenance}
         np.savez_compressed(work / f"{what}.npz", matrix=scores.matrix)
     else:
-        scores = gathered(name, model, work)
-        with Watch() as watch:
-            found = curve(model, test, scores, ranking=which, using="counterfactual")  # type: ignore[arg-type]
-        frame = found.frame()
+        scores = mean_scores(model, work)
+        with ResourceMeter() as meter:
+            result = curve(model, test, scores, ranking=which, using="counterfactual")  # type: ignore[arg-type]
         facts = {
-            "cpr": found.cpr, "cmd": found.cmd, "curve": frame.to_dict("records"), "recipe": found.recipe,
-            "whole": float(found.whole.mean()), "empty": float(found.empty.mean()),
+            "cpr": result.cpr, "cmd": result.cmd, "curve": result.frame().to_dict("records"), "recipe": result.recipe,
+            "whole": float(result.whole.mean()), "empty": float(result.empty.mean()),
         }  # fmt: skip
-    record = {**facts, **watch.facts(), "made": now(), "device": str(model.device), "dtype": str(model.dtype)}
+    record = {**facts, **meter.facts(), "made": now(), "device": str(model.device), "dtype": str(model.dtype)}
     (work / f"{what}.json").write_text(json.dumps(record, indent=1, default=str))
 
 
-def gathered(name: str, model: Any, work: Path) -> EdgeScores:
-    """The mean of a method's scores over all pairs."""
-    done = sorted(work.glob("score-*.json"))
-    facts = [json.loads(p.read_text()) for p in done]
-    matrices = [np.load(p.with_suffix(".npz"))["matrix"] for p in done]
+def mean_scores(model: interp.Model, work: Path) -> EdgeScores:
+    """Return the mean of a method's scores over all pairs."""
+    records = sorted(work.glob("score-*.json"))
+    facts = [json.loads(p.read_text()) for p in records]
+    matrices = [np.load(p.with_suffix(".npz"))["matrix"] for p in records]
     mean = np.average(matrices, axis=0, weights=[f["n"] for f in facts])
     graph = architecture(model)
     return EdgeScores(graph, np.where(graph.allowed, mean, np.nan), facts[0]["provenance"])
 
 
 def run(names: list[str], root: Path, only: str, seconds: float | None) -> None:
-    """All pieces of some methods that are not done yet, each in a process of its own. ``only``: how they begin."""
+    """Run the unfinished pieces of some methods whose names begin with ``only``, each in its own process."""
     begun = time.monotonic()
     for name in names:
         work = root / name
@@ -220,7 +232,7 @@ def run(names: list[str], root: Path, only: str, seconds: float | None) -> None:
             if (work / f"{what}.json").exists() or not what.startswith(only):
                 continue
             if seconds is not None and time.monotonic() - begun > seconds:
-                print("more is to be done: run this again", flush=True)
+                print("not finished: run the same command again", flush=True)
                 return
             at = time.monotonic()
             subprocess.run([sys.executable, __file__, "piece", name, what, "--work", str(root)], check=True)
@@ -231,14 +243,14 @@ def run(names: list[str], root: Path, only: str, seconds: float | None) -> None:
 # ---------------------------------------------------------------- table
 
 
-def row(name: str, work: Path) -> dict[str, Any] | None:
-    """One method, or None if its scores are not finished; what circuits are not measured yet is left out."""
-    done = {w: json.loads((work / f"{w}.json").read_text()) for w in pieces(name) if (work / f"{w}.json").exists()}
-    scores = [x for what, x in done.items() if what.startswith("score")]
+def table_row(name: str, work: Path) -> dict[str, Any] | None:
+    """Return the results of one method, without unfinished curves; None if its scores are not finished."""
+    finished = {w: json.loads((work / f"{w}.json").read_text()) for w in pieces(name) if (work / f"{w}.json").exists()}
+    scores = [x for what, x in finished.items() if what.startswith("score")]
     if len(scores) < sum(what.startswith("score") for what in pieces(name)):
         return None
-    absolute = done.get("curve-absolute", {})
-    signed = done.get("curve-signed", {}) if METHODS[name].signed else absolute
+    absolute = finished.get("curve-absolute", {})
+    signed = finished.get("curve-signed", {}) if METHODS[name].signed else absolute
     return {
         "method": name, "what": METHODS[name].what, "scored_on": sum(s["n"] for s in scores),
         "cpr": signed.get("cpr"), "cmd": absolute.get("cmd"), "seconds": sum(s["seconds"] for s in scores),
@@ -246,17 +258,17 @@ def row(name: str, work: Path) -> dict[str, Any] | None:
         "peak_mib": max(s["peak_mib"] for s in scores), "loaded_mib": max(s["loaded_mib"] for s in scores),
         "curve_absolute": absolute.get("curve"), "curve_signed": signed.get("curve"),
         "whole": absolute.get("whole"), "empty": absolute.get("empty"), "recipe": absolute.get("recipe"),
-        "made": max(x["made"] for x in done.values()),
+        "made": max(x["made"] for x in finished.values()),
     }  # fmt: skip
 
 
 def table(root: Path, out: Path) -> None:
-    """What is finished, as JSON and Markdown."""
-    rows = [r for name in METHODS if (r := row(name, root / name)) is not None]
+    """Write the finished results as JSON and Markdown."""
+    rows = [r for name in METHODS if (r := table_row(name, root / name)) is not None]
     if not rows:
         sys.exit(f"nothing is finished in {root}: run methods first")
     model = interp.load("smollm2")
-    train, test = data(model)
+    train, test = load_pairs(model)
     result = {
         "command": f"python experiments/ioi_circuit.py run {' '.join(r['method'] for r in rows)}",
         "made": now(), "model": model.provenance(), "device": str(model.device), "threads": THREADS,
@@ -273,21 +285,19 @@ def table(root: Path, out: Path) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table for people."""
+    """Return the table as Markdown."""
 
     def interval(x: list[float] | None) -> str:
         return "not run" if x is None else f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]"
 
     def busy(r: dict[str, Any]) -> str:
-        """Whether more ran than this script, by the load of the minute in which scoring ended."""
+        """Return a mark if the machine did other work, by its load in the minute in which scoring ended."""
         return r"\*" if r["load"] > THREADS + 0.5 else ""
 
     def at(r: dict[str, Any], size: float) -> str:
-        return (
-            "–"
-            if r["curve_absolute"] is None
-            else next(f"{c['faithfulness']:.2f}" for c in r["curve_absolute"] if abs(c["size"] - size) < 1e-9)
-        )
+        if r["curve_absolute"] is None:
+            return "–"
+        return next(f"{c['faithfulness']:.2f}" for c in r["curve_absolute"] if abs(c["size"] - size) < 1e-9)
 
     lines = [
         "# Circuits of indirect object identification",
@@ -309,29 +319,34 @@ def markdown(result: dict[str, Any]) -> str:
         )
     loaded = max(r["loaded_mib"] for r in result["rows"])
     if any(busy(r) for r in result["rows"]):
-        lines += ["", r"\* The machine did other work at the time: too long."]
+        lines += ["", r"\* The machine did other work at the time, so the seconds are too many."]
     lines += ["", f"The loaded model alone is resident in {loaded:,.0f} MiB.", f"Made by `{result['command']}`.", ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """See this module's first lines."""
+    """Run pieces, or write the table of finished results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "piece", "table"])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(METHODS)}; default: all")
-    parser.add_argument("--work", type=Path, default=HERE.parent / "results" / "ioi_circuit", help="unfinished pieces")
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(METHODS)}; default: all")
+    parser.add_argument(
+        "--work", type=Path, default=HERE.parent / "results" / "ioi_circuit", help="folder of finished pieces"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "ioi_circuit")
     parser.add_argument(
-        "--only", choices=["", "score", "curve"], default="", help="scoring, which is timed, or the rest"
+        "--only",
+        choices=["", "score", "curve"],
+        default="",
+        help="run only the scoring, which is timed, or only the curves",
     )
     parser.add_argument("--seconds", type=float)
     options = parser.parse_args()
     if options.verb == "piece":
         name, what = options.names
-        piece(name, what, options.work / name)
+        run_piece(name, what, options.work / name)
         return
     if wrong := set(options.names) - set(METHODS):
-        parser.error(f"no such methods: {', '.join(sorted(wrong))}; there are {', '.join(METHODS)}")
+        parser.error(f"unknown methods: {', '.join(sorted(wrong))}; choose from {', '.join(METHODS)}")
     if options.verb == "run":
         run(options.names or list(METHODS), options.work, options.only, options.seconds)
     else:

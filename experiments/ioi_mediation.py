@@ -1,9 +1,15 @@
-"""IOI: how much of a name swap's effect passes through each head of the embedded model.
+"""IOI mediation: how much of the effect of a name swap passes through each head.
 
     python experiments/ioi_mediation.py [RUN]
 
-Runs `ioi_mediation.toml` (or goes on with it) and writes results/ioi_mediation.csv: for every head the total, natural
-direct and natural indirect effect and their interaction, with 95% bootstrap intervals over prompts.
+Question: which heads of the embedded model mediate indirect object identification? Runs `ioi_mediation.toml`, or
+resumes it, and writes results/ioi_mediation.csv: for every head the total, natural direct and natural indirect effect
+and their interaction, with 95% bootstrap intervals over prompts.
+
+Result (12 pairs; share of the total effect that passes through a head, pooled over prompts): L23H3 0.53 [0.47, 0.61],
+L20H0 0.42 [0.36, 0.48], L29H1 0.26 [0.25, 0.28]; L24H4 works against the swap with −0.25 [−0.34, −0.18]. Shares of
+single heads need not add up to 1. Null: a head that mediates nothing has an indirect effect of 0; the mean of the
+indirect effects over all 270 heads is −0.04 logits, of a total effect of −9.05.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """See the module's first lines."""
+    """Run or resume the sweep, write the table, and print the heads with the largest indirect effects."""
     sweep = interp.Sweep(HERE / "ioi_mediation.toml", *sys.argv[1:2])
     print(outcome := sweep.run())
     (effects,) = sweep.effects().values()

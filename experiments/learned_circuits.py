@@ -1,16 +1,22 @@
-"""Is a circuit learned by edge pruning more faithful, on pairs it has not seen, than one of its size by EAP-IG?
+"""Edge pruning against EAP-IG: faithfulness of circuits of the same size on held-out pairs.
 
 Run: python experiments/learned_circuits.py [--json experiments/results/learned_circuits.json] [--minutes 12]
 
-Indirect objects, the embedded model. Edge pruning's gates for all edges are fitted to pairs of the split "train" until
-the budget of minutes is spent, with the steps that the time of a first one promises; EAP-IG (inputs, 5 steps) scores
-the same pairs. At several numbers of edges, among them that at which the fit stopped, both rankings' best edges, pruned
-to paths from input to logits, are judged on pairs of the split "test", which share neither name nor template with
-those, beside random circuits of as many edges: faithfulness under counterfactual ablation, logit difference and KL,
+Claim (Bhaskar et al. 2024): a circuit learned by edge pruning is more faithful than one of its size by EAP-IG.
+
+Indirect object identification on the embedded model. Edge pruning fits gates for all edges to pairs of the split
+"train" until a budget of minutes is spent; the number of steps follows from the time of the first one. EAP-IG (inputs,
+5 steps) scores the same pairs. At several numbers of edges, among them the number at which the fit stopped, the best
+edges of both rankings are pruned to paths from input to logits. They are judged on pairs of the split "test", which
+shares no name and no template with "train": faithfulness under counterfactual ablation, by logit difference and KL,
 with 95% bootstrap intervals over pairs.
 
-The authors' settings take 3000 steps of 32 pairs, and this some dozens of one, from gates that begin half closed: what
-comes out says what a budget of minutes buys, and nothing about what their method can do.
+Result (results/learned_circuits.json, 12 pairs, 22 steps): within this budget edge pruning is far behind. At a limit of
+5,000 edges its faithfulness by logit difference is 0.28 [0.26, 0.32], that of EAP-IG 1.02 [0.96, 1.10]. The authors'
+settings take 3,000 steps of 32 pairs; this study takes some dozens of steps of one pair, from gates that begin half
+closed. The result says what a budget of minutes buys, and nothing about what their method can do.
+
+Null: random circuits of as many edges, whose faithfulness at 5,000 edges is −0.01 on average.
 """
 
 from __future__ import annotations
@@ -24,39 +30,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from watching import Watch
+from resource_meter import ResourceMeter
 
 import interp
 from interp.circuits import attribute_edges, faithfulness, prune_edges
-from interp.errors import InterpError
 from interp.utils.provenance import now, versions
 
 SIZES = (200, 1500, 5000)
 FIT = {"sparsity": 1.0, "lr": 0.8, "start": 1.0, "batch_size": 1}
 
 
-def fitted(model: Any, pairs: Any, minutes: float) -> tuple[Any, dict[str, Any]]:
-    """Edge pruning within a budget of time."""
+def fit_gates(model: interp.Model, pairs: Any, minutes: float) -> tuple[Any, dict[str, Any]]:
+    """Fit the gates of edge pruning within a budget of time."""
     begun = time.perf_counter()
     prune_edges(model, pairs, steps=1, show_progress=False, **FIT)
     one = time.perf_counter() - begun
     steps = max(2, int((60 * minutes - one) / one))
     print(f"a step takes {one:.1f} s: {steps} steps", file=sys.stderr, flush=True)
-    with Watch() as watch:
-        found = prune_edges(model, pairs, steps=steps, **FIT)
-    last = {k: float(v) for k, v in found.history.iloc[-1].items()}
-    open_edges = round((1 - last["sparsity"]) * len(found.scores))  # of the last draw
-    stopped = {"edges_drawn_open": open_edges, "edges_kept": int(found.circuit.provenance["selected_edges"])}
-    return found.scores, {"steps": steps, **FIT, **stopped, "last": last, **watch.facts()}
+    with ResourceMeter() as meter:
+        pruned = prune_edges(model, pairs, steps=steps, **FIT)
+    last = {k: float(v) for k, v in pruned.history.iloc[-1].items()}
+    open_edges = round((1 - last["sparsity"]) * len(pruned.scores))  # in the last sample of gates
+    stopped = {"edges_drawn_open": open_edges, "edges_kept": int(pruned.circuit.provenance["selected_edges"])}
+    return pruned.scores, {"steps": steps, **FIT, **stopped, "last": last, **meter.facts()}
 
 
-def judged(model: Any, pairs: Any, scores: Any, absolute: bool, sizes: Any) -> list[dict[str, Any]]:
-    """Faithfulness of the best edges of a ranking, by size, and of random circuits of as many."""
+def judge(model: interp.Model, pairs: Any, scores: Any, absolute: bool, sizes: Any) -> list[dict[str, Any]]:
+    """Measure the faithfulness of the best edges of a ranking, by size, and of random circuits of as many edges."""
     rows = []
     for size in sizes:
         try:
             circuit = scores.top(size, absolute=absolute)
-        except InterpError:
+        except interp.InterpError:
             rows.append({"asked": size, "edges": 0})  # no path from input to logits
             continue
         row: dict[str, Any] = {"asked": size, "edges": len(circuit)}
@@ -72,11 +77,11 @@ def judged(model: Any, pairs: Any, scores: Any, absolute: bool, sizes: Any) -> l
 
 
 def main() -> None:
-    """Fit, score, judge, print."""
+    """Fit gates, score edges, judge both rankings, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--minutes", type=float, default=12, help="of fitting gates")
-    parser.add_argument("--pairs", type=int, default=24, help="to fit on, and as many to judge on")
+    parser.add_argument("--minutes", type=float, default=12, help="time budget for fitting gates")
+    parser.add_argument("--pairs", type=int, default=24, help="number of pairs to fit on; as many again to judge on")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -86,12 +91,12 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]), "made": now(), "model": model.provenance(), "device": "cpu",
         "versions": versions(), "pairs": options.pairs, "threads": options.threads, "methods": {},
     }  # fmt: skip
-    with Watch() as watch:
+    with ResourceMeter() as meter:
         scores = attribute_edges(model, train, steps=5, show_progress=False)
-    learned, facts = fitted(model, train, options.minutes)
+    learned, facts = fit_gates(model, train, options.minutes)
     sizes = sorted({*SIZES, facts["edges_kept"]})
-    by_gradient, by_fit = judged(model, test, scores, True, sizes), judged(model, test, learned, False, sizes)
-    result["methods"]["eap-ig-inputs"] = {**watch.facts(), "circuits": by_gradient}
+    by_gradient, by_fit = judge(model, test, scores, True, sizes), judge(model, test, learned, False, sizes)
+    result["methods"]["eap-ig-inputs"] = {**meter.facts(), "circuits": by_gradient}
     result["methods"]["edge pruning"] = {**facts, "circuits": by_fit}
     text = json.dumps(result, indent=1)
     print(text)

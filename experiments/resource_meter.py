@@ -1,4 +1,4 @@
-"""Seconds and resident memory of what a script does."""
+"""Measure seconds and resident memory of a block of code."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 
 def resident() -> float:
-    """MiB of this process now."""
+    """Return the resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-class Watch:
-    """Seconds inside the block, and the largest resident memory, looked at every 5 ms."""
+class ResourceMeter:
+    """Measure the seconds spent in a ``with`` block and its peak resident memory, sampled every 5 ms."""
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ResourceMeter:
         self.before = self.peak = resident()
         self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._look)
+        self.thread = threading.Thread(target=self._sample)
         self.thread.start()
         self.begun = time.perf_counter()
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self.stop.wait(0.005):
             self.peak = max(self.peak, resident())
 
@@ -36,6 +36,6 @@ class Watch:
         self.thread.join()
 
     def facts(self) -> dict[str, float]:
-        """For JSON."""
-        load = os.getloadavg()[0]  # what else the machine was doing
+        """Return the measurements as a JSON object, with the load of the machine in the last minute."""
+        load = os.getloadavg()[0]
         return {"seconds": self.seconds, "peak_mib": self.peak, "loaded_mib": self.before, "load": load}

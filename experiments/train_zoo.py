@@ -1,8 +1,12 @@
-"""Trains the small models that interp.zoo ships: zoo.trained_induction and zoo.modular_addition.
+"""Train the small models that interp.zoo ships: zoo.trained_induction and zoo.modular_addition.
 
-Run: python experiments/train_zoo.py induction|addition [FOLDER]. Seeded; a few minutes on two cores each. Writes
-NAME.safetensors and NAME.json (configuration, checksum, what was measured) into FOLDER (default: interp/zoo/weights).
-Weights trained elsewhere than on the same processor and version of torch differ in rounding, and so in detail.
+Run: python experiments/train_zoo.py induction|addition [FOLDER]. Training is seeded and takes a few minutes on two
+cores for each model. Writes NAME.safetensors and NAME.json (configuration, checksum, measurements) into FOLDER
+(default: interp/zoo/weights). On another processor or version of torch, rounding differs, and so do the weights in
+detail.
+
+Result: `trained_induction` has a loss of 0.15 nats a token on repetitions and two induction heads; `modular_addition`
+is right on all 2,809 sums.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ N_CTX, BATCH, STEPS = 64, 64, 4000
 
 
 def build(config: dict[str, Any]) -> NativeModel:
-    """A model with random weights."""
+    """Build a model with random weights."""
     cfg = TransformerBridgeConfig.from_dict(config)
     model = NativeModel(cfg)
     initialize_native_model(model, cfg)
@@ -37,7 +41,7 @@ def build(config: dict[str, Any]) -> NativeModel:
 
 
 def induction() -> tuple[NativeModel, dict[str, Any]]:
-    """Half of the sequences are a random stretch again and again, half a text by a fixed table of successors."""
+    """Train on sequences of which half repeat a random segment and half follow a fixed table of successors."""
     n = len(trained.INDUCTION_WORDS)
     config = {
         "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 2, "n_ctx": N_CTX, "d_vocab": len(SPECIALS) + n,
@@ -48,38 +52,41 @@ def induction() -> tuple[NativeModel, dict[str, Any]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.05)
     for step in range(STEPS):
-        repeated = repeats(BATCH // 2, n, draw)
-        ids = with_bos(torch.cat([repeated, texts(BATCH // 2, successors, draw)]))
+        repeated = repeated_words(BATCH // 2, n, draw)
+        ids = prepend_bos(torch.cat([repeated, successor_texts(BATCH // 2, successors, draw)]))
         loss = cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        step_down(loss, model, optimizer)
+        optimizer_step(loss, model, optimizer)
         schedule.step()
         if step % 500 == 499:
             print(f"step {step + 1}: loss {loss:.3f}", flush=True)
     return model, config
 
 
-def repeats(rows: int, n: int, draw: Tensor | Any) -> Tensor:
-    """Random words [rows, n_ctx − 1], each row repeating with a period of its own, 5 to 30."""
+def repeated_words(rows: int, n: int, draw: Tensor | Any) -> Tensor:
+    """Return random words [rows, n_ctx − 1]; each row repeats with its own period of 5 to 30 words."""
     words = torch.randint(n, (rows, N_CTX - 1), generator=draw)
     periods = torch.randint(5, 31, (rows, 1), generator=draw)
     return words.gather(1, torch.arange(N_CTX - 1)[None] % periods)
 
 
-def texts(rows: int, successors: Tensor, draw: Any) -> Tensor:
-    """Words [rows, n_ctx − 1], each one of four successors of the one before."""
+def successor_texts(rows: int, successors: Tensor, draw: Any) -> Tensor:
+    """Return words [rows, n_ctx − 1]; each word is one of four successors of the previous word."""
     ids = [torch.randint(len(successors), (rows,), generator=draw)]
     for _ in range(N_CTX - 2):
         ids.append(successors[ids[-1], torch.randint(4, (rows,), generator=draw)])
     return torch.stack(ids, 1)
 
 
-def with_bos(words: Tensor) -> Tensor:
-    """Token ids [rows, n_ctx], <bos> in front."""
+def prepend_bos(words: Tensor) -> Tensor:
+    """Return token ids [rows, n_ctx] that start with <bos>."""
     return torch.cat([torch.zeros(len(words), 1, dtype=torch.long), words + len(SPECIALS)], 1)
 
 
 def addition() -> tuple[NativeModel, dict[str, Any]]:
-    """(a + b) mod p after Nanda et al. (2023), smaller: full batches of half of the table, strong weight decay."""
+    """Train on (a + b) mod p as Nanda et al. (2023), but smaller.
+
+    Batches are all of the training half of the table; weight decay is strong.
+    """
     p = trained.MODULUS
     config = {
         "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 1, "d_mlp": 256, "act_fn": "relu", "n_ctx": 8,
@@ -93,7 +100,7 @@ def addition() -> tuple[NativeModel, dict[str, Any]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=2.0, betas=(0.9, 0.98))
     for step in range(10_000):
         loss = cross_entropy(model(ids[train])[:, -1].double(), targets[train])
-        step_down(loss, model, optimizer)
+        optimizer_step(loss, model, optimizer)
         if step % 200 == 199:
             with torch.no_grad():
                 logits = model(ids[test])[:, -1].double()
@@ -105,8 +112,8 @@ def addition() -> tuple[NativeModel, dict[str, Any]]:
     return model, config
 
 
-def step_down(loss: Tensor, model: NativeModel, optimizer: torch.optim.Optimizer) -> None:
-    """One step."""
+def optimizer_step(loss: Tensor, model: NativeModel, optimizer: torch.optim.Optimizer) -> None:
+    """Take one optimizer step."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,7 +121,7 @@ def step_down(loss: Tensor, model: NativeModel, optimizer: torch.optim.Optimizer
 
 
 def main(name: str, folder: Path) -> None:
-    """Train, save, load as users do, and measure."""
+    """Train, save, load as a user does, and measure."""
     torch.manual_seed(0)
     start = time.perf_counter()
     model, config = {"induction": induction, "addition": addition}[name]()
@@ -132,7 +139,7 @@ def main(name: str, folder: Path) -> None:
 
 
 def write(path: Path, about: dict[str, Any]) -> None:
-    """As JSON."""
+    """Write the configuration and measurements as JSON."""
     path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
