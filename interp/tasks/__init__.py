@@ -4,30 +4,18 @@
 >>> interp.tasks.check(model, pairs).require()  # doctest: +SKIP
 >>> interp.tasks.colored_objects(model, n=64, split="test")  # doctest: +SKIP
 
-Every task is built for one model's tokenizer: names, words and answers that are not single tokens there are left out
-(``.dropped`` says which), pairs whose prompts do not align are not kept (``.refused`` says how many and why), and a
-TaskError says so if too few remain. A set has no prompt twice. With ``split="train"`` and ``split="test"`` a task makes
-sets that share neither prompts nor what the task's docstring names (words, templates, numbers); None takes everything.
+Every task is made for one model's tokenizer. Names, words and answers that are not single tokens of it are left out
+(listed in ``.dropped``); pairs whose prompts do not align are not kept (counted by reason in ``.refused``); a TaskError
+reports it if too few remain. No set contains a prompt twice. With ``split="train"`` and ``split="test"`` a task makes
+sets that share neither prompts nor the items that the task's docstring names (words, templates, numbers); None takes
+all of them. The functions that make the tasks are listed in `interp.tasks.registry`.
 """
 
-from interp.tasks.agreement import agreement
+from interp.tasks import registry
 from interp.tasks.behaviour import Behaviour, check
-from interp.tasks.colored_objects import colored_objects
-from interp.tasks.docstring import docstring
-from interp.tasks.fact_pairs import fact_pairs
-from interp.tasks.gender_bias import gender_bias
-from interp.tasks.indirect_object import ioi
 from interp.tasks.known_facts import Facts, facts
-from interp.tasks.multiple_choice import multiple_choice
-from interp.tasks.numbers import addition, greater_than, subtraction
-from interp.tasks.puzzles import puzzles
-from interp.tasks.registry import TASKS, Task, task
-from interp.tasks.repeated_tokens import induction
-from interp.tasks.retrieval import key_value, needle
+from interp.tasks.registry import *  # noqa: F403  (every task, by the registry's __all__)
 from interp.tasks.vocabulary import TaskPairs
 
-__all__ = [
-    "TASKS", "Behaviour", "Facts", "Task", "TaskPairs", "addition", "agreement", "check", "colored_objects",
-    "docstring", "fact_pairs", "facts", "gender_bias", "greater_than", "induction", "ioi", "key_value",
-    "multiple_choice", "needle", "puzzles", "subtraction", "task",
-]  # fmt: skip
+__all__ = ["Behaviour", "Facts", "TaskPairs", "check", "facts"]
+__all__ += registry.__all__

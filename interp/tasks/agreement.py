@@ -6,7 +6,7 @@ from random import Random
 from typing import Literal
 
 from interp.prompts.pairs import PromptPair
-from interp.tasks.generate import Split, check_choice, check_split, end_of, fill, lists, make, part
+from interp.tasks.generate import Split, check_choice, check_split, end_of, fill, items_of_split, make_pairs, word_lists
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
 
@@ -18,7 +18,7 @@ def agreement(
     attractor: Literal["opposite", "same"] = "opposite",
     split: Split | None = None,
 ) -> TaskPairs:
-    """``n`` pairs, half of them with a subject in the singular. The foil is the verb in the other number.
+    """Make ``n`` pairs, half of them with a singular subject; the foil is the verb in the other number.
 
     Between subject and verb stands another noun, in the ``"opposite"`` number or the ``"same"`` one. In the corrupt
     prompt the subject has the other number, so that the foil is right. Spans: ``subject``, ``attractor``, ``END``.
@@ -27,8 +27,8 @@ def agreement(
     """
     check_split(split, "agreement")
     check_choice(attractor, ("opposite", "same"), "attractor", "agreement")
-    words, coder = lists("agreement"), model.coder
-    nouns = part(words["nouns"], split)
+    words, coder = word_lists("agreement"), model.coder
+    nouns = items_of_split(words["nouns"], split)
 
     def draw(rng: Random, i: int) -> PromptPair:
         number = i % 2  # 0: singular
@@ -36,9 +36,9 @@ def agreement(
         subject, other = rng.sample(nouns, 2)
         verb = rng.choice(words["verbs"])
         near = other[number if attractor == "same" else 1 - number]
-        clean, where = fill(template, {"subject": subject[number], "attractor": near})
+        clean, spans = fill(template, {"subject": subject[number], "attractor": near})
         corrupt, _ = fill(template, {"subject": subject[1 - number], "attractor": near})
-        spans = {**where, "END": end_of(clean, coder)}
+        spans["END"] = end_of(clean, coder)
         return PromptPair(clean, corrupt, f" {verb[number]}", f" {verb[1 - number]}", spans)
 
-    return make(model, "agreement", n, seed, draw, split=split)
+    return make_pairs(model, "agreement", n, seed, draw, split=split)

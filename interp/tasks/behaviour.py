@@ -1,4 +1,4 @@
-"""Does the model do the task? Asked before anything is explained about how it does it."""
+"""Measure whether a model does a task, before anything is explained about how it does it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from interp.tasks.vocabulary import TaskModel
 class Behaviour:
     """How well a model does a task on its clean prompts.
 
-    ``accuracy``: share of prompts whose answer has a higher logit than the foil; where there is no foil (a
-    Fact), than every other token, so top-1. ``mean_logit_diff``: mean of answer logit minus foil logit (or
+    ``accuracy``: share of prompts whose answer has a higher logit than the foil; without a foil (a Fact), than every
+    other token, so top-1. ``mean_logit_diff``: mean of answer logit minus foil logit (or
     minus the best other logit), with a percentile bootstrap ``interval`` over prompts (95%; NaN for one).
     """
 
@@ -43,14 +43,14 @@ class Behaviour:
         lo, hi = self.interval
         raise TaskError(
             f"{self.model} does not do the task {self.task!r}: it prefers the right answer on {self.accuracy:.1%} "
-            f"of {self.n} prompts (at least {min_accuracy:.0%} is asked for), mean logit difference "
-            f"{self.mean_logit_diff:.2f} [{lo:.2f}, {hi:.2f}]. What a circuit does for a behaviour that is not "
-            "there cannot be measured: choose another model or task, or lower min_accuracy knowingly."
+            f"of {self.n} prompts (at least {min_accuracy:.0%} is required), mean logit difference "
+            f"{self.mean_logit_diff:.2f} [{lo:.2f}, {hi:.2f}]. What a circuit does for a behaviour that the model does "
+            "not show cannot be measured: choose another model or task, or lower min_accuracy knowingly."
         )
 
 
 def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | Iterable[Fact]) -> Behaviour:
-    """Run the clean prompts and compare each answer with its foil (or, without one, with every other token).
+    """Run the clean prompts and compare each answer with its foil, or without one with every other token.
 
     Raises PromptError for prompts that cannot be encoded, before anything runs.
     """
@@ -62,9 +62,7 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
     encode = encode_facts if kinds == {Fact} else encode_pairs
     diffs = margins(model, encode(listed, model.coder))
     lo, hi = _interval(diffs)
-    return Behaviour(
-        model.name, task, len(diffs), float((diffs > 0).mean()), float(diffs.mean()), (lo, hi)
-    )  # fmt: skip
+    return Behaviour(model.name, task, len(diffs), float((diffs > 0).mean()), float(diffs.mean()), (lo, hi))
 
 
 def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
@@ -78,7 +76,7 @@ def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, n_boot: int = 2000, tail: float = 0.025) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; its seed is fixed, so the same values give the same one."""
+    """Percentile bootstrap interval of the mean; its seed is fixed, so equal values give equal intervals."""
     if len(values) < 2:
         return float("nan"), float("nan")
     draws = np.random.default_rng(0).integers(len(values), size=(n_boot, len(values)))

@@ -5,23 +5,23 @@ from __future__ import annotations
 from random import Random
 
 from interp.prompts.pairs import PromptPair
-from interp.tasks.generate import Split, check_split, end_of, make, part, span_of
+from interp.tasks.generate import Split, check_split, end_of, items_of_split, make_pairs, span_of
 from interp.tasks.vocabulary import TaskModel, TaskPairs, words_of_tokenizer
 
 ARGUMENTS, DOCUMENTED = 5, 2
-FEWEST, MOST = 44, 3000  # words of the tokenizer: 11 for each prompt, also of the quarter that is for the test
+FEWEST, MOST = 44, 3000  # words of the tokenizer: a prompt needs 11, also from the quarter for the test
 
 
 def docstring(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
-    """``n`` Python functions with five arguments, of which the docstring has described two: the third is next.
+    """Make ``n`` Python functions with five arguments whose docstring describes two: the third is next.
 
     All names are random words that are single tokens. In the corrupt prompt the third and a later argument have changed
-    places in the definition, so that the foil is right. Spans: ``A``, ``B`` (the arguments described, in the
+    places in the definition, so that the foil is right. Spans: ``A``, ``B`` (the described arguments, in the
     definition), ``C`` (the answer there), ``D`` (the foil there), ``A_doc``, ``B_doc`` (in the docstring), ``END``.
     ``split``: "train" and "test" share no word. Raises TaskError if the tokenizer has too few words.
     """
     check_split(split, "docstring")
-    words, coder = part(words_of_tokenizer(model, fewest=FEWEST, most=MOST), split), model.coder
+    words, coder = items_of_split(words_of_tokenizer(model, fewest=FEWEST, most=MOST), split), model.coder
 
     def draw(rng: Random, i: int) -> PromptPair:
         function, *rest = rng.sample(words, 1 + ARGUMENTS + 5)
@@ -38,18 +38,18 @@ def docstring(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | No
             return f'{head}\n    """{" ".join(prose[2:])}\n\n{described}    :param'
 
         clean = text(arguments)
-        named = zip("ABCD", [*arguments[: DOCUMENTED + 1], arguments[later]], strict=True)
+        definition = zip("ABCD", [*arguments[: DOCUMENTED + 1], arguments[later]], strict=True)
         start, body = clean.index("self"), clean.index('"""')
-        spans = {name: _after_space(word, clean, start) for name, word in named}
+        spans = {name: _after_space(word, clean, start) for name, word in definition}
         for name, word in zip("AB", arguments, strict=False):
             spans[f"{name}_doc"] = _after_space(word, clean, body)
         spans["END"] = end_of(clean, coder)
         return PromptPair(clean, text(changed), f" {arguments[DOCUMENTED]}", f" {arguments[later]}", spans)
 
-    return make(model, "docstring", n, seed, draw, split=split)
+    return make_pairs(model, "docstring", n, seed, draw, split=split)
 
 
 def _after_space(word: str, text: str, start: int) -> tuple[int, int]:
-    """Where a word stands that follows a space and is followed by punctuation (and is no part of another one)."""
-    found = min(i for end in ",):" if (i := text.find(f" {word}{end}", start)) >= 0)
-    return span_of(word, text, found + 1)
+    """Character range of a word between a space and punctuation, so that it is not part of another word."""
+    space = min(i for end in ",):" if (i := text.find(f" {word}{end}", start)) >= 0)
+    return span_of(word, text, space + 1)

@@ -1,7 +1,7 @@
-"""Facts as prompt pairs: the same relation, another subject.
+"""Facts as prompt pairs: the same relation with another subject.
 
-Symmetric token replacement, which stays on the data's distribution where embedding noise leaves it
-(NOTICE, Golovanevsky et al. 2024; Zhang & Nanda 2024).
+This is symmetric token replacement. It stays on the data's distribution, which embedding noise leaves (NOTICE,
+Golovanevsky et al. 2024; Zhang & Nanda 2024).
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from random import Random
 
 from interp.errors import TaskError
 from interp.prompts.pairs import Fact, PromptPair
-from interp.tasks.generate import Split, check_split, part
+from interp.tasks.generate import Split, check_split, items_of_split
 from interp.tasks.known_facts import all_facts, facts
-from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one
+from interp.tasks.vocabulary import TaskModel, TaskPairs, check_count
 
 
 def fact_pairs(model: TaskModel, n: int = 32, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
-    """Pairs of known facts of one relation whose prompts are equally long and whose answers differ.
+    """Make ``n`` pairs of known facts of one relation, with equally long prompts and different answers.
 
     Clean: "The capital of France is the city of" → " Paris"; corrupt: the same of Italy, so the foil is " Rome".
-    The clean subject is the span ``subject``, the prompt's last word ``END``. Each ordered pair of facts appears
-    at most once. ``split``: "train" and "test" share no fact.
+    The clean subject is the span ``subject``, the prompt's last word ``END``. Each ordered pair of facts occurs at
+    most once. ``split``: "train" and "test" share no fact.
 
     Raises TaskError if the known facts do not make ``n`` such pairs.
     """
-    at_least_one(n, "facts")
+    check_count(n, "facts")
     check_split(split, "facts")
-    side = {f.prompt for f in part(all_facts(), split)}
-    known = [f for f in facts(model) if f.prompt in side]
+    prompts_of_split = {f.prompt for f in items_of_split(all_facts(), split)}
+    known_facts = [f for f in facts(model) if f.prompt in prompts_of_split]
     alike: dict[tuple[str, int], list[Fact]] = defaultdict(list)
-    for fact in known:
+    for fact in known_facts:
         template = fact.prompt.replace(fact.subject, "{}", 1)
         alike[template, len(model.coder.encode(fact.prompt))].append(fact)
     possible = [(a, b) for group in alike.values() for a in group for b in group if a is not b and a.answer != b.answer]
     if len(possible) < n:
         raise TaskError(
-            f"{model.name} knows {len(known)} facts, which make {len(possible)} pairs of one relation and equal "
-            f"length; {n} were asked for. Ask for fewer, or build PromptPairs of your own."
+            f"{model.name} knows {len(known_facts)} facts, which make {len(possible)} pairs of one relation and equal "
+            f"length; {n} were asked for. Ask for fewer, or build custom PromptPairs."
         )
-    chosen = Random(f"fact_pairs/{seed}").sample(possible, n)
-    return TaskPairs([_pair(a, b) for a, b in chosen], task="facts", seed=seed, split=split)
+    sample = Random(f"fact_pairs/{seed}").sample(possible, n)
+    return TaskPairs([_pair(a, b) for a, b in sample], task="facts", seed=seed, split=split)
 
 
 def _pair(clean: Fact, corrupt: Fact) -> PromptPair:

@@ -9,7 +9,17 @@ from random import Random
 from typing import Literal
 
 from interp.prompts.pairs import PromptPair
-from interp.tasks.generate import Split, check_choice, check_split, end_of, fill, lists, make, part, usable
+from interp.tasks.generate import (
+    Split,
+    check_choice,
+    check_split,
+    end_of,
+    fill,
+    items_of_split,
+    make_pairs,
+    usable_words,
+    word_lists,
+)
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
 PRONOUNS = ("she", "he")
@@ -24,26 +34,26 @@ def gender_bias(
     corruption: Literal["profession", "word"] = "profession",
     split: Split | None = None,
 ) -> TaskPairs:
-    """``n`` pairs, half of them of professions that stereotypes give to women. Answer and foil are the two pronouns.
+    """Make ``n`` pairs, half with professions that stereotypes give to women; answer and foil are the pronouns.
 
     ``corruption="profession"``: a profession of the other stereotype takes its place. ``"word"``: "man" or "woman"
-    does, the opposite of the stereotype (the set-gender intervention of the paper). Spans: ``profession``, ``END``.
-    ``split``: "train" and "test" share no profession and no template. Raises TaskError if the tokenizer lacks the
-    pronouns, or cannot align ``n`` pairs.
+    takes its place, the opposite of the stereotype (the set-gender intervention of the paper). Spans: ``profession``,
+    ``END``. ``split``: "train" and "test" share no profession and no template. Raises TaskError if the tokenizer lacks
+    the pronouns, or cannot align ``n`` pairs.
     """
     check_split(split, "gender_bias")
     check_choice(corruption, ("profession", "word"), "corruption", "gender_bias")
-    words, coder = lists("gender_bias"), model.coder
-    usable(PRONOUNS, model, "gender_bias", fewest=2, what="pronouns")
-    templates = part(words["templates"], split)
-    jobs = {pronoun: part(words[pronoun], split) for pronoun in PRONOUNS}
+    words, coder = word_lists("gender_bias"), model.coder
+    usable_words(PRONOUNS, model, "gender_bias", fewest=2, what="pronouns")
+    templates = items_of_split(words["templates"], split)
+    jobs = {pronoun: items_of_split(words[pronoun], split) for pronoun in PRONOUNS}
 
     def draw(rng: Random, i: int) -> PromptPair:
-        here, there = PRONOUNS if i % 2 == 0 else PRONOUNS[::-1]
+        expected, other = PRONOUNS if i % 2 == 0 else PRONOUNS[::-1]
         template = rng.choice(templates)
-        clean, where = fill(template, {"profession": rng.choice(jobs[here])})
-        instead = PEOPLE[there] if corruption == "word" else rng.choice(jobs[there])
+        clean, spans = fill(template, {"profession": rng.choice(jobs[expected])})
+        instead = PEOPLE[other] if corruption == "word" else rng.choice(jobs[other])
         corrupt, _ = fill(template, {"profession": instead})
-        return PromptPair(clean, corrupt, f" {here}", f" {there}", {**where, "END": end_of(clean, coder)})
+        return PromptPair(clean, corrupt, f" {expected}", f" {other}", {**spans, "END": end_of(clean, coder)})
 
-    return make(model, "gender_bias", n, seed, draw, split=split)
+    return make_pairs(model, "gender_bias", n, seed, draw, split=split)

@@ -1,8 +1,7 @@
-"""How the tasks are made: drawn by seed, checked pair by pair against one tokenizer, and split for training and test.
+"""Generate the pairs of a task: draw by seed, check each pair with one tokenizer, split into training and test.
 
-A pair is kept if clean and corrupt have equally many tokens and differ, and answer and foil are single tokens and
-differ; and if its clean prompt is not in the set already. What was drawn and not kept is counted by reason in the
-result's ``refused``.
+A pair is kept if clean and corrupt differ and have equally many tokens, if answer and foil are single tokens and
+differ, and if the set does not have its clean prompt yet. The result's ``refused`` counts the other draws by reason.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from typing import Any, Literal, TypeVar
 
 from interp.errors import PromptError, TaskError
 from interp.prompts.pairs import Coder, PromptPair, Span, token_spans
-from interp.tasks.vocabulary import TaskModel, TaskPairs, at_least_one, single_tokens
+from interp.tasks.vocabulary import TaskModel, TaskPairs, check_count, single_tokens
 
 Split = Literal["train", "test"]
-Draw = Callable[[Random, int], PromptPair | str]  # a pair; or why this one cannot be made
+Draw = Callable[[Random, int], PromptPair | str]  # returns a pair, or the reason why this draw gives none
 T = TypeVar("T")
 
-EVERY = 4  # of each list, this fraction's inverse is kept for the test
-PATIENCE = 1000  # draws in a row that are refused before a task gives up
+EVERY = 4  # one item in so many of each list belongs to the test split
+PATIENCE = 1000  # a task gives up after so many refused draws in a row
 
 
-def make(
+def make_pairs(
     model: TaskModel,
     task: str,
     n: int,
@@ -39,42 +38,42 @@ def make(
     dropped: Sequence[str] = (),
     rng: Random | None = None,
 ) -> TaskPairs:
-    """``n`` different pairs of ``draw(rng, number of pairs so far)`` that the tokenizer aligns.
+    """Draw ``n`` different pairs that the tokenizer aligns, each by ``draw(rng, number of pairs so far)``.
 
-    ``rng``: by default from task, seed and split.
+    ``rng``: by default a generator seeded with task, seed and split.
 
-    Raises TaskError, with the reasons, if there are not that many.
+    Raises TaskError, with the reasons, if not that many can be drawn.
     """
-    at_least_one(n, task)
+    check_count(n, task)
     rng = rng or Random(f"{task}/{seed}" + (f"/{split}" if split else ""))
-    found: dict[str, PromptPair] = {}
+    pairs: dict[str, PromptPair] = {}  # by clean prompt
     refused: Counter[str] = Counter()
     tries = 0
     while tries < PATIENCE:
-        pair = draw(rng, len(found))
-        reason = pair if isinstance(pair, str) else _unwanted(pair, found, model.coder)
+        pair = draw(rng, len(pairs))
+        reason = pair if isinstance(pair, str) else _reason_refused(pair, pairs, model.coder)
         if isinstance(pair, str) or reason:
             refused[reason] += 1
             tries += 1
             continue
-        found[pair.clean], tries = pair, 0
-        if len(found) == n:
-            return TaskPairs(found.values(), task=task, seed=seed, dropped=dropped, split=split, refused=refused)
+        pairs[pair.clean], tries = pair, 0
+        if len(pairs) == n:
+            return TaskPairs(pairs.values(), task=task, seed=seed, dropped=dropped, split=split, refused=refused)
     why = ", ".join(f"{count} × {reason}" for reason, count in refused.most_common())
     raise TaskError(
-        f"{model.name}: only {len(found)} different pairs of the task {task!r} could be made for this tokenizer, and "
-        f"{n} were asked for; drawn and refused: {why}. Ask for fewer"
+        f"{model.name}: only {len(pairs)} different pairs of the task {task!r} could be made for this tokenizer, and "
+        f"{n} were asked for; draws refused: {why}. Ask for fewer"
         + (", or leave split=None" if split else "")
         + ", or use another task."
     )
 
 
-def _unwanted(pair: PromptPair, found: Mapping[str, PromptPair], coder: Coder) -> str:
-    return "was drawn before" if pair.clean in found else unfit(pair, coder)
+def _reason_refused(pair: PromptPair, pairs: Mapping[str, PromptPair], coder: Coder) -> str:
+    return "was drawn before" if pair.clean in pairs else reason_unusable(pair, coder)
 
 
-def unfit(pair: PromptPair, coder: Coder) -> str:
-    """Why a pair cannot be used with a tokenizer; '' if it can."""
+def reason_unusable(pair: PromptPair, coder: Coder) -> str:
+    """Return why a pair cannot be used with a tokenizer; '' if it can."""
     if pair.clean == pair.corrupt:
         return "clean and corrupt are the same"
     one, other = (coder.continuation(t) for t in (pair.answer, pair.foil or ""))
@@ -85,7 +84,7 @@ def unfit(pair: PromptPair, coder: Coder) -> str:
     clean, corrupt = (coder.encode(t) for t in (pair.clean, pair.corrupt))
     if len(clean) != len(corrupt):
         return "clean and corrupt have different numbers of tokens"
-    if clean == corrupt:  # where they differ, both have words that the tokenizer does not know
+    if clean == corrupt:  # the words in which they differ are unknown to the tokenizer
         return "clean and corrupt are the same tokens"
     try:
         token_spans(pair.spans, coder.offsets(pair.clean))
@@ -95,63 +94,63 @@ def unfit(pair: PromptPair, coder: Coder) -> str:
 
 
 def check_split(split: str | None, task: str) -> None:
-    """Refuse what is no split."""
+    """Raise TaskError unless ``split`` is "train", "test" or None."""
     if split not in (None, "train", "test"):
         raise TaskError(f"{task}: split must be 'train', 'test' or None (everything), got {split!r}")
 
 
 def check_choice(value: Any, allowed: Sequence[Any], what: str, task: str) -> None:
-    """Refuse an option that the task does not have."""
+    """Raise TaskError unless the value of the option ``what`` is an allowed one."""
     if value not in allowed:
         raise TaskError(f"{task}: {what} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def part(items: Sequence[T], split: Split | None) -> list[T]:
-    """The items of a split: every fourth for the test, the others for training; all of them if there is no split."""
+def items_of_split(items: Sequence[T], split: Split | None) -> list[T]:
+    """Select the items of a split: every fourth for the test, the others for training, all of them for None."""
     if split is None:
         return list(items)
     return [x for i, x in enumerate(items) if (i % EVERY == EVERY - 1) == (split == "test")]
 
 
 @cache
-def lists(task: str) -> dict[str, Any]:
-    """What words.toml has for a task."""
+def word_lists(task: str) -> dict[str, Any]:
+    """Read the word lists of a task from words.toml."""
     text = resources.files("interp.tasks").joinpath("words.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)[task]
 
 
-def usable(
+def usable_words(
     words: Sequence[str], model: TaskModel, task: str, *, fewest: int, what: str, split: Split | None = None
 ) -> tuple[list[str], list[str]]:
-    """Words of a split that are single tokens after a space, and those that are not. TaskError for too few."""
-    kept, dropped = single_tokens(part(words, split), model.coder)
-    if len(kept) < fewest:
+    """Divide the words of a split into single tokens after a space and others; TaskError for too few of the first."""
+    single, dropped = single_tokens(items_of_split(words, split), model.coder)
+    if len(single) < fewest:
         side = f" of the split {split!r}" if split else ""
         raise TaskError(
             f"{model.name}: {task} needs at least {fewest} {what} that are single tokens after a space, but of its "
-            f"{len(kept) + len(dropped)}{side} the tokenizer has {', '.join(kept) or 'none'} (missing: "
+            f"{len(single) + len(dropped)}{side} the tokenizer has {', '.join(single) or 'none'} (missing: "
             f"{', '.join(dropped[:6])}{', …' if len(dropped) > 6 else ''})"
         )
-    return kept, dropped
+    return single, dropped
 
 
 def fill(template: str, slots: dict[str, str]) -> tuple[str, dict[str, Span]]:
-    """Fill ``{slots}`` and say at which characters each filling stands (the last, if it stands more than once)."""
-    text, where = "", {}
+    """Fill ``{slots}``; return the text and each filling's character range (of its last occurrence)."""
+    text, spans = "", {}
     for literal, slot, _, _ in Formatter().parse(template):
         text += literal
         if slot is not None:
-            where[slot] = (len(text), len(text) + len(slots[slot]))
+            spans[slot] = (len(text), len(text) + len(slots[slot]))
             text += slots[slot]
-    return text, where
+    return text, spans
 
 
 def end_of(text: str, coder: Coder) -> Span:
-    """Character range of the last token that has characters."""
+    """Character range of the last token with characters."""
     return next(o for o in reversed(coder.offsets(text)) if o[1] > o[0])
 
 
 def span_of(words: str, text: str, after: int = 0) -> Span:
-    """Character range of the first occurrence of words in a text, from a character on."""
+    """Character range of the first occurrence of ``words`` in ``text`` at or after the character ``after``."""
     start = text.index(words, after)
     return start, start + len(words)

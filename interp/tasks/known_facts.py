@@ -1,6 +1,6 @@
 """Facts that a model knows, for causal tracing (Meng et al. 2022): "The capital of France is the city of" → " Paris".
 
-The list, `facts.toml`, is of common knowledge; which of it a model knows is measured, not assumed.
+`facts.toml` lists common knowledge; which of these facts a model knows is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from interp.errors import TaskError
 from interp.prompts.pairs import Fact, encode_facts
 from interp.tasks.behaviour import margins
-from interp.tasks.vocabulary import TaskModel, at_least_one, token_of
+from interp.tasks.vocabulary import TaskModel, check_count, token_of
 
 log = logging.getLogger("interp")
 
@@ -25,7 +25,7 @@ NOT_A_TOKEN, NOT_KNOWN = "answer is not a single token", "not the model's first 
 
 
 class Facts(list[Fact]):
-    """Facts that a model knows; ``dropped`` says, by prompt, why others of the list were left out."""
+    """Facts that a model knows; ``dropped`` gives, by prompt, the reason why each other fact was left out."""
 
     task = "facts"
 
@@ -40,13 +40,13 @@ class Facts(list[Fact]):
 
 @cache
 def relations() -> list[dict[str, Any]]:
-    """What facts.toml has: name, prompt, question and facts of each relation."""
+    """Read facts.toml: name, prompt, question and facts of each relation."""
     text = resources.files("interp.tasks").joinpath("facts.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)["relation"]
 
 
 def all_facts() -> list[Fact]:
-    """The whole list, whatever a model knows of it, relation by relation."""
+    """List all facts, relation by relation, whether or not a model knows them."""
     return [
         Fact(relation["prompt"].format(subject=subject), subject, f" {answer}")
         for relation in relations()
@@ -55,30 +55,30 @@ def all_facts() -> list[Fact]:
 
 
 def facts(model: TaskModel, n: int | None = None, seed: int = 0) -> Facts:
-    """Facts that the model completes correctly: the answer is one token, and its first choice.
+    """Collect facts that the model completes correctly: the answer is one token and the model's first choice.
 
-    ``n``: how many, drawn at random with ``seed`` (default: all that it knows, in the list's order). The
+    ``n``: how many, drawn at random with ``seed`` (default: all that the model knows, in the list's order). The
     result's ``dropped`` says why each other fact was left out; a log line counts them.
 
     Raises TaskError if the model knows fewer than ``n``, or none.
     """
     if n is not None:
-        at_least_one(n, "facts")
-    listed = all_facts()
-    usable = [f for f in listed if token_of(f.answer.strip(), model.coder) is not None]
-    dropped = {f.prompt: NOT_A_TOKEN for f in listed if f not in usable}
-    known: list[Fact] = []
+        check_count(n, "facts")
+    every_fact = all_facts()
+    usable = [f for f in every_fact if token_of(f.answer.strip(), model.coder) is not None]
+    dropped = {f.prompt: NOT_A_TOKEN for f in every_fact if f not in usable}
+    known_facts: list[Fact] = []
     if usable:
         gaps = margins(model, encode_facts(usable, model.coder))
-        known = [f for f, gap in zip(usable, gaps, strict=True) if gap > 0]
-        dropped |= {f.prompt: NOT_KNOWN for f in usable if f not in known}
+        known_facts = [f for f, gap in zip(usable, gaps, strict=True) if gap > 0]
+        dropped |= {f.prompt: NOT_KNOWN for f in usable if f not in known_facts}
     counts = Counter(dropped.values())
     why = ", ".join(f"{count} left out ({reason})" for reason, count in counts.items())
-    if len(known) < (n or 1):
+    if len(known_facts) < (n or 1):
         raise TaskError(
-            f"{model.name} knows {len(known)} of the {len(listed)} facts, and {n or 1} were asked for: {why}. "
-            "Ask for fewer, use a larger model, or pass interp.Fact objects of your own."
+            f"{model.name} knows {len(known_facts)} of the {len(every_fact)} facts, and {n or 1} were asked for: "
+            f"{why}. Ask for fewer, use a larger model, or pass custom interp.Fact objects."
         )
-    log.info("facts: %s knows %d of %d: %s", model.name, len(known), len(listed), why or "none left out")
-    chosen = known if n is None else Random(f"facts/{seed}").sample(known, n)
-    return Facts(chosen, dropped)
+    log.info("facts: %s knows %d of %d: %s", model.name, len(known_facts), len(every_fact), why or "none left out")
+    sample = known_facts if n is None else Random(f"facts/{seed}").sample(known_facts, n)
+    return Facts(sample, dropped)

@@ -1,4 +1,7 @@
-"""Every task by its name: what the command line's ``--task`` takes."""
+"""The table of tasks by name, which `interp.tasks`, the command line and sweeps read.
+
+To add a task, write its module and add its import, its name in ``__all__`` and its row in `TASKS` here.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +24,29 @@ from interp.tasks.repeated_tokens import induction
 from interp.tasks.retrieval import key_value, needle
 from interp.tasks.vocabulary import TaskModel, TaskPairs
 
+__all__ = [
+    "TASKS", "Task", "addition", "agreement", "colored_objects", "docstring", "fact_pairs", "gender_bias",
+    "greater_than", "induction", "ioi", "key_value", "multiple_choice", "needle", "puzzles", "subtraction", "task",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Task:
-    """A task: ``task(model, n)`` gives its pairs; ``options`` are passed to the function that makes them."""
+    """A task: ``task(model, n)`` makes its pairs; ``options`` are passed to the function ``make``."""
 
     make: Callable[..., TaskPairs]
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, model: TaskModel, n: int, seed: int = 0, **options: Any) -> TaskPairs:
-        """``n`` pairs. Raises TaskError as the task does."""
+        """Make ``n`` pairs. Raises TaskError as ``make`` does."""
         return self.make(model, n=n, seed=seed, **{**self.options, **options})
 
     @property
     def names(self) -> list[str]:
-        """The options that may be given."""
-        kinds = inspect.signature(self.make).parameters.values()
-        return [p.name for p in kinds if p.kind is p.KEYWORD_ONLY and p.name not in self.options]
+        """Names of the options that a caller may set."""
+        parameters = inspect.signature(self.make).parameters.values()
+        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.options]
 
 
 TASKS: dict[str, Task] = {
@@ -63,23 +71,23 @@ ALIASES = {"fact_pairs": "facts"}
 
 
 def task(text: str) -> Task:
-    """A task by its name, with options after a colon: ``"ioi"``, ``"needle:tokens=2048,depth=0.5"``.
+    """Look up a task by its name, with options after a colon: ``"ioi"``, ``"needle:tokens=2048,depth=0.5"``.
 
-    ``fact_pairs`` is another name of ``facts``, which is made of pairs wherever two prompts are compared.
+    ``fact_pairs`` is another name of ``facts``, which gives pairs wherever two prompts are compared.
 
-    TaskError for a name that no task has, and for an option that the task does not have.
+    Raises TaskError for an unknown task, and for an option that the task does not have.
     """
     name, _, rest = text.partition(":")
     name = ALIASES.get(name, name)
     if name not in TASKS:
         raise TaskError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    found, options = TASKS[name], {}
+    row, options = TASKS[name], {}
     for setting in filter(None, rest.split(",")):
         option, equals, value = (x.strip() for x in setting.partition("="))
-        if not equals or option not in found.names:
-            raise TaskError(f"task {text!r}: cannot read {setting!r}; {name} takes {'=…, '.join(found.names)}=…")
+        if not equals or option not in row.names:
+            raise TaskError(f"task {text!r}: cannot read {setting!r}; {name} takes {'=…, '.join(row.names)}=…")
         options[option] = _value(value)
-    return replace(found, options={**found.options, **options})
+    return replace(row, options={**row.options, **options})
 
 
 def _value(text: str) -> int | float | str:

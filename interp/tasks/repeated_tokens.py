@@ -1,27 +1,27 @@
-"""Induction on random words: when a stretch of text comes again, what followed it the first time is expected."""
+"""Induction on random words: when a stretch of text is repeated, it should continue as it did before."""
 
 from __future__ import annotations
 
 from random import Random
 
 from interp.prompts.pairs import PromptPair
-from interp.tasks.generate import EVERY, Split, check_split, make, part
+from interp.tasks.generate import EVERY, Split, check_split, items_of_split, make_pairs
 from interp.tasks.vocabulary import TaskModel, TaskPairs, words_of_tokenizer
 
 LENGTH = 12  # words in the first part
-STRETCH = 4  # words before A that come again with it
+STRETCH = 4  # words before A that are repeated with it
 FEWEST, MOST = 24, 5000  # words of the tokenizer to draw from
 
 
 def induction(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
-    """``n`` prompts "… A B … C D … A" → " B", made of random words that are single tokens.
+    """Make ``n`` prompts "… A B … C D … A" → " B" of random words that are single tokens.
 
-    The first part is twelve different random words; then a stretch of it comes again and ends with A. C and
+    The first part is twelve different random words; then a stretch of it is repeated and ends with A. C and
     D are two neighbours outside that stretch. In the corrupt prompt A and C have changed places in the first
     part: same words, same length, but now A was followed by D. So the answer B and the foil D swap roles,
-    and whatever ties B to its predecessor (a previous-token head) is corrupted together with what looks it
-    up (an induction head). The repeated words before A still point to where A used to be, so a model that
-    matches several words at once prefers D less clearly than it preferred B.
+    and the component that ties B to its predecessor (a previous-token head) is corrupted together with the one
+    that looks it up (an induction head). The repeated words before A still point to where A used to be, so a model that
+    matches several words at once prefers D less clearly than it prefers B in the clean prompt.
 
     All prompts have 17 words. Spans: ``A1``, ``B1``, ``C1``, ``D1`` (first part) and ``A2`` (the last word).
     ``split``: "train" and "test" share no word.
@@ -29,8 +29,8 @@ def induction(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | No
     Raises TaskError if the tokenizer has too few words that are single tokens.
     """
     check_split(split, "induction")
-    words = part(words_of_tokenizer(model, fewest=FEWEST * (EVERY if split else 1), most=MOST), split)
-    return make(model, "induction", n, seed, lambda rng, i: _pair(words, rng), split=split)
+    words = items_of_split(words_of_tokenizer(model, fewest=FEWEST * (EVERY if split else 1), most=MOST), split)
+    return make_pairs(model, "induction", n, seed, lambda rng, i: _pair(words, rng), split=split)
 
 
 def _pair(words: list[str], rng: Random) -> PromptPair:

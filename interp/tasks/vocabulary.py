@@ -1,4 +1,4 @@
-"""What tasks ask of a model and of its tokenizer: which words are single tokens, and which had to go."""
+"""What tasks need of a model, and which words its tokenizer writes as single tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TaskModel(Protocol):
 
     @property
     def name(self) -> str:
-        """How messages call the model."""
+        """The model's name in messages."""
         ...
 
     @property
@@ -33,10 +33,10 @@ class TaskModel(Protocol):
 
 
 class TaskPairs(PairSet):
-    """A PairSet that remembers what its task could not use with a tokenizer.
+    """A PairSet that also holds what its task could not use with a tokenizer.
 
-    ``dropped``: the words that are not one token; ``refused``: how many pairs were drawn and not kept, by reason.
-    ``split``: "train", "test", or None for everything.
+    ``dropped``: the words that are not one token; ``refused``: how many draws were not kept, by reason.
+    ``split``: "train", "test", or None for all items.
     """
 
     def __init__(
@@ -66,20 +66,20 @@ def token_of(word: str, coder: Coder) -> int | None:
 
 
 def single_tokens(words: Iterable[str], coder: Coder) -> tuple[list[str], list[str]]:
-    """Split words into those that are one token after a space, and the rest; order is kept."""
-    kept: list[str] = []
+    """Divide words into those that are one token after a space and the rest, each in their order."""
+    single: list[str] = []
     dropped: list[str] = []
     for word in words:
-        (dropped if token_of(word, coder) is None else kept).append(word)
-    return kept, dropped
+        (dropped if token_of(word, coder) is None else single).append(word)
+    return single, dropped
 
 
 def words_of_tokenizer(model: TaskModel, *, fewest: int, most: int) -> list[str]:
-    """Lower-case words, each one token after a space, from the start of the tokenizer's own vocabulary.
+    """List lower-case words, each one token after a space, from the start of the tokenizer's vocabulary.
 
-    Vocabularies are ordered by frequency, roughly, so these are common words. Up to ``most`` words of three
-    letters or more; if there are not even ``fewest`` of them, shorter ones too. TaskError if that is still
-    too few.
+    Vocabularies are roughly ordered by frequency, so these are common words. Up to ``most`` words of three letters
+    or more; if fewer than ``fewest`` of these exist, shorter ones too. TaskError if the total is still below
+    ``fewest``.
     """
     coder = model.coder
     long: list[str] = []
@@ -99,7 +99,7 @@ def words_of_tokenizer(model: TaskModel, *, fewest: int, most: int) -> list[str]
     return words
 
 
-def at_least_one(n: int, task: str) -> None:
-    """Refuse an empty task."""
+def check_count(n: int, task: str) -> None:
+    """Raise TaskError unless ``n`` is an integer of at least 1."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise TaskError(f"{task}: n must be a whole number of at least 1, got {n!r}")

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from interp.prompts.pairs import Coder
-from interp.tasks.generate import lists
+from interp.tasks.generate import word_lists
 from interp.tasks.known_facts import relations
 from interp.zoo.tokenizer import word_tokenizer
 
@@ -31,7 +31,7 @@ def everything() -> str:
         else:
             found.append(re.sub(r"\{\w*\}", "", str(thing)))
 
-    walk([lists(name) for name in TABLES])
+    walk([word_lists(name) for name in TABLES])
     walk(relations())
     found += ["woman man she he Question Answer The secret word of is What was def self param A B C D E"]
     numbers = [str(x) for x in range(10, 100)]
@@ -98,7 +98,7 @@ def _digits() -> PreTrainedTokenizerFast:
 
 
 def indirect_object(text: str) -> str | None:
-    people = [w for w in re.findall(r"\w+", text) if w in lists("indirect_object")["names"]]
+    people = [w for w in re.findall(r"\w+", text) if w in word_lists("indirect_object")["names"]]
     once = [w for w in people if people.count(w) == 1]
     return once[0] if len(once) == 1 else None
 
@@ -106,12 +106,12 @@ def indirect_object(text: str) -> str | None:
 def color(text: str) -> str:
     line = text.split("\n")[-2]
     asked = next(w for w in re.findall(r"\w+", line.split("?")[0].rsplit(". ", 1)[1]) if f" {w}" in line.split(". ")[0]
-                 and w in lists("colored_objects")["objects"])  # fmt: skip
+                 and w in word_lists("colored_objects")["objects"])  # fmt: skip
     return re.findall(rf"a (\w+) {asked}\b", line)[0]
 
 
 def verb(text: str) -> str:
-    nouns = {form: i for pair in lists("agreement")["nouns"] for i, form in enumerate(pair)}
+    nouns = {form: i for pair in word_lists("agreement")["nouns"] for i, form in enumerate(pair)}
     found = next(w for w in re.findall(r"\w+", text) if w in nouns)
     return ("is was has", "are were have")[nouns[found]]
 
@@ -141,7 +141,7 @@ def argument(text: str) -> str:
 
 
 def pronoun(text: str) -> str:
-    words = lists("gender_bias")
+    words = word_lists("gender_bias")
     found = set(re.findall(r"\w+", text))
     return "she" if found & {*words["she"], "woman"} else "he"
 
@@ -152,7 +152,7 @@ def country(text: str) -> str:
 
 
 def superlative(text: str) -> str:
-    words = lists("puzzles")["relations"]
+    words = word_lists("puzzles")["relations"]
     more, most, _ = next(r for r in words if f" {r[0]} than" in text)
     pairs = re.findall(rf"(\w+) (?:is|was) {more} than (\w+)", text)
     (a, b), (c, d) = pairs

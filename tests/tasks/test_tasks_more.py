@@ -14,7 +14,7 @@ from readers import Reader
 from interp import tasks
 from interp.errors import TaskError
 from interp.prompts.pairs import encode_pairs
-from interp.tasks.generate import lists, make, part
+from interp.tasks.generate import items_of_split, make_pairs, word_lists
 
 # name, options -> how it is solved; whether the foil is right in the corrupt prompt (False: nothing is)
 CASES = [
@@ -141,7 +141,7 @@ def test_train_and_test_do_not_overlap(reader, name):
     }  # fmt: skip
     if name in fillers:
         table, key = fillers[name]
-        words = set(lists(table)[key])
+        words = set(word_lists(table)[key])
         one, other = (set().union(*(content(p.clean) & words for p in sets[s])) for s in ("train", "test"))
         assert one and other and not one & other
     if name in ("addition", "subtraction"):
@@ -154,8 +154,10 @@ def test_train_and_test_do_not_overlap(reader, name):
 
 def test_parts_are_a_partition():
     items = list(range(23))
-    assert sorted(part(items, "train") + part(items, "test")) == items == part(items, None)
-    assert len(part(items, "test")) == 5
+    assert (
+        sorted(items_of_split(items, "train") + items_of_split(items, "test")) == items == items_of_split(items, None)
+    )
+    assert len(items_of_split(items, "test")) == 5
 
 
 # ---------------------------------------------------------------- needles
@@ -256,7 +258,7 @@ def test_what_was_refused_is_counted(reader):
         PromptPair("x", "x", " a", " b"), PromptPair("x", "y", " xylophonist", " b"),
         PromptPair("The king", "The car", good.answer, good.foil),
     ])  # fmt: skip
-    pairs = make(model, "made up", 2, 0, lambda rng, i: next(drawn))
+    pairs = make_pairs(model, "made up", 2, 0, lambda rng, i: next(drawn))
     assert pairs.refused == {
         "was drawn before": 1, "clean and corrupt have different numbers of tokens": 1,
         "clean and corrupt are the same": 1, "answer or foil is not a single token": 1,
