@@ -15,7 +15,7 @@ import pandas as pd
 
 from interp.errors import InterpError
 from interp.results.parquet import read_parquet, write_parquet
-from interp.results.significance import benjamini_hochberg, sign_flip
+from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
 from interp.utils.html_card import card
 
 COLUMNS: dict[str, str] = {
@@ -187,8 +187,7 @@ def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed:
     seen = {c: np.isfinite(x) for c, x in table.items()}
     filled = {c: np.where(seen[c], x, 0.0) for c, x in table.items()}
     n_examples = table["raw"].shape[1]
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(n_examples, np.full(n_examples, 1 / n_examples), size=n_boot).astype(float)
+    weights = resample_weights(n_examples, n_boot, seed)
 
     def statistics(w: np.ndarray) -> dict[str, np.ndarray]:
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -206,14 +205,6 @@ def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed:
     columns: dict[str, np.ndarray] = {}
     for name, prefix in (("effect", ""), ("raw", "raw_"), ("pooled", "pooled_")):
         columns[name] = point[name][:, 0]
-        lo, hi = _quantiles(draws[name], tail) if n_examples > 1 else (np.nan * point[name][:, 0],) * 2
+        lo, hi = percentile_interval(draws[name], tail) if n_examples > 1 else (np.nan * point[name][:, 0],) * 2
         columns[f"{prefix}lo"], columns[f"{prefix}hi"] = lo, hi
     return columns
-
-
-def _quantiles(draws: np.ndarray, tail: float) -> tuple[np.ndarray, np.ndarray]:
-    """Quantiles along the last axis, ignoring NaN draws (all-NaN rows stay NaN, without a warning)."""
-    empty = ~np.isfinite(draws).any(-1)
-    safe = np.where(np.expand_dims(empty, 1), 0.0, draws)
-    lo, hi = np.nanquantile(safe, [tail, 1 - tail], axis=-1)
-    return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)

@@ -1,13 +1,38 @@
-"""Is an effect more than chance? Sign-flip permutation tests over examples, and control of false discoveries."""
+"""Bootstrap intervals and sign-flip permutation tests over examples, and control of false discoveries."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 EXACT_UP_TO = 12  # examples: all 2^12 sign patterns are tried
+
+
+def resample_weights(n: int, n_boot: int, seed: int = 0) -> Float[np.ndarray, "draws examples"]:
+    """Return how often each of ``n`` examples occurs in each of ``n_boot`` bootstrap samples."""
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
+    return draws.astype(float)
+
+
+def resample_examples(n: int, n_boot: int, seed: int = 0) -> Int[np.ndarray, "draws examples"]:
+    """Return the numbers of the examples in each of ``n_boot`` bootstrap samples of ``n``."""
+    return np.random.default_rng(seed).integers(n, size=(n_boot, n))
+
+
+def percentile_interval(
+    draws: Float[np.ndarray, "*groups draws"], tail: float = 0.025
+) -> tuple[Float[np.ndarray, "*groups"], Float[np.ndarray, "*groups"]]:
+    """Return the percentile bootstrap interval of statistics, one per bootstrap sample along the last axis.
+
+    ``tail``: the share of draws outside at either end; 0.025 gives 95% intervals. NaN draws are ignored; where all are
+    NaN, so is the interval (without a warning).
+    """
+    empty = np.isnan(draws).all(-1)
+    safe = np.where(np.expand_dims(empty, -1), 0.0, draws)
+    lo, hi = np.nanquantile(safe, [tail, 1 - tail], axis=-1)
+    return np.where(empty, np.nan, lo), np.where(empty, np.nan, hi)
 
 
 def sign_flip(
