@@ -18,6 +18,7 @@ from interp.corpus.reading import described
 from interp.errors import InterpError
 from interp.jobs.driver import Options, Outcome, drive
 from interp.jobs.store import Store, differences, read_tables
+from interp.utils.arguments import is_whole
 from interp.utils.files import PICKLES
 
 BYTES_PER_PART = 2**19
@@ -99,7 +100,7 @@ def statistics(
     whole = [p.resolve() for p in paths]
     if twice := next((p for i, p in enumerate(paths) if whole[i] in whole[:i]), None):
         raise InterpError(f"{twice} is given twice: its documents would be counted twice")
-    if context < 2 or bytes_per_part < 1:
+    if not is_whole(context, 2) or not is_whole(bytes_per_part, 1):
         raise InterpError(f"context must be at least 2 tokens and bytes_per_part 1, got {context} and {bytes_per_part}")
     spec_of(statistics)
     given = None if isinstance(model, str | Path) else model

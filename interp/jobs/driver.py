@@ -20,6 +20,7 @@ from interp.jobs.leases import Leases, holder
 from interp.jobs.status import Tally, display, duration
 from interp.jobs.store import FOLDERS, Inventory, Store
 from interp.jobs.work import Emit, shard_of
+from interp.utils.arguments import is_whole
 from interp.utils.files import write_file, writing
 from interp.utils.provenance import now, versions
 
@@ -159,7 +160,7 @@ def executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
     """The executor's function, and how many workers it gets. InterpError for what does not go together."""
     if options.executor not in EXECUTORS:
         raise InterpError(f"unknown executor {options.executor!r}: choose one of {', '.join(EXECUTORS)}")
-    if options.threads < 1 or (options.workers is not None and options.workers < 1):
+    if not is_whole(options.threads, 1) or not (options.workers is None or is_whole(options.workers, 1)):
         raise InterpError(f"workers and threads must be at least 1, got {options.workers} and {options.threads}")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
         i, n = options.shard

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from interp.utils.arguments import is_number, is_whole
+
 Check = Callable[[Any], Any]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+@=-]{0,99}")
 
@@ -38,12 +40,7 @@ def whole(least: int, most: int | None = None) -> Check:
     """An integer in a range."""
 
     def check(value: Any) -> int:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or value < least
-            or (most is not None and value > most)
-        ):
+        if not is_whole(value, least, most):
             between = f"from {least}" + ("" if most is None else f" to {most}")
             raise ValueError(f"a whole number {between} expected")
         return value
@@ -55,7 +52,7 @@ def number(least: float, most: float = float("inf"), *, above: bool = False) -> 
     """A finite number in a range; ``above``: the lower end excluded."""
 
     def check(value: Any) -> float:
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+        fine = is_number(value) and least <= value <= most
         if not fine or (above and value == least) or value == float("inf"):
             raise ValueError(
                 f"a number {'above' if above else 'from'} {least:g}"

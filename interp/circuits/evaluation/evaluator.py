@@ -39,7 +39,7 @@ from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.mean_activations import Means
 from interp.recipes.scoring import readout
 from interp.sites import COMPONENTS, Site, Sites
-from interp.utils.arguments import whole
+from interp.utils.arguments import check_whole
 from interp.utils.provenance import now, prompt_hash
 
 RECIPES: dict[Ablation, str] = {
@@ -87,7 +87,7 @@ class Evaluator:
     ) -> None:
         if using not in RECIPES:
             raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
-        whole(0, seed=seed)
+        check_whole(0, seed=seed)
         listed = listed_prompts(pairs)
         self.model, self.metric = model, as_metric(metric)
         self.prompts = encode_pairs(listed, model.coder)

@@ -37,7 +37,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import Site
-from interp.utils.arguments import positive, whole
+from interp.utils.arguments import check_positive, check_whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -81,10 +81,10 @@ def differential_masks(
     ``steps``: updates (authors: 200 epochs). At their step of 0.001 the gates of a budget settle slowly: hundreds of
     steps need a larger ``lr``. Raises InterpError, PromptError or ModelError for bad input before the first of them.
     """
-    whole(1, len(model.attention_layers) * model.n_heads, k=k)  # heads of the model
-    whole(1, steps=steps, batch_size=batch_size)
-    whole(0, seed=seed)
-    positive(lr=lr)
+    check_whole(1, len(model.attention_layers) * model.n_heads, k=k)  # heads of the model
+    check_whole(1, steps=steps, batch_size=batch_size)
+    check_whole(0, seed=seed)
+    check_positive(lr=lr)
     listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     if any(p.foil is None for p in prompts):

@@ -37,7 +37,7 @@ from interp.errors import InterpError
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
-from interp.utils.arguments import positive, whole
+from interp.utils.arguments import check_positive, check_whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -78,11 +78,11 @@ def prune_edges(
     no path from the input to the logits. Raises InterpError, PromptError or ModelError for bad input before the first
     step, and InterpError if nothing is left.
     """
-    whole(1, steps=steps, batch_size=batch_size)
-    whole(0, seed=seed)
-    positive(lr=lr)
-    positive(1.2, sparsity=sparsity)
-    positive(20, start=start)
+    check_whole(1, steps=steps, batch_size=batch_size)
+    check_whole(0, seed=seed)
+    check_positive(lr=lr)
+    check_positive(1.2, sparsity=sparsity)
+    check_positive(20, start=start)
     listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)
     if all(p.clean == p.corrupt for p in prompts):

@@ -35,7 +35,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
 from interp.results.parquet import read_parquet, write_parquet
 from interp.sites import Site
-from interp.utils.arguments import positive
+from interp.utils.arguments import check_positive
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -113,7 +113,7 @@ def attention_channels(
     (0.7 as published). Raises InterpError, PromptError, SiteError or ModelError for bad input, and InterpError if
     nothing fires.
     """
-    positive(1, coverage=coverage, upstream=upstream)
+    check_positive(1, coverage=coverage, upstream=upstream)
     listed = [prompts] if isinstance(prompts, str | PromptPair) else list(prompts)
     if not listed:
         raise PromptError("there are no prompts: pass at least one text")
