@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,61 @@ def test_images_given_to_a_text_model_are_refused(tiny) -> None:
     for image in (Picture(), torch.zeros(3, 8, 8)):
         with pytest.raises(PromptError, match="this is an image"):
             model.attention_stats([image])
+
+
+# ---------------------------------------------------------------- TransformerLens as it was found
+
+
+def lens_functions() -> tuple[object, ...]:
+    """The functions of TransformerLens that are replaced while a bridge is built."""
+    from transformer_lens.model_bridge.sources.transformers import helpers, source
+
+    return helpers._ensure_torchvision, helpers.load_modality_processor, source.load_modality_processor
+
+
+@pytest.fixture()
+def booting(monkeypatch):
+    """What `lens_functions` were during each boot; a pip install in between fails the test."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    def install(*args: object, **_: object) -> None:
+        raise AssertionError(f"loading a model ran {args}")
+
+    for name in ("check_call", "run", "Popen"):
+        monkeypatch.setattr(subprocess, name, install)
+    during: list[tuple[object, ...]] = []
+    boot = TransformerBridge.boot_transformers
+
+    def boot_transformers(*args: object, **options: object) -> object:
+        ensure, *_ = functions = lens_functions()
+        during.append(functions)
+        assert ensure() is (importlib.util.find_spec("torchvision") is not None)
+        return boot(*args, **options)
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", staticmethod(boot_transformers))
+    return during
+
+
+def test_loading_leaves_transformer_lens_as_it_found_it(folder: Path, booting, word_tokenizer) -> None:
+    before = lens_functions()
+    interp.load(folder)
+    interp.load(tiny_hf("llava"), tokenizer=word_tokenizer)
+    assert lens_functions() == before
+    assert len(booting) == 2 and all(a is not b for d in booting for a, b in zip(d[::2], before[::2], strict=True))
+
+
+def test_a_load_that_fails_leaves_transformer_lens_as_it_found_it(folder: Path, booting, monkeypatch) -> None:
+    from transformer_lens.model_bridge.sources.transformers import source
+
+    before = lens_functions()
+    monkeypatch.setattr(source, "TransformerBridge", None)  # fails after the functions were replaced
+    with pytest.raises(ModelError, match="TransformerLens cannot wrap"):
+        interp.load(folder)
+    assert booting and lens_functions() == before
+
+
+def test_wrapped_models_leave_transformer_lens_as_it_is(folder: Path) -> None:
+    before = lens_functions()
+    bridge = interp.load(folder).bridge
+    assert interp.load(bridge).bridge is bridge
+    assert lens_functions() == before

@@ -7,6 +7,8 @@ import importlib.util
 import io
 import logging
 import re
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from interp.model import vision_towers as towers
 
 EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
 QUANTIZED = ("8bit", "4bit")
+_BUILDING = threading.RLock()  # one bridge is built at a time: TransformerLens' functions are replaced meanwhile
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,6 @@ def boot(source: Any, **options: Any) -> tuple[Any, str]:
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(source, TransformerBridge):
-        _never_install()
         move = [options[key] for key in ("device", "dtype") if options.get(key) is not None]
         if move:
             source.to(*move)
@@ -55,7 +57,6 @@ def read(
     quantize: str | None = None,
 ) -> Weights:
     """Weights and tokenizer of a name, a folder, a GGUF file or a model object. Raises ModelError."""
-    _never_install()
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     hub |= {"revision": revision} if revision else {}
     hub |= _placement(device, device_map, quantize)
@@ -240,7 +241,7 @@ def wrap(weights: Weights) -> tuple[Any, str]:
         model.config.architectures = [type(model).__name__]  # a model made from a config alone does not say
     first = next(model.parameters())
     try:
-        with _quiet():
+        with _quiet(), _without_installing():
             bridge = TransformerBridge.boot_transformers(
                 name, hf_model=model, tokenizer=tokenizer, device=first.device, dtype=first.dtype
             )
@@ -301,16 +302,24 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _never_install() -> None:
-    """Booting a model that reads images, TransformerLens would ask the hub for a processor and pip-install torchvision.
+@contextlib.contextmanager
+def _without_installing() -> Iterator[None]:
+    """Replace two functions of TransformerLens while it builds a bridge; afterwards they are its own again.
 
-    A torchvision brings another torch with it, and a model object need not be on any hub.
+    For a model that reads images TransformerLens would request a processor from the hub and pip-install torchvision.
+    That torchvision would bring another torch with it, and a model object need not be on any hub.
     """
     from transformer_lens.model_bridge.sources.transformers import helpers, source
 
-    helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
-    booting: Any = source
-    booting.load_modality_processor = lambda *_args, **_options: None
+    building: Any = source
+    with _BUILDING:
+        originals = helpers._ensure_torchvision, building.load_modality_processor
+        helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
+        building.load_modality_processor = lambda *_args, **_options: None
+        try:
+            yield
+        finally:
+            helpers._ensure_torchvision, building.load_modality_processor = originals
 
 
 def check_device(device: Any) -> None:
