@@ -77,7 +77,7 @@ def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch, lean: bool) -
     model = tiny("llama")
     monkeypatch.setitem(VERIFIED, model, Verified())  # as it was loaded
     if not lean:
-        monkeypatch.setattr(core, "lean_blocks", lambda model: None)
+        monkeypatch.setattr(core, "read_plain_blocks", lambda model: None)
     sites = model.sites("resid_pre", layers=[0, 1])
     interp.patch(model, EARLY, sites)  # its self-check is done
     plan = interp.explain(interp.patch, model, EARLY, sites)

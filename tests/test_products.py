@@ -10,9 +10,9 @@ from interp.doctor.families.text import tiny_hf
 from interp.engine import Engine
 from interp.engine import matmul as products
 from interp.engine import packed_forward as packed
-from interp.engine.base_runs import lean_runs
+from interp.engine.base_runs import record_with_plain_blocks
 from interp.engine.matmul import ONEDNN, PLAIN, filled_rows
-from interp.engine.plain_blocks import WRITABLE, lean_blocks
+from interp.engine.plain_blocks import WRITABLE, read_plain_blocks
 from interp.engine.runs import record
 from interp.engine.verified import Verified
 
@@ -73,13 +73,13 @@ def test_float32_sweeps_equal_naive(onednn, word_tokenizer, kind: str) -> None:
 
 
 def test_which_models_are_lean(tiny) -> None:
-    assert all(lean_blocks(tiny(kind)) for kind in ("llama", "mistral", "qwen2"))
+    assert all(read_plain_blocks(tiny(kind)) for kind in ("llama", "mistral", "qwen2"))
     assert not any(
-        lean_blocks(tiny(kind)) for kind in ("gpt2", "neox", "gemma2", "qwen3", "olmo2", "mixtral", "cohere")
+        read_plain_blocks(tiny(kind)) for kind in ("gpt2", "neox", "gemma2", "qwen3", "olmo2", "mixtral", "cohere")
     )
     model = tiny("llama")
     model.bridge.set_use_attn_result(True)
-    assert lean_blocks(model) is None
+    assert read_plain_blocks(model) is None
     model.bridge.set_use_attn_result(False)
 
 
@@ -107,8 +107,8 @@ def test_base_runs_in_bare_products_are_the_models_own(tiny, kind: str) -> None:
     runner = Engine(model, "fast")
     with torch.no_grad():
         want = record(model, prompts, components, noise, runner.frame)
-        got = lean_runs(model, lean_blocks(model) or [], runner.frame, prompts, components, noise)
-        plain = lean_runs(model, lean_blocks(model) or [], runner.frame, prompts, components)
+        got = record_with_plain_blocks(model, read_plain_blocks(model) or [], runner.frame, prompts, components, noise)
+        plain = record_with_plain_blocks(model, read_plain_blocks(model) or [], runner.frame, prompts, components)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.ids == theirs.ids and ours.noise is theirs.noise
         for c in components:
@@ -142,10 +142,12 @@ def test_a_lean_block_that_is_wrong_gives_way_to_the_models_own(word_tokenizer, 
     """Weights that TransformerLens holds elsewhere than in the modules would be such a case."""
     model = interp.load(tiny_hf("llama"), tokenizer=word_tokenizer)
     want = interp.patch(model, EARLY, model.sites("z"), engine="naive").frame()["patched"]
-    wrong = lean_blocks(model)
+    wrong = read_plain_blocks(model)
     assert wrong is not None
     monkeypatch.setattr(
-        "interp.engine.core.lean_blocks", lambda model: [b.__class__(**{**vars(b), "o": wrong[0].q}) for b in wrong]
+        "interp.engine.core.read_plain_blocks",
+        lambda model: [b.__class__(**{**vars(b), "o": wrong[0].q}) for b in wrong],
+        lambda model: [b.__class__(**{**vars(b), "o": wrong[0].q}) for b in wrong],
     )
     e = interp.patch(model, EARLY, model.sites("z"), engine="fast")
     assert abs(e.frame()["patched"] - want).max() < 1e-9
@@ -154,7 +156,7 @@ def test_a_lean_block_that_is_wrong_gives_way_to_the_models_own(word_tokenizer, 
 
 def test_logits_that_no_metric_reads_are_not_computed(tiny, monkeypatch) -> None:
     model, seen = tiny("llama"), []
-    real = packed.final_logits
+    real = packed.compute_final_logits
 
     def spied(model, rows, columns=None):
         out = real(model, rows, columns)
@@ -163,7 +165,7 @@ def test_logits_that_no_metric_reads_are_not_computed(tiny, monkeypatch) -> None
 
     sites = model.sites("resid_pre", layers=1)
     interp.patch(model, EARLY, sites)
-    monkeypatch.setattr(packed, "final_logits", spied)
+    monkeypatch.setattr(packed, "compute_final_logits", spied)
     pairwise = interp.patch(model, EARLY, sites).frame()["patched"]
     assert {shape[1] for shape in seen} == {2}
     custom = interp.patch(model, EARLY, sites, metric=lambda x, r: x.gather(1, r.answer[:, None])[:, 0]

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.packed_forward import PackedForward, final_logits
-from interp.engine.packing import Group, Piece, place
-from interp.engine.plain_blocks import LeanBlock, RowsOf
+from interp.engine.packed_forward import PackedForward, compute_final_logits
+from interp.engine.packing import Group, Piece, lay_out
+from interp.engine.plain_blocks import PlainBlock, WriterOf
 from interp.engine.runs import Frame, Run
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
@@ -20,9 +20,9 @@ from interp.prompts.model_input import frozen
 _Key = tuple[tuple[int, ...], int | None]  # ids; for a run with noise its number, which no other shares
 
 
-def lean_runs(
+def record_with_plain_blocks(
     model: Model,
-    blocks: Sequence[LeanBlock],
+    blocks: Sequence[PlainBlock],
     frame: Frame,
     prompts: Sequence[Sequence[int]],
     components: Sequence[str] = (),
@@ -59,7 +59,7 @@ def _batches(keys: list[_Key], rows: int) -> Iterator[list[_Key]]:
 
 def _forward(
     model: Model,
-    blocks: Sequence[LeanBlock],
+    blocks: Sequence[PlainBlock],
     frame: Frame,
     prompts: Sequence[tuple[tuple[int, ...], Tensor | None]],
     components: Sequence[str],
@@ -67,7 +67,7 @@ def _forward(
     """One packed forward of prompts that stand in order of length."""
     pieces = _pieces(model, prompts)
     forward, kept = PackedForward(model, (), (), frame, blocks), _Kept(components)
-    packed = place(pieces, forward.layout)
+    packed = lay_out(pieces, forward.layout)
     resid = packed.new_empty(len(blocks) + 1, *packed.shape)
     keys, values = [], []
     for layer, block in enumerate(blocks):
@@ -78,7 +78,7 @@ def _forward(
         values.append(v)
     resid[-1] = packed
     spans = [slice(p.offset + n * p.rows, p.offset + (n + 1) * p.rows) for p in pieces for n in range(len(p.cells))]
-    logits = final_logits(model, packed[[span.stop - 1 for span in spans]])
+    logits = compute_final_logits(model, packed[[span.stop - 1 for span in spans]])
     return [
         Run(
             ids, resid[:, span], logits[i], [k[span].transpose(0, 1) for k in keys],
@@ -113,8 +113,8 @@ class _Kept:
             c: {} for c in components if c not in ("resid_pre", "resid_post")
         }
 
-    def of(self, layer: int) -> RowsOf:
-        """The writes of one layer, as `LeanBlock` asks for them."""
+    def of(self, layer: int) -> WriterOf:
+        """The writes of one layer, as `PlainBlock` asks for them."""
         return lambda component: _Keep(self.found[component], layer) if component in self.found else None
 
 

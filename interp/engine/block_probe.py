@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.engine.cells import Cell, Write
-from interp.engine.packed_forward import Enough, PackedForward
-from interp.engine.packing import Changes, Group, Piece, place
+from interp.engine.packed_forward import PackedForward, StopForward
+from interp.engine.packing import Changes, Group, Piece, lay_out
 from interp.engine.runs import Frame, Run
 from interp.errors import InterpError
 from interp.model.hooks import hooks
@@ -72,10 +72,10 @@ class Probe:
             def hook(x: Tensor, hook: object) -> None:
                 found[component] = x[0].unflatten(0, (len(cells), piece.rows))
                 if wanted <= set(found):
-                    raise Enough
+                    raise StopForward
 
             return COMPONENTS[component].hook.format(layer=layer), hook
 
-        with suppress(Enough), hooks(self.model, *map(keep, sorted(wanted))):
-            forward.run_block(layer, [piece], place([piece]), lambda call: forward.attend(call, [piece]))
+        with suppress(StopForward), hooks(self.model, *map(keep, sorted(wanted))):
+            forward.run_block(layer, [piece], lay_out([piece]), lambda call: forward.attend(call, [piece]))
         return found

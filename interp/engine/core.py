@@ -14,11 +14,11 @@ from torch import Tensor
 
 from interp.engine import naive
 from interp.engine import packed_forward as packed
-from interp.engine.base_runs import lean_runs
+from interp.engine.base_runs import record_with_plain_blocks
 from interp.engine.budget import Budget, as_bytes
 from interp.engine.cells import Cell, Write
 from interp.engine.matmul import redirected
-from interp.engine.plain_blocks import WRITABLE, LeanBlock, fixed_rotary, lean_blocks
+from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, read_plain_blocks
 from interp.engine.planner import PLANNING
 from interp.engine.runs import Frame, Run, record
 from interp.engine.verified import Verified, VerifiedFrame
@@ -59,7 +59,7 @@ class Engine:
         self.reason: str | None = "asked for" if kind == "naive" else None
         self.budget = Budget(model, as_bytes(memory))
         self.rows_per_batch, self.cells_per_batch = ROWS_PER_BATCH, LOGITS_PER_BATCH
-        self.lean: list[LeanBlock] | None = None
+        self.plain_blocks: list[PlainBlock] | None = None
         self.planner = PLANNING.get()  # inside `explain`, cells are counted in place of being run
 
     @property
@@ -123,7 +123,7 @@ class Engine:
         """Whether resid_mid is resid_pre and the attention's output, by which it is set."""
         return (
             f"blocks.{layer}.hook_attn_out" in self.model.bridge.hook_dict
-            and packed.other_mixer(self.model, layer) is None
+            and packed.find_other_mixer(self.model, layer) is None
         )
 
     @torch.no_grad()
@@ -141,17 +141,17 @@ class Engine:
         if self.fast:
             self._decide(self._obstacle())
         if self.fast:
-            self.lean = None if Verified.of(self.model).plain_blocks_differ else lean_blocks(self.model)
-            if self.lean and self._framed(max(map(len, prompts)), components):
-                return lean_runs(self.model, self.lean, self.frame, prompts, components, noise)
+            self.plain_blocks = None if Verified.of(self.model).plain_blocks_differ else read_plain_blocks(self.model)
+            if self.plain_blocks and self._framed(max(map(len, prompts)), components):
+                return record_with_plain_blocks(self.model, self.plain_blocks, self.frame, prompts, components, noise)
         with self._extra_hooks(components):
             if self.kind == "naive":
                 return record(self.model, prompts, components, noise, self.frame, keep_kv)
             with redirected(self.model.dtype, self.model.device):
                 runs = record(self.model, prompts, components, noise, self.frame)
         if self.fast:
-            self._decide(packed.unsupported(self.model, self.frame))
-        if self.fast and self.lean:
+            self._decide(packed.why_not_packed(self.model, self.frame))
+        if self.fast and self.plain_blocks:
             self._check_base(max(runs, key=len))
         return runs
 
@@ -165,7 +165,9 @@ class Engine:
 
     def unpackable(self) -> str | None:
         """Why this model cannot be run packed, whether that was asked for or not (known after a `record`)."""
-        return self.reason if self.kind != "naive" else self._obstacle() or packed.unsupported(self.model, self.frame)
+        return (
+            self.reason if self.kind != "naive" else self._obstacle() or packed.why_not_packed(self.model, self.frame)
+        )
 
     def _framed(self, longest: int, components: Sequence[str]) -> bool:
         """Whether base runs can be lean: blocks of this model were seen being called on prompts as long, and agreed."""
@@ -182,15 +184,15 @@ class Engine:
 
     def _check_base(self, run: Run) -> None:
         """Lets later base runs be lean if this one, recorded on the model, comes out the same."""
-        assert self.lean is not None
-        if not fixed_rotary(self.model):
+        assert self.plain_blocks is not None
+        if not has_fixed_rotary(self.model):
             return
-        (own,) = lean_runs(self.model, self.lean, self.frame, [run.ids], (), [run.noise])
+        (own,) = record_with_plain_blocks(self.model, self.plain_blocks, self.frame, [run.ids], (), [run.noise])
         pairs = zip(own.tensors(), replace(run, acts={}).tensors(), strict=True)
         if all((a - b).abs().max().item() <= CHECK_TOLERANCE * max(b.abs().max().item(), 1.0) for a, b in pairs):
             Verified.of(self.model).plain_base_runs = VerifiedFrame(self._setting(), self.frame)
         else:
-            self.lean = None
+            self.plain_blocks = None
             Verified.of(self.model).plain_blocks_differ = True
 
     @torch.no_grad()
@@ -279,7 +281,7 @@ class Engine:
         return self.fast and cell.cannot_reach_logits(self.model.n_layers, len(runs[cell.run]))
 
     def _forward(self, runs: Sequence[Run], chosen: Sequence[Cell]) -> packed.PackedForward:
-        lean = self.lean if all(w.site.component in WRITABLE for c in chosen for w in c.writes) else None
+        lean = self.plain_blocks if all(w.site.component in WRITABLE for c in chosen for w in c.writes) else None
         return packed.PackedForward(self.model, runs, chosen, self.frame, lean)
 
     def batches(self, runs: Sequence[Sized], cells: Sequence[Cell], columns: int | None = None) -> Iterator[list[int]]:
@@ -327,8 +329,8 @@ class Engine:
         slow = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, chosen[1:])])
         allowed = CHECK_TOLERANCE * max(slow.abs().max().item(), 1.0)
         gap = self._gap(runs, chosen, slow)
-        if self.lean and not gap <= allowed:
-            self.lean = None  # weights that its bridges hold processed, for one: the model's own blocks know
+        if self.plain_blocks and not gap <= allowed:
+            self.plain_blocks = None  # weights that its bridges hold processed, for one: the model's own blocks know
             gap = self._gap(runs, chosen, slow)
             Verified.of(self.model).plain_blocks_differ = True
         if not gap <= allowed:

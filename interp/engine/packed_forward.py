@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from interp.engine.cells import Cell, cut_table
 from interp.engine.matmul import products_for, redirected
 from interp.engine.packed_attention import packed_attention
-from interp.engine.packing import Changes, Group, Piece, place, positions, unpack
-from interp.engine.plain_blocks import LeanBlock, RowsOf, rotation
+from interp.engine.packing import Changes, Group, Piece, lay_out, positions, unpack
+from interp.engine.plain_blocks import PlainBlock, WriterOf, rotation
 from interp.engine.runs import Frame, Run
 from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
@@ -44,18 +44,18 @@ DROPPED_KWARGS = (
 MIXERS = (torch.nn.Conv1d, torch.nn.RNNBase)  # of state-space branches and the like
 
 
-def other_mixer(model: Model, layer: int) -> str | None:
+def find_other_mixer(model: Model, layer: int) -> str | None:
     """What else but softmax attention carries something from position to position in a block, or None."""
     found = (type(m).__name__ for m in model.bridge.blocks[layer].modules() if isinstance(m, MIXERS))
     return next(found, None)
 
 
-def unsupported(model: Model, frame: Frame) -> str | None:
+def why_not_packed(model: Model, frame: Frame) -> str | None:
     """Why this model's blocks cannot be run packed, or None."""
     if len(model.attention_layers) < model.n_layers:
         return "layers without softmax attention mix positions in ways of their own"
     for layer in range(model.n_layers):
-        if (other := other_mixer(model, layer)) is not None:
+        if (other := find_other_mixer(model, layer)) is not None:
             return f"block {layer} mixes positions beside attention, by a {other}"
     for layer, call in frame.calls.items():
         if not call.causal:
@@ -76,7 +76,7 @@ def unsupported(model: Model, frame: Frame) -> str | None:
     return None
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Leaves a block once its keys and values are known."""
 
 
@@ -89,9 +89,9 @@ class PackedForward:
         runs: Sequence[Run],
         cells: Sequence[Cell],
         frame: Frame,
-        lean: Sequence[LeanBlock] | None = None,
+        lean: Sequence[PlainBlock] | None = None,
     ):
-        self.model, self.cells, self.frame, self.lean = model, cells, frame, lean
+        self.model, self.cells, self.frame, self.plain_blocks = model, cells, frame, lean
         self.table: tuple[Tensor, Tensor] | None = None  # of rotary positions
         self.rotated: tuple[list[Piece], Tensor] | None = None  # the same for rows of pieces
         # lean blocks take rows laid out once; the model's own are handed those that there are
@@ -116,10 +116,10 @@ class PackedForward:
             if group.waiting:
                 group.admit(group.waiting, group.run.resid[n][-1:].expand(len(group.waiting), -1, -1))
         final = [Piece(g, g.active, len(g.run) - 1, len(g.run), g.parts) for g in self.groups]
-        rows = place(final)
+        rows = lay_out(final)
         self._write_residual(n, final, rows)
         order = torch.argsort(torch.tensor([i for piece in final for i in piece.cells], device=rows.device))
-        return final_logits(self.model, rows[order], columns)
+        return compute_final_logits(self.model, rows[order], columns)
 
     # ------------------------------------------------------------ which rows
 
@@ -151,14 +151,14 @@ class PackedForward:
 
     def _block(self, layer: int, pieces: list[Piece]) -> None:
         """Runs one block on the packed rows of all cells that are in."""
-        packed = place(pieces, self.layout)
+        packed = lay_out(pieces, self.layout)
         self._write_residual(layer, pieces, packed)
-        if self.lean is None:
+        if self.plain_blocks is None:
             packed = self.run_block(layer, pieces, packed, lambda call: self.attend(call, pieces))
         else:
             rows = self._rows_of(layer, pieces, packed.device)
-            q, k, v = self.lean[layer].project(packed, "qkv", self.rotation(layer, pieces), rows)
-            self.lean[layer].finish(packed, self.attention(layer, q, k, v, pieces, pieces), rows)
+            q, k, v = self.plain_blocks[layer].project(packed, "qkv", self.rotation(layer, pieces), rows)
+            self.plain_blocks[layer].finish(packed, self.attention(layer, q, k, v, pieces, pieces), rows)
         unpack(packed, pieces)
         for piece in pieces:
             if piece.narrow:  # from the next block on with all its rows: the others are the base run's
@@ -169,12 +169,12 @@ class PackedForward:
 
     def _last_block(self, layer: int, pieces: list[Piece]) -> None:
         """The same, but only keys and values are computed for all rows, and the rest for the last one."""
-        unpack(packed := place(pieces), pieces)
+        unpack(packed := lay_out(pieces), pieces)
         self._write_residual(layer, pieces, packed)
         wide = [p for p in pieces if not p.narrow]
         if wide:
             last = [p.last_rows() for p in wide]
-            run = self._last_rows if self.lean is None else self._lean_last_rows
+            run = self._last_rows if self.plain_blocks is None else self._plain_last_rows
             rows = run(layer, wide, last)
             for piece in last:
                 piece.group.parts = [piece.by_cell(rows)]
@@ -189,28 +189,28 @@ class PackedForward:
 
         def keep(call: AttentionCall) -> Tensor:
             found.update(k=rows_first(call.k), v=rows_first(call.v))
-            raise Enough
+            raise StopForward
 
-        with suppress(Enough):
-            self.run_block(layer, wide, place(wide), keep)
+        with suppress(StopForward):
+            self.run_block(layer, wide, lay_out(wide), keep)
 
         def handler(call: AttentionCall) -> Tensor:
             return heads_first(self.attention(layer, rows_first(call.q), found["k"], found["v"], last, wide))
 
-        return self.run_block(layer, last, place(last), handler)
+        return self.run_block(layer, last, lay_out(last), handler)
 
-    def _lean_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
-        assert self.lean is not None
-        block, packed = self.lean[layer], place(wide, self.layout)
+    def _plain_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
+        assert self.plain_blocks is not None
+        block, packed = self.plain_blocks[layer], lay_out(wide, self.layout)
         rows = self._rows_of(layer, wide, packed.device)
         k, v = block.project(packed, "kv", self.rotation(layer, wide), rows)
-        packed = place(last, self.layout)
+        packed = lay_out(last, self.layout)
         rows = self._rows_of(layer, last, packed.device)
         (q,) = block.project(packed, "q", self.rotation(layer, last), rows)
         block.finish(packed, self.attention(layer, q, k, v, last, wide), rows)
         return packed
 
-    def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> RowsOf:
+    def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> WriterOf:
         return lambda component: self.changes.rows(layer, component, pieces, device)
 
     def rotation(self, layer: int, pieces: list[Piece]) -> Float[Tensor, "rows 2 d_head"]:
@@ -309,7 +309,7 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def final_logits(
+def compute_final_logits(
     model: Model, rows: Float[Tensor, "rows d_model"], columns: Int[Tensor, "rows k"] | None = None
 ) -> Float[Tensor, "rows vocab"]:
     """Final norm and unembedding of some residual rows, with the scalings that some architectures apply after.

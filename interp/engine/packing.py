@@ -19,7 +19,7 @@ class Group:
     """Cells of one run that start at one position: they share the base run's prefix keys and values.
 
     ``parts``, each [cells, rows from ``start``, d_model], hold the rows of those that have entered, in the order of
-    ``active``. A part may be a view of a base run: `place` copies, and only its copy is ever written to.
+    ``active``. A part may be a view of a base run: `lay_out` copies, and only its copy is ever written to.
     """
 
     run: Run
@@ -68,7 +68,7 @@ class Piece:
         return Piece(self.group, self.cells, self.stop - 1, self.stop, [part[:, -1:] for part in self.parts])
 
 
-def place(pieces: Sequence[Piece], layout: Callable[[int], int] = int) -> Float[Tensor, "rows d_model"]:
+def lay_out(pieces: Sequence[Piece], layout: Callable[[int], int] = int) -> Float[Tensor, "rows d_model"]:
     """Sets the offsets and returns the packed hidden state, a copy that may be written to.
 
     ``layout``: how many rows to lay out for so many; those beyond are zero and belong to no piece.
@@ -101,7 +101,7 @@ def positions(pieces: Sequence[Piece], device: torch.device) -> Int[Tensor, " ro
 
 
 @dataclass
-class Rows:
+class RowWrites:
     """Some writes as rows of a packed state: what to put where."""
 
     at: Int[Tensor, " R"]
@@ -141,7 +141,7 @@ class Changes:
         """Components written inside a block."""
         return [c for where, c in self.writes if where == layer and c not in ("resid_pre", "embed")]
 
-    def rows(self, layer: int, component: str, pieces: Iterable[Piece], device: torch.device) -> Rows | None:
+    def rows(self, layer: int, component: str, pieces: Iterable[Piece], device: torch.device) -> RowWrites | None:
         """The writes of one component that fall on the pieces' rows, or None."""
         writes = self.writes.get((layer, component))
         if not writes:
@@ -172,4 +172,4 @@ class Changes:
         widths = {v.shape[-1] for v in values}
         if len(widths) > 1:  # zero ablation writes one number for all
             values = [v.expand(-1, max(widths)) for v in values]
-        return Rows(where, head, torch.cat(values), added)
+        return RowWrites(where, head, torch.cat(values), added)

@@ -23,15 +23,15 @@ ROWS = 512  # rows that go through an MLP together: its inner activations stay i
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
-class Written(Protocol):
-    """What happens to a component where it is computed: `Rows` are written into it."""
+class RowWriter(Protocol):
+    """What happens to a component where it is computed: `RowWrites` are written into it."""
 
     def put_(self, x: Tensor, headed: bool) -> None:
         """To [rows, (heads,) width], in place."""
         ...
 
 
-RowsOf = Callable[[str], Written | None]  # the writes of a component
+WriterOf = Callable[[str], RowWriter | None]  # the writes of a component
 Heads = Float[Tensor, "rows heads dim"]
 
 
@@ -53,7 +53,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class LeanBlock:
+class PlainBlock:
     """One block's parts."""
 
     ln1: Norm
@@ -72,7 +72,7 @@ class LeanBlock:
         x: Float[Tensor, "rows d_model"],
         names: str,
         rotation: Float[Tensor, "rows 2 d_head"],
-        rows: RowsOf,
+        rows: WriterOf,
     ) -> list[Heads]:
         """Those of q, k and v that ``names`` has, with their writes, q and k then rotated."""
         product, normed, found = products_for(x.dtype, x.device), self.ln1(x), []
@@ -84,7 +84,7 @@ class LeanBlock:
             found.append(heads if name == "v" else _rotated(heads, *rotation.unbind(1)))
         return found
 
-    def finish(self, x: Float[Tensor, "rows d_model"], z: Heads, rows: RowsOf) -> None:
+    def finish(self, x: Float[Tensor, "rows d_model"], z: Heads, rows: WriterOf) -> None:
         """From attention's output to the end of the block, in place of ``x``, which was its input."""
         product = products_for(x.dtype, x.device)
         written = {name: rows(name) for name in ("z", "attn_out", "resid_mid", "mlp_out")}
@@ -104,7 +104,7 @@ class LeanBlock:
         self._add(x, mlp, written["mlp_out"])
 
     @staticmethod
-    def _add(x: Tensor, compute: Callable[[slice], Tensor], written: Written | None) -> None:
+    def _add(x: Tensor, compute: Callable[[slice], Tensor], written: RowWriter | None) -> None:
         """x += compute, some rows at a time; whole if something is written into it."""
         if written is not None:
             out = torch.cat([compute(part) for part in _parts(len(x))])
@@ -131,7 +131,7 @@ def rotation(cos: Tensor, sin: Tensor) -> Float[Tensor, "positions 2 d_head"]:
     return torch.stack([cos[0], torch.cat([-first, second], dim=-1)], dim=1)
 
 
-def lean_blocks(model: Model) -> list[LeanBlock] | None:
+def read_plain_blocks(model: Model) -> list[PlainBlock] | None:
     """The model's blocks, or None if some part is not known to the letter."""
     config = model.bridge.cfg
     if model.dtype not in (torch.float32, torch.float64) or any(getattr(config, switch, False) for switch in SWITCHES):
@@ -141,7 +141,7 @@ def lean_blocks(model: Model) -> list[LeanBlock] | None:
     return known if len(known) == len(blocks) else None
 
 
-def fixed_rotary(model: Model) -> bool:
+def has_fixed_rotary(model: Model) -> bool:
     """Whether a position's rotary angles are the same in prompts of any length."""
     given = getattr(model.bridge.original_model.config, "rope_parameters", None) or {}
     kinds = [given, *(v for v in given.values() if isinstance(v, dict))]  # some have one for each kind of layer
@@ -153,7 +153,7 @@ def _inner(module: Any) -> Any:
     return getattr(module, "original_component", module)
 
 
-def _block(bridge: Any, d_head: int) -> LeanBlock | None:
+def _block(bridge: Any, d_head: int) -> PlainBlock | None:
     layer = _inner(bridge)
     name = type(layer).__name__
     family = name.removesuffix("DecoderLayer")
@@ -171,4 +171,4 @@ def _block(bridge: Any, d_head: int) -> LeanBlock | None:
         return None
     q, k, v, o, gate, up, down = products
     ln1, ln2 = (Norm(m, n.weight, n.variance_epsilon) for m, n in zip(own, norms, strict=True))
-    return LeanBlock(ln1, q, k, v, o, ln2, gate, up, down, d_head)
+    return PlainBlock(ln1, q, k, v, o, ln2, gate, up, down, d_head)

@@ -110,7 +110,7 @@ class Plan:
         if last_only:
             # of the other rows keys and values alone; the model's own blocks put out queries with them, and go twice
             left = rows * cost.row - (rows * cost.qkv + cost.row)
-            left = left if self.engine.lean is None else (rows - 1) * (cost.row - cost.kv)
+            left = left if self.engine.plain_blocks is None else (rows - 1) * (cost.row - cost.kv)
             total -= left + cost.pattern * (seen - n)
         return total
 

@@ -60,7 +60,7 @@ class Run:
         return found if site.head is None else found[:, site.head]
 
 
-def differs(write: Write, run: Run) -> bool:
+def is_change(write: Write, run: Run) -> bool:
     """Whether a write sets anything in ``run``, which holds the write's component, to another value than it has."""
     return write.value is None or not torch.equal(write.value, run.value(write.site, write.start, write.stop))
 

@@ -16,7 +16,7 @@ import torch
 from interp.engine import Cell, Engine, Run, Write
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
-from interp.engine.runs import differs
+from interp.engine.runs import is_change
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
@@ -159,7 +159,7 @@ class _PatchCells(CellSource):
             start = max(start, first)
             if start < stop:
                 writes.append(Write(site, start, stop, donor.value(site, start, stop)))
-        is_changing = any(differs(w, into) for w in writes) if self.runner.fast else bool(writes)
+        is_changing = any(is_change(w, into) for w in writes) if self.runner.fast else bool(writes)
         return Cell(number, tuple(writes)) if is_changing else None
 
     def _leading_write(self, cell: Cell, first: int, donor: Run) -> Write | None:
@@ -190,7 +190,7 @@ def _mirrored(write: Write, donor: Run, into: Run, number: int) -> Cell | None:
     if start == stop:
         return None
     other = Write(write.site, start, stop, into.value(write.site, start, stop))
-    return Cell(number, (other,)) if differs(other, donor) else None
+    return Cell(number, (other,)) if is_change(other, donor) else None
 
 
 def _donor_ids(

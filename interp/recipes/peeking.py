@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from interp.engine import Cell, Cut, Write
 from interp.engine.core import EngineKind
-from interp.engine.packed_forward import other_mixer
+from interp.engine.packed_forward import find_other_mixer
 from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
@@ -58,7 +58,9 @@ def peek(
     if isinstance(full, bool) or not isinstance(full, int) or full < 0 or context not in ("mean", "keep"):
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
     loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
-    if len(model.attention_layers) < model.n_layers or any(map(partial(other_mixer, model), range(model.n_layers))):
+    if len(model.attention_layers) < model.n_layers or any(
+        map(partial(find_other_mixer, model), range(model.n_layers))
+    ):
         raise SiteError(
             f"{model.name} passes information from token to token by other means than softmax attention, which no mask "
             "of attention stops: tokens would not wait"

@@ -27,8 +27,8 @@ from interp.circuits.evaluation import ablated_forward as running
 from interp.circuits.evaluation.ablated_forward import Forward
 from interp.circuits.wiring import Wiring
 from interp.engine import Run
-from interp.engine.packed_forward import PackedForward, final_logits
-from interp.engine.packing import Group, Piece, place
+from interp.engine.packed_forward import PackedForward, compute_final_logits
+from interp.engine.packing import Group, Piece, lay_out
 from interp.engine.runs import Frame
 from interp.model.hooks import hooks
 
@@ -144,7 +144,7 @@ class _Packed(Forward):
             Piece(Group(run, start), list(range(self.n)), start, len(run), [part])
             for run, start, part in zip(self.prompts.runs, self.prompts.starts, hidden, strict=True)
         ]
-        packed = place(pieces)
+        packed = lay_out(pieces)
         self._hold(packed)
         forward = PackedForward(model, self.prompts.runs, (), self.prompts.frame)
         with hooks(model, *self._hooks(range(self.first, last + 1))):
@@ -155,7 +155,7 @@ class _Packed(Forward):
         read = self._logits_read(packed[None])[0]
         ends = self.place.new_tensor(lengths).cumsum(0) - 1
         by_circuit = read[self.order].view(self.n, -1, read.shape[-1])[:, ends]
-        return final_logits(model, by_circuit.flatten(0, 1)).unflatten(0, (self.n, len(lengths)))
+        return compute_final_logits(model, by_circuit.flatten(0, 1)).unflatten(0, (self.n, len(lengths)))
 
     # ------------------------------------------------------------ what senders send
 
