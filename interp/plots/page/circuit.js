@@ -54,6 +54,26 @@ export function circuitCard(circuit, curve, id) {
 }
 
 /**
+ * Whether a result is the curve measured over the ranking that a circuit was cut from. Another curve says nothing about it.
+ * @param {any} curve
+ * @param {any} circuit
+ */
+export function curveOf(curve, circuit) {
+  if (curve.kind !== "curve" || circuit.kind !== "circuit") return false;
+  const { scores } = curve.provenance;
+  return circuit.edges.some((/** @type {any} */ e) => e.score !== null)
+    && (!scores || ["method", "prompts"].every((key) => scores[key] === circuit.provenance[key]));
+}
+
+/**
+ * A curve without its circuit.
+ * @param {CurveResult} curve
+ */
+export function curveCard(curve) {
+  return el("article", { class: "card" }, el("header", {}, el("h3", {}, "Faithfulness by circuit size")), curveChart(curve, null));
+}
+
+/**
  * @param {string} id
  * @param {number} all
  */
@@ -136,7 +156,7 @@ function percent(x) {
  * @param {CurveResult} curve
  * @param {number|null} share
  */
-export function curveChart(curve, share) {
+function curveChart(curve, share) {
   const { size, faithfulness, lo, hi } = curve.measured;
   const [W, H, left, base] = [Math.min(420, roomFor(0)), 190, 44, 150];
   const [low, high] = [Math.min(0, ...faithfulness.map(Number), ...lo.map((x) => x ?? 0)), Math.max(1, ...faithfulness.map(Number), ...hi.map((x) => x ?? 0))];

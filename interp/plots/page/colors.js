@@ -1,6 +1,6 @@
 // Colour: the maps shared with the plotly figures, legends, swatches.
 
-import { el, svg } from "./dom.js";
+import { el, format, svg } from "./dom.js";
 
 /** @typedef {"diverging"|"sequential"} MapName */
 
@@ -84,6 +84,35 @@ export function legend(map, ticks, caption, ends) {
   const meaning = ends && el("p", { class: "ends" },
     swatch(map, 0.08), ends[0], el("br"), swatch(map, 0.92), ends[1]);
   return el("div", { class: "legend" }, el("p", { class: "caption" }, caption), bar, meaning);
+}
+
+/**
+ * @typedef {object} Scale  how values become colours
+ * @property {MapName} map
+ * @property {(value: number) => number} place  position of a value along the colour map
+ * @property {{at: number, label: string}[]} ticks  of the legend
+ */
+
+/**
+ * Colours of values with two directions: red above zero, blue below, as far as the limit on both sides.
+ * @param {number} limit
+ * @returns {Scale}
+ */
+export function divergingScale(limit) {
+  const short = (/** @type {number} */ x) => format(x).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
+  return { map: "diverging", place: (x) => 0.5 + x / (2 * limit),
+    ticks: [-1, -0.5, 0, 0.5, 1].map((t) => ({ at: 0.5 + t / 2, label: short(t * limit) })) };
+}
+
+/**
+ * Colours of values with one direction, from the lowest to the highest.
+ * @param {number} low
+ * @param {number} high
+ * @returns {Scale}
+ */
+export function sequentialScale(low, high) {
+  return { map: "sequential", place: (x) => (high > low ? (x - low) / (high - low) : 0),
+    ticks: [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) })) };
 }
 
 /**

@@ -1,6 +1,6 @@
 // Effects: one card per panel, with its selectors, heat map, read-out, strongest sites and numbers.
 
-import { legend } from "./colors.js";
+import { divergingScale, legend } from "./colors.js";
 import { exampleCells } from "./data.js";
 import { capital, chooser, el, exact, format, keepFocus, roundUp, some } from "./dom.js";
 import { savers } from "./export.js";
@@ -116,20 +116,19 @@ function effectsControls(result, view, update) {
 function effectsBody(view) {
   const values = sliceOf(view, view.value);
   const limit = limitOf(view);
+  const scale = divergingScale(limit);
   const readout = effectsReadout(view);
   const order = values.map((_, i) => i).filter((i) => values[i] !== null)
     .sort((a, b) => Math.abs(values[b] ?? 0) - Math.abs(values[a] ?? 0));
   const map = heatmap({
-    rows: view.panel.rows, columns: view.columns, values, map: "diverging",
+    rows: view.panel.rows, columns: view.columns, values, map: scale.map, place: scale.place,
     rowTitle: axisTitle(view.panel, view.panel.rows.kind), columnTitle: axisTitle(view.panel, view.columns.kind),
     title: `${valueName(view)} of ${view.panel.words}`,
-    place: (x) => 0.5 + x / (2 * limit),
     visit: (cell, how) => readout.show(cell, how !== "hover"),
   });
   const choose = (/** @type {number} */ cell) => { map.mark(cell); readout.show(cell, true); };
   map.mark(order[0] ?? 0);
   readout.show(order[0] ?? 0, false);
-  const ticks = [-1, -0.5, 0, 0.5, 1].map((t) => ({ at: 0.5 + t / 2, label: format(t * limit).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "") }));
   const most = Math.abs(values[order[0]] ?? 0);
   const clipped = most > limit * 1.0001 ? `; colours saturate, the largest value here is ${format(most)}` : "";
   const spread = view.example === "" ? view.variant.spread : `Example ${view.example} alone, so there are no intervals.`;
@@ -140,7 +139,7 @@ function effectsBody(view) {
     ...(view.variant.caution ? [el("p", { class: "caution" }, view.variant.caution)] : []),
     el("div", { class: "columns" },
       el("div", { class: "figure" }, map.node, savers(() => map.drawing, `${view.panel.words} ${valueName(view)}`),
-        legend("diverging", ticks, valueName(view) + clipped, endsOf(view))),
+        legend(scale.map, scale.ticks, valueName(view) + clipped, endsOf(view))),
       el("div", { class: "side" }, readout.node, strongest(view, order.slice(0, LISTED), choose))),
     dataTable(`All ${order.length} numbers`, () => effectsTable(view, order)),
   ];

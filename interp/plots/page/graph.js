@@ -1,6 +1,7 @@
 // A circuit as a drawing: layers upwards, edges by weight and sign.
 
 import { roomFor, svg } from "./dom.js";
+import { headName } from "./view.js";
 
 /** @typedef {import("./data.js").CircuitResult} CircuitResult */
 /** @typedef {import("./data.js").CircuitNode} CircuitNode */
@@ -10,7 +11,7 @@ const [ROW, BOX, HIGH, LEFT] = [40, 46, 20, 46];
 
 /** @param {CircuitNode} node */
 export function nodeName(node) {
-  if (node.kind === "head") return `L${node.layer}H${node.head}`;
+  if (node.kind === "head") return headName(node.layer ?? 0, node.head ?? 0);
   return node.kind === "mlp" ? `MLP ${node.layer}` : node.kind;
 }
 

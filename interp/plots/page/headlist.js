@@ -5,6 +5,7 @@ import { copy } from "./export.js";
 import { intervalBar } from "./readout.js";
 import { on, state, togglePin, written } from "./state.js";
 import { dataTable } from "./tables.js";
+import { INTERVALS } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
@@ -53,7 +54,7 @@ export function headReadout(all, nameOf) {
     const rows = all.measures.map((m) => {
       const value = m.variant.value;
       const at = (/** @type {string} */ column) => m.at(head, column);
-      const [lo, hi] = value === "raw" ? ["raw_lo", "raw_hi"] : ["lo", "hi"];
+      const [lo, hi] = INTERVALS[value];
       return at(value) === null ? null : el("tr", {}, el("th", { scope: "row" }, m.label), el("td", {}, format(at(value), true)),
         el("td", {}, formatInterval(at(lo), at(hi))), el("td", {}, String(at("n"))));
     }).filter((row) => row !== null);

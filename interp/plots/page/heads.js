@@ -1,17 +1,17 @@
 // The head grid: every head's causal effect as colour, a statistic of its attention as the size of a dot.
 
-import { legend } from "./colors.js";
+import { divergingScale, legend, sequentialScale } from "./colors.js";
 import { chooser, el, format, keepFocus, rangeOf, roundUp, some, svg } from "./dom.js";
 import { savers } from "./export.js";
 import { headList, headReadout } from "./headlist.js";
 import { heatmap } from "./heatmap.js";
 import { INDIRECT, mediationOf } from "./mediation.js";
 import { on, say, set, state } from "./state.js";
-import { endsOf, MODES, valueName } from "./view.js";
+import { endsOf, headName, headNumbers, INTERVALS, MODES, valueName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
-/** @typedef {import("./data.js").AttentionResult} AttentionResult */
+/** @typedef {import("./colors.js").Scale} Scale */
 /** @typedef {import("./heatmap.js").How} How */
 
 /** @typedef {import("./headlist.js").Heads} Heads */
@@ -95,20 +95,11 @@ function countedOf(result, id) {
   }
   const values = new Array(result.layers * result.heads).fill(null);
   result.names.forEach((/** @type {string} */ name, /** @type {number} */ i) => {
-    const [layer, head] = numbersOf(name);
+    const [layer, head] = headNumbers(name);
     values[layer * result.heads + head] = result.receiver[i];
   });
   return values.some((v) => v !== null) ? [{ id: `${id}.receiver`, label: "receiver-head score", values,
     definition: "Excess kurtosis of the vertical scores of a prompt's segments (Thought Anchors): high for a head that singles out few of them" }] : [];
-}
-
-/**
- * @param {string} name
- * @returns {[number, number]}
- */
-export function numbersOf(name) {
-  const [, layer, head] = /^L(\d+)H(\d+)$/.exec(name) ?? ["", "0", "0"];
-  return [Number(layer), Number(head)];
 }
 
 /**
@@ -117,7 +108,7 @@ export function numbersOf(name) {
  * @param {(name: string) => void} fallback  told which head stands out, for when none is chosen
  */
 export function headGrid(all, fallback) {
-  const nameOf = (/** @type {number} */ i) => `L${Math.floor(i / all.heads)}H${i % all.heads}`;
+  const nameOf = (/** @type {number} */ i) => headName(Math.floor(i / all.heads), i % all.heads);
   const filter = { least: 0, sure: false };
   const box = el("div", {});
   const readout = headReadout(all, nameOf);
@@ -131,8 +122,8 @@ export function headGrid(all, fallback) {
     const dots = all.counted.find((c) => c.id === state.glyph) ?? null;
     const value = measure?.variant.value ?? "effect";
     const colored = Array.from({ length: all.layers * all.heads }, (_, i) => (measure ? measure.at(i, value) : shown?.values[i] ?? null));
-    const scale = colorScale(measure, colored);
-    const ends = ({ effect: ["lo", "hi"], raw: ["raw_lo", "raw_hi"] })[value] ?? ["lo", "hi"];
+    const scale = headColors(measure, colored);
+    const ends = INTERVALS[value];
     const sizeOf = (/** @type {number} */ i) => (measure ? Math.abs(colored[i] ?? 0) : colored[i] ?? -Infinity); // an effect may be large on either side
     const left = (/** @type {number} */ i) => {
       const x = colored[i];
@@ -180,7 +171,7 @@ export function headGrid(all, fallback) {
         el("div", { class: "side" }, readout.node, list.node))));
     refresh();
   };
-  const indexOf = (/** @type {string} */ name) => numbersOf(name)[0] * all.heads + numbersOf(name)[1];
+  const indexOf = (/** @type {string} */ name) => headNumbers(name)[0] * all.heads + headNumbers(name)[1];
   on("color glyph", draw);
   on("heads pins", () => refresh());
   draw();
@@ -188,19 +179,18 @@ export function headGrid(all, fallback) {
 }
 
 /**
+ * Colours of the grid: effects in both directions from zero, statistics from their lowest to their highest value.
  * @param {Measure|null} measure
  * @param {(number|null)[]} colored
- * @returns {{map: "diverging"|"sequential", place: (x: number) => number, ticks: {at: number, label: string}[], limit: number}}
+ * @returns {Scale & {limit: number}}
  */
-function colorScale(measure, colored) {
+function headColors(measure, colored) {
   if (measure) {
     const limit = roundUp(colored.reduce((/** @type {number} */ a, x) => Math.max(a, Math.abs(x ?? 0)), 0));
-    const short = (/** @type {number} */ x) => format(x).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
-    return { map: "diverging", limit, place: (x) => 0.5 + x / (2 * limit), ticks: [-1, -0.5, 0, 0.5, 1].map((t) => ({ at: 0.5 + t / 2, label: short(t * limit) })) };
+    return { ...divergingScale(limit), limit };
   }
   const [low, high] = rangeOf(colored);
-  return { map: "sequential", limit: high, place: (x) => (x - low) / (high - low || 1),
-    ticks: [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) })) };
+  return { ...sequentialScale(low, high), limit: high };
 }
 
 /**

@@ -3,7 +3,7 @@
 import { el, exact, format, formatInterval } from "./dom.js";
 import { intervalBar } from "./readout.js";
 import { dataTable } from "./tables.js";
-import { siteAddress, siteName } from "./view.js";
+import { metricOf, siteAddress, siteName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
@@ -45,10 +45,9 @@ export function mediationTable(panel, variants) {
     el("span", { class: "interval" }, lo[e][i] === null ? "" : formatInterval(lo[e][i], hi[e][i])));
   const rows = shown.map((i) => el("tr", {}, el("th", { scope: "row", title: siteAddress(at(i), i % size) }, siteName(at(i), i % size)),
     ...EFFECTS.map((_, e) => cell(e, i))));
-  const unit = variants[0].metric + (variants[0].unit ? ` (${variants[0].unit})` : "");
   return el("section", { class: "mediation" },
     el("h4", {}, "Total, direct and indirect effects"),
-    el("p", { class: "how" }, `Change of ${unit} when the prompt changes from clean to corrupt. TE: prompt and mediator change; `
+    el("p", { class: "how" }, `Change of ${metricOf(view)} when the prompt changes from clean to corrupt. TE: prompt and mediator change; `
       + "NDE: the prompt alone; NIE: the mediator alone; interaction: TE − NDE − NIE, 0 where the two add up. "
       + `The ${shown.length} mediators of largest |NIE|${order.length > MEDIATORS ? ` of ${order.length}` : ""}; 95% intervals.`),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Mediation table" }, el("table", { class: "effects-table" },

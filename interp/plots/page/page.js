@@ -1,50 +1,23 @@
 // The page: header, the heads, sections in order, provenance.
 
 import { attentionView } from "./attention.js";
-import { circuitCard, curveChart } from "./circuit.js";
 import { setPalettes } from "./colors.js";
 import { button, el } from "./dom.js";
-import { effectsCard } from "./effects.js";
 import { copy, saveJson } from "./export.js";
-import { gatherHeads, headGrid, inGrid } from "./heads.js";
+import { gatherHeads, headGrid } from "./heads.js";
+import { KINDS } from "./kinds.js";
 import { provenance } from "./provenance.js";
-import { sentenceCard } from "./sentences.js";
 import { announcer, notify, on, permalink, readAddress, say, set, state, watchTheme, written } from "./state.js";
-import { statisticsCard } from "./statistics.js";
-import { axisTitle } from "./view.js";
-
-/** @typedef {import("./data.js").Panel} Panel */
 
 /**
  * @param {any} result
- * @param {any[]} all
- * @param {boolean} gridded  is there a head grid?
+ * @param {string} id
+ * @param {import("./kinds.js").Page} page
  */
-function section(result, all, gridded) {
-  const id = `result-${all.indexOf(result)}`;
+function section(result, id, page) {
   if (result.kind === "prose") return el("section", { class: "prose" }, ...heading(result), ...paragraphs(result.text));
-  const curve = all.find((r) => r.kind === "curve" && isOfCurve(result, r)) ?? null;
-  /** @type {Object<string, () => (HTMLElement|null)[]>} */
-  const cards = {
-    effects: () => result.panels.map((/** @type {Panel} */ p, /** @type {number} */ i) => effectsCard(result, p, `${id}-${i}`, gridded && inGrid(p))),
-    attention: () => [statisticsCard(result, `${id}-0`, gridded)],
-    patterns: () => [sentenceCard(result)],
-    circuit: () => [circuitCard(result, curve, id)],
-    curve: () => (all.some((r) => isOfCurve(r, result)) ? [] : [el("article", { class: "card" }, el("header", {}, el("h3", {}, "Faithfulness by circuit size")), curveChart(result, null))]),
-  };
-  const made = cards[result.kind]().filter((c) => c !== null);
-  return made.length ? el("section", { id }, ...heading(result), ...made) : null;
-}
-
-/**
- * Was the curve measured over the ranking that a circuit was cut from? Of another's, it says nothing.
- * @param {any} circuit
- * @param {any} curve
- */
-function isOfCurve(circuit, curve) {
-  const { scores } = curve.provenance;
-  return circuit.kind === "circuit" && circuit.edges.some((/** @type {any} */ e) => e.score !== null)
-    && (!scores || ["method", "prompts"].every((key) => scores[key] === circuit.provenance[key]));
+  const cards = KINDS[result.kind].cards(result, id, page).filter((card) => card !== null);
+  return cards.length ? el("section", { id }, ...heading(result), ...cards) : null;
 }
 
 /** @param {{name: string|null}} result */
@@ -68,14 +41,14 @@ function headsCard(results) {
     el("article", { class: "card" }, grid, ...(patterns ? [attentionView(patterns, () => strongest)] : [])));
 }
 
+/** @param {number} i  place among the results */
+function sectionId(i) {
+  return `result-${i}`;
+}
+
 /** @param {any[]} results */
 function contents(results) {
-  const entries = results.flatMap((r, i) => {
-    if (r.kind === "effects") return r.panels.map((/** @type {Panel} */ p, /** @type {number} */ j) => ({ id: `result-${i}-${j}`,
-      text: (r.panels.length === 1 && r.name) || [...(r.name ? [`${r.name}:`] : []), p.component, p.columns.kind === "all" ? "" : `by ${axisTitle(p, p.columns.kind)}`, `(${[...new Set(p.variants.map((v) => v.intervention))].join(", ")})`].filter(Boolean).join(" ") }));
-    const title = /** @type {Object<string, string>} */ ({ attention: "Statistics", circuit: "Circuit", curve: "Faithfulness" })[r.kind];
-    return title ? [{ id: r.kind === "attention" ? `result-${i}-0` : `result-${i}`, text: r.name ?? title }] : [];
-  });
+  const entries = results.flatMap((result, i) => KINDS[result.kind]?.entries(result, sectionId(i)) ?? []);
   const heads = document.getElementById("heads") ? [{ id: "heads", text: "Heads" }] : [];
   const all = [...heads, ...(document.getElementById("sentences") ? [{ id: "sentences", text: "Segments" }] : []), ...entries, { id: "provenance", text: "Provenance" }]
     .filter((e) => document.getElementById(e.id));
@@ -122,7 +95,8 @@ function start() {
     .find((/** @type {any} */ v) => typeof v === "string")).filter((text) => text && !data.title.includes(text));
   const heads = headsCard(results);
   const top = el("header", { class: "top" }, bar(), el("h1", {}, data.title), facts.length ? el("p", { class: "facts" }, facts.join(" · ")) : null, ...paragraphs(data.notes));
-  const sections = data.results.map((/** @type {any} */ r) => section(r, data.results, heads !== null)).filter((/** @type {any} */ s) => s !== null);
+  const page = { results: data.results, hasGrid: heads !== null };
+  const sections = data.results.map((/** @type {any} */ r, /** @type {number} */ i) => section(r, sectionId(i), page)).filter((/** @type {any} */ s) => s !== null);
   main.replaceChildren(announcer(), top, ...(heads ? [heads] : []), ...sections, provenance(results));
   if (main.querySelectorAll("section, article").length > 3) top.append(contents(data.results));
   if (state.at) go(state.at);

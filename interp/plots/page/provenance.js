@@ -1,6 +1,7 @@
 // What made the numbers: once where all results agree, a line for each where they do not.
 
 import { el } from "./dom.js";
+import { KINDS } from "./kinds.js";
 
 /**
  * A provenance value as text; what is long is folded.
@@ -43,8 +44,6 @@ function backendsOf(r) {
 }
 
 /** @param {any} result */
-export function resultName(result) {
-  if (result.name) return result.name;
-  const named = /** @type {Object<string, string>} */ ({ attention: "attention statistics", patterns: "attention patterns", circuit: "circuit", curve: "faithfulness curve" });
-  return named[result.kind] ?? `effects of ${result.panels.map((/** @type {any} */ p) => p.component).join(", ")}`;
+function resultName(result) {
+  return result.name || KINDS[result.kind].describe(result);
 }

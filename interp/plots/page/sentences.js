@@ -1,6 +1,6 @@
 // Sentence by sentence: which parts of a prompt later parts read, and the heads that single out a few.
 
-import { paint } from "./colors.js";
+import { paint, sequentialScale } from "./colors.js";
 import { el, exact, format, rangeOf } from "./dom.js";
 import { set } from "./state.js";
 import { dataTable } from "./tables.js";
@@ -18,14 +18,14 @@ export function sentenceCard(result) {
   if (number < 0) return null;
   const example = result.examples[number];
   const run = example.runs.clean;
-  const [low, high] = rangeOf(run.vertical);
+  const scale = sequentialScale(...rangeOf(run.vertical));
   const ranked = result.names.map((name, i) => ({ name, score: result.receiver[i] })).filter((h) => h.score !== null)
     .sort((a, b) => (b.score ?? 0) - (a.score ?? 0));
   const text = (/** @type {number} */ a, /** @type {number} */ b) => run.labels.slice(a, b).join("").replaceAll("\u00b7", " ").trim();
   const items = example.segments.map(([name, a, b], i) => {
     const score = run.vertical[i];
     const mark = el("span", { class: score === null ? "score none" : "score" }, format(score));
-    if (score !== null) paint(mark, "sequential", (score - low) / (high - low || 1));
+    if (score !== null) paint(mark, scale.map, scale.place(score));
     return el("li", {}, mark, el("span", { class: "n" }, name), el("bdi", {}, text(a, b).slice(0, 240)));
   });
   const chips = ranked.slice(0, RECEIVERS).map((h) => el("button", { type: "button", class: "plain-button", onclick: () => {

@@ -1,11 +1,12 @@
 // Attention statistics: a layer × head map, and one head's values token by token.
 
-import { legend, paint } from "./colors.js";
+import { legend, paint, sequentialScale } from "./colors.js";
 import { open } from "./data.js";
 import { chooser, el, format, keepFocus, rangeOf, some, svg } from "./dom.js";
 import { savers } from "./export.js";
 import { heatmap } from "./heatmap.js";
 import { dataTable } from "./tables.js";
+import { headName } from "./view.js";
 
 /** @typedef {import("./data.js").AttentionResult} AttentionResult */
 /** @typedef {import("./data.js").Statistic} Statistic */
@@ -23,8 +24,8 @@ import { dataTable } from "./tables.js";
  * @param {AttentionView} view
  * @param {number} [cell]
  */
-function headName(view, cell = view.head) {
-  return `L${Math.floor(cell / view.result.heads)}H${cell % view.result.heads}`;
+function cellName(view, cell = view.head) {
+  return headName(Math.floor(cell / view.result.heads), cell % view.result.heads);
 }
 
 /**
@@ -83,30 +84,28 @@ function attentionBody(view, headChanged) {
   const { statistic, result } = view;
   if (statistic.mean === null) return [];
   const values = statistic.mean;
-  const [low, high] = rangeOf(values);
-  const place = (/** @type {number} */ x) => (high > low ? (x - low) / (high - low) : 0);
+  const scale = sequentialScale(...rangeOf(values));
   const readout = el("p", { class: "readout line", "aria-live": "polite" });
   const show = (/** @type {number} */ cell) => readout.replaceChildren(
-    el("strong", {}, headName(view, cell)), ` mean ${statistic.name} ${format(values[cell])}`);
+    el("strong", {}, cellName(view, cell)), ` mean ${statistic.name} ${format(values[cell])}`);
   const numbers = (/** @type {number} */ n) => ({ kind: "", values: [...Array(n).keys()], labels: [...Array(n).keys()].map(String) });
   const choose = (/** @type {number} */ cell) => { view.head = cell; map.mark(cell); show(cell); headChanged(); };
   const map = heatmap({
     rows: numbers(result.layers), columns: numbers(result.heads), rowTitle: "layer", columnTitle: "head",
-    title: `mean ${statistic.name} of every head`, values, map: "sequential", place,
+    title: `mean ${statistic.name} of every head`, values, map: scale.map, place: scale.place,
     visit: (cell, how) => (how === "hover" ? show(cell) : choose(cell)),
   });
   map.mark(view.head);
   show(view.head);
   const order = strongestHeads(statistic);
-  const ticks = [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) }));
   const what = statistic.definition || `One value per ${statistic.per} token.`;
   return [
     el("p", { class: "how" }, `${what} The map shows its mean over tokens and prompts, each prompt weighing the same; the first token is left out. Click a head to see it token by token.`),
     el("div", { class: "columns" },
-      el("div", { class: "figure" }, map.node, savers(() => map.drawing, `mean ${statistic.name}`), legend("sequential", ticks, `mean ${statistic.name}`, null)),
+      el("div", { class: "figure" }, map.node, savers(() => map.drawing, `mean ${statistic.name}`), legend(scale.map, scale.ticks, `mean ${statistic.name}`, null)),
       el("div", { class: "side" }, readout, extremeHeads("Highest", view, order.slice(0, 8), choose), extremeHeads("Lowest", view, order.slice(-4).reverse(), choose))),
     dataTable(`All ${order.length} numbers`, () => ({ head: ["head", statistic.name],
-      rows: order.map((i) => [headName(view, i), String(Number((values[i] ?? NaN).toPrecision(6)))]) })),
+      rows: order.map((i) => [cellName(view, i), String(Number((values[i] ?? NaN).toPrecision(6)))]) })),
   ];
 }
 
@@ -122,7 +121,7 @@ function extremeHeads(title, view, cells, choose) {
   const low = mean.reduce((a, b) => Math.min(a, b ?? 0), 0);
   return el("section", { class: "strongest" }, el("h4", {}, `${title} ${view.statistic.name}`), el("ol", {}, ...cells.map((i) =>
     el("li", {}, el("button", { type: "button", onclick: () => choose(i) },
-      el("span", { class: "name" }, headName(view, i)), plainBar(mean[i], low, top),
+      el("span", { class: "name" }, cellName(view, i)), plainBar(mean[i], low, top),
       el("span", { class: "number" }, format(mean[i])))))));
 }
 
@@ -155,6 +154,7 @@ async function drawStrip(view, strip) {
   const at = (/** @type {string} */ name, /** @type {number} */ token) => all[name][view.head * length + token];
   const own = example.tokens.map((_, t) => at(statistic.name, t)).filter(Number.isFinite);
   const [low, high] = rangeOf(own);
+  const scale = sequentialScale(low, high);
   const readout = el("dl", { class: "token-readout" });
   const show = (/** @type {number} */ token) => readout.replaceChildren(
     el("div", {}, el("dt", {}, `token ${token * example.every}`), el("dd", {}, el("bdi", {}, example.labels[token]))),
@@ -164,7 +164,7 @@ async function drawStrip(view, strip) {
     const value = at(statistic.name, t);
     const node = el("span", { class: Number.isFinite(value) ? "token" : "token missing", tabindex: 0, role: "img", "aria-label": `${label}: ${statistic.name} ${format(value)}`,
       onpointerenter: () => show(t), onfocus: () => show(t) }, el("bdi", {}, label));
-    if (Number.isFinite(value)) paint(node, "sequential", high > low ? (value - low) / (high - low) : 0);
+    if (Number.isFinite(value)) paint(node, scale.map, scale.place(value));
     return node;
   });
   const options = result.examples.map((e, i) => ({ value: String(i), text: `prompt ${i}: ${e.labels.join("").replaceAll("\u00b7", " ").trim().slice(0, 60)}` }));
@@ -173,11 +173,11 @@ async function drawStrip(view, strip) {
     ? `${thinned}This page holds the tokens of the first ${result.examples.length} of ${result.n} prompts; the means are over all of them.` : "";
   show(Math.min(length - 1, Math.max(0, own.indexOf(high))));
   keepFocus(strip, () => strip.replaceChildren(
-    el("div", { class: "controls" }, el("h4", {}, `${headName(view)}, ${statistic.name} per ${statistic.per} token`),
+    el("div", { class: "controls" }, el("h4", {}, `${cellName(view)}, ${statistic.name} per ${statistic.per} token`),
       ...some(chooser("prompt", options, String(view.example), (v) => { view.example = Number(v); drawStrip(view, strip); }))),
     el("p", { class: "tokens" }, ...tokens),
     el("div", { class: "strip-foot" },
-      legend("sequential", [0, 0.5, 1].map((t) => ({ at: t, label: format(low + t * (high - low)) })), `${statistic.name}, this head and prompt`, null), readout),
+      legend(scale.map, scale.ticks, `${statistic.name}, this head and prompt`, null), readout),
     ...(shown ? [el("p", { class: "caution" }, shown)] : [])));
 }
 

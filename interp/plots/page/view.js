@@ -51,6 +51,24 @@ export function axisTitle(panel, kind) {
 }
 
 /**
+ * @param {number} layer
+ * @param {number} head
+ */
+export function headName(layer, head) {
+  return `L${layer}H${head}`;
+}
+
+/**
+ * Layer and head of a head's name.
+ * @param {string} name
+ * @returns {[number, number]}
+ */
+export function headNumbers(name) {
+  const [, layer, head] = /^L(\d+)H(\d+)$/.exec(name) ?? ["", "0", "0"];
+  return [Number(layer), Number(head)];
+}
+
+/**
  * How a cell is called: `L9H6`, or layer, position and token (a word may occur twice).
  * @param {View} view
  * @param {number} cell
