@@ -147,7 +147,6 @@ def test_a_lean_block_that_is_wrong_gives_way_to_the_models_own(word_tokenizer, 
     monkeypatch.setattr(
         "interp.engine.core.read_plain_blocks",
         lambda model: [b.__class__(**{**vars(b), "o": wrong[0].q}) for b in wrong],
-        lambda model: [b.__class__(**{**vars(b), "o": wrong[0].q}) for b in wrong],
     )
     e = interp.patch(model, EARLY, model.sites("z"), engine="fast")
     assert abs(e.frame()["patched"] - want).max() < 1e-9

@@ -165,9 +165,9 @@ class Engine:
 
     def unpackable(self) -> str | None:
         """Why this model cannot be run packed, whether that was asked for or not (known after a `record`)."""
-        return (
-            self.reason if self.kind != "naive" else self._obstacle() or packed.why_not_packed(self.model, self.frame)
-        )
+        if self.kind != "naive":
+            return self.reason
+        return self._obstacle() or packed.why_not_packed(self.model, self.frame)
 
     def _framed(self, longest: int, components: Sequence[str]) -> bool:
         """Whether base runs can be lean: blocks of this model were seen being called on prompts as long, and agreed."""
