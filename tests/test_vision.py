@@ -73,7 +73,7 @@ def test_patches_equal_those_made_by_hand(encoder, images, family: str) -> None:
     with torch.no_grad():
         with entering(blocks[1], kept):
             clean = output_of(eager(pixel_values=images[:1]))
-        for row, rows in ((0, slice(*model.pictures.given(images[0]).spans["patches"])), (1, slice(3, 4))):
+        for row, rows in ((0, slice(*model.pictures.read(images[0]).spans["patches"])), (1, slice(3, 4))):
             with replaced_input(blocks[1], rows, kept[0]):
                 patched = output_of(eager(pixel_values=images[1:]))
             expected = (patched[0, 1] - patched[0, 2]).item()

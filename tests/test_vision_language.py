@@ -58,7 +58,7 @@ def test_logits_and_statistics_equal_eager(built, family: str) -> None:
     np.testing.assert_allclose(stats.values["entropy"][0], -(p * logs).sum(-1), atol=1e-5)
     np.testing.assert_allclose(stats.values["max_prob"][0], p.max(-1), atol=1e-5)
     assert (np.triu(p, 1).sum() > 1) == (family == "paligemma")  # whose whole prompt is read in both directions
-    spans = model.pictures.given(prompt).spans
+    spans = model.pictures.read(prompt).spans
     start, stop = spans["image"]
     ids = prompt["input_ids"][0].tolist()
     assert start == 3 and set(ids[start:stop]) == {99} and 99 not in ids[stop:] and spans["text"] == (stop, len(ids))
@@ -90,7 +90,7 @@ def test_what_text_reads_of_the_image_can_be_cut(built, family: str) -> None:
     found = interp.knock_out(
         model, pair, "image", "text", window=1, metric=interp.logit_diff, show_progress=False
     ).frame()["patched"]
-    (a, b), (c, d) = (model.pictures.given(clean).spans[name] for name in ("image", "text"))
+    (a, b), (c, d) = (model.pictures.read(clean).spans[name] for name in ("image", "text"))
     blocks = blocks_of(eager, model)
     for layer, value in enumerate(found):
         with torch.no_grad(), cut(blocks[layer], slice(c, d), slice(a, b)):

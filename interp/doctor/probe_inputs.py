@@ -69,7 +69,7 @@ def prompt(model: Model) -> Sequence[int]:
     if model.pictures is not None:
         hf = model.bridge.original_model
         made = made_up.images(hf)[0] if model.reads == "images" else made_up.image_prompt(hf)
-        return model.pictures.given(made)
+        return model.pictures.read(made)
     if model.tokenizer is None:
         return [i % int(model.bridge.cfg.d_vocab) for i in range(min(8, model.n_ctx))]
     mask = f" {model.tokenizer.mask_token}" if model.masked else ""

@@ -15,7 +15,7 @@ from interp.engine.plain_blocks import PlainBlock, WriterOf
 from interp.engine.runs import Frame, Run
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
-from interp.prompts.model_input import frozen
+from interp.prompts.model_input import as_hashable
 
 _Key = tuple[tuple[int, ...], int | None]  # ids; for a run with noise its number, which no other shares
 
@@ -33,7 +33,7 @@ def record_with_plain_blocks(
     ``frame`` was recorded on prompts at least as long.  ``components``: of `interp.engine.plain_blocks.WRITABLE`.
     """
     noises = [None] * len(prompts) if noise is None else noise
-    asked = [(frozen(p), n) for p, n in zip(prompts, noises, strict=True)]
+    asked = [(as_hashable(p), n) for p, n in zip(prompts, noises, strict=True)]
     made: dict[_Key, Run] = {}
     keys = [(ids, None if n is None else i) for i, (ids, n) in enumerate(asked)]
     distinct = dict(zip(keys, asked, strict=True))

@@ -17,7 +17,7 @@ from interp.model.batching import equal_length_batches
 from interp.model.hooks import hooks
 from interp.model.instrument import attend
 from interp.model.model import Model
-from interp.prompts.model_input import frozen
+from interp.prompts.model_input import as_hashable
 from interp.sites import COMPONENTS, Site
 
 
@@ -105,10 +105,10 @@ def record(
     ``noise[i]`` [position, d_model] is added to prompt i's token embeddings. Without noise, equal prompts share a run.
     """
     if noise is None:
-        distinct = list(dict.fromkeys(map(frozen, prompts)))
+        distinct = list(dict.fromkeys(map(as_hashable, prompts)))
         if len(distinct) < len(prompts):
             runs = dict(zip(distinct, record(model, distinct, components, None, frame, keep_kv), strict=True))
-            return [runs[frozen(p)] for p in prompts]
+            return [runs[as_hashable(p)] for p in prompts]
     noises = list(noise) if noise is not None else [None] * len(prompts)
     out: list[Run | None] = [None] * len(prompts)
     for batch in equal_length_batches(prompts):
@@ -117,7 +117,7 @@ def record(
         with recorder.attached(added):
             logits = model.last_logits([prompts[i] for i in batch])
         for row, i in enumerate(batch):
-            out[i] = recorder.run(row, frozen(prompts[i]), logits[row], noises[i])
+            out[i] = recorder.run(row, as_hashable(prompts[i]), logits[row], noises[i])
     return [run for run in out if run is not None]
 
 

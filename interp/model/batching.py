@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.prompts.model_input import Given
+from interp.prompts.model_input import ModelInput
 
 TOKENS_PER_FORWARD = 2048  # batches of full forwards are cut so that logits stay small
 
@@ -20,7 +20,7 @@ def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """
     alike: dict[Any, list[int]] = {}
     for i, row in enumerate(ids):
-        alike.setdefault((len(row), row.shapes if isinstance(row, Given) else ()), []).append(i)
+        alike.setdefault((len(row), row.shapes if isinstance(row, ModelInput) else ()), []).append(i)
     batches = []
     for (length, _), members in alike.items():
         step = max(1, TOKENS_PER_FORWARD // length)
@@ -32,9 +32,9 @@ def collate(prompts: Sequence[Sequence[int]], device: torch.device, dtype: torch
     """A batch of one of `equal_length_batches` as the inputs of a Hugging Face forward; pixels in the model's dtype."""
     first = prompts[0]
     inputs: dict[str, Tensor] = {}
-    if not isinstance(first, Given) or first.tokens:
+    if not isinstance(first, ModelInput) or first.has_token_ids:
         inputs["input_ids"] = torch.tensor([list(p) for p in prompts], device=device)
-    for name in first.more if isinstance(first, Given) else ():
-        joined = torch.cat([p.more[name] for p in prompts if isinstance(p, Given)]).to(device)
+    for name in first.extra_inputs if isinstance(first, ModelInput) else ():
+        joined = torch.cat([p.extra_inputs[name] for p in prompts if isinstance(p, ModelInput)]).to(device)
         inputs[name] = joined.to(dtype) if joined.is_floating_point() else joined
     return inputs

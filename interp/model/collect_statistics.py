@@ -15,7 +15,7 @@ from interp.model.batching import equal_length_batches
 from interp.model.input_checks import refuse_images
 from interp.model.loaded_model import LoadedModel
 from interp.prompts.images import layout_of
-from interp.prompts.model_input import Given
+from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import Prompt, PromptPair
 from interp.results.attention_stats import AttentionStats
 from interp.utils.provenance import now, prompt_hash
@@ -29,7 +29,7 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
     else:
         asked = texts_of(prompts)
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
-    ids: list[Sequence[int]] = [p if isinstance(p, Given) else model.coder.encode(p) for p in asked]
+    ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in asked]
     values: dict[str, list[Any]] = {}
     for batch in equal_length_batches(ids):
         with model.instrument.collecting(spec) as collected:
@@ -45,7 +45,7 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
         **model.provenance(), "prompts": prompt_hash(hashed), "created": now(), "definitions": definitions,
         "left_out": left_out,
     }  # fmt: skip
-    tokens = [list(p.texts) if isinstance(p, Given) else model.coder.texts(p) for p in ids]
+    tokens = [list(p.texts) if isinstance(p, ModelInput) else model.coder.texts(p) for p in ids]
     return AttentionStats(tokens, values, backends, provenance)
 
 
@@ -56,7 +56,7 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     values: dict[str, list[Any]] = {}
     assert model.pictures is not None  # the model has a vision tower
-    asked = [p for p in model.pictures.prompts(prompts) if isinstance(p, Given)]
+    asked = [p for p in model.pictures.prompts(prompts) if isinstance(p, ModelInput)]
     if not asked:
         raise PromptError("the vision tower reads images, and no prompt holds one")
     for prompt in asked:

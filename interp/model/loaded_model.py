@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.model.instrument import Instrument
 from interp.model.protocols import Bridge
-from interp.prompts.images import Pictures
+from interp.prompts.images import ImageReader
 from interp.prompts.pairs import Coder
 
 
@@ -69,7 +69,7 @@ class LoadedModel(Protocol):
         ...
 
     @property
-    def pictures(self) -> Pictures | None:
+    def pictures(self) -> ImageReader | None:
         """As `Model.pictures`."""
         ...
 

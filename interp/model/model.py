@@ -30,7 +30,7 @@ from interp.model.instrument import Instrument
 from interp.model.loading import boot, check_device
 from interp.model.protocols import Bridge
 from interp.model.verification import count_hooks, probe, reads_of, verify
-from interp.prompts.images import Pictures, layout_of, output_of
+from interp.prompts.images import ImageReader, layout_of, output_of
 from interp.prompts.pairs import Coder, Prompt, PromptPair
 from interp.prompts.text_encoder import TextEncoder
 from interp.results.attention_patterns import AttentionPatterns
@@ -250,12 +250,12 @@ class Model:
         if self.tokenizer is None and self.pictures is None:
             raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
         text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
-        pictured = None if self.pictures is None else self.pictures.encode_pair
+        encode_image_pair = None if self.pictures is None else self.pictures.encode_pair
         encode = partial(refuse_text, self.name) if needs_images(self) else text.encode
-        return Coder(encode, text.texts, text.offsets, text.continuation, pictured, text.unknown)
+        return Coder(encode, text.texts, text.offsets, text.continuation, encode_image_pair, text.unknown)
 
     @property
-    def pictures(self) -> Pictures | None:
+    def pictures(self) -> ImageReader | None:
         """How this model reads images; None if it reads none."""
         if "images" not in self.reads:
             return None
@@ -263,7 +263,7 @@ class Model:
         if self.tokenizer is not None and self._layout is None:
             encoder = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
             text = Coder(encoder.encode, encoder.texts, encoder.offsets, encoder.continuation)
-        return Pictures(self.name, self.bridge.original_model, self._layout, text, self.n_ctx)
+        return ImageReader(self.name, self.bridge.original_model, self._layout, text, self.n_ctx)
 
     # ------------------------------------------------------------ forwards
 
@@ -304,7 +304,7 @@ class Model:
         return torch.stack([row for row in out if row is not None])
 
     def last_logits(self, prompts: Tensor | Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
-        """What metrics read, of prompts alike: tokens [batch, position], or `interp.prompts.model_input.Given` inputs.
+        """What metrics read, of prompts alike: tokens [batch, position], or `prompts.model_input.ModelInput` inputs.
 
         The logits of the last position; of a masked language model, those at the prompt's one mask token; of a
         vision encoder, its class logits, or else its embedding or pooled output.

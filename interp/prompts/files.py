@@ -1,4 +1,4 @@
-"""Prompts from files: pairs and facts as CSV or JSON lines, plain texts one a line."""
+"""Read prompts from files: pairs and facts as CSV or JSON lines, plain texts one per line."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ FACT = ("prompt", "subject", "answer")
 
 
 def read_prompts(path: str | Path) -> list[PromptPair | Fact]:
-    """Pairs (columns clean, corrupt, answer, and foil if there is one) or facts (prompt, subject, answer).
+    """Read pairs (columns clean, corrupt, answer and optionally foil) or facts (prompt, subject, answer).
 
-    ``.csv`` has these as its header; ``.jsonl`` (or ``.json``) has one JSON object a line, which for pairs may name
-    spans by their words in the clean prompt: ``"spans": {"subject": "Mary"}``. Answers keep their leading space.
-    Raises PromptError, naming the line, for what cannot be read.
+    A ``.csv`` file has these names as its header. A ``.jsonl`` (or ``.json``) file has one JSON object per line, which
+    for pairs may name spans by their words in the clean prompt: ``"spans": {"subject": "Mary"}``. Answers keep their
+    leading space. Raises PromptError, naming the line, for prompts that cannot be read.
     """
     path = Path(path)
-    read = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}.get(path.suffix.lower())
-    if read is None:
+    read_rows = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}.get(path.suffix.lower())
+    if read_rows is None:
         raise PromptError(f"{path}: a .csv or .jsonl file expected")
-    found = [_prompt(f"{path}, line {number}", row) for number, row in read(path)]
-    if not found:
+    prompts = [_prompt(f"{path}, line {number}", row) for number, row in read_rows(path)]
+    if not prompts:
         raise PromptError(f"{path} holds no prompts")
-    return found
+    return prompts
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The lines of a text file, empty ones left out. Raises PromptError if there are none."""
+    """Read the non-empty lines of a text file; PromptError if it has none."""
     lines = [line for line in _text(Path(path)).splitlines() if line.strip()]
     if not lines:
         raise PromptError(f"{path} holds no text")
@@ -61,7 +61,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if None in row:
                 raise PromptError(
                     f"{path}, line {reader.line_num} has more fields than the first line has names: put text that "
-                    "holds commas in double quotes"
+                    "contains commas in double quotes"
                 )
             yield reader.line_num, {k: v for k, v in row.items() if k and v}
     except csv.Error as error:
@@ -86,10 +86,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _prompt(where: str, row: dict[str, Any]) -> PromptPair | Fact:
     kind = FACT if "prompt" in row else PAIR
-    lacking = [name for name in kind if not isinstance(row.get(name), str) or not row[name]]
-    if lacking:
+    missing = [name for name in kind if not isinstance(row.get(name), str) or not row[name]]
+    if missing:
         raise PromptError(
-            f"{where} lacks {', '.join(lacking)} (it has {', '.join(map(repr, row)) or 'nothing'}): pairs have clean, "
+            f"{where} lacks {', '.join(missing)} (it has {', '.join(map(repr, row)) or 'nothing'}): pairs have clean, "
             "corrupt, answer and perhaps foil; facts have prompt, subject, answer"
         )
     if kind is FACT:

@@ -1,4 +1,4 @@
-"""Images as prompts: alone, for a vision encoder, or among tokens, for a vision–language model."""
+"""Images as prompts: alone for a vision encoder, or among tokens for a vision–language model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from torch import Tensor
 
 from interp.errors import PromptError
-from interp.prompts.model_input import Given
+from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import Coder, Encoded, PromptPair, Span, single_token
 from interp.prompts.spans import image_spans
 
-BOOKKEEPING = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # what processors add for any model
+BOOKKEEPING = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # processors add these for any model
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePair(PromptPair):
     """Two prompts with images, to patch between.
 
-    ``clean`` and ``corrupt`` are what the model's processor makes of them: for a vision encoder an image, a tensor
+    ``clean`` and ``corrupt`` are outputs of the model's processor: for a vision encoder an image, a tensor
     [channel, height, width], or ``{"pixel_values": …}`` of a batch of one; for a vision–language model the mapping
-    with ``input_ids``, ``pixel_values`` and what else the processor gives. ``answer`` and ``foil``: the name or number
-    of a class; of a vision–language model the next token, as text or id. A metric of your own need not read them.
+    with ``input_ids``, ``pixel_values`` and the processor's other outputs. ``answer`` and ``foil``: the name or number
+    of a class; for a vision–language model the next token, as text or id. A custom metric need not read them.
     """
 
     clean: Any
@@ -33,13 +33,13 @@ class ImagePair(PromptPair):
     foil: Any = None
 
     def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
-        """Raises PromptError: spans of images are found from the tokens (``image``, ``text``; ``cls``, ``patches``)."""
+        """Raise PromptError: spans come from the tokens (``image`` and ``text``, or ``cls`` and ``patches``)."""
         raise PromptError("an ImagePair finds its own spans: image and text, or cls and patches")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a vision encoder cuts an image: ``prefix`` positions (CLS, registers), then patches, row by row."""
+    """How a vision encoder divides an image: ``prefix`` positions (CLS, registers), then patches row by row."""
 
     channels: int
     size: tuple[int, int]
@@ -48,7 +48,7 @@ class Layout:
     any_size: bool = False
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Number of rows and columns of patches."""
         return height // self.patch[0], width // self.patch[1]
 
     def texts(self, height: int, width: int) -> list[str]:
@@ -58,16 +58,16 @@ class Layout:
         return [*names, *(f"patch {r},{c}" for r in range(rows) for c in range(columns))]
 
     def spans(self, height: int, width: int) -> dict[str, Span]:
-        """``cls``, ``registers`` and ``patches``, as far as there are any."""
+        """The spans ``cls``, ``registers`` and ``patches``, as far as the encoder has them."""
         n = self.prefix + self.grid(height, width)[0] * self.grid(height, width)[1]
-        found = {"cls": (0, 1), "registers": (1, self.prefix), "patches": (self.prefix, n)}
+        spans = {"cls": (0, 1), "registers": (1, self.prefix), "patches": (self.prefix, n)}
         return {
-            name: (a, b) for name, (a, b) in found.items() if b <= n and (name == "patches" or a < b <= self.prefix)
+            name: (a, b) for name, (a, b) in spans.items() if b <= n and (name == "patches" or a < b <= self.prefix)
         }
 
 
 def layout_of(config: Any, positions: int) -> Layout:
-    """The layout of an encoder of this config, to whose blocks its own image size gives so many positions."""
+    """The layout of an encoder of this config, whose blocks get ``positions`` at the config's image size."""
     config = getattr(config, "vision_config", None) or config
     size, patch = _pair(config.image_size), _pair(config.patch_size)
     patches = (size[0] // patch[0]) * (size[1] // patch[1])
@@ -79,8 +79,8 @@ def _pair(x: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """How one model reads images. ``layout`` is None for a vision–language model, whose images become tokens."""
+class ImageReader:
+    """Reads images for one model; ``layout`` is None for a vision–language model, whose images become tokens."""
 
     name: str
     hf: Any
@@ -88,23 +88,23 @@ class Pictures:
     coder: Coder | None
     n_ctx: int
 
-    def prompts(self, items: Any) -> list[Given | str]:
-        """What ``Model.attention_stats`` takes, one by one: images, or processor outputs; text as it is."""
+    def prompts(self, items: Any) -> list[ModelInput | str]:
+        """Split an argument of ``Model.attention_stats`` into prompts: images or processor outputs; text unchanged."""
         if self.layout is not None and isinstance(items, Mapping):
             items = items.get("pixel_values", items)
         if self.layout is not None and isinstance(items, Tensor) and items.ndim == 4:
             items = list(items)
-        listed = [items] if isinstance(items, Mapping | Tensor | str | PromptPair) else list(items)
-        listed = [p.clean if isinstance(p, PromptPair) else p for p in listed]
-        if not listed:
+        prompts = [items] if isinstance(items, Mapping | Tensor | str | PromptPair) else list(items)
+        prompts = [p.clean if isinstance(p, PromptPair) else p for p in prompts]
+        if not prompts:
             raise PromptError("there are no images: pass one, or a list of them")
-        return [p if isinstance(p, str) and self.layout is None else self.given(p) for p in listed]
+        return [p if isinstance(p, str) and self.layout is None else self.read(p) for p in prompts]
 
-    def given(self, item: Any) -> Given:
-        """One prompt with its image. Raises PromptError for what the model cannot read."""
-        return self._image(item) if self.layout is not None else self._among_tokens(item)
+    def read(self, item: Any) -> ModelInput:
+        """Read one prompt with its image; PromptError for an input that the model cannot read."""
+        return self._read_image(item) if self.layout is not None else self._read_among_tokens(item)
 
-    def _image(self, item: Any) -> Given:
+    def _read_image(self, item: Any) -> ModelInput:
         layout = self.layout
         assert layout is not None
         pixels = item.get("pixel_values") if isinstance(item, Mapping) else item
@@ -122,13 +122,13 @@ class Pictures:
         height, width = (int(n) for n in pixels.shape[2:])
         fits = height % layout.patch[0] == 0 and width % layout.patch[1] == 0
         if not (fits if layout.any_size else (height, width) == layout.size):
-            wanted = f"multiples of {layout.patch}" if layout.any_size else f"{layout.size}"
-            raise PromptError(f"{self.name} reads images of height and width {wanted}; this one is {height} × {width}")
+            allowed = f"multiples of {layout.patch}" if layout.any_size else f"{layout.size}"
+            raise PromptError(f"{self.name} reads images of height and width {allowed}; this one is {height} × {width}")
         texts = layout.texts(height, width)
-        more = {"pixel_values": pixels}
-        return Given(range(len(texts)), more, texts=texts, spans=layout.spans(height, width), tokens=False)
+        spans = layout.spans(height, width)
+        return ModelInput(range(len(texts)), {"pixel_values": pixels}, texts=texts, spans=spans, has_token_ids=False)
 
-    def _among_tokens(self, item: Any) -> Given:
+    def _read_among_tokens(self, item: Any) -> ModelInput:
         if not isinstance(item, Mapping) or not isinstance(item.get("input_ids"), Tensor):
             raise PromptError(
                 f"{self.name} reads an image among tokens: pass what its processor makes of both, "
@@ -142,20 +142,20 @@ class Pictures:
             raise PromptError("the prompt is padded: give it to the processor alone, without padding")
         if ids.shape[1] > self.n_ctx:
             raise PromptError(f"a prompt of {ids.shape[1]} tokens is longer than {self.name}'s context of {self.n_ctx}")
-        takes = inspect.signature(self.hf.forward).parameters
-        unread = [k for k, v in item.items() if k not in takes and k not in BOOKKEEPING and v is not None]
+        parameters = inspect.signature(self.hf.forward).parameters
+        unread = [k for k, v in item.items() if k not in parameters and k not in BOOKKEEPING and v is not None]
         if unread:
             raise PromptError(f"{self.name} ({type(self.hf).__name__}) does not read {', '.join(unread)}: leave it out")
-        more = {
+        extra_inputs = {
             k: v for k, v in item.items()
-            if k in takes and k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)
+            if k in parameters and k not in ("input_ids", "attention_mask") and isinstance(v, Tensor)
         }  # fmt: skip
-        listed = ids[0].tolist()
-        texts = self.coder.texts(listed) if self.coder is not None else [str(i) for i in listed]
-        return Given(listed, more, texts=texts, spans=self.spans_of(listed))
+        tokens = ids[0].tolist()
+        texts = self.coder.texts(tokens) if self.coder is not None else [str(i) for i in tokens]
+        return ModelInput(tokens, extra_inputs, texts=texts, spans=self.spans_of(tokens))
 
     def spans_of(self, ids: Sequence[int]) -> dict[str, Span]:
-        """``image`` (from the first image token to the last), ``image_1``, … if in pieces, ``text`` (what follows)."""
+        """Spans ``image`` (first to last image token), ``image_1``, … if in pieces, and ``text`` (what follows)."""
         config = self.hf.config
         token = getattr(config, "image_token_id", None)
         token = getattr(config, "image_token_index", None) if token is None else token
@@ -167,38 +167,41 @@ class Pictures:
         return {**spans, "text": (stop, len(ids))} if stop < len(ids) else spans
 
     def encode_pair(self, index: int, pair: PromptPair) -> Encoded:
-        """An ImagePair as the engine takes it; PromptError if its prompts cannot be compared."""
-        clean, corrupt = self.given(pair.clean), self.given(pair.corrupt)
+        """Encode an ImagePair for the engine; PromptError if its prompts cannot be compared."""
+        clean, corrupt = self.read(pair.clean), self.read(pair.corrupt)
         if len(clean) != len(corrupt) or clean.shapes != corrupt.shapes:
             raise PromptError(
                 f"pair {index}: clean and corrupt have {len(clean)} and {len(corrupt)} positions and inputs "
                 f"{clean.shapes} and {corrupt.shapes}: positions do not correspond. Give images of one size in prompts "
                 "of one length"
             )
-        answer, foil = self._wanted(index, pair.answer), None if pair.foil is None else self._wanted(index, pair.foil)
+        answer = self._output_index(index, pair.answer)
+        foil = None if pair.foil is None else self._output_index(index, pair.foil)
         if answer == foil:
             raise PromptError(f"pair {index}: answer and foil are the same, {pair.answer!r}")
         differs = clean.digest != corrupt.digest
         changed = clean.spans.get("image", (0, 0))[0] if differs else None
         return Encoded(clean, corrupt, answer, foil, clean.texts, {**clean.spans, **pair.spans}, changed)
 
-    def _wanted(self, index: int, what: Any) -> int:
-        """A class or token by number or name."""
-        if isinstance(what, int):
-            return what
+    def _output_index(self, index: int, target: Any) -> int:
+        """The number of a class or token that is given by number or name."""
+        if isinstance(target, int):
+            return target
         if self.layout is None and self.coder is not None:
-            return single_token(what, self.coder, f"pair {index}: answer or foil")
-        known = getattr(self.hf.config, "label2id", None) or {}
-        if what not in known:
-            shown = ", ".join(map(repr, list(known)[:5]))
-            raise PromptError(f"pair {index}: {self.name} has no class {what!r}; give its number or name ({shown}, …)")
-        return int(known[what])
+            return single_token(target, self.coder, f"pair {index}: answer or foil")
+        classes = getattr(self.hf.config, "label2id", None) or {}
+        if target not in classes:
+            shown = ", ".join(map(repr, list(classes)[:5]))
+            raise PromptError(
+                f"pair {index}: {self.name} has no class {target!r}; give its number or name ({shown}, …)"
+            )
+        return int(classes[target])
 
 
-def output_of(done: Any) -> Tensor:
-    """What metrics read of a vision encoder's output [batch, features]: class logits, embedding, or pooled state."""
+def output_of(output: Any) -> Tensor:
+    """The part of a vision encoder's output that metrics read [batch, features]: logits, embedding or pooled state."""
     for name in ("logits", "image_embeds", "pooler_output"):
-        value = getattr(done, name, None)
+        value = getattr(output, name, None)
         if isinstance(value, Tensor):
             return value
-    return done.last_hidden_state[:, 0]
+    return output.last_hidden_state[:, 0]

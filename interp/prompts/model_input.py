@@ -1,4 +1,4 @@
-"""A prompt that is more than token ids: what a model reads beside them, and what its positions are called."""
+"""A prompt with more inputs than token ids: further tensors, and names for its positions."""
 
 from __future__ import annotations
 
@@ -10,42 +10,43 @@ from interp.prompts.pairs import Span
 from interp.utils.provenance import tensor_bytes
 
 
-class Given(tuple[int, ...]):
+class ModelInput(tuple[int, ...]):
     """Token ids, or the numbers of an image's patches, with the other inputs of a forward.
 
-    ``more``: tensors by the name that the model's forward has for them (``pixel_values``, ``image_grid_thw``, …); those
-    of several prompts are put one after the other along the first axis. ``tokens``: whether the ids are tokens, and
-    not just the numbers of patches. ``texts`` names every position, ``spans`` stretches of them.
+    ``extra_inputs``: tensors by the name that the model's forward has for them (``pixel_values``, ``image_grid_thw``,
+    …); those of several prompts are concatenated along the first axis. ``has_token_ids``: whether the ids are tokens,
+    not the numbers of patches. ``texts`` names every position, ``spans`` stretches of them.
 
-    Two are equal if their ids and the contents of their tensors are.
+    Two are equal if their ids and the contents of their tensors are equal.
     """
 
-    more: Mapping[str, Any]
+    extra_inputs: Mapping[str, Any]
     texts: tuple[str, ...]
     spans: Mapping[str, Span]
-    tokens: bool
+    has_token_ids: bool
     digest: bytes
 
     def __new__(
         cls,
         ids: Sequence[int],
-        more: Mapping[str, Any],
+        extra_inputs: Mapping[str, Any],
         *,
         texts: Sequence[str] = (),
         spans: Mapping[str, Span] | None = None,
-        tokens: bool = True,
-    ) -> Given:
-        """Holds what it is given; see the class."""
+        has_token_ids: bool = True,
+    ) -> ModelInput:
+        """Store the arguments and a digest of the tensors; see the class."""
         self = super().__new__(cls, ids)
-        self.more, self.texts, self.spans, self.tokens = dict(more), tuple(texts), dict(spans or {}), tokens
+        self.extra_inputs, self.texts, self.spans = dict(extra_inputs), tuple(texts), dict(spans or {})
+        self.has_token_ids = has_token_ids
         hashed = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(more.items()):
+        for name, tensor in sorted(extra_inputs.items()):
             hashed.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor_bytes(tensor))
         self.digest = hashed.digest()
         return self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Given) and tuple(self) == tuple(other) and self.digest == other.digest
+        return isinstance(other, ModelInput) and tuple(self) == tuple(other) and self.digest == other.digest
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -55,10 +56,10 @@ class Given(tuple[int, ...]):
 
     @property
     def shapes(self) -> tuple[Any, ...]:
-        """The shapes of what is beside the ids: prompts of one batch have them in common."""
-        return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.more.items()))
+        """Names and shapes of the extra inputs, which all prompts of one batch must share."""
+        return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.extra_inputs.items()))
 
 
-def frozen(ids: Sequence[int]) -> tuple[int, ...]:
-    """Ids as something hashable that keeps what is beside them."""
-    return ids if isinstance(ids, Given) else tuple(ids)
+def as_hashable(ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids as a hashable sequence; a ModelInput keeps its extra inputs."""
+    return ids if isinstance(ids, ModelInput) else tuple(ids)

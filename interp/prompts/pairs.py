@@ -1,7 +1,7 @@
 """Prompts that can be compared: token-aligned clean/corrupt pairs, facts with a subject, named spans.
 
-`PromptPair` and `Fact` are what people write: plain text. `encode_pairs` and `encode_facts` turn them
-into aligned token ids for one tokenizer, and refuse, with an explanation, what cannot be compared.
+`PromptPair` and `Fact` hold plain text. `encode_pairs` and `encode_facts` turn them into aligned token ids for one
+tokenizer; they raise PromptError, with an explanation, for prompts that cannot be compared.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Span = tuple[int, int]  # [start, stop) in characters of the text, or in tokens 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text with named stretches of it, by character range. `interp.spans` makes them of chats and sentences."""
+    """One text with named spans by character range. `interp.spans` makes them from chats and sentences."""
 
     text: str
     spans: Mapping[str, Span] = field(default_factory=dict)
 
     def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> Prompt:
-        """A copy in which ``words`` (default: the name itself) is a named span."""
+        """Return a copy in which ``words`` (default: the name itself) is a named span."""
         return Prompt(self.text, {**self.spans, name: find_span(self.text, words or name, occurrence)})
 
     def token_spans(self, coder: Coder) -> dict[str, Span]:
@@ -36,8 +36,12 @@ class Prompt:
 class PromptPair:
     """A clean and a corrupt prompt of equal token length, the clean answer, and (optionally) a foil.
 
-    ``spans`` names stretches of the clean text by character range, e.g. ``{"subject": (4, 16)}``;
-    `span` adds one by its words.
+        pair = interp.PromptPair("Paris is in", "Rome is in", " France", " Italy")
+        pair = pair.span("city", "Paris")
+        effects = interp.patch(model, pair, model.sites("resid_pre", positions="each"))
+
+    Answer and foil are single tokens, written with their leading space. ``spans`` names stretches of the clean text by
+    character range, e.g. ``{"subject": (4, 16)}``; `span` adds one by its words.
     """
 
     clean: str
@@ -52,7 +56,7 @@ class PromptPair:
         return card("PromptPair", {**facts, "spans": spans or "–"})
 
     def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
-        """A copy in which ``words`` (default: the name itself) of the clean text is a named span."""
+        """Return a copy in which ``words`` (default: the name itself) of the clean text is a named span."""
         return PromptPair(
             self.clean, self.corrupt, self.answer, self.foil,
             {**self.spans, name: find_span(self.clean, words or name, occurrence)},
@@ -61,7 +65,7 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt that a known fact completes, for causal tracing: ``Fact("… Paris is in", "Paris", " France")``."""
+    """A prompt that a fact completes, for causal tracing: ``Fact("… Paris is in", "Paris", " France")``."""
 
     prompt: str
     subject: str
@@ -74,7 +78,7 @@ class Fact:
 
 
 def find_span(text: str, words: str, occurrence: int = 0) -> Span:
-    """Character range of the given occurrence of ``words``; PromptError if it is not there."""
+    """Find the character range of an occurrence of ``words``; PromptError if it does not exist."""
     start = -1
     for _ in range(occurrence + 1):
         start = text.find(words, start + 1)
@@ -84,7 +88,7 @@ def find_span(text: str, words: str, occurrence: int = 0) -> Span:
 
 
 class PairSet(Sequence[PromptPair]):
-    """An immutable list of PromptPairs with the name and seed of the task that made it."""
+    """An immutable list of PromptPairs, with the name and seed of the task that made it."""
 
     def __init__(self, pairs: Iterable[PromptPair], *, task: str = "custom", seed: int | None = None):
         self._pairs = tuple(pairs)
@@ -115,8 +119,8 @@ class PairSet(Sequence[PromptPair]):
 class Encoded:
     """One prompt (or aligned pair) as token ids of one tokenizer.
 
-    ``spans`` are token ranges. For a `Fact` the corrupt ids equal the clean ones: the noise comes later.
-    ``changed_from``: the first position whose input differs where the ids do not (where another image begins).
+    ``spans`` are token ranges. For a `Fact` the corrupt ids equal the clean ones; noise is added later.
+    ``changed_from``: the first position whose input differs although the ids agree (where another image begins).
     """
 
     clean: tuple[int, ...]
@@ -149,46 +153,46 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Coder:
-    """What encoding needs from a tokenizer; `Model.coder` provides it.
+    """The functions of a tokenizer that encoding needs; `Model.coder` provides them.
 
     ``encode(text)`` gives ids with the model's usual special tokens; ``texts(ids)`` gives one string per
     token; ``offsets(text)`` the character range of each token of ``encode(text)``, (0, 0) for specials;
-    ``continuation(text)`` the ids of a continuation, without special tokens. ``pictured(index, pair)`` encodes a pair
-    of prompts with images, for a model that reads any. ``unknown``: the id that stands for every word that the
-    vocabulary lacks; None if it can spell them all.
+    ``continuation(text)`` the ids of a continuation, without special tokens. ``encode_image_pair(index, pair)``
+    encodes a pair of prompts with images, for a model that reads images. ``unknown``: the id that stands for every word
+    that the vocabulary lacks; None if it can spell all words.
     """
 
     encode: Callable[[str], list[int]]
     texts: Callable[[Sequence[int]], list[str]]
     offsets: Callable[[str], list[Span]]
     continuation: Callable[[str], list[int]]
-    pictured: Callable[[int, PromptPair], Encoded] | None = None
+    encode_image_pair: Callable[[int, PromptPair], Encoded] | None = None
     unknown: int | None = None
 
 
 def listed_prompts(prompts: Any) -> list[Any]:
-    """One prompt, or several, as a list. PromptError for what is neither."""
+    """Return one prompt, or several, as a list; PromptError for anything else."""
     if isinstance(prompts, PromptPair | Fact):
         return [prompts]
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise PromptError(f"PromptPairs (or, where they are traced, Facts) expected, got {prompts!r:.80}")
+        raise PromptError(f"PromptPairs (or, for tracing, Facts) expected, got {prompts!r:.80}")
     return list(prompts)
 
 
 def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
-    """Tokenise and check every pair; PromptError names the pair and shows both tokenisations."""
-    listed = listed_prompts(pairs)
-    if not listed:
+    """Tokenise and check every pair; a PromptError names the pair and shows both tokenisations."""
+    pair_list = listed_prompts(pairs)
+    if not pair_list:
         raise PromptError("there are no prompt pairs: pass at least one PromptPair")
-    wrong = next((p for p in listed if not isinstance(p, PromptPair)), None)
+    wrong = next((p for p in pair_list if not isinstance(p, PromptPair)), None)
     if wrong is not None:
         raise PromptError(f"expected PromptPair objects, got {type(wrong).__name__}: {wrong!r:.80}")
-    return [_encode_pair(i, pair, coder) for i, pair in enumerate(listed)]
+    return [_encode_pair(i, pair, coder) for i, pair in enumerate(pair_list)]
 
 
 def _encode_pair(index: int, pair: PromptPair, coder: Coder) -> Encoded:
-    if coder.pictured is not None and not isinstance(pair.clean, str):
-        return coder.pictured(index, pair)
+    if coder.encode_image_pair is not None and not isinstance(pair.clean, str):
+        return coder.encode_image_pair(index, pair)
     clean, corrupt = (_nonempty(text, coder) for text in (pair.clean, pair.corrupt))
     if len(clean) != len(corrupt):
         raise PromptError(
@@ -206,11 +210,11 @@ def _encode_pair(index: int, pair: PromptPair, coder: Coder) -> Encoded:
 
 def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
     """Tokenise facts; each gets the token span ``subject``."""
-    listed = listed_prompts(facts)
-    if not listed:
+    fact_list = listed_prompts(facts)
+    if not fact_list:
         raise PromptError("there are no facts: pass at least one Fact(prompt, subject, answer)")
     encoded = []
-    for i, fact in enumerate(listed):
+    for i, fact in enumerate(fact_list):
         if not isinstance(fact, Fact):
             raise PromptError(f"expected Fact objects, got {type(fact).__name__}: {fact!r:.80}")
         ids = _nonempty(fact.prompt, coder)
@@ -221,7 +225,7 @@ def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
 
 
 def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list[Encoded], bool]:
-    """Tokenise pairs or facts, and say whether they are pairs. PromptError for a mixture."""
+    """Tokenise pairs or facts; return also whether they are pairs. PromptError for a mixture."""
     facts = [p for p in prompts if isinstance(p, Fact)]
     if facts and len(facts) < len(prompts):
         raise PromptError("give PromptPairs or Facts, not both in one call")
@@ -229,7 +233,7 @@ def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list
 
 
 def single_token(text: str, coder: Coder, what: str) -> int:
-    """The id of a continuation that must be exactly one token."""
+    """Return the id of a continuation that must be exactly one token; PromptError otherwise."""
     ids = coder.continuation(text) if isinstance(text, str) else []
     if ids == [coder.unknown] and coder.texts(ids) != [text]:
         raise PromptError(f"{what} {text!r} is not in the model's vocabulary: choose another word")
@@ -245,16 +249,16 @@ def single_token(text: str, coder: Coder, what: str) -> int:
 
 
 def token_spans(spans: Mapping[str, Span], offsets: Sequence[Span]) -> dict[str, Span]:
-    """Character ranges → token ranges: every token that overlaps the characters."""
-    out: dict[str, Span] = {}
+    """Convert character ranges to token ranges: every token that overlaps the characters."""
+    ranges: dict[str, Span] = {}
     for name, (start, stop) in spans.items():
         if not isinstance(start, int) or not isinstance(stop, int):
             raise PromptError(f"span {name!r} is ({start!r}, {stop!r}): the range of its characters expected")
         inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
         if not inside:
             raise PromptError(f"span {name!r} (characters {start} to {stop}) covers no token of its prompt")
-        out[name] = (inside[0], inside[-1] + 1)
-    return out
+        ranges[name] = (inside[0], inside[-1] + 1)
+    return ranges
 
 
 def _nonempty(text: str, coder: Coder) -> list[int]:
@@ -266,7 +270,7 @@ def _nonempty(text: str, coder: Coder) -> list[int]:
 
 
 def _side_by_side(left: Sequence[str], right: Sequence[str]) -> str:
-    """Two tokenisations as an aligned table, differing rows marked."""
+    """Write two tokenisations as an aligned table with differing rows marked."""
     width = max([5, *(len(repr(t)) for t in left)])
     rows = [f"  {'':>3}  {'clean':<{width}}  corrupt"]
     for i in range(max(len(left), len(right))):

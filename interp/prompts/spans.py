@@ -1,4 +1,4 @@
-"""Named spans found for you: the messages of a chat, the sentences of a text, the images among the tokens."""
+"""Find named spans: the messages of a chat, the sentences of a text, the images among tokens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n+")
 
 
 def sentence_spans(text: str) -> dict[str, Span]:
-    """``sentence_1``, ``sentence_2``, … by character, without the space between them; line ends divide too.
+    """Character ranges ``sentence_1``, ``sentence_2``, …, without the space between; line ends divide too.
 
     A full stop after a common abbreviation, a single initial or a list number does not end a sentence.
     """
-    found: list[Span] = []
+    ranges: list[Span] = []
     start = 0
     for end in (*_END.finditer(text), None):
         stop = len(text) if end is None else end.end()
@@ -34,9 +34,9 @@ def sentence_spans(text: str) -> dict[str, Span]:
         stripped = text[start:stop].strip()
         if stripped:
             begin = text.index(stripped, start)
-            found.append((begin, begin + len(stripped)))
+            ranges.append((begin, begin + len(stripped)))
         start = stop
-    return {f"sentence_{i}": span for i, span in enumerate(found, 1)}
+    return {f"sentence_{i}": span for i, span in enumerate(ranges, 1)}
 
 
 def _abbreviates(before: str) -> bool:
@@ -46,16 +46,16 @@ def _abbreviates(before: str) -> bool:
 
 
 def with_sentences(prompt: P) -> P:
-    """A copy of a Prompt or PromptPair in which every sentence (of the clean text) is a named span."""
+    """Copy a Prompt or PromptPair with every sentence (of the clean text) as a named span."""
     text = prompt.clean if isinstance(prompt, PromptPair) else prompt.text
     return replace(prompt, spans={**prompt.spans, **sentence_spans(text)})
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool = True) -> Prompt:
-    """The text of a conversation by the tokenizer's chat template, each message's content a span named by its role.
+    """Write a conversation by the tokenizer's chat template; each message's content is a span named by role.
 
-    A role that occurs again is numbered: ``user_1``, ``user_2``. ``answering`` opens the assistant's next turn.
-    Raises PromptError if there is no template, or if it drops or rewrites a message.
+    A role that occurs more than once is numbered: ``user_1``, ``user_2``. ``answering`` opens the assistant's next
+    turn. Raises PromptError if the tokenizer has no template, or if it drops or rewrites a message.
     """
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -63,14 +63,14 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool 
     if not messages or not getattr(tokenizer, "chat_template", None):
         raise PromptError("a chat needs at least one message and a tokenizer that has a chat template")
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
-    often = Counter(m["role"] for m in messages)
+    counts = Counter(m["role"] for m in messages)
     seen: Counter[str] = Counter()
     spans: dict[str, Span] = {}
     at = 0
     for message in messages:
         role, content = message["role"], message["content"].strip()
         seen[role] += 1
-        name = role if often[role] == 1 else f"{role}_{seen[role]}"
+        name = role if counts[role] == 1 else f"{role}_{seen[role]}"
         start = text.find(content, at)
         if start < 0 or not content:
             raise PromptError(f"the chat template does not show the {name} message {content!r:.60} as it was written")
@@ -82,16 +82,16 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool 
 def chat_pair(
     tokenizer: Any, clean: Sequence[Message], corrupt: Sequence[Message], answer: str, foil: str | None = None
 ) -> PromptPair:
-    """A PromptPair of two conversations that the assistant is about to answer, with the clean one's spans."""
+    """Make a PromptPair of two conversations awaiting the assistant's answer, with the clean one's spans."""
     first, second = chat_prompt(tokenizer, clean), chat_prompt(tokenizer, corrupt)
     return PromptPair(first.text, second.text, answer, foil, first.spans)
 
 
 def image_spans(ids: Sequence[int], image_token: int) -> dict[str, Span]:
-    """Token ranges of images: runs of the placeholder token that a processor puts where an image goes.
+    """Token ranges of images: runs of the placeholder token that a processor inserts for an image.
 
-    ``image`` if there is one, else ``image_1``, ``image_2``, … (images that touch count as one). Raises PromptError
-    if there is none.
+    ``image`` for a single one, else ``image_1``, ``image_2``, … (adjacent images count as one). Raises PromptError
+    without any.
     """
     runs: list[Span] = []
     for i, token in enumerate(ids):

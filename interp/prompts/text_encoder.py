@@ -1,49 +1,62 @@
-"""Text into a model's tokens and back: special tokens, the character range of each token, continuations."""
+"""Convert text to a model's tokens and back: special tokens, character ranges, continuations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from interp.errors import PromptError
 from interp.prompts.pairs import Span
 from interp.prompts.token_bytes import label, offsets_by_bytes, token_bytes
 
 
+class TokenBridge(Protocol):
+    """The part of a TransformerBridge that encoding uses."""
+
+    original_model: Any
+
+    def to_tokens(self, text: Any, **kwargs: Any) -> Tensor:
+        """Tokens [batch, position] of text."""
+        ...
+
+
 @dataclass(frozen=True)
 class TextEncoder:
-    """How one model turns text into tokens (special tokens as TransformerLens' ``to_tokens`` adds them)."""
+    """Encodes text for one model, with the special tokens that TransformerLens' ``to_tokens`` adds."""
 
     name: str
-    bridge: Any
+    bridge: TokenBridge
     tokenizer: Any
     n_ctx: int
 
     @property
     def unknown(self) -> int | None:
-        """The id of words that the vocabulary lacks; None where that is a token with another use, as in GPT-2's."""
+        """The id of words outside the vocabulary; None if that token has another use, as in GPT-2."""
         t = self.tokenizer
         unknown = getattr(t, "unk_token_id", None)
         return None if unknown is None or unknown in (t.bos_token_id, t.eos_token_id) else unknown
 
     def encode(self, text: str) -> list[int]:
-        """Ids with the model's special tokens; PromptError for more than its context, or beyond its vocabulary."""
+        """Encode with the model's special tokens; PromptError beyond its context length or its vocabulary."""
         if self.tokenizer is None:
-            raise PromptError(f"{self.name} has no tokenizer and reads no text, so that prompts cannot be strings")
+            raise PromptError(f"{self.name} has no tokenizer and reads no text, so prompts cannot be strings")
         ids = self.bridge.to_tokens(text, truncate=False)[0].tolist()
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]  # a chat template has written the special token already
         if len(ids) > self.n_ctx:
             raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
-        self._known(ids)
+        self._check_embedded(ids)
         return ids
 
-    def _known(self, ids: Sequence[int]) -> None:
-        """Refuse tokens that the model has no embedding of."""
-        find = getattr(self.bridge.original_model, "get_input_embeddings", None)  # not all models are transformers' own
-        table = getattr(find and find(), "weight", None)
+    def _check_embedded(self, ids: Sequence[int]) -> None:
+        """Raise PromptError for tokens without an embedding in the model."""
+        # not all models are classes of transformers
+        get_embeddings = getattr(self.bridge.original_model, "get_input_embeddings", None)
+        table = getattr(get_embeddings and get_embeddings(), "weight", None)
         size = None if table is None else len(table)
         if size is not None and ids and max(ids) >= size:
             raise PromptError(
@@ -52,27 +65,27 @@ class TextEncoder:
             )
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """One string for each token; what is no whole character shows its bytes."""
+        """One string for each token; a token that is not a whole character shows its bytes."""
         return [label(self.tokenizer, i) for i in ids]
 
     def offsets(self, text: str) -> list[Span]:
-        """The character range of each token of `encode`, (0, 0) for special ones."""
+        """The character range of each token of `encode`; (0, 0) for special tokens."""
         ids = self.encode(text)
         if getattr(self.tokenizer, "is_fast", False):
-            coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-            bare, spans = list(coded["input_ids"]), [tuple(o) for o in coded["offset_mapping"]]
+            encoding = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+            bare, spans = list(encoding["input_ids"]), [tuple(o) for o in encoding["offset_mapping"]]
             for shift in range(len(ids) - len(bare) + 1):
                 if ids[shift : shift + len(bare)] == bare:
                     tail = len(ids) - len(bare) - shift
                     return [(0, 0)] * shift + spans + [(0, 0)] * tail  # type: ignore[return-value]
-        spelled = offsets_by_bytes(text, [token_bytes(self.tokenizer, i) for i in ids])
-        if spelled is not None:
-            return spelled
+        ranges = offsets_by_bytes(text, [token_bytes(self.tokenizer, i) for i in ids])
+        if ranges is not None:
+            return ranges
         ends = [len(self.tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def continuation(self, text: str) -> list[int]:
-        """The ids of a continuation of other text, without special tokens."""
+        """Encode text as the continuation of other text, without special tokens."""
         bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if len(bare) <= 1 or not text[0].isspace():
             return bare

@@ -1,7 +1,7 @@
-"""Which bytes and characters a token stands for, also where a character is split over several tokens.
+"""Bytes and characters of a token, also if a character is split over several tokens.
 
-Byte-level vocabularies cut rare characters into tokens that are no text by themselves; decoding one gives "\ufffd".
-Here such a token keeps its bytes: its label shows them, and its range is that of the character it is part of.
+Byte-level vocabularies split rare characters into tokens that are not text by themselves; decoding one gives "\ufffd".
+In this module such a token keeps its bytes: its label shows them, and its range is that of the character it belongs to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """The bytes of text that a token stands for; of a special token, its name."""
+    """The bytes of text that a token stands for; for a special token, those of its name."""
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     if REPLACEMENT not in text or token_id in tokenizer.all_special_ids:
         return text.encode()
@@ -36,12 +36,12 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 
 
 def label(tokenizer: Any, token_id: int) -> str:
-    r"""A token's text; bytes that are no whole character are written ``\xf0\x9f``."""
+    r"""A token's text; bytes that are not a whole character are written ``\xf0\x9f``."""
     return token_bytes(tokenizer, token_id).decode("utf-8", errors="backslashreplace")
 
 
 def offsets_by_bytes(text: str, pieces: Sequence[bytes]) -> list[Span] | None:
-    """Character range of each piece of a text, a split character counting for every piece that holds a part of it.
+    """Character range of each piece of a text; a split character counts for every piece with a part of it.
 
     None if the pieces do not spell the text (a tokenizer that changes case, spaces or accents).
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
-from interp.prompts.model_input import Given
+from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import Encoded, Fact, PromptPair
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
@@ -101,7 +101,7 @@ def _shortened(
     """Return for each prompt the names of its spans, with the ids that remain without each: at most ``most`` ids."""
     shortened = []
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt.clean, Given):
+        if isinstance(prompt.clean, ModelInput):
             raise PromptError(f"prompt {i} has an image: what follows a left-out span would no longer be where it was")
         of_prompt = []
         for name in prompt.spans if names is None else names:
