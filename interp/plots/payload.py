@@ -28,7 +28,7 @@ from interp.plots.panels import Axis, EdgePanel, Panel, Variant, split
 from interp.plots.pattern_payload import decode_patterns, encode_patterns
 from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
-from interp.results.effects import ADDED, COLUMNS, Effects
+from interp.results.effects import ADDED, COLUMNS, Effects, recovery_columns
 
 Result = Effects | AttentionStats | AttentionPatterns | CircuitLike | CurveLike | str
 
@@ -58,7 +58,7 @@ def encode_effects(effects: Effects) -> dict[str, Any]:
     """One Effects as JSON: the panels with their summaries, and the table itself."""
     f: Any = effects.frame()
     table: dict[str, Any] = {}
-    derived = _derived(f)
+    derived = recovery_columns(f)
     for column, dtype in COLUMNS.items():
         if column in derived and _same(f[column].to_numpy(), derived[column]):
             table[column] = {"derived": True}  # the page and `decode_effects` compute it again, to the bit
@@ -88,20 +88,10 @@ def decode_effects(data: dict[str, Any]) -> Effects:
             continue
         packed = table[column]
         if "derived" in packed:
-            f[column] = _derived(f)[column]
+            f[column] = recovery_columns(f)[column]
         else:
             f[column] = unpack(packed) if "data" in packed else unpack_dictionary(packed, dtype)
     return Effects(f, data["provenance"])
-
-
-def _derived(f: pd.DataFrame) -> dict[str, np.ndarray]:
-    """``effect`` and ``raw`` from the three runs; stored only where a table says otherwise."""
-    forward = (f["mode"] == "denoise").to_numpy(dtype=bool, na_value=False)
-    clean, corrupt, patched = (f[c].to_numpy(dtype=float) for c in ("clean", "corrupt", "patched"))
-    start, end = np.where(forward, corrupt, clean), np.where(forward, clean, corrupt)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        raw = patched - start
-        return {"raw": raw, "effect": np.where(end == start, np.nan, raw / (end - start))}
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

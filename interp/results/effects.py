@@ -41,6 +41,21 @@ ADDED = ("sender",)  # columns that tables written by earlier versions lack
 BOOTSTRAP_ROWS = 4096
 
 
+def recovery_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Compute ``raw`` and ``effect`` from ``clean``, ``corrupt``, ``patched`` and ``mode``, in float64.
+
+    ``raw`` is the change from the run that is patched into. ``effect`` is ``raw`` over the gap between the two runs,
+    NaN where that gap is zero. (`interp.metrics.recovery` is the same formula for tensors.)
+    """
+    denoise = (frame["mode"] == "denoise").to_numpy(dtype=bool, na_value=False)
+    clean, corrupt, patched = (frame[c].to_numpy(dtype=float) for c in ("clean", "corrupt", "patched"))
+    start, end = np.where(denoise, corrupt, clean), np.where(denoise, clean, corrupt)
+    gap = end - start
+    with np.errstate(invalid="ignore", divide="ignore"):
+        raw = patched - start
+        return {"raw": raw, "effect": np.where(gap == 0, np.nan, raw / gap)}
+
+
 class Effects:
     """A long tidy table of causal effects and its provenance.
 

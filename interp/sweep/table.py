@@ -50,16 +50,9 @@ def failed_rows(examples: list[int], reasons: list[str]) -> pd.DataFrame:
 
 def as_frame(table: pa.Table) -> pd.DataFrame:
     """A table as pandas, ``effect`` and ``raw`` in float64, worked out from the exact columns."""
-    import numpy as np
+    from interp.results.effects import recovery_columns
 
     frame = table.to_pandas()
     if not set(DERIVED) <= set(frame.columns) or not {"clean", "corrupt", "patched", "mode"} <= set(frame.columns):
         return frame
-    clean, corrupt, patched = (frame[c].to_numpy(dtype=float) for c in ("clean", "corrupt", "patched"))
-    denoise = (frame["mode"] == "denoise").to_numpy(dtype=bool)
-    start, end = np.where(denoise, corrupt, clean), np.where(denoise, clean, corrupt)
-    gap = end - start
-    with np.errstate(divide="ignore", invalid="ignore"):
-        frame["effect"] = np.where(gap == 0, np.nan, (patched - start) / gap)
-    frame["raw"] = patched - start
-    return frame
+    return frame.assign(**recovery_columns(frame))
