@@ -115,9 +115,9 @@ def _recipes_timed(spans: list[tuple[float, float]]) -> Iterator[None]:
 
         return call
 
-    def timed_call_of(*args: Any) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
-        recipe, arguments, options = call_of(*args)
-        return timed(recipe), arguments, options
+    def timed_call_of(*args: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+        recipe, arguments = call_of(*args)
+        return timed(recipe), arguments
 
     with mock.patch.object(effects_job, "call_of", timed_call_of):
         yield

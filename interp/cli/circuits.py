@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from interp.cli.options import Sweep
+from interp.cli.options import RunOptions
 from interp.errors import InterpError
+from interp.metrics import METRICS as ALL_METRICS
 
-METRICS = ("logit_diff", "logprob", "prob", "kl")
+METRICS = tuple(name for name, metric in ALL_METRICS.items() if metric.differentiable)
 METHODS = ("eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations", "flow", "acdc")
 
 
@@ -28,7 +29,7 @@ def circuit(
     selection: Annotated[str, typer.Option(help="top; greedy: backwards from the logits, always connected.")] = "top",
     threshold: Annotated[float, typer.Option(help="acdc: an edge stays if the metric (KL) gets worse by this.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Steps of integrated gradients.")] = 5,
-    metric: Annotated[str, typer.Option(help="logit_diff, logprob, prob or kl: what is attributed and measured.")] = (
+    metric: Annotated[str, typer.Option(help=f"{', '.join(METRICS)}: what is attributed and measured.")] = (
         "logit_diff"
     ),
     roles: Annotated[bool, typer.Option("--roles", help="Name heads by evidence: some forwards for each.")] = False,
@@ -51,12 +52,12 @@ def circuit(
             "seed from 0 on, and a threshold above 0 expected"
         )
     _check_out(out)
-    sweep = Sweep(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device)
-    sweep.check()
-    loaded = sweep.loaded()
+    run = RunOptions(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device)
+    run.check()
+    loaded = run.load_model()
     from interp.circuits.topology import architecture
 
-    prompts = sweep.prompts(loaded)
+    prompts = run.prompts(loaded)
     size = len(architecture(loaded))
     if edges > size:
         raise InterpError(f"--edges {edges}: {loaded.name} has {size}")

@@ -145,21 +145,12 @@ def _text_mean(model: Model, run: Run, site: Site, text: str) -> Tensor:
     return run.value(site, int(has_special_token), n).mean(0)
 
 
-def steer_between_texts(
-    model: Model,
-    prompts: Any,
-    sites: Sites,
-    positive: Sequence[str],
-    negative: Sequence[str],
-    *,
-    at: str | None = None,
-    scale: float = 1.0,
-    **options: Any,
-) -> Effects:
-    """Steer along the difference of means of two lists of texts: what ``interp steer`` and sweeps call.
+def direction_between(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `steer` with the difference of means of two lists of texts as direction.
 
-    ``at``: the site whose mean difference is the direction; default the first of ``sites``, at all positions.
+    ``arguments``: those of `steer`, with ``positive`` and ``negative`` (texts) and ``at`` (a site as text; default the
+    first of ``sites``, at all positions) in place of ``direction``.
     """
-    site = Site.parse(at) if at else next(iter(sites)).at(None)
-    direction = mean_difference(model, positive, negative, site)
-    return steer(model, prompts, sites, direction, scale, **options)
+    others = {name: value for name, value in arguments.items() if name not in ("positive", "negative", "at")}
+    site = next(iter(arguments["sites"])).at(None) if "at" not in arguments else Site.parse(arguments["at"])
+    return {**others, "direction": mean_difference(model, arguments["positive"], arguments["negative"], site)}

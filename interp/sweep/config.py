@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError
+from interp.recipes.registry import RECIPES
 from interp.sweep.config_sections import (
     ModelSpec,
     RecipeSpec,
@@ -27,7 +28,6 @@ from interp.sweep.config_sections import (
     read_task,
 )
 from interp.sweep.config_table import REQUIRED, Source, Table
-from interp.sweep.recipe_fields import RECIPES
 from interp.sweep.toml_lines import key_lines
 from interp.utils.checks import list_of, name, one_of, text, whole, without_none
 
@@ -219,9 +219,7 @@ def _check_product(config: Config, source: Source) -> None:
         if not any(task.name in r.tasks for r in config.recipes):
             raise source.refuse(("tasks", i), f": no recipe takes {task.name!r}")
     for i, recipe in enumerate(config.recipes):
-        random = RECIPES[recipe.recipe].seeded and (
-            recipe.recipe != "ablate" or recipe.options.get("using") == "resample"
-        )
+        random = RECIPES[recipe.recipe].is_random(recipe.options)
         fixed = [t.name for t in config.tasks if t.pairs and t.name in recipe.tasks]
         if len(config.seeds) > 1 and fixed and not random:
             raise source.refuse(

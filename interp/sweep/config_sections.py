@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError
-from interp.sweep.config_table import Table
-from interp.sweep.recipe_fields import METRICS, RECIPES, ranges, receivers_text, sites_text
+from interp.metrics import METRICS
+from interp.recipes.options import RECEIVERS, SITE, SITES, Option
+from interp.recipes.registry import RECIPES, Recipe
+from interp.recipes.selection import layers_text, sites_text
+from interp.sweep.config_table import REQUIRED, Table
 from interp.utils.checks import Check, flag, list_of, name, number, one_of, text, whole, without_none
 from interp.utils.files import PICKLES
 
@@ -201,7 +204,7 @@ def read_sites(table: Table, fresh: bool = True) -> SitesSpec:
         raise table.source.refuse(
             table.path, ": sites = … (a component or sites, as for --sites) or groups = … expected"
         )
-    layers = table.take("layers", ranges, None)
+    layers = table.take("layers", layers_text, None)
     if layers is not None and chosen is None:
         raise table.refuse("layers", ": layers choose among sites = …, and there is none")
     label = table.take("name", name, _label(chosen or "groups"))
@@ -220,40 +223,50 @@ def read_recipe(
 ) -> RecipeSpec:
     """A table of [[recipes]], which names tasks and sites of the same config."""
     kind = table.take("recipe", one_of(*RECIPES))
-    known = RECIPES[kind]
-    options = {key: table.take(key, check, None) for key, check in known.keys.items()}
-    for key, check in (("senders", sites_text), ("receivers", receivers_text)) if fresh else ():
-        if options.get(key) is not None:
-            table.take(key, check)
-    metric = table.take("metric", one_of(*METRICS), known.metric)
-    names = [t.name for t in tasks]
-    fitting = [t.name for t in tasks if known.facts or not t.facts]
-    on = table.take("tasks", list_of(one_of(*names)), names)
-    if unfit := [n for n in on if n not in fitting]:
+    recipe = RECIPES[kind]
+    options = {option.name: _take_option(table, option, fresh) for option in recipe.options}
+    metric = table.take("metric", one_of(*METRICS), recipe.metric)
+    task_names = [t.name for t in tasks]
+    on = table.take("tasks", list_of(one_of(*task_names)), task_names)
+    if unfit := [t.name for t in tasks if t.name in on and t.facts and not recipe.facts]:
         raise table.refuse(
             "tasks",
             f": {kind} compares a clean and a corrupt prompt, and {unfit[0]!r} holds facts, which have none: use "
             "the task fact_pairs, or tasks = […] to leave it out here",
         )
-    labels = [s.name for s in sites]
-    if known.sites and not sites:
-        raise table.source.refuse(table.path, f": {kind} sweeps over sites, and there is no [[sites]]")
-    if "sites" in table and not known.sites:
-        raise table.refuse("sites", f": {kind} takes no [[sites]]; it has its own: {', '.join(known.keys)}")
-    where = table.take("sites", list_of(one_of(*labels)), labels) if known.sites else []
+    where = _take_sites(table, recipe, sites)
     label = table.take("name", name, kind)
     table.done()
-    if kind == "path_patch" and options["senders"] is None:
-        options["senders"] = "z"
-    if kind == "trace" and options["sever"] is not None and (options["component"] or "resid_post") != "resid_post":
-        raise table.refuse("sever", " needs component = 'resid_post'")
-    if kind == "path_patch" and options["using"] == "zero" and options["mode"] == "denoise":
-        raise table.refuse("using", " = 'zero' needs mode = 'noise'")
+    if conflict := recipe.conflict(options):
+        raise table.refuse(*conflict)
     if metric == "logit_diff" and (bare := [t.name for t in tasks if t.facts and t.name in on]):
         raise table.refuse(
             "metric", f" = 'logit_diff' needs a foil, and facts ({bare[0]!r}) have none: use prob or logprob"
         )
     return RecipeSpec(label, kind, metric, tuple(on), tuple(where), without_none(options))
+
+
+def _take_option(table: Table, option: Option, fresh: bool) -> Any:
+    # sites that an earlier version wrote into a run are read by the recipe, which reports what a model does not have
+    check = text if option.type in (SITES, RECEIVERS, SITE) and not fresh else option.type.check
+    default = REQUIRED if option.required else option.default if option.stored else None
+    return table.take(option.name, check, default)
+
+
+def _take_sites(table: Table, recipe: Recipe, sites: tuple[SitesSpec, ...]) -> list[str]:
+    """Take the names of the [[sites]] that a recipe sweeps over; none if it takes no sites."""
+    if recipe.sites is None:
+        if "sites" in table:
+            own_keys = ", ".join(option.name for option in recipe.options)
+            raise table.refuse("sites", f": {recipe.name} takes no [[sites]]; it has its own: {own_keys}")
+        return []
+    if not sites:
+        raise table.source.refuse(table.path, f": {recipe.name} sweeps over sites, and there is no [[sites]]")
+    labels = [s.name for s in sites]
+    where = table.take("sites", list_of(one_of(*labels)), labels)
+    if not recipe.sites.groups and (grouped := [s.name for s in sites if s.name in where and s.groups]):
+        raise table.refuse("sites", f": {recipe.name} takes no groups of sites, and {grouped[0]!r} has some")
+    return where
 
 
 def _label(value: str) -> str:

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from interp.errors import InterpError, ModelError, SiteError
 from interp.jobs.job import PartResult, RunFiles
+from interp.recipes.registry import RECIPES
 from interp.sweep import prompt_sets
 from interp.sweep.config import Config, ModelSpec, Part, parse
-from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, file_name, make_set, takes
-from interp.sweep.recipe_fields import RECIPES
+from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, file_name, make_set
 from interp.sweep.table import failed_rows, table_of
 from interp.utils.out_of_memory import free_memory, is_out_of_memory
 
@@ -194,8 +194,10 @@ class _Trial:
         kept = self.usable if whole else list(examples)
         prompts = as_task([self.prompts.prompts[i] for i in kept], self.part.task, self.part.seed)
         subset = Subset(range(first, last + 1) if whole else None, keep_nan=True, means=self.job.shared)
-        recipe, args, options = call_of(self.job.config, self.part, self.model)
-        effects = recipe(self.model, prompts, *args, **options, subset=subset)
+        recipe, arguments = call_of(self.job.config, self.part, self.model)
+        if self.recipe.prepare:  # which recorded other texts
+            self.job.warm_up(self.model, [self.prompts.prompts[i] for i in self.usable])
+        effects = recipe(self.model, prompts, **arguments, subset=subset)
         self.provenance = {k: v for k, v in effects.provenance.items() if k not in ("created", "prompts", "n_prompts")}
         self.provenance |= {
             "prompts": self.prompts.digest[:16],
@@ -206,32 +208,12 @@ class _Trial:
         return frame
 
 
-def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
-    """The recipe's function, what follows model and prompts, and the options."""
-    import interp
-    from interp.cli.options import groups_of, numbers, place, receivers_of, sites_of
-
-    spec, known = part.recipe, RECIPES[part.recipe.recipe]
-    recipe, options, args = getattr(interp, known.function), dict(spec.options), []
-    for key in ("layers", "heads"):
-        if key in options:
-            options[key] = numbers(options[key], key)
+def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the recipe's function and its keyword arguments besides model and prompts."""
+    spec, recipe = part.recipe, RECIPES[part.recipe.recipe]
+    arguments = recipe.arguments(model, spec.options)
     if part.sites is not None:
-        chosen = None if part.sites.sites is None else sites_of(model, part.sites.sites, part.sites.layers)
-        named = [f"{name}={sites}" for name, sites in (part.sites.groups or {}).items()]
-        args, options["groups"] = [chosen], groups_of(model, named)
-    elif spec.recipe == "trace":
-        args = [options.pop("component", "resid_post")]
-    elif spec.recipe == "path_patch":
-        into = options.pop("receivers", "logits")
-        args = [sites_of(model, options.pop("senders")), receivers_of(model, into)]
-    elif spec.recipe == "knock_out":
-        queries = options.pop("queries", -1)
-        args = [options.pop("keys", "subject"), None if queries == "all" else queries]
-    elif spec.recipe == "peek":
-        args = [options.pop("layers", None), options.pop("full", 2)]
-    elif spec.recipe == "leave_out":
-        args = [options.pop("spans", None)]
+        arguments |= recipe.site_arguments(model, part.sites.sites, part.sites.layers, part.sites.groups)
     common = {
         "metric": spec.metric,
         "engine": config.engine,
@@ -239,10 +221,8 @@ def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any],
         "show_progress": False,
         "seed": part.seed,
     }
-    options |= {k: v for k, v in common.items() if v is not None and takes(recipe, k)}
-    if isinstance(options.get("positions"), str):
-        options["positions"] = place(options["positions"])
-    return recipe, args, options
+    arguments |= {k: v for k, v in common.items() if v is not None and recipe.takes(k)}
+    return recipe.load(), recipe.prepared(model, arguments)
 
 
 def _lacking(frame: pd.DataFrame) -> np.ndarray:

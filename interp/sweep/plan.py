@@ -135,12 +135,12 @@ def _planned(job: EffectsJob, config: Config, parts: list[Part]) -> Planned:
         why = prompts.error or next(iter(prompts.failed.values()))
         return Planned(*names, len(parts), examples, 0.0, 0.0, 0.0, why)
     listed = as_task([prompts.prompts[i] for i in usable], first.task, first.seed)
-    recipe, args, options = call_of(config, first, model)
+    recipe, options = call_of(config, first, model)
     share = examples / len(usable)
     from interp.engine import explain
 
     try:
-        found = explain(recipe, model, listed, *args, **options)
+        found = explain(recipe, model, listed, **options)
     except InterpError as error:
         raise InterpError(f"{first}: {error}") from None
     times = 2 if first.recipe.recipe == "mediate" else 1  # of four rows, two are patched; the plan holds both sweeps

@@ -5,7 +5,6 @@ As JSON, nothing in it is ever executed. A prompt that cannot be encoded keeps i
 
 from __future__ import annotations
 
-import inspect
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -124,8 +123,3 @@ def _read(task: TaskSpec, content: bytes) -> Prompts:
         path = Path(folder) / ("prompts" + Path(str(task.pairs)).suffix)
         path.write_bytes(content)
         return read_prompts(path)
-
-
-def takes(recipe: Any, option: str) -> bool:
-    """Whether a recipe's function has an option."""
-    return option in inspect.signature(recipe).parameters

@@ -1,6 +1,11 @@
 """The sweep.toml that `interp sweep init` writes: every key, explained."""
 
-TEMPLATE = """\
+from __future__ import annotations
+
+from interp.metrics import METRICS
+from interp.recipes.registry import RECIPES
+
+_TEMPLATE = """\
 # A sweep: models × tasks × recipes × sites × seeds.
 #   interp sweep plan sweep.toml     what it costs, before anything runs
 #   interp sweep run sweep.toml      run it; whatever stops it, the same command goes on where it was
@@ -28,9 +33,9 @@ n = 32                        # prompts
 # pairs = "mine.csv"          # or prompts of your own: .csv or .jsonl with clean, corrupt, answer, foil
 
 [[recipes]]
-recipe = "patch"              # patch, mediate, ablate, trace, path_patch, knock_out, peek, leave_out
-mode = "denoise"              # each recipe has the options that its function has
-metric = "logit_diff"
+recipe = "patch"              # {recipes}
+mode = "denoise"              # each recipe has the options that its command has: interp patch --help
+metric = "logit_diff"         # {metrics}
 
 [[recipes]]
 recipe = "ablate"
@@ -46,3 +51,10 @@ sites = "z"                   # z: every head; resid_pre: layer × position; mlp
 # name = "movers"
 # groups = { movers = "z.L9H6,z.L10H0" }   # changed together
 """
+
+
+def _filled_in() -> str:
+    return _TEMPLATE.replace("{recipes}", ", ".join(RECIPES)).replace("{metrics}", ", ".join(METRICS))
+
+
+TEMPLATE = _filled_in()

@@ -1,0 +1,147 @@
+"""Types of recipes' options: how a value is written in a config and on the command line, and what it becomes.
+
+Importing this module is light: a value becomes what a recipe takes only when there is a model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from interp.errors import InterpError
+from interp.recipes.selection import (
+    layer_list,
+    layers_text,
+    position,
+    receivers_of,
+    receivers_text,
+    sites_of,
+    sites_text,
+)
+from interp.utils import checks
+from interp.utils.checks import Check
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _same_for_any_model(model: Any, value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class OptionType:
+    """How one kind of option is read.
+
+    ``check``: returns the value of a config, or raises ValueError with what is expected.  ``command_line``: the type
+    of the command line's option.  ``from_command_line``: what is typed, as a config would hold it.  ``argument``: what
+    the recipe takes, given the model and the checked value.
+    """
+
+    check: Check
+    command_line: Any = str
+    from_command_line: Callable[[Any], Any] = _same
+    argument: Callable[[Any, Any], Any] = _same_for_any_model
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a recipe.
+
+    ``name``: its key in a config, and with dashes its name on the command line.  ``keyword``: that of the recipe's
+    function, if it has another name.  ``default``: for both; None leaves it to the function.  ``stored``: whether a
+    sweep's frozen config spells the default out.  ``required``: there is no default.
+    """
+
+    name: str
+    type: OptionType
+    help: str
+    keyword: str = ""
+    default: Any = None
+    stored: bool = False
+    required: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def checked(self, value: Any) -> Any:
+        """Return a value from the command line as a config would hold it. Raises InterpError for a bad one."""
+        try:
+            return self.type.check(self.type.from_command_line(value))
+        except ValueError as error:
+            expected = re.sub(r"'([^']*)'", r"\1", str(error))  # words on the command line have no quotes
+            raise InterpError(f"{self.flag} {_shown(value)}: {expected}") from None
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def choice(*values: str) -> OptionType:
+    """Return the type of one of some words; on the command line, dashes may stand for spaces."""
+    return OptionType(
+        checks.one_of(*values), from_command_line=lambda value: value if value in values else value.replace("-", " ")
+    )
+
+
+def whole(least: int) -> OptionType:
+    """Return the type of a whole number from ``least`` on."""
+    return OptionType(checks.whole(least), int)
+
+
+def number(least: float, *, above: bool = False) -> OptionType:
+    """Return the type of a finite number from ``least`` on (``above``: greater than it)."""
+    return OptionType(checks.number(least, above=above), float)
+
+
+def _position_text(value: Any) -> int | str:
+    position(value)
+    return value
+
+
+def _any_number(value: Any) -> float:
+    return checks.number(-1e300)(value)
+
+
+def _texts_of_file(path: Path) -> list[str]:
+    from interp.prompts.files import read_texts
+
+    return read_texts(path)
+
+
+def _comma_separated(value: str) -> list[str]:
+    return [item.strip() for item in value.split(",")]
+
+
+def _words_by_name(items: list[str]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in items]
+    if any(not name.strip() or not equals for name, equals, _ in pairs):
+        raise ValueError("name=words expected")
+    return {name.strip(): words for name, _, words in pairs}
+
+
+def _table_of_texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not value or not all(isinstance(v, str) for v in value.values()):
+        raise ValueError('a table of words by name expected: {subject = "Mary"}')
+    return dict(value)
+
+
+ANY_NUMBER = OptionType(_any_number, float)
+LAYERS = OptionType(layers_text, argument=lambda model, value: layer_list(value))
+POSITION = OptionType(_position_text, argument=lambda model, value: position(value))
+POSITIONS = OptionType(
+    checks.either(_position_text, checks.list_of(_position_text)),
+    argument=lambda model, value: [position(v) for v in value] if isinstance(value, list) else position(value),
+)
+SITE = OptionType(sites_text)
+SITES = OptionType(sites_text, argument=sites_of)
+RECEIVERS = OptionType(receivers_text, argument=receivers_of)
+TEXTS = OptionType(checks.list_of(checks.text), Path, _texts_of_file)
+NAMES = OptionType(checks.list_of(checks.text), str, _comma_separated)
+WORDS_BY_NAME = OptionType(_table_of_texts, list[str], _words_by_name)
