@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from interp.errors import InterpError
 
 if TYPE_CHECKING:
+    import torch
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
@@ -131,18 +132,19 @@ def as_metric(metric: Metric | str | MetricFn) -> Metric:
 
 
 def rounding(
-    metric: Metric, logits: Float[Tensor, "batch vocab"], readout: Readout, eps: float
+    metric: Metric, logits: Float[Tensor, "batch vocab"], readout: Readout, dtype: torch.dtype
 ) -> Float[Tensor, " batch"]:
     """Return how far rounding of the logits can move the metric: two scores closer than that are the same.
 
     The same prompt gives logits that differ in their last bits when it is run in another batch. The bound is the
     largest change of the metric when every logit moves by 2 · ``eps`` · max|logit|: once the answer up and all others
-    down, once the answer up, the foil down, and the others up and down in turn. ``eps`` is the machine epsilon of the
-    dtype in which the model computes (``torch.finfo(dtype).eps``). Computed in the logits' own dtype, so that the
-    metric's own rounding is part of it.
+    down, once the answer up, the foil down, and the others up and down in turn. ``eps`` is the machine epsilon of
+    ``dtype``, in which the model computes (of float32 for quantised weights). The metric is computed in the logits'
+    own dtype, so that its own rounding is part of the bound.
     """
     import torch
 
+    eps = torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps
     before = metric(logits, readout).double()
     step = (2 * eps * logits.detach().abs().amax(-1, keepdim=True)).to(logits.dtype)
     columns = torch.arange(logits.shape[-1], device=logits.device)

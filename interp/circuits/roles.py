@@ -203,8 +203,9 @@ def effects_by_route(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
     into MLPs. Each set of edges carries the corrupt activation in a separate run. InterpError if m(M) = m(∅).
     """
     graph, no_edges = evaluate.graph, np.zeros(evaluate.graph.allowed.shape, dtype=bool)
-    gap = evaluate.whole.mean() - evaluate(no_edges).mean()
-    if not abs(gap) > 1e-9 * max(np.abs(evaluate.whole).mean(), 1e-9):
+    empty = evaluate(no_edges)
+    gap = evaluate.whole.mean() - empty.mean()
+    if not evaluate.has_gap(empty):
         raise InterpError("the metric is the same in the clean and the corrupt run: no head can have an effect")
     routes = {"total": None, "direct": "resid_post", "via_q": "q", "via_k": "k", "via_v": "v", "via_mlp": "mlp_out"}
     route_rows = {

@@ -22,7 +22,6 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Prompt, PromptPair
 from interp.recipes.choices import ABLATIONS, SCHEDULES
 from interp.recipes.donors import aligned_rows, resample_donors
-from interp.recipes.inputs import check_seed
 from interp.recipes.mean_activations import (
     MEAN_KEYS,
     Ids,
@@ -36,6 +35,7 @@ from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Sub
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
+from interp.utils.arguments import check_seed
 from interp.utils.provenance import prompt_hash
 
 Using = Literal["zero", "mean", "position_mean", "cama", "resample"]

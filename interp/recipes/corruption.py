@@ -12,6 +12,7 @@ from interp.engine import Engine, Run
 from interp.errors import InterpError
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded
+from interp.utils.arguments import is_number, is_whole
 
 PUBLISHED_NOISE, PUBLISHED_SAMPLES = 3.0, 10  # Meng et al. 2022
 
@@ -73,15 +74,8 @@ def corruption_of(
         return PairCorruption()
     noise = PUBLISHED_NOISE if noise is None else noise
     samples = PUBLISHED_SAMPLES if samples is None else samples
-    is_whole = isinstance(samples, int) and not isinstance(samples, bool)
-    is_numeric = all(isinstance(x, int | float) for x in (noise, 0 if sigma is None else sigma))
-    if (
-        not is_numeric
-        or not 0 < noise < float("inf")
-        or not is_whole
-        or samples < 1
-        or (sigma is not None and not 0 < sigma < float("inf"))
-    ):
+    positive = [noise] if sigma is None else [noise, sigma]
+    if not all(is_number(x) and 0 < x < float("inf") for x in positive) or not is_whole(samples, 1):
         raise InterpError(
             f"noise must be positive, sigma too, and samples a number from 1 on, got noise={noise}, samples={samples}, "
             f"sigma={sigma}"

@@ -28,12 +28,6 @@ def provenance_of(prompts: Any) -> dict[str, Any]:
     return {"task": prompts.task, "seed": prompts.seed} if isinstance(prompts, PairSet) else {}
 
 
-def check_seed(seed: object) -> None:
-    """Raise InterpError unless ``seed`` is a non-negative int."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InterpError(f"seed={seed!r}: a number from 0 on expected")
-
-
 def check_metric(metric: Metric, prompts: Sequence[Encoded], model: Model) -> None:
     """Raise, before any forward, if the metric cannot be read from these prompts and this model.
 

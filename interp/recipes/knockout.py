@@ -18,9 +18,10 @@ from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Fact, PromptPair
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
-from interp.recipes.targets import check_window, window_layers
+from interp.recipes.targets import window_layers
 from interp.results.effects import Effects
 from interp.sites import ALL, Site, Sites
+from interp.utils.arguments import check_window
 
 Rows = tuple[int, int]  # [start, stop)
 

@@ -20,10 +20,12 @@ from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Prompt, PromptPair
+from interp.recipes.choices import PEEK_CONTEXTS
 from interp.recipes.mean_activations import Means, check_support, listed_reference, means_of, reference_ids
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
+from interp.utils.arguments import is_whole
 from interp.utils.provenance import prompt_hash
 
 
@@ -55,7 +57,7 @@ def peek(
     subgraph's faithfulness; ``raw`` is patched − clean. ``subset``: for `interp.sweep`. Raises SiteError, PromptError
     or InterpError for bad input, before the sweep.
     """
-    if isinstance(full, bool) or not isinstance(full, int) or full < 0 or context not in ("mean", "keep"):
+    if not is_whole(full, 0) or context not in PEEK_CONTEXTS:
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
     loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
     if len(model.attention_layers) < model.n_layers or any(

@@ -52,8 +52,7 @@ def score_runs(metric: Metric, runs: Sequence[Run], read: Readout, keep_nan: boo
 
 def rounding_of(metric: Metric, runs: Sequence[Run], read: Readout, dtype: torch.dtype) -> torch.Tensor:
     """Return how far rounding can move the metric of each run, float64 on the CPU [runs]."""
-    eps = torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps
-    return rounding(metric, torch.stack([r.logits for r in runs]), read, eps).cpu()
+    return rounding(metric, torch.stack([r.logits for r in runs]), read, dtype).cpu()
 
 
 def warn_if_no_gap(metric: Metric, no_gap: Sequence[bool]) -> None:

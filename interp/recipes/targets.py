@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from interp.engine.cells import rows_of
-from interp.errors import InterpError, SiteError
+from interp.errors import SiteError
 from interp.prompts.pairs import Encoded
 from interp.sites import COMPONENTS, EACH, Site, Sites
+from interp.utils.arguments import check_window
 
 Groups = Mapping[str, Iterable[Site | str] | Site | str] | Iterable[Iterable[Site | str] | Site | str]
 NAMED_BY_SITES = 3  # an unnamed group of at most so many sites is named by them
@@ -55,12 +56,6 @@ def targets_of(
     check_window(window)
     single = [] if sites is None else [Target(site, _around(site, window, n_layers)) for site in as_sites(sites)]
     return [*single, *(() if groups is None else _group_targets(groups))]
-
-
-def check_window(window: int) -> None:
-    """Raise InterpError unless ``window`` is a number of layers from 1 on."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InterpError(f"window must be at least 1 layer, got {window!r}")
 
 
 def window_layers(layer: int, window: int, n_layers: int) -> range:

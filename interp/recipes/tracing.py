@@ -24,13 +24,14 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, Fact, PromptPair
 from interp.recipes.choices import SEVERED, TRACED_WINDOWS
 from interp.recipes.corruption import NoiseCorruption, PairCorruption, corruption_of
-from interp.recipes.inputs import check_seed, expand_sites
+from interp.recipes.inputs import expand_sites
 from interp.recipes.scoring import readout
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
-from interp.recipes.targets import check_window, window_layers
+from interp.recipes.targets import window_layers
 from interp.recipes.trace_table import trace_table
 from interp.results.effects import Effects
 from interp.sites import EACH, Site, Sites
+from interp.utils.arguments import check_seed, check_window
 
 __all__ = ["trace", "trace_table"]
 

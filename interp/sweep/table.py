@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
@@ -55,4 +56,7 @@ def as_frame(table: pa.Table) -> pd.DataFrame:
     frame = table.to_pandas()
     if not set(DERIVED) <= set(frame.columns) or not {"clean", "corrupt", "patched", "mode"} <= set(frame.columns):
         return frame
-    return frame.assign(**recovery_columns(frame))
+    columns = recovery_columns(frame)
+    # where clean and corrupt scored the same within rounding, the recipe stored NaN
+    columns["effect"] = np.where(frame["effect"].isna(), np.nan, columns["effect"])
+    return frame.assign(**columns)

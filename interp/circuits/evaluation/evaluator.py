@@ -32,7 +32,7 @@ from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
 from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
-from interp.metrics import Metric, MetricFn, Readout, as_metric
+from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.inputs import check_metric, provenance_of
@@ -72,8 +72,8 @@ class Start:
 class Evaluator:
     """``evaluate(mask)`` is the metric [examples], float64, of the clean prompts run with the edges in the mask.
 
-    ``whole`` is that of the model itself. ``engine="naive"``: one full forward for each circuit, the reference. Raises
-    InterpError, PromptError or ModelError for bad input.
+    ``whole`` is that of the model itself; ``rounding`` is how far rounding of the logits can move it.
+    ``engine="naive"``: one full forward for each circuit, the reference. Raises InterpError, PromptError or ModelError for bad input.
     """
 
     def __init__(
@@ -104,17 +104,25 @@ class Evaluator:
         donors = _donors(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
         fixed = _constants(model, self.prompts, sends, using)
         self.batches: list[Batch] = []
-        self.whole = np.zeros(len(self.prompts))
+        self.whole, self.rounding = np.zeros(len(self.prompts)), np.zeros(len(self.prompts))
         for batch in token_batches(self.prompts):
             clean = capture(model, [self.prompts[i].clean for i in batch], [])["logits"]
             read = readout([self.prompts[i] for i in batch], list(clean))
             self.batches.append(Batch(batch, read, fixed or capture(model, [donors[i] for i in batch], sends)))
             self.whole[batch] = self.metric(clean, read).double().cpu().numpy()
+            self.rounding[batch] = rounding(self.metric, clean, read, model.dtype).cpu().numpy()
         # rows before the first in which the prompts differ are the clean run's, whatever is ablated
         same = [min(p.first_difference, len(p) - 1) if using == "counterfactual" else 0 for p in self.prompts]
         self.packed = self._pack(same, engine)
         if self.packed is not None:
             self.batches = []  # what is sent is held once
+
+    def has_gap(self, empty: Float[np.ndarray, " examples"]) -> bool:
+        """Return whether the mean of ``whole`` differs from that of ``empty`` by more than rounding.
+
+        ``empty``: the metric with every edge ablated.
+        """
+        return abs((self.whole - empty).mean()) > self.rounding.mean()
 
     def __call__(self, kept: Bool[np.ndarray, "receivers senders"]) -> Float[np.ndarray, " examples"]:
         """The metric by example."""

@@ -16,7 +16,6 @@ from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
 
 N_BOOT = 2000
-ROUNDING = 1e-9  # of the metric's own size: a difference below that is not one, in float64 sums of float32 logits
 Pairs = PromptPair | Iterable[PromptPair]
 Index = np.ndarray  # examples drawn for a bootstrap sample
 
@@ -45,8 +44,7 @@ class Scale:
         self.recipe: dict[str, Any] = self.evaluate.recipe
         self.whole = self.evaluate.whole
         self.empty = self.evaluate(np.zeros(circuit.graph.allowed.shape, dtype=bool))
-        size = np.abs(self.whole).mean() + np.abs(self.empty).mean()
-        if not abs((self.whole - self.empty).mean()) > ROUNDING * size:
+        if not self.evaluate.has_gap(self.empty):
             raise InterpError(
                 f"the metric is the same on the whole model and with every edge ablated ({self.whole.mean():.4g}, "
                 f"{self.recipe['ablation']}): there is no difference that a circuit could explain"
