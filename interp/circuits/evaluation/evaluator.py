@@ -73,7 +73,8 @@ class Evaluator:
     """``evaluate(mask)`` is the metric [examples], float64, of the clean prompts run with the edges in the mask.
 
     ``whole`` is that of the model itself; ``rounding`` is how far rounding of the logits can move it.
-    ``engine="naive"``: one full forward for each circuit, the reference. Raises InterpError, PromptError or ModelError for bad input.
+    ``engine="naive"``: one full forward for each circuit, the reference. Raises InterpError, PromptError or ModelError
+    for bad input.
     """
 
     def __init__(
