@@ -30,7 +30,7 @@ def test_plain_lines_say_what_happened_and_how_far_it_is() -> None:
         "worker 0 was killed by SIGKILL; its part is taken over",
         "part 4 is left undone: no such [model]",
         "part 1 is damaged and will be computed anew: it has 3 bytes",
-        "finishing the parts in hand; ctrl-C again to drop them",
+        "finishing the current parts; press Ctrl-C again to drop them",
     ]
 
 

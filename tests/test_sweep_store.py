@@ -43,7 +43,7 @@ def test_links_among_the_parts_are_damage_and_hide_nothing(tmp_path, outside: st
     store.path(7).unlink()
     store.path(7).symlink_to(tmp_path / outside)
     found = store.inventory()
-    assert len(found.present) == 19 and found.damaged == {7: "it is a link, or no file at all"}
+    assert len(found.present) == 19 and found.damaged == {7: "it is a link, or not a file"}
     outcome = drive(store, Options(executor="in-process", show="none"))
     assert outcome.code == 0 and list(outcome.damaged) == [7] and store.content(7) == whole
 
@@ -121,7 +121,7 @@ class Clock:
 
 def test_heartbeats_take_over_only_what_was_watched_standing_still(tmp_path, monkeypatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(HeartbeatLeases, "_gone", lambda self, said: False)  # as if on other machines
+    monkeypatch.setattr(HeartbeatLeases, "_is_dead", lambda self, note: False)  # as if on other machines
     holder, watcher, third = (HeartbeatLeases(tmp_path / "l", beat=0.02, clock=clock) for _ in range(3))
     lease = holder.take(1)
     assert lease is not None and watcher.take(1) is None

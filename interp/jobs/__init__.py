@@ -1,1 +1,1 @@
-"""Resumable jobs: a run directory of parts, leases that share them, workers and executors that compute them."""
+"""Resumable jobs: a run directory of parts, leases that share them, and the workers that compute them."""

@@ -1,4 +1,4 @@
-"""A driver: brings a run to its end, whatever state it is found in."""
+"""The driver: complete a run, whatever state it is in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,17 +25,17 @@ from interp.utils.files import write_file, writing
 from interp.utils.provenance import now, versions
 
 EXECUTORS = ("auto", "in-process", "local", "ray")
-ROUNDS = 3  # of repairing what is found damaged at the end
+ROUNDS = 3  # of recomputing damaged parts at the end
 COMPLETE, FAILED_CELLS, INCOMPLETE, INTERRUPTED = 0, 3, 4, 130
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out. None of it changes results.
+    """How a run is carried out. No option changes which results it gives.
 
-    ``workers``: default one a core. ``threads``: of each worker; the same number gives the same bits. ``shard``: (i,
-    n), only every n-th part from the i-th. ``devices``: values of CUDA_VISIBLE_DEVICES, dealt out to workers.
-    ``address``, ``gpus``: of a Ray cluster, and GPUs of each of its workers.
+    ``workers``: default one per core. ``threads``: of each worker; the same number gives the same bits. ``shard``: (i,
+    n), only every n-th part, starting with the i-th. ``devices``: values of CUDA_VISIBLE_DEVICES, assigned to workers
+    in turn. ``address``: of a Ray cluster. ``gpus``: of each Ray worker.
     """
 
     executor: str = "auto"
@@ -53,7 +53,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What there is when a driver ends. ``code``: 0 complete, 3 with failed cells, 4 incomplete, 130 interrupted."""
+    """State of the run when a driver ends.
+
+    ``left``: parts that were not computed, with the reason. ``damaged``: parts that were computed again, with the
+    damage. ``elsewhere``: how many parts belong to other shards. ``code``: 0 complete, 3 with failed cells, 4
+    incomplete, 130 interrupted.
+    """
 
     parts: int
     present: int
@@ -63,11 +68,11 @@ class Outcome:
     damaged: dict[int, str]
     interrupted: bool
     elsewhere: int
-    why: str = ""  # the commonest reason in the first part with failed cells
+    why: str = ""  # the most common reason in the first part with failed cells
 
     @property
     def code(self) -> int:
-        """The exit code."""
+        """Return the exit code of the command."""
         if self.interrupted:
             return INTERRUPTED
         if self.present < self.parts - self.elsewhere:
@@ -80,7 +85,8 @@ class Outcome:
             why = f": {self.why[:300]}" if self.why else ""
             lines.append(f"{self.failed:,} of these failed; the column `error` says why{why}")
         if self.damaged:
-            lines.append(f"{len(self.damaged)} part(s) were found damaged and computed anew: {_some(self.damaged)}")
+            parts = _first_few(self.damaged)
+            lines.append(f"{len(self.damaged)} part(s) were found damaged and computed anew: {parts}")
         for reason in dict.fromkeys(self.left.values()):
             lines.append(f"{sum(r == reason for r in self.left.values())} part(s) left undone: {reason}")
         if self.elsewhere and self.present < self.parts:
@@ -89,82 +95,89 @@ class Outcome:
 
 
 def drive(store: Store, options: Options | None = None) -> Outcome:
-    """Compute what is missing, check what is there, and compute anew what is damaged.
+    """Compute the missing parts, check the others, and compute damaged ones again.
 
-    Raises StorageError if the run directory cannot be written, InterpError for what cannot be started.
+    Raises StorageError if the run directory cannot be written, InterpError if the run cannot be started this way.
     """
     options = options or Options()
-    execute, workers = executor(options)
-    chosen = shard_of(store.n_parts, options.shard)
-    _sign(store, options, workers)
+    execute, workers = select_executor(options)
+    shard_parts = shard_of(store.n_parts, options.shard)
+    _record_start(store, options, workers)
     leases = store.leases()
     repairs = _Repairs(store, leases)
     left: dict[int, str] = {}
     inventory = store.inventory()
-    here = set(chosen)
-    tally = Tally(len(chosen), *_count(inventory, here))
+    here = set(shard_parts)
+    tally = Tally(len(shard_parts), *_count(inventory, here))
     checked: set[int] = set()
-    with display(options.show, tally, store.document.get("name", store.root.name)) as emit, interruptible(emit) as stop:
+    title = store.document.get("name", store.root.name)
+    with display(options.show, tally, title) as emit, handle_interrupt(emit) as stop:
         repairs.emit = emit
         if options.retry_failed:
-            repairs.retry(p for p, r in inventory.present.items() if r.failed and p in here)
-        repairs.tidy()
-        repairs.of({p: why for p, why in inventory.damaged.items() if p in here})
+            repairs.retry_failed(p for p, r in inventory.present.items() if r.failed and p in here)
+        repairs.remove_leftovers()
+        repairs.put_aside({p: why for p, why in inventory.damaged.items() if p in here})
         before = set(inventory.present) & here
         parts = range(*_bounds(store, options))
         settings = {k: getattr(options, k) for k in ("threads", "devices", "models", "address", "gpus")} | options.extra
         for _ in range(ROUNDS):
-            if any(not store.has(p) for p in chosen):
+            if any(not store.has(p) for p in shard_parts):
                 left = execute(store, parts, emit, stop.is_set, workers=workers, **settings)
             if stop.is_set():
                 break
-            now_there = store.inventory()
-            found = {p: why for p, why in now_there.damaged.items() if p in here}
-            found |= dict(store.verify(sorted((before & set(now_there.present)) - checked)))
+            latest = store.inventory()
+            damaged = {p: why for p, why in latest.damaged.items() if p in here}
+            damaged |= dict(store.verify(sorted((before & set(latest.present)) - checked)))
             checked |= before
-            if not found:
+            if not damaged:
                 break
-            repairs.of(found)
+            repairs.put_aside(damaged)
     leases.close()
     last = store.inventory()
     _, rows, failed = _count(last, here)
     left = {p: why for p, why in left.items() if p not in last.present}
-    present, elsewhere = len(set(last.present) & here), store.n_parts - len(chosen)
+    present, elsewhere = len(set(last.present) & here), store.n_parts - len(shard_parts)
     return Outcome(
         store.n_parts, present, rows, failed, left, repairs.done, stop.is_set(), elsewhere, _why(store, last, here),
     )  # fmt: skip
 
 
 def _bounds(store: Store, options: Options) -> tuple[int, int, int]:
+    """Return start, stop and step of the parts of this shard."""
     i, n = options.shard or (0, 1)
     return i, store.n_parts, n
 
 
-def _count(inventory: Any, here: set[int]) -> tuple[int, int, int]:
+def _count(inventory: Inventory, here: set[int]) -> tuple[int, int, int]:
+    """Return the number of finished parts of this shard, of their rows, and of their failed rows."""
     own = [r for p, r in inventory.present.items() if p in here]
     return len(own), sum(r.rows for r in own), sum(r.failed for r in own)
 
 
 def _why(store: Store, inventory: Inventory, here: set[int]) -> str:
-    """What went wrong, of the first part in which something did."""
+    """Return the most common error of the first part with failed cells."""
     part = next((p for p, r in sorted(inventory.present.items()) if r.failed and p in here), None)
     if part is None:
         return ""
     try:
         return Counter(store.table(part)["error"].drop_null().to_pylist()).most_common(1)[0][0]
-    except (InterpError, OSError, IndexError):  # damaged since: the next start says so
+    except (InterpError, OSError, IndexError):  # damaged meanwhile: the next start reports it
         return ""
 
 
-def executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
-    """The executor's function, and how many workers it gets. InterpError for what does not go together."""
+def select_executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
+    """Return the executor's function and its number of workers.
+
+    Raises InterpError for options that exclude each other.
+    """
     if options.executor not in EXECUTORS:
         raise InterpError(f"unknown executor {options.executor!r}: choose one of {', '.join(EXECUTORS)}")
     if not is_whole(options.threads, 1) or not (options.workers is None or is_whole(options.workers, 1)):
         raise InterpError(f"workers and threads must be at least 1, got {options.workers} and {options.threads}")
     if options.shard is not None and not 0 <= options.shard[0] < options.shard[1]:
         i, n = options.shard
-        raise InterpError(f"shard {i}/{n}: " + (f"counted from 0, so at most {n - 1}" if n > 0 else "of 1 at least"))
+        limit = f"counted from 0, so at most {n - 1}" if n > 0 else "there must be at least 1"
+        raise InterpError(f"shard {i}/{n}: {limit}")
     if options.address is not None and options.executor != "ray":
         raise InterpError("an address belongs to executor 'ray'")
     if options.models and options.executor not in ("auto", "in-process"):
@@ -175,47 +188,51 @@ def executor(options: Options) -> tuple[Callable[..., dict[int, str]], int]:
     if kind == "auto":
         kind = "in-process" if options.models or workers == 1 else "local"
     if kind == "ray":
-        from interp.jobs.executors import ray as chosen
+        from interp.jobs.executors import ray as executor
 
-        return chosen.run, workers if options.workers else 0
+        return executor.run, workers if options.workers else 0
     if kind == "local":
-        from interp.jobs.executors import local as chosen
+        from interp.jobs.executors import local as executor
 
-        return chosen.run, workers
-    from interp.jobs.executors import inprocess as chosen
+        return executor.run, workers
+    from interp.jobs.executors import inprocess as executor
 
-    return chosen.run, 1
+    return executor.run, 1
 
 
 class _Repairs:
-    """Puts damaged parts aside, each under its lease, and removes what died while it was being written."""
+    """Move damaged parts aside, each under its lease, and remove files whose writer died."""
 
     def __init__(self, store: Store, leases: Leases):
         self.store, self.leases = store, leases
         self.emit: Emit = lambda event: None
         self.done: dict[int, str] = {}
 
-    def of(self, damaged: dict[int, str]) -> None:
+    def put_aside(self, damaged: dict[int, str]) -> None:
+        """Move damaged parts aside, and report them."""
         for part, why in damaged.items():
-            if self._aside(part):
+            if self._move(part):
                 self.done[part] = why
                 self.emit({"event": "damaged", "part": part, "reason": why})
 
-    def retry(self, parts: Iterator[int] | Any) -> None:
+    def retry_failed(self, parts: Iterable[int]) -> None:
+        """Move parts with failed cells aside, so that they are computed again."""
         for part in parts:
-            if self._aside(part):
+            if self._move(part):
                 self.emit({"event": "retried", "part": part})
 
-    def _aside(self, part: int) -> bool:
+    def _move(self, part: int) -> bool:
+        """Move a part aside; False if another process works on it."""
         lease = self.leases.take(part)
-        if lease is None:  # somebody is at it
+        if lease is None:
             return False
         try:
             return self.store.put_aside(part, lease) is not None
         finally:
             lease.release()
 
-    def tidy(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of parts that nobody is writing."""
         for part, files in self.store.leftovers().items():
             lease = self.leases.take(part)
             if lease is not None:
@@ -224,8 +241,8 @@ class _Repairs:
                 lease.release()
 
 
-def _sign(store: Store, options: Options, workers: int) -> None:
-    """Notes who was started on the run, with what. Makes folders anew that a copy of the run may lack."""
+def _record_start(store: Store, options: Options, workers: int) -> None:
+    """Record this driver and its environment in the run. Makes folders that a copy of the run may lack."""
     with writing(store.root):
         for folder in FOLDERS:
             (store.root / folder).mkdir(exist_ok=True)
@@ -240,8 +257,8 @@ def _sign(store: Store, options: Options, workers: int) -> None:
 
 
 @contextmanager
-def interruptible(emit: Emit) -> Iterator[threading.Event]:
-    """Ctrl-C once: the event is set. Twice: KeyboardInterrupt, at once."""
+def handle_interrupt(emit: Emit) -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C sets; the second raises KeyboardInterrupt at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -260,9 +277,9 @@ def interruptible(emit: Emit) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _some(parts: dict[int, str]) -> str:
+def _first_few(parts: dict[int, str]) -> str:
     first = sorted(parts)[:5]
     return ", ".join(map(str, first)) + (", …" if len(parts) > 5 else "")
 
 
-__all__ = ["EXECUTORS", "Options", "Outcome", "drive", "duration", "executor"]
+__all__ = ["EXECUTORS", "Options", "Outcome", "drive", "duration", "select_executor"]

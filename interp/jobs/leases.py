@@ -1,19 +1,20 @@
-"""Leases: of several processes that share a run, one at a time works on a part.
+"""Leases: only one of the processes that share a run works on a part at a time.
 
-What the safety of the table rests on is not here: a part is published by an exclusive hard link, so that it cannot be
+The safety of the table does not rest on leases: a part is published by an exclusive hard link, so that it cannot be
 written twice whatever happens to leases. Leases keep two processes from *computing* the same part, and free the part of
-a process that died. No clock is compared with another one, and no file's time is read.
+a process that died. No clock is compared with another one, and no file time is read.
 
-``locks`` (the rule): an advisory lock (flock) on ``leases/N``, held by the living process. The kernel, or the file
-server, lets go of it when the process ends, however it ends. Assumed: the filesystem's locks hold between all hosts
-that share the run (true of local disks, NFS 4 and 3 with its lock daemon, GPFS, Lustre mounted with ``flock``, CephFS).
+``locks`` (the usual kind): an advisory lock (flock) on ``leases/N``, held by the living process. The kernel, or the
+file server, releases it when the process ends, however it ends. Assumption: the filesystem's locks hold between all
+hosts that share the run (true of local disks, NFS 4 and 3 with its lock daemon, GPFS, Lustre mounted with ``flock``,
+CephFS).
 
 ``heartbeats``: for filesystems without such locks (sshfs and other FUSE, 9p, NFS with ``nolock`` or ``local_lock``).
 The lease is the newest of the files ``leases/N.0``, ``N.1``, …, each created exclusively; its holder writes a growing
-number into it. Whoever has watched that number stand still for a minute of their own monotonic clock creates the next
-file, and so takes over. Assumed: creation with O_EXCL is atomic between hosts, writes reach other hosts well within the
-minute, and a holder that is suspended for longer (a laptop's lid) may then compute a part that somebody else took over,
-in vain.
+number into it. A process that has seen no change of that number for a minute of its own monotonic clock takes over by
+creating the next file. Assumptions: creation with O_EXCL is atomic between hosts, and writes reach other hosts well
+within the minute. A holder that is suspended for longer (a closed laptop) may compute a part in vain that another
+process took over.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ from interp.errors import InterpError
 from interp.utils.files import writing
 
 BEAT = 5.0  # seconds between heartbeats
-STILL = 60.0  # seconds without one, as watched by the process that wants the part, after which it is taken over
+STILL = 60.0  # seconds without a heartbeat, as seen by another process, after which that process takes over
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def holder() -> dict[str, Any]:
-    """Who holds a lease, for people to read."""
+    """Describe this process as the holder of a lease, for people to read."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "boot": boot_id()}
 
 
 def boot_id() -> str:
-    """Tells one boot of a machine from the next; empty where there is none."""
+    """Return an identifier of the current boot of this machine; empty where the system has none."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def suitable(folder: Path) -> str:
-    """``"locks"`` if locks in this folder can be relied on between hosts, else ``"heartbeats"``."""
+    """Return "locks" if locks in this folder are reliable between hosts, else "heartbeats"."""
     try:
         import fcntl
     except ImportError:
@@ -77,28 +78,28 @@ def suitable(folder: Path) -> str:
 
 
 def _mount(folder: Path) -> tuple[str, str]:
-    """Type and options of the mount that a folder is on, where the system tells."""
-    best, found = "", ("", "")
+    """Return type and options of the mount that a folder is on; empty where the system does not report them."""
+    longest, mount = "", ("", "")
     with contextlib.suppress(OSError):
-        where = str(folder.resolve())
+        path = str(folder.resolve())
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, point, kind, options, *_ = line.split(" ")
             point = point.replace("\\040", " ")
-            if (where == point or where.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
-                best, found = point, (kind, options)
-    return found
+            if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= len(longest):
+                longest, mount = point, (kind, options)
+    return mount
 
 
 class Lease:
     """The right to work on one part, until `release` or the end of the process."""
 
     def release(self) -> None:
-        """Lets others have it."""
+        """Release the part for other processes."""
         raise NotImplementedError
 
 
 class Leases:
-    """The leases of one run. ``take`` gives None if somebody else has the part."""
+    """The leases of one run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -106,42 +107,42 @@ class Leases:
             folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, number: int) -> Lease | None:
-        """The part's lease, or None."""
+        """Return the part's lease; None if another process has it."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Ends what runs beside."""
+        """Stop what runs in the background."""
 
 
 def holders(folder: Path) -> dict[int, dict[str, Any]]:
-    """Who says that they hold which part: for people; the dead say so too. Only reads."""
-    found = {}
+    """Return the recorded holder of each part, for people to read; dead processes are included. Only reads."""
+    recorded = {}
     for path in sorted(folder.glob("[0-9]*")):
         if match := re.fullmatch(r"(\d+)(?:\.\d+)?", path.name):
             with contextlib.suppress(OSError, ValueError):
-                said = json.loads(path.read_text() or "{}")
-                found[int(match[1])] = said if isinstance(said, dict) else {}
-    return found
+                note = json.loads(path.read_text() or "{}")
+                recorded[int(match[1])] = note if isinstance(note, dict) else {}
+    return recorded
 
 
 def open_leases(folder: Path, kind: str) -> Leases:
-    """Leases of a kind that `suitable` named."""
+    """Open the leases of a run. ``kind``: "locks" or "heartbeats"; see `suitable`."""
     if kind == "locks":
         if suitable(folder.parent) != "locks":
             raise InterpError(
                 f"{folder.parent}: this run is shared by file locks, which do not work on the filesystem "
-                "that it is seen through here. Start from a host with a filesystem that locks, or make the run anew "
-                "from here"
+                "that this host sees it through. Start from a host whose filesystem has locks, or make a new run "
+                "on this host"
             )
         return LockLeases(folder)
     return HeartbeatLeases(folder)
 
 
 class LockLeases(Leases):
-    """Leases by advisory locks, one file a part."""
+    """Leases by advisory locks, one file per part."""
 
     def take(self, number: int) -> Lease | None:
-        """The part's lease, or None."""
+        """Return the part's lease; None if another process has it."""
         import fcntl
 
         path = self.folder / f"{number:06d}"
@@ -156,12 +157,12 @@ class LockLeases(Leases):
             except BaseException:
                 os.close(handle)
                 raise
-            # its last holder removes the file: a lock on one that is gone is worth nothing
+            # the last holder removes the file: a lock on a removed file protects nothing
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(handle).st_ino:
                     break
             os.close(handle)
-        with contextlib.suppress(OSError):  # on a full disk too, a lease can be had: it is the lock, not the text
+        with contextlib.suppress(OSError):  # works on a full disk too: the lease is the lock, not the text
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(holder()).encode(), 0)
         return _Lock(handle, path)
@@ -178,26 +179,26 @@ class _Lock(Lease):
 
 
 class HeartbeatLeases(Leases):
-    """Leases by a number that grows while the holder lives."""
+    """Leases by a number that grows as long as the holder lives."""
 
     def __init__(self, folder: Path, beat: float = BEAT, still: float = STILL, clock: Any = time.monotonic):
         super().__init__(folder)
         self.beat, self.still, self.clock = beat, still, clock
-        self.seen: dict[int, tuple[str, float]] = {}  # what each part's lease said, and since when
+        self.seen: dict[int, tuple[str, float]] = {}  # text of each part's lease, and since when
         self.held: dict[Path, int] = {}
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.thread: threading.Thread | None = None
 
     def take(self, number: int) -> Lease | None:
-        """The part's lease, or None: also while it is not known yet whether its holder lives."""
+        """Return the part's lease; None if another process has it, or may still be alive."""
         generation, text = self._newest(number)
         if text is not None:
-            said = json.loads(text) if text.startswith("{") else {}
-            known, since = self.seen.get(number, (None, 0.0))
-            if known != f"{generation} {text}":
+            note = json.loads(text) if text.startswith("{") else {}
+            previous, since = self.seen.get(number, (None, 0.0))
+            if previous != f"{generation} {text}":
                 self.seen[number] = (f"{generation} {text}", self.clock())
                 since = self.clock()
-            free = said.get("count") == -1 or self._gone(said)
+            free = note.get("count") == -1 or self._is_dead(note)
             if not free and self.clock() - since < self.still:
                 return None
         path = self.folder / f"{number:06d}.{generation + 1}"
@@ -217,22 +218,25 @@ class HeartbeatLeases(Leases):
         return _Heartbeat(self, path)
 
     def _newest(self, number: int) -> tuple[int, str | None]:
-        """The newest generation of a part's lease and what it says; (−1, None) if there is none."""
-        found = [int(p.name.rpartition(".")[2]) for p in self.folder.glob(f"{number:06d}.*") if p.suffix[1:].isdigit()]
-        if not found:
+        """Return the newest generation of a part's lease, and its text; (−1, None) without a lease."""
+        generations = [
+            int(p.name.rpartition(".")[2]) for p in self.folder.glob(f"{number:06d}.*") if p.suffix[1:].isdigit()
+        ]
+        if not generations:
             return -1, None
+        newest = max(generations)
         try:
-            return max(found), (self.folder / f"{number:06d}.{max(found)}").read_text()
+            return newest, (self.folder / f"{number:06d}.{newest}").read_text()
         except OSError:
-            return max(found), ""
+            return newest, ""
 
-    def _gone(self, said: dict[str, Any]) -> bool:
-        """Whether its holder ran on this very boot of this machine and does no longer: no need to watch it then."""
+    def _is_dead(self, note: dict[str, Any]) -> bool:
+        """Return whether the holder ran in this boot of this machine and has ended: no need to watch it."""
         me = holder()
-        if not me["boot"] or said.get("boot") != me["boot"] or said.get("pids") != pid_namespace():
+        if not me["boot"] or note.get("boot") != me["boot"] or note.get("pids") != pid_namespace():
             return False
         try:
-            os.kill(int(said["pid"]), 0)
+            os.kill(int(note["pid"]), 0)
         except ProcessLookupError:
             return True
         except (OSError, KeyError, ValueError):
@@ -240,7 +244,7 @@ class HeartbeatLeases(Leases):
         return False
 
     def _write(self, path: Path, count: int) -> None:
-        with contextlib.suppress(OSError):  # a missed beat; many are allowed
+        with contextlib.suppress(OSError):  # one missed heartbeat does no harm
             path.write_text(json.dumps({**holder(), "pids": pid_namespace(), "count": count}))
 
     def _beat(self) -> None:
@@ -251,7 +255,7 @@ class HeartbeatLeases(Leases):
                     self._write(path, self.held[path])
 
     def close(self) -> None:
-        """Stops the heartbeat."""
+        """Stop the heartbeat."""
         self.ended.set()
 
 
@@ -266,7 +270,7 @@ class _Heartbeat(Lease):
 
 
 def pid_namespace() -> str:
-    """Process ids mean the same only within it."""
+    """Return this process's PID namespace: process ids are comparable only within one."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

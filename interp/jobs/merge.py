@@ -8,9 +8,9 @@ from interp.utils.files import publish_file, write_file
 
 
 def merge(store: Store, others: list[Store]) -> dict[str, int]:
-    """Take over the parts that other run directories of the same config have and this one lacks, each checked.
+    """Copy parts that other run directories of the same config have and this one lacks, each checked.
 
-    Returns how many parts were ``taken``, were ``there`` already, and are ``missing`` still.
+    Returns how many parts were copied (``taken``), existed already (``there``), and are still ``missing``.
     """
     for other in others:
         if other.header["digest"] != store.header["digest"]:

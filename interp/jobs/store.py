@@ -1,16 +1,16 @@
 """The run directory: a frozen config, and one Parquet file for each part, whole or absent.
 
-    run.json        what is run (frozen config and its digest), by which schema
+    run.json        the frozen config, its digest, and the version of the schema
     sweep.toml      the config as it was written, for people
-    inputs/         prompts of one's own, by the digest of their contents
+    inputs/         custom prompts, by the digest of their contents
     prompts/        the prompts that tasks made for each model and seed
     parts/N.parquet     published by an exclusive link: never replaced, never written twice
     receipts/N-….json   written before the part: size, rows, failed rows and digest in the name, the rest inside
-    leases/         who works on what
-    damaged/        parts whose bytes did not match their receipt, put aside
-    drivers/        environment and log of everything that was started on the run
+    leases/         which process works on which part
+    damaged/        parts whose bytes did not match their receipt, moved aside
+    drivers/        environment and log of every process that was started on the run
 
-A part counts if a receipt says its size; `verify` and every read compare its digest too.
+A part counts if a receipt names its size; `verify` and every read compare its digest too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PART = re.compile(r"(\d{6,})\.parquet")
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is known of a part before it is opened: bytes, rows, rows that failed, digest."""
+    """Facts about a part, readable without opening it: bytes, rows, failed rows, digest."""
 
     part: int
     size: int
@@ -53,36 +53,39 @@ class Receipt:
 
     @property
     def file(self) -> str:
-        """Its file's name."""
+        """Name of the receipt's file."""
         return f"{self.part:06d}-{self.size}-{self.rows}-{self.failed}-{self.digest}.json"
 
     @classmethod
     def parse(cls, file: str) -> Receipt | None:
-        """The receipt of that name, or None."""
+        """Return the receipt with this file name; None if it is not one."""
         match = _RECEIPT.fullmatch(file)
         return None if match is None else cls(int(match[1]), int(match[2]), int(match[3]), int(match[4]), match[5])
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Which parts are there, by a look at names and sizes alone: ``present`` with their receipts, and ``damaged``."""
+    """The parts that exist, by names and sizes alone.
+
+    ``present``: whole parts with their receipts. ``damaged``: parts that do not match a receipt, with the reason.
+    """
 
     present: dict[int, Receipt]
     damaged: dict[int, str]
 
     @property
     def rows(self) -> int:
-        """Rows of all parts."""
+        """Number of rows of all parts."""
         return sum(r.rows for r in self.present.values())
 
     @property
     def failed(self) -> int:
-        """Rows without a number."""
+        """Number of rows without a number."""
         return sum(r.failed for r in self.present.values())
 
 
 class Store:
-    """One run directory, of a sweep or of statistics over a corpus (``kind``)."""
+    """One run directory. ``kind``: what is computed in it, such as a sweep or statistics over a corpus."""
 
     def __init__(self, root: Path, header: dict[str, Any]):
         self.root, self.header = root, header
@@ -96,12 +99,12 @@ class Store:
     def create(
         cls, root: Path, kind: str, document: dict[str, Any], n_parts: int, inputs: dict[str, bytes], text: str
     ) -> Store:
-        """A new run directory. If another process is first, or it was there before, that one is opened.
+        """Create a run directory, or open it if it exists or another process is first.
 
-        ``inputs``: contents by name; ``text``: the config as written.
+        ``inputs``: contents by name. ``text``: the config as it was written.
         """
         if root.exists() and not root.is_dir():
-            raise InterpError(f"{root} is no folder: choose another one with --out")
+            raise InterpError(f"{root} is not a folder: choose another one with --out")
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
             if not (root / "run.json").exists() and any(
@@ -122,7 +125,7 @@ class Store:
 
     @classmethod
     def open(cls, root: str | Path) -> Store:
-        """A run directory that is there. InterpError if it is none, is damaged, or a newer interp made it."""
+        """Open an existing run directory. InterpError if it is none, is damaged, or was made by a newer interp."""
         root = Path(root)
         try:
             header = json.loads((root / "run.json").read_text(encoding="utf-8"))
@@ -130,8 +133,8 @@ class Store:
             raise InterpError(f"{root} is no run directory: it has no run.json") from None
         except (OSError, ValueError, RecursionError) as error:
             raise InterpError(f"{root}/run.json cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        wanted = {"kind": str, "schema": int, "digest": str, "n_parts": int, "config": dict}
-        if not isinstance(header, dict) or any(not isinstance(header.get(k), t) for k, t in wanted.items()):
+        types = {"kind": str, "schema": int, "digest": str, "n_parts": int, "config": dict}
+        if not isinstance(header, dict) or any(not isinstance(header.get(k), t) for k, t in types.items()):
             raise InterpError(f"{root}/run.json is not one that interp wrote")
         if header["schema"] > SCHEMA_VERSION:
             raise InterpError(
@@ -143,49 +146,48 @@ class Store:
         return cls(root, header)
 
     def leases(self) -> Leases:
-        """The leases of the run's parts."""
+        """Return the leases of the run's parts."""
         return open_leases(self.root / "leases", self.header.get("leases", "locks"))
 
     # ------------------------------------------------------------ parts
 
     def path(self, part: int) -> Path:
-        """Where a part is published."""
+        """Return where a part is published."""
         return self.root / "parts" / f"{part:06d}.parquet"
 
     def has(self, part: int) -> bool:
-        """Whether its name is taken: what there is, `inventory` says."""
+        """Return whether a file of that name exists; `inventory` says whether it is whole."""
         return os.path.lexists(self.path(part))
 
     def inventory(self) -> Inventory:
-        """What is there, by names and sizes."""
+        """Return the parts that exist, by names and sizes."""
         sizes, present, damaged = {}, {}, {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "parts") as entries:
             for entry in entries:
                 if not (match := _PART.fullmatch(entry.name)) or int(match[1]) >= self.n_parts:
                     continue
-                with contextlib.suppress(FileNotFoundError):  # put aside just now: the others are there all the same
+                with contextlib.suppress(FileNotFoundError):  # moved aside just now: the others still exist
                     if entry.is_file(follow_symlinks=False):
                         sizes[int(match[1])] = entry.stat(follow_symlinks=False).st_size
                     else:
-                        damaged[int(match[1])] = "it is a link, or no file at all"
-        known: dict[int, list[Receipt]] = {}
+                        damaged[int(match[1])] = "it is a link, or not a file"
+        receipts: dict[int, list[Receipt]] = {}
         with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self.root / "receipts"):  # after the parts: a receipt is there before its part
+            for name in os.listdir(self.root / "receipts"):  # after the parts: a receipt exists before its part
                 if (receipt := Receipt.parse(name)) is not None:
-                    known.setdefault(receipt.part, []).append(receipt)
+                    receipts.setdefault(receipt.part, []).append(receipt)
         for part, size in sizes.items():
-            fitting = [r for r in known.get(part, ()) if r.size == size]
+            fitting = [r for r in receipts.get(part, ()) if r.size == size]
             if fitting:
                 present[part] = fitting[0]
+            elif part in receipts:
+                damaged[part] = f"it has {size} bytes, its receipt says {min(r.size for r in receipts[part])}"
             else:
-                sizes_said = sorted({r.size for r in known.get(part, ())})
-                damaged[part] = (
-                    f"it has {size} bytes, its receipt says {sizes_said[0]}" if sizes_said else "it has no receipt"
-                )
+                damaged[part] = "it has no receipt"
         return Inventory(present, damaged)
 
     def commit(self, part: int, table: pa.Table, failed: int, note: dict[str, Any], about: dict[str, Any]) -> bool:
-        """Publish a part: receipt, then file, synced. False if somebody else published it first; theirs stands.
+        """Publish a part: receipt, then file, synced. False if another process published it first; its file stays.
 
         ``about`` goes into the Parquet metadata, ``note`` (times, process) only into the receipt.
         """
@@ -195,40 +197,43 @@ class Store:
         return publish_file(self.path(part), content)
 
     def leftovers(self) -> dict[int, list[Path]]:
-        """What attempts left that died while writing, by part. To be removed by the holder of the part's lease."""
-        found: dict[int, list[Path]] = {}
+        """Return temporary files of processes that died while writing, by part.
+
+        Only the holder of the part's lease may remove them.
+        """
+        files: dict[int, list[Path]] = {}
         for folder in ("parts", "receipts"):
             for name in os.listdir(self.root / folder):
                 if match := _LEFTOVER.fullmatch(name):
-                    found.setdefault(int(match[1]), []).append(self.root / folder / name)
-        return found
+                    files.setdefault(int(match[1]), []).append(self.root / folder / name)
+        return files
 
     def content(self, part: int, receipts: Iterable[Receipt] | None = None) -> bytes:
-        """A part's bytes, compared with its receipts. InterpError, naming the part, if they differ."""
+        """Return a part's bytes, compared with its receipts. InterpError, naming the part, if they differ."""
         if receipts is None:
             names = (p.name for p in (self.root / "receipts").glob(f"{part:06d}-*.json"))
             receipts = [r for r in map(Receipt.parse, names) if r is not None]
         path = self.path(part)
         if path.is_symlink():
             raise InterpError(f"{path} is a link, and is not followed")
-        found = path.read_bytes()
-        if digest_of(found) not in {r.digest for r in receipts}:
+        content = path.read_bytes()
+        if digest_of(content) not in {r.digest for r in receipts}:
             raise InterpError(
                 f"{path} is damaged: its contents do not match their checksum. Resume the run to compute it anew"
             )
-        return found
+        return content
 
     def table(self, part: int) -> pa.Table:
-        """A part, checked."""
+        """Return a part's table, checked."""
         return pq.read_table(pa.BufferReader(self.content(part)))
 
     def about(self, part: int) -> dict[str, Any]:
-        """What a part's metadata says: its provenance."""
+        """Return a part's metadata, with its provenance."""
         metadata = pq.read_metadata(pa.BufferReader(self.content(part))).metadata
         return json.loads(metadata[b"interp"])
 
     def verify(self, parts: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Compare parts with their digests; yields those that differ, and how."""
+        """Compare parts with their digests; yield those that differ, and how."""
         for part in parts:
             try:
                 self.content(part)
@@ -236,8 +241,8 @@ class Store:
                 yield part, str(error)
 
     def put_aside(self, part: int, lease: Lease) -> Path | None:
-        """Move a damaged (or failed) part out of the way, to be computed anew. By the holder of its lease."""
-        del lease  # asked for so that nobody forgets it
+        """Move a damaged (or failed) part aside, so that it is computed again. Only for the holder of its lease."""
+        del lease  # a parameter only so that no caller forgets to take it
         folder = self.root / "damaged"
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -256,7 +261,7 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def read_tables(store: Store) -> Iterator[pa.Table]:
-    """Every part's table in order, compared with its checksum. InterpError for a damaged one."""
+    """Yield every part's table in order, compared with its checksum. InterpError for a damaged one."""
     inventory = store.inventory()
     if inventory.damaged:
         part, why = next(iter(inventory.damaged.items()))
@@ -266,7 +271,7 @@ def read_tables(store: Store) -> Iterator[pa.Table]:
 
 
 def differences(before: Any, after: Any) -> list[str]:
-    """What changed from one document to another, one line a key."""
+    """Return what changed from one config document to another, one line per key."""
     old, new = _by_key(before), _by_key(after)
     lines = []
     for key in dict.fromkeys((*old, *new)):
@@ -276,6 +281,7 @@ def differences(before: Any, after: Any) -> list[str]:
 
 
 def _by_key(value: Any, path: tuple[str | int, ...] = ()) -> dict[str, str]:
+    """Flatten nested tables to their values as JSON, by dotted key."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
     if items is None or not value:
         return {dotted_key(path): json.dumps(value)}

@@ -1,7 +1,7 @@
-"""A worker process: ``python -m interp.jobs.worker RUN``. Started by the local executor, which it does not outlive.
+"""A worker process: ``python -m interp.jobs.worker RUN OPTIONS``, started by the local executor.
 
-It says what it does as JSON lines on its standard output. Its standard input is a line to its driver: "stop" ends it
-after the part in hand; when the line is cut, because the driver died, it ends at once.
+It reports events as JSON lines on its standard output. The line "stop" on its standard input ends it after the current
+part. When standard input is closed, because the driver died, it ends at once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from interp.errors import InterpError
 
 
 def main(arguments: list[str]) -> int:
-    """Runs to the end of the work; exit code 0, or 2 with a "fatal" event."""
+    """Compute parts until none is left. Returns exit code 0, or 2 after a "fatal" event."""
     root, options = arguments[0], json.loads(arguments[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole terminal; the driver decides what it means
-    said = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print goes to the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the driver handles it
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to the log
     lock, stop = threading.Lock(), threading.Event()
 
     def emit(event: dict[str, Any]) -> None:
         with lock:
-            said.write(json.dumps(event) + "\n")
-            said.flush()
+            events.write(json.dumps(event) + "\n")
+            events.flush()
 
     threading.Thread(target=_listen, args=(stop,), daemon=True).start()
     try:
@@ -41,10 +41,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _listen(stop: threading.Event) -> None:
+    """Wait for "stop"; end the process when standard input is closed."""
     for line in sys.stdin:
         if line.strip() == "stop":
             stop.set()
-    os._exit(3)  # the driver is gone: leases go with this process
+    os._exit(3)  # the driver died: the leases end with this process
 
 
 def _work(root: str, options: dict[str, Any], emit: Any, stop: threading.Event) -> None:
@@ -53,10 +54,9 @@ def _work(root: str, options: dict[str, Any], emit: Any, stop: threading.Event) 
 
     store = Store.open(root)
     leases = store.leases()
-    parts = options["parts"]
     work = Work(store, job_of(store), leases, emit, stop.is_set)
     work.left.update(dict.fromkeys(options.get("left", ()), ""))
-    work.through(range(*parts))
+    work.compute_parts(range(*options["parts"]))
     leases.close()
 
 

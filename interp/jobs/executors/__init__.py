@@ -1,1 +1,1 @@
-"""Where parts are computed: in this process, in local processes, by Ray."""
+"""Where parts are computed: in this process, in local processes, or by Ray."""

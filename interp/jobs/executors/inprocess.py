@@ -1,4 +1,4 @@
-"""In this process: one part after the other."""
+"""Compute parts in this process, one after the other."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, threads: int | None = 1,
     models: dict[str, Any] | None = None, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
-    """Work through the parts; returns those that were left, and why. ``models``: objects in place of loading."""
+    """Compute the parts; return those that were left, and why. ``models``: model objects to use instead of loading."""
     leases = store.leases()
     job = job_of(store, models=models) if models else job_of(store)
     work = Work(store, job, leases, emit, stopped)
     with limit_threads(threads):
-        work.through(parts)
+        work.compute_parts(parts)
     leases.close()
     return work.left

@@ -1,7 +1,7 @@
-"""Processes on this machine, each with its own model and threads. Parts are theirs to take: they share by leases.
+"""Compute parts in processes on this machine, each with its own model and threads; they share parts by leases.
 
-A worker that dies is replaced. A part that kills its worker time and again is left for another day, not marked: whether
-the part or the machine is to blame cannot be told.
+A worker that dies is replaced. A part that kills its workers repeatedly is left, but not marked as failed: whether the
+part or the machine is at fault is unknown.
 """
 
 from __future__ import annotations
@@ -26,12 +26,8 @@ from interp.utils.files import StorageError, writing
 
 COMMAND = (sys.executable, "-m", "interp.jobs.worker")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-MOST_DEATHS = 5  # of workers on one part, in one start of the sweep
+MOST_DEATHS = 5  # of workers on one part, in one start of the run
 LAST_LINES = 2000  # characters of a dead worker's log that are shown
-
-
-class Stopped(BaseException):
-    """The second ctrl-C: workers were ended where they stood."""
 
 
 @dataclass
@@ -41,12 +37,12 @@ class _Worker:
     log: Any
     part: int | None = None
     buffer: bytes = b""
-    asked: bool = False
+    stopping: bool = False
 
 
 @dataclass
 class Pool:
-    """The workers of one driver."""
+    """The worker processes of one driver."""
 
     store: Store
     parts: range
@@ -64,16 +60,16 @@ class Pool:
     fatal: str | None = None
 
     def run(self) -> dict[int, str]:
-        """Until every part is published or left, or the sweep is stopped; returns those left."""
+        """Work until every part is published or left, or the run is stopped; return the parts left."""
         try:
             for number in range(min(self.workers, len(self.parts))):
                 self._start(number)
             while self.living:
-                self._listen()
+                self._read_events()
                 if self.stopped() or self.fatal:
                     self._ask_to_stop()
         except BaseException:
-            self._end()
+            self._kill_all()
             raise
         finally:
             self.selector.close()
@@ -82,6 +78,7 @@ class Pool:
         return self.left
 
     def _start(self, number: int) -> None:
+        """Start a worker process."""
         options = {
             "parts": [self.parts.start, self.parts.stop, self.parts.step],
             "left": list(self.left),
@@ -91,7 +88,7 @@ class Pool:
             variables["CUDA_VISIBLE_DEVICES"] = self.devices[number % len(self.devices)]
         path = self.store.root / "drivers" / f"{os.getpid()}-worker-{number}.log"
         with writing(path):
-            log = open(path, "ab")  # noqa: SIM115 (its worker outlives this function)
+            log = open(path, "ab")  # noqa: SIM115 (the worker outlives this function)
         process = subprocess.Popen(
             [*self.command, str(self.store.root), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=log, env={**os.environ, **variables}, start_new_session=True,
@@ -103,18 +100,20 @@ class Pool:
         self.living[number] = worker
         self.emit({"event": "worker", "worker": number, "pid": process.pid})
 
-    def _listen(self) -> None:
+    def _read_events(self) -> None:
+        """Read what workers report, and notice those that ended."""
         for key, _ in self.selector.select(timeout=0.2):
             worker: _Worker = key.data
-            found = os.read(key.fd, 1 << 16)
-            if not found:
-                self._ended(worker)
+            output = os.read(key.fd, 1 << 16)
+            if not output:
+                self._handle_end(worker)
                 continue
-            *lines, worker.buffer = (worker.buffer + found).split(b"\n")
+            *lines, worker.buffer = (worker.buffer + output).split(b"\n")
             for line in lines:
-                self._heard(worker, json.loads(line))
+                self._handle_event(worker, json.loads(line))
 
-    def _heard(self, worker: _Worker, event: dict[str, Any]) -> None:
+    def _handle_event(self, worker: _Worker, event: dict[str, Any]) -> None:
+        """Record an event of a worker, and pass it on."""
         kind = event["event"]
         if kind == "started":
             worker.part = event["part"]
@@ -128,14 +127,14 @@ class Pool:
             return
         self.emit({**event, "worker": worker.number})
 
-    def _ended(self, worker: _Worker) -> None:
-        """A worker's output was closed: it is through, or it died."""
+    def _handle_end(self, worker: _Worker) -> None:
+        """Handle a worker that finished or died. Start another one if it died and parts are left."""
         assert worker.process.stdout is not None
         self.selector.unregister(worker.process.stdout)
         code = worker.process.wait()
         worker.log.close()
         del self.living[worker.number]
-        if code == 0 or self.fatal or worker.asked:
+        if code == 0 or self.fatal or worker.stopping:
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self.emit({"event": "died", "worker": worker.number, "part": worker.part, "reason": how})
@@ -143,7 +142,8 @@ class Pool:
             self.idle_deaths += 1
             if self.idle_deaths >= MOST_DEATHS * self.workers:
                 raise InterpError(
-                    f"workers die before they start ({how}); the log of the last one ends with:\n{self._last(worker)}"
+                    f"workers die before they start ({how}); the log of the last one ends with:\n"
+                    f"{self._last_lines(worker)}"
                 )
         else:
             self.deaths[worker.part] += 1
@@ -154,22 +154,24 @@ class Pool:
         if not self.stopped() and any(p not in self.left and not self.store.has(p) for p in self.parts):
             self._start(worker.number)
 
-    def _last(self, worker: _Worker) -> str:
+    def _last_lines(self, worker: _Worker) -> str:
+        """Return the end of a worker's log."""
         with contextlib.suppress(OSError), open(worker.log.name, "rb") as file:
             return file.read()[-LAST_LINES:].decode(errors="replace")
         return ""
 
     def _ask_to_stop(self) -> None:
+        """Tell every worker to stop after its current part."""
         for worker in self.living.values():
-            if not worker.asked:
-                worker.asked = True
+            if not worker.stopping:
+                worker.stopping = True
                 assert worker.process.stdin is not None
                 with contextlib.suppress(OSError):
                     worker.process.stdin.write(b"stop\n")
                     worker.process.stdin.flush()
 
-    def _end(self) -> None:
-        """Ends all workers now; their leases go with them."""
+    def _kill_all(self) -> None:
+        """Kill all workers; their leases end with them."""
         for worker in self.living.values():
             worker.process.kill()
         deadline = time.monotonic() + 5
@@ -183,5 +185,5 @@ def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, workers: int, threads: int = 1,
     devices: Sequence[str] = (), command: tuple[str, ...] | None = None, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
-    """Work through the parts with ``workers`` processes of ``threads`` threads each; returns those left, and why."""
+    """Compute the parts in ``workers`` processes of ``threads`` threads each; return those left, and why."""
     return Pool(store, parts, emit, stopped, workers, threads, list(devices), command or COMMAND).run()

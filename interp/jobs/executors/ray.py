@@ -1,10 +1,9 @@
-"""Ray: one actor holds one model; the driver holds the leases and writes, so that nodes need no shared disk.
+"""Compute parts with Ray: one actor holds one model; the driver holds the leases and writes, so nodes share no disk.
 
-What an actor needs of the run (prompts of one's own, frozen prompts) goes to it through the object store, once a node.
-Base runs do not: an activation of a prompt takes longer to move than to compute. In flight are two parts an actor: one
-being computed, one waiting. An actor that dies, with its worker or its node (a spot instance taken back), is started
-anew as soon as there is room; its parts are handed out again at once, to those that live. interp must be installed on
-every node.
+What an actor needs of the run (custom prompts, frozen prompts) is sent through the object store, once per node. Base
+runs are not: an activation of a prompt takes longer to send than to compute. Each actor has two parts: one that it
+computes and one that waits. An actor that dies, with its worker or its node (a spot instance that is reclaimed), is
+started again as soon as a node has room; its parts go to living actors at once. interp must be installed on every node.
 """
 
 from __future__ import annotations
@@ -28,60 +27,62 @@ from interp.jobs.store import Store
 from interp.jobs.work import POLL, Emit, StoreFiles, job_class, job_of, memory
 from interp.utils.threads import limit_threads
 
-SILENCE = 30.0  # seconds; Ray itself ends the process, without a word of the run, after 60
+SILENCE = 30.0  # seconds; after 60, Ray itself ends the process, without a message about the run
 IN_FLIGHT = 2  # parts of each actor
 
 
-class _Blobs:
-    """The run's small files on an actor: what the driver sent, and what was made here and is to be sent back."""
+class _ActorFiles:
+    """The run's small files on an actor: those that the driver sent, and new ones to send back."""
 
     def __init__(self, sent: dict[str, bytes]):
-        self.sent, self.made = dict(sent), {}
+        self.sent, self.new = dict(sent), {}
 
     def get(self, name: str) -> bytes | None:
         return self.sent.get(name)
 
     def keep(self, name: str, content: bytes) -> bytes:
-        self.made[name] = content
+        self.new[name] = content
         return self.sent.setdefault(name, content)
 
 
 class Actor:
-    """Computes parts on a node."""
+    """Compute parts on a node."""
 
-    def __init__(self, kind: str, document: dict[str, Any], blobs: dict[str, bytes], threads: int):
-        self.kind, self.document, self.blobs, self.threads = kind, document, _Blobs(blobs), threads
+    def __init__(self, kind: str, document: dict[str, Any], files: dict[str, bytes], threads: int):
+        self.kind, self.document, self.files, self.threads = kind, document, _ActorFiles(files), threads
         self.job: Any = None
 
     def pid(self) -> int:
-        """Of its process."""
+        """Return the id of the actor's process."""
         return os.getpid()
 
     def compute(self, part: int, name: str, frozen: bytes | None) -> dict[str, Any]:
-        """One part's table as Arrow bytes, with what belongs to it. ``frozen``: its prompts, if the run has them."""
-        if self.job is None or (frozen is not None and self.blobs.get(name) not in (None, frozen)):
-            self.job = job_class(self.kind)(self.document, self.blobs)
+        """Compute a part; return its table as Arrow bytes, with notes. ``frozen``: its prompts, if the run has them."""
+        if self.job is None or (frozen is not None and self.files.get(name) not in (None, frozen)):
+            self.job = job_class(self.kind)(self.document, self.files)
         if frozen is not None:
-            self.blobs.sent[name] = frozen
+            self.files.sent[name] = frozen
         start = time.perf_counter()
         try:
             with limit_threads(self.threads):
-                found = self.job.compute(part)
+                result = self.job.compute(part)
         except ModelError as error:
             return {"left": str(error)}
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, found.table.schema) as writer:
-            writer.write_table(found.table)
-        note = {**found.note, "seconds": round(time.perf_counter() - start, 3), "by": holder()}
-        made, self.blobs.made = self.blobs.made, {}
+        with pa.ipc.new_stream(sink, result.table.schema) as writer:
+            writer.write_table(result.table)
+        note = {**result.note, "seconds": round(time.perf_counter() - start, 3), "by": holder()}
+        new, self.files.new = self.files.new, {}
         return {
-            "table": sink.getvalue().to_pybytes(), "failed": found.failed, "about": found.about, "note": note,
-            "made": made, "memory": memory(),
+            "table": sink.getvalue().to_pybytes(), "failed": result.failed, "about": result.about, "note": note,
+            "new": new, "memory": memory(),
         }  # fmt: skip
 
 
 @dataclass
-class _Sent:
+class _Submission:
+    """A part that an actor has."""
+
     actor: int
     part: int
     lease: Lease
@@ -89,7 +90,7 @@ class _Sent:
 
 @dataclass
 class Cluster:
-    """One driver's actors and what they are computing."""
+    """The actors of one driver, and what they compute."""
 
     ray: Any
     store: Store
@@ -98,16 +99,16 @@ class Cluster:
     threads: int
     gpus: float
     actors: dict[int, Any] = field(default_factory=dict)
-    starting: dict[Any, int] = field(default_factory=dict)  # actors that wait for room on a node, by what they answer
-    sent: dict[Any, _Sent] = field(default_factory=dict)
+    starting: dict[Any, int] = field(default_factory=dict)  # actors that wait for room on a node, by their future
+    sent: dict[Any, _Submission] = field(default_factory=dict)
     deaths: Counter[int] = field(default_factory=Counter)
     idle_deaths: int = 0
     left: dict[int, str] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)
-    silent: float | None = None  # since when the cluster has not answered
+    silent: float | None = None  # since when the cluster does not answer
 
     def run(self, parts: range, workers: int) -> dict[int, str]:
-        """Until every part is published or left, or the sweep is stopped; returns those left."""
+        """Work until every part is published or left, or the run is stopped; return the parts left."""
         self.job = remote_job(self.store)
         self.files, self.leases = StoreFiles(self.store), self.store.leases()
         inputs = {f"inputs/{p.name}": p.read_bytes() for p in (self.store.root / "inputs").iterdir()}
@@ -118,16 +119,16 @@ class Cluster:
                 self._start(number)
             while (todo or self.sent) and not (self.stopped() and not self.sent):
                 self._check_cluster()
-                handed = self._hand_out(todo)
+                n_submitted = self._hand_out(todo)
                 if self.sent or self.starting:
                     ready, _ = self.ray.wait([*self.sent, *self.starting], timeout=POLL)
                     for reference in ready:
                         if reference in self.starting:
-                            self._started(reference)
+                            self._handle_start(reference)
                         elif reference in self.sent:  # not lost meanwhile with another part of its actor
-                            self._back(reference, todo)
-                elif todo and not handed:
-                    time.sleep(POLL)  # all that is left is in other drivers' hands
+                            self._handle_result(reference, todo)
+                elif todo and not n_submitted:
+                    time.sleep(POLL)  # other drivers have all parts that are left
         finally:
             for actor in self.actors.values():
                 with contextlib.suppress(Exception):
@@ -138,29 +139,30 @@ class Cluster:
         return self.left
 
     def _check_cluster(self) -> None:
-        """With actors lost or awaited: InterpError if nobody has answered for them for a while."""
+        """Raise InterpError if actors are starting and the cluster has not answered for a while."""
         if not self.starting:
             self.silent = None
             return
         address = str(getattr(self.ray.get_runtime_context(), "gcs_address", ""))
-        if not (unheard := _unheard(address)):
+        if not (failure := _connection_failure(address)):
             self.silent = None
             return
         self.silent = self.silent or time.monotonic()
         if time.monotonic() - self.silent > SILENCE:
             raise InterpError(
-                f"the Ray cluster at {address} is gone ({unheard}); what is finished is kept: resume when it is there "
-                "again, or with another executor"
+                f"the Ray cluster at {address} is gone ({failure}); what is finished is kept: resume when it is back, "
+                "or with another executor"
             )
 
     def _start(self, number: int) -> None:
+        """Start an actor."""
         variables = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         remote = self.ray.remote(num_cpus=self.threads, num_gpus=self.gpus, runtime_env={"env_vars": variables})(Actor)
         self.actors[number] = remote.remote(self.store.kind, self.store.document, self.inputs, self.threads)
         self.starting[self.actors[number].pid.remote()] = number
 
-    def _started(self, reference: Any) -> None:
-        """An actor has room and is there; or it died of what it found there."""
+    def _handle_start(self, reference: Any) -> None:
+        """Handle an actor that has started on a node, or died there."""
         number = self.starting.pop(reference)
         try:
             pid = self.ray.get(reference)
@@ -174,11 +176,11 @@ class Cluster:
         self.emit({"event": "worker", "worker": number, "pid": pid})
 
     def _hand_out(self, todo: deque[int]) -> int:
-        """Gives waiting parts to actors that have room; returns how many."""
+        """Give waiting parts to actors that have room; return how many."""
         busy = Counter(s.actor for s in self.sent.values())
-        handed, skipped = 0, []
-        there = [n for n in self.actors if n not in self.starting.values()]
-        room = [n for more in range(IN_FLIGHT) for n in there if busy[n] + more < IN_FLIGHT]
+        n_submitted, skipped = 0, []
+        ready = [n for n in self.actors if n not in self.starting.values()]
+        room = [n for more in range(IN_FLIGHT) for n in ready if busy[n] + more < IN_FLIGHT]
         while todo and room and not self.stopped():
             part = todo.popleft()
             if self.store.has(part) or part in self.left:
@@ -191,83 +193,90 @@ class Cluster:
                 lease.release()
                 continue
             self._submit(room.pop(0), part, lease)
-            handed += 1
+            n_submitted += 1
         todo.extend(skipped)
-        return handed
+        return n_submitted
 
     def _submit(self, actor: int, part: int, lease: Lease) -> None:
+        """Send a part to an actor, with its prompts if the run has them."""
         name = self.job.shared_file(part)
         if name not in self.frozen and (content := self.files.get(name)) is not None:
             self.frozen[name] = self.ray.put(content)
         reference = self.actors[actor].compute.remote(part, name, self.frozen.get(name))
-        self.sent[reference] = _Sent(actor, part, lease)
+        self.sent[reference] = _Submission(actor, part, lease)
         self.emit({"event": "started", "part": part, "worker": actor})
 
-    def _back(self, reference: Any, todo: deque[int]) -> None:
+    def _handle_result(self, reference: Any, todo: deque[int]) -> None:
+        """Publish a part that an actor returned, or handle the actor's failure."""
         sent = self.sent.pop(reference)
         try:
-            found = self.ray.get(reference)
+            result = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
             sent.lease.release()
             raise InterpError(f"part {sent.part} could not be computed: {error.cause!r}") from None
         except self.ray.exceptions.RayError as error:
-            self._lost(sent, type(error).__name__, todo)
+            self._handle_death(sent, type(error).__name__, todo)
             return
         try:
-            self._publish(sent, found, todo)
+            self._publish(sent, result, todo)
         finally:
             sent.lease.release()
 
-    def _publish(self, sent: _Sent, found: dict[str, Any], todo: deque[int]) -> None:
-        if "left" in found:
-            self.left[sent.part] = found["left"]
-            self.emit({"event": "left", "part": sent.part, "reason": found["left"], "worker": sent.actor})
+    def _publish(self, sent: _Submission, result: dict[str, Any], todo: deque[int]) -> None:
+        """Publish a part's table, or record why it was left."""
+        if "left" in result:
+            self.left[sent.part] = result["left"]
+            self.emit({"event": "left", "part": sent.part, "reason": result["left"], "worker": sent.actor})
             return
-        for name, content in found["made"].items():
-            if self.files.keep(name, content) != content:  # others froze another set first: theirs counts
+        for name, content in result["new"].items():
+            if self.files.keep(name, content) != content:  # another process froze another set first: that one counts
                 todo.append(sent.part)
                 return
-        table = pa.ipc.open_stream(found["table"]).read_all()
-        if self.store.commit(sent.part, table, found["failed"], found["note"], found["about"]):
-            done = {"event": "done", "part": sent.part, "rows": table.num_rows, "failed": found["failed"]}
-            self.emit({**done, "seconds": found["note"]["seconds"], "memory": found["memory"], "worker": sent.actor})
+        table = pa.ipc.open_stream(result["table"]).read_all()
+        if self.store.commit(sent.part, table, result["failed"], result["note"], result["about"]):
+            done = {"event": "done", "part": sent.part, "rows": table.num_rows, "failed": result["failed"]}
+            self.emit({**done, "seconds": result["note"]["seconds"], "memory": result["memory"], "worker": sent.actor})
 
-    def _lost(self, sent: _Sent, how: str, todo: deque[int]) -> None:
-        """An actor died: all that it had goes back, and another one is started."""
-        lost = [sent, *(self.sent.pop(r) for r, s in list(self.sent.items()) if s.actor == sent.actor)]
-        for one in lost:
-            one.lease.release()
-            todo.appendleft(one.part)
+    def _handle_death(self, sent: _Submission, how: str, todo: deque[int]) -> None:
+        """Put the parts of a dead actor back, and start another actor."""
+        lost_parts = [sent, *(self.sent.pop(r) for r, s in list(self.sent.items()) if s.actor == sent.actor)]
+        for lost in lost_parts:
+            lost.lease.release()
+            todo.appendleft(lost.part)
         self.deaths[sent.part] += 1
-        said = {"worker": sent.actor, "part": sent.part}
-        self.emit({"event": "died", "reason": f"was lost ({how})", **said})
+        where = {"worker": sent.actor, "part": sent.part}
+        self.emit({"event": "died", "reason": f"was lost ({how})", **where})
         if self.deaths[sent.part] >= MOST_DEATHS:
             reason = f"{MOST_DEATHS} actors were lost while they computed it ({how})"
             self.left[sent.part] = reason
-            self.emit({"event": "left", "reason": reason, **said})
+            self.emit({"event": "left", "reason": reason, **where})
         with contextlib.suppress(Exception):
             self.ray.kill(self.actors[sent.actor])
         self._start(sent.actor)
 
 
 def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
-    """Become a driver of a cluster that runs. InterpError if it cannot be."""
-    if unheard := _unheard(address):
+    """Join a running cluster. InterpError if that fails."""
+    if failure := _connection_failure(address):
         raise InterpError(
-            f"no Ray cluster answers at {address} ({unheard}). `ray start --head` says the address of the one it starts"
+            f"no Ray cluster answers at {address} ({failure}). `ray start --head` prints the address of the one "
+            "that it starts"
         )
     try:
         ray.init(address=address, **options)
     except Exception as error:
         raise InterpError(
             f"cannot join the Ray cluster at {address}: {error}. Does `ray status --address {address}` show it, with "
-            f"this Ray ({ray.__version__}) and this Python? One that was started with a token wants it of every "
-            "driver: export RAY_AUTH_MODE=token"
+            f"this Ray ({ray.__version__}) and this Python? A cluster that was started with a token needs it from "
+            "every driver: export RAY_AUTH_MODE=token"
         ) from None
 
 
-def _unheard(address: str) -> str | None:
-    """Why nobody answers at host:port; None if somebody does, or it is no such address. (Ray tries for minutes.)"""
+def _connection_failure(address: str) -> str | None:
+    """Return why nothing answers at host:port; None if something does, or the address has another form.
+
+    Checked here because Ray itself keeps trying for minutes.
+    """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not colon or not port.isdigit():
         return None
@@ -292,14 +301,14 @@ def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, workers: int, threads: int = 1,
     address: str | None = None, gpus: float = 0, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
-    """Work through the parts with Ray actors; returns those left, and why. ``workers`` 0: as many as fit."""
+    """Compute the parts with Ray actors; return those left, and why. ``workers`` 0: as many as fit."""
     remote_job(store)
     try:
         import ray
     except ImportError:
         raise InterpError("executor 'ray' needs Ray: pip install 'interp[ray]'") from None
-    mine = not ray.is_initialized()
-    if mine:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         local: dict[str, Any] = {"include_dashboard": False, "num_cpus": max(workers * threads, os.cpu_count() or 1)}
         if address is None:
@@ -307,13 +316,13 @@ def run(
         else:
             _join(ray, address, quiet)
     try:
-        whole = ray.cluster_resources()
-        fits = int(whole.get("GPU", 0) // gpus) if gpus else int(whole.get("CPU", 1) // threads)
+        resources = ray.cluster_resources()
+        fits = int(resources.get("GPU", 0) // gpus) if gpus else int(resources.get("CPU", 1) // threads)
         if fits < 1:
             raise InterpError(
-                f"the cluster has {whole.get('CPU', 0):g} CPUs and {whole.get('GPU', 0):g} GPUs: no worker fits"
+                f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs: no worker fits"
             )
         return Cluster(ray, store, emit, stopped, threads, gpus).run(parts, min(workers, fits) if workers else fits)
     finally:
-        if mine:
+        if starts_ray:
             ray.shutdown()
