@@ -9,7 +9,7 @@ import interp
 from interp.doctor.families.text import tiny_hf
 from interp.errors import TaskError
 from interp.prompts.pairs import PairSet
-from interp.sweep.task_check import FIRST, BaseRuns, asked, clear
+from interp.sweep.task_check import FIRST, BaseRuns, check_task, is_decided
 
 
 class Counting(BaseRuns):
@@ -52,7 +52,7 @@ def test_all_are_asked_where_some_leave_it_open(model) -> None:
         runs = Counting(model, wrong)
         runs.right = model.coder.continuation("w95")[0]
         try:
-            return asked(runs, pairs, lambda some: PairSet(some, task="made up"), require), runs.seen
+            return check_task(runs, pairs, lambda some: PairSet(some, task="made up"), require), runs.seen
         except TaskError as error:
             return str(error), runs.seen
 
@@ -70,4 +70,4 @@ def test_all_are_asked_where_some_leave_it_open(model) -> None:
 ])  # fmt: skip
 def test_wilsons_interval_decides(right: int, n: int, least: float, is_clear: bool) -> None:
     score_test = abs(right / n - least) > 1.96 * (least * (1 - least) / n) ** 0.5  # of which it is the inverse
-    assert clear(right / n, n, least) == is_clear == (least <= 0 or score_test)
+    assert is_decided(right / n, n, least) == is_clear == (least <= 0 or score_test)

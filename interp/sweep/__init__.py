@@ -1,7 +1,7 @@
-"""Sweeps that survive: one TOML file, one run directory, one table, whatever stops them in between.
+"""Sweeps that can be resumed: one TOML file, one run directory, one table, whatever interrupts them.
 
-`config` says what is run, `store` keeps it, `leases` share it, `work` computes it, `executors` decide where, `drive`
-brings it to its end.
+`config` defines what is run, `effects_job` computes a part of it, and `interp.jobs` stores, shares and completes the
+parts. `plan` estimates the cost, `export` writes the table.
 """
 
 from __future__ import annotations

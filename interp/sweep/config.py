@@ -1,7 +1,7 @@
 """A sweep's config: models × tasks × recipes × sites × seeds, typed, from TOML, with errors that name key and line.
 
-What decides results is in here, and in the config's digest. How a sweep is carried out (executor, workers, folders) is
-not: that is said when it is started, and may differ from one start to the next.
+The config, and its digest, contain everything that decides results. How a sweep is carried out (executor, workers,
+folders) is not part of it: that is given at each start, and may differ from one start to the next.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from interp.sweep.toml_lines import key_lines
 from interp.utils.checks import list_of, name, one_of, text, whole, without_none
 
 VERSION = 1
-MOST_BYTES = 2**20  # of a config: a page of text has 3,000
+MOST_BYTES = 2**20  # of a config; a page of text has 3,000
 MOST_PARTS = 1_000_000
 MOST_EXAMPLES = 100_000  # of a part, which is held in memory
 
 
 @dataclass(frozen=True)
 class Part:
-    """The smallest piece of a sweep that is computed and stored as one: some examples of one combination."""
+    """The unit that is computed and stored together: some examples of one combination."""
 
     number: int
     model: ModelSpec
@@ -51,7 +51,7 @@ class Part:
 
     @property
     def combination(self) -> tuple[str, str, str, str, int]:
-        """What its rows have in common."""
+        """Names of model, task, recipe and sites, and the seed, that all rows of the part share."""
         return self.model.name, self.task.name, self.recipe.name, self.sites.name if self.sites else "", self.seed
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole sweep. ``document`` is what it was made of, with every default spelled out: the frozen form."""
+    """A whole sweep. ``document`` is its frozen form: plain tables with every default written out."""
 
     name: str
     seeds: tuple[int, ...]
@@ -77,7 +77,7 @@ class Config:
 
     @cached_property
     def document(self) -> dict[str, Any]:
-        """The config as plain tables, every default spelled out; `parse` reads it back."""
+        """The config as plain tables with every default written out; `parse` reads it back."""
         shown: dict[str, Any] = {
             "version": VERSION, "name": self.name, "seeds": list(self.seeds),
             "examples_per_part": self.examples_per_part, "engine": self.engine, "memory": self.memory,
@@ -101,12 +101,12 @@ class Config:
 
     @property
     def digest(self) -> str:
-        """A hash of everything that decides results."""
+        """Hash of everything that decides results."""
         return hashlib.blake2b(json.dumps(self.document, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @cached_property
     def parts(self) -> list[Part]:
-        """All parts, in order: the parts of one model stand together."""
+        """All parts, in order; the parts of one model are consecutive."""
         return list(self._parts())
 
     def _parts(self) -> Iterator[Part]:
@@ -121,39 +121,39 @@ class Config:
                         for label in recipe.sites or (None,):
                             for start in range(0, task.n, self.examples_per_part):
                                 examples = range(start, min(start + self.examples_per_part, task.n))
-                                chosen = sites[label] if label is not None else None
-                                yield Part(number, model, tasks[task.name], recipe, chosen, seed, examples)
+                                swept = sites[label] if label is not None else None
+                                yield Part(number, model, tasks[task.name], recipe, swept, seed, examples)
                                 number += 1
 
     def file_of(self, task: TaskSpec) -> Path:
-        """Where the prompts of a task of one's own were read."""
+        """Return the file of a task with custom prompts."""
         assert task.pairs is not None
         return (self.folder or Path()) / task.pairs
 
 
 def read_config(path: str | Path) -> Config:
-    """Read and check a TOML file. InterpError, naming file, line and key, for whatever is wrong with it."""
+    """Read and check a TOML file. Raises InterpError with file, line and key for anything wrong."""
     return parse_toml(config_text(path), str(path), Path(path).parent)
 
 
 def config_text(path: str | Path) -> str:
-    """What a config's file holds, which may be a pipe. InterpError if it cannot be read, or is no page of text."""
+    """Return the text of a config file, which may be a pipe. InterpError if it cannot be read, or is too long."""
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
-        found = content.decode("utf-8-sig", errors="strict" if len(content) <= MOST_BYTES else "replace")
+        decoded = content.decode("utf-8-sig", errors="strict" if len(content) <= MOST_BYTES else "replace")
     except (OSError, ValueError) as error:
         raise InterpError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > MOST_BYTES:
         raise InterpError(
-            f"{path} has more than a config may have, {MOST_BYTES / 1e6:.0f} MB: is it the right file? Prompts belong "
-            "in a .csv or .jsonl file of their own (pairs = …)"
+            f"{path} is longer than a config may be, {MOST_BYTES / 1e6:.0f} MB: is it the right file? Prompts belong "
+            "in a separate .csv or .jsonl file (pairs = …)"
         )
-    return found.replace("\r\n", "\n")
+    return decoded.replace("\r\n", "\n")
 
 
 def parse_toml(content: str, file: str = "the config", folder: Path | None = None) -> Config:
-    """The config that a TOML text says."""
+    """Return the config of a TOML text."""
     try:
         document = tomllib.loads(content)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -162,7 +162,10 @@ def parse_toml(content: str, file: str = "the config", folder: Path | None = Non
 
 
 def parse(document: Any, source: Source | None = None, folder: Path | None = None) -> Config:
-    """The config that plain tables say. ``folder``: against which files are read; None: they are not read again."""
+    """Return the config of plain tables.
+
+    ``folder``: files are read relative to it. None: of a run that exists already, whose files are not read again.
+    """
     source = source or Source("the config", {})
     top = Table(source, (), document)
     version = top.take("version", whole(1), VERSION)
@@ -178,22 +181,23 @@ def parse(document: Any, source: Source | None = None, folder: Path | None = Non
         for key in ("models", "tasks", "recipes", "sites")
     }
     top.done()
-    read = {key: [Table(source, (key, i), t) for i, t in enumerate(listed)] for key, listed in raw.items()}
+    read = {key: [Table(source, (key, i), t) for i, t in enumerate(tables)] for key, tables in raw.items()}
     models = tuple(read_model(t, folder is not None) for t in read["models"])
     tasks = tuple(read_task(t, folder) for t in read["tasks"])
     sites = tuple(read_sites(t, folder is not None) for t in read["sites"])
     recipes = tuple(read_recipe(t, tasks, sites, folder is not None) for t in read["recipes"])
-    for key, listed in (("models", models), ("tasks", tasks), ("recipes", recipes), ("sites", sites)):
-        names = [item.name for item in listed]
+    for key, specs in (("models", models), ("tasks", tasks), ("recipes", recipes), ("sites", sites)):
+        names = [spec.name for spec in specs]
         twice = next((i for i, n in enumerate(names) if n in names[:i]), None)
         if twice is not None:
-            raise source.refuse((key, twice), f": a second one named {names[twice]!r}; give each its own name = …")
+            raise source.refuse((key, twice), f": a second one named {names[twice]!r}; give each a different name = …")
     config = Config(label, tuple(seeds), size, engine, memory, models, tasks, recipes, sites, folder)
     _check_product(config, source)
     return config
 
 
 def _memory(value: Any) -> str:
+    """A number of bytes with a unit, such as 4GiB."""
     from interp.engine.budget import as_bytes
 
     try:
@@ -204,13 +208,14 @@ def _memory(value: Any) -> str:
 
 
 def _tables(value: Any) -> list[Any]:
+    """One or more tables."""
     if not isinstance(value, list) or not value:
         raise ValueError("one or more tables expected, written [[…]]")
     return value
 
 
 def _check_product(config: Config, source: Source) -> None:
-    """Refuse what would run nothing, the same thing twice, or for ever."""
+    """Raise InterpError for a config with unused tables, repeated results or too many parts."""
     used = {s for r in config.recipes for s in r.sites}
     for i, site in enumerate(config.sites):
         if site.name not in used:
@@ -225,7 +230,7 @@ def _check_product(config: Config, source: Source) -> None:
             raise source.refuse(
                 ("recipes", i),
                 f": {recipe.recipe} on {fixed[0]!r} has nothing random in it, so that {len(config.seeds)} seeds "
-                "would count the same numbers several times; give seeds = [0], or other tasks",
+                "would count the same numbers several times; use seeds = [0], or other tasks",
             )
     n = sum(
         -(-t.n // config.examples_per_part) * max(1, len(r.sites)) * len(config.seeds) * len(config.models)
@@ -234,5 +239,5 @@ def _check_product(config: Config, source: Source) -> None:
     if n > MOST_PARTS:
         raise source.refuse(
             ("examples_per_part",),
-            f": {n} parts, and at most {MOST_PARTS} can be kept apart; take more examples in a part",
+            f": {n} parts, and a run has at most {MOST_PARTS}; put more examples in a part",
         )

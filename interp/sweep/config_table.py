@@ -1,4 +1,4 @@
-"""Reading one table of a config key by key: typed, with messages that name the key, the line and the remedy."""
+"""Read one table of a config key by key, typed, with errors that name the key, the line and the remedy."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ REQUIRED: Any = object()
 
 
 class Source:
-    """Where a config was read: its file and the line of each key."""
+    """The file that a config was read from, and the line of each key."""
 
     def __init__(self, file: str, lines: Mapping[tuple[str | int, ...], int]):
         self.file, self.lines = file, lines
 
     def refuse(self, path: tuple[str | int, ...], message: str) -> InterpError:
-        """The error to raise about the key at ``path``."""
-        known = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
-        where = self.file if known is None else f"{self.file}, line {known}"
+        """Return the error to raise about the key at ``path``."""
+        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+        where = self.file if line is None else f"{self.file}, line {line}"
         return InterpError(f"{where}: {dotted_key(path)}{message}")
 
 
 class Table:
-    """One table of the config; keys are taken out of it, and none may be left."""
+    """One table of the config. Its keys are taken one by one; `done` refuses keys that were not taken."""
 
     def __init__(self, source: Source, path: tuple[str | int, ...], table: Any):
         if not isinstance(table, dict):
@@ -38,7 +38,7 @@ class Table:
         return key in self.table
 
     def take(self, key: str, check: Check, default: Any = REQUIRED) -> Any:
-        """The value of a key, checked; its default if it is not there. InterpError for anything else."""
+        """Return the checked value of a key, or its default if it is missing. InterpError for anything else."""
         self.taken.append(key)
         if key not in self.table:
             if default is REQUIRED:
@@ -52,13 +52,13 @@ class Table:
             raise self.refuse(key, f" = {self.table[key]!r:.80}: {error}") from None
 
     def refuse(self, key: str, message: str) -> InterpError:
-        """The error to raise about one of its keys."""
+        """Return the error to raise about one of its keys."""
         return self.source.refuse((*self.path, key), message)
 
     def done(self) -> None:
-        """InterpError if a key was not asked for."""
+        """Raise InterpError if the table has a key that was not taken."""
         for key in self.table:
             if key not in self.taken:
                 close = difflib.get_close_matches(key, self.taken, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(self.taken)}"
+                hint = f"did you mean {close[0]!r}?" if close else f"keys: {', '.join(self.taken)}"
                 raise self.refuse(key, f" is not a known key; {hint}")

@@ -105,11 +105,11 @@ class EffectsJob:
 
     def _ask(self, model: Any, part: Part, prompts: Prompts) -> str:
         """How well a model does a task, by its prompts; leaves the model warmed up for these."""
-        from interp.sweep.task_check import BaseRuns, asked
+        from interp.sweep.task_check import BaseRuns, check_task
 
         self.warm_up(model, prompts)
         runs = BaseRuns(model, self.config.engine, self.config.memory)
-        return asked(runs, prompts, lambda some: as_task(some, part.task, part.seed), part.task.require)
+        return check_task(runs, prompts, lambda some: as_task(some, part.task, part.seed), part.task.require)
 
     def warm_up(self, model: Any, prompts: Prompts, anew: bool = False) -> None:
         """Make what the engine knows about a model the same before every part of these prompts."""

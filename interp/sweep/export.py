@@ -21,10 +21,10 @@ MOST_ON_A_PAGE = 2_000_000  # cells
 
 
 def export(store: Store, target: Path, format: str | None = None) -> Path:
-    """Write the whole table to one file, by its ending: .parquet, .csv or .html. Whole or not at all."""
+    """Write the whole table to one file, whole or not at all. Its ending decides: .parquet, .csv or .html."""
     kind = format or FORMATS.get(target.suffix.lower())
     if kind is None or kind not in FORMATS.values():
-        raise InterpError(f"{target}: a name that ends with .parquet, .csv or .html expected, or --format")
+        raise InterpError(f"{target}: a name that ends with .parquet, .csv or .html, or --format, is expected")
     if kind == "html":
         return _page(store, target)
     with result_file(target) as file:
@@ -34,7 +34,7 @@ def export(store: Store, target: Path, format: str | None = None) -> Path:
 
 
 def _write(store: Store, file: BinaryIO, kind: str) -> int:
-    """Part by part: what is in memory is one part."""
+    """Write the tables, one part in memory at a time; return the number of rows."""
     writer: Any = None
     rows = 0
     for table in read_tables(store):
@@ -54,19 +54,19 @@ def _write(store: Store, file: BinaryIO, kind: str) -> int:
 
 
 def effects_by_combination(store: Store) -> dict[str, Effects]:
-    """The finished cells as Effects, one for each model × task × recipe × sites, over all seeds.
+    """Return the finished cells as Effects, one for each model × task × recipe × sites, over all seeds.
 
-    Examples of further seeds are counted on from those of the first, so that no two are taken for one.
+    Examples of further seeds are numbered after those of the first, so that no two examples share a number.
     """
-    found: dict[str, list[tuple[pa.Table, dict[str, Any]]]] = {}
+    by_title: dict[str, list[tuple[pa.Table, dict[str, Any]]]] = {}
     for part in sorted(store.inventory().present):
         table = store.table(part)
         labels = [str(table[name][0]) for name in ("model", "task", "recipe", "sites")] if table.num_rows else []
-        found.setdefault(" · ".join(x for x in labels if x), []).append((table, store.about(part)))
+        by_title.setdefault(" · ".join(x for x in labels if x), []).append((table, store.about(part)))
     sizes = {t["name"]: t["n"] for t in store.document.get("tasks", ())}
     seeds = {seed: i for i, seed in enumerate(store.document.get("seeds", [0]))}
     out = {}
-    for title, parts in found.items():
+    for title, parts in by_title.items():
         whole = pa.concat_tables([t for t, _ in parts])
         frame: Any = as_frame(whole.filter(whole["error"].is_null()))
         if frame.empty:
@@ -80,6 +80,7 @@ def effects_by_combination(store: Store) -> dict[str, Effects]:
 
 
 def _page(store: Store, target: Path) -> Path:
+    """Write the finished cells as an HTML report."""
     from interp.plots.report import report
 
     inventory = store.inventory()
@@ -87,10 +88,10 @@ def _page(store: Store, target: Path) -> Path:
         raise InterpError(
             f"{inventory.rows:,} cells are too many for one page (at most {MOST_ON_A_PAGE:,}): export .parquet"
         )
-    found = effects_by_combination(store)
-    if not found:
+    effects = effects_by_combination(store)
+    if not effects:
         raise InterpError(f"{store.root} has no finished cell yet")
-    title, there = str(store.document.get("name", store.root.name)), len(inventory.present)
-    if there < store.n_parts:
-        title += f" (unfinished: {there:,} of {store.n_parts:,} parts)"
-    return report(found, title=title).write(target)
+    title, n_present = str(store.document.get("name", store.root.name)), len(inventory.present)
+    if n_present < store.n_parts:
+        title += f" (unfinished: {n_present:,} of {store.n_parts:,} parts)"
+    return report(effects, title=title).write(target)

@@ -1,4 +1,4 @@
-"""What a sweep will cost, before anything runs: cells, FLOPs, time, disk and memory, by combination."""
+"""Estimate what a sweep costs before it runs: cells, FLOPs, time, disk and memory, by combination."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from interp.sweep.prompt_sets import as_task
 from interp.utils.files import inside
 
 ROW_BYTES = 16.0  # of a packed row in a large part
-PART_BYTES = 11_000.0  # of a part beside its rows: columns' headers, provenance, receipt
+PART_BYTES = 11_000.0  # of a part without its rows: headers of columns, provenance, receipt
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One model × task × recipe × sites, over all seeds and examples."""
+class CombinationPlan:
+    """Cost of one model × task × recipe × sites, over all seeds and examples."""
 
     model: str
     task: str
@@ -37,35 +37,36 @@ class Planned:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep before it runs. ``seconds``: of one worker of one thread; ``weights``: bytes of the largest model."""
+    """Cost of a sweep. ``seconds``: of one worker of one thread. ``weights``: bytes of the largest model."""
 
     name: str
-    rows: list[Planned]
+    rows: list[CombinationPlan]
     weights: float
     workers: int
 
     @property
     def cells(self) -> int:
-        """All cells."""
+        """Number of all cells."""
         return sum(r.cells for r in self.rows)
 
     @property
     def seconds(self) -> float:
-        """Of one worker."""
+        """Seconds of one worker."""
         return sum(r.seconds for r in self.rows)
 
     @property
     def disk(self) -> float:
-        """Bytes of the run directory, about."""
+        """Approximate bytes of the run directory."""
         return self.cells * ROW_BYTES + sum(r.parts for r in self.rows) * PART_BYTES
 
     @property
     def memory(self) -> float:
-        """Bytes of one worker: weights, base runs and batches, about."""
+        """Approximate bytes of one worker: weights, base runs and batches."""
         return self.weights + max((r.memory for r in self.rows), default=0)
 
     def __str__(self) -> str:
-        head = ("model", "task", "recipe", "sites", "parts", "cells", "FLOP", "time, 1 worker", "memory beside weights")
+        labels = ("model", "task", "recipe", "sites", "parts", "cells", "FLOP", "time, 1 worker")
+        head = (*labels, "memory besides weights")
         table: list[tuple[str, ...]] = [head]
         for r in self.rows:
             numbers = (f"{r.parts:,}", f"{r.cells:,}", _unit(r.flops), duration(r.seconds), f"{_unit(r.memory)}B")
@@ -83,26 +84,29 @@ class SweepPlan:
         return "\n".join(lines)
 
 
-class _Memory:
-    """The run's small files before there is a run: inputs from where the config is, prompts kept here."""
+class _PlannedFiles:
+    """The small files of a run that does not exist yet: inputs from the config's folder, prompts in memory."""
 
     def __init__(self, config: Config, folder: Path):
-        self.kept: dict[str, bytes] = {}
+        self.contents: dict[str, bytes] = {}
         self.folder = folder
         for task in config.tasks:
             if task.pairs is not None:
-                self.kept[f"inputs/{input_name(task)}"] = config.file_of(task).read_bytes()
+                self.contents[f"inputs/{input_name(task)}"] = config.file_of(task).read_bytes()
 
     def get(self, name: str) -> bytes | None:
         inside(self.folder, name)
-        return self.kept.get(name)
+        return self.contents.get(name)
 
     def keep(self, name: str, content: bytes) -> bytes:
-        return self.kept.setdefault(name, content)
+        return self.contents.setdefault(name, content)
 
 
 def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None) -> SweepPlan:
-    """Loads each model once, makes the prompts, runs the base runs of one part of every combination, and no cell."""
+    """Estimate the cost of a sweep.
+
+    Loads each model once, makes the prompts, and runs the base runs of one part of every combination, but no cell.
+    """
     import torch
 
     rows, weights = [], 0.0
@@ -110,12 +114,12 @@ def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None)
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            job = EffectsJob(config.document, _Memory(config, Path(folder)), models)
+            job = EffectsJob(config.document, _PlannedFiles(config, Path(folder)), models)
             grouped: dict[tuple[str, ...], list[Part]] = {}
             for part in config.parts:
                 grouped.setdefault(part.combination[:4], []).append(part)
             for parts in grouped.values():
-                rows.append(_planned(job, config, parts))
+                rows.append(_plan_combination(job, config, parts))
                 model = job.model(parts[0].model)
                 tensors = {id(t): t for t in [*model.bridge.parameters(), *model.bridge.buffers()]}
                 weights = max(weights, sum(t.numel() * t.element_size() for t in tensors.values()))
@@ -125,7 +129,8 @@ def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None)
     return SweepPlan(config.name, rows, weights, workers)
 
 
-def _planned(job: EffectsJob, config: Config, parts: list[Part]) -> Planned:
+def _plan_combination(job: EffectsJob, config: Config, parts: list[Part]) -> CombinationPlan:
+    """Estimate the cost of a combination from one of its parts."""
     first, names = parts[0], parts[0].combination[:4]
     examples = sum(len(p.examples) for p in parts)
     model = job.model(first.model)
@@ -133,27 +138,30 @@ def _planned(job: EffectsJob, config: Config, parts: list[Part]) -> Planned:
     usable = [i for i in prompts.usable if i in first.examples]
     if prompts.error is not None or not usable:
         why = prompts.error or next(iter(prompts.failed.values()))
-        return Planned(*names, len(parts), examples, 0.0, 0.0, 0.0, why)
-    listed = as_task([prompts.prompts[i] for i in usable], first.task, first.seed)
+        return CombinationPlan(*names, len(parts), examples, 0.0, 0.0, 0.0, why)
+    task_prompts = as_task([prompts.prompts[i] for i in usable], first.task, first.seed)
     recipe, options = call_of(config, first, model)
     share = examples / len(usable)
     from interp.engine import explain
 
     try:
-        found = explain(recipe, model, listed, **options)
+        one_part = explain(recipe, model, task_prompts, **options)
     except InterpError as error:
         raise InterpError(f"{first}: {error}") from None
     times = 2 if first.recipe.recipe == "mediate" else 1  # of four rows, two are patched; the plan holds both sweeps
-    cells = found.n_cells // (options.get("samples", 10) if _noisy(first) else 1) * times
-    memory = found.runs_bytes + found.batch_bytes
-    return Planned(*names, len(parts), round(cells * share), found.flops * share, found.seconds * share, memory)
+    cells = one_part.n_cells // (options.get("samples", 10) if _has_noise(first) else 1) * times
+    memory = one_part.runs_bytes + one_part.batch_bytes
+    flops, seconds = one_part.flops * share, one_part.seconds * share
+    return CombinationPlan(*names, len(parts), round(cells * share), flops, seconds, memory)
 
 
-def _noisy(part: Part) -> bool:
+def _has_noise(part: Part) -> bool:
+    """Return whether the part repeats its cells over noise samples."""
     return part.recipe.recipe == "trace" and part.task.facts
 
 
 def _unit(x: float) -> str:
+    """Format a number with three digits and an SI prefix."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if x < 1000:
             return f"{x:.3g} {prefix}"

@@ -1,6 +1,7 @@
-"""The prompts of a sweep, made once for each model, task and seed, and frozen in the run: what is resumed is the same.
+"""The prompts of a sweep, made once for each model, task and seed, and frozen in the run.
 
-As JSON, nothing in it is ever executed. A prompt that cannot be encoded keeps its number, and the reason stands beside.
+A resumed run therefore uses the same prompts. They are stored as JSON; nothing in it is ever executed. A prompt that
+cannot be encoded keeps its number, and the reason is stored with it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ Prompts = list[PromptPair | Fact]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in order; ``failed``: number and reason of those the model cannot read; ``error``: why none is used."""
+    """Prompts in order.
+
+    ``failed``: the numbers of prompts that the model cannot encode, with the reason. ``error``: why no prompt is used.
+    ``weights``: fingerprint of the model. ``behaviour``: how well the model does the task, in words.
+    """
 
     prompts: Prompts
     failed: dict[int, str]
@@ -38,53 +43,54 @@ class PromptSet:
         return [i for i in range(len(self.prompts)) if i not in self.failed]
 
     def encoded(self) -> bytes:
-        """As JSON."""
+        """Return the set as JSON."""
         kind = {PromptPair: "pair", Fact: "fact"}
-        listed = [{"kind": kind[type(p)], **vars(p)} for p in self.prompts]
+        prompts = [{"kind": kind[type(p)], **vars(p)} for p in self.prompts]
         failed = {str(k): v for k, v in self.failed.items()}
-        found = {"prompts": listed, "failed": failed, "error": self.error}
-        found |= {"weights": self.weights, "behaviour": self.behaviour}
-        return json.dumps(found, indent=0, sort_keys=True).encode()
+        fields = {"prompts": prompts, "failed": failed, "error": self.error}
+        fields |= {"weights": self.weights, "behaviour": self.behaviour}
+        return json.dumps(fields, indent=0, sort_keys=True).encode()
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all of it."""
+        """Hash of the whole set."""
         return digest_of(self.encoded())
 
     @classmethod
     def decoded(cls, content: bytes) -> PromptSet:
-        """Reads what `encoded` wrote."""
+        """Read what `encoded` returned."""
         try:
-            found = json.loads(content)
+            fields = json.loads(content)
             prompts: Prompts = []
-            for raw in found["prompts"]:
+            for raw in fields["prompts"]:
                 if raw.pop("kind") == "fact":
                     prompts.append(Fact(**raw))
                 else:
                     spans = {name: (int(a), int(b)) for name, (a, b) in raw.pop("spans").items()}
                     prompts.append(PromptPair(**raw, spans=spans))
-            failed = {int(k): v for k, v in found["failed"].items()}
-            return cls(prompts, failed, found["error"], found["weights"], found["behaviour"])
+            failed = {int(k): v for k, v in fields["failed"].items()}
+            return cls(prompts, failed, fields["error"], fields["weights"], fields["behaviour"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InterpError(f"the run's frozen prompts cannot be read ({error!r}): make the run anew") from None
+            raise InterpError(f"the run's frozen prompts cannot be read ({error!r}): make a new run") from None
 
 
 def file_name(model: str, task: str, seed: int) -> str:
-    """Under which a set is kept in the run's ``prompts``."""
+    """Return the file name of a set in the run's ``prompts`` folder."""
     return digest_of(json.dumps([model, task, seed]).encode())[:16] + ".json"
 
 
 def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Callable[[Prompts], str]) -> PromptSet:
-    """The prompts of a task for one model. ``own``: contents of the file, of a task of one's own.
+    """Make the prompts of a task for one model.
 
-    ``ask``: says how well the model does it on prompts. What the model lacks for the task, and whether it does it at
-    all, ends up in ``error``.
+    ``own``: contents of the file, for a task with custom prompts. ``ask``: reports how well the model does the task on
+    prompts; it raises TaskError if the model does not do it. Whatever prevents the task for this model is recorded in
+    ``error``.
     """
     weights = model.fingerprint()
     try:
         if own is None:
-            made: Any = makers()[str(task.task)](model, task.n, seed, **task.options)
-            prompts: Prompts = list(made)
+            task_prompts: Any = makers()[str(task.task)](model, task.n, seed, **task.options)
+            prompts: Prompts = list(task_prompts)
         else:
             prompts = _read(task, own)[: task.n]
     except ModelError:
@@ -99,17 +105,17 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Call
             failed[i] = f"{type(error).__name__}: {error}".replace("pair 0", f"example {i}").replace(
                 "fact 0", f"example {i}"
             )
-    good = [p for i, p in enumerate(prompts) if i not in failed]
-    if not good:
+    usable = [p for i, p in enumerate(prompts) if i not in failed]
+    if not usable:
         return PromptSet(prompts, failed, None, weights, "")
     try:
-        return PromptSet(prompts, failed, None, weights, ask(good))
+        return PromptSet(prompts, failed, None, weights, ask(usable))
     except InterpError as error:
         return PromptSet(prompts, failed, f"{type(error).__name__}: {error}", weights, "")
 
 
 def as_task(prompts: Sequence[PromptPair | Fact], task: TaskSpec, seed: int) -> Any:
-    """Prompts as a recipe takes them, with the task's name in the provenance."""
+    """Return prompts as a recipe takes them, with the task's name and seed for the provenance."""
     if prompts and isinstance(prompts[0], PromptPair):
         pairs = [p for p in prompts if isinstance(p, PromptPair)]
         return PairSet(pairs, task=task.task or f"{task.pairs} ({task.pairs_digest})", seed=seed)
@@ -117,6 +123,7 @@ def as_task(prompts: Sequence[PromptPair | Fact], task: TaskSpec, seed: int) -> 
 
 
 def _read(task: TaskSpec, content: bytes) -> Prompts:
+    """Read the contents of a file of custom prompts."""
     from interp.prompts.files import read_prompts
 
     with tempfile.TemporaryDirectory() as folder:

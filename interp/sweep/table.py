@@ -1,8 +1,8 @@
-"""The columns of a run's Parquet parts, and how they are packed.
+"""The columns of a sweep's Parquet parts.
 
-``clean``, ``corrupt`` and ``patched`` are kept to the last bit. ``effect`` and ``raw`` follow from them and from
-``mode``: in the files they are rounded to float32, for queries; `as_frame` works them out anew. ``error`` says why a
-cell has no number; it is null for all others.
+``clean``, ``corrupt`` and ``patched`` are stored exactly. ``effect`` and ``raw`` follow from them and from ``mode``: in
+the files they are rounded to float32, for queries; `as_frame` computes them again in float64. ``error`` says why a cell
+has no number; it is null for all other cells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ DERIVED = ("effect", "raw")
 
 
 def table_of(frame: pd.DataFrame, labels: dict[str, Any]) -> pa.Table:
-    """Rows in the columns of `SCHEMA`; what is missing is null."""
+    """Return rows as a table with the columns of `SCHEMA`; missing values are null.
+
+    ``labels``: columns that have the same value in every row.
+    """
     n = len(frame)
     columns = []
     for column in SCHEMA:
@@ -43,14 +46,14 @@ def table_of(frame: pd.DataFrame, labels: dict[str, Any]) -> pa.Table:
 
 
 def failed_rows(examples: list[int], reasons: list[str]) -> pd.DataFrame:
-    """One row for each example that has no numbers at all, saying why."""
+    """Return one row for each example without any numbers, with the reason."""
     import pandas as pd
 
     return pd.DataFrame({"example": examples, "error": reasons})
 
 
 def as_frame(table: pa.Table) -> pd.DataFrame:
-    """A table as pandas, ``effect`` and ``raw`` in float64, worked out from the exact columns."""
+    """Return a table as pandas, with ``effect`` and ``raw`` in float64, computed from the exact columns."""
     from interp.results.effects import recovery_columns
 
     frame = table.to_pandas()

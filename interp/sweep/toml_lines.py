@@ -1,8 +1,9 @@
-"""On which line each key of a TOML text stands, which `tomllib` does not tell. For error messages."""
+"""Find the line of each key of a TOML text, for error messages; `tomllib` does not report lines."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 Path = tuple[str | int, ...]
 _SPACE = re.compile(r"(?:[ \t\r\n]+|#[^\n]*)*")
@@ -11,11 +12,13 @@ _SCALAR = re.compile(r"[^,\]\}\n#]*")
 
 
 def key_lines(text: str) -> dict[Path, int]:
-    """Line (from 1) of every key and table of a valid TOML text, by its path: ``("recipes", 0, "mode")``."""
+    """Return the line (from 1) of every key and table of a valid TOML text, by path: ``("recipes", 0, "mode")``."""
     return _Scanner(text).scan()
 
 
 class _Scanner:
+    """Reads a TOML text once, from start to end."""
+
     def __init__(self, text: str):
         self.text, self.at = text, 0
         self.lines: dict[Path, int] = {}
@@ -47,7 +50,7 @@ class _Scanner:
         return self.lines
 
     def _resolve(self, names: list[str]) -> Path:
-        """A header's names as a path: within ``[[a]]``, ``[a.b]`` belongs to the latest a."""
+        """Return a header's names as a path: after ``[[a]]``, ``[a.b]`` belongs to the latest a."""
         path: Path = ()
         for name in names:
             path = (*path, name)
@@ -102,7 +105,8 @@ class _Scanner:
         self.lines[path] = self._line()
         self._value(path)
 
-    def _members(self, end: str, read) -> None:
+    def _members(self, end: str, read: Callable[[int], None]) -> None:
+        """Read comma-separated members up to ``end``; ``read`` reads the n-th."""
         self.at += 1
         n = 0
         while True:
@@ -117,12 +121,12 @@ class _Scanner:
         self.at += 1
 
     def _string(self, quote: str) -> None:
-        """Moves behind the string that begins here."""
+        """Move behind the string that begins at the current position."""
         self.at += len(quote)
         while not self.text.startswith(quote, self.at):
             self.at += 2 if self.text[self.at] == "\\" and quote[0] == '"' else 1
         self.at += len(quote)
-        if len(quote) == 3:  # up to two quotes may stand directly before the closing ones
+        if len(quote) == 3:  # up to two quotes may precede the closing ones directly
             while self.text.startswith(quote[0], self.at):
                 self.at += 1
 
