@@ -11,7 +11,7 @@ import pytest
 
 from interp import corpus
 from interp.cli import main as cli
-from interp.corpus.moments import Moments, merged, table_of
+from interp.corpus.moments import StreamedMoments, merge_tables, table_of
 from interp.corpus.reading import documents
 from interp.errors import InterpError
 
@@ -64,10 +64,10 @@ def test_moments_merge_to_those_of_the_whole() -> None:
     x[1, 2] = np.nan
     parts = []
     for piece in np.split(x, [10, 11, 3000], axis=-1):
-        m = Moments(2, 3)
+        m = StreamedMoments(2, 3)
         m.add(piece)
         parts.append(table_of({"s": m}))
-    found, errors = merged([*parts[:2], table_of({}, "lost"), *parts[2:]])
+    found, errors = merge_tables([*parts[:2], table_of({}, "lost"), *parts[2:]])
     m = found["s"]
     assert errors == ["lost"] and m.count[0, 0] == 5000 and m.count[1, 2] == 0
     np.testing.assert_allclose(m.mean[0], x[0].mean(-1), rtol=1e-13)
@@ -171,7 +171,7 @@ def test_bad_data(tmp_path, texts, tiny, monkeypatch, capsys) -> None:
     assert found.outcome is not None and found.outcome.code == 3 and "key 'text' expected" in found.errors[0]
     np.save(tmp_path / "alien.npy", np.array([5, 6, -7, 8]))
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
-    for name, words in (("alien.npy", "-7 is no token of this model"), ("null.jsonl", "key 'text' expected")):
+    for name, words in (("alien.npy", "-7 is not a token of this model"), ("null.jsonl", "key 'text' expected")):
         found = corpus.statistics(model, tmp_path / name, tmp_path / name[:2], **QUIET)
         assert found.outcome is not None and found.outcome.code == 3 and words in found.errors[0]
         assert words in str(found.outcome)

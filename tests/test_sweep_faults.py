@@ -262,7 +262,7 @@ def test_a_folder_that_cannot_be_made(tmp_path) -> None:
         light.make(tmp_path / "file" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("")
-    with pytest.raises(InterpError, match="is not empty, and no run"):
+    with pytest.raises(InterpError, match="is not empty, and not a run"):
         light.make(tmp_path / "full")
 
 

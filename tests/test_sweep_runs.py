@@ -306,8 +306,8 @@ def test_the_verbs(folder, tmp_path, model, monkeypatch, capsys) -> None:
         (("run", config, "--shard", "3"), "i/n expected"),
         (("run", config, "-o", str(tmp_path / "x"), "--executor", "slurm"), "unknown executor"),
         (("run", config, "-o", str(tmp_path / "x"), "--address", "a:1"), "belongs to executor 'ray'"),
-        (("run", config, "-o", config), "is no folder"),
-        (("resume", str(tmp_path)), "no run directory"),
+        (("run", config, "-o", config), "is not a folder"),
+        (("resume", str(tmp_path)), "not a run directory"),
     ):
         code, said = call(*words)
         assert code == 2 and wanted in said

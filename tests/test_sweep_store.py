@@ -58,7 +58,7 @@ def test_publishing_is_exclusive_without_hard_links_too(tmp_path, monkeypatch) -
 
 
 def test_what_is_no_run_or_newer_or_edited_is_refused(tmp_path) -> None:
-    with pytest.raises(InterpError, match="no run directory"):
+    with pytest.raises(InterpError, match="not a run directory"):
         Store.open(tmp_path)
     store = light.make(tmp_path / "run")
     header = json.loads((store.root / "run.json").read_text())

@@ -1,4 +1,4 @@
-"""Attention statistics over a corpus of any length: documents streamed, per-head statistics that can be merged."""
+"""Attention statistics over a corpus of any length: streamed documents, mergeable statistics per head."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Per-head statistics that can be merged: count, mean and variance (Chan et al. 1979), extremes, a quantile sketch.
+"""Mergeable statistics per head: count, mean and variance (Chan et al. 1979), extremes, and a quantile sketch.
 
 The sketch is a t-digest (Dunning 2019, "Computing extremely accurate quantiles using t-digests") of Apache
-DataSketches. Merged in the same order, the same parts give the same bits.
+DataSketches. The same parts, merged in the same order, give the same bits.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-class Moments:
-    """Of one statistic of every head. ``m2``: the sum of squared distances from the mean."""
+class StreamedMoments:
+    """Moments, extremes and quantiles of one statistic of every head.
+
+    ``m2``: the sum of squared distances from the mean.
+    """
 
     def __init__(self, layers: int, heads: int):
         shape = layers, heads
@@ -35,7 +38,7 @@ class Moments:
         self.sketch = [[TDigest(COMPRESSION) for _ in range(heads)] for _ in range(layers)]
 
     def add(self, values: Float[np.ndarray, "layers heads n"]) -> None:
-        """Take in n values of every head; NaN (of layers without attention) does not count."""
+        """Add n values of every head. NaN (layers without attention) is ignored."""
         for layer, of_layer in enumerate(values.astype(float)):
             for head, row in enumerate(of_layer):
                 row = row[~np.isnan(row)]
@@ -45,6 +48,7 @@ class Moments:
                     self.sketch[layer][head].update(np.ascontiguousarray(row))
 
     def _join(self, layer: int, head: int, n: int, mean: float, m2: float, low: float, high: float) -> None:
+        """Merge n values with these moments (Chan et al. 1979)."""
         at = layer, head
         before, total = self.count[at], self.count[at] + n
         gap = mean - self.mean[at]
@@ -54,29 +58,29 @@ class Moments:
         self.min[at], self.max[at] = min(self.min[at], low), max(self.max[at], high)
 
     def rows(self, statistic: str) -> dict[str, list]:
-        """As columns of `SCHEMA`."""
-        found: dict[str, list] = {name: [] for name in SCHEMA.names}
+        """Return the moments as columns of `SCHEMA`."""
+        columns: dict[str, list] = {name: [] for name in SCHEMA.names}
         for (layer, head), count in np.ndenumerate(self.count):
             at = layer, head
             numbers = (self.mean[at], self.m2[at], self.min[at], self.max[at])
             values = (layer, head, statistic, int(count), *numbers, self.sketch[layer][head].serialize(), None)
             for name, value in zip(SCHEMA.names, values, strict=True):
-                found[name].append(value)
-        return found
+                columns[name].append(value)
+        return columns
 
     def merge(self, row: dict) -> None:
-        """Take in a row of a part's table."""
+        """Merge a row of a part's table."""
         if row["count"]:
             layer, head = row["layer"], row["head"]
             self._join(layer, head, row["count"], row["mean"], row["m2"], row["min"], row["max"])
             self.sketch[layer][head].merge(TDigest.deserialize(row["sketch"]))
 
 
-def table_of(moments: dict[str, Moments], error: str | None = None) -> pa.Table:
-    """Statistics of a part as a table, a row for each statistic of each head; an error is a row of its own."""
+def table_of(moments: dict[str, StreamedMoments], error: str | None = None) -> pa.Table:
+    """Return a part's statistics as a table, one row per statistic and head; an error is a separate row."""
     columns: dict[str, list] = {name: [] for name in SCHEMA.names}
-    for statistic, found in moments.items():
-        for name, values in found.rows(statistic).items():
+    for statistic, of_heads in moments.items():
+        for name, values in of_heads.rows(statistic).items():
             columns[name] += values
     if error is not None:
         for name in columns:
@@ -84,19 +88,22 @@ def table_of(moments: dict[str, Moments], error: str | None = None) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def merged(tables: Iterable[pa.Table]) -> tuple[dict[str, Moments], list[str]]:
-    """All parts as one, and the errors of those that failed. Holds one part at a time."""
-    found: dict[str, Moments] = {}
+def merge_tables(tables: Iterable[pa.Table]) -> tuple[dict[str, StreamedMoments], list[str]]:
+    """Merge the tables of all parts; return the moments by statistic, and the errors of parts that failed.
+
+    Holds one part in memory at a time.
+    """
+    moments: dict[str, StreamedMoments] = {}
     errors = []
     for table in tables:
         rows = table.to_pylist()
         errors += [r["error"] for r in rows if r["error"] is not None]
-        real = [r for r in rows if r["error"] is None]
-        if not real:
+        rows = [r for r in rows if r["error"] is None]
+        if not rows:
             continue
-        layers, heads = (1 + max(r[c] for r in real) for c in ("layer", "head"))
-        for row in real:
-            if row["statistic"] not in found:
-                found[row["statistic"]] = Moments(layers, heads)
-            found[row["statistic"]].merge(row)
-    return found, errors
+        layers, heads = (1 + max(r[c] for r in rows) for c in ("layer", "head"))
+        for row in rows:
+            if row["statistic"] not in moments:
+                moments[row["statistic"]] = StreamedMoments(layers, heads)
+            moments[row["statistic"]].merge(row)
+    return moments, errors

@@ -1,6 +1,6 @@
-"""Documents of text and token files, from any byte on: what one part reads does not depend on the rest of the file.
+"""Read documents of text and token files from any byte range, independently of the rest of the file.
 
-A document belongs to the part in whose byte range it begins, as lines of split files do in MapReduce.
+A document belongs to the part in whose byte range it begins, like lines of split files in MapReduce.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Any
 from interp.errors import InterpError, PromptError
 
 TEXT, LINES, TOKENS = (".txt", ".text", ".md"), (".jsonl", ".ndjson"), (".npy",)
-PIECE = 2**18  # characters of one line that are tokenised together; longer documents are cut here
-SAMPLE = 2**20  # bytes at either end of a file that go into its fingerprint
+PIECE = 2**18  # characters of one line that are tokenized together; longer documents are cut
+SAMPLE = 2**20  # bytes at each end of a file that its fingerprint covers
 
 
-def described(path: Path) -> dict[str, Any]:
-    """A data file as the run's config keeps it: where, how long, and what its ends hold."""
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a data file as the run's config stores it: path, size, and a hash of its two ends.
+
+    Raises InterpError for a file of another kind, one that cannot be read, or an empty one.
+    """
     if path.suffix.lower() not in (*TEXT, *LINES, *TOKENS):
         raise InterpError(
-            f"{path}: text (.txt, a document a line), .jsonl with a key 'text', or token ids (.npy, one dimension) "
-            "expected; "
-            "pickled data can run code when it is read, and is refused"
+            f"{path}: expected text (.txt, one document per line), .jsonl with a key 'text', or token ids (.npy, one "
+            "dimension); pickled data can run code when it is read, and is refused"
         )
     try:
         size = path.stat().st_size
@@ -47,7 +49,7 @@ def described(path: Path) -> dict[str, Any]:
 
 
 def _check_text(path: Path, sample: bytes) -> None:
-    """InterpError for what is no UTF-8 text at all: UTF-16, another encoding, anything binary."""
+    """Raise InterpError unless the sample is UTF-8 text: not UTF-16, another encoding, or binary data."""
     try:
         if b"\0" not in sample:
             codecs.getincrementaldecoder("utf-8")().decode(sample)  # its last character may be cut
@@ -59,7 +61,7 @@ def _check_text(path: Path, sample: bytes) -> None:
 
 
 def documents(path: Path, start: int, stop: int) -> Iterator[str | list[int]]:
-    """The documents that begin in bytes [start, stop): texts, or lists of token ids, long ones in pieces."""
+    """Yield the documents that begin in bytes [start, stop): texts or lists of token ids, long ones in pieces."""
     if path.suffix.lower() in TOKENS:
         yield from _token_pieces(path, start, stop)
         return
@@ -69,16 +71,17 @@ def documents(path: Path, start: int, stop: int) -> Iterator[str | list[int]]:
             while (skipped := file.readline(PIECE)) and not skipped.endswith(b"\n"):
                 pass  # the line that began before this part
         while file.tell() < stop and (line := file.readline(PIECE)):
-            begun = file.tell() - len(line)
-            yield from _document(path, begun, line, file)
+            at = file.tell() - len(line)
+            yield from _document(path, at, line, file)
 
 
-def _document(path: Path, begun: int, line: bytes, file: Any) -> Iterator[str]:
+def _document(path: Path, at: int, line: bytes, file: Any) -> Iterator[str]:
+    """Yield the texts of the document that begins with ``line`` at byte ``at``."""
     if path.suffix.lower() in LINES:
         while not line.endswith(b"\n") and (more := file.readline(PIECE)):
             line += more
         if line.strip():
-            yield _text_of(path, begun, line)
+            yield _text_of(path, at, line)
         return
     rest = b""
     while True:
@@ -86,53 +89,58 @@ def _document(path: Path, begun: int, line: bytes, file: Any) -> Iterator[str]:
         line = rest + line
         cut = len(line) if whole else max(line.rfind(b" "), 0) or _between_characters(line)
         line, rest = line[:cut], line[cut:]
-        if text := _decoded(path, begun, line).strip():
+        if text := _decode(path, at, line).strip():
             yield text
         if whole or not (line := file.readline(PIECE)):
-            if tail := _decoded(path, begun, rest).strip():
+            if tail := _decode(path, at, rest).strip():
                 yield tail
             return
 
 
 def _between_characters(line: bytes) -> int:
-    """Where the last character begins, which may go on in the next piece."""
+    """Return where the last character begins, which may continue in the next piece."""
     return next((i for i in range(len(line) - 1, 0, -1) if line[i] & 0xC0 != 0x80), len(line))
 
 
-def _decoded(path: Path, begun: int, text: bytes) -> str:
+def _decode(path: Path, at: int, text: bytes) -> str:
+    """Decode UTF-8. PromptError with the document's position if it is not."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         bad = text[error.start : error.start + 8]
-        raise PromptError(f"{path}: the document at byte {begun} is not UTF-8 ({bad!r})") from None
+        raise PromptError(f"{path}: the document at byte {at} is not UTF-8 ({bad!r})") from None
 
 
-def _text_of(path: Path, begun: int, line: bytes) -> str:
+def _text_of(path: Path, at: int, line: bytes) -> str:
+    """Return the text of a line of .jsonl."""
     try:
-        found = json.loads(line)["text"]
+        text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        found = None
-    if not isinstance(found, str):
-        raise PromptError(f"{path}, byte {begun}: a JSON object with the key 'text' expected, got {line[:60]!r}")
-    return found
+        text = None
+    if not isinstance(text, str):
+        raise PromptError(f"{path}, byte {at}: a JSON object with the key 'text' expected, got {line[:60]!r}")
+    return text
 
 
 def _tokens(path: Path) -> Any:
+    """Return the token ids of a .npy file, mapped into memory. InterpError for anything else."""
     import numpy as np
 
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise InterpError(f"{path} is no .npy file of plain numbers ({error}); pickled objects are refused") from None
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise InterpError(f"{path}: one dimension of whole numbers expected, got {found.dtype} {found.shape}")
-    return found
+        raise InterpError(
+            f"{path} is not a .npy file of plain numbers ({error}); pickled objects are refused"
+        ) from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InterpError(f"{path}: one dimension of whole numbers expected, got {ids.dtype} {ids.shape}")
+    return ids
 
 
 def _token_pieces(path: Path, start: int, stop: int) -> Iterator[list[int]]:
-    """Token ids whose bytes begin in the range, counted as if the file had no header."""
-    found = _tokens(path)
-    header = os.path.getsize(path) - found.nbytes
-    first, last = (-(-max(0, edge - header) // found.itemsize) for edge in (start, stop))
-    for i in range(first, min(last, len(found)), PIECE // 8):
-        yield found[i : min(i + PIECE // 8, last, len(found))].tolist()
+    """Yield the token ids whose bytes begin in the range, in pieces. The header counts to the first byte range."""
+    ids = _tokens(path)
+    header = os.path.getsize(path) - ids.nbytes
+    first, last = (-(-max(0, edge - header) // ids.itemsize) for edge in (start, stop))
+    for i in range(first, min(last, len(ids)), PIECE // 8):
+        yield ids[i : min(i + PIECE // 8, last, len(ids))].tolist()

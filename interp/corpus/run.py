@@ -1,4 +1,4 @@
-"""`interp.corpus.statistics`: a run over a corpus, and what comes out of it."""
+"""`interp.corpus.statistics`: run a model over a corpus, and read the statistics."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from interp.corpus.job import spec_of, stretches
-from interp.corpus.moments import merged
-from interp.corpus.reading import described
+from interp.corpus.moments import merge_tables
+from interp.corpus.reading import describe_file
 from interp.errors import InterpError
 from interp.jobs.driver import Options, Outcome, drive
 from interp.jobs.store import Store, differences, read_tables
@@ -27,10 +27,11 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """Per-head statistics of a corpus: ``outcome`` says how the run ended, ``root`` where it is kept.
+    """Statistics of every head over a corpus.
 
-    ``documents``, ``tokens``: counted; texts longer than a piece of 256 Ki characters count once a piece. ``errors``:
-    why stretches of the corpus are missing.
+    ``outcome``: how the run ended. ``root``: its run directory. ``documents``, ``tokens``: how many were counted; a
+    text longer than a piece of 256 Ki characters counts once per piece. ``errors``: why parts of the corpus are
+    missing.
     """
 
     table: pd.DataFrame
@@ -41,7 +42,7 @@ class CorpusStatistics:
     outcome: Outcome | None = None
 
     def frame(self) -> pd.DataFrame:
-        """One row per layer, head and statistic: count, mean, variance (of a sample), min, max, and quantiles."""
+        """Return one row per layer, head and statistic: count, mean, sample variance, min, max, quantiles."""
         return self.table.copy()
 
     @classmethod
@@ -49,16 +50,19 @@ class CorpusStatistics:
         """Merge the finished parts of a run, in order, in the memory of one part."""
         store = Store.open(root)
         if store.kind != "corpus":
-            raise InterpError(f"{root} holds no statistics of a corpus but a {store.kind}")
-        found, errors = merged(read_tables(store))
+            raise InterpError(f"{root} holds a {store.kind}, not statistics of a corpus")
+        moments, errors = merge_tables(read_tables(store))
         parts = []
-        for name, m in found.items():
+        for name, m in moments.items():
             layer, head = (axis.ravel() for axis in np.indices(m.count.shape))
-            seen = m.count.ravel() > 0
+            has_values = m.count.ravel() > 0
             columns: dict[str, Any] = {"layer": layer, "head": head, "statistic": name, "count": m.count.ravel()}
-            columns["mean"] = np.where(seen, m.mean.ravel(), np.nan)
+            columns["mean"] = np.where(has_values, m.mean.ravel(), np.nan)
             columns["variance"] = np.where(m.count > 1, m.m2 / np.maximum(m.count - 1, 1), np.nan).ravel()
-            columns |= {"min": np.where(seen, m.min.ravel(), np.nan), "max": np.where(seen, m.max.ravel(), np.nan)}
+            columns |= {
+                "min": np.where(has_values, m.min.ravel(), np.nan),
+                "max": np.where(has_values, m.max.ravel(), np.nan),
+            }
             sketches = [s for row in m.sketch for s in row]
             for q in QUANTILES:
                 columns[f"q{q * 100:02.0f}"] = [np.nan if s.is_empty() else s.get_quantile(q) for s in sketches]
@@ -83,34 +87,36 @@ def statistics(
     device: str | None = None,
     **options: Any,
 ) -> CorpusStatistics:
-    """Stream files through a model and keep, for every head, mergeable statistics of what it attends to.
+    """Stream files through a model, and collect attention statistics of every head.
 
-    ``model``: a name or folder, as for `interp.load`, or a model object (in this process only). ``data``: text (a
-    document a line), .jsonl (key "text") or .npy token ids, of any length. Documents are cut to windows of ``context``
-    tokens; the first position of each is left out. ``statistics``: fields of `headstats.StatSpec` that are one number
-    for a position, e.g. ``{"entropy": True, "sink": 4}``. ``options``: as for `interp.Sweep.run`
-    (executor, workers, threads, shard).
+        statistics = interp.corpus.statistics("smollm2", "corpus.txt", statistics={"entropy": True, "sink": 4})
+        statistics.frame()      # one row per layer, head and statistic
 
-    Kept in the run directory ``out`` (default ``runs/stats-…``), resumed by the same call, in memory that does not grow
-    with the corpus. Raises InterpError for bad input, or a run directory of another call.
+    ``model``: a name or folder, as for `interp.load`, or a model object (in this process only). ``data``: text (one
+    document per line), .jsonl (key "text") or .npy token ids, of any length. Documents are cut to windows of
+    ``context`` tokens; the first position of each window is left out. ``statistics``: fields of `headstats.StatSpec`
+    with one number per position. ``options``: as for `interp.Sweep.run` (executor, workers, threads, shard).
+
+    The run directory is ``out`` (default ``runs/stats-…``); the same call resumes it. Memory does not grow with the
+    corpus. Raises InterpError for bad input, or a run directory of another call.
     """
     paths = [Path(p) for p in ([data] if isinstance(data, str | Path) else data)]
     if not paths:
         raise InterpError("there is no data: give at least one file")
-    whole = [p.resolve() for p in paths]
-    if twice := next((p for i, p in enumerate(paths) if whole[i] in whole[:i]), None):
+    resolved = [p.resolve() for p in paths]
+    if twice := next((p for i, p in enumerate(paths) if resolved[i] in resolved[:i]), None):
         raise InterpError(f"{twice} is given twice: its documents would be counted twice")
     if not is_whole(context, 2) or not is_whole(bytes_per_part, 1):
         raise InterpError(f"context must be at least 2 tokens and bytes_per_part 1, got {context} and {bytes_per_part}")
     spec_of(statistics)
-    given = None if isinstance(model, str | Path) else model
-    load = str(model) if given is None else given.name
-    if given is None and load.lower().endswith(PICKLES):
+    model_object = None if isinstance(model, str | Path) else model
+    load = str(model) if model_object is None else model_object.name
+    if model_object is None and load.lower().endswith(PICKLES):
         raise InterpError(f"{load}: pickled weights can run code when they are read, and are refused")
-    placed = (("dtype", dtype), ("device", device))
+    load_options = {key: value for key, value in (("dtype", dtype), ("device", device)) if value}
     document = {
-        "name": f"stats-{Path(load).name}", "load": load, "options": {k: v for k, v in placed if v},
-        "files": [described(p) for p in paths], "context": context, "statistics": statistics,
+        "name": f"stats-{Path(load).name}", "load": load, "options": load_options,
+        "files": [describe_file(p) for p in paths], "context": context, "statistics": statistics,
         "bytes_per_part": bytes_per_part,
     }  # fmt: skip
     short = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -118,10 +124,10 @@ def statistics(
     store = Store.create(root, "corpus", document, len(stretches(document)), {}, "")
     if store.kind != "corpus" or store.document != document:
         changed = "\n".join(differences(store.document, document))
-        raise InterpError(f"{root} is a run of something else. What differs:\n{changed}\nChoose another folder")
-    models = {} if given is None else {"models": {"model": given}}
+        raise InterpError(f"{root} is another run. What differs:\n{changed}\nChoose another folder")
+    models = {} if model_object is None else {"models": {"model": model_object}}
     outcome = drive(store, Options(**models, **options))
-    found = CorpusStatistics.read(root, outcome)
-    if outcome.code == 0 and not outcome.elsewhere and not found.tokens:
+    result = CorpusStatistics.read(root, outcome)
+    if outcome.code == 0 and not outcome.elsewhere and not result.tokens:
         raise InterpError(f"{', '.join(map(str, paths))}: no document of two tokens or more; there is nothing to count")
-    return found
+    return result

@@ -110,7 +110,7 @@ class Store:
             if not (root / "run.json").exists() and any(
                 p.name not in FOLDERS for p in root.iterdir() if p.name[0] != "."
             ):
-                raise InterpError(f"{root} is not empty, and no run: choose another folder with --out")
+                raise InterpError(f"{root} is not empty, and not a run: choose another folder with --out")
             for folder in FOLDERS:
                 (root / folder).mkdir(exist_ok=True)
         for name, content in inputs.items():
@@ -130,7 +130,7 @@ class Store:
         try:
             header = json.loads((root / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InterpError(f"{root} is no run directory: it has no run.json") from None
+            raise InterpError(f"{root} is not a run directory: it has no run.json") from None
         except (OSError, ValueError, RecursionError) as error:
             raise InterpError(f"{root}/run.json cannot be read: {getattr(error, 'strerror', None) or error}") from None
         types = {"kind": str, "schema": int, "digest": str, "n_parts": int, "config": dict}
