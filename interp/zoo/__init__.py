@@ -1,4 +1,4 @@
-"""Models to learn and to test on: the embedded default, and small ones whose circuit is known.
+"""Models for learning and testing: the embedded default, and small ones whose circuit is known.
 
 >>> from interp import zoo
 >>> known = zoo.induction()
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `python -m interp.model.embedded` does not find its own module imported already.
+    # Lazy, so that `python -m interp.model.embedded` runs before its own module is imported.
     if name == "embedded_model":
         from interp.model.embedded import embedded_model
 

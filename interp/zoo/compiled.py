@@ -1,7 +1,7 @@
-"""A model that Tracr compiled (Lindner et al. 2023, arXiv 2301.05062) from a program in RASP.
+"""A model compiled by Tracr (Lindner et al. 2023, arXiv 2301.05062) from a program in RASP.
 
-The program, in ``experiments/compile_tracr.py``, is induction: what followed the previous occurrence of this token?
-TransformerLens converted the weights; only token ids were renumbered. Neither Tracr nor JAX is needed to use it.
+The program, in ``experiments/compile_tracr.py``, is induction: which token followed the previous occurrence of this
+one? TransformerLens converted the weights; only token ids were renumbered. Using it needs neither Tracr nor JAX.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from interp.zoo.known import Known, positions_of, spans_of
 from interp.zoo.tokenizer import LETTERS
 
 PREVIOUS, INDUCTION = Site("z", 0, 0), Site("z", 1, 0)
-LENGTH = 11  # words of a prompt, the most that the program was compiled for
+LENGTH = 11  # words of a prompt: the maximum that the program was compiled for
 
 
 def tracr_induction(*, folder: Path | None = None) -> Known:
-    """Two layers of one head with MLPs (which the program leaves empty): "… a b … a" → " b", for letters.
+    """Load the Tracr model: "… a b … a" → " b" for letters, two layers of one head, MLPs left empty.
 
-    L0H0 copies the previous token, L1H0 attends to where that is the present token, and copies the token there, with a
-    logit of 1; if there is none, to ``<bos>``. In the corrupt prompt the first "a" is another letter.
+    L0H0 copies the previous token. L1H0 attends to the position whose previous token is the present one, and copies the
+    token there, with a logit of 1; if no position matches, it attends to ``<bos>``. In the corrupt prompt the first "a"
+    is another letter.
     """
     bridge, _ = shipped.load("tracr_induction", LETTERS, folder)
     return Known(

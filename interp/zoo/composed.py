@@ -1,7 +1,7 @@
-"""Hand-set models whose heads read each other: indirect objects, two-hop lookup, comparing numbers digit by digit.
+"""Hand-set models whose heads read each other: indirect objects, two-hop lookup, comparison of numbers.
 
-Beside what is planted, every layer has heads and MLP neurons that are busy for nothing: they read everything, and write
-where nothing reads, and to all logits alike.
+Besides the planted parts, every layer has inert heads and MLP neurons: they read everything, but write only where
+nothing reads, and to all logits alike.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _NUMBER = 3  # position of the tens; the units follow
 
 
 def ioi(*, corruption: Literal["swap", "abc"] = "swap", dtype: torch.dtype | None = None) -> Known:
-    """A small circuit for indirect object identification, after Wang et al. (2022): "… A … B … A … ?" → " B".
+    """Build a small circuit for indirect object identification (Wang et al. 2022): "… A … B … A … ?" → " B".
 
     Three layers of four heads with MLPs. L0H1 (*duplicate token*), at a name, attends to an earlier occurrence of it
-    and writes which name is there twice. L1H2 (*inhibition*), at the end, attends to where something is there twice (k)
-    and copies which (v). L2H0 (*name mover*), at the end, attends to the names of the first clause but the one that
-    inhibition tells its query to avoid (q), and copies the name. Names are upper-case.
+    and writes which name occurs twice. L1H2 (*inhibition*), at the end, attends to the position of a repeated name (k)
+    and copies which name that is (v). L2H0 (*name mover*), at the end, attends to the names of the first clause except
+    the one that inhibition marks in its query as to be avoided (q), and copies the name. Names are upper-case.
 
-    ``corruption="swap"``: the second mention becomes the other person's, so that answer and foil change roles; one
+    ``corruption="swap"``: the second mention becomes the other person's name, so that answer and foil change roles; one
     chain of edges carries that, and each has effect 1 in both directions. ``"abc"``: it becomes a third name, and the
-    model is undecided between two; inhibition then loses its place (k) as well as its content (v): the corrupt state of
-    either breaks the clean run, and the clean state of one alone does not mend the corrupt run. At most 36 pairs.
+    model is undecided between two. Inhibition then loses its place (k) as well as its content (v): the corrupt state of
+    either breaks the clean run, and the clean state of one alone does not restore the corrupt run. At most 36 pairs.
     """
     import torch
 
@@ -70,7 +70,7 @@ def ioi(*, corruption: Literal["swap", "abc"] = "swap", dtype: torch.dtype | Non
         k={"tok": torch.cat([name, torch.zeros(n_ctx, n), bos]), "pos": _shift(torch.eye(n_ctx), m)},
         v={"tok": name}, o={"twice": everyone},
     )  # fmt: skip
-    build.plant(  # the dimensions: something is twice, the sink
+    build.plant(  # the dimensions: a repeated name, the sink
         1, 2, q={"tok": SOFT_MATCH * asks}, q_bias=_at(1, SOFT_SINK),
         k={"twice": torch.ones(1, m), "tok": _shift(bos, 1)}, v={"twice": everyone}, o={"avoid": everyone},
     )  # fmt: skip
@@ -94,7 +94,7 @@ def ioi(*, corruption: Literal["swap", "abc"] = "swap", dtype: torch.dtype | Non
 
 
 def _ioi_pairs(n: int, rng: Random, corruption: str) -> list[PromptPair]:
-    """Six words with two names among them, three words with one, the mark: "… A … B … A … ?"."""
+    """Six words with two names among them, three words with one, the question mark: "… A … B … A … ?"."""
     pairs = []
     for i, (receiver, actor) in enumerate(answers_and_foils(_NAMES, n, rng)):
         words = [*rng.sample(_PLAIN, _CLAUSE + 3), _END]
@@ -127,13 +127,14 @@ def _ioi_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
 
 
 def two_hop(*, dtype: torch.dtype | None = None) -> Known:
-    """Two lookups in a row, with grouped queries: facts "x y", "y z" among others, then "x" → " z".
+    """Build a two-hop lookup with grouped queries: facts "x y", "y z" among others, then "x" → " z".
 
     Three layers of four heads (two key/value heads) with MLPs. L0H1 (*previous token*), at the second word of each
     fact, writes its first. L1H2 (*first hop*), at the end, finds the fact of the last word and copies its second word,
-    y. L2H1 (*second hop*) looks y up in turn and copies z. The other head of each group shares keys and values with the
-    planted one, and is inert. Pairs take turns in which word a stranger replaces in the corrupt prompt: x at the end, x
-    or y in the first fact, y or z in the second; the model is then undecided. At most 48 pairs.
+    y. L2H1 (*second hop*) looks up y in turn and copies z. The other head of each group shares keys and values with the
+    planted one, and is inert. In the corrupt prompt a word that occurs nowhere else replaces one word, in turn from
+    pair to pair: x at the end, x or y in the first fact, y or z in the second; the model is then undecided. At most 48
+    pairs.
     """
     import torch
 
@@ -211,25 +212,24 @@ def _two_hop_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
     one, two, end = _two_hop_places(pair)
     words = ["", *pair.clean.split()]
     first, second = [0] * (end + 1), [0] * (end + 1)
-    found = [0] * (end + 1)  # what the first hop finds, by query
-    for i in range(1, end + 1):  # a fact's words are looked up wherever they stand
+    for i in range(1, end + 1):  # a fact's words are looked up at every position
         first[i] = next((k for k in range(2, i + 1, 2) if words[k - 1] == words[i]), 0)
-        found[i] = first[i]
     for i in range(1, end + 1):
-        if found[i]:
-            second[i] = next((k for k in range(2, i + 1, 2) if words[k - 1] == words[found[i]]), 0)
+        if first[i]:
+            second[i] = next((k for k in range(2, i + 1, 2) if words[k - 1] == words[first[i]]), 0)
     assert (first[end], second[end]) == (one, two)
     return {PREVIOUS: [i - 1 if i and i % 2 == 0 else 0 for i in range(end + 1)], FIRST_HOP: first, SECOND_HOP: second}
 
 
 def greater_than(*, dtype: torch.dtype | None = None) -> Known:
-    """Which digit makes the second number the greater one? "… 4 7 … 4" → " 8", or " 9", and none below.
+    """Build a comparison of numbers digit by digit: "… 4 7 … 4" → " 8" or " 9", and no digit below.
 
-    Three layers of four heads with MLPs. At the end, L0H1 (*tens*) attends to the tens of the number before if they
-    equal the present digit, and says so; L0H2 (*units*) copies the units. L1's MLP gives each allowed digit 20
-    logits: those above the units if the tens are equal, all of them if not. The answer is above the units, the foil is
-    not. Pairs take turns in what the corrupt prompt changes: the units (to the answer or above it), the present tens
-    (q of L0H1) or those before (k); the model then has no preference between answer and foil.
+    Three layers of four heads with MLPs. At the end, L0H1 (*tens*) attends to the tens of the earlier number if they
+    equal the present digit, and writes that they are equal; L0H2 (*units*) copies the units. L1's MLP gives each
+    allowed digit 20 logits: those above the units if the tens are equal, all of them if not. The answer is above the
+    units, the foil is not. The corrupt prompt changes, in turn from pair to pair, the units (to the answer or above
+    it), the present tens (q of L0H1) or the earlier tens (k); the model then has no preference between answer and
+    foil.
     """
     import torch
 
@@ -280,8 +280,8 @@ def _greater_pairs(n: int, rng: Random) -> list[PromptPair]:
         fill = rng.sample(LETTERS, 4)
         numbers = {3: tens, 4: units, 7: tens}
         other = dict(numbers)
-        what = (4, 7, 3)[i % 3]
-        other[what] = {4: rng.randint(answer, 9), 7: rng.randint(tens + 1, 9), 3: rng.randint(1, tens - 1)}[what]
+        changed = (4, 7, 3)[i % 3]
+        other[changed] = {4: rng.randint(answer, 9), 7: rng.randint(tens + 1, 9), 3: rng.randint(1, tens - 1)}[changed]
         clean, corrupt = (
             [*fill[:2], str(x[3]), str(x[4]), *fill[2:], str(x[7])] for x in (numbers, other)
         )  # fmt: skip
@@ -297,19 +297,19 @@ def _greater_resid(pair: PromptPair) -> Sites:
 
 
 def _greater_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
-    # Elsewhere than at the end they attend to what they please, and nobody reads it: only the last query is told.
+    # At other queries than the last they attend arbitrarily, and nothing reads that: only the last one is listed.
     return {TENS: [_NUMBER], UNITS: [_NUMBER + 1]}
 
 
 def _at(i: int, value: float) -> Tensor:
-    """A bias [d_head or less] that is zero but in one dimension."""
+    """A bias [d_head or less] that is zero except in one dimension."""
     import torch
 
     return torch.cat([torch.zeros(i), torch.tensor([value])])
 
 
 def _shift(matrix: Tensor, by: int) -> Tensor:
-    """The same matrix in later dimensions of a head: zero rows in front."""
+    """The same matrix in later dimensions of a head, with zero rows before it."""
     import torch
 
     return torch.cat([torch.zeros(by, matrix.shape[1]), matrix])

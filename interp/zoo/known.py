@@ -1,20 +1,20 @@
-"""Small models whose circuit is known, because it was set by hand. Built in well under a second, no download.
+"""Small models with a circuit set by hand, so that it is exactly known. Built in under a second, no download.
 
-They are the ground truth for every recipe: `Known.truth` and `Known.truth_resid` say where an effect must
-be found, and everywhere else it must be zero. Their prompts are strings of words, one token a word, with
-``<bos>`` in front: position 0 is ``<bos>``, position 1 the first word.
+They are the ground truth for every recipe: `Known.truth` and `Known.truth_resid` say where an effect must exist;
+everywhere else it must be zero. Their prompts are strings of words, one token per word, after ``<bos>``: position 0 is
+``<bos>``, position 1 the first word.
 
 How the pair sets make ablation exact. An effect of ablation is (ablated − clean)/(corrupt − clean) in logit
 difference, so it is 1 when the ablated model is as undecided as the corrupt run, whose logit difference is 0:
 
-* *zero ablation* is exact for each example: without its head the model says nothing.
-* *mean ablation* writes the mean of all answers. In a set, the foil of each pair is the answer of the next
+* *Zero ablation* is exact for each example: without its head the model predicts nothing.
+* *Mean ablation* writes the mean of all answers. In a set, the foil of each pair is the answer of the next
   one (cyclically), so answers and foils weigh the same in the mean: exact for each example from 2 pairs on.
-  One pair alone is its own mean, and mean ablation then does nothing.
-* *resample ablation* takes the activation of another example. Answers differ throughout a set, so the
-  borrowed one favours neither answer nor foil: effect 1; except where the next pair is drawn, whose answer
-  is the foil: effect 2. This exception cannot be removed: averaged over whom to draw (oneself included),
-  resampling equals the mean, and drawing oneself has effect 0.
+  A single pair is its own mean, and mean ablation then does nothing.
+* *Resample ablation* takes the activation of another example. All answers in a set differ, so the activation taken
+  favours neither answer nor foil: effect 1. The exception is the next pair, whose answer is the foil: effect 2. This
+  exception cannot be removed: averaged over all examples that can be drawn (the example itself included), resampling
+  equals the mean, and drawing the example itself has effect 0.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from interp.model.native import TransformerBridge
 
 MAX_PAIRS = 72
-"""Most pairs in one set of a hand-set model: beyond this many, answers would have to repeat."""
+"""Largest number of pairs in one set of a hand-set model: with more, answers would have to repeat."""
 
 PREVIOUS_TOKEN = Site("z", 0, 1)
 INDUCTION = Site("z", 1, 2)
@@ -53,19 +53,18 @@ _END = "?"
 
 @dataclass(frozen=True)
 class Known:
-    """A model with the truth about it.
+    """A model with its ground truth.
 
-    ``pairs(n=32, seed=0)`` makes prompt pairs that it solves, ``facts(n=32, seed=0)`` the same as facts
-    whose subject is the word that matters. ``truth``: the heads that carry the answer (z sites, all
-    positions) and MLPs (mlp_out), empty for the random model. ``truth_resid(pair)``: the resid_pre and resid_post sites
-    through which all of the difference between clean and corrupt flows, with positions.
-    ``attends(pair)``: per planted head, the key position that each query position of the clean prompt puts
-    at least 0.999 of its attention on.
+    ``pairs(n=32, seed=0)`` makes prompt pairs that the model solves; ``facts(n=32, seed=0)`` makes the same as facts
+    whose subject is the word that matters. ``truth``: the heads that carry the answer (z sites, all positions) and MLPs
+    (mlp_out); empty for the random model. ``truth_resid(pair)``: the resid_pre and resid_post sites through which all
+    of the difference between clean and corrupt flows, with positions. ``attends(pair)``: for each planted head, the key
+    position on which each query position of the clean prompt puts at least 0.999 of its attention.
 
-    ``circuit``: the edges along which all of the difference between clean and corrupt flows: what methods that compare
-    the two can find, each with a non-zero effect (in a set of at least 12 pairs, which has every kind of them), every
-    other edge with none. ``mechanism``: those, and the edges that carry what is the same in both (positions, the word
-    that is looked for): the model run with these alone, and 0 along all others, answers as before, and needs each.
+    ``circuit``: the edges along which all of the difference between clean and corrupt flows. Methods that compare the
+    two can find these: each has a non-zero effect (in a set of at least 12 pairs, which has every kind of pair), every
+    other edge has none. ``mechanism``: these edges, and those that carry what is equal in both (positions, the word to
+    look for). The model run with these edges alone, and 0 along all others, answers as before, and needs each of them.
     """
 
     name: str
@@ -93,7 +92,7 @@ class Known:
 
     @cached_property
     def mechanism(self) -> Circuit:
-        """`circuit`, and the edges that carry what is the same in clean and corrupt. TaskError for the random model."""
+        """`circuit` and the edges that carry what is equal in clean and corrupt. TaskError for the random model."""
         return self._circuit([*self.carries, *self.holds])
 
     def _circuit(self, edges: Sequence[str]) -> Circuit:
@@ -106,19 +105,19 @@ class Known:
         return circuit
 
     def pairs(self, n: int = 32, seed: int = 0) -> PairSet:
-        """``n`` pairs, the same ones for the same seed. TaskError if n is not possible."""
+        """Make ``n`` pairs, the same ones for the same seed. TaskError if ``n`` is not possible."""
         if n < 1 or (self._max_pairs is not None and n > self._max_pairs):
             most = f" and at most {self._max_pairs} (its answers must differ)" if self._max_pairs else ""
             raise TaskError(f"zoo.{self.name}: a set has at least 1 pair{most}; n={n} was asked for")
         return PairSet(self._pairs(n, Random(f"{self.name}/{seed}")), task=f"zoo.{self.name}", seed=seed)
 
     def facts(self, n: int = 32, seed: int = 0) -> list[Fact]:
-        """The clean prompts of `pairs` as facts; the subject is the word that pairs corrupt first.
+        """Make the clean prompts of `pairs` as facts; the subject is the first word that the corrupt prompt changes.
 
         For causal tracing, read the *pooled* effect by role: noise of three standard deviations on a
         one-hot embedding breaks only some of the runs. Much stronger noise reaches every channel of the
-        residual stream, and the subject's own position then matters beyond what `truth_resid` says. TaskError where
-        that word stands earlier in the prompt too, so that a subject does not name it.
+        residual stream, and the subject's own position then matters beyond what `truth_resid` says. TaskError if that
+        word also occurs earlier in the prompt, so that a subject does not identify it.
         """
         facts = []
         for pair in self.pairs(n, seed):
@@ -130,22 +129,26 @@ class Known:
         return facts
 
     def truth_resid(self, pair: PromptPair) -> Sites:
-        """Where the difference flows, layer by layer: patching any one of these sites has effect 1."""
+        """Sites of the difference, layer by layer: patching any one of them has effect 1."""
         return self._resid(pair)
 
     def attends(self, pair: PromptPair) -> Mapping[Site, list[int]]:
-        """Key position (0 = ``<bos>``) that each query position attends to, per planted head."""
+        """Key position (0 = ``<bos>``) that each query position attends to, for each planted head."""
         return self._attends(pair)
 
 
 def induction(*, dtype: torch.dtype | None = None) -> Known:
-    """A two-layer attention-only model that completes "… a b … a" with "b".
+    """Build a two-layer attention-only model that completes "… a b … a" with "b".
 
-    The mechanism is that of Elhage et al. (2021) and Olsson et al. (2022), with nothing else in the way.
+        known = interp.zoo.induction()
+        effects = interp.patch(known.model, known.pairs(8), known.model.sites("z"))
+        effects.summary(["layer", "head"])  # effect 1 at L0H1 and L1H2, which are known.truth, 0 elsewhere
+
+    The mechanism is that of Elhage et al. (2021) and Olsson et al. (2022) and nothing else.
     L0H1 attends to the previous token and writes its name; L1H2 attends to the token whose predecessor is
-    the present token and copies it, or to ``<bos>`` if there is none. The other six heads attend at random
-    and write where nothing reads. In the corrupt prompt the first "a" is another word, which starves both
-    planted heads; with no match the model is undecided (all logits 0), with one it gives "b" 20 logits.
+    the present token and copies it, or attends to ``<bos>`` if no token matches. The other six heads attend at random
+    and write where nothing reads. In the corrupt prompt the first "a" is another word, which leaves both
+    planted heads without a match. Without one the model is undecided (all logits 0), with one it gives "b" 20 logits.
     ``dtype``: torch.float32 (default) or torch.float64.
     """
     import torch
@@ -156,7 +159,7 @@ def induction(*, dtype: torch.dtype | None = None) -> Known:
     channels = {"tok": n, "pos": n_ctx, "prev": n, "out": n, "junk": 64}
     build = Planted("induction", WORDS, channels, n_layers=2, n_heads=4, d_head=n, dtype=dtype)
     back = torch.diag(torch.ones(n_ctx - 1), 1)  # [key position, query position]: one to the left
-    back[0, 0] = 1.0  # <bos> has nothing to its left
+    back[0, 0] = 1.0  # <bos> has no token to its left
     everything, words, bos = torch.eye(n), torch.eye(n), torch.zeros(n, n)
     words[: len(SPECIALS)] = 0
     bos[build.ids[BOS], build.ids[BOS]] = 1.0
@@ -179,10 +182,10 @@ def induction(*, dtype: torch.dtype | None = None) -> Known:
 
 
 def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
-    """Nine words: trigger and answer side by side at an odd position, foil at another odd one, trigger last.
+    """Nine words: trigger at an odd position and answer after it, foil at another odd one, trigger last.
 
-    No two pairs share both trigger and position, and triggers serve as nothing else; so a previous-token
-    head that tells what it saw in another example never points the induction head at answer or foil.
+    No two pairs share both trigger and position, and triggers have no other use. So the output of the previous-token
+    head in another example never directs the induction head to answer or foil.
     """
     answers = rng.sample(_CONTENT, n)
     places = rng.sample([(t, p) for t in _TRIGGERS for p in (1, 3, 5)], n)
@@ -224,10 +227,10 @@ def _induction_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
 
 
 def one_head(*, dtype: torch.dtype | None = None) -> Known:
-    """Three layers of four heads, of which L1H2 alone carries the answer.
+    """Build three layers of four heads, of which L1H2 alone carries the answer.
 
-    Prompts are plain words with one marked (upper-case) word among them, and end in "?"; there L1H2 attends
-    to the marked word and copies it. Every other head is busy, attends at random, and writes where nothing
+    Prompts are plain words with one marked (upper-case) word among them, and end in "?", at which L1H2 attends
+    to the marked word and copies it. Every other head is active, attends at random, and writes where nothing
     reads. In the corrupt prompt another marked word, neither answer nor foil, takes its place.
     ``dtype``: torch.float32 (default) or torch.float64.
     """
@@ -255,7 +258,7 @@ def one_head(*, dtype: torch.dtype | None = None) -> Known:
 
 
 def _one_head_pairs(n: int, rng: Random) -> list[PromptPair]:
-    # Words that only ever appear in corrupt prompts: resampling from those favours no one's answer or foil.
+    # Words that occur in corrupt prompts only: resampling from these favours no answer and no foil.
     strangers, candidates = _MARKED[:11], _MARKED[11:]
     answers = rng.sample(candidates, n)
     pairs = []
@@ -292,14 +295,14 @@ def _one_head_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
 
 
 def random(seed: int = 0, *, dtype: torch.dtype | None = None) -> Known:
-    """A randomly initialised transformer, four layers of eight heads with MLPs: the null control.
+    """Build a randomly initialised transformer, four layers of eight heads with MLPs: the null control.
 
     Its pairs differ in one to three random words; answer and foil are drawn independently of the prompts
-    and of the weights. Swapping answer and foil is then as likely as not and flips the sign of every raw
-    change in logit difference, so the *raw* mean effect of each site has expectation exactly zero, and its
-    interval covers zero as often as it says. This does not hold on the recovery scale: there the swap flips
-    numerator and denominator together, and a head of any model passes on some share of whatever difference
-    there is. The pooled ratio (mean raw change over mean gap) has a zero-mean numerator, but its denominator
+    and of the weights. Answer and foil swapped are then equally likely, and the swap flips the sign of every raw
+    change in logit difference. So the *raw* mean effect of each site has expectation exactly zero, and its
+    interval covers zero as often as its level says. This does not hold on the recovery scale: the swap flips its
+    numerator and denominator together, and a head of any model passes on some share of any difference.
+    The pooled ratio (mean raw change over mean gap) has a zero-mean numerator, but its denominator
     is zero-mean noise too: read its interval as "undetermined", and test the null on ``raw``.
     """
     from interp.zoo.planted import word_level_bridge
@@ -309,8 +312,8 @@ def random(seed: int = 0, *, dtype: torch.dtype | None = None) -> Known:
         "d_vocab": len(SPECIALS) + len(WORDS), "normalization_type": "LN", "seed": seed,
         "positional_embedding_type": "standard",
     }  # fmt: skip
-    bridge, nowhere = word_level_bridge("random", config, WORDS, dtype), Sites([])
-    return Known("random", bridge, nowhere, _random_pairs, lambda _: nowhere, lambda _: {}, _max_pairs=None)
+    bridge, no_sites = word_level_bridge("random", config, WORDS, dtype), Sites([])
+    return Known("random", bridge, no_sites, _random_pairs, lambda _: no_sites, lambda _: {}, _max_pairs=None)
 
 
 def _random_pairs(n: int, rng: Random) -> list[PromptPair]:
@@ -326,7 +329,7 @@ def _random_pairs(n: int, rng: Random) -> list[PromptPair]:
 
 
 def answers_and_foils(words: Sequence[str], n: int, rng: Random) -> list[tuple[str, str]]:
-    """``n`` different answers; the foil of each is the next one's answer, so that both weigh the same in a mean."""
+    """Draw ``n`` different answers; each foil is the next answer, so that both weigh the same in a mean."""
     answers = rng.sample(words, n)
     if n == 1:
         return [(answers[0], rng.choice([w for w in words if w != answers[0]]))]
@@ -334,7 +337,7 @@ def answers_and_foils(words: Sequence[str], n: int, rng: Random) -> list[tuple[s
 
 
 def positions_of(path: Sequence[int]) -> Sites:
-    """Sites of the residual stream through which a difference flows, by its position before each layer and at last."""
+    """Residual-stream sites of a difference, from its position before each layer and after the last."""
     layers = range(len(path) - 1)
     return Sites([
         *(Site("resid_pre", layer, position=path[layer]) for layer in layers),
@@ -343,7 +346,7 @@ def positions_of(path: Sequence[int]) -> Sites:
 
 
 def spans_of(words: Sequence[str], positions: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Character ranges in " ".join(words) of single words, by position (with <bos> as 0)."""
+    """Character ranges in " ".join(words) of single words, by position (``<bos>`` is 0)."""
     spans = {}
     for name, position in positions.items():
         start = sum(len(w) + 1 for w in words[: position - 1])

@@ -1,6 +1,6 @@
-"""Setting heads and neurons by hand: named channels of the residual stream, and what a head reads and writes.
+"""Set heads and neurons by hand, as readers and writers of named channels of the residual stream.
 
-The residual stream is cut into channels (token, position, …) with one dimension per token or position, so
+The residual stream is divided into channels (token, position, …) with one dimension per token or position, so
 that a planted head's scores and values are exact: there is no interference to average out.
 """
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
     from interp.model.native import TransformerBridge
 
-# Scores, in nats, of the key that a planted head looks for, and of <bos>, where it looks if there is none.
-# Each lies 60 or more above the next best; a key diluted to half (the mean of two) loses to the sink.
+# Scores, in nats, of the key that a planted head looks for, and of <bos>, to which it attends without a match.
+# Each is 60 or more above the next best; a key diluted to half (the mean of two) loses to the sink.
 MATCH = 400.0
 SINK = 0.85 * MATCH
 LOGIT = 20.0  # logit that a planted head gives to the token it copies
-# The same, gentler: off by e^-10, but with gradients through the softmax that are well above rounding.
+# The same with smaller scores: off by e^-10, but with gradients through the softmax well above rounding.
 SOFT_MATCH = 40.0
 SOFT_SINK = 30.0
 
 
 class Planted:
-    """A model under construction: zero everywhere, except what is planted. It has MLPs (ReLU) if ``d_mlp`` is given.
+    """A model under construction: zero except for planted parts. It has MLPs (ReLU) if ``d_mlp`` is set.
 
-    ``channels`` maps channel names to widths; ``tok`` and ``pos`` hold the embeddings, ``out`` is what the
-    unembedding reads, ``junk`` is where inert heads and MLPs write: nothing that matters reads it. ``shift``, if there
-    is one, is added to every logit alike: inert parts write there too, and it changes no probability.
+    ``channels`` maps channel names to widths. ``tok`` and ``pos`` hold the embeddings; the unembedding reads ``out``;
+    inert heads and MLPs write to ``junk``, which no part that matters reads. ``shift``, if it exists, is added to every
+    logit alike: inert parts write there too, and it changes no probability.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Planted:
         starts = [0]
         for width in channels.values():
             starts.append(starts[-1] + width)
-        self.where = {c: slice(a, b) for c, a, b in zip(channels, starts, starts[1:], strict=False)}
+        self.channels = {c: slice(a, b) for c, a, b in zip(channels, starts, starts[1:], strict=False)}
         self.d_model = starts[-1]
         config = {
             "d_model": self.d_model, "d_head": d_head, "n_heads": n_heads, "n_layers": n_layers,
@@ -83,13 +83,13 @@ class Planted:
             for parameter in model.parameters():
                 parameter.zero_()
             n = len(self.ids)
-            plain_module(model.tok_embed).weight[:, self.where["tok"]] = torch.eye(n, dtype=self.dtype)
-            plain_module(model.pos).weight[:, self.where["pos"]] = torch.eye(n_ctx, dtype=self.dtype)
+            plain_module(model.tok_embed).weight[:, self.channels["tok"]] = torch.eye(n, dtype=self.dtype)
+            plain_module(model.pos).weight[:, self.channels["pos"]] = torch.eye(n_ctx, dtype=self.dtype)
             unembed = LOGIT * torch.eye(n, dtype=self.dtype)
-            unembed[: len(SPECIALS)] = 0  # the model never says a special token
-            plain_module(model.head).weight[:, self.where["out"]] = unembed
-            if "shift" in self.where:
-                plain_module(model.head).weight[:, self.where["shift"]] = 1.0
+            unembed[: len(SPECIALS)] = 0  # the model never predicts a special token
+            plain_module(model.head).weight[:, self.channels["out"]] = unembed
+            if "shift" in self.channels:
+                plain_module(model.head).weight[:, self.channels["shift"]] = 1.0
 
     def _weights(self, layer: int, head: int) -> dict[str, Tensor]:
         """Views of one head's weights: q, k, v [d_head, d_model], o [d_model, d_head], q_bias [d_head].
@@ -108,8 +108,10 @@ class Planted:
     def plant(self, layer: int, head: int, *, q: Mapping[str, Tensor], k: Mapping[str, Tensor],
               v: Mapping[str, Tensor], o: Mapping[str, Tensor],
               q_bias: Tensor | None = None) -> None:  # fmt: skip
-        """Set one head. Each mapping says, per channel, the matrix [≤d_head, channel width] that reads it
-        (``o``: that writes it). Attention scores are then exactly (q·x_i + q_bias)·(k·x_j).
+        """Set one head from matrices by channel.
+
+        Each mapping has, per channel, the matrix [≤d_head, channel width] that reads it (``o``: that writes it).
+        Attention scores are then exactly (q·x_i + q_bias)·(k·x_j).
         """
         import torch
 
@@ -118,18 +120,18 @@ class Planted:
         with torch.no_grad():
             for name, reads in (("q", q), ("k", k), ("v", v)):
                 for channel, matrix in reads.items():
-                    weights[name][: matrix.shape[0], self.where[channel]] = matrix.to(self.dtype)
+                    weights[name][: matrix.shape[0], self.channels[channel]] = matrix.to(self.dtype)
             for channel, matrix in o.items():
-                weights["o"][self.where[channel], : matrix.shape[0]] = matrix.T.to(self.dtype)
+                weights["o"][self.channels[channel], : matrix.shape[0]] = matrix.T.to(self.dtype)
             if q_bias is not None:
                 weights["q_bias"][: q_bias.shape[0]] = q_bias.to(self.dtype)
-            # The model divides scores by sqrt(d_head); take that back, so that MATCH and SINK are in nats.
+            # The model divides scores by sqrt(d_head); this undoes it, so that MATCH and SINK are in nats.
             weights["q"].mul_(math.sqrt(self.d_head))
             weights["q_bias"].mul_(math.sqrt(self.d_head))
 
     def plant_neurons(self, layer: int, first: int, *, reads: Mapping[str, Tensor], bias: Tensor,
                       writes: Mapping[str, Tensor]) -> None:  # fmt: skip
-        """Set neurons ``first``, ``first`` + 1, … of an MLP: relu(Σ reads·x + bias), and what each of them writes.
+        """Set neurons ``first``, ``first`` + 1, … of an MLP: relu(Σ reads·x + bias), and their outputs.
 
         Matrices are [neurons, channel width], ``bias`` [neurons].
         """
@@ -139,14 +141,16 @@ class Planted:
         rows = slice(first, first + len(bias))
         with torch.no_grad():
             for channel, matrix in reads.items():
-                fc_in.weight[rows, self.where[channel]] = matrix.to(self.dtype)
+                fc_in.weight[rows, self.channels[channel]] = matrix.to(self.dtype)
             fc_in.bias[rows] = bias.to(self.dtype)
             for channel, matrix in writes.items():
-                fc_out.weight[self.where[channel], rows] = matrix.T.to(self.dtype)
+                fc_out.weight[self.channels[channel], rows] = matrix.T.to(self.dtype)
 
     def fill(self, neurons: Mapping[int, int] | None = None) -> None:
-        """Make every head that is not planted inert, and every neuron of MLPs from the number in ``neurons`` on (by
-        layer; default: all). Inert parts read everything and are busy, but write only where nothing reads."""
+        """Make all other heads inert, and all neurons from number ``neurons[layer]`` on (default: all).
+
+        Inert parts read everything and are active, but write only where nothing reads.
+        """
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -158,9 +162,9 @@ class Planted:
                 self._inert_neurons(layer, (neurons or {}).get(layer, 0), generator)
 
     def plant_inert(self, layer: int, head: int, generator: torch.Generator) -> None:
-        """A head that attends and moves information at random, but only into the channels ``junk`` and ``shift``.
+        """Set a head that attends and moves information at random, only into ``junk`` and ``shift``.
 
-        Where a planted head of its group owns keys and values, it reads those.
+        If a planted head of its group has set keys and values, it reads those.
         """
         import torch
 
@@ -181,10 +185,10 @@ class Planted:
             self._write_junk(fc_out.weight[:, first:], generator)
 
     def _write_junk(self, matrix: Tensor, generator: torch.Generator) -> None:
-        """Fill a matrix [d_model, inputs] that writes: vectors of norm about 1, like an embedding."""
+        """Fill an output matrix [d_model, inputs] with vectors of norm about 1, like an embedding."""
         for channel in ("junk", "shift"):
-            if channel in self.where:
-                rows = self.where[channel]
+            if channel in self.channels:
+                rows = self.channels[channel]
                 width = rows.stop - rows.start
                 matrix[rows] = self._draw(generator, width, matrix.shape[1]) / math.sqrt(width * matrix.shape[1])
 
@@ -202,7 +206,7 @@ class Planted:
 def word_level_bridge(
     name: str, config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None
 ) -> TransformerBridge:
-    """A native TransformerLens model (no hub, no download) with a word-level tokenizer."""
+    """Build a native TransformerLens model (no hub, no download) with a word-level tokenizer."""
     import torch
 
     return native_bridge(config, name=f"zoo.{name}", tokenizer=word_tokenizer(words), dtype=dtype or torch.float32)

@@ -1,5 +1,6 @@
-"""Hand-set models of one kind of head each: previous token, duplicate token. Beside them, heads and MLPs that are busy
-for nothing: they write where nothing reads, and to all logits alike.
+"""Hand-set models with one kind of head each: previous token, duplicate token.
+
+Their other heads and MLPs are inert: they are active, but write only where nothing reads, and to all logits alike.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _LENGTH = 9
 
 
 def previous_token(*, dtype: torch.dtype | None = None) -> Known:
-    """Three layers of four heads with MLPs, of which L1H1 alone acts: it attends to the previous token and copies it.
+    """Build a model with a previous-token head: three layers of four heads with MLPs, only L1H1 matters.
 
-    So the answer to "a b … y z" is " y". In the corrupt prompt another word, neither answer nor foil, stands there.
-    At most 48 pairs. ``dtype``: torch.float32 (default) or torch.float64.
+    It attends to the previous token and copies it, so that the answer to "a b … y z" is " y". In the corrupt prompt
+    another word, neither answer nor foil, takes that place. At most 48 pairs. ``dtype``: torch.float32 (default) or
+    torch.float64.
     """
     import torch
 
@@ -70,12 +72,13 @@ def _previous_resid(pair: PromptPair) -> Sites:
 
 
 def duplicate_token(*, dtype: torch.dtype | None = None) -> Known:
-    """Three layers of four heads with MLPs, of which L1H3 alone acts: does the last word stand earlier in the prompt?
+    """Build a model with a duplicate-token head, L1H3: does the last word occur earlier in the prompt?
 
-    The head attends to an earlier occurrence of the present token, never to the token itself, and says " YES"; or to
-    ``<bos>`` if there is none, and says " NO". Pairs take turns: the answer is one or the other, and the corrupt
-    prompt differs from the clean one in the last word (what is looked for, q) or in an earlier one (where it is
-    looked for, k). ``dtype``: torch.float32 (default) or torch.float64.
+    Three layers of four heads with MLPs; the others are inert. L1H3 attends to an earlier occurrence of the present
+    token, never to the token itself, and writes " YES"; without one it attends to ``<bos>`` and writes " NO". Pairs
+    alternate: the answer is one or the other, and the corrupt prompt differs from the clean one in the last word (the
+    word to look for, q) or in an earlier one (the word to match, k). ``dtype``: torch.float32 (default) or
+    torch.float64.
     """
     import torch
 
@@ -91,13 +94,13 @@ def duplicate_token(*, dtype: torch.dtype | None = None) -> Known:
     no_self = torch.cat([torch.zeros(n, n_ctx), torch.eye(n_ctx)])  # dimensions from n on compare positions
     flags = torch.zeros(2, n)
     flags[0], flags[1] = 1 - bos, bos
-    said = torch.zeros(2, n)
-    said[0, build.ids[YES]] = said[1, build.ids[NO]] = 1.0
+    answers = torch.zeros(2, n)
+    answers[0, build.ids[YES]] = answers[1, build.ids[NO]] = 1.0
     words_only = everything.clone()
     words_only[: len(SPECIALS)] = 0
     build.plant(
         1, 3, q={"tok": SOFT_MATCH * words_only, "pos": -SOFT_MATCH / 2 * no_self}, q_bias=SOFT_SINK * bos,
-        k={"tok": everything, "pos": no_self}, v={"tok": flags}, o={"out": said},
+        k={"tok": everything, "pos": no_self}, v={"tok": flags}, o={"out": answers},
     )  # fmt: skip
     build.fill()
     return Known(

@@ -1,4 +1,4 @@
-"""Word-level tokenizers made in memory: every word between spaces is one token, so prompts stay readable."""
+"""Word-level tokenizers built in memory: every word between spaces is one token, so prompts stay readable."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ BOS, EOS, UNK, PAD = SPECIALS = ("<bos>", "<eos>", "<unk>", "<pad>")
 
 LETTERS = tuple(ascii_lowercase)
 SYLLABLES = tuple(c + v for v in "aeiou" for c in "bcdfghjklmnpqrstvwxyz")  # 105 two-letter words
-# No word is longer than two letters: a two-letter word is then never found inside another word, which makes
-# searching a prompt for it safe.
+# No word is longer than two letters. A two-letter word then never occurs inside another word, so that searching a
+# prompt for it is safe.
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A fast tokenizer whose vocabulary is the four specials (ids 0 to 3), then ``words``.
+    """Build a fast tokenizer with the four special tokens (ids 0 to 3), then ``words``.
 
-    Text is split at whitespace; anything unknown becomes ``<unk>``. ``<bos>`` is put in front of every
-    text encoded with special tokens, as TransformerLens expects of a model that was trained with one.
+    Text is split at whitespace; an unknown word becomes ``<unk>``. Every text encoded with special tokens begins with
+    ``<bos>``, as TransformerLens expects of a model that was trained with one.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -44,7 +44,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         unk_token=UNK,
         pad_token=PAD,
-        # TransformerLens reloads a tokenizer without these from its path; ours exists in memory only.
+        # TransformerLens reloads a tokenizer without these two from its path; this one exists in memory only.
         name_or_path="interp.zoo",
         add_bos_token=True,
         padding_side="right",

@@ -1,9 +1,9 @@
-"""Small trained models, shipped with the package: what they do was learned, and how is known by measurement.
+"""Small trained models, shipped with the package: their behaviour was learned, their mechanism measured.
 
-``experiments/train_zoo.py`` trained them (seeded, minutes on two cores) and measured what `Trained.measured` says;
-`Trained.measure` measures it again. Nothing here was set by hand, so that the ground truth is of another kind than
-that of the hand-set models: heads named by their attention *and* by what their ablation costs; frequencies named by
-how much of the weights they hold *and* by what is left without them.
+``experiments/train_zoo.py`` trained them (seeded, minutes on two cores) and measured `Trained.measured`;
+`Trained.measure` measures it again. Nothing was set by hand, so the ground truth is of another kind than that of the
+hand-set models: heads are named by their attention *and* by the cost of their ablation, frequencies by their share of
+the weights *and* by the accuracy that remains without them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 MODULUS = 53
 EQUALS = "="
 NUMBERS = tuple(map(str, range(MODULUS)))
-PERIOD = 20  # words of the stretch that is repeated when heads are measured
+PERIOD = 20  # words of the repeated stretch on which heads are measured
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model: ``pairs(n, seed)`` it solves, what was ``measured`` of it, ``roles`` of its heads by that.
+    """A trained model: ``pairs(n, seed)`` it solves, ``measured`` results, and the ``roles`` that they give its heads.
 
     ``roles`` is empty for the model of modular addition, whose heads share one job.
     """
@@ -58,18 +58,18 @@ class Trained:
         return load(self.bridge)
 
     def pairs(self, n: int = 32, seed: int = 0) -> PairSet:
-        """``n`` pairs, the same ones for the same seed. TaskError for n < 1."""
+        """Make ``n`` pairs, the same ones for the same seed. TaskError for n < 1."""
         if n < 1:
             raise TaskError(f"zoo.{self.name}: a set has at least 1 pair; n={n} was asked for")
         return PairSet(self._pairs(n, Random(f"{self.name}/{seed}")), task=f"zoo.{self.name}", seed=seed)
 
     def measure(self) -> dict[str, Any]:
-        """Measure again what ``measured`` says (seconds)."""
+        """Repeat the measurements of ``measured`` (takes seconds)."""
         return self._measure(self)
 
 
 def trained_induction(*, folder: Path | None = None) -> Trained:
-    """An attention-only model of two layers of four heads, with layer norm, that learned induction by itself.
+    """Load an attention-only model, two layers of four heads with layer norm, that learned induction.
 
     It was trained on two kinds of sequences of 124 words: random stretches that repeat, and "texts" in which each word
     has four possible successors. ``measured``, on fresh repeated stretches of 20 words: the loss (nats a token) on the
@@ -82,18 +82,18 @@ def trained_induction(*, folder: Path | None = None) -> Trained:
 
 
 def modular_addition(*, folder: Path | None = None) -> Trained:
-    """One layer of four heads with an MLP of 256 neurons (ReLU), without norms: "a b =" → (a + b) mod 53.
+    """Load a model of modular addition, "a b =" → (a + b) mod 53: one layer, four heads, 256 ReLU neurons, no norms.
 
     Trained on half of the 2809 sums until it answered the others too ("grokking"), after Nanda et al. (2023), arXiv
     2301.05217. ``measured``: the accuracy on all sums; the key frequencies k, by the share of the embedding's variance
     over numbers that cos and sin of 2πka/53 hold (``power``); the accuracy with the embedding of numbers projected onto
-    its mean and the key frequencies (``only_key``), and with these taken out (``without_key``).
+    its mean and the key frequencies (``only_key``), and with the key frequencies removed (``without_key``).
     """
     return _load("modular_addition", (*NUMBERS, EQUALS), _addition_pairs, _measure_addition, folder)
 
 
 def table() -> tuple[Int[Tensor, "sums 4"], Int[Tensor, " sums"]]:
-    """Token ids of "<bos> a b =" and of the answer, for all sums."""
+    """Token ids of "<bos> a b =" and of the answer for all sums."""
     import torch
 
     numbers = torch.arange(MODULUS)
@@ -109,18 +109,18 @@ def _load(
     measure: Callable[[Trained], dict[str, Any]],
     folder: Path | None,
 ) -> Trained:
-    bridge, about = shipped.load(name, words, folder)
-    roles = {Site.parse(s): role for s, role in about["measured"].get("roles", {}).items()}
-    return Trained(name, bridge, about["measured"], roles, pairs, measure)
+    bridge, description = shipped.load(name, words, folder)
+    roles = {Site.parse(s): role for s, role in description["measured"].get("roles", {}).items()}
+    return Trained(name, bridge, description["measured"], roles, pairs, measure)
 
 
 # ---------------------------------------------------------------- induction
 
 
 def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
-    """Sixteen random words, then the first of them again up to a word A: what followed A is the answer B.
+    """Sixteen random words, then the first of them again up to a word A; the answer B is the word that followed A.
 
-    In the corrupt prompt A and another word C have changed places in the first part, so that A is followed by the foil.
+    In the corrupt prompt A and another word C have changed places in the first part, so that the foil follows A.
     """
     pairs = []
     for _ in range(n):
@@ -145,7 +145,7 @@ def _measure_induction(trained: Trained) -> dict[str, Any]:
     bridge, cfg = trained.bridge, trained.bridge.cfg
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(ids)
-    second = slice(PERIOD + 1, 2 * PERIOD)  # queries whose token stood in the first pass with a successor
+    second = slice(PERIOD + 1, 2 * PERIOD)  # queries whose token had a successor in the first pass
     queries = torch.arange(ids.shape[1])[second]
     heads, roles = {}, {}
     whole = _loss(logits, ids, second)
@@ -195,7 +195,7 @@ def _without(trained: Trained, layer: int, head: int, z: Tensor, ids: Tensor, qu
 
 
 def _addition_pairs(n: int, rng: Random) -> list[PromptPair]:
-    """Sums; in the corrupt prompt the first or the second number is another one (in turns), and the foil is right."""
+    """Sums; the corrupt prompt changes the first or the second number in turn, so that the foil is right."""
     pairs = []
     for i in range(n):
         a, b = rng.randrange(MODULUS), rng.randrange(MODULUS)
@@ -209,7 +209,7 @@ def _addition_pairs(n: int, rng: Random) -> list[PromptPair]:
 
 
 def fourier(numbers: Float[Tensor, "p d"]) -> Float[Tensor, "frequencies 2 d"]:
-    """Coefficients of cos(2πka/p) and sin(2πka/p), both of norm 1 over a, for k = 1 … (p − 1)/2."""
+    """Compute coefficients of cos(2πka/p) and sin(2πka/p), both of norm 1 over a, for k = 1 … (p − 1)/2."""
     return _waves(len(numbers)).to(numbers) @ numbers
 
 
@@ -237,10 +237,10 @@ def _measure_addition(trained: Trained) -> dict[str, Any]:
     embeddings = {
         "accuracy": numbers, "only_key": numbers.mean(0) + waves, "without_key": numbers - waves,
     }  # fmt: skip
-    found: dict[str, Any] = {"key": {str(k + 1): round(power[k].item(), 3) for k in key}}
-    for what, embedding in embeddings.items():
-        found[what] = round(_accuracy(trained, embedding.to(weight)), 4)
-    return found
+    measured: dict[str, Any] = {"key": {str(k + 1): round(power[k].item(), 3) for k in key}}
+    for name, embedding in embeddings.items():
+        measured[name] = round(_accuracy(trained, embedding.to(weight)), 4)
+    return measured
 
 
 def _project(numbers: Float[Tensor, "p d"], k: int) -> Float[Tensor, "p d"]:
@@ -250,7 +250,7 @@ def _project(numbers: Float[Tensor, "p d"], k: int) -> Float[Tensor, "p d"]:
 
 
 def _accuracy(trained: Trained, embedding: Float[Tensor, "p d"]) -> float:
-    """Share of all sums answered right with these embeddings of the numbers."""
+    """Share of all sums answered correctly with these embeddings of the numbers."""
     import torch
 
     ids, targets = table()
