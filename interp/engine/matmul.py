@@ -7,19 +7,17 @@ AMD's it is twice as fast. Both round in float32, each in an order of its own.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+from headstats import onednn
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-WORTH = 1.15  # times faster before oneDNN takes over
 ROWS, WIDTH = 256, 768  # of the product that decides
 
 
@@ -58,15 +56,15 @@ class OneDNN(Products):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As Products."""
-        return _cut(torch.ops.mkldnn._linear_pointwise(_filled(x), weight, bias, "none", [], ""), x)
+        return _cut(onednn.linear(_filled(x), weight, bias), x)
 
     def silu(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """As Products."""
-        return _cut(torch.ops.mkldnn._linear_pointwise(_filled(x), weight, bias, "swish", [], ""), x)
+        return _cut(onednn.linear(_filled(x), weight, bias, "swish"), x)
 
     def times(self, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
         """As Products."""
-        product = torch.ops.mkldnn._linear_pointwise.binary(_filled(x), _filled(other), weight, bias, "mul")
+        product = onednn.linear_times(_filled(x), _filled(other), weight, bias)
         return _cut(product, x)
 
 
@@ -91,42 +89,24 @@ PLAIN, ONEDNN = Products(), OneDNN()
 
 @cache
 def onednn_pays(threads: int) -> bool:
-    """Whether oneDNN is there, agrees with PyTorch's own way, and is faster on ``threads``: tried once a process."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
+    """Whether oneDNN is available, correct and faster on this many threads: tested once per process."""
     generator = torch.Generator().manual_seed(0)
     x, weight, other = (torch.randn(n, WIDTH, generator=generator) for n in (ROWS, WIDTH, ROWS))
     bias = weight[0]
-    calls: tuple[Callable[[Products], Tensor], ...] = (
-        lambda p: p.linear(x, weight, bias),
-        lambda p: p.silu(x, weight),
-        lambda p: p.times(x, weight, bias, other),
-    )
-    try:
-        gaps = [(call(ONEDNN) - call(PLAIN)).abs().max().item() for call in calls]
-    except (RuntimeError, TypeError, AttributeError):  # a build without it, or another signature in another version
-        return False
-    if not max(gaps) < 1e-5 * WIDTH:
-        return False
-    return WORTH * _seconds(ONEDNN, x, weight) < _seconds(PLAIN, x, weight)
-
-
-def _seconds(products: Products, x: Tensor, weight: Tensor) -> float:
-    """The quickest of some runs: what else the machine does only ever adds."""
-    times = []
-    for _ in range(9):
-        begun = time.perf_counter()
-        products.linear(x, weight)
-        times.append(time.perf_counter() - begun)
-    return min(times)
+    pairs = [
+        (lambda: ONEDNN.linear(x, weight, bias), lambda: PLAIN.linear(x, weight, bias)),
+        (lambda: ONEDNN.silu(x, weight), lambda: PLAIN.silu(x, weight)),
+        (lambda: ONEDNN.times(x, weight, bias, other), lambda: PLAIN.times(x, weight, bias, other)),
+    ]
+    timed = (lambda: ONEDNN.linear(x, weight)), (lambda: PLAIN.linear(x, weight))
+    return onednn.pays(pairs, 1e-5 * WIDTH, timed, runs=9)
 
 
 def products_for(dtype: torch.dtype, device: torch.device) -> Products:
     """The faster way for such matrices, with autograd where it is on."""
-    # Where the user lets float32 products be rounded to less, oneDNN would do so.
-    strict = torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "highest"
-    plain = torch.is_grad_enabled() or dtype != torch.float32 or device.type != "cpu" or not strict
-    return PLAIN if plain or not onednn_pays(torch.get_num_threads()) else ONEDNN
+    if torch.is_grad_enabled() or not onednn.is_allowed(dtype, device):
+        return PLAIN
+    return ONEDNN if onednn_pays(torch.get_num_threads()) else PLAIN
 
 
 def redirected(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats import cpu, reference
 from headstats import torch_ops as ops
-from headstats.blocked import backend as blocked
+from headstats.backends import BACKENDS, Backend
 from headstats.spec import AttentionStats, StatSpec
-from headstats.triton import backend as launch
 from headstats.validate import finite as validate_finite
 from headstats.validate.call import make_call
 from headstats.validate.values import tracing
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 
     Run = Callable[[Call], tuple[Tensor, Tensor, dict[str, Any]]]
 
-BACKENDS: dict[str, ModuleType] = {"triton": launch, "compiled": cpu, "blocked": blocked, "reference": reference}
 DEFAULT_SPEC = StatSpec()
 
 
@@ -126,42 +122,41 @@ def attend(
     return _run(call, backend, report=edit is not None and edit.report_mass)
 
 
-def _run(call: Call, backend: str, report: bool) -> Attended:
-    asked = call.spec.segments
+def _run(call: Call, name: str, report: bool) -> Attended:
+    """Run a call on the backend of this name. report: also return the mass on key segments before and after edits."""
+    segments_requested = call.spec.segments
     if report:
         call = replace(call, spec=replace(call.spec, segments=True))
-    name, engine = _pick(call, backend)
-    run = _runner(call, name, engine)
+    name, backend = _pick(call, name)
+    run = _runner(call, name, backend)
     out, lse, stats = run(call)
-    result = Attended(out, lse, AttentionStats(**stats), name)
-    if report:
-        result.mass_before, result.mass_after = _mass_before(call, run), result.stats.segments
-        if not asked:
-            result.stats.segments = None
-    return result
+    mass_before = _mass_before(call, run) if report else None
+    mass_after = stats["segments"] if report else None
+    if not segments_requested:
+        stats.pop("segments", None)
+    return Attended(out, lse, AttentionStats(**stats), name, mass_before, mass_after)
 
 
-def _runner(call: Call, name: str, engine: ModuleType) -> Run:
-    """The backend itself, or the operator that stands for it in a graph; the reference is traced as it is."""
-    return partial(ops.run, backend=name) if tracing(call.q) and name != "reference" else engine.run
+def _runner(call: Call, name: str, backend: Backend) -> Run:
+    """Return the backend's own `run`, or its operator while a compiler traces; the reference is traced directly."""
+    return partial(ops.run, backend=name) if tracing(call.q) and name != "reference" else backend.run
 
 
 def _mass_before(call: Call, run: Run) -> Tensor:
-    """Mass on key segments without the edits."""
+    """Compute the mass on key segments without the edits."""
     with torch.no_grad():
         _, _, stats = run(replace(call.unedited(), spec=replace(StatSpec.none(), segments=True)))
     return stats["segments"]
 
 
-def _pick(call: Call, backend: str) -> tuple[str, ModuleType]:
-    if backend == "auto":
+def _pick(call: Call, name: str) -> tuple[str, Backend]:
+    """Return the named backend, or the first that can do the call for "auto"."""
+    if name == "auto":
         names = BACKENDS if call.q.is_cuda else ("compiled", "blocked", "reference")
         return next((n, BACKENDS[n]) for n in names if BACKENDS[n].unsupported(call) is None)
-    if backend not in BACKENDS:
+    if name not in BACKENDS:
         allowed = ", ".join(repr(n) for n in ("auto", *BACKENDS))
-        raise ValueError(f"backend={backend!r}: one of {allowed} expected")
-    if reason := BACKENDS[backend].unsupported(call):
-        raise NotImplementedError(
-            f"backend={backend!r} cannot do this call: {reason}. backend='auto' picks one that can."
-        )
-    return backend, BACKENDS[backend]
+        raise ValueError(f"backend={name!r}: one of {allowed} expected")
+    if reason := BACKENDS[name].unsupported(call):
+        raise NotImplementedError(f"backend={name!r} cannot do this call: {reason}. backend='auto' picks one that can.")
+    return name, BACKENDS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
+LOG2E = math.log2(math.e)
 EVERY = slice(None)
 # What recomputation differentiates.
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "pattern_q", "pattern_k", "logit_factor", "logit_raise",
@@ -251,6 +253,11 @@ def parts(x: Shaped[Tensor, "#B #H #M #N"], *where: slice) -> Shaped[Tensor, "#b
     for dim, one in enumerate(where):
         x = part(x, one, dim)
     return x
+
+
+def heads_apart(call: Call, x: Shaped[Tensor, "B H *rest"]) -> Shaped[Tensor, "B Hk G *rest"]:
+    """[B, H, ...] seen as [B, Hk, H/Hk, ...]."""
+    return x.unflatten(1, (call.k.shape[1], call.groups))
 
 
 def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

@@ -17,14 +17,13 @@ from headstats.blocked.rows import softmax
 from headstats.blocked.tiles import (
     Tile,
     by_group,
-    heads_apart,
     keys_and_values,
     logits,
     pattern_keys,
     queries,
     query_heads,
 )
-from headstats.call import Call, part
+from headstats.call import Call, heads_apart, part
 from headstats.edit import Edit
 from headstats.spec import StatSpec
 from headstats.stats import members

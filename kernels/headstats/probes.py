@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked.tiles import heads_apart
-from headstats.call import Call, hidden_by_bias
+from headstats.call import Call, heads_apart, hidden_by_bias
 from headstats.stats import Value
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstats.blocked import tiles
-from headstats.blocked.tiles import Tile, heads_apart, scores
-from headstats.call import Call
+from headstats.blocked.tiles import Tile, scores
+from headstats.call import Call, heads_apart
 from headstats.patterns import How, SegmentPairs, Weights, call_of, chosen_queries, row_tiles
 from headstats.validate.keys import same_device
 

@@ -1,135 +1,129 @@
-"""What to compute (StatSpec), and what came out (AttentionStats): one field for each row of `stats.STATISTICS`."""
+"""StatSpec, which statistics to compute, and AttentionStats, the results: one field per row of `stats.STATISTICS`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from headstats.stats import ARGUMENT, BY_NAME, STATISTICS, Result, TopK, Value, tensors
+from headstats.stats import BY_NAME, STATISTICS, Result, Statistic, Value, tensors
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
+    from dataclasses import Field
 
-COUNTS = {
-    "sink": "the number of leading keys",
-    "topk": "the number of keys",
-    "local": "the window, which counts the query's own position",
-    "waad": "the distance at which to clip",
-}
+Class = TypeVar("Class", bound=type)
 
 
-@dataclass(frozen=True)
+def _dataclass_of(types: dict[str, str], defaults: dict[str, Any], frozen: bool) -> Callable[[Class], Class]:
+    """A class decorator that adds one dataclass field for each name."""
+
+    def add_fields(cls: Class) -> Class:
+        cls.__annotations__ = types
+        for name, default in defaults.items():
+            setattr(cls, name, default)
+        return dataclass(frozen=frozen, eq=frozen)(cls)
+
+    return add_fields
+
+
+def _type_in_spec(s: Statistic) -> str:
+    if s.count:
+        return "int"
+    if isinstance(s.full, tuple):
+        return "tuple[int, int] | Literal[False]"
+    return "bool" if s.argument is None else "bool | None"
+
+
+def _type_of_result(s: Statistic) -> str:
+    if s.name == "topk":
+        return "TopK | None"
+    return f'{"Int" if s.name == "argmax" else "Float"}[Tensor, "{s.shape}"] | None'
+
+
+@_dataclass_of(
+    {s.name: _type_in_spec(s) for s in STATISTICS},
+    {s.name: s.default for s in STATISTICS},
+    frozen=True,
+)
 class StatSpec:
-    """Which statistics to compute. What is not asked for is None in the result and costs nothing.
+    """Which statistics to compute. A statistic that is not requested is None in the result and costs nothing.
+
+    There is one field for each row of `STATISTICS`, whose column `default` gives its default:
 
     sink, topk, local, waad: a number, 0 or False for off.  fai: (nearest, farthest) distance of the queries that
     count, or False.  segments, targets, key_features, segment_value_norms, segment_outputs: None computes them when
-    `attend` is given the argument they need (k_segments, targets or key_features); True insists, False switches off.
-    The others are switches.
+    `attend` is given the argument they need (k_segments, targets or key_features); True requires that argument, False
+    switches them off.  The others are switches.
+
+        StatSpec(entropy=True, topk=8, sink=4)
     """
 
-    entropy: bool = True
-    entropy_normalised: bool = False
-    max_prob: bool = True
-    argmax: bool = True
-    topk: int = 0
-    participation: bool = False
-    effective_keys: bool = False
-    distance: bool = True
-    distance_var: bool = False
-    waad: int = 0
-    sink: int = 4
-    diagonal: bool = False
-    previous: bool = False
-    local: int = 0
-    segments: bool | None = None
-    targets: bool | None = None
-    key_features: bool | None = None
-    value_norm: bool = False
-    segment_value_norms: bool | None = False
-    segment_outputs: bool | None = False
-    received: bool = False
-    received_max: bool = False
-    fai: tuple[int, int] | Literal[False] = False
-    column_norm: bool = False
+    if TYPE_CHECKING:  # the decorator writes the fields
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+        def __init__(self, **statistics: Value | None) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if allowed := _wrong(f.name, value):
-                raise ValueError(f"StatSpec({f.name}={value!r}): {allowed}")
+        for s in STATISTICS:
+            value = getattr(self, s.name)
+            if expected := _wrong(s, value):
+                raise ValueError(f"StatSpec({s.name}={value!r}): {expected}")
 
     @classmethod
     def none(cls) -> StatSpec:
         """No statistics: attention alone."""
-        switches: dict[str, Any] = dict.fromkeys(BY_NAME, False)
-        return cls(**switches)
+        return cls(**dict.fromkeys(BY_NAME, False))
 
     @classmethod
     def all(cls) -> StatSpec:
-        """Every statistic in the table: sink=4, topk=8, local=8, waad=10, fai=(10, 100), and those given arguments."""
-        switches: dict[str, Any] = {s.name: s.full for s in STATISTICS}
-        return cls(**switches)
+        """Every statistic: sink=4, topk=8, local=8, waad=10, fai=(10, 100), and those whose argument is given."""
+        return cls(**{s.name: s.full for s in STATISTICS})
 
     def requested(self) -> dict[str, Value]:
-        """The statistics asked for, in table order, with the value given for each."""
+        """The requested statistics, in the order of the table, with the value of each."""
         return {s.name: getattr(self, s.name) for s in STATISTICS if getattr(self, s.name)}
 
 
-def _wrong(name: str, value: Any) -> str | None:
-    """What is allowed, if the value is not."""
-    if name in COUNTS:
+def _wrong(s: Statistic, value: Any) -> str | None:
+    """What a statistic's field must hold, if the value is something else."""
+    if s.count:
         if isinstance(value, int) and (value is False or (value is not True and value >= 0)):
             return None
-        return f"{COUNTS[name]}, an int >= 0 (0 turns it off)"
-    if name == "fai":
+        return f"{s.count}, an int >= 0 (0 turns it off)"
+    if isinstance(s.full, tuple):
         if value is False or (isinstance(value, tuple) and len(value) == 2 and all(type(x) is int for x in value)
                               and 0 <= value[0] <= value[1]):  # fmt: skip
             return None
         return "(nearest, farthest) distance in tokens, two ints with 0 <= nearest <= farthest, or False expected"
-    if isinstance(value, bool) or (name in ARGUMENT and value is None):
+    if isinstance(value, bool) or (s.argument and value is None):
         return None
-    return (
-        f"True, False or None (when {ARGUMENT[name]} is given) expected"
-        if name in ARGUMENT
-        else "True or False expected"
-    )
+    return f"True, False or None (when {s.argument} is given) expected" if s.argument else "True or False expected"
 
 
-@dataclass(eq=False)
+@_dataclass_of(
+    {s.name: _type_of_result(s) for s in STATISTICS},
+    {s.name: None for s in STATISTICS},
+    frozen=False,
+)
 class AttentionStats:
-    """The statistics of one call. Float statistics are float32 (float64 for float64 inputs), indices int64."""
+    """The statistics of one call: one field for each row of `STATISTICS`, None if it was not requested.
 
-    entropy: Float[Tensor, "B H M"] | None = None
-    entropy_normalised: Float[Tensor, "B H M"] | None = None
-    max_prob: Float[Tensor, "B H M"] | None = None
-    argmax: Int[Tensor, "B H M"] | None = None
-    topk: TopK | None = None
-    participation: Float[Tensor, "B H M"] | None = None
-    effective_keys: Float[Tensor, "B H M"] | None = None
-    distance: Float[Tensor, "B H M"] | None = None
-    distance_var: Float[Tensor, "B H M"] | None = None
-    waad: Float[Tensor, "B H M"] | None = None
-    sink: Float[Tensor, "B H M"] | None = None
-    diagonal: Float[Tensor, "B H M"] | None = None
-    previous: Float[Tensor, "B H M"] | None = None
-    local: Float[Tensor, "B H M"] | None = None
-    segments: Float[Tensor, "B H M S"] | None = None
-    targets: Float[Tensor, "B H M T"] | None = None
-    key_features: Float[Tensor, "B H M F"] | None = None
-    value_norm: Float[Tensor, "B H M"] | None = None
-    segment_value_norms: Float[Tensor, "B H M S"] | None = None
-    segment_outputs: Float[Tensor, "B H M S Dv"] | None = None
-    received: Float[Tensor, "B H N"] | None = None
-    received_max: Float[Tensor, "B H N"] | None = None
-    fai: Float[Tensor, "B H N"] | None = None
-    column_norm: Float[Tensor, "B H N"] | None = None
+    Shapes are those of the table. Float statistics are float32 (float64 for float64 inputs), indices int64.
+    """
+
+    if TYPE_CHECKING:  # the decorator writes the fields
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+        def __init__(self, **statistics: Result | None) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def as_dict(self) -> dict[str, Result]:
         """The statistics that were computed, by name."""
         return {s.name: getattr(self, s.name) for s in STATISTICS if getattr(self, s.name) is not None}
 
     def __repr__(self) -> str:
-        inner = ", ".join(f"{name}{list(tensors(value)[0].shape)}" for name, value in self.as_dict().items())
-        return f"AttentionStats({inner})"
+        shapes = ", ".join(f"{name}{list(tensors(value)[0].shape)}" for name, value in self.as_dict().items())
+        return f"AttentionStats({shapes})"

@@ -1,9 +1,10 @@
 """What each statistic means. This table is the one place where a statistic is defined.
 
 Every entry gives its formula on the full pattern (`dense`), which is what the reference backend runs and
-what every other backend is tested against. To add a statistic: add a field to `StatSpec` and to
-`AttentionStats` (spec.py), and a row to `STATISTICS`. The reference and blocked backends then compute it, and the
-tests over the table cover it; a faster form for blocked tiles (`fast.FAST`) or for Triton is optional.
+what every other backend is tested against. To add a statistic, add one row to
+`STATISTICS`: `StatSpec` and `AttentionStats` get a field from it, the reference and blocked backends compute it, and
+the tests over the table cover it. A faster form for blocked tiles (`blocked.statistics.FAST`), for the compiled backend
+or for Triton is optional.
 
 One rule holds for all of them: they describe the weights p_ij that multiply the values, after mask, bias and
 softcap and before the gate. A learned sink takes mass away from the row (sum_j p_ij < 1) but is no key.
@@ -63,8 +64,10 @@ class Statistic:
         ("max") over the pattern's queries, or a sum whose square root is the result ("norm"). The sum of a mean is
         divided by the number of queries that `among` counts.
     among: (cells that are visible to a real query, distances, value) -> cells that count, for axis="key".
-    default: what StatSpec() asks for; None: computed when the argument that it needs is given.
-    full: what StatSpec.all() asks for.
+    default: the value in StatSpec(); None: computed when the argument that it needs is given.
+    full: the value in StatSpec.all().  It also decides which values StatSpec accepts: a switch, a count or a range.
+    count: for a statistic with a number, what the number counts.
+    argument: the argument of `attend` that the statistic needs, if it needs one.
     """
 
     name: str
@@ -77,6 +80,8 @@ class Statistic:
     empty: float = 0
     default: Value | None = False
     full: Value | None = True
+    count: str = ""
+    argument: str | None = None
     shape: str = "B H M"
     reduce: Literal["mean", "max", "norm"] = "mean"
     among: Callable[[Tensor, Tensor, Any], Tensor] = lambda seen, distance, value: seen
@@ -192,7 +197,7 @@ STATISTICS: tuple[Statistic, ...] = (
     Statistic(
         "topk", "query", "probability, key index", "[0, 1], -1 ... N-1",
         "(values, indices) of the k largest p_ij, largest first, ties from the left (topk=k); 0 and -1 where fewer "
-        "keys are visible", "", _topk, full=8, shape="B H M k",
+        "keys are visible", "", _topk, default=0, full=8, count="the number of keys", shape="B H M k",
     ),
     Statistic(
         "participation", "query", "probability", "[0, 1]", "sum_j p_ij^2", "inverse participation ratio",
@@ -215,11 +220,13 @@ STATISTICS: tuple[Statistic, ...] = (
         "waad", "query", "tokens", "[0, W]",
         "windowed average attention distance: sum_j p_ij min(|i + N - M - j|, W) (waad=W; published W = 10)",
         f"{SPANS}, Eq. 9; the absolute value is ours, for keys to the right",
-        lambda a, w: (a.p * a.distance.abs().clamp(max=w)).sum(-1), full=10,
+        lambda a, w: (a.p * a.distance.abs().clamp(max=w)).sum(-1), default=0, full=10,
+        count="the distance at which to clip",
     ),
     Statistic(
         "sink", "query", "probability", "[0, 1]", "sum of p_ij over the first k real keys of the row (sink=k)",
         f"after {GU}", lambda a, k: (a.p * (a.key_rank < int(k))).sum(-1), default=4, full=4,
+        count="the number of leading keys",
     ),
     Statistic(
         "diagonal", "query", "probability", "[0, 1]", "p_ij at j = i + N - M, the query's own position", "",
@@ -232,19 +239,20 @@ STATISTICS: tuple[Statistic, ...] = (
     Statistic(
         "local", "query", "probability", "[0, 1]",
         "sum of p_ij over |i + N - M - j| < w (local=w); w counts the query's own position", "",
-        lambda a, w: (a.p * (a.distance.abs() < w)).sum(-1), full=8,
+        lambda a, w: (a.p * (a.distance.abs() < w)).sum(-1), default=0, full=8,
+        count="the window, which counts the query's own position",
     ),
     Statistic(
         "segments", "query", "probability", "[0, 1]", "sum of p_ij over the keys j with k_segments[j] = s", "",
-        _segments, default=None, full=None, shape="B H M S",
+        _segments, default=None, full=None, argument="k_segments", shape="B H M S",
     ),
     Statistic(
         "targets", "query", "probability", "[0, 1]", "p_ij at j = targets[i, t]; 0 for target -1", "",
-        _targets, default=None, full=None, shape="B H M T",
+        _targets, default=None, full=None, argument="targets", shape="B H M T",
     ),
     Statistic(
         "key_features", "query", "of the feature", "of the feature", "sum_j p_ij key_features[j, f]", "",
-        _key_features, default=None, full=None, shape="B H M F",
+        _key_features, default=None, full=None, argument="key_features", shape="B H M F",
     ),
     Statistic(
         "value_norm", "query", "of v", "[0, max_j norm(v_j)]", "Euclidean norm of sum_j p_ij v_j, before the gate",
@@ -253,12 +261,12 @@ STATISTICS: tuple[Statistic, ...] = (
     Statistic(
         "segment_value_norms", "query", "of v", "[0, max_j norm(v_j)]",
         "sum of p_ij norm(v_j) over the keys j with k_segments[j] = s; norm is Euclidean", f"after {KOBAYASHI}",
-        _segment_value_norms, full=None, shape="B H M S",
+        _segment_value_norms, full=None, argument="k_segments", shape="B H M S",
     ),
     Statistic(
         "segment_outputs", "query", "of v", "of v",
         "partial outputs: sum of p_ij v_j over the keys j with k_segments[j] = s, before the gate", "",
-        _segment_outputs, full=None, shape="B H M S Dv",
+        _segment_outputs, full=None, argument="k_segments", shape="B H M S Dv",
     ),
     Statistic(
         "received", "key", "probability", "[0, 1]", "mean of p_ij over the real queries i that can see key j",
@@ -282,11 +290,7 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
 )  # fmt: skip
 BY_NAME = {s.name: s for s in STATISTICS}
-# Statistics that an argument of `attend` asks for, and that argument.
-ARGUMENT = {
-    "segments": "k_segments", "targets": "targets", "key_features": "key_features",
-    "segment_value_norms": "k_segments", "segment_outputs": "k_segments",
-}  # fmt: skip
+ARGUMENT = {s.name: s.argument for s in STATISTICS if s.argument is not None}
 
 
 def tensors(result: Result) -> tuple[Tensor, ...]:

@@ -11,11 +11,11 @@ from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstats.backends import BACKENDS
 from headstats.call import LEAVES, Call
 from headstats.spec import StatSpec
 from headstats.stats import BY_NAME, Result, TopK, tensors
@@ -34,7 +34,7 @@ def run(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
     if not call.trainable:
         return _forward(call, backend)
     out, lse, stats = _forward(replace(call, gate=None, replacement=None), backend)
-    return call.gated(out), lse, stats  # as recompute.with_gradients does
+    return call.gated(out), lse, stats  # as autograd.with_gradients does
 
 
 def _forward(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
@@ -60,12 +60,6 @@ def _spec(text: str) -> StatSpec:
     return replace(StatSpec.none(), **values)
 
 
-def _engine(name: str) -> ModuleType:
-    from headstats.api import BACKENDS  # which imports this module
-
-    return BACKENDS[name]
-
-
 def _schema(*more: str) -> str:
     """Parameters named and typed as the fields of Call are."""
     found = []
@@ -80,7 +74,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *rest, backend = arguments
     call = _call(rest)
     with torch.no_grad():
-        out, lse, stats = _engine(backend).run(call)
+        out, lse, stats = BACKENDS[backend].run(call)
     found = [x.contiguous() for name in call.spec.requested() for x in tensors(stats[name])]
     return out.contiguous(), lse.contiguous(), found
 
@@ -130,7 +124,9 @@ def _backward(*arguments: Any) -> list[Tensor]:
     *rest, out, lse, grad_out, grad_lse, wanted, backend = arguments
     call, names = _call(rest), wanted.split(", ")
     with torch.no_grad():
-        found = _engine(backend).backward(call, set(names), out, lse, grad_out, grad_lse)
+        run = BACKENDS[backend].backward
+        assert run is not None  # the reference is traced as it is, without this operator
+        found = run(call, set(names), out, lse, grad_out, grad_lse)
         return [found[name].to(getattr(call, name).dtype).contiguous() for name in names]
 
 

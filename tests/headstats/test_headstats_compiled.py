@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 import headstats
 import pytest
 import torch
-from headstats import StatSpec, cpu
+from headstats import StatSpec
 from headstats.call import Call
+from headstats.cpu import backend as cpu
 from headstats.cpu import build, library
 from headstats.cpu import self_test as trial
 from headstats.validate.call import make_call

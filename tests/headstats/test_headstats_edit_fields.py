@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import headstats
 import pytest
 import torch
-from headstats import Edit, StatSpec, api, call
+from headstats import Edit, StatSpec, call
+from headstats.backends import BACKENDS
 from headstats.blocked import sdpa as cpu_flash
 from headstats.blocked import tiles
 from headstats.triton import backend as launch
@@ -95,4 +96,4 @@ def test_blocked_in_double_precision(name, shape, cells, monkeypatch):
     qkv = tuple(x.double() for x in qkv)
     got, want = (headstats.attend(*qkv, **options, spec=StatSpec.all(), backend=b) for b in ("blocked", "reference"))
     assert_same(got, want, tolerance=1e-10, distance=1e-9)
-    assert api.BACKENDS["blocked"].unsupported(make_call(*qkv, **options)) is None
+    assert BACKENDS["blocked"].unsupported(make_call(*qkv, **options)) is None

@@ -7,7 +7,7 @@ import headstats
 import pytest
 import torch
 from headstats import StatSpec
-from headstats.api import BACKENDS
+from headstats.backends import BACKENDS
 from headstats_cases import assert_same, inputs, oracle
 
 ALL = StatSpec.all()

@@ -10,7 +10,6 @@ from headstats.blocked import (
     matmul as products,
 )
 from headstats.blocked import (
-    recompute,
     rows,
 )
 from headstats.blocked import (
@@ -49,17 +48,9 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Attended:
-    """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    return recompute.with_gradients(call, forward, backward) if call.trainable else forward(call)
-
-
 def forward(call: Call) -> Attended:
-    """The same without gradients."""
+    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     return cpu_flash.forward(call) if cpu_flash.suits(call) else by_tiles(call)
-
-
-backward = recompute.backward
 
 
 def by_tiles(call: Call) -> Attended:

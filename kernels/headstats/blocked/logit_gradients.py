@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.blocked import weight_gradients as weights_backward
-from headstats.blocked.tiles import LOG2E, Origin, Tile, of_edit_cells, of_rows, query_heads
-from headstats.call import Call, part
+from headstats.blocked.tiles import Origin, Tile, of_edit_cells, of_rows, query_heads
+from headstats.call import LOG2E, Call, part
 from headstats.edits.weights import Change
 
 if TYPE_CHECKING:

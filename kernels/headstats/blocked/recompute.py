@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from headstats.blocked.logit_gradients import Shaping
 from headstats.blocked.tiles import (
-    LOG2E,
     Keys,
     Tile,
     collect,
-    heads_apart,
     keys_and_values,
     logits,
     mixed,
@@ -26,56 +21,11 @@ from headstats.blocked.tiles import (
     weights_edit,
     zeros_like,
 )
-from headstats.call import LEAVES, Call
-from headstats.stats import Result, TopK, tensors
+from headstats.call import LOG2E, Call, heads_apart
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
-
-Forward = Callable[[Call], "tuple[Tensor, Tensor, dict[str, Result]]"]
-Backward = Callable[[Call, set[str], "Tensor", "Tensor", "Tensor", "Tensor"], "dict[str, Tensor]"]
-
-
-def with_gradients(call: Call, forward: Forward, backward: Backward) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Runs `forward` so that out and lse carry gradients to LEAVES, by `backward`, and to gate and replacement.
-
-    Statistics carry none.
-    """
-    # Out is kept without its gate: the gate's own gradient needs it, and a zero gate cannot be divided out.
-    bare = replace(call, gate=None, replacement=None)
-    if set(LEAVES) & set(call.trainable):
-        out, lse, *stats = _Attend.apply(bare, forward, backward, *(getattr(call, name) for name in LEAVES))
-        rest = iter(stats)  # flat, since autograd passes tensors alone
-        asked = call.spec.requested()
-        found = {name: TopK(next(rest), next(rest)) if name == "topk" else next(rest) for name in asked}
-    else:
-        out, lse, found = forward(bare)
-    return call.gated(out), lse, found
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, call: Call, forward: Forward, backward: Backward, *leaves):
-        bare = replace(call, **{n: None if x is None else x.detach() for n, x in zip(LEAVES, leaves, strict=True)})
-        out, lse, stats = forward(bare)
-        # Only saved tensors are watched for changes in place and freed after backward.
-        ctx.call = replace(bare, **dict.fromkeys(LEAVES, lse.new_empty(0)))
-        ctx.backward = backward
-        ctx.save_for_backward(*leaves, out, lse)
-        stats = tuple(x for name in call.spec.requested() for x in tensors(stats[name]))
-        ctx.mark_non_differentiable(*stats)
-        return (out, lse, *stats)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out, grad_lse, *_):
-        *leaves, out, lse = ctx.saved_tensors
-        call: Call = replace(ctx.call, **dict(zip(LEAVES, leaves, strict=True)))
-        wanted = {name for name, need in zip(LEAVES, ctx.needs_input_grad[3:], strict=True) if need}
-        found = ctx.backward(call, wanted, out, lse, grad_out, grad_lse)
-        grads = (found[n].to(x.dtype) if n in wanted else None for n, x in zip(LEAVES, leaves, strict=True))
-        return (None, None, None, *grads)
 
 
 def backward(

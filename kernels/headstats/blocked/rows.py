@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked.tiles import LOG2E, Keys, Scratch, Tile, by_group, of_rows, query_heads, weights_edit
-from headstats.call import HIDDEN, Call, part
+from headstats.blocked.tiles import Keys, Scratch, Tile, by_group, of_rows, query_heads, weights_edit
+from headstats.call import HIDDEN, LOG2E, Call, part
 from headstats.edits import weights
 from headstats.stats import Pattern, over_rows
 

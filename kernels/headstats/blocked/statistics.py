@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstats.blocked.rows import Rows, as_pattern, top_and_place
-from headstats.blocked.tiles import CELLS, LOG2E, Tile, by_group, mixed
-from headstats.call import HIDDEN, Call, part
+from headstats.blocked.tiles import CELLS, Tile, by_group, mixed
+from headstats.call import HIDDEN, LOG2E, Call, part
 from headstats.stats import BY_NAME, Result, TopK, Value, mapped, members
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from headstats.blocked import matmul as products
 from headstats.blocked import threads as workers
-from headstats.call import HIDDEN, Call, hidden_by_bias, part, parts
+from headstats.call import HIDDEN, LOG2E, Call, heads_apart, hidden_by_bias, part, parts
 from headstats.edits import weights
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CELLS = 5 << 18  # logits in one tile (5 MiB in float32) while its least height allows; a call of a quarter is one tile
-LOG2E = math.log2(math.e)
 ROWS = 64  # queries of one tile: enough for a matrix product, few enough to waste little beyond the diagonal
 
 
@@ -276,11 +275,6 @@ def query_heads(call: Call, t: Tile) -> slice:
 def by_group(call: Call, x: Shaped[Tensor, "#B #H m n"]) -> Shaped[Tensor, "#B #Hk #G m n"]:
     """Query heads seen as key heads and groups, where there is more than one."""
     return x.unflatten(1, (-1, call.groups)) if x.shape[1] > 1 else x[:, :, None]
-
-
-def heads_apart(call: Call, x: Tensor) -> Tensor:
-    """[B, H, ...] seen as [B, Hk, H/Hk, ...]."""
-    return x.unflatten(1, (call.k.shape[1], call.groups))
 
 
 def _hide(call: Call, t: Tile, s: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.call import EDITS, HIDDEN, Call
+from headstats.call import EDITS, HIDDEN, LOG2E, Call
 from headstats.edits.weights import ZERO
 from headstats.spec import StatSpec
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     Attend = Callable[[Call], tuple[Tensor, Tensor, dict[str, Any]]]
 
-LOG2E = 1.4426950408889634
 LAYOUTS = ("uniform", "identity", "reversed", "random")  # of counterfactuals: what a cell's own number decides
 TINY = 1e-37  # no row's largest weight
 ALONE = -HIDDEN  # among levels: the row's weights stay

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstats import probes
-from headstats.blocked import recompute
 from headstats.call import Call
 from headstats.edits import lowering
 from headstats.spec import StatSpec
 from headstats.stats import Result, Value
 from headstats.triton import kernel_arguments as arguments
-from headstats.triton import launch_backward
 from headstats.triton import per_key_values as carried
 
 if TYPE_CHECKING:
@@ -67,13 +65,8 @@ def _interpreted() -> bool:
     return forward.INTERPRETED
 
 
-def run(call: Call) -> Attended:
-    """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    return recompute.with_gradients(call, launch, backward) if call.trainable else launch(call)
-
-
-def launch(call: Call) -> Attended:
-    """The same without gradients."""
+def forward(call: Call) -> Attended:
+    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     call = carried.apart(lowering.lowered(call, lambda part: forward_pass(part, None), MAX_HEAD))
     asked, features = call.spec.requested(), carried.features(call)
     out, lse, found = forward_pass(call, None if features is None else features[..., :BESIDE])
@@ -100,9 +93,6 @@ def launch(call: Call) -> Attended:
         each = [averaged(call, *carried.values_of_segment(call, s)) for s in range(call.n_segments)]
         found["segment_outputs"] = torch.stack(each, 3)
     return out, lse, {name: found[name] for name in asked}
-
-
-backward = launch_backward.backward
 
 
 def averaged(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from headstats.call import HIDDEN, Call
+from headstats.call import HIDDEN, LOG2E, Call
 from headstats.edits import hash_noise as noise
-from headstats.edits.lowering import LAYOUTS, LOG2E, Lowered
+from headstats.edits.lowering import LAYOUTS, Lowered
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped

@@ -1,4 +1,4 @@
-"""Launches the Triton backward, or leaves the work to `recompute`, which knows every gradient."""
+"""Launch of the Triton backward kernels, for the gradients that they compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.blocked import recompute
 from headstats.call import Call
 from headstats.triton import kernel_arguments as arguments
 
@@ -38,9 +37,10 @@ def unknown(call: Call, wanted: set[str]) -> list[str]:
 def backward(
     call: Call, wanted: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
-    """d loss / d leaf for what of LEAVES is wanted, given out, lse and d loss / d (out, lse)."""
-    if unknown(call, wanted):
-        return recompute.backward(call, wanted, out, lse, grad_out, grad_lse)
+    """Return d loss / d leaf by name for the wanted leaves, given out, lse and d loss / d (out, lse).
+
+    `unknown` must be empty for the call and the wanted leaves.
+    """
     empty = lse == -torch.inf
     delta = ((grad_out.float() * out).sum(-1) - grad_lse).masked_fill(empty, 0)
     given = (arguments.unit_stride(call.q), arguments.unit_stride(grad_out.to(call.q.dtype)), lse.contiguous(), delta)

@@ -16,7 +16,7 @@ from headstats.edits import hash_noise as noise
 from headstats.edits import lowering, weights
 from headstats.triton import kernel_arguments as arguments
 
-LOG2E = tl.constexpr(arguments.LOG2E)
+LOG2E = tl.constexpr(call.LOG2E)
 LN2 = tl.constexpr(0.6931471805599453)
 HIDDEN = tl.constexpr(call.HIDDEN)
 ZERO = tl.constexpr(weights.ZERO)

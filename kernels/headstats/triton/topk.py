@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headstats.call import Call
+from headstats.call import LOG2E, Call
 from headstats.stats import TopK
 from headstats.triton import kernel_arguments as arguments
 from headstats.triton.forward import INTERPRETED, key_range
@@ -163,7 +163,7 @@ def topk(call: Call, lse: Float[Tensor, "B H M"]) -> TopK:
             found.append(_pass(call, MOST_KEPT, last))
             last = tuple(x[..., -1].contiguous() for x in found[-1])
         best, place = (torch.cat(x, -1)[..., :k] for x in zip(*found, strict=True))
-    values = torch.where(place >= 0, torch.exp2(best - lse[..., None] * arguments.LOG2E), 0.0)
+    values = torch.where(place >= 0, torch.exp2(best - lse[..., None] * LOG2E), 0.0)
     return TopK(values, place.long())
 
 

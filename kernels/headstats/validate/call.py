@@ -12,8 +12,16 @@ from headstats.call import Call
 from headstats.edit import TABLES, Edit
 from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT
-from headstats.validate.edit import Sizes, edit_fields
-from headstats.validate.keys import features_of_keys, resolved, same_device, segment_ids, segment_table, target_keys
+from headstats.validate.edit import edit_fields
+from headstats.validate.keys import (
+    Sizes,
+    features_of_keys,
+    resolved,
+    same_device,
+    segment_ids,
+    segment_table,
+    target_keys,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

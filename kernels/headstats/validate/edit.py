@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headstats.edit import TABLES, Edit
-from headstats.validate.keys import four_dimensions, same_device, segment_table
+from headstats.validate.keys import Sizes, four_dimensions, same_device, segment_table
 from headstats.validate.rows import rows_where_it_acts
 from headstats.validate.values import checked, tracing
 
 KINDS = ("uniform", "reversed", "shuffled", "random", "identity")
 ACTING = (*TABLES, "gate", "replacement", "temperature", "counterfactual", "pattern_from")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the call: M queries, N keys with those of a shared prefix, values of size Dv."""
-
-    b: int
-    h: int
-    m: int
-    n: int
-    dv: int
-    prefix: bool
-
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Batch, heads, queries."""
-        return self.b, self.h, self.m
 
 
 def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | None, k_ids: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,23 @@ from headstats.edit import TABLES
 from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT
 from headstats.validate.values import checked, tracing
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call: M queries, N keys including those of a shared prefix, values of size Dv."""
+
+    b: int
+    h: int
+    m: int
+    n: int
+    dv: int
+    prefix: bool
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Batch, heads, queries."""
+        return self.b, self.h, self.m
 
 
 def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:

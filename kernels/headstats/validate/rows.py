@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headstats.edit import Edit
-from headstats.validate.keys import same_device
+from headstats.validate.keys import Sizes, same_device
 from headstats.validate.values import checked
-
-if TYPE_CHECKING:
-    from headstats.validate.edit import Sizes
 
 
 def rows_where_it_acts(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
