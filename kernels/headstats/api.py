@@ -1,4 +1,4 @@
-"""The one entry point: validate once, pick a backend, say which one ran."""
+"""`attend`: validate the arguments once, pick a backend, run it, and report which one ran."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats import torch_ops as ops
+from headstats import torch_ops
 from headstats.backends import BACKENDS, Backend
 from headstats.spec import AttentionStats, StatSpec
 from headstats.validate import finite as validate_finite
@@ -33,9 +33,11 @@ DEFAULT_SPEC = StatSpec()
 class Attended:
     """Result of `attend`.
 
-    out: the inputs' dtype.  lse: natural log of the softmax denominator (with the learned sink, if any), -inf for
-    a query that sees no key; float32, or float64 for float64 inputs.  backend: the one that ran.
-    mass_before, mass_after: mass on each key segment, with Edit(report_mass=True).
+    out: in the inputs' dtype.
+    lse: natural log of the softmax denominator (with the learned sink, if any); -inf for a query that sees no key.
+        float32, or float64 for float64 inputs.
+    stats: the requested statistics.  backend: the name of the backend that ran.
+    mass_before, mass_after: mass on each key segment before and after the edits, with Edit(report_mass=True).
     """
 
     out: Float[Tensor, "B H M Dv"]
@@ -72,44 +74,49 @@ def attend(
     backend: str = "auto",
     check_finite: bool = False,
 ) -> Attended:
-    """Attention, with statistics of every head and query.
+    """Compute attention and statistics of every head and query.
 
     p = softmax over visible keys of softcap(scale q.k) - alibi distance + bias; out = sum_j p_ij v_j,
-    unless `edit` says otherwise (see Edit for the order in which its fields act).
+    unless `edit` changes this (see Edit for the order in which its fields act).
 
-    q, k, v: one dtype and device; H a multiple of Hk (grouped-query attention); Dv may differ from D.
+        r = headstats.attend(q, k, v, window=4096, spec=headstats.StatSpec(topk=8))
+        r.out, r.lse  # [B, H, M, Dv], [B, H, M]
+        r.stats.entropy, r.stats.topk.indices  # [B, H, M], [B, H, M, 8]
+
+    q, k, v: one dtype and device. H is a multiple of Hk (grouped-query attention). Dv may differ from D.
     causal: query i sees key j if j <= i + N - M (aligned bottom-right).
-    window: key j is visible if |i + N - M - j| < window, so that the window counts the query's own position.
+    window: key j is visible if |i + N - M - j| < window, so the window counts the query's own position.
     softcap: logits become softcap * tanh(logits / softcap).  scale: D**-0.5 if None.
-    bias: added to the logits; -inf, the dtype's minimum, or anything at or below -1e30 hides the cell.
-    alibi: a slope for each head; slope * |i + N - M - j| is taken from the logits.
-    sinks: one learned logit for each head: one more column of the softmax, dropped afterwards.
-    q_segments, k_segments: for each query or key the number of its segment, 0, 1, ...; -1 = in none, which no table
-        touches. [M] or [B, M]; [N] or [B, N].
-    segment_mask: False hides all cells of a pair (segment of the query, segment of the key). [Sq, Sk], or with heads
-        and batch in front, as in the next.
+    bias: added to the logits. -inf, the dtype's minimum, or anything at or below -1e30 hides the cell.
+    alibi: a slope for each head; slope * |i + N - M - j| is subtracted from the logits.
+    sinks: one learned logit for each head. It is one more column of the softmax, which is dropped afterwards.
+    q_segments, k_segments: the segment number (0, 1, ...) of each query or key; -1 = in no segment, so no table applies
+        to it. [M] or [B, M]; [N] or [B, N].
+    segment_mask: False hides all cells of a pair (segment of the query, segment of the key). [Sq, Sk], or with batch
+        and heads in front, like segment_open.
     segment_open: True opens the cells of a pair to the right of the causal diagonal and outside the window. A cell is
         visible if ((causal and window allow it) or it is opened) and segment_mask, padding and bias allow it.
     key_padding: True = real key.
-    query_padding: True = real query; only statistics of keys read it, to leave padded queries out. If None, it is
-        taken from key_padding: of the last M keys when causal, of all keys when M = N; else all are real.
-    prefix: (k0, v0), keys and values that stand before k and v and are shared by batch rows: G = 1 prefix for all, or
-        G for equal runs of B / G rows. It is read once for each run and never repeated. N, in the other arguments and
-        in all results, then counts P + the number of keys in k: positions 0 ... P-1 are the prefix.
-    targets: for each query, keys whose weights are wanted; -1 = none. [M, T] or [B, M, T].
-    key_features: numbers of each key to be averaged under p. [N, F] or [B, N, F].
-    spec: which statistics; edit: what to change. Statistics are taken after all that changes weights and before gate
-        and replacement.
-    backend: "auto", "triton" (CUDA), "compiled" (CPU, once built by python -m headstats.cpu), "blocked" or
-        "reference". "auto" takes the first of these that can do the call; an explicit choice that cannot raises.
-    check_finite: look for NaN and infinity in every argument first, and name the argument and the place. Off, they
-        pass through; on, it costs a pass over the inputs (and, on CUDA, waiting for them). Not within torch.compile.
+    query_padding: True = real query. Only statistics of keys read it, to leave padded queries out. If None, it is
+        derived from key_padding: from the last M keys if causal, from all keys if M = N; else all queries are real.
+    prefix: (k0, v0), keys and values that come before k and v and are shared by batch rows: G = 1 prefix for all
+        rows, or G prefixes for equal runs of B / G rows. A prefix is read once for each run and never repeated. N, in
+        the other arguments and in all results, is then P + the number of keys in k: positions 0 ... P-1 are the prefix.
+    targets: for each query, the keys whose weights are returned; -1 = none. [M, T] or [B, M, T].
+    key_features: numbers of each key to average under p. [N, F] or [B, N, F].
+    spec: which statistics to compute.  edit: what to change. Statistics are computed after everything that changes
+        weights, and before gate and replacement.
+    backend: "auto", "triton" (CUDA), "compiled" (CPU, after python -m headstats.cpu has built it), "blocked" or
+        "reference". "auto" takes the first of these that can do the call; an explicit choice that cannot do it raises.
+    check_finite: first search every argument for NaN and infinity, and name the argument and the place. If False,
+        they pass through. If True, it costs a pass over the inputs (and, on CUDA, waiting for them). Not available
+        within torch.compile.
 
-    A query that sees no key gives zeros, lse -inf, argmax -1. Gradients flow to q, k, v, prefix, bias, alibi, sinks
-    and the fields of Edit through out and lse; the reference alone also differentiates statistics.
+    A query that sees no key gives zeros, lse -inf and argmax -1. Gradients flow through out and lse to q, k, v, prefix,
+    bias, alibi, sinks and the fields of Edit. Only the reference also differentiates statistics.
 
-    Raises TypeError or ValueError for arguments that do not fit, NotImplementedError for an explicit backend that
-    cannot do what is asked.
+    Raises TypeError or ValueError for arguments that do not fit, and NotImplementedError for an explicit backend that
+    cannot do the call.
     """
     call = make_call(
         q, k, v, causal=causal, window=window, softcap=softcap, scale=scale, bias=bias, alibi=alibi,
@@ -139,7 +146,7 @@ def _run(call: Call, name: str, report: bool) -> Attended:
 
 def _runner(call: Call, name: str, backend: Backend) -> Run:
     """Return the backend's own `run`, or its operator while a compiler traces; the reference is traced directly."""
-    return partial(ops.run, backend=name) if tracing(call.q) and name != "reference" else backend.run
+    return partial(torch_ops.run, backend=name) if tracing(call.q) and name != "reference" else backend.run
 
 
 def _mass_before(call: Call, run: Run) -> Tensor:

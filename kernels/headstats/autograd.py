@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from headstats.call import LEAVES, Call
-from headstats.stats import Result, TopK, tensors
+from headstats.stats import Result, from_tensors, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,20 +20,18 @@ Backward = Callable[[Call, set[str], "Tensor", "Tensor", "Tensor", "Tensor"], "d
 
 
 def with_gradients(call: Call, forward: Forward, backward: Backward) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Runs `forward` so that out and lse carry gradients to LEAVES, by `backward`, and to gate and replacement.
+    """Run `forward` so that out and lse have gradients: by `backward` for LEAVES, by autograd for gate and replacement.
 
-    Statistics carry none.
+    Statistics have no gradients.
     """
-    # Out is kept without its gate: the gate's own gradient needs it, and a zero gate cannot be divided out.
+    # The saved out has no gate applied: the gate's own gradient needs it, and a zero gate cannot be divided out.
     bare = replace(call, gate=None, replacement=None)
     if set(LEAVES) & set(call.trainable):
         out, lse, *stats = _Attend.apply(bare, forward, backward, *(getattr(call, name) for name in LEAVES))
-        rest = iter(stats)  # flat, since autograd passes tensors alone
-        asked = call.spec.requested()
-        found = {name: TopK(next(rest), next(rest)) if name == "topk" else next(rest) for name in asked}
+        results = from_tensors(call.spec.requested(), stats)  # autograd passes only tensors
     else:
-        out, lse, found = forward(bare)
-    return call.gated(out), lse, found
+        out, lse, results = forward(bare)
+    return call.gated(out), lse, results
 
 
 class _Attend(torch.autograd.Function):
@@ -41,7 +39,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, call: Call, forward: Forward, backward: Backward, *leaves):
         bare = replace(call, **{n: None if x is None else x.detach() for n, x in zip(LEAVES, leaves, strict=True)})
         out, lse, stats = forward(bare)
-        # Only saved tensors are watched for changes in place and freed after backward.
+        # Only saved tensors are checked for in-place changes and freed after the backward.
         ctx.call = replace(bare, **dict.fromkeys(LEAVES, lse.new_empty(0)))
         ctx.backward = backward
         ctx.save_for_backward(*leaves, out, lse)
@@ -54,7 +52,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse, *_):
         *leaves, out, lse = ctx.saved_tensors
         call: Call = replace(ctx.call, **dict(zip(LEAVES, leaves, strict=True)))
-        wanted = {name for name, need in zip(LEAVES, ctx.needs_input_grad[3:], strict=True) if need}
-        found = ctx.backward(call, wanted, out, lse, grad_out, grad_lse)
-        grads = (found[n].to(x.dtype) if n in wanted else None for n, x in zip(LEAVES, leaves, strict=True))
-        return (None, None, None, *grads)
+        leaf_names = {name for name, need in zip(LEAVES, ctx.needs_input_grad[3:], strict=True) if need}
+        grads = ctx.backward(call, leaf_names, out, lse, grad_out, grad_lse)
+        in_order = (grads[n].to(x.dtype) if n in leaf_names else None for n, x in zip(LEAVES, leaves, strict=True))
+        return (None, None, None, *in_order)

@@ -43,19 +43,19 @@ class Backend:
 
 
 def _tile_backward(
-    call: Call, wanted: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
     """Compute every gradient tile by tile in plain torch."""
-    return recompute.backward(call, wanted, out, lse, grad_out, grad_lse)
+    return recompute.backward(call, leaf_names, out, lse, grad_out, grad_lse)
 
 
 def _triton_backward(
-    call: Call, wanted: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
-    """Run the Triton kernels if they compute every wanted gradient of this call, else the tile backward."""
-    in_kernels = not launch_backward.unknown(call, wanted)
+    """Run the Triton kernels if they compute every requested gradient of this call, else the tile backward."""
+    in_kernels = not launch_backward.unsupported(call, leaf_names)
     backward = launch_backward.backward if in_kernels else _tile_backward
-    return backward(call, wanted, out, lse, grad_out, grad_lse)
+    return backward(call, leaf_names, out, lse, grad_out, grad_lse)
 
 
 # In the order in which backend="auto" tries them on CUDA.

@@ -1,4 +1,4 @@
-"""One validated attention call, and the rules of visibility that every backend shares."""
+"""A validated attention call, and the visibility rules that every backend shares."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
     from headstats.spec import StatSpec
 
-# Stands in for -inf among logits: -inf would give nan in differences and in 0 * (-inf).
+# Used in place of -inf among logits: -inf would give nan in differences and in 0 * (-inf).
 HIDDEN = -1e30
 LOG2E = math.log2(math.e)
 EVERY = slice(None)
-# What recomputation differentiates.
+# Arguments that the backward of a backend differentiates.
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "pattern_q", "pattern_k", "logit_factor", "logit_raise",
           "temperature", "edit_bias", "gain", "keep_fraction", "sinks", "alibi", "bias")  # fmt: skip
 TRAINABLE = (*LEAVES, "gate", "replacement")
 EDITS = ("edit_q_segments", "pattern_q", "pattern_k", "pattern_rows", "logit_factor", "logit_raise", "temperature",
          "edit_bias", "knockout", "counterfactual", "counterfactual_rows", "counterfactual_renormalise",
          "counterfactual_seed", "gain", "take", "give", "keep_fraction", "gate", "replacement")  # fmt: skip
-# Arguments that hide no key, or never a query's own.
+# Arguments that hide no key, or never the query's own key.
 LEAVE_A_KEY = {"q", "k", "v", "causal", "window", "softcap", "scale", "spec", "alibi", "sinks", "prefix_k", "prefix_v",
                "query_padding", "q_segments", "k_segments", "segment_open", "n_segments", "targets", "key_features",
                *EDITS} - {"knockout", "gain"}  # fmt: skip
@@ -34,10 +34,10 @@ LEAVE_A_KEY = {"q", "k", "v", "causal", "window", "softcap", "scale", "spec", "a
 
 @dataclass(eq=False, kw_only=True)
 class Call:
-    """Arguments of `attend` after validation: no ambiguity left, nothing to check again.
+    """Arguments of `attend` after validation: unambiguous, and not checked again.
 
-    N counts all keys: P of a shared prefix, if there is one, and then those in k. Tables over segments have one more
-    row and column than there are segments: the last, where id -1 (no segment) points, is neutral.
+    N counts all keys: the P keys of a shared prefix, if any, and then those in k. Tables over segments have one more
+    row and column than there are segments: id -1 (no segment) points to the last one, which is neutral.
     """
 
     q: Shaped[Tensor, "B H M D"]
@@ -47,30 +47,31 @@ class Call:
     window: int | None
     softcap: float | None
     scale: float
-    spec: StatSpec  # what is asked, with the statistics that wait for an argument resolved to True or False
+    spec: StatSpec  # statistics that depend on an argument are resolved to True or False
     bias: Shaped[Tensor, "#B #H #M #N"] | None = None  # always four dimensions
     alibi: Shaped[Tensor, " H"] | None = None
     sinks: Shaped[Tensor, " H"] | None = None
     prefix_k: Shaped[Tensor, "G Hk P D"] | None = None  # batch rows in G equal runs, one prefix each
     prefix_v: Shaped[Tensor, "G Hk P Dv"] | None = None
     key_padding: Bool[Tensor, "B N"] | None = None
-    query_padding: Bool[Tensor, "B M"] | None = None  # True = real; what statistics of keys average over
+    query_padding: Bool[Tensor, "B M"] | None = None  # True = real; statistics of keys average over these
     q_segments: Int[Tensor, "#B M"] | None = None
     k_segments: Int[Tensor, "#B N"] | None = None
     segment_mask: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
     segment_open: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
-    n_segments: int = 0  # of keys
+    n_segments: int = 0  # number of key segments
     targets: Int[Tensor, "#B M T"] | None = None
     key_features: Float[Tensor, "#B N F"] | None = None
-    # An Edit. `EDITS` names these; each is neutral for heads and rows that it leaves alone, and None if for all.
-    edit_q_segments: Int[Tensor, "#B M"] | None = None  # as the tables below see the queries: -1 in rows left alone
-    pattern_q: Shaped[Tensor, "B H M D"] | None = None  # logits of pattern_rows come from these
+    # The fields of an Edit, named by `EDITS`. Each is neutral in heads and rows that the edit does not change, and None
+    # if it changes none of them.
+    edit_q_segments: Int[Tensor, "#B M"] | None = None  # for the tables below: -1 in rows not changed
+    pattern_q: Shaped[Tensor, "B H M D"] | None = None  # logits of pattern_rows are computed from these
     pattern_k: Shaped[Tensor, "B Hk N-P D"] | None = None
     pattern_rows: Bool[Tensor, "#B #H #M"] | None = None
     logit_factor: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None
     logit_raise: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None
     temperature: Shaped[Tensor, "#B #H #M"] | None = None
-    edit_bias: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None  # log gains that are renormalised, all of them
+    edit_bias: Shaped[Tensor, "#B #H Sq+1 Sk+1"] | None = None  # the sum of all log gains that are renormalised
     knockout: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None  # hidden before the softmax
     counterfactual: str | None = None
     counterfactual_rows: Bool[Tensor, "#B #H #M"] | None = None
@@ -80,7 +81,7 @@ class Call:
     take: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
     give: Bool[Tensor, "#B #H Sq+1 Sk+1"] | None = None
     keep_fraction: Shaped[Tensor, "#B #H #M"] | None = None
-    gate: Shaped[Tensor, "#B #H #M"] | None = None  # never None beside a replacement
+    gate: Shaped[Tensor, "#B #H #M"] | None = None  # never None if there is a replacement
     replacement: Shaped[Tensor, "#B #H #M #Dv"] | None = None
 
     @property
@@ -95,24 +96,24 @@ class Call:
 
     @property
     def groups(self) -> int:
-        """Query heads for each key head."""
+        """Number of query heads per key head."""
         return self.q.shape[1] // self.k.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What logits, LSE and statistics are computed in."""
+        """The dtype in which logits, LSE and statistics are computed."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Names of the arguments that gradients are wanted for."""
+        """Names of the arguments that require gradients; none if autograd is off."""
         if not torch.is_grad_enabled():
             return ()
         return tuple(n for n in TRAINABLE if (t := getattr(self, n)) is not None and t.requires_grad)
 
     @property
     def leaky(self) -> bool:
-        """Whether weights of a row may sum to less than 1."""
+        """Whether the weights of a row may sum to less than 1."""
         return self.sinks is not None or self.changes_weights
 
     @property
@@ -122,29 +123,29 @@ class Call:
 
     @property
     def numbers_rows_twice(self) -> bool:
-        """Whether tables of the edit and others see the queries in different segments: some rows are left alone."""
+        """Whether the edit's tables use other query segments than the masks, because it leaves some rows unchanged."""
         masked = self.segment_mask is not None or self.segment_open is not None
         return masked and self.edit_q_segments is not None and self.edit_q_segments is not self.q_segments
 
     @property
     def table_q_segments(self) -> Int[Tensor, "#B M"] | None:
-        """The queries as all tables see them, unless `numbers_rows_twice`."""
+        """The query segments that all tables use, unless `numbers_rows_twice`."""
         masked = self.segment_mask is not None or self.segment_open is not None
         return self.q_segments if masked else self.edit_q_segments
 
     def unedited(self) -> Call:
-        """The same call without its edit."""
+        """Return the same call without its edit."""
         defaults = {f.name: f.default for f in fields(self) if f.name in EDITS}
         return replace(self, **defaults)
 
     @cached_property
     def may_be_empty(self) -> bool:
-        """Whether some query may see no key; True for whatever is not known to leave each query a key."""
-        given = (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
-        return not LEAVE_A_KEY.issuperset(given) or (self.offset < 0 and (self.causal or self.window is not None))
+        """Whether some query may see no key; True unless every argument is known to leave each query a key."""
+        set_fields = (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
+        return not LEAVE_A_KEY.issuperset(set_fields) or (self.offset < 0 and (self.causal or self.window is not None))
 
     def gated(self, z: Shaped[Tensor, "B H M Dv"]) -> Shaped[Tensor, "B H M Dv"]:
-        """gate * z + (1 - gate) * replacement, in z's dtype."""
+        """Return gate * z + (1 - gate) * replacement, in z's dtype."""
         if self.gate is None:
             return z
         gate = self.gate[..., None].to(self.dtype)
@@ -154,7 +155,7 @@ class Call:
         return out.to(z.dtype)
 
     def keys_seen(self, i0: int, i1: int) -> tuple[int, int]:
-        """Range of keys that any of the queries i0 <= i < i1 may see, by causality and window alone."""
+        """Return the range of keys that any query i0 <= i < i1 may see, considering only causality and window."""
         lo, hi = 0, self.n
         if self.segment_open is not None:
             return lo, hi
@@ -167,7 +168,7 @@ class Call:
         return min(max(lo, 0), hi), hi
 
     def distances(self, i0: int, i1: int, lo: int, hi: int) -> Int[Tensor, "m n"]:
-        """i + N - M - j for the queries i0 <= i < i1 and keys lo <= j < hi."""
+        """Return i + N - M - j for the queries i0 <= i < i1 and keys lo <= j < hi."""
         device = self.q.device
         rows = torch.arange(i0 + self.offset, i1 + self.offset, device=device)
         return rows[:, None] - torch.arange(lo, hi, device=device)
@@ -175,9 +176,10 @@ class Call:
     def visible(
         self, i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY, cut: bool = True
     ) -> Bool[Tensor, "#b #h m n"]:
-        """Which keys the queries see, in a part of the call: causality, window, segments, padding, bias, knock-out.
+        """Return which keys the queries see, in a part of the call.
 
-        cut: cells that are zeroed after the softmax do not count as visible.
+        Causality, window, segments, padding, bias and knock-out all count.  cut: cells that are zeroed after the
+        softmax do not count as visible.
         """
         d = self.distances(i.start, i.stop, j.start, j.stop)
         mask = torch.ones_like(d, dtype=torch.bool)
@@ -203,19 +205,19 @@ class Call:
     def cells(
         self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
     ) -> Shaped[Tensor, "#b #h m n"]:
-        """A table over pairs of segments, spread over cells. Segment -1 is the table's last row or column."""
+        """Spread a table over pairs of segments over cells. Segment -1 reads the table's last row or column."""
         assert self.q_segments is not None and self.k_segments is not None  # validated: a table needs both
         return spread(table, self.q_segments, self.k_segments, (b, heads, i, j))
 
     def edit_cells(
         self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
     ) -> Shaped[Tensor, "#b #h m n"]:
-        """The same for a table of the edit, which is neutral in rows that the edit leaves alone."""
+        """Do the same for a table of the edit, which is neutral in rows that the edit leaves unchanged."""
         assert self.edit_q_segments is not None and self.k_segments is not None  # validated: a table needs both
         return spread(table, self.edit_q_segments, self.k_segments, (b, heads, i, j))
 
     def key_rank(self) -> Int[Tensor, "#B N"]:
-        """0, 1, ... over the real keys of each batch row from the left; N for padded keys."""
+        """Return 0, 1, ... over the real keys of each batch row from the left, and N for padded keys."""
         if self.key_padding is None:
             return torch.arange(self.n, device=self.k.device)[None]
         return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, self.n)
@@ -227,7 +229,7 @@ def spread(
     k_segments: Int[Tensor, "#B N"],
     where: tuple[slice, slice, slice, slice],
 ) -> Shaped[Tensor, "#b #h m n"]:
-    """A table over pairs of segments at the cells of some batch rows, heads, queries and keys."""
+    """Read a table over pairs of segments at the cells of some batch rows, heads, queries and keys."""
     b, heads, i, j = where
     table = part(part(table, b), heads, 1)
     rows = part(q_segments, b)[:, i].remainder(table.shape[2])
@@ -241,7 +243,7 @@ def spread(
 
 
 def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Tensor, "#b *rest"]:
-    """A range of an axis, or the whole of an axis that only broadcasts."""
+    """Return a range of an axis, or the whole axis if it only broadcasts."""
     if x.shape[dim] == 1:
         return x
     start, stop, _ = where.indices(x.shape[dim])
@@ -249,17 +251,17 @@ def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Te
 
 
 def parts(x: Shaped[Tensor, "#B #H #M #N"], *where: slice) -> Shaped[Tensor, "#b #h #m #n"]:
-    """A range of each axis, but for those that only broadcast."""
-    for dim, one in enumerate(where):
-        x = part(x, one, dim)
+    """Return a range of each axis, except axes that only broadcast."""
+    for dim, axis_range in enumerate(where):
+        x = part(x, axis_range, dim)
     return x
 
 
 def heads_apart(call: Call, x: Shaped[Tensor, "B H *rest"]) -> Shaped[Tensor, "B Hk G *rest"]:
-    """[B, H, ...] seen as [B, Hk, H/Hk, ...]."""
+    """View [B, H, ...] as [B, Hk, H/Hk, ...]."""
     return x.unflatten(1, (call.k.shape[1], call.groups))
 
 
 def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-    """Bias cells that mean "not visible": -inf, the dtype's lowest number, or anything at or below -1e30."""
+    """Return which bias cells mean "not visible": -inf, the dtype's minimum, or anything at or below -1e30."""
     return bias <= max(torch.finfo(bias.dtype).min, HIDDEN)

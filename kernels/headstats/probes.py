@@ -1,7 +1,7 @@
-"""Weights of single cells from q, k and lse: p_ij = exp(score_ij - lse_i). No pattern, no values.
+"""Weights of single cells from q, k and lse: p_ij = exp(score_ij - lse_i), without the pattern and without values.
 
-Backends whose main pass does not hold whole rows use these for statistics about known keys, which then cost that
-pass nothing.
+Backends whose main pass does not hold whole rows use these for statistics of keys that are known in advance. Such
+statistics then cost the main pass nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PROBED = ("sink", "diagonal", "previous", "targets")
 
 
 def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
-    """One of the statistics in PROBED."""
+    """Compute one of the statistics in PROBED."""
     weights = weights_at(call, lse, keys_of(call, name, value))
     return weights if name == "targets" else weights.sum(-1)
 
 
 def keys_of(call: Call, name: str, value: Value) -> Int[Tensor, "#B #M T"]:
-    """The keys that a statistic in PROBED looks at, for each query; -1 or beyond N where there is none."""
+    """Return the keys that a statistic in PROBED reads for each query; -1 or beyond N where there is no key."""
     if name == "targets":
         assert call.targets is not None  # validated
         return call.targets
@@ -38,24 +38,24 @@ def keys_of(call: Call, name: str, value: Value) -> Int[Tensor, "#B #M T"]:
 
 
 def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:
-    """Indices of the first real keys of each batch row, -1 where there are fewer."""
+    """Return the indices of the first real keys of each batch row, -1 where there are fewer."""
     count = min(count, call.n)
     keys = torch.arange(call.n, device=call.k.device)[None]
     if call.key_padding is None:
         return keys[:, :count]
-    found = keys.masked_fill(~call.key_padding, keys.shape[1]).sort(1).values[:, :count]
-    return found.masked_fill(found == keys.shape[1], -1)
+    first = keys.masked_fill(~call.key_padding, keys.shape[1]).sort(1).values[:, :count]
+    return first.masked_fill(first == keys.shape[1], -1)
 
 
 def weights_at(call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M T"]) -> Float[Tensor, "B H M T"]:
-    """p_ij for chosen keys of each query; keys outside 0 ... N-1 have weight 0."""
+    """Return p_ij for the given keys of each query; keys outside 0 ... N-1 have weight 0."""
     b, h, m, _ = call.q.shape
     q = heads_apart(call, call.q.to(call.dtype))
     inside = (keys >= 0) & (keys < call.n)
     index = torch.where(inside, keys, 0).expand(b, -1, -1)
     k = call.k.to(call.dtype)
-    wanted = index.flatten(1)[:, None, :, None].expand(b, k.shape[1], -1, k.shape[3])
-    k = k.gather(2, wanted).unflatten(2, index.shape[1:])
+    rows = index.flatten(1)[:, None, :, None].expand(b, k.shape[1], -1, k.shape[3])
+    k = k.gather(2, rows).unflatten(2, index.shape[1:])
     if index.shape[1] == 1:
         scores = torch.einsum("bhgmd,bhtd->bhgmt", q, k[:, :, 0])
     else:

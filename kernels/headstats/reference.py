@@ -1,7 +1,7 @@
-"""Eager oracle: materialises the pattern and reads every number off it. This file is the specification.
+"""Reference backend: it builds the whole pattern and computes everything from it. This file is the specification.
 
-It is slow, needs O(M N) memory, works in any dtype (float64 stays float64) and is differentiable throughout,
-statistics included.
+It is slow, needs O(M N) memory, works in any dtype (float64 stays float64), and everything in it is differentiable,
+including the statistics.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def unsupported(call: Call) -> str | None:
-    """The reference does everything."""
+    """Return None: the reference does every call."""
     return None
 
 
 def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     pattern, lse = build_pattern(call)
     out = call.gated(pattern.z)
     stats = {name: _statistic(call, pattern, name, value) for name, value in call.spec.requested().items()}
@@ -33,7 +33,7 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 
 def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
-    """softmax over [keys, learned sink] of the logits, hidden cells exactly 0, then edited; and its log-sum-exp."""
+    """Return the softmax over [keys, learned sink], with hidden cells exactly 0, then edited; and its log-sum-exp."""
     i, j = slice(0, call.q.shape[2]), slice(0, call.n)
     visible = call.visible(i, j, cut=False)
     scores = logits(call).masked_fill(~visible, HIDDEN)
@@ -47,9 +47,9 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
     log_norm = torch.where(seen, torch.logsumexp(columns, -1), 0.0)
     lse = torch.where(seen, log_norm, -torch.inf)
     p = torch.where(visible, torch.exp(scores - log_norm[..., None]), 0.0)
-    if (change := weights.spread(call, i, j)) is not None:
+    if (change := weights.edit_of_cells(call, i, j)) is not None:
         log_p = (scores - log_norm[..., None]).masked_fill(~visible, HIDDEN)
-        p, scores = weights.changed(change, log_p, torch.ones_like(log_norm), weights.NATURAL)
+        p, scores = weights.apply_edit(change, log_p, torch.ones_like(log_norm), weights.NATURAL)
         log_norm, visible = torch.zeros_like(log_norm), call.visible(i, j)
         scores = scores.masked_fill(~visible, HIDDEN)
     v = expanded(call, call.v, call.prefix_v)
@@ -74,7 +74,7 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
 
 
 def logits(call: Call) -> Float[Tensor, "B H M N"]:
-    """(edited(softcap(scale q.k)) - alibi |distance| + bias) / temperature + log gain, before any mask."""
+    """Return (edited(softcap(scale q.k)) - alibi |distance| + bias) / temperature + log gain, before any mask."""
     i, j = slice(0, call.q.shape[2]), slice(0, call.n)
     scores = _products(call, call.q, call.k)
     if call.pattern_q is not None and call.pattern_k is not None:
@@ -89,7 +89,7 @@ def logits(call: Call) -> Float[Tensor, "B H M N"]:
     if call.alibi is not None:
         scores = scores - call.alibi.to(call.dtype)[:, None, None] * call.distances(0, i.stop, 0, j.stop).abs()
     if call.bias is not None:
-        bias = call.bias.to(call.dtype)  # where it hides, the mask does: an infinity would spoil gradients
+        bias = call.bias.to(call.dtype)  # the mask hides these cells; an infinity would make gradients nan
         scores = scores + bias.masked_fill(hidden_by_bias(bias), 0)
     if call.temperature is not None:
         scores = scores / call.temperature[..., None].to(call.dtype)
@@ -103,7 +103,7 @@ def _products(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "B H M N"]:
 
 
 def expanded(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:
-    """Keys or values of every query head and batch row, those of the prefix first."""
+    """Return the keys or values of every query head and batch row, those of the prefix first."""
     if prefix is not None:
         own = torch.cat([prefix.repeat_interleave(own.shape[0] // prefix.shape[0], 0), own], 2)
     return own.to(call.dtype).repeat_interleave(call.groups, 1)

@@ -1,8 +1,8 @@
 """Saliency of attention: each weight times the gradient of a loss with respect to it, s_ij = p_ij dL/dp_ij.
 
-Given the gradient dz_i at z_i = sum_j p_ij v_j, dL/dp_ij = dz_i . v_j, so that s_ij is known in the tile where p_ij is:
-no M x N matrix is held, and none of gradients either. s_ij is the first-order change of the loss, with its sign
-turned, if cell (i, j) were cut without renormalising.
+Given the gradient dz_i at z_i = sum_j p_ij v_j, dL/dp_ij = dz_i . v_j. So s_ij can be computed in the tile that holds
+p_ij, and no M x N matrix is held, of weights or of gradients. -s_ij is the first-order change of the loss if cell
+(i, j) is cut without renormalising.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from headstats.blocked import tiles
 from headstats.blocked.tiles import Tile, scores
 from headstats.call import Call, heads_apart
-from headstats.patterns import How, SegmentPairs, Weights, call_of, chosen_queries, row_tiles
+from headstats.patterns import How, SegmentPairs, TileWeights, call_of, check_queries, row_tiles
 from headstats.validate.keys import same_device
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ class Saliency:
     """Sums of s_ij = p_ij dL/dp_ij, signed, and of |s_ij|. float32, or float64 for float64 inputs.
 
     query, query_abs: over the keys of each query; query = dz_i . z_i.  key, key_abs: over the queries of each key.
-    segments, segments_abs: over the cells of each pair (segment of the query, segment of the key); None if not asked.
-    rows: s_ij of the chosen queries; None if not asked.
+    segments, segments_abs: over the cells of each pair (segment of the query, segment of the key); None if not
+        requested.
+    rows: s_ij of the requested queries; None if not requested.
     head_norm: sqrt(sum_ij (sum_h |s_hij|)^2), by which LVLMs-Saliency (arXiv 2601.20279) divides the sum over heads:
-        rows.abs().sum(1) / head_norm[:, None, None] are rows of its map; None if not asked.
+        rows.abs().sum(1) / head_norm[:, None, None] are rows of its map; None if not requested.
     """
 
     query: Float[Tensor, "B H M"]
@@ -61,37 +62,45 @@ def saliency(
     head_norm: bool = False,
     **how: Unpack[How],
 ) -> Saliency:
-    """What each head's reading of each token did for a loss, to first order.
+    """Compute the first-order contribution of each attention weight to a loss.
 
-    grad_out: the loss's gradient at `out` of `attend`: call `r.out.retain_grad()` before `backward`, then pass
-        `r.out.grad`. The gate of an edit is taken account of: dz = gate * grad_out.
-    queries: whose rows are wanted, [R] or [B, R]; -1 = none.  from_segments, to_segments: segment of each query and
-        key, both or neither; -1 = in none.  head_norm: needs all heads at once, in tiles of few queries: slower.
-    lse, how: as in `pattern_rows`. Padded queries (`query_padding`) are left out of everything.
+        r = headstats.attend(q, k, v)
+        r.out.retain_grad()
+        loss(r.out).backward()
+        s = headstats.saliency(q, k, v, r.lse, r.out.grad)  # s.query [B, H, M], s.key [B, H, N]
 
-    The gradient at the row of query i is of what follows from out_i: with a causal model, rows after the position
-    whose prediction the loss reads are exactly 0. Raises TypeError or ValueError for arguments that do not fit.
+    grad_out: the gradient of the loss at `out` of `attend`: call `r.out.retain_grad()` before `backward`, then pass
+        `r.out.grad`. The gate of an edit is included: dz = gate * grad_out.
+    queries: the queries whose rows are returned, [R] or [B, R]; -1 = no query.
+    from_segments, to_segments: the segment of each query and key, both or neither; -1 = in no segment.
+    head_norm: also compute `Saliency.head_norm`. It needs all heads at once, in tiles of few queries, and is slower.
+    lse, how: as in `pattern_rows`. Padded queries (`query_padding`) are left out of all results.
+
+    The gradient in the row of query i includes everything that depends on out_i. With a causal model, rows after the
+    position whose prediction the loss reads are exactly 0.
+
+    Raises TypeError or ValueError for arguments that do not fit.
     """
     call = call_of(q, k, v, how)
     if (from_segments is None) != (to_segments is None):
         missing = "from_segments" if from_segments is None else "to_segments"
         raise ValueError(f"{missing} is None: pairs of segments need both from_segments and to_segments")
     pairs = None if from_segments is None else SegmentPairs(call, from_segments, to_segments)
-    chosen = None if queries is None else chosen_queries(queries, call)
-    cells = Cells(call, lse, grad_out)
-    totals = Totals(call, pairs, head_norm)
+    query_ids = None if queries is None else check_queries(queries, call)
+    cells = SaliencyCells(call, lse, grad_out)
+    totals = SaliencySums(call, pairs, head_norm)
     for t in _tiles_of_all_heads(call) if head_norm else tiles.tiles(call):
         totals.add(t, cells.of(t))
-    cells.weights.compare()
+    cells.weights.compare_lse()
     rows = None
-    if chosen is not None:
-        rows = q.new_zeros(*q.shape[:2], chosen.shape[1], call.n, dtype=call.dtype)
-        for t, at in row_tiles(call, chosen):
+    if query_ids is not None:
+        rows = q.new_zeros(*q.shape[:2], query_ids.shape[1], call.n, dtype=call.dtype)
+        for t, at in row_tiles(call, query_ids):
             rows[t.b, :, at, t.j] = cells.of(t).flatten(1, 2)
-    return Saliency(**totals.found(), rows=rows)
+    return Saliency(**totals.fields(), rows=rows)
 
 
-class Cells:
+class SaliencyCells:
     """s_ij of a call, tile by tile."""
 
     def __init__(self, call: Call, lse: Tensor | None, grad_out: Any):
@@ -104,16 +113,16 @@ class Cells:
             dz = dz * call.gate[..., None].to(call.dtype)
         if call.query_padding is not None:
             dz = dz * call.query_padding[:, None, :, None]
-        self.dz, self.weights = heads_apart(call, dz), Weights(call, lse)
+        self.dz, self.weights = heads_apart(call, dz), TileWeights(call, lse)
 
     def of(self, t: Tile) -> Float[Tensor, "b h g m n"]:
-        """s of a tile."""
+        """Return s of a tile."""
         p, _ = self.weights.of(t)
         return p.mul_(scores(self.dz[t.b, t.h, :, t.i], self.weights.v, t))
 
 
-class Totals:
-    """Sums over tiles: signed, and of absolute values."""
+class SaliencySums:
+    """Sums of s over tiles: signed, and of absolute values."""
 
     def __init__(self, call: Call, pairs: SegmentPairs | None, head_norm: bool):
         b, h, m, _ = call.q.shape
@@ -123,11 +132,11 @@ class Totals:
             return call.q.new_zeros(shape, dtype=call.dtype)
 
         self.query, self.key = ([zeros(b, hk, h // hk, size) for _ in range(2)] for size in (m, call.n))
-        self.segments = [] if pairs is None else [pairs.space() for _ in range(2)]
+        self.segments = [] if pairs is None else [pairs.zeros() for _ in range(2)]
         self.squares = zeros(b) if head_norm else None
 
     def add(self, t: Tile, s: Float[Tensor, "b h g m n"]) -> None:
-        """Takes in a tile, which is overwritten."""
+        """Add a tile to the sums; s is overwritten."""
         for turn in range(2):
             self.query[turn][t.b, t.h, :, t.i] = s.sum(-1)
             self.key[turn][t.b, t.h, :, t.j] += s.sum(-2)
@@ -137,16 +146,21 @@ class Totals:
         if self.squares is not None:
             self.squares[t.b] += s.sum((1, 2)).square().sum((1, 2))
 
-    def found(self) -> dict[str, Tensor]:
-        """Fields of Saliency."""
-        sums = {"query": self.query, "key": self.key} | ({"segments": self.segments} if self.segments else {})
-        found = {f"{name}{suffix}": x.flatten(1, 2) for name, both in sums.items()
-                 for suffix, x in zip(("", "_abs"), both, strict=True)}  # fmt: skip
-        return found if self.squares is None else found | {"head_norm": self.squares.sqrt()}
+    def fields(self) -> dict[str, Tensor]:
+        """Return the fields of Saliency that are sums."""
+        sums = {"query": self.query, "key": self.key}
+        if self.segments:
+            sums["segments"] = self.segments
+        fields = {}
+        for name, (signed, absolute) in sums.items():
+            fields[name], fields[f"{name}_abs"] = signed.flatten(1, 2), absolute.flatten(1, 2)
+        if self.squares is not None:
+            fields["head_norm"] = self.squares.sqrt()
+        return fields
 
 
 def _tiles_of_all_heads(call: Call) -> Iterator[Tile]:
-    """One batch row at a time, and as many queries as the budget allows."""
+    """Yield tiles of all heads: one batch row at a time, and as many queries as the budget of cells allows."""
     (nb, h, m, _), hk = call.q.shape, call.k.shape[1]
     rows = max(1, tiles.CELLS // (h * call.n))
     for b in range(nb):

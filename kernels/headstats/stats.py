@@ -1,18 +1,18 @@
-"""What each statistic means. This table is the one place where a statistic is defined.
+"""The table of statistics: the one place where a statistic is defined.
 
-Every entry gives its formula on the full pattern (`dense`), which is what the reference backend runs and
-what every other backend is tested against. To add a statistic, add one row to
+Every row gives the formula on the full pattern (`dense`), which the reference backend runs and against which every
+other backend is tested. To add a statistic, add one row to
 `STATISTICS`: `StatSpec` and `AttentionStats` get a field from it, the reference and blocked backends compute it, and
 the tests over the table cover it. A faster form for blocked tiles (`blocked.statistics.FAST`), for the compiled backend
 or for Triton is optional.
 
-One rule holds for all of them: they describe the weights p_ij that multiply the values, after mask, bias and
-softcap and before the gate. A learned sink takes mass away from the row (sum_j p_ij < 1) but is no key.
+One rule holds for all statistics: they describe the weights p_ij that multiply the values, after mask, bias and
+softcap and before the gate. A learned sink takes mass from the row (sum_j p_ij < 1) but is not a key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pattern:
-    """A pattern, or the part of one that holds all keys visible to some queries; any leading dimensions."""
+    """An attention pattern, or the part with all keys visible to some queries; any leading dimensions."""
 
     p: Float[Tensor, "*lead m n"]  # weights, 0 where hidden
     scores: Float[Tensor, "*lead m n"]  # logits after scale, softcap, bias and edits; about -1e30 where hidden
-    log_norm: Float[Tensor, "*lead m"]  # scores - log_norm = ln p where visible; 0 where no key is
+    log_norm: Float[Tensor, "*lead m"]  # scores - log_norm = ln p where visible; 0 where no key is visible
     visible: Bool[Tensor, "*#lead m n"]
     distance: Float[Tensor, "m n"]  # i + N - M - j, in tokens
-    key_rank: Int[Tensor, "*#lead #m n"]  # 0, 1, ... counts real keys from the left; N for padded keys
+    key_rank: Int[Tensor, "*#lead #m n"]  # 0, 1, ... over the real keys from the left; N for padded keys
     real_query: Bool[Tensor, "*#lead m #n"]
     v: Float[Tensor, "*#lead n Dv"]
     z: Float[Tensor, "*lead m Dv"]  # sum_j p_ij v_j
-    first_key: int  # index of the first key held here
+    first_key: int  # index of the first key of this part
     key_segment: Int[Tensor, "*#lead n"] | None
     n_segments: int
     targets: Int[Tensor, "*#lead m T"] | None
@@ -50,7 +50,7 @@ class TopK(NamedTuple):
     indices: Int[Tensor, "B H M k"]
 
 
-Value = int | bool | tuple[int, int]  # what StatSpec holds for a statistic
+Value = int | bool | tuple[int, int]  # the value of a statistic in StatSpec
 Result = Tensor | TopK
 
 
@@ -58,12 +58,13 @@ Result = Tensor | TopK
 class Statistic:
     """One row of the table.
 
-    axis: "query" gives numbers for each [B, H, M]; "key" one for each [B, H, N].  shape: of the result.
+    axis: "query" for a statistic of each query, [B, H, M, ...]; "key" for one of each key, [B, H, N].
+    shape: shape of the result.
     empty: the value for a query that sees no key, or for a key that no query counts for.
-    dense: (pattern, the value given in StatSpec) -> statistic. For axis="key": the sum ("mean") or the maximum
-        ("max") over the pattern's queries, or a sum whose square root is the result ("norm"). The sum of a mean is
-        divided by the number of queries that `among` counts.
-    among: (cells that are visible to a real query, distances, value) -> cells that count, for axis="key".
+    dense: (pattern, the value in StatSpec) -> statistic. For axis="key" it returns, by `reduce`, the sum ("mean") or
+        the maximum ("max") over the pattern's queries, or a sum whose square root is the result ("norm"). The sum of
+        a mean is divided by the number of queries that `among` counts.
+    among: (cells visible to a real query, distances, value) -> cells that count, for axis="key".
     default: the value in StatSpec(); None: computed when the argument that it needs is given.
     full: the value in StatSpec.all().  It also decides which values StatSpec accepts: a switch, a count or a range.
     count: for a statistic with a number, what the number counts.
@@ -88,14 +89,14 @@ class Statistic:
 
 
 def _entropy(a: Pattern, _) -> Tensor:
-    # log p = score - log_norm keeps its accuracy where p underflows; hidden cells carry no p.
+    # log p = score - log_norm stays accurate where p underflows. Hidden cells have p = 0.
     log_p = torch.where(a.visible, a.scores - a.log_norm[..., None], 0.0)
     return -(a.p * log_p).sum(-1)
 
 
 def _entropy_normalised(a: Pattern, _) -> Tensor:
     most = a.visible.sum(-1).to(a.p.dtype).clamp_min(1).log()
-    return torch.where(most > 0, _entropy(a, _) / most.clamp_min(0.5), 0.0)  # ln 2 is the least log of a count
+    return torch.where(most > 0, _entropy(a, _) / most.clamp_min(0.5), 0.0)  # the smallest nonzero value is ln 2
 
 
 def _argmax(a: Pattern, _) -> Tensor:
@@ -135,12 +136,12 @@ def _at_distance(a: Pattern, d: int) -> Tensor:
 
 
 def _segments(a: Pattern, _) -> Tensor:
-    assert a.key_segment is not None  # validated: asked only with k_segments
+    assert a.key_segment is not None  # validated: requested only with k_segments
     return a.p @ members(a.key_segment, a.n_segments, a.p.dtype)
 
 
 def members(ids: Int[Tensor, "*lead n"], n_segments: int, dtype: torch.dtype) -> Float[Tensor, "*lead n S"]:
-    """1 where a key is in a segment."""
+    """Return 1 where a key is in a segment, else 0."""
     return (ids[..., None] == torch.arange(n_segments, device=ids.device)).to(dtype)
 
 
@@ -156,17 +157,17 @@ def _segment_outputs(a: Pattern, _) -> Tensor:
 
 
 def _targets(a: Pattern, _) -> Tensor:
-    assert a.targets is not None  # validated: asked only with targets
+    assert a.targets is not None  # validated: requested only with targets
     n = a.p.shape[-1]
-    wanted = (a.targets - a.first_key).expand(*a.p.shape[:-1], -1)
-    here = (a.targets >= 0) & (wanted >= 0) & (wanted < n)  # a key outside the part is not visible
+    columns = (a.targets - a.first_key).expand(*a.p.shape[:-1], -1)
+    inside = (a.targets >= 0) & (columns >= 0) & (columns < n)  # a key outside the part is not visible
     if n == 0:
-        return a.p.new_zeros(wanted.shape)
-    return torch.where(here, a.p.gather(-1, wanted.clamp(0, n - 1)), 0.0)
+        return a.p.new_zeros(columns.shape)
+    return torch.where(inside, a.p.gather(-1, columns.clamp(0, n - 1)), 0.0)
 
 
 def _key_features(a: Pattern, _) -> Tensor:
-    assert a.features is not None  # validated: asked only with key_features
+    assert a.features is not None  # validated: requested only with key_features
     return a.p @ a.features
 
 
@@ -294,22 +295,32 @@ ARGUMENT = {s.name: s.argument for s in STATISTICS if s.argument is not None}
 
 
 def tensors(result: Result) -> tuple[Tensor, ...]:
-    """The tensors of a statistic: one, or values and indices."""
+    """Return the tensors of a statistic: one, or values and indices."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
+def from_tensors(names: Iterable[str], flat: Iterable[Tensor]) -> dict[str, Result]:
+    """Group a flat list of tensors into the named statistics, as `tensors` gave them one after another."""
+    remaining = iter(flat)
+    results: dict[str, Result] = {}
+    for name in names:
+        first = next(remaining)
+        results[name] = TopK(first, next(remaining)) if name == "topk" else first
+    return results
+
+
 def over_rows(rows: Shaped[Tensor, "*lead"], x: Shaped[Tensor, "*lead *rest"]) -> Shaped[Tensor, "*lead #rest"]:
-    """What is given for each query, shaped to stand beside a statistic that has further axes."""
+    """Reshape values of each query so that they broadcast against a statistic with further axes."""
     return rows.reshape(*rows.shape, *[1] * (x.dim() - rows.dim()))
 
 
 def mapped(result: Result, f: Callable[[Tensor], Tensor]) -> Result:
-    """The statistic with `f` applied to its tensors."""
+    """Apply `f` to the tensors of a statistic."""
     return f(result) if isinstance(result, Tensor) else TopK(*map(f, result))
 
 
 def table() -> str:
-    """STATISTICS as a Markdown table: what the README shows."""
+    """Return STATISTICS as a Markdown table, as the README shows it."""
     lines = ["| statistic | shape | definition | unit | range | if empty |", "| --- | --- | --- | --- | --- | --- |"]
     for s in STATISTICS:
         mark = " †" if s.default is None else " *" if s.default else ""

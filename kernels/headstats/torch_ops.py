@@ -1,8 +1,9 @@
-"""Attention as operators of torch.library: tensors and plain values in, tensors out, so that torch.compile and
-torch.export see one node where the loop over tiles, or the launch of a kernel, would be. Without a compiler at work
-`attend` calls its backend directly: the dispatcher would only cost time.
+"""Attention as torch.library operators, so that torch.compile and torch.export see one node per call.
 
-The schemas follow the fields of `Call`: a new field needs nothing here, as long as it is a tensor or a plain value.
+The operators take tensors and plain values and return tensors; the loop over tiles, or the launch of a kernel, stays
+inside. When no compiler traces, `attend` calls its backend directly, because the dispatcher would only cost time.
+
+The schemas follow the fields of `Call`: a new field needs no change here, as long as it is a tensor or a plain value.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from headstats.backends import BACKENDS
 from headstats.call import LEAVES, Call
 from headstats.spec import StatSpec
-from headstats.stats import BY_NAME, Result, TopK, tensors
+from headstats.stats import BY_NAME, Result, from_tensors, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ INDEX = {name: i for i, name in enumerate(FIELDS)}
 
 
 def run(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """What the backend's own `run` returns, through the operator."""
+    """Return what the backend's own `run` returns, by calling the operator."""
     if not call.trainable:
         return _forward(call, backend)
     out, lse, stats = _forward(replace(call, gate=None, replacement=None), backend)
@@ -40,15 +41,12 @@ def run(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
 def _forward(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
     text = "; ".join([f"{name}={value}" for name, value in call.spec.requested().items()])
     arguments = [text if name == "spec" else getattr(call, name) for name in FIELDS]
-    out, lse, found = torch.ops.headstats.attend(*arguments, backend)
-    rest, stats = list(found), {}
-    for name in call.spec.requested():
-        stats[name] = TopK(rest.pop(0), rest.pop(0)) if name == "topk" else rest.pop(0)
-    return out, lse, stats
+    out, lse, flat_stats = torch.ops.headstats.attend(*arguments, backend)
+    return out, lse, from_tensors(call.spec.requested(), flat_stats)
 
 
 def _call(arguments: Sequence[Any]) -> Call:
-    """The call that an operator's arguments, in the order of FIELDS, stand for."""
+    """Build the call from an operator's arguments, which are in the order of FIELDS."""
     values: dict[str, Any] = dict(zip(FIELDS, arguments, strict=True))
     values["spec"] = _spec(values["spec"])
     return Call(**values)
@@ -61,22 +59,22 @@ def _spec(text: str) -> StatSpec:
 
 
 def _schema(*more: str) -> str:
-    """Parameters named and typed as the fields of Call are."""
-    found = []
+    """Return operator parameters with the names and types of the fields of Call, then `more`."""
+    parameters = []
     for f in fields(Call):
         kind, optional, _ = str(f.type).partition(" | None")
         kind = "Tensor" if f.name in TENSORS else PLAIN[kind]
-        found.append(f"{kind}{'?' if optional else ''} {f.name}")
-    return ", ".join([*found, *more])
+        parameters.append(f"{kind}{'?' if optional else ''} {f.name}")
+    return ", ".join([*parameters, *more])
 
 
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *rest, backend = arguments
-    call = _call(rest)
+    *call_arguments, backend = arguments
+    call = _call(call_arguments)
     with torch.no_grad():
         out, lse, stats = BACKENDS[backend].run(call)
-    found = [x.contiguous() for name in call.spec.requested() for x in tensors(stats[name])]
-    return out.contiguous(), lse.contiguous(), found
+    flat_stats = [x.contiguous() for name in call.spec.requested() for x in tensors(stats[name])]
+    return out.contiguous(), lse.contiguous(), flat_stats
 
 
 def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -85,15 +83,15 @@ def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     sizes = {"B": b, "H": h, "M": m, "N": call.n, "Dv": call.v.shape[3], "S": call.n_segments}
     sizes |= {"T": 0 if call.targets is None else call.targets.shape[2]}
     sizes |= {"F": 0 if call.key_features is None else call.key_features.shape[2], "k": call.spec.topk}
-    found = []
+    flat_stats = []
     for name in call.spec.requested():
         shape = [sizes[letter] for letter in BY_NAME[name].shape.split()]
         if name != "argmax":
-            found.append(call.q.new_empty(shape, dtype=call.dtype))
+            flat_stats.append(call.q.new_empty(shape, dtype=call.dtype))
         if name in ("argmax", "topk"):
-            found.append(call.q.new_empty(shape, dtype=torch.int64))
+            flat_stats.append(call.q.new_empty(shape, dtype=torch.int64))
     out = call.q.new_empty(b, h, m, call.v.shape[3])
-    return out, call.q.new_empty(b, h, m, dtype=call.dtype), found
+    return out, call.q.new_empty(b, h, m, dtype=call.dtype), flat_stats
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
@@ -105,29 +103,29 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[T
 
 
 def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Any, ...]:
-    *given, out, lse = ctx.saved_tensors
+    *saved_arguments, out, lse = ctx.saved_tensors
     arguments = list(ctx.plain)
-    for name, x in zip(TENSORS, given, strict=True):
+    for name, x in zip(TENSORS, saved_arguments, strict=True):
         arguments[INDEX[name]] = x
-    wanted = [name for name in LEAVES if ctx.needs_input_grad[INDEX[name]]]
-    found = torch.ops.headstats.attend_backward(
-        *arguments, out, lse, grad_out, grad_lse, ", ".join(wanted), ctx.backend
+    leaf_names = [name for name in LEAVES if ctx.needs_input_grad[INDEX[name]]]
+    leaf_grads = torch.ops.headstats.attend_backward(
+        *arguments, out, lse, grad_out, grad_lse, ", ".join(leaf_names), ctx.backend
     )
     grads: list[Any] = [None] * (len(FIELDS) + 1)
-    for name, x in zip(wanted, found, strict=True):
+    for name, x in zip(leaf_names, leaf_grads, strict=True):
         grads[INDEX[name]] = x
     return tuple(grads)
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    """d loss / d leaf for each of the wanted leaves, in its dtype."""
-    *rest, out, lse, grad_out, grad_lse, wanted, backend = arguments
-    call, names = _call(rest), wanted.split(", ")
+    """Return d loss / d leaf for each requested leaf, in the leaf's dtype."""
+    *call_arguments, out, lse, grad_out, grad_lse, leaf_names, backend = arguments
+    call, names = _call(call_arguments), leaf_names.split(", ")
     with torch.no_grad():
         run = BACKENDS[backend].backward
-        assert run is not None  # the reference is traced as it is, without this operator
-        found = run(call, set(names), out, lse, grad_out, grad_lse)
-        return [found[name].to(getattr(call, name).dtype).contiguous() for name in names]
+        assert run is not None  # the reference is traced directly, without this operator
+        grads = run(call, set(names), out, lse, grad_out, grad_lse)
+        return [grads[name].to(getattr(call, name).dtype).contiguous() for name in names]
 
 
 def _backward_shapes(*arguments: Any) -> list[Tensor]:
@@ -145,7 +143,7 @@ library.define(f"attend({_schema('str backend')}) -> (Tensor, Tensor, Tensor[])"
 library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("headstats::attend", _attend_shapes, lib=library)
 torch.library.register_autograd("headstats::attend", _gradient, setup_context=_setup, lib=library)
-_TO_BACKWARD = ("Tensor out", "Tensor lse", "Tensor grad_out", "Tensor grad_lse", "str wanted", "str backend")
+_TO_BACKWARD = ("Tensor out", "Tensor lse", "Tensor grad_out", "Tensor grad_lse", "str leaf_names", "str backend")
 library.define(f"attend_backward({_schema(*_TO_BACKWARD)}) -> Tensor[]")
 library.impl("attend_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("headstats::attend_backward", _backward_shapes, lib=library)

@@ -29,7 +29,7 @@ def compiled_library(tmp_path_factory):
         os.environ["HEADSTATS_CACHE"] = str(tmp_path_factory.mktemp("compiled"))
         build.build()
         library.find.cache_clear()
-        trial.tried.cache_clear()
+        trial.cached_failure.cache_clear()
     assert trial.failure(torch.float32) is None
 
 

@@ -71,7 +71,7 @@ def launches(d, dtype, full):
     lse = torch.zeros(c.q.shape[:3])
     columns.statistics(c, lse)
     largest.topk(c, lse)
-    wanted = {name for name in LEAVES if name in launch_backward.KNOWN and getattr(c, name) is not None}
+    wanted = {name for name in LEAVES if name in launch_backward.COMPUTED and getattr(c, name) is not None}
     launch_backward.backward(c, wanted, c.q, lse, c.q, lse)
     for name, (module, kernel) in places.items():
         setattr(module, kernel, noted[name].kernel)

@@ -99,7 +99,7 @@ def test_gradients_by_recomputation():
     [
         (
             {"edit": Edit(counterfactual="shuffled")},
-            "counterfactual='shuffled' wants whole rows, which backends 'blocked' and 'reference' hold",
+            "counterfactual='shuffled' needs whole rows, which backends 'blocked' and 'reference' hold",
         ),
     ],
     ids=str,

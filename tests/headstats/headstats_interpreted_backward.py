@@ -121,10 +121,10 @@ def test_gradients_of_a_pattern_from_elsewhere():
 def test_a_call_with_more_to_it_is_left_to_pytorch(monkeypatch):
     qkv, _ = inputs(b=1, h=1, hk=1, m=3, n=3)
     call = make_call(*qkv, window=2)
-    assert launch_backward.unknown(call, {"q", "k"}) == []
-    assert launch_backward.unknown(call, {"q", "bias", "edit_bias"}) == ["bias", "edit_bias"]
+    assert launch_backward.unsupported(call, {"q", "k"}) == []
+    assert launch_backward.unsupported(call, {"q", "bias", "edit_bias"}) == ["bias", "edit_bias"]
     monkeypatch.setattr(launch_backward, "READ", tuple(name for name in launch_backward.READ if name != "window"))
-    assert launch_backward.unknown(call, {"q"}) == ["window"]
+    assert launch_backward.unsupported(call, {"q"}) == ["window"]
 
 
 def test_bfloat16_and_strides():

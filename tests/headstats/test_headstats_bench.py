@@ -11,7 +11,7 @@ import torch
 from headstats.bench import cases as bench_cases
 from headstats.bench import peers
 from headstats.bench import run as bench
-from headstats.bench.cases import Case, Target
+from headstats.bench.cases import KernelCase, SpeedTarget
 from headstats_cases import inputs, oracle
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -65,14 +65,14 @@ def test_the_cost_of_every_statistic_is_measured():
 
 def test_a_case_is_measured_and_judged():
     targets = (
-        Target("blocked:default", "sdpa", most=1e9),
-        Target("blocked:default", "sdpa", least=1e9),
-        Target("eager", "sdpa", most=1e9, of="mib"),
-        Target("blocked:default", "sdpa", most=-1.0, minus="blocked:default"),
-        Target("triton:off", "sdpa", most=1.0),
+        SpeedTarget("blocked:default", "sdpa", most=1e9),
+        SpeedTarget("blocked:default", "sdpa", least=1e9),
+        SpeedTarget("eager", "sdpa", most=1e9, of="mib"),
+        SpeedTarget("blocked:default", "sdpa", most=-1.0, minus="blocked:default"),
+        SpeedTarget("triton:off", "sdpa", most=1.0),
     )
     paths = ("sdpa", "blocked:default", "eager", "triton:off", "blocked:only topk")
-    found = bench.measure(Case("tiny", paths, 200, targets=targets), quick=True, threads=1)
+    found = bench.measure(KernelCase("tiny", paths, 200, targets=targets), quick=True, threads=1)
     assert [t["met"] for t in found["targets"]] == [True, False, None, False, None]
     assert len(found["paths"]["sdpa"]["seconds"]) == bench.ROUNDS[0] and found["paths"]["sdpa"]["median_s"] > 0
     assert "NotImplementedError: backend='triton' cannot" in found["paths"]["triton:off"]["not_run"]
@@ -83,20 +83,20 @@ def test_a_case_is_measured_and_judged():
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_the_pattern():
     """Eager holds at least logits and weights of 9 x 600 x 600; blocked far less."""
-    case = Case("tiny", ("eager", "blocked:default"), 600, memory=True)
+    case = KernelCase("tiny", ("eager", "blocked:default"), 600, memory=True)
     found = {path: bench._memory_elsewhere(case, path, 1)["mib"] for path in case.paths}
     pattern = 9 * 600 * 600 * 4 / 2**20
     assert found["eager"] > 1.9 * pattern and found["blocked:default"] < pattern
 
 
 def test_memory_that_cannot_be_measured_says_why():
-    found = bench._memory_elsewhere(Case("tiny", ("triton:off",), 20), "triton:off", 1)
+    found = bench._memory_elsewhere(KernelCase("tiny", ("triton:off",), 20), "triton:off", 1)
     assert found["mib"] is None and "NotImplementedError" in found["mib_not_measured"]
 
 
 def test_eager_without_room_is_not_tried():
     with pytest.raises(MemoryError, match="GiB"):
-        bench_cases._room_for_eager(torch.empty(1, 1, 1, 1).expand(1, 64, 2**20, 1))
+        bench_cases._check_memory_for_eager(torch.empty(1, 1, 1, 1).expand(1, 64, 2**20, 1))
 
 
 def test_unknown_cases():

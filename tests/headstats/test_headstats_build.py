@@ -61,7 +61,7 @@ def test_the_command_builds_and_says_so(compiler):
     assert process.returncode == 0 and err == ""
     assert f"built in 0 s: {build.library_path()}" in out and "agrees with the reference" in out
     process = command("--if-missing")
-    assert "is there" in process.communicate(timeout=120)[0] and process.returncode == 0
+    assert "is already built" in process.communicate(timeout=120)[0] and process.returncode == 0
     assert os.listdir(build.cache_root()) == [build.library_path().parent.name]  # no work folder is left
 
 

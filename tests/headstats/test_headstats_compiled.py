@@ -274,7 +274,7 @@ def test_auto_takes_it():
 def test_without_a_library_blocked_runs_and_an_explicit_choice_says_how_to_build(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADSTATS_CACHE", str(tmp_path))
     library.find.cache_clear()
-    trial.tried.cache_clear()
+    trial.cached_failure.cache_clear()
     try:
         qkv, _ = inputs()
         assert headstats.attend(*qkv).backend == "blocked"
@@ -282,13 +282,13 @@ def test_without_a_library_blocked_runs_and_an_explicit_choice_says_how_to_build
             headstats.attend(*qkv, backend="compiled")
     finally:
         library.find.cache_clear()
-        trial.tried.cache_clear()
+        trial.cached_failure.cache_clear()
 
 
 def test_a_library_that_gives_other_numbers_is_not_used(monkeypatch):
     monkeypatch.setattr(library.find()[0], "attend", lambda arguments: None)  # writes nothing
-    trial.tried.cache_clear()
+    trial.cached_failure.cache_clear()
     try:
         assert "does not reproduce" in trial.failure(torch.float32)
     finally:
-        trial.tried.cache_clear()
+        trial.cached_failure.cache_clear()

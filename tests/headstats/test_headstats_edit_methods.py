@@ -29,7 +29,7 @@ def compiled_or_told(q, k, v, edit=None, **options):
     """The compiled backend; what it says it cannot do goes to the backend that it names."""
     if edit is None or edit.counterfactual != "shuffled":
         return headstats.attend(q, k, v, edit=edit, **options, backend="compiled")
-    with pytest.raises(NotImplementedError, match=r"'shuffled' wants whole rows, which backends 'blocked' and"):
+    with pytest.raises(NotImplementedError, match=r"'shuffled' needs whole rows, which backends 'blocked' and"):
         headstats.attend(q, k, v, edit=edit, **options, backend="compiled")
     r = headstats.attend(q, k, v, edit=edit, **options)
     assert r.backend == "blocked"

@@ -67,9 +67,9 @@ def test_where_it_must_not_be_taken(paying) -> None:
 @pytest.mark.parametrize("n", [257, 1000, 4096, 8192, 20000])
 def test_tiles_end_at_few_places(n: int) -> None:
     """Each shape costs a megabyte for as long as the process lives."""
-    ends = {products.regular(stop, n) for stop in range(1, n + 1)}
+    ends = {products.round_end(stop, n) for stop in range(1, n + 1)}
     assert len(ends) <= 8 and max(ends) == n
-    assert all(products.regular(stop, n) >= stop for stop in range(1, n + 1))
+    assert all(products.round_end(stop, n) >= stop for stop in range(1, n + 1))
 
 
 def test_the_trial_leaves_the_threads_as_they_were() -> None:

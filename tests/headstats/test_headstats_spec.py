@@ -100,15 +100,15 @@ def test_unasked_statistics_run_no_operator():
 def test_off_runs_the_same_operators_as_bare_attention(monkeypatch):
     """With the statistics code made unreachable, stats-off runs the very same operators."""
     before = operations(StatSpec.none())
-    monkeypatch.setattr(blocked.fast, "statistic", None)
-    monkeypatch.setattr(blocked.fast, "mean_over_queries", None)
+    monkeypatch.setattr(blocked.statistics, "statistic", None)
+    monkeypatch.setattr(blocked.statistics, "mean_over_queries", None)
     assert operations(StatSpec.none()) == before
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_new_statistic_needs_only_its_definition(shared, monkeypatch):
     """blocked computes each from its definition in the table when it has no faster form."""
-    monkeypatch.setattr(blocked.fast, "FAST", {})
+    monkeypatch.setattr(blocked.statistics, "FAST", {})
     monkeypatch.setattr(tiles, "CELLS", 64)
     monkeypatch.setattr(tiles, "ROWS", 2)
     qkv, options = inputs(m=9, n=15, window=4, padding="left")

@@ -1,1 +1,1 @@
-"""Measure the backends beside plain attention: ``python -m headstats.bench``."""
+"""Benchmark of the backends against plain attention: ``python -m headstats.bench``."""

@@ -1,4 +1,4 @@
-"""What `headstats.bench` measures: inputs, the ways through them that run in turn, and the targets."""
+"""The cases of the benchmark: inputs, the paths that run on them in turn, and the targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headstats.bench import peers
 from headstats.edit import Edit
 from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT, BY_NAME, STATISTICS
-from headstats.triton import backend as launch
+from headstats.triton import backend as triton
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,8 @@ OFF, DEFAULT, CORE, ONE_PASS, COLUMNS = "off", "default", "core", "one pass", "c
 
 
 @dataclass(frozen=True)
-class Target:
-    """A bound on (path - minus) / per of medians, or on the path's own number where `per` is None."""
+class SpeedTarget:
+    """A bound on (path - minus) / per of the medians, or on the path's own number if `per` is None."""
 
     path: str
     per: str | None = None
@@ -37,8 +37,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Case:
-    """Inputs of one kind and size, and the paths that run on them in turn, the first being what others are put to."""
+class KernelCase:
+    """Inputs of one kind and size, and the paths that run on them in turn. The first path is the baseline."""
 
     name: str
     paths: tuple[str, ...]
@@ -48,8 +48,8 @@ class Case:
     rows: int = 1  # batch
     prefix: int = 0  # shared keys before the n of each row
     device: str = "cpu"
-    memory: bool = False  # measure peak memory too, in processes of their own
-    targets: tuple[Target, ...] = ()
+    memory: bool = False  # also measure peak memory, in separate processes
+    targets: tuple[SpeedTarget, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,7 +57,7 @@ class Case:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """q, k, v, and with a prefix k0, v0; normal, the same in each process."""
+        """Return q, k, v, and with a prefix k0, v0: normal random numbers, the same in each process."""
         g = torch.Generator().manual_seed(0)
         (h, hk), own = self.heads, (self.rows, self.n, self.d)
         sizes = [(b, x, n, d) for x in (h, hk, hk) for b, n, d in (own,)]
@@ -66,64 +66,68 @@ class Case:
         return tuple(torch.randn(s, generator=g).to(self.device, self.dtype) for s in sizes)
 
 
-def cpu_cases(lengths: tuple[int, ...]) -> list[Case]:
-    """One layer's attention, causal, against SDPA without statistics and eager with the same."""
+def cpu_cases(lengths: tuple[int, ...]) -> list[KernelCase]:
+    """Return cases of one layer's causal attention, against SDPA without statistics and eager with the same ones."""
     return [_cpu_case(n) for n in lengths]
 
 
-def _cpu_case(n: int) -> Case:
+def _cpu_case(n: int) -> KernelCase:
     blocked, compiled = f"blocked:{DEFAULT}", f"compiled:{DEFAULT}"
-    targets = [Target(blocked, "sdpa", most=2.0), Target(compiled, "sdpa", most=1.0)]
+    targets = [SpeedTarget(blocked, "sdpa", most=2.0), SpeedTarget(compiled, "sdpa", most=1.0)]
     if n >= 2048:
-        targets += [Target("eager", blocked, least=7.0), Target("eager", compiled, least=15.0)]
+        targets += [SpeedTarget("eager", blocked, least=7.0), SpeedTarget("eager", compiled, least=15.0)]
     if n == 8192:
-        targets += [Target(blocked, most=80, of="mib"), Target(compiled, most=64, of="mib")]
+        targets += [SpeedTarget(blocked, most=80, of="mib"), SpeedTarget(compiled, most=64, of="mib")]
     paths = ("sdpa", blocked, f"blocked:{OFF}", compiled, f"compiled:{OFF}", "flex", "eager", "eager, lean")
-    return Case(f"causal n={n}", paths, n, memory=n in (2048, 8192), targets=tuple(targets))
+    return KernelCase(f"causal n={n}", paths, n, memory=n in (2048, 8192), targets=tuple(targets))
 
 
-def prefix_case(suffixes: int = 64, n: int = 16, prefix: int = 2048) -> Case:
-    """Short suffixes that share a prefix, against whole sequences and against written-out keys."""
+def prefix_case(suffixes: int = 64, n: int = 16, prefix: int = 2048) -> KernelCase:
+    """Return a case of short suffixes that share a prefix, against whole sequences and against written-out keys."""
     ours = f"auto:{DEFAULT}"
-    targets = (Target("sdpa, whole", ours, least=8.0), Target("sdpa, whole", ours, least=20.0, of="mib"))
+    targets = (SpeedTarget("sdpa, whole", ours, least=8.0), SpeedTarget("sdpa, whole", ours, least=20.0, of="mib"))
     targets = targets if prefix >= 2048 else ()
     paths = ("sdpa, whole", "sdpa, keys written out", ours, f"auto:{OFF}")
-    return Case(f"shared prefix {suffixes} x {n} on {prefix}", paths, n, rows=suffixes, prefix=prefix, memory=True,
-                targets=targets)  # fmt: skip
+    name = f"shared prefix {suffixes} x {n} on {prefix}"
+    return KernelCase(name, paths, n, rows=suffixes, prefix=prefix, memory=True, targets=targets)
 
 
-def costs_case(backend: str, n: int = 2048) -> Case:
-    """Each statistic alone, against none."""
+def costs_case(backend: str, n: int = 2048) -> KernelCase:
+    """Return a case of each statistic alone, against none."""
     names = [f"{backend}:only {s.name}" for s in STATISTICS]
-    return Case(f"costs {backend} n={n}", (f"{backend}:{OFF}", *names, f"{backend}:{DEFAULT}"), n)
+    return KernelCase(f"costs {backend} n={n}", (f"{backend}:{OFF}", *names, f"{backend}:{DEFAULT}"), n)
 
 
-def gpu_cases(lengths: tuple[int, ...]) -> list[Case]:
-    """bfloat16, causal: Triton against PyTorch's flash backend, and statistics against none."""
+def gpu_cases(lengths: tuple[int, ...]) -> list[KernelCase]:
+    """Return causal bfloat16 cases: Triton against PyTorch's flash backend, and statistics against none."""
     off, cases = f"triton:{OFF}", []
     for d, core in ((64, 1.25), (128, 1.15)):
         for n in lengths:
             paths = ("sdpa", off, *(f"triton:{x}" for x in (CORE, ONE_PASS, COLUMNS)), "flex")
             targets = (
-                Target("sdpa", off, least=0.9), Target(f"triton:{CORE}", off, most=core),
-                Target(f"triton:{ONE_PASS}", off, most=1.5), Target(f"triton:{COLUMNS}", off, most=1.0, minus=off),
+                SpeedTarget("sdpa", off, least=0.9), SpeedTarget(f"triton:{CORE}", off, most=core),
+                SpeedTarget(f"triton:{ONE_PASS}", off, most=1.5),
+                SpeedTarget(f"triton:{COLUMNS}", off, most=1.0, minus=off),
             )  # fmt: skip
             paths += ("eager",) if n <= 8192 else ()
-            cases.append(Case(f"gpu D={d} n={n}", paths, n, d, (16, 4), device="cuda", memory=n == 8192,
-                              targets=targets))  # fmt: skip
+            name, memory = f"gpu D={d} n={n}", n == 8192
+            cases.append(KernelCase(name, paths, n, d, (16, 4), device="cuda", memory=memory, targets=targets))
     long = (off, f"triton:{ONE_PASS}")
-    ran = tuple(Target(path, most=float("inf")) for path in long)
-    return [*cases, Case("gpu D=128 n=131072", long, 131072, 128, (16, 4), device="cuda", memory=True, targets=ran)]
+    ran = tuple(SpeedTarget(path, most=float("inf")) for path in long)
+    return [
+        *cases,
+        KernelCase("gpu D=128 n=131072", long, 131072, 128, (16, 4), device="cuda", memory=True, targets=ran),
+    ]
 
 
-def ready(case: Case, path: str, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Does what comes before the measured call, and returns that call. Raises where the path cannot do the case."""
+def ready(case: KernelCase, path: str, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Prepare a path and return the call to measure. Raises if the path cannot do the case."""
     backend, _, what = path.partition(":")
     if what:
         return _ours(backend, what, inputs)
     q, k, v, *prefix = inputs
     if path.startswith("eager"):
-        _room_for_eager(q)
+        _check_memory_for_eager(q)
         peer = peers.eager if path == "eager" else peers.eager_lean
         return lambda: peer(q, k, v)
     if path == "flex":
@@ -138,15 +142,16 @@ def ready(case: Case, path: str, inputs: tuple[Tensor, ...]) -> Callable[[], Any
     return lambda: scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
 
 
-def _room_for_eager(q: Tensor) -> None:
-    need = 4 * 4 * q.shape[0] * q.shape[1] * q.shape[2] ** 2  # scores, weights, and what is made of them; float32
+def _check_memory_for_eager(q: Tensor) -> None:
+    """Raise MemoryError if the pattern of eager attention does not fit."""
+    need = 4 * 4 * q.shape[0] * q.shape[1] * q.shape[2] ** 2  # scores, weights, and two results of them; float32
     if q.is_cuda:
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > free:
         raise MemoryError(
-            f"the pattern and what is made of it take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            f"the pattern and its intermediate results take {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         )
 
 
@@ -173,15 +178,15 @@ def _ours(backend: str, what: str, inputs: tuple[Tensor, ...]) -> Callable[[], A
 
 
 def spec_of(what: str) -> StatSpec:
-    """The statistics that a path's name stands for."""
+    """Return the statistics that a path's name stands for."""
     if what.startswith("only "):
         return _only(what.removeprefix("only "))
-    query_side = [s.name for s in STATISTICS if s.full is not None]
+    all_names = [s.name for s in STATISTICS if s.full is not None]
     return {
         OFF: StatSpec.none(),
         DEFAULT: StatSpec(),
         CORE: _only("entropy", "max_prob", "sink", "diagonal", "previous"),
-        ONE_PASS: _only(*(n for n in query_side if n in (*launch.IN_KERNEL, *probes.PROBED))),
+        ONE_PASS: _only(*(n for n in all_names if n in (*triton.IN_KERNEL, *probes.PROBED))),
         COLUMNS: _only("received", "received_max"),
     }[what]
 

@@ -1,4 +1,4 @@
-"""What headstats is measured against: PyTorch's fused attention, FlexAttention, and eager attention with statistics."""
+"""The peers of the benchmark: PyTorch's fused attention, FlexAttention, and eager attention with statistics."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-SINK = 4  # first keys whose mass is summed, as in StatSpec()
+SINK = 4  # number of first keys whose mass is summed, as in StatSpec()
 
 
 def eager(
     q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
 ) -> dict[str, Tensor]:
-    """Causal attention with the statistics of StatSpec(), as it is written in a notebook: one expression for each.
+    """Compute causal attention with the statistics of StatSpec() as in a notebook, with one expression for each.
 
-    The pattern is made as transformers' eager attention makes it: product, scale, additive mask, softmax in float32.
+    The pattern is computed as in transformers' eager attention: product, scale, additive mask, softmax in float32.
     """
     m, groups = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -41,7 +41,7 @@ def eager(
 def eager_lean(
     q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
 ) -> dict[str, Tensor]:
-    """The same by few passes over the pattern: changed in place, no copy that is not read, sums as matrix products."""
+    """Compute the same with few passes over the pattern: in place, without unused copies, sums as matrix products."""
     m, groups = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.mT).mul_(q.shape[3] ** -0.5)
@@ -61,7 +61,7 @@ def eager_lean(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fused attention, causal, no statistics; on CUDA its flash backend and no other."""
+    """Run PyTorch's fused attention, causal, without statistics; on CUDA only its flash backend."""
     if not q.is_cuda:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,7 +71,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """FlexAttention, causal, compiled for these inputs; with LSE on CUDA. On CPU the compiler refuses to return LSE."""
+    """Compile causal FlexAttention for these inputs; with LSE on CUDA. On CPU the compiler refuses to return LSE."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     m = q.shape[2]

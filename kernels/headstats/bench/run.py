@@ -1,10 +1,10 @@
-"""Measures the backends beside plain attention, and holds them to their targets.
+"""Measure the backends against plain attention, and compare them with their targets.
 
 Run: python -m headstats.bench [--json FILE] [--quick] [--cases causal prefix costs gpu] [--threads 2]
 
-The paths of a case run in turn in one process; what is compared is medians. Peak memory is that of one call in a
-process of its own: growth of the resident set since the inputs were made, on CUDA of the memory that torch
-allocated. Needs torch, and triton for the cases on a GPU, which run only where there is one.
+The paths of a case run in turn in one process, and medians are compared. Peak memory is that of one call in a separate
+process: the growth of the resident set since the inputs were created; on CUDA, of the memory that torch allocated.
+Needs torch, and triton for the GPU cases, which run only if a GPU exists.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from typing import Any
 
 import torch
 
-from headstats.bench.cases import Case, Target, costs_case, cpu_cases, gpu_cases, prefix_case, ready
+from headstats.bench.cases import KernelCase, SpeedTarget, costs_case, cpu_cases, gpu_cases, prefix_case, ready
 
-SECONDS = 12.0  # for the runs of one case, after the first of each path
-ROUNDS = (3, 25)  # fewest and most
-SLOW = 3.0  # a path that takes longer than this runs twice
+SECONDS = 12.0  # time for the runs of one case, after the first run of each path
+ROUNDS = (3, 25)  # fewest and most rounds
+SLOW = 3.0  # seconds; a path that takes longer runs only twice
 KINDS = ("causal", "prefix", "costs", "gpu")
 Say = Callable[[str], None]
 
 
-def cases(kinds: Sequence[str] = KINDS, quick: bool = False) -> list[Case]:
-    """The cases of these kinds, those for a GPU only where there is one. quick: small sizes alone."""
-    made = {
+def cases(kinds: Sequence[str] = KINDS, quick: bool = False) -> list[KernelCase]:
+    """Return the cases of these kinds; GPU cases only if a GPU exists. quick: only small sizes."""
+    factories = {
         "causal": lambda: cpu_cases((512, 1024) if quick else (512, 1024, 2048, 4096, 8192)),
         "prefix": lambda: [prefix_case(8, 16, 256) if quick else prefix_case()],
         "costs": lambda: [costs_case(backend, 256 if quick else 2048) for backend in ("blocked", "compiled")],
         "gpu": lambda: gpu_cases((4096,) if quick else (4096, 8192, 16384, 32768)) if torch.cuda.is_available() else [],
     }
-    if wrong := set(kinds) - set(made):
-        raise ValueError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(made)}")
-    return [case for kind in made if kind in kinds for case in made[kind]()]
+    if unknown := set(kinds) - set(factories):
+        raise ValueError(f"no such cases: {', '.join(sorted(unknown))}; there are {', '.join(factories)}")
+    return [case for kind in factories if kind in kinds for case in factories[kind]()]
 
 
 def run(kinds: Sequence[str] = KINDS, quick: bool = False, threads: int = 2, say: Say = print) -> dict[str, Any]:
-    """Measures, reporting each case as it is done; returns what --json writes."""
-    chosen, before = cases(kinds, quick), torch.get_num_threads()
+    """Measure, report each case when it is done, and return what --json writes."""
+    to_measure, before = cases(kinds, quick), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         result: dict[str, Any] = {"command": " ".join(["python -m headstats.bench", *sys.argv[1:]]), **machine()}
         say(", ".join(f"{name} {x}" for name, x in result.items() if name != "command"))
         if "gpu" in kinds and not torch.cuda.is_available():
             say("no CUDA device: cases for a GPU are not run")
-        say(f"{len(chosen)} cases, about {_minutes(chosen):.0f} minutes")
+        say(f"{len(to_measure)} cases, about {_minutes(to_measure):.0f} minutes")
         result["cases"] = []
-        for case in chosen:
+        for case in to_measure:
             result["cases"].append(measure(case, quick, threads))
             say(table(result["cases"][-1]))
     finally:
@@ -66,15 +66,15 @@ def run(kinds: Sequence[str] = KINDS, quick: bool = False, threads: int = 2, say
     return result
 
 
-def _minutes(chosen: Sequence[Case]) -> float:
-    """A guess from how long the plain path of each case takes per cell on a slow core, and what starting costs."""
-    most = sum(SECONDS * 1.3 + 4 * len(c.paths) * c.memory + 10 * ("flex" in c.paths) for c in chosen)
-    eager = sum((c.rows * c.heads[0] * c.n**2) * 4e-8 * (2 + c.memory) for c in chosen if "eager" in c.paths)
-    return (most + eager) / 60
+def _minutes(to_measure: Sequence[KernelCase]) -> float:
+    """Estimate the time from the speed of the plain path per cell on a slow core, and the cost of starting."""
+    runs = sum(SECONDS * 1.3 + 4 * len(c.paths) * c.memory + 10 * ("flex" in c.paths) for c in to_measure)
+    eager = sum((c.rows * c.heads[0] * c.n**2) * 4e-8 * (2 + c.memory) for c in to_measure if "eager" in c.paths)
+    return (runs + eager) / 60
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on: processor, threads, versions."""
     versions = {}
     for name in ("torch", "triton"):
         try:
@@ -94,15 +94,15 @@ def _cpu_name() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
-def measure(case: Case, quick: bool, threads: int) -> dict[str, Any]:
-    """Times of each path in alternation, peak memory of each in a process of its own, and the targets."""
+def measure(case: KernelCase, quick: bool, threads: int) -> dict[str, Any]:
+    """Measure the times of all paths in turn, the peak memory of each in a separate process, and the targets."""
     paths: dict[str, dict[str, Any]] = {}
     calls, inputs = {}, case.inputs()
     for path in case.paths:
         try:
             calls[path] = ready(case, path, inputs)
-            paths[path] = {"seconds": [seconds(case, calls[path])]}  # the first run; dropped if there are others
-        except Exception as error:  # a peer may fail in ways of its own: it is named, and the others go on
+            paths[path] = {"seconds": [seconds(case, calls[path])]}  # the first run; dropped if there are more
+        except Exception as error:  # a peer may fail in any way: report it, and go on with the others
             calls.pop(path, None)
             paths[path] = {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]}
     first = {path: paths[path]["seconds"][0] for path in calls}
@@ -113,30 +113,29 @@ def measure(case: Case, quick: bool, threads: int) -> dict[str, Any]:
             if first[path] <= SLOW or number == 0:
                 paths[path]["seconds"].append(seconds(case, call))
     for path in calls:
-        found = paths[path]
         if first[path] <= SLOW:
-            del found["seconds"][0]
-        found["median_s"] = statistics.median(found["seconds"])
+            del paths[path]["seconds"][0]
+        paths[path]["median_s"] = statistics.median(paths[path]["seconds"])
     del inputs, calls
     if case.memory:
         for path in first:
             paths[path] |= _memory_elsewhere(case, path, threads)
-    return {"name": case.name, "paths": paths, "targets": [_judged(t, paths) for t in case.targets]}
+    return {"name": case.name, "paths": paths, "targets": [_judge(t, paths) for t in case.targets]}
 
 
-def seconds(case: Case, call: Callable[[], Any]) -> float:
-    """One call, to its end."""
-    begun = time.perf_counter()
+def seconds(case: KernelCase, call: Callable[[], Any]) -> float:
+    """Return the seconds of one call, including the end of GPU work."""
+    start = time.perf_counter()
     result = call()
     if case.device == "cuda":
         torch.cuda.synchronize()
-    done = time.perf_counter() - begun
+    elapsed = time.perf_counter() - start
     del result
-    return done
+    return elapsed
 
 
-def _memory_elsewhere(case: Case, path: str, threads: int) -> dict[str, Any]:
-    """Peak MiB, from a process that does nothing else, or why it is not known."""
+def _memory_elsewhere(case: KernelCase, path: str, threads: int) -> dict[str, Any]:
+    """Return the peak MiB, from a process that does nothing else, or why it could not be measured."""
     code = "import sys; from headstats.bench import run as bench; bench.print_peak(*sys.argv[1:])"
     text = json.dumps(asdict(replace(case, targets=())))
     done = subprocess.run([sys.executable, "-c", code, text, path, str(threads)], capture_output=True, text=True)
@@ -146,17 +145,17 @@ def _memory_elsewhere(case: Case, path: str, threads: int) -> dict[str, Any]:
 
 
 def print_peak(text: str, path: str, threads: str) -> None:
-    """What the process for memory does: text is the case as JSON."""
+    """Print the peak memory; called in a separate process. text: the case as JSON."""
     torch.set_num_threads(int(threads))
-    print(peak(Case(**json.loads(text)), path))
+    print(peak(KernelCase(**json.loads(text)), path))
 
 
-def peak(case: Case, path: str) -> float:
-    """MiB that preparing and running a path takes beyond its inputs, in this process. On CPU for Linux alone."""
-    small = Case("warm-up", (path,), 256, case.d, case.heads, case.rows, min(case.prefix, 64), case.device)
-    ready(small, path, small.inputs())()  # libraries make their own room at first use
+def peak(case: KernelCase, path: str) -> float:
+    """Return the MiB that preparing and running a path takes beyond its inputs, in this process. On CPU: only Linux."""
+    small = KernelCase("warm-up", (path,), 256, case.d, case.heads, case.rows, min(case.prefix, 64), case.device)
+    ready(small, path, small.inputs())()  # libraries allocate their own memory at first use
     inputs = case.inputs()
-    compiled = ready(case, path, inputs) if path == "flex" else None  # what compiling takes is not counted
+    compiled = ready(case, path, inputs) if path == "flex" else None  # the memory of compiling is not counted
 
     def whole() -> None:
         (compiled or ready(case, path, inputs))()
@@ -174,10 +173,10 @@ def _peak_cuda(call: Callable[[], None]) -> float:
 
 
 def _peak_resident(call: Callable[[], None]) -> float:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's: room that the warm-up left must not be used again
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc: memory freed by the warm-up must not be reused
     if trim is not None:
         trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
@@ -188,13 +187,13 @@ def _status(field: str) -> float:
     return next(int(x.split()[1]) for x in lines if x.startswith(field + ":")) / 1024
 
 
-def _judged(target: Target, paths: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _judge(target: SpeedTarget, paths: dict[str, dict[str, Any]]) -> dict[str, Any]:
     key = "median_s" if target.of == "seconds" else "mib"
     numbers = [None if x is None else paths.get(x, {}).get(key) for x in (target.path, target.minus, target.per)]
     what = target.path + (f" less {target.minus}" if target.minus else "") + (f" / {target.per}" if target.per else "")
     bound = f"<= {target.most:g}" if target.most is not None else f">= {target.least:g}"
-    asked = (True, target.minus is not None, target.per is not None)
-    if any(need and x is None for need, x in zip(asked, numbers, strict=True)) or numbers[2] == 0:
+    needed = (True, target.minus is not None, target.per is not None)
+    if any(need and x is None for need, x in zip(needed, numbers, strict=True)) or numbers[2] == 0:
         return {"what": f"{what}, {target.of}", "bound": bound, "value": None, "met": None}
     own, minus, per = numbers
     assert own is not None
@@ -204,7 +203,7 @@ def _judged(target: Target, paths: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(case: dict[str, Any]) -> str:
-    """A case for people. The ratio is to the first path that ran."""
+    """Format the result of a case as text. Ratios are to the first path that ran."""
     lines = ["", case["name"]]
     ran = [x["median_s"] for x in case["paths"].values() if "median_s" in x]
     for path, x in case["paths"].items():
@@ -223,17 +222,17 @@ def table(case: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The result as JSON."""
+    """Write the result as JSON."""
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m headstats.bench", description="Measure, on this machine.")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m headstats.bench", description="Measure on this machine.")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few runs: does it work?")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few runs, to see whether it works")
     parser.add_argument("--cases", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--threads", type=int, default=2, help="of torch, for what runs on the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch, for what runs on the CPU")
     options = parser.parse_args()
     result = run(options.cases, options.quick, options.threads, say=lambda line: print(line, flush=True))
     if options.json:

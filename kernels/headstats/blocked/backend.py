@@ -1,4 +1,4 @@
-"""PyTorch backend that never holds an M x N pattern: tile by tile, on any device, with a recomputing backward."""
+"""The blocked backend: plain PyTorch, tile by tile, on any device. It never holds an M x N pattern."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked import (
-    matmul as products,
-)
-from headstats.blocked import (
-    rows,
-)
-from headstats.blocked import (
-    sdpa as cpu_flash,
-)
-from headstats.blocked import (
-    statistics as fast,
-)
-from headstats.blocked import (
-    threads as workers,
-)
+from headstats.blocked import matmul, rows, sdpa, statistics, threads
 from headstats.blocked.tiles import (
-    Keys,
+    KeyTensors,
     Scratch,
     Tile,
     cells,
     keys_and_values,
     logits,
-    mixed,
+    mix_values,
     of_rows,
     pattern_keys,
     queries,
@@ -40,21 +26,21 @@ from headstats.stats import BY_NAME, Result, Value, mapped, tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Attended = tuple[Tensor, Tensor, dict[str, Result]]
+    Results = tuple[Tensor, Tensor, dict[str, Result]]
 
 
 def unsupported(call: Call) -> str | None:
-    """Nothing is beyond this backend."""
+    """Return None: this backend does every call."""
     return None
 
 
-def forward(call: Call) -> Attended:
+def forward(call: Call) -> Results:
     """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    return cpu_flash.forward(call) if cpu_flash.suits(call) else by_tiles(call)
+    return sdpa.forward(call) if sdpa.is_faster(call) else by_tiles(call)
 
 
-def by_tiles(call: Call) -> Attended:
-    """The general path."""
+def by_tiles(call: Call) -> Results:
+    """Compute any call tile by tile."""
     b, _, m, _ = call.q.shape
     hk, n, g = call.k.shape[1], call.n, call.groups
     k, v = keys_and_values(call)
@@ -67,40 +53,41 @@ def by_tiles(call: Call) -> Attended:
         lse = k.own.new_empty(b, hk, g, m)
         stats: dict[str, Result] = {}
 
-        def put(t: Tile, attended: Attended) -> None:
-            rows_of = (t.b, t.h, slice(None), t.i)
-            out[rows_of], lse[rows_of], found = attended
-            for name, x in found.items():
+        def put(t: Tile, results: Results) -> None:
+            tile_rows = (t.b, t.h, slice(None), t.i)
+            out[tile_rows], lse[tile_rows], tile_stats = results
+            for name, x in tile_stats.items():
                 if name not in stats:
-                    stats[name] = _space(call, x, name)
+                    stats[name] = _allocate(call, x, name)
                 _put(name, stats[name], x, t)
 
-        products.onednn_pays()  # tried here, where no other thread disturbs the trial
-        work.reverse()  # under causality the last tiles are the longest: no thread is left alone with one
-        workers.each(
+        matmul.onednn_pays()  # tested here, where no other thread disturbs the timing
+        work.reverse()  # if causal, the last tiles are the longest: starting with them balances the threads
+        threads.each(
             work,
             lambda: (Scratch(call, work), Scratch(call, work)),
             lambda room, t: _one_tile(call, t, k, v, other, room),
             put,
-            workers.worth(cells(call)) if call.q.device.type == "cpu" else None,
+            threads.worth(cells(call)) if call.q.device.type == "cpu" else None,
         )
     for name, value in call.spec.requested().items():
         if BY_NAME[name].axis == "key":
-            stats[name] = _columns(call, name, stats[name], value)
+            stats[name] = _finish_columns(call, name, stats[name], value)
     out = out.to(call.q.dtype).flatten(1, 2)
     return out, lse.flatten(1, 2), {name: mapped(x, lambda y: y.flatten(1, 2)) for name, x in stats.items()}
 
 
-def _space(call: Call, first: Result, name: str) -> Result:
-    """Room for a statistic of the whole call, given its first tile."""
+def _allocate(call: Call, first: Result, name: str) -> Result:
+    """Allocate a statistic of the whole call, given that of its first tile."""
     shape = (call.q.shape[0], call.k.shape[1], call.groups)
     if BY_NAME[name].axis == "key":
-        return mapped(first, lambda x: x.new_zeros(*shape, call.n))  # joined over tiles
+        return mapped(first, lambda x: x.new_zeros(*shape, call.n))  # summed over tiles
     return mapped(first, lambda x: x.new_empty(*shape, call.q.shape[2], *x.shape[4:]))
 
 
-def _put(name: str, whole: Result, found: Result, t: Tile) -> None:
-    for to, x in zip(tensors(whole), tensors(found), strict=True):
+def _put(name: str, whole: Result, of_tile: Result, t: Tile) -> None:
+    """Write the statistic of a tile into that of the call, or add it."""
+    for to, x in zip(tensors(whole), tensors(of_tile), strict=True):
         if BY_NAME[name].axis == "query":
             to[t.b, t.h, :, t.i] = x
         elif BY_NAME[name].reduce == "max":
@@ -109,28 +96,36 @@ def _put(name: str, whole: Result, found: Result, t: Tile) -> None:
             to[t.b, t.h, :, t.j] += x
 
 
-def _columns(call: Call, name: str, joined: Result, value: Value) -> Result:
+def _finish_columns(call: Call, name: str, total: Result, value: Value) -> Result:
+    """Turn the sum or maximum over all tiles into the statistic of keys."""
     if BY_NAME[name].reduce == "max":
-        return joined  # of weights that are never negative: 0 where no query sees the key
+        return total  # weights are never negative: it is 0 where no query sees the key
     if BY_NAME[name].reduce == "norm":
-        return mapped(joined, torch.sqrt)
-    return mapped(joined, lambda x: fast.mean_over_queries(call, x, name, value))
+        return mapped(total, torch.sqrt)
+    return mapped(total, lambda x: statistics.mean_over_queries(call, x, name, value))
 
 
 def _one_tile(
-    call: Call, t: Tile, k: Keys, v: Keys, other: Keys | None, room: tuple[Scratch | None, Scratch | None]
-) -> Attended:
-    """Gated out, lse and statistics of one tile, [b, h, g, m, ...]; key statistics as sums over its queries.
+    call: Call,
+    t: Tile,
+    k: KeyTensors,
+    v: KeyTensors,
+    other: KeyTensors | None,
+    room: tuple[Scratch | None, Scratch | None],
+) -> Results:
+    """Compute gated out, lse and statistics of one tile, [b, h, g, m, ...].
 
-    other: keys of Edit.pattern_from.  room: for logits, and for weights.
+    Statistics of keys are sums over the tile's queries.
+
+    other: the keys of Edit.pattern_from.  room: scratch memory for logits, and for weights.
     """
     s, _ = logits(call, t, queries(call, t, call.q), k, other, room[0])
-    row = rows.softmax(call, t, s, fast.keeps_logits(call), room[1])
-    out = row.z = mixed(row.e, v, t)
+    row = rows.softmax(call, t, s, statistics.keeps_logits(call), room[1])
+    out = row.z = mix_values(row.e, v, t)
     row.v = v
     gate = None if call.gate is None else of_rows(call, t, call.gate)
     scale = row.inverse if gate is None else row.inverse * gate
-    stats = {name: fast.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}
+    stats = {name: statistics.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}
     out.mul_(scale[..., None])
     if gate is not None and call.replacement is not None:
         out += (1 - gate)[..., None] * of_rows(call, t, call.replacement)

@@ -1,5 +1,7 @@
-"""Gradients of what shapes logits, logit = (x - alibi |distance| + bias) / temperature + log gain, where
-x = factor z + raise |factor z|; and of learned sinks."""
+"""Gradients of the arguments that shape logits, and of learned sinks.
+
+logit = (x - alibi |distance| + bias) / temperature + log gain, where x = factor z + raise |factor z|.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked import weight_gradients as weights_backward
-from headstats.blocked.tiles import Origin, Tile, of_edit_cells, of_rows, query_heads
+from headstats.blocked import weight_gradients
+from headstats.blocked.tiles import LogitParts, Tile, of_edit_cells, of_rows, query_heads
 from headstats.call import LOG2E, Call, part
-from headstats.edits.weights import Change
+from headstats.edits.weights import WeightEdit
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,90 +22,90 @@ NAMES = ("logit_factor", "logit_raise", "temperature", "edit_bias", "gain", "kee
 TABLES = ("logit_factor", "logit_raise", "edit_bias", "gain")  # over pairs of segments
 
 
-class Shaping:
+class LogitGradients:
     """Sums of gradients over tiles, each in the shape of its argument."""
 
-    def __init__(self, call: Call, wanted: set[str]):
+    def __init__(self, call: Call, leaf_names: set[str]):
         self.call = call
-        self.grads = {n: torch.zeros_like(getattr(call, n), dtype=call.dtype) for n in NAMES if n in wanted}
+        self.grads = {n: torch.zeros_like(getattr(call, n), dtype=call.dtype) for n in NAMES if n in leaf_names}
 
-    def back(
+    def backward(
         self,
         t: Tile,
         ds: Float[Tensor, "b h g m n"],
         s: Float[Tensor, "b h g m n"] | None,
         delta: Float[Tensor, "b h g m"],
         lse: Float[Tensor, "b h g m"],
-        origin: Origin,
+        origin: LogitParts,
     ) -> Float[Tensor, "b h g m n"]:
-        """Turns ds = d loss / d logit (overwritten) into d loss / d z, and adds up what passes on the way.
+        """Turn ds = d loss / d logit (overwritten) into d loss / d z, and add the gradients met on the way.
 
-        s: logits, in base 2 as lse is; needed for temperature.  delta: what each unit of weight is charged.
+        s: logits, in base 2 like lse; needed for temperature.  delta: sum_j p_ij dL/dp_ij - dL/dlse_i of the rows.
         """
         call = self.call
-        heat = None if call.temperature is None else of_rows(call, t, call.temperature)
+        temperature = None if call.temperature is None else of_rows(call, t, call.temperature)
         if "edit_bias" in self.grads:
             self.add_table("edit_bias", t, ds)
         if call.sinks is not None and self.grads:
             sink = of_rows(call, t, call.sinks[None, :, None])
-            sink = sink if heat is None else sink / heat
-            d_sink = -torch.exp2(sink * LOG2E - lse) * delta  # its value is zero
+            sink = sink if temperature is None else sink / temperature
+            d_sink = -torch.exp2(sink * LOG2E - lse) * delta  # the sink has the value 0
             if "sinks" in self.grads:
-                self.add("sinks", t, d_sink if heat is None else d_sink / heat)
-            if "temperature" in self.grads and heat is not None:
-                self.add("temperature", t, -d_sink * sink / heat)
+                self.add("sinks", t, d_sink if temperature is None else d_sink / temperature)
+            if "temperature" in self.grads and temperature is not None:
+                self.add("temperature", t, -d_sink * sink / temperature)
         if "temperature" in self.grads:
-            assert s is not None and heat is not None  # there is a gradient of it
+            assert s is not None and temperature is not None  # it requires a gradient
             x = s / LOG2E if call.edit_bias is None else s / LOG2E - of_edit_cells(call, t, call.edit_bias)
-            self.add("temperature", t, -(ds * x).sum(-1) / heat)  # hidden cells: ds is 0 and x finite
-        if heat is not None:
-            ds.div_(heat[..., None])
+            self.add("temperature", t, -(ds * x).sum(-1) / temperature)  # in hidden cells ds is 0 and x is finite
+        if temperature is not None:
+            ds.div_(temperature[..., None])
         if "alibi" in self.grads:
-            away = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(ds.dtype)
-            self.add("alibi", t, -(ds * away).sum(-1))
+            distance = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(ds.dtype)
+            self.add("alibi", t, -(ds * distance).sum(-1))
         if "bias" in self.grads:
             self.add("bias", t, ds)
-        return ds if origin.z is None else self._reshaped(t, ds, origin.z / LOG2E)
+        return ds if origin.z is None else self._through_reshaping(t, ds, origin.z / LOG2E)
 
     def through_weights(
-        self, t: Tile, change: Change, x: Float[Tensor, "b h g m n"], d_weight: Float[Tensor, "b h g m n"]
+        self, t: Tile, change: WeightEdit, x: Float[Tensor, "b h g m n"], d_weight: Float[Tensor, "b h g m n"]
     ) -> tuple[Float[Tensor, "b h g m n"], Float[Tensor, "b h g m n"]]:
-        """Weights after an edit, and d loss / d ln p before it. x: log2 p."""
-        found = weights_backward.back(change, x, d_weight)
-        if "gain" in self.grads and found.gain is not None:
-            self.add_table("gain", t, found.gain)
-        if "keep_fraction" in self.grads and found.keep is not None:
-            self.add("keep_fraction", t, found.keep)
-        return found.weights, found.log_p
+        """Return the weights after an edit, and d loss / d ln p before it. x: log2 p."""
+        edit = weight_gradients.backward(change, x, d_weight)
+        if "gain" in self.grads and edit.gain is not None:
+            self.add_table("gain", t, edit.gain)
+        if "keep_fraction" in self.grads and edit.keep is not None:
+            self.add("keep_fraction", t, edit.keep)
+        return edit.weights, edit.log_p
 
-    def _reshaped(self, t: Tile, ds: Tensor, z: Tensor) -> Tensor:
-        """The same through Edit.logit_raise and then logit_factor."""
+    def _through_reshaping(self, t: Tile, ds: Tensor, z: Tensor) -> Tensor:
+        """Go back through Edit.logit_raise and then logit_factor."""
         call = self.call
         factor = None if call.logit_factor is None else of_edit_cells(call, t, call.logit_factor)
-        times = z if factor is None else z * factor
+        scaled = z if factor is None else z * factor
         if "logit_raise" in self.grads:
-            self.add_table("logit_raise", t, ds * times.abs())
+            self.add_table("logit_raise", t, ds * scaled.abs())
         if call.logit_raise is not None:
-            ds = ds * (1 + of_edit_cells(call, t, call.logit_raise) * times.sign())
+            ds = ds * (1 + of_edit_cells(call, t, call.logit_raise) * scaled.sign())
         if "logit_factor" in self.grads:
             self.add_table("logit_factor", t, ds * z)
         return ds if factor is None else ds * factor
 
     def add(self, name: str, t: Tile, x: Float[Tensor, "b h g *rest"]) -> None:
-        """Sums over what the argument was broadcast along."""
+        """Add x, summed over the axes along which the argument was broadcast."""
         x, heads = x.flatten(1, 2), query_heads(self.call, t)
         grad = self.grads[name]
         if grad.dim() == 1:  # a number for each head
             grad[heads] += x.sum((0, 2))
             return
         grad = part(part(grad, t.b), heads, 1)
-        if name not in TABLES:  # which have segments in the place of queries and keys
+        if name not in TABLES:  # tables have segments in place of queries and keys
             grad = part(grad, t.i, 2)
             grad = part(grad, t.j, 3) if grad.dim() == 4 else grad
         grad += x.sum_to_size(grad.shape)
 
     def add_table(self, name: str, t: Tile, x: Float[Tensor, "b h g m n"]) -> None:
-        """Sums over the cells of each pair of segments."""
+        """Add x, summed over the cells of each pair of segments."""
         call = self.call
         assert call.edit_q_segments is not None and call.k_segments is not None  # validated
         ids = (part(call.edit_q_segments, t.b)[:, t.i], part(call.k_segments, t.b)[:, t.j])

@@ -1,8 +1,7 @@
-"""Matrix products of the blocked backend, by the faster of the two CPU libraries that PyTorch carries.
+"""Matrix products of the blocked backend, by the faster of PyTorch's two CPU libraries, MKL and oneDNN.
 
-PyTorch sends float32 products to MKL, which on processors that are not Intel's takes its older instructions. oneDNN,
-which PyTorch keeps for compiled models and half precision, takes what the processor has: twice as fast on an AVX-512
-machine of AMD's. The operator is private, so it is used only after it has reproduced a product in this process.
+`headstats.onednn` says why oneDNN may be faster, and tests it. The operator is private, so it is used only after it has
+reproduced a product in this process.
 """
 
 from __future__ import annotations
@@ -13,43 +12,43 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats import onednn
-from headstats.blocked import threads as workers
+from headstats.blocked import threads
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-LEAST = 1 << 14  # numbers in a product below which a call for each matrix costs more than it gains
-# oneDNN compiles code for every shape and keeps it, a megabyte each: only shapes that return are given to it.
-ROWS, KEYS, WIDTH = 64, 128, 256  # rows and keys in multiples of these; a head's width (at most WIDTH) as it is
+LEAST = 1 << 14  # below this size of a product, one call per matrix costs more than it gains
+# oneDNN compiles and keeps code for every shape, about a megabyte each: it gets only shapes that occur repeatedly.
+ROWS, KEYS, WIDTH = 64, 128, 256  # rows and keys in multiples of these; any width of a head up to WIDTH
 
 
 def batched(
     a: Float[Tensor, "r m k"], b: Float[Tensor, "r k n"], out: Float[Tensor, "r m n"] | None = None
 ) -> Float[Tensor, "r m n"]:
-    """a @ b; `out` is room that may be used."""
-    if not _by_onednn(a, b):
+    """Return a @ b; `out` is memory that may be used."""
+    if not _goes_to_onednn(a, b):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
-    found = [onednn.linear(x, y.mT) for x, y in zip(a, b, strict=True)]
-    if len(found) == 1:
-        return found[0][None]
-    return torch.stack(found) if out is None else torch.stack(found, out=out)
+    products = [onednn.linear(x, y.mT) for x, y in zip(a, b, strict=True)]
+    if len(products) == 1:
+        return products[0][None]
+    return torch.stack(products) if out is None else torch.stack(products, out=out)
 
 
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
+def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     (m, k), n = a.shape[1:], b.shape[2]
     if m * n < LEAST or k == 0 or m % ROWS or any(x > WIDTH and x % KEYS for x in (k, n)):
         return False
-    return takes(a)
+    return uses_onednn(a)
 
 
-def takes(like: Tensor) -> bool:
-    """Whether products of such numbers go to oneDNN where their shapes allow."""
-    return onednn.is_allowed(like.dtype, like.device) and not workers.watched() and onednn_pays()
+def uses_onednn(like: Tensor) -> bool:
+    """Whether products of this dtype and device go to oneDNN where their shapes allow."""
+    return onednn.is_allowed(like.dtype, like.device) and not threads.is_observed() and onednn_pays()
 
 
-def regular(stop: int, n: int) -> int:
-    """The end of a tile's keys, moved up so that few ends occur: an eighth of the keys apart, and 128 at least."""
+def round_end(stop: int, n: int) -> int:
+    """Round the end of a tile's keys up so that few ends occur: an eighth of the keys apart, and at least 128."""
     step = max(KEYS, 1 << max(0, (n - 1).bit_length() - 3))
     return min(n, -(-stop // step) * step)
 

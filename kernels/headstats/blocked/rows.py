@@ -1,4 +1,4 @@
-"""Softmax of whole rows in one tile of the blocked backend."""
+"""Softmax of whole rows in a tile of the blocked backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked.tiles import Keys, Scratch, Tile, by_group, of_rows, query_heads, weights_edit
+from headstats.blocked.tiles import KeyTensors, Scratch, Tile, by_group, of_rows, query_heads, weights_edit
 from headstats.call import HIDDEN, LOG2E, Call, part
 from headstats.edits import weights
 from headstats.stats import Pattern, over_rows
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Rows:
-    """A tile after the softmax, not yet normalised: p = e * inverse. x, ex, argmax exist if a statistic needs them.
+class TileSoftmax:
+    """A tile after the softmax, before normalisation: p = e * inverse. x, ex, argmax are set if a statistic needs them.
 
-    x, shift and top are in base 2, that is, logits times log2(e). Edits of weights have changed e, x and what is
-    taken from them, but not shift, inverse and lse.
+    x, shift and top are in base 2, that is, logits times log2(e). Edits of weights change e, x and all values computed
+    from them, but not shift, inverse and lse.
     """
 
     e: Float[Tensor, "b h g m n"]  # 2^x, 0 where hidden
     x: Float[Tensor, "b h g m n"] | None  # logit - shift
     shift: Float[Tensor, "b h g m"]  # the row's largest logit, learned sink included
     inverse: Float[Tensor, "b h g m"]  # 1 / sum of 2^(score - shift), learned sink included
-    log_total: Float[Tensor, "b h g m"]  # log2 of what inverse is the inverse of
+    log_total: Float[Tensor, "b h g m"]  # -log2(inverse)
     lse: Float[Tensor, "b h g m"]  # natural
     mass: Float[Tensor, "b h g m"]  # sum of e over keys
     top: Float[Tensor, "b h g m"]  # the largest x
     argmax: Int[Tensor, "b h g m"] | None
     ex: Float[Tensor, "b h g m"] | None  # sum of e x
-    empty: Bool[Tensor, "b h g m"] | None  # no key is visible, or all are cut; None: not so for any row
-    v: Keys | None = None  # values, of the whole call
+    empty: Bool[Tensor, "b h g m"] | None  # no key is visible, or all are cut; None: no row is empty
+    v: KeyTensors | None = None  # values of the whole call
     z: Float[Tensor, "b h g m Dv"] | None = None  # sum of e v
 
     def where_empty(self, x: Float[Tensor, "b h g m *rest"], value: float) -> Float[Tensor, "b h g m *rest"]:
-        """x, with another value in empty rows."""
+        """Return x with `value` in empty rows."""
         if self.empty is None:
             return x
         return x.masked_fill(over_rows(self.empty, x), value)
 
 
-def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room: Scratch | None) -> Rows:
-    """Turns logits (overwritten) into unnormalised weights. keep: a statistic needs the logits afterwards."""
+def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room: Scratch | None) -> TileSoftmax:
+    """Turn logits (overwritten) into unnormalised weights. keep: a statistic needs the logits afterwards."""
     argmax = None
     if s.shape[-1] == 0:
         top = s.new_full(s.shape[:-1], HIDDEN)
@@ -64,9 +64,9 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
             sink = sink / of_rows(call, t, call.temperature)
         shift = torch.maximum(shift, sink)
     change = weights_edit(call, t)
-    entropic = call.spec.entropy or call.spec.entropy_normalised
+    needs_entropy = call.spec.entropy or call.spec.entropy_normalised
     x = s.sub_(shift[..., None])
-    if keep or entropic or change is not None:
+    if keep or needs_entropy or change is not None:
         e = x.exp2() if room is None else torch.exp2(x, out=room.of(x.shape))
     else:
         e = x.exp2_()
@@ -77,20 +77,20 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
     if empty is not None:
         lse.masked_fill_(empty, -torch.inf)
     top = top - shift
-    # Where nothing is visible, total may be 0; mass is 0 then, so any finite inverse gives zeros.
+    # Where no key is visible, total may be 0. Then mass is 0, so any finite inverse gives zeros.
     total = total.clamp_min(torch.finfo(s.dtype).tiny)
-    if change is not None:  # the row's norm stays
-        e, x = weights.changed(change, x, total, weights.BINARY)
+    if change is not None:  # the norm of the row does not change
+        e, x = weights.apply_edit(change, x, total, weights.BINARY)
         mass, (top, argmax) = e.sum(-1), top_and_place(x)
         empty = top <= HIDDEN / 4
-    ex = (e * x if keep else x.mul_(e)).sum(-1) if entropic else None
-    return Rows(e, x if keep else None, shift, total.reciprocal(), log_total, lse, mass, top, argmax, ex, empty)
+    ex = (e * x if keep else x.mul_(e)).sum(-1) if needs_entropy else None
+    return TileSoftmax(e, x if keep else None, shift, total.reciprocal(), log_total, lse, mass, top, argmax, ex, empty)
 
 
 def top_and_place(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], Int[Tensor, "*lead"]]:
-    """The largest logit and where it first stands. In long rows: the best of many blocks, then the place within it.
+    """Return the largest logit and its first place. In long rows: the best of many blocks, then the place within it.
 
-    A maximum without its place is ten times faster than one with.
+    A maximum without its place is ten times faster than one with its place.
     """
     n = s.shape[-1]
     if n < 64:
@@ -100,22 +100,22 @@ def top_and_place(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], 
     count = n // width
     blocks = s[..., : count * width].unflatten(-1, (count, width))
     top, block = blocks.amax(-1).max(-1)
-    if blocks.is_contiguous():  # whole blocks are copied much faster than cells are gathered
+    if blocks.is_contiguous():  # copying whole blocks is much faster than gathering cells
         every = torch.arange(0, block.numel() * count, count, device=s.device)
-        chosen = blocks.view(-1, width).index_select(0, block.flatten() + every).view(*block.shape, width)
+        best_block = blocks.view(-1, width).index_select(0, block.flatten() + every).view(*block.shape, width)
     else:
-        chosen = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, width))[..., 0, :]
-    place = block * width + chosen.max(-1).indices
+        best_block = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, width))[..., 0, :]
+    place = block * width + best_block.max(-1).indices
     if count * width < n:
-        last, there = s[..., count * width :].max(-1)
-        place = torch.where(last > top, there + count * width, place)  # on a tie the earlier one stays
-        top = torch.maximum(top, last)
+        rest, rest_place = s[..., count * width :].max(-1)
+        place = torch.where(rest > top, rest_place + count * width, place)  # on a tie the earlier one stays
+        top = torch.maximum(top, rest)
     return top, place
 
 
-def as_pattern(call: Call, t: Tile, row: Rows) -> Pattern:
-    """The tile in the terms in which statistics are defined."""
-    # kept for statistics without a fast form
+def as_pattern(call: Call, t: Tile, row: TileSoftmax) -> Pattern:
+    """Return the tile as the Pattern on which statistics are defined."""
+    # set if a statistic has no fast form
     assert row.x is not None and row.v is not None and row.z is not None
     i, j = (t.i.start, t.i.stop), (t.j.start, t.j.stop)
     visible = call.visible(t.i, t.j, t.b, query_heads(call, t))

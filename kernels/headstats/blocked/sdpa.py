@@ -1,4 +1,4 @@
-"""PyTorch's own CPU flash attention, where its result is all that is asked: out, lse, and statistics of known keys.
+"""PyTorch's CPU flash attention, for calls that need only out, lse and statistics of keys known in advance.
 
 The operator is private, so it is used only after it has reproduced a small case in this process.
 """
@@ -17,29 +17,35 @@ from headstats.stats import Result
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Below this many keys a single tile is faster, unless there are few rows and the call's overhead counts.
+# Below this many keys a single tile is faster, except with few rows, where the overhead of the call matters.
 MIN_KEYS, FEW_ROWS = 48, 512
-UNKNOWN = ("softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open",
-           "pattern_q", "logit_factor", "logit_raise", "temperature", "edit_bias", "knockout", "counterfactual", "gain",
-           "take")  # fmt: skip
+# Fields of a call that the operator does not have.
+UNSUPPORTED = (
+    "softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open", "pattern_q",
+    "logit_factor", "logit_raise", "temperature", "edit_bias", "knockout", "counterfactual", "gain", "take",
+)  # fmt: skip
 
 
-def suits(call: Call) -> bool:
-    """Whether this path can do the call and is the faster one."""
+def is_faster(call: Call) -> bool:
+    """Whether this path can do the call and is faster than tiles."""
     q, n = call.q, call.n
-    if q.device.type != "cpu" or call.v.shape[3] != q.shape[3] or any(getattr(call, x) is not None for x in UNKNOWN):
+    if (
+        q.device.type != "cpu"
+        or call.v.shape[3] != q.shape[3]
+        or any(getattr(call, x) is not None for x in UNSUPPORTED)
+    ):
         return False
     ahead = call.k.shape[2] - q.shape[2]
     if call.causal and not (ahead == 0 or (q.shape[2] == 1 and ahead > 0)):
         return False
     if n < MIN_KEYS and q.shape[0] * q.shape[1] * q.shape[2] > FEW_ROWS:
         return False
-    known = probes.PROBED if call.prefix_k is None else ()
-    return set(call.spec.requested()) <= set(known) and _works(q.dtype)
+    computed = probes.PROBED if call.prefix_k is None else ()
+    return set(call.spec.requested()) <= set(computed) and _works(q.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Returns out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     out, lse = _flash(call.q, call.k, call.v, call.causal and call.k.shape[2] == call.q.shape[2], call.scale)
     if call.prefix_k is not None:
         out, lse = _joined(call.dtype, (out, lse), _over_prefix(call))
@@ -48,7 +54,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 
 def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
-    """Every query against the prefix alone: the rows of a run stand as more queries of one batch row."""
+    """Attend to the prefix alone: the batch rows of a run become more queries of one batch row."""
     assert call.prefix_k is not None and call.prefix_v is not None
     (b, h, m, d), runs = call.q.shape, call.prefix_k.shape[0]
     q = call.q.reshape(runs, b // runs, h, m, d).transpose(1, 2).reshape(runs, h, -1, d)
@@ -58,7 +64,7 @@ def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _joined(dtype: torch.dtype, own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: weights exp(lse - lse of both)."""
+    """Join attention over two sets of keys, with the weights exp(lse of one - lse of both)."""
     lse = torch.logaddexp(own[1], prefix[1])
     a, b = (out.to(dtype) * torch.exp(one - lse)[..., None] for out, one in (own, prefix))
     return a + b, lse
@@ -71,7 +77,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 
 @lru_cache
 def _works(dtype: torch.dtype) -> bool:
-    """Runs the operator on grouped heads with a scale and compares out and lse with the formula."""
+    """Run the operator on grouped heads with a scale, and compare out and lse with the formula."""
     q = torch.linspace(-2, 2, 4 * 3 * 8).sin().view(1, 4, 3, 8).to(dtype)
     k, v = q[:, ::2].flip(2), q[:, 1::2]
     try:

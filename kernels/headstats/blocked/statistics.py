@@ -1,4 +1,4 @@
-"""Statistics of whole rows in one tile of the blocked backend: fast forms, and how tiles of columns are joined."""
+"""Fast forms of statistics on whole rows in a tile of the blocked backend, and means over all tiles."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.blocked.rows import Rows, as_pattern, top_and_place
-from headstats.blocked.tiles import CELLS, Tile, by_group, mixed
+from headstats.blocked.rows import TileSoftmax, as_pattern, top_and_place
+from headstats.blocked.tiles import CELLS, Tile, by_group, mix_values
 from headstats.call import HIDDEN, LOG2E, Call, part
 from headstats.stats import BY_NAME, Result, TopK, Value, mapped, members
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def keeps_logits(call: Call) -> bool:
-    """Whether some statistic needs more than the weights, so that logits must not be overwritten."""
+    """Whether some statistic needs more than the weights, so that logits must be kept."""
     return any(name in NEEDS_LOGITS or name not in FAST for name in call.spec.requested())
 
 
-def statistic(call: Call, t: Tile, row: Rows, name: str, value: Value) -> Result:
-    """One statistic of a tile: by its fast form if it has one, else by its definition on the tile's pattern."""
+def statistic(call: Call, t: Tile, row: TileSoftmax, name: str, value: Value) -> Result:
+    """Compute a statistic of a tile: by its fast form if it has one, else by its definition on the tile's pattern."""
     stat = BY_NAME[name]
     result = FAST[name](call, t, row, value) if name in FAST else stat.dense(as_pattern(call, t, row), value)
     if stat.axis == "key" or isinstance(result, TopK):
@@ -32,28 +32,28 @@ def statistic(call: Call, t: Tile, row: Rows, name: str, value: Value) -> Result
     return mapped(result, lambda x: row.where_empty(x, stat.empty))
 
 
-def _entropy(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _entropy(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     # -sum p log2 p with p = e * inverse and log2 p = x - log_total
-    assert row.ex is not None  # summed by softmax, since an entropy was asked for
+    assert row.ex is not None  # summed by softmax, since an entropy is requested
     return (row.mass * row.log_total).sub_(row.ex).mul_(row.inverse).mul_(1 / LOG2E)
 
 
-def _entropy_normalised(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _entropy_normalised(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert row.x is not None
     most = (row.x > HIDDEN / 4).sum(-1).clamp_min(1).to(row.e.dtype).log()
     return torch.where(most > 0, _entropy(call, t, row, _) / most.clamp_min(0.5), 0.0)
 
 
-def _argmax(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    assert row.argmax is not None  # found by softmax, since it was asked for
+def _argmax(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
+    assert row.argmax is not None  # computed by softmax, since it is requested
     return row.argmax + t.j.start
 
 
-def _max_prob(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _max_prob(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     return torch.exp2(row.top) * row.inverse
 
 
-def _topk(call: Call, t: Tile, row: Rows, k: int) -> TopK:
+def _topk(call: Call, t: Tile, row: TileSoftmax, k: int) -> TopK:
     # Largest, next largest, ...: unlike torch.topk this settles ties, and a maximum is cheap.
     assert row.x is not None
     x = row.x.clone()
@@ -66,24 +66,24 @@ def _topk(call: Call, t: Tile, row: Rows, k: int) -> TopK:
     return TopK(values, indices)
 
 
-def _participation(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _participation(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     return row.e.square().sum(-1) * row.inverse.square()
 
 
-def _effective(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _effective(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     e, mass = row.e, row.mass
-    if call.leaky:  # weights may all be tiny beside what is no key: their squares would be lost
+    if call.leaky:  # all weights may be tiny, and their squares would underflow
         up = torch.exp2(-row.top.clamp(min=-100))
         e, mass = e * up[..., None], mass * up
     return mass.square() / e.square().sum(-1).clamp_min(torch.finfo(e.dtype).tiny)
 
 
-def _distance(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _distance(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     return _weighted_distance(call, t, row).mul_(row.inverse)
 
 
-def _weighted_distance(call: Call, t: Tile, row: Rows) -> Tensor:
-    # (i + N - M - j) split into the query's place in the tile and the distance from the tile's first query
+def _weighted_distance(call: Call, t: Tile, row: TileSoftmax) -> Tensor:
+    # i + N - M - j = the query's place in the tile + the distance from the tile's first query
     (m, n), first = row.e.shape[-2:], t.i.start + call.offset - t.j.start
     back = torch.arange(first, first - n, -1, device=row.e.device, dtype=row.e.dtype)
     place = torch.arange(m, device=row.e.device, dtype=row.e.dtype)
@@ -94,8 +94,8 @@ def _distances(call: Call, t: Tile, like: Tensor) -> Float[Tensor, "m n"]:
     return call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).to(like.dtype)
 
 
-def _distance_var(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    # About the mean, not from raw moments; the second term takes out what rounding the mean put in.
+def _distance_var(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
+    # About the mean, not from raw moments; the second term removes the rounding error of the mean.
     per_mass = row.mass.clamp_min(torch.finfo(row.e.dtype).tiny).reciprocal()
     away = _distances(call, t, row.e) - (_weighted_distance(call, t, row) * per_mass)[..., None]
     weighted = row.e * away
@@ -103,25 +103,25 @@ def _distance_var(call: Call, t: Tile, row: Rows, _) -> Tensor:
     return (weighted.mul_(away).sum(-1) * per_mass - rest.square()).clamp_min(0)
 
 
-def _waad(call: Call, t: Tile, row: Rows, window: int) -> Tensor:
+def _waad(call: Call, t: Tile, row: TileSoftmax, window: int) -> Tensor:
     return (row.e * _distances(call, t, row.e).abs_().clamp_(max=window)).sum(-1) * row.inverse
 
 
-def _local(call: Call, t: Tile, row: Rows, window: int) -> Tensor:
+def _local(call: Call, t: Tile, row: TileSoftmax, window: int) -> Tensor:
     near = _distances(call, t, row.e).abs_() < window
     return (row.e * near).sum(-1) * row.inverse
 
 
-def _sink(call: Call, t: Tile, row: Rows, k: int) -> Tensor:
+def _sink(call: Call, t: Tile, row: TileSoftmax, k: int) -> Tensor:
     if call.key_padding is None:
         return row.e[..., : max(0, k - t.j.start)].sum(-1) * row.inverse
     first = call.key_rank()[t.b, t.j] < k
     return (row.e * first[:, None, None, None]).sum(-1) * row.inverse
 
 
-def _at_distance(d: int) -> Callable[[Call, Tile, Rows, Any], Tensor]:
-    def probe(call: Call, t: Tile, row: Rows, _) -> Tensor:
-        start = t.i.start + call.offset - d - t.j.start  # column of the wanted key in the tile's first row
+def _at_distance(d: int) -> Callable[[Call, Tile, TileSoftmax, Any], Tensor]:
+    def probe(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
+        start = t.i.start + call.offset - d - t.j.start  # column of the key at this distance in the tile's first row
         m, n = row.e.shape[-2:]
         result = torch.zeros_like(row.mass)
         i0, i1 = max(0, -start), min(m, n - start)
@@ -132,8 +132,8 @@ def _at_distance(d: int) -> Callable[[Call, Tile, Rows, Any], Tensor]:
     return probe
 
 
-def _per_key(row: Rows, w: Float[Tensor, "#b n F"]) -> Tensor:
-    """sum_j p_ij w_jf."""
+def _per_key(row: TileSoftmax, w: Float[Tensor, "#b n F"]) -> Tensor:
+    """Return sum_j p_ij w_jf."""
     if w.shape[0] == 1:
         total = row.e @ w[0]
     else:
@@ -141,12 +141,12 @@ def _per_key(row: Rows, w: Float[Tensor, "#b n F"]) -> Tensor:
     return total.mul_(row.inverse[..., None])
 
 
-def _segments(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _segments(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.k_segments is not None  # validated
     return _per_key(row, members(part(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype))
 
 
-def _segment_value_norms(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _segment_value_norms(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.k_segments is not None and row.v is not None
     inside = members(part(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype)
     total = row.e.new_zeros(*row.e.shape[:-1], call.n_segments)
@@ -156,7 +156,7 @@ def _segment_value_norms(call: Call, t: Tile, row: Rows, _) -> Tensor:
     return total.mul_(row.inverse[..., None])
 
 
-def _segment_outputs(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _segment_outputs(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.k_segments is not None and row.v is not None
     ids = part(call.k_segments, t.b)[:, t.j]
     total = row.e.new_zeros(*row.e.shape[:-1], call.n_segments, row.v.own.shape[-1])
@@ -165,60 +165,59 @@ def _segment_outputs(call: Call, t: Tile, row: Rows, _) -> Tensor:
         where = inside.any(0).nonzero()
         if len(where) == 0:
             continue
-        lo, hi = int(where[0]), int(where[-1]) + 1  # a segment is most often one run of keys
+        lo, hi = int(where[0]), int(where[-1]) + 1  # a segment is usually one run of keys
         weights = row.e[..., lo:hi] * inside[:, None, None, None, lo:hi]
         run = replace(t, j=slice(t.j.start + lo, t.j.start + hi))
-        total[..., s, :] = mixed(weights, row.v, run)
+        total[..., s, :] = mix_values(weights, row.v, run)
     return total.mul_(row.inverse[..., None, None])
 
 
-def _key_features(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _key_features(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.key_features is not None  # validated
     return _per_key(row, part(call.key_features.detach(), t.b)[:, t.j].to(row.e.dtype))
 
 
-def _targets(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _targets(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.targets is not None  # validated
     n = row.e.shape[-1]
-    wanted = part(call.targets, t.b)[:, None, None, t.i] - t.j.start  # -1 (none) and keys not seen fall outside
-    wanted = wanted.expand(*row.e.shape[:-1], -1)
+    columns = part(call.targets, t.b)[:, None, None, t.i] - t.j.start  # -1 (none) and keys not seen are outside
+    columns = columns.expand(*row.e.shape[:-1], -1)
     if n == 0:
-        return row.e.new_zeros(wanted.shape)
-    found = row.e.gather(-1, wanted.clamp(0, n - 1)) * row.inverse[..., None]
-    none = (wanted < 0) | (wanted >= n)
-    return found.masked_fill_(none, 0)
+        return row.e.new_zeros(columns.shape)
+    weights = row.e.gather(-1, columns.clamp(0, n - 1)) * row.inverse[..., None]
+    return weights.masked_fill_((columns < 0) | (columns >= n), 0)
 
 
-def _value_norm(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    assert row.z is not None  # set once the product with v is there
+def _value_norm(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
+    assert row.z is not None  # set after the product with v
     return row.z.norm(dim=-1) * row.inverse
 
 
-def _column_weights(call: Call, t: Tile, row: Rows) -> Tensor:
-    """What turns e into p in the sums over real queries."""
+def _column_weights(call: Call, t: Tile, row: TileSoftmax) -> Tensor:
+    """Return the factors of e in sums of p over real queries."""
     return row.inverse if call.query_padding is None else row.inverse * call.query_padding[t.b, None, None, t.i]
 
 
-def _received(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _received(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     return (_column_weights(call, t, row)[..., None, :] @ row.e)[..., 0, :]
 
 
-def _received_max(call: Call, t: Tile, row: Rows, _) -> Tensor:
+def _received_max(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     return (row.e * _column_weights(call, t, row)[..., None]).amax(-2)
 
 
-def _fai(call: Call, t: Tile, row: Rows, horizon: tuple[int, int]) -> Tensor:
+def _fai(call: Call, t: Tile, row: TileSoftmax, horizon: tuple[int, int]) -> Tensor:
     d = _distances(call, t, row.e)
     counted = row.e * ((d >= horizon[0]) & (d <= horizon[1]))
     return (_column_weights(call, t, row)[..., None, :] @ counted)[..., 0, :]
 
 
-def _column_norm(call: Call, t: Tile, row: Rows, _) -> Tensor:
-    weights = row.where_empty(_column_weights(call, t, row), 0)  # 1 / tiny there, whose square is infinite
+def _column_norm(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
+    weights = row.where_empty(_column_weights(call, t, row), 0)  # there, weights are 1 / tiny, whose square is infinite
     return (weights.square()[..., None, :] @ row.e.square())[..., 0, :]
 
 
-FAST: dict[str, Callable[[Call, Tile, Rows, Any], Result]] = {
+FAST: dict[str, Callable[[Call, Tile, TileSoftmax, Any], Result]] = {
     "entropy": _entropy,
     "entropy_normalised": _entropy_normalised,
     "max_prob": _max_prob,
@@ -248,7 +247,7 @@ NEEDS_LOGITS = {"entropy_normalised", "topk"}
 
 
 def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, value: Value) -> Tensor:
-    """Column sums divided by the number of real queries that count for the column."""
+    """Divide column sums by the number of real queries that count for the column."""
     stat = BY_NAME[name]
     count = total.new_zeros(total.shape)
     m, n = call.q.shape[2], call.n

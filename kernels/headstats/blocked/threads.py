@@ -1,7 +1,7 @@
-"""Tiles of the blocked backend side by side: one thread runs a whole tile, in place of every operator cut in pieces.
+"""Tiles of the blocked backend in parallel: each thread runs whole tiles, and operators are not split between threads.
 
-An operator takes well under a millisecond on a tile. Threads that meet at the end of each lose much of what they
-gain, and nearly all of it while another process holds a core.
+An operator takes well under a millisecond on a tile. Threads that synchronise after each operator lose much of what
+they gain, and nearly all of it while another process uses a core.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 
 Item = TypeVar("Item")
 Room = TypeVar("Room")
-Found = TypeVar("Found")
+ResultT = TypeVar("ResultT")
 
-MOST = 8  # tiles at a time, since each has its own memory; beyond it every thread has some threads of torch
-CELLS = 1 << 20  # of attention that are worth a thread
+MOST = 8  # most tiles at a time, since each has its own memory; beyond it, torch's threads are divided among them
+CELLS = 1 << 20  # cells of attention per thread
 
 
 def worth(cells: int) -> int:
-    """How many threads should share a call with so many cells."""
+    """Return how many threads should share a call with this many cells."""
     return max(1, min(MOST, torch.get_num_threads(), cells // CELLS))
 
 
 def each(
     items: Sequence[Item],
     prepare: Callable[[], Room],
-    do: Callable[[Room, Item], Found],
-    put: Callable[[Item, Found], None],
+    do: Callable[[Room, Item], ResultT],
+    put: Callable[[Item, ResultT], None],
     threads: int | None,
 ) -> None:
-    """put(item, do(room, item)) for every item, on so many threads; None: on this one, as it is.
+    """Call put(item, do(room, item)) for every item, on this many threads; None: on the calling thread.
 
-    `put` is called by one thread at a time and in the order of items, so that sums come out the same in every run.
-    prepare() makes the room that a thread keeps for itself. What `do` raises on any thread is raised here.
+    `put` is called by one thread at a time and in the order of items, so that sums are the same in every run.
+    prepare() allocates the memory that a thread keeps for itself. An error of `do` on any thread is raised here.
     """
-    if threads is None or watched():
+    if threads is None or is_observed():
         room = prepare()
         for item in items:
             put(item, do(room, item))
@@ -45,23 +45,25 @@ def each(
         _Crew(items, prepare, do, put).work(min(len(items), threads))
 
 
-def watched() -> bool:
-    """Whether the calling thread carries what must see every operator, and other threads lack: a mode, autocast."""
+def is_observed() -> bool:
+    """Whether a mode or autocast of the calling thread must see every operator; other threads do not have it."""
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
     functions = getattr(torch._C, "_len_torch_function_stack", lambda: 0)()
     return bool(modes or functions) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
 
 
 class _Crew:
+    """Threads that run the items, and put the results in order."""
+
     def __init__(self, items: Sequence, prepare: Callable, do: Callable, put: Callable):
         self.items, self.prepare, self.do, self.put = items, prepare, do, put
         self.lock = threading.Lock()
-        self.taken = self.turn = 0  # items begun, and items put
-        self.found: dict[int, object] = {}  # done, and waiting for their turn
+        self.n_started = self.n_put = 0
+        self.results: dict[int, object] = {}  # done, and waiting for their turn
         self.failure: BaseException | None = None
 
     def work(self, count: int) -> None:
-        """Runs all items on the calling thread and count - 1 others; alone, it needs no help with each operator."""
+        """Run all items on the calling thread and count - 1 others."""
         before = torch.get_num_threads()
         share = before // count if count > 1 else 1
         state = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -70,7 +72,7 @@ class _Crew:
             for thread in others:
                 thread.start()
             self._run(share, *state)
-        except BaseException as error:  # such as ctrl-C, which only the main thread meets
+        except BaseException as error:  # such as ctrl-C, which only the main thread receives
             self.failure = error
         finally:
             for thread in others:
@@ -80,7 +82,7 @@ class _Crew:
             raise self.failure
 
     def _run(self, share: int, grad: bool, inference: bool) -> None:
-        torch.set_num_threads(share)  # of this thread; what new threads start with is put right by `work`
+        torch.set_num_threads(share)  # of this thread; `work` restores what new threads start with
         try:
             with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                 room = self.prepare()
@@ -91,14 +93,14 @@ class _Crew:
 
     def _next(self) -> int | None:
         with self.lock:
-            if self.failure is not None or self.taken == len(self.items):
+            if self.failure is not None or self.n_started == len(self.items):
                 return None
-            self.taken += 1
-            return self.taken - 1
+            self.n_started += 1
+            return self.n_started - 1
 
-    def _done(self, i: int, found: object) -> None:
+    def _done(self, i: int, result: object) -> None:
         with self.lock:
-            self.found[i] = found
-            while self.turn in self.found:
-                self.put(self.items[self.turn], self.found.pop(self.turn))
-                self.turn += 1
+            self.results[i] = result
+            while self.n_put in self.results:
+                self.put(self.items[self.n_put], self.results.pop(self.n_put))
+                self.n_put += 1

@@ -1,4 +1,4 @@
-"""A Call as the compiled library reads it: numbers, addresses and strides."""
+"""A Call in the form that the compiled library reads: numbers, addresses and strides."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstats import probes
 from headstats.call import HIDDEN, Call
-from headstats.edits import hash_noise as noise
-from headstats.edits.lowering import LAYOUTS, Lowered
+from headstats.edits import hash_noise
+from headstats.edits.lowering import LAYOUTS, LoweredCall
 from headstats.stats import Result, TopK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Statistics by the shape of their result, and the numbers that go with some.
+# Statistics by the shape of their result.
 OF_ROWS = (
     "entropy", "entropy_normalised", "max_prob", "argmax", "participation", "effective_keys", "distance",
     "distance_var", "waad", "sink", "diagonal", "previous", "local", "value_norm",
@@ -26,8 +27,8 @@ LISTS = ("topk", "segments", "segment_value_norms", "segment_outputs", "targets"
 COMPUTED = (*OF_ROWS, *OF_KEYS, *LISTS)
 
 
-class Arguments:
-    """The structure of one call, the tensors it points to, and the results it will hold."""
+class CallArguments:
+    """The C structure of one call, the tensors that it points to, and the results."""
 
     def __init__(self, call: Call, structure: type[Structure]):
         self.call, self.c = call, structure()
@@ -58,7 +59,7 @@ class Arguments:
             setattr(self.c, name, value)
 
     def _strided(self, name: str, x: Tensor | None, axes: str) -> None:
-        """An array in the dtype of logits, with its strides; axes of size 1 only broadcast."""
+        """Set an array in the dtype of logits, and its strides; axes of size 1 only broadcast."""
         if x is not None:
             x = self._number(x)
             strides = {f"{name}_{a}": s if n > 1 else 0 for a, s, n in zip(axes, x.stride(), x.shape, strict=True)}
@@ -85,10 +86,10 @@ class Arguments:
                 self._set(**{name: (x if x.dtype == torch.bool else self._number(x)).contiguous()})
 
     def _segments(self) -> None:
-        """Ids count from 1 and tables begin with what is in no segment, so that -1 needs no care in the loops."""
+        """Set ids and tables over segments. Ids start at 1 and tables with "no segment", so loops never see -1."""
         call = self.call
         log2_gain = None if call.gain is None else call.gain.to(call.dtype).log2().clamp_min(HIDDEN)
-        if isinstance(call, Lowered) and call.log2_gain is not None:
+        if isinstance(call, LoweredCall) and call.log2_gain is not None:
             log2_gain = call.log2_gain
         masks = {"segment_mask": call.segment_mask, "segment_open": call.segment_open}
         edits = {
@@ -99,18 +100,18 @@ class Arguments:
         self._tables("edit_q_segments", call.edit_q_segments, edits)
         if call.k_segments is not None:
             self._ids("k_segments", call.k_segments + 1)
-        acts = log2_gain is not None or (isinstance(call, Lowered) and call.layout is not None)
-        within = acts and isinstance(call, Lowered) and call.within
+        acts = log2_gain is not None or (isinstance(call, LoweredCall) and call.layout is not None)
+        within = acts and isinstance(call, LoweredCall) and call.within
         self._set(after=acts and not within, within=within)
 
     def _tables(self, ids_name: str, ids: Tensor | None, tables: dict[str, Tensor | None]) -> None:
-        given = {name: t for name, t in tables.items() if t is not None}
-        if not given:
+        present = {name: t for name, t in tables.items() if t is not None}
+        if not present:
             return
         assert ids is not None  # validated: a table needs them
-        # `lowering.by_query` makes tables of as many rows as there are queries, and so none for segment -1.
-        self._ids(ids_name, (ids + 1).remainder(min(t.shape[2] for t in given.values())))
-        for name, table in given.items():
+        # `one_table_row_per_query` makes tables with as many rows as queries, and therefore no row for segment -1.
+        self._ids(ids_name, (ids + 1).remainder(min(t.shape[2] for t in present.values())))
+        for name, table in present.items():
             table = table if table.dtype == torch.bool else self._number(table)
             table = table.roll((1, 1), (2, 3)).contiguous()
             strides = [s if n > 1 else 0 for s, n in zip(table.stride(), table.shape, strict=True)]
@@ -122,60 +123,51 @@ class Arguments:
 
     def _edit(self) -> None:
         call = self.call
-        if isinstance(call, Lowered) and call.layout is not None:
+        if isinstance(call, LoweredCall) and call.layout is not None:
             self._set(layout=1 + LAYOUTS.index(call.layout))
             for name, x in (("levels", call.levels), ("tops", call.tops)):
                 if x is not None:
                     self._set(**{name: self._number(x).contiguous()})
             rows, heads = (torch.arange(size) for size in call.q.shape[:2])
-            self._set(states=noise.states(call.counterfactual_seed, rows, heads).to(torch.int32))
+            self._set(states=hash_noise.states(call.counterfactual_seed, rows, heads).to(torch.int32))
         self._strided("temperature", call.temperature, "bhm")
         self._strided("gate", call.gate, "bhm")
         self._strided("replacement", call.replacement, "bhmd")
 
-    def _room(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def _allocate(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.empty(*self.call.q.shape[:2], *shape, dtype=dtype or self.call.dtype)
         self._set(**{name: x})
         return x
 
     def _statistic(self, name: str, value: Any) -> None:
+        """Allocate the result of a statistic, and set the arguments that it needs."""
         call, m = self.call, self.call.q.shape[2]
         if name in OF_KEYS:
-            self.stats[name] = self._room(name, call.n)
+            self.stats[name] = self._allocate(name, call.n)
         elif name in OF_ROWS:
-            self.stats[name] = self._room(name, m, dtype=torch.int64 if name == "argmax" else None)
+            self.stats[name] = self._allocate(name, m, dtype=torch.int64 if name == "argmax" else None)
         if name == "topk":
             self._set(topk_count=value)
-            indices = self._room("topk_indices", m, value, dtype=torch.int64)
-            self.stats[name] = TopK(self._room("topk_values", m, value), indices)
+            indices = self._allocate("topk_indices", m, value, dtype=torch.int64)
+            self.stats[name] = TopK(self._allocate("topk_values", m, value), indices)
         elif name in ("waad", "local"):
             self._set(**{f"{name}_at": value})
         elif name == "fai":
             self._set(fai_near=value[0], fai_far=value[1])
         elif name == "sink":
-            keys = first_real_keys(call, value)
+            keys = probes.first_real_keys(call, value).contiguous()
             self._set(sink_keys=keys, sink_keys_b=keys.shape[1] if len(keys) > 1 else 0, sink_count=keys.shape[1])
         elif name in ("segments", "segment_value_norms", "segment_outputs"):
             self._set(n_segments=call.n_segments)
             last = (call.v.shape[3],) if name == "segment_outputs" else ()
-            self.stats[name] = self._room(name, m, call.n_segments, *last)
+            self.stats[name] = self._allocate(name, m, call.n_segments, *last)
         elif name == "targets":
             assert call.targets is not None  # validated
             keys = call.targets.to(torch.int64).contiguous()
             self._set(target_keys=keys, target_keys_b=keys[0].numel() if len(keys) > 1 else 0, n_targets=keys.shape[2])
-            self.stats[name] = self._room(name, m, keys.shape[2])
+            self.stats[name] = self._allocate(name, m, keys.shape[2])
         elif name == "key_features":
             assert call.key_features is not None  # validated
             x = self._number(call.key_features).contiguous()
             self._set(features=x, features_b=x[0].numel() if len(x) > 1 else 0, n_features=x.shape[2])
-            self.stats[name] = self._room(name, m, x.shape[2])
-
-
-def first_real_keys(call: Call, count: int) -> Tensor:
-    """Indices of the first real keys of each batch row, [#B, count], -1 where there are fewer."""
-    count = min(count, call.n)
-    keys = torch.arange(call.n)[None]
-    if call.key_padding is None:
-        return keys[:, :count].contiguous()
-    found = keys.masked_fill(~call.key_padding, call.n).sort(1).values[:, :count]
-    return found.masked_fill(found == call.n, -1).contiguous()
+            self.stats[name] = self._allocate(name, m, x.shape[2])

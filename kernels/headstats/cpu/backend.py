@@ -1,4 +1,4 @@
-"""Compiled CPU backend: attention and every statistic in C++. Optional; ``python -m headstats.cpu`` builds it."""
+"""The compiled CPU backend: attention and every statistic in C++. Optional; ``python -m headstats.cpu`` builds it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.call import Call
-from headstats.cpu import library
-from headstats.cpu import self_test as trial
-from headstats.cpu.arguments import COMPUTED, Arguments
+from headstats.cpu import library, self_test
+from headstats.cpu.arguments import COMPUTED, CallArguments
 from headstats.edits import lowering
 from headstats.stats import Result
 from headstats.validate.values import tracing
@@ -18,7 +17,7 @@ from headstats.validate.values import tracing
 if TYPE_CHECKING:
     from torch import Tensor
 
-# All of a call that this backend reads. What is added to Call later is refused until it stands here.
+# The fields of a call that this backend reads. A field added to Call later is refused until it is listed here.
 READ = {
     "q", "k", "v", "causal", "window", "softcap", "scale", "spec", "bias", "alibi", "sinks", "prefix_k", "prefix_v",
     "key_padding", "query_padding", "q_segments", "k_segments", "segment_mask", "segment_open", "n_segments",
@@ -29,7 +28,7 @@ READ = {
 
 
 def unsupported(call: Call) -> str | None:
-    """Why this backend cannot do the call, or None."""
+    """Return why this backend cannot do the call, or None."""
     if call.q.device.type != "cpu":
         return f"it runs on CPU, and q is on {call.q.device}"
     if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not tracing(call.q):
@@ -41,17 +40,17 @@ def unsupported(call: Call) -> str | None:
         return reason
     if missing := [name for name in call.spec.requested() if name not in COMPUTED]:
         return f"it does not compute {', '.join(missing)}"
-    return trial.failure(call.dtype)
+    return self_test.failure(call.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    return _pass(lowering.lowered(call, _pass))
+    return _pass(lowering.lower(call, _pass))
 
 
 def _pass(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    found, reason = library.find()
-    assert found is not None, reason  # unsupported() has looked
-    arguments = Arguments(call, found.structure)
-    found.attend(arguments.c)
+    compiled, reason = library.find()
+    assert compiled is not None, reason  # `unsupported` has checked
+    arguments = CallArguments(call, compiled.structure)
+    compiled.attend(arguments.c)
     return arguments.out.to(call.q.dtype), arguments.lse, arguments.stats

@@ -1,7 +1,7 @@
-"""Compiling the library: asked for, within a time limit, beside nothing that is in use.
+"""Compilation of the library: only on request, within a time limit, without touching a library in use.
 
-Each build works in a folder of its own and ends by renaming one file into place. There is no lock, so a build that
-was killed cannot stop the next, and of two builds at once the later wins.
+Each build works in a temporary folder and ends by renaming one file into place. There is no lock, so a killed build
+cannot block the next one, and of two simultaneous builds the later one wins.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class BuildError(RuntimeError):
 
 def cache_root() -> Path:
     """``$HEADSTATS_CACHE``, or ``headstats`` in the user's cache folder."""
-    if chosen := os.environ.get("HEADSTATS_CACHE"):
-        return Path(chosen).expanduser()
+    if folder := os.environ.get("HEADSTATS_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headstats"
 
 
 def library_path() -> Path:
-    """Where the library for these sources, this torch, Python and kind of machine stands, built or not."""
+    """Return the path of the library for these sources, this torch, Python and kind of machine, built or not."""
     parts = [torch.__version__, sysconfig.get_config_var("SOABI") or sys.version, sys.platform, platform.machine()]
     parts += [repr((COMMON, VARIANTS)), *(f"{p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()))]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -56,34 +56,34 @@ def library_path() -> Path:
 
 
 def owners() -> tuple[int, ...]:
-    """Users whose files are trusted: this one and root."""
+    """Return the users whose files are trusted: this user and root."""
     return (os.getuid(), 0)
 
 
 def untrusted(path: Path) -> str | None:
-    """Why a file or folder could have been changed by another user, or None."""
-    found = path.stat()
-    if found.st_uid not in owners():
-        return f"{path} belongs to user {found.st_uid}, neither to this one nor to root"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    """Return why another user could have changed a file or folder, or None."""
+    status = path.stat()
+    if status.st_uid not in owners():
+        return f"{path} belongs to user {status.st_uid}, neither to this one nor to root"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"{path} can be written by other users (chmod go-w {path})"
     return None
 
 
 def compiler() -> str:
-    """The C++ compiler: ``$CXX``, or the first of g++, clang++ and c++ that is installed."""
+    """Return the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++ that is installed."""
     if sys.platform != "linux":
         raise BuildError(f"the compiled backend is for Linux, and this is {sys.platform}; backend 'blocked' runs here")
-    asked = os.environ.get("CXX")
-    for name in (asked,) if asked else ("g++", "clang++", "c++"):
-        if found := shutil.which(name):
-            return found
-    missing = f"CXX={asked} is not installed" if asked else "no C++ compiler is installed (g++, clang++ or c++)"
+    cxx = os.environ.get("CXX")
+    for name in (cxx,) if cxx else ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return path
+    missing = f"CXX={cxx} is not installed" if cxx else "no C++ compiler is installed (g++, clang++ or c++)"
     raise BuildError(f"{missing}. On Debian or Ubuntu: apt-get install g++; on Fedora: dnf install gcc-c++")
 
 
 def build(say: Callable[[str], None] = print, time_limit: float = TIME_LIMIT) -> Path:
-    """Compiles and puts the library in place, even if one is there. Raises BuildError."""
+    """Compile the library and put it in place, replacing any existing one. Raises BuildError."""
     cxx, to = compiler(), library_path()
     root = to.parent.parent
     try:
@@ -97,10 +97,10 @@ def build(say: Callable[[str], None] = print, time_limit: float = TIME_LIMIT) ->
     started = time.monotonic()
     say(f"headstats: compiling the CPU backend with {cxx}")
     try:
-        made = _compile(cxx, work, time_limit)
-        made.chmod(0o600)
+        library = _compile(cxx, work, time_limit)
+        library.chmod(0o600)
         to.parent.mkdir(mode=0o700, exist_ok=True)
-        made.replace(to)
+        library.replace(to)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(f"headstats: built in {time.monotonic() - started:.0f} s: {to}")
@@ -122,14 +122,14 @@ def _compile(cxx: str, work: Path, time_limit: float) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda command: _run(command, time_limit), runs))
     objects = [command[-1] for command in runs]
-    # OpenMP is not linked: its symbols come with PyTorch's library, so that both share one pool of threads.
+    # OpenMP is not linked: its symbols come with PyTorch's library, so that both share one thread pool.
     libraries = [f"-L{x}" for x in library_paths()]
     _run([cxx, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", str(work / LIBRARY)], time_limit)
     return work / LIBRARY
 
 
 def _run(command: list[str], time_limit: float) -> None:
-    # A session of its own, so that the compiler's children end with it.
+    # In a new session, so that the compiler's child processes can be killed with it.
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -148,6 +148,6 @@ def _run(command: list[str], time_limit: float) -> None:
 
 
 def _remove_abandoned(root: Path) -> None:
-    for left in root.glob(".building-*"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+    for folder in root.glob(".building-*"):
+        if time.time() - folder.stat().st_mtime > ABANDONED:
+            shutil.rmtree(folder, ignore_errors=True)

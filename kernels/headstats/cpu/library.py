@@ -1,4 +1,4 @@
-"""Loading the compiled library, after checking who could have written it."""
+"""Loading of the compiled library, after a check of who could have written it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KINDS = {"i": c_int64, "r": c_double, "p": c_void_p}
 LEVELS = ("portable", "AVX2", "AVX-512")
 
 
-class Library:
-    """The loaded library. structure: its argument.  level: which of LEVELS runs."""
+class CompiledLibrary:
+    """The loaded library. structure: the type of its argument.  level: the index in LEVELS of the variant that runs."""
 
     def __init__(self, path: Path):
         library = CDLL(str(path))
@@ -27,27 +27,27 @@ class Library:
         self._attend.argtypes, self._attend.restype = [POINTER(self.structure), c_int64, c_int64], c_int64
         library.headstats_level.restype = c_int64
         self.level = library.headstats_level()
-        # PyTorch's choice can be lowered with ATEN_CPU_CAPABILITY; this follows it.
-        lowered = {"DEFAULT": 0, "NO AVX": 0, "AVX2": 1}
-        self.level = min(self.level, lowered.get(torch.backends.cpu.get_cpu_capability(), self.level))
+        # The user can lower PyTorch's choice with ATEN_CPU_CAPABILITY; this backend follows it.
+        limits = {"DEFAULT": 0, "NO AVX": 0, "AVX2": 1}
+        self.level = min(self.level, limits.get(torch.backends.cpu.get_cpu_capability(), self.level))
 
     def attend(self, arguments: Structure) -> None:
-        """Runs a call. Other Python threads go on meanwhile."""
+        """Run a call. Other Python threads continue meanwhile."""
         if self._attend(ctypes.byref(arguments), self.level, torch.get_num_threads()):
             raise MemoryError("headstats: the compiled backend ran out of memory")
 
 
-def load(path: Path) -> Library:
-    """Loads a library that `build` has put in place. Raises OSError or PermissionError."""
+def load(path: Path) -> CompiledLibrary:
+    """Load a library that `build` has installed. Raises OSError or PermissionError."""
     for place in (path.parent.parent, path.parent, path):
         if reason := build.untrusted(place):
             raise PermissionError(reason)
-    return Library(path)
+    return CompiledLibrary(path)
 
 
 @lru_cache(maxsize=1)
-def find() -> tuple[Library | None, str]:
-    """The library for these sources and this torch, or None and why. Looked for once in a process."""
+def find() -> tuple[CompiledLibrary | None, str]:
+    """Return the library for these sources and this torch, or None and the reason. Searched once per process."""
     path = build.library_path()
     try:
         return load(path), ""

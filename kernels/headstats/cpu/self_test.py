@@ -1,4 +1,4 @@
-"""Whether the library does on this machine what the reference says."""
+"""Test of the compiled library against the reference on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from headstats import reference
 from headstats.call import Call
 from headstats.cpu import build, library
-from headstats.cpu.arguments import Arguments
+from headstats.cpu.arguments import CallArguments
 from headstats.spec import StatSpec
 from headstats.stats import Result, tensors
 
@@ -19,7 +19,7 @@ M, N = 9, 21
 
 
 def small_case(dtype: torch.dtype) -> Call:
-    """Grouped heads, a window, softcap, padding, a bias, a sink, and every statistic."""
+    """Return a call with grouped heads, a window, softcap, padding, a bias, a sink, and every statistic."""
     x = torch.linspace(-3, 3, 2 * 4 * N * 20, dtype=torch.float64).mul(17).sin().view(2, 4, N, 20).to(dtype)
     by_segment = dict.fromkeys(("segments", "segment_value_norms", "segment_outputs"), True)
     spec = replace(StatSpec.all(), **by_segment, targets=False, key_features=False)
@@ -31,41 +31,41 @@ def small_case(dtype: torch.dtype) -> Call:
 
 
 def failure(dtype: torch.dtype) -> str | None:
-    """Why the library is not to be used for a dtype, or None."""
-    with unset_fake_temporarily():  # shapes alone would not do
-        return tried(dtype)
+    """Return why the library must not be used for a dtype, or None."""
+    with unset_fake_temporarily():  # the test needs values, not only shapes
+        return cached_failure(dtype)
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import the compiler, and triton with it.
+# The attribute that torch.compiler.assume_constant_result sets; calling it would import the compiler and triton.
 failure._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @lru_cache
-def tried(dtype: torch.dtype) -> str | None:
-    """The same, tried once in a process."""
-    found, reason = library.find()
-    if found is None:
+def cached_failure(dtype: torch.dtype) -> str | None:
+    """Do the same, with one test per process and dtype."""
+    compiled, reason = library.find()
+    if compiled is None:
         return reason
     call = small_case(dtype)
-    arguments = Arguments(call, found.structure)
-    got: dict[str, Result] = {"out": arguments.out, "lse": arguments.lse, **arguments.stats}
-    for x in (x for result in got.values() for x in tensors(result)):
-        x.fill_(-7)  # what stands in new memory may be the answer to the trial before
-    found.attend(arguments.c)
-    whole = replace(call, **{n: getattr(call, n).double() for n in ("q", "k", "v", "bias", "sinks")})
-    out, lse, stats = reference.run(whole)
-    for name, want in {"out": out, "lse": lse, **stats}.items():
-        for mine, one in zip(tensors(got[name]), tensors(want), strict=True):
-            if not torch.allclose(mine.to(one.dtype), one, rtol=1e-4, atol=1e-5):
+    arguments = CallArguments(call, compiled.structure)
+    actual: dict[str, Result] = {"out": arguments.out, "lse": arguments.lse, **arguments.stats}
+    for x in (x for result in actual.values() for x in tensors(result)):
+        x.fill_(-7)  # new memory may still hold the results of an earlier test
+    compiled.attend(arguments.c)
+    exact = replace(call, **{n: getattr(call, n).double() for n in ("q", "k", "v", "bias", "sinks")})
+    out, lse, stats = reference.run(exact)
+    for name, expected in {"out": out, "lse": lse, **stats}.items():
+        for x, y in zip(tensors(actual[name]), tensors(expected), strict=True):
+            if not torch.allclose(x.to(y.dtype), y, rtol=1e-4, atol=1e-5):
                 return f"its library at {build.library_path()} does not reproduce {name} of a small case here"
     return None
 
 
 def report() -> str:
-    """One line on the library in place. Raises BuildError if it is not to be used."""
+    """Return one line about the installed library. Raises BuildError if it must not be used."""
     for dtype in (torch.float32, torch.float64):
         if reason := failure(dtype):
             raise build.BuildError(reason)
-    found, _ = library.find()
-    assert found is not None  # there is no failure
-    return f"backend 'compiled' is ready ({library.LEVELS[found.level]}); a small case agrees with the reference"
+    compiled, _ = library.find()
+    assert compiled is not None  # `failure` returned None
+    return f"backend 'compiled' is ready ({library.LEVELS[compiled.level]}); a small case agrees with the reference"

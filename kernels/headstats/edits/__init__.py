@@ -1,1 +1,1 @@
-"""Interventions on attention weights: what an `Edit` means, and how backends without it carry it out."""
+"""Interventions on attention weights: the meaning of an `Edit`, and its rewriting for backends that lack it."""

@@ -1,7 +1,7 @@
-"""Numbers of single cells from a counter: an integer hash of (seed, batch row, head, query, key).
+"""Counter-based random numbers for single cells: an integer hash of (seed, batch row, head, query, key).
 
-Any part of a pattern can so be filled alone, in any order, on any device, with the same numbers. The words are
-unsigned 32 bit, held in int64 tensors; additions and products keep their low 32 bits, as native unsigned words do.
+Any part of a pattern can therefore be filled separately, in any order, on any device, with the same numbers. The words
+are unsigned 32-bit numbers in int64 tensors; sums and products keep the low 32 bits, like native unsigned words.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORD = 0xFFFFFFFF
-BITS = 23  # of the hash that make a uniform number: with the half added it is exact in float32
+BITS = 23  # bits of the hash used for a uniform number: with the half added it is exact in float32
 
 
 def mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """A bijection of 32-bit words without visible pattern: MurmurHash3's finaliser, after adding a constant so that
-    0 does not stay 0."""
+    """Mix a 32-bit word bijectively: MurmurHash3's finaliser, after adding a constant so that 0 does not stay 0."""
     x = (x + 0x9E3779B9) & WORD
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & WORD
@@ -34,17 +33,17 @@ def words(
     queries: Int[Tensor, " m"],
     keys: Int[Tensor, " n"],
 ) -> Int[Tensor, "b h m n"]:
-    """mix(mix(key) ^ mix(query ^ mix(head ^ mix(row ^ mix(seed))))): for one query, no two keys share a word."""
+    """Return mix(mix(key) ^ mix(query ^ mix(head ^ mix(row ^ mix(seed))))), distinct for the keys of one query."""
     state = mix((queries & WORD) ^ states(seed, rows, heads)[:, :, None])[..., None]
     return mix(mix(keys & WORD) ^ state)
 
 
 def states(seed: int, rows: Int[Tensor, " b"], heads: Int[Tensor, " h"]) -> Int[Tensor, "b h"]:
-    """The part of `words` that all queries of a batch row and head share."""
+    """Return the part of `words` that all queries of a batch row and head share."""
     state = mix((rows & WORD) ^ mix(torch.full_like(rows, seed)))[:, None]
     return mix((heads & WORD) ^ state)
 
 
 def uniform(word: Int[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """Numbers in (0, 1) from the upper bits of words: (word // 2^9 + 1/2) / 2^23."""
+    """Return numbers in (0, 1) from the upper bits of words: (word // 2^9 + 1/2) / 2^23."""
     return ((word >> (32 - BITS)).to(dtype) + 0.5) / (1 << BITS)

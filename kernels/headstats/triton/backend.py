@@ -1,4 +1,4 @@
-"""Triton backend: what it can do, tile sizes, and the launch. Imports triton only when it is about to run."""
+"""The Triton backend: what it can do, its tile sizes, and its launches. Imports triton only before it runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from headstats.edits import lowering
 from headstats.spec import StatSpec
 from headstats.stats import Result, Value
 from headstats.triton import kernel_arguments as arguments
-from headstats.triton import per_key_values as carried
+from headstats.triton import per_key_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    Attended = tuple[Tensor, Tensor, dict[str, Result]]
+    Results = tuple[Tensor, Tensor, dict[str, Result]]
 
 IN_KERNEL = (
     "entropy", "entropy_normalised", "max_prob", "argmax", "participation", "effective_keys", "distance",
@@ -30,18 +30,18 @@ IN_KERNEL = (
 )  # fmt: skip
 COLUMNS = ("received", "received_max", "column_norm", "fai")  # a second pass
 PER_KEY = ("segments", "key_features", "segment_value_norms", "segment_outputs")
-BESIDE = 16  # features that ride along with the values; more take passes of their own
+FEATURES_IN_PASS = 16  # features averaged in the main pass; further ones take additional passes
 MAX_HEAD = 256
 AMD = torch.version.hip is not None
 PROBE_ROWS = 32  # queries of one program
 # Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256: shapes that spill no register on sm_80
-# and sm_90 with every statistic and option on. float32 runs on the plain cores and holds twice the bytes.
+# and sm_90 with every statistic and option on. float32 runs without tensor cores and needs twice the bytes.
 HALF_TILES = ((128, 64, 3), (128, 32, 3), (64, 32, 2))
 FLOAT32_TILES = ((64, 32, 2), (32, 32, 1), (16, 32, 1))
 
 
 def unsupported(call: Call) -> str | None:
-    """Why this backend cannot do the call, or None."""
+    """Return why this backend cannot do the call, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not call.q.is_cuda and not _interpreted():
@@ -65,104 +65,105 @@ def _interpreted() -> bool:
     return forward.INTERPRETED
 
 
-def forward(call: Call) -> Attended:
+def forward(call: Call) -> Results:
     """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    call = carried.apart(lowering.lowered(call, lambda part: forward_pass(part, None), MAX_HEAD))
-    asked, features = call.spec.requested(), carried.features(call)
-    out, lse, found = forward_pass(call, None if features is None else features[..., :BESIDE])
-    for name, value in asked.items():
+    call = per_key_values.separate_prefixes(lowering.lower(call, lambda part: forward_pass(part, None), MAX_HEAD))
+    requested, features = call.spec.requested(), per_key_values.features(call)
+    out, lse, stats = forward_pass(call, None if features is None else features[..., :FEATURES_IN_PASS])
+    for name, value in requested.items():
         if name in probes.PROBED:
-            found[name] = probe(call, lse, name, value)
-    if set(COLUMNS) & set(asked):
+            stats[name] = probe(call, lse, name, value)
+    if set(COLUMNS) & set(requested):
         from headstats.triton import columns
 
-        found |= columns.statistics(call, lse)
+        stats |= columns.statistics(call, lse)
     if call.spec.topk:
-        from headstats.triton import topk as largest
+        from headstats.triton import topk
 
-        found["topk"] = largest.topk(call, lse)
+        stats["topk"] = topk.topk(call, lse)
     if features is not None:
-        rest = features[..., BESIDE:]
-        more = [averaged(call, *carried.of_heads(call, rest))] if rest.shape[2] else []
-        per_key = torch.cat([found["per_key"], *more], -1)
+        rest = features[..., FEATURES_IN_PASS:]
+        per_key = stats["per_key"]
+        if rest.shape[2]:
+            per_key = torch.cat([per_key, average(call, *per_key_values.of_heads(call, rest))], -1)
         s = call.n_segments if call.spec.segments else 0
-        found |= {"segments": per_key[..., :s], "key_features": per_key[..., s:]}
+        stats |= {"segments": per_key[..., :s], "key_features": per_key[..., s:]}
     if call.spec.segment_value_norms:
-        found["segment_value_norms"] = averaged(call, *carried.segment_value_norms(call))
+        stats["segment_value_norms"] = average(call, *per_key_values.segment_value_norms(call))
     if call.spec.segment_outputs:
-        each = [averaged(call, *carried.values_of_segment(call, s)) for s in range(call.n_segments)]
-        found["segment_outputs"] = torch.stack(each, 3)
-    return out, lse, {name: found[name] for name in asked}
+        each = [average(call, *per_key_values.values_of_segment(call, s)) for s in range(call.n_segments)]
+        stats["segment_outputs"] = torch.stack(each, 3)
+    return out, lse, {name: stats[name] for name in requested}
 
 
-def averaged(
+def average(
     call: Call, own: Float[Tensor, "#B #Hk n F"], shared: Float[Tensor, "#G #Hk P F"] | None
 ) -> Float[Tensor, "B H M F"]:
-    """Sums of what keys carry under p, with it in the place of values: a pass for every MAX_HEAD of its numbers."""
-    bare = replace(call, gate=None, replacement=None, spec=StatSpec.none())
-    found = []
+    """Sum numbers of keys under p, by passes with these numbers in place of values: one pass for every MAX_HEAD."""
+    plain = replace(call, gate=None, replacement=None, spec=StatSpec.none())
+    sums = []
     for at in range(0, own.shape[3], MAX_HEAD):
         these = slice(at, at + MAX_HEAD)
         first = None
         if shared is not None and call.prefix_k is not None:
             first = shared[..., these].expand(*call.prefix_k.shape[:3], -1)
-        found.append(
-            forward_pass(replace(bare, v=own[..., these].expand(*call.k.shape[:3], -1), prefix_v=first), None)[0]
+        sums.append(
+            forward_pass(replace(plain, v=own[..., these].expand(*call.k.shape[:3], -1), prefix_v=first), None)[0]
         )
-    return torch.cat(found, -1)
+    return torch.cat(sums, -1)
 
 
 def forward_pass(call: Call, features: Float[Tensor, "#B N F"] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """One launch: out, lse, and by name the statistics of IN_KERNEL and the sums of features under p, `per_key`."""
+    """Run the main kernel: out, lse, and by name the statistics of IN_KERNEL and `per_key` (sums of features)."""
     from headstats.triton import forward
 
     kernel: Any = forward.attend_kernel
-    blocks, given, meta, results = prepare(call, features, forward.INTERPRETED)
+    blocks, arrays, meta, results = prepare(call, features, forward.INTERPRETED)
     with torch.cuda.device(call.q.device) if call.q.is_cuda else nullcontext():
-        kernel[(blocks,)](*given, **meta)
+        kernel[(blocks,)](*arrays, **meta)
     return results
 
 
 def prepare(
     call: Call, features: Float[Tensor, "#B N F"] | None, interpreted: bool = False, amd: bool = AMD
 ) -> tuple[int, tuple[Any, ...], dict[str, Any], tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Number of programs, arguments, compile-time arguments and the tensors that the kernel will fill."""
+    """Return the number of programs, the arguments, the compile-time arguments and the tensors to be filled."""
     b, h, m, _ = call.q.shape
     q = arguments.unit_stride(call.q)
     out = torch.empty(b, h, m, call.v.shape[3], dtype=call.v.dtype, device=q.device)
     lse = torch.empty(b, h, m, dtype=torch.float32, device=q.device)
-    asked, spec = call.spec.requested(), call.spec
-    found: dict[str, Any] = {
+    requested, spec = call.spec.requested(), call.spec
+    stats: dict[str, Any] = {
         name: torch.empty_like(lse, dtype=torch.int64 if name == "argmax" else None)
-        for name in IN_KERNEL if name in asked
+        for name in IN_KERNEL if name in requested
     }  # fmt: skip
     numbers: dict[str, Any] = {"waad_window": spec.waad or None, "local_window": spec.local or None}
     numbers["reach"] = max(spec.waad, spec.local) or None
     if features is not None:
         features = features.contiguous()
-        found["per_key"] = lse.new_empty(b, h, m, features.shape[2])
+        stats["per_key"] = lse.new_empty(b, h, m, features.shape[2])
         numbers |= {"features": features, "n_features": features.shape[2]}
         numbers["features_stride"] = arguments.batch_stride(features)
     prefix, run = arguments.prefix(call)
     meta = constants(call, interpreted, amd)
-    given = (
+    arrays = (
         q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, out, lse, arguments.cells(call),
-        arguments.Outputs(**found, **numbers), arguments.ends(call), h, m, call.n, run,
+        arguments.Outputs(**stats, **numbers), arguments.ends(call), h, m, call.n, run,
     )  # fmt: skip
     rows = m * (run or 1)
-    return b // (run or 1) * h * -(-rows // meta["BM"]), given, meta, (out, lse, found)
+    return b // (run or 1) * h * -(-rows // meta["BM"]), arrays, meta, (out, lse, stats)
 
 
 def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
-    """A statistic of known keys, in a kernel of its own: in the main one it would cost registers."""
-    from headstats.triton import probe_kernel as known_cells
+    """Compute a statistic of keys known in advance, in a separate kernel: in the main one it would cost registers."""
+    from headstats.triton import probe_kernel
 
     b, h, m, d = call.q.shape
     keys, total = probes.keys_of(call, name, value).contiguous(), name != "targets"
     t = keys.shape[2]
     q = arguments.unit_stride(call.q)
     out = lse.new_empty((b, h, m) if total else (b, h, m, t))
-    kernel: Any = known_cells.weigh_cells_kernel
+    kernel: Any = probe_kernel.weigh_cells_kernel
     prefix, run = arguments.prefix(call)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         kernel[(b * h * -(-m // PROBE_ROWS),)](
@@ -175,15 +176,15 @@ def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> T
 
 
 def constants(call: Call, interpreted: bool = False, amd: bool = AMD) -> dict[str, Any]:
-    """Compile-time arguments of the kernel: sizes, precision and tile shape."""
+    """Return the compile-time arguments of the kernel: sizes, precision and tile shape."""
     d, dv = call.q.shape[3], call.v.shape[3]
     full = call.q.dtype == torch.float32
-    exact = "ieee" if amd else "tf32x3"  # three products in place of one keep float32's accuracy
+    exact = "ieee" if amd else "tf32x3"  # three products instead of one keep float32 accuracy
     precision = "ieee" if full else "tf32"
     per_cell = call.bias is not None or call.q_segments is not None
     return {
         "G": call.groups, "D": d, "DV": dv, "BD": arguments.power_of_two(d), "BDV": arguments.power_of_two(dv),
-        "BF": BESIDE, "UPCAST": interpreted and not full, "PRECISION": precision,
+        "BF": FEATURES_IN_PASS, "UPCAST": interpreted and not full, "PRECISION": precision,
         "MIX_PRECISION": exact if call.v.dtype != call.q.dtype else precision, "EXACT": exact,
         **tile_shape(max(d, dv), full, interpreted, amd, per_cell),
     }  # fmt: skip
@@ -192,9 +193,9 @@ def constants(call: Call, interpreted: bool = False, amd: bool = AMD) -> dict[st
 def tile_shape(
     d: int, full: bool, interpreted: bool = False, amd: bool = AMD, per_cell: bool = False
 ) -> dict[str, Any]:
-    """Queries and keys of a tile, warps and pipeline stages. A fixed table: autotuning needs a driver.
+    """Return queries and keys of a tile, warps and pipeline stages, from a fixed table: autotuning needs a driver.
 
-    per_cell: whether cells bring numbers of their own, which take registers and memory.
+    per_cell: whether each cell reads numbers (bias or tables), which takes registers and memory.
     """
     if interpreted:
         return {"BM": 16, "BN": 16}

@@ -1,17 +1,17 @@
-"""Triton backward: gradients from q, k, v, lse and out, by recomputing weights tile by tile. No M x N is stored.
+"""Triton backward: gradients from q, k, v, lse and out, by recomputing weights tile by tile, without any M x N matrix.
 
 With x = score * log2(e), p = 2^(x - lse log2 e), dp = dout . v, and delta = dout . out - dlse for each query:
     dv = p^T dout                     ds = p (dp - delta)           (d loss / d logit, natural)
     dx = ds / temperature             d temperature = - sum_j ds_ij logit_ij / temperature
     dq = scale dx' k, dk = scale dx'^T q, with dx' = dx (1 - tanh^2) under a softcap
-A gain on weights after the softmax multiplies dp, and p in dv. One kernel owns blocks of keys and walks over the
-queries of all heads of the group, and of all batch rows that share the keys; the other owns blocks of queries: no
-atomics.
+A gain on weights after the softmax multiplies dp, and p in dv. In one kernel, programs own blocks of keys and loop over
+the queries of all heads of the group and of all batch rows that share the keys. In the other, programs own blocks of
+queries. So no atomics are needed.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ from headstats.triton.tile_scores import LN2, of_cells, row_terms, tanh, tile_lo
 
 @triton.jit
 def through_softcap(b_ds, b_qk, cells):
-    """From d loss / d logit to d loss / d (scale q . k)."""
+    """Turn d loss / d logit into d loss / d (scale q . k)."""
     if cells.softcap is not None:
         b_t = tanh(b_qk * (cells.scale / cells.softcap))
         b_ds = b_ds * (1.0 - b_t * b_t)
@@ -37,8 +37,10 @@ def add_queries(
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes queries into dk and dv: those of start ... left and right ... stop, each in whole tiles, of all heads and
-    batch rows in one loop. Tiles stand on their side: keys as [BN, 1], queries as [1, BM]."""
+    """Add the queries start ... left and right ... stop to dk and dv, in whole tiles.
+
+    One loop covers all heads and batch rows. Tiles are transposed: keys as [BN, 1], queries as [1, BM].
+    """
     b_dk, b_dv = sums
     n_left = tl.cdiv(tl.maximum(left - start, 0), BM)
     n_tiles = n_left + tl.cdiv(tl.maximum(stop - right, 0), BM)
@@ -119,7 +121,7 @@ def add_keys(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     HEAT: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys start <= c < stop of a region into dq, and into what temperature and ALiBi slope are due."""
+    """Add the keys start <= c < stop of a region to dq and to the gradients of temperature and ALiBi slope."""
     b_dq, b_heat, b_away = sums
     for i_n in range(start, stop, BN):
         o_r = i_n + tl.arange(0, BN)
@@ -153,7 +155,7 @@ def add_region(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     HEAT: tl.constexpr, SLOPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes all keys of a region: those at the edges with masks, those between without."""
+    """Add all keys of a region: those at the edges with masks, those between without."""
     start, left, right, stop = key_range(cells, None, region.n, first, low, high, BN)
     if (cells.farthest is not None) and (cells.hides is None):
         sums = add_keys(

@@ -1,12 +1,12 @@
-"""Triton: statistics of keys, in a second pass over q and k that knows lse.
+"""Triton: statistics of keys, in a second pass over q and k that reads lse.
 
-p_ij = 2^(x_ij - lse_i log2 e). A program owns a block of keys of one head and walks over the queries that see it, so
-that sums over queries stay in its registers: no values, no product with them, no atomics. The number of queries to
-divide by is counted along the way.
+p_ij = 2^(x_ij - lse_i log2 e). A program owns a block of keys of one head and loops over the queries that see it, so
+sums over queries stay in its registers. It needs no values, no product with them, and no atomics. The number of queries
+to divide by is counted in the same loop.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ HALF_TILES = ((128, 64, 3), (128, 64, 2), (64, 64, 2))
 FLOAT32_TILES = ((64, 32, 2), (32, 32, 1), (32, 16, 1))
 
 
-class Sums(NamedTuple):
-    """Where the statistics go, [B, H, N] and contiguous; None: not wanted."""
+class ColumnOutputs(NamedTuple):
+    """Results for the statistics of keys, [B, H, N] and contiguous; None: not requested."""
 
     received: Tensor | None = None
     received_max: Tensor | None = None
@@ -45,11 +45,11 @@ class Sums(NamedTuple):
 
 @triton.jit
 def visit_queries(
-    sums, b_k, p_q, s_m, p_lse, p_real, cells, want, i_b, i_h, o_n, inside, start, stop, M, N,
+    sums, b_k, p_q, s_m, p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside, start, stop, M, N,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes the queries start <= i < stop into the sums over queries. start is a multiple of BM."""
+    """Add the queries start <= i < stop to the sums over queries. start is a multiple of BM."""
     b_sum, b_seen, b_max, b_square, b_far_sum, b_far_seen = sums
     for i_m in range(start, stop, BM):
         o_m = i_m + tl.arange(0, BM)
@@ -66,16 +66,16 @@ def visit_queries(
             b_x = reweighted(b_x, cells, row, o_m[None, :], o_n[:, None], inside[:, None])
         b_p = tl.exp2(b_x - b_lse[None, :])
         counted = (b_x > LOWEST) & real[None, :]
-        if want.received is not None:
+        if outputs.received is not None:
             b_sum += tl.sum(b_p, 1)
             b_seen += tl.sum(counted.to(tl.int32), 1)
-        if want.received_max is not None:
+        if outputs.received_max is not None:
             b_max = tl.maximum(b_max, tl.max(b_p, 1))
-        if want.column_norm is not None:
+        if outputs.column_norm is not None:
             b_square += tl.sum(b_p * b_p, 1)
-        if want.fai is not None:
+        if outputs.fai is not None:
             b_far = (o_m + cells.offset)[None, :] - o_n[:, None]
-            within = (b_far >= want.fai_nearest) & (b_far <= want.fai_farthest)
+            within = (b_far >= outputs.fai_nearest) & (b_far <= outputs.fai_farthest)
             b_far_sum += tl.sum(tl.where(within, b_p, 0.0), 1)
             b_far_seen += tl.sum((counted & within).to(tl.int32), 1)
     return b_sum, b_seen, b_max, b_square, b_far_sum, b_far_seen
@@ -83,7 +83,7 @@ def visit_queries(
 
 @triton.jit
 def columns_kernel(
-    p_q, q_strides, region, p_lse, p_real, cells, want, H, M, N, first, run,
+    p_q, q_strides, region, p_lse, p_real, cells, outputs, H, M, N, first, run,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -113,35 +113,35 @@ def columns_kernel(
     start, left, right, stop = query_range(cells, M, region.n, first, i_n, BM, BN)
     if (cells.nearest is not None) and (cells.hides is None):
         sums = visit_queries(
-            sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, want, i_b, i_h, o_n, inside,
+            sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside,
             start, tl.minimum(left, stop), M, N, D, BD, BM, True, UPCAST, PRECISION,
         )  # fmt: skip
     if cells.hides is None:
         sums = visit_queries(
-            sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, want, i_b, i_h, o_n, inside,
+            sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside,
             left, right, M, N, D, BD, BM, False, UPCAST, PRECISION,
         )  # fmt: skip
     sums = visit_queries(
-        sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, want, i_b, i_h, o_n, inside,
+        sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside,
         right, stop, M, N, D, BD, BM, True, UPCAST, PRECISION,
     )  # fmt: skip
 
     b_sum, b_seen, b_max, b_square, b_far_sum, b_far_seen = sums
     o_row = i_bh * N + o_n
-    if want.received is not None:
-        tl.store(want.received + o_row, b_sum / tl.maximum(b_seen, 1).to(tl.float32), mask=inside)
-    if want.received_max is not None:
-        tl.store(want.received_max + o_row, b_max, mask=inside)
-    if want.column_norm is not None:
-        tl.store(want.column_norm + o_row, tl.sqrt(b_square), mask=inside)
-    if want.fai is not None:
-        tl.store(want.fai + o_row, b_far_sum / tl.maximum(b_far_seen, 1).to(tl.float32), mask=inside)
+    if outputs.received is not None:
+        tl.store(outputs.received + o_row, b_sum / tl.maximum(b_seen, 1).to(tl.float32), mask=inside)
+    if outputs.received_max is not None:
+        tl.store(outputs.received_max + o_row, b_max, mask=inside)
+    if outputs.column_norm is not None:
+        tl.store(outputs.column_norm + o_row, tl.sqrt(b_square), mask=inside)
+    if outputs.fai is not None:
+        tl.store(outputs.fai + o_row, b_far_sum / tl.maximum(b_far_seen, 1).to(tl.float32), mask=inside)
 
 
 def statistics(call: Call, lse: Float[Tensor, "B H M"]) -> dict[str, Tensor]:
-    """Those statistics of keys that the call asks for, [B, H, N]."""
+    """Compute the requested statistics of keys, [B, H, N]."""
     b, h, m, _ = call.q.shape
-    found, want = sums(call)
+    stats, outputs = allocate(call)
     q, real, meta = arguments.unit_stride(call.q), call.query_padding, constants(call, INTERPRETED)
     real = None if real is None else real.contiguous().view(torch.uint8)
     prefix, run = arguments.prefix(call)
@@ -152,25 +152,37 @@ def statistics(call: Call, lse: Float[Tensor, "B H M"]) -> dict[str, Tensor]:
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         for region, first, share in regions:
             kernel[(b * h * -(-region.n // meta["BN"]),)](
-                q, q.stride()[:3], region, lse, real, arguments.cells(call), want, h, m, call.n, first, share, **meta
+                q,
+                q.stride()[:3],
+                region,
+                lse,
+                real,
+                arguments.cells(call),
+                outputs,
+                h,
+                m,
+                call.n,
+                first,
+                share,
+                **meta,
             )
-    return found
+    return stats
 
 
-def sums(call: Call) -> tuple[dict[str, Tensor], Sums]:
-    """Room for the statistics asked for, and the kernel's view of it."""
+def allocate(call: Call) -> tuple[dict[str, Tensor], ColumnOutputs]:
+    """Allocate the requested statistics, and return them by name and as the kernel's argument."""
     b, h, _, _ = call.q.shape
-    asked = call.spec.requested()
-    names = [name for name in Sums._fields if name in asked]
-    found = {name: call.q.new_empty(b, h, call.n, dtype=torch.float32) for name in names}
+    requested = call.spec.requested()
+    names = [name for name in ColumnOutputs._fields if name in requested]
+    stats = {name: call.q.new_empty(b, h, call.n, dtype=torch.float32) for name in names}
     horizon: dict[str, Any] = {}
     if call.spec.fai:
         horizon = dict(zip(("fai_nearest", "fai_farthest"), call.spec.fai, strict=True))
-    return found, Sums(**found, **horizon)
+    return stats, ColumnOutputs(**stats, **horizon)
 
 
 def constants(call: Call, interpreted: bool = False) -> dict[str, Any]:
-    """Compile-time arguments of the kernel: sizes, precision and tile shape."""
+    """Return the compile-time arguments of the kernel: sizes, precision and tile shape."""
     d, full = call.q.shape[3], call.q.dtype == torch.float32
     sizes = {"G": call.groups, "D": d, "BD": arguments.power_of_two(d)}
     switches = {"UPCAST": interpreted and not full, "PRECISION": "ieee" if full else "tf32"}

@@ -1,19 +1,19 @@
 """Triton forward: attention and row statistics in one pass over the keys, by online softmax.
 
-Works in base 2: x = score * log2(e). With running maximum m, normaliser l = sum 2^(x - m) and a new maximum m',
-alpha = 2^(m - m'):
+It works in base 2: x = score * log2(e). With running maximum m, normaliser l = sum 2^(x - m), a new maximum m' and
+alpha = 2^(m - m'), the updates are
     out, l, any sum_j 2^(x - m) w_j     ->  alpha * old + new
     entropy term T = sum 2^(x - m) (x - m)  ->  alpha * (T + (m - m') l) + new
     sum of squared weights              ->  alpha^2 * old + new
 and at the end  lse = ln2 (m + log2 l),  entropy = ln2 (log2 l - T / l),  largest weight = 1 / l.
-Every statistic is a compile-time switch: what is not asked for leaves no instruction behind.
+Every statistic is a compile-time switch: statistics that are not requested compile to no instruction.
 
-A prefix that batch rows share is a region of keys of its own. A tile then holds queries of several batch rows, and
-their own keys follow as one long axis on which a query sees its own row's part: one pass, and nothing to merge.
+A prefix that batch rows share is a separate region of keys. A tile then holds queries of several batch rows. Their own
+keys follow as one long axis, of which a query sees the part of its own row: one pass, and nothing to merge.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOperatorIssue=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 import os
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from headstats.triton.row_sums import add_tile, add_weights, no_sums, normalise, store_output, store_statistics
 from headstats.triton.tile_scores import LN2, reweighted, row_terms, tile_logits
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read when @triton.jit runs, that is, here
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read here, because this is where @triton.jit runs
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def load_keys(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys [BD, BN] and values [BN, BDV] from i_n on, which of them exist, their batch rows and places therein."""
+    """Load keys [BD, BN] and values [BN, BDV] from i_n on; also which exist, their batch rows and places in them."""
     o_d = tl.arange(0, BD)
     o_v = tl.arange(0, BDV)
     o_r = i_n + tl.arange(0, BN)
@@ -68,12 +68,12 @@ def visit_keys(
     MASKED: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys start <= c < stop of a region into the running sums. Without MASKED, start is a multiple of BN.
+    """Add the keys start <= c < stop of a region to the running sums. Without MASKED, start is a multiple of BN.
 
-    p_k, p_v: of this head, and of batch row i_kb; but if FLAT, the region's batch rows from i_kb on stand one after
-    another, and c counts through them.  first: position of a batch row's first key among all N.
+    p_k, p_v: keys and values of this head and of batch row i_kb. If FLAT, the region's batch rows from i_kb on follow
+    one another, and c counts through all of them.  first: position of a batch row's first key among all N.
     """
-    b_o, softmax, before, found, b_f = sums
+    b_o, softmax, before, others, b_f = sums
     o_c = tl.arange(0, BN)
     for i_n in range(start, stop, BN):
         b_k, b_v, here, o_b, o_r = load_keys(
@@ -95,8 +95,8 @@ def visit_keys(
         else:
             b_near = (o_m + (cells.offset - first - i_n)).to(tl.float32)
             b_place = o_c.to(tl.float32)[None, :]
-        softmax, found, b_w, b_alpha = add_tile(
-            softmax, found, stats, b_x, b_near, b_place, b_far, i_n, first, region.n, MASKED, FLAT
+        softmax, others, b_w, b_alpha = add_tile(
+            softmax, others, stats, b_x, b_near, b_place, b_far, i_n, first, region.n, MASKED, FLAT
         )
         if stats.per_key is not None:
             o_f = tl.arange(0, BF)[None, :]
@@ -104,13 +104,16 @@ def visit_keys(
             b_feature = tl.load(p_f, mask=here[:, None] & (o_f < stats.n_features), other=0.0)
             b_f = tl.dot(b_w, b_feature, b_f * b_alpha[:, None], input_precision=EXACT)
         b_o = tl.dot(b_w.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision=MIX_PRECISION)
-    return b_o, softmax, before, found, b_f
+    return b_o, softmax, before, others, b_f
 
 
 @triton.jit
 def key_range(cells, reach, n, first, low, high, BN: tl.constexpr):
-    """(start, left, right, stop) of a region's n keys for queries at positions low ... high: start ... stop holds what
-    some of them see, and left ... right what all of them see, out of reach of any. All but stop are multiples of BN."""
+    """Return (start, left, right, stop) of a region's n keys for queries at positions low ... high.
+
+    start ... stop contains the keys that some query sees. left ... right contains keys that all queries see and that
+    are beyond `reach` of all. All but stop are multiples of BN.
+    """
     start = 0
     stop = n
     right = n // BN * BN
@@ -136,7 +139,7 @@ def visit_region(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Takes all keys of a region into the running sums: those at the edges with masks, those between without."""
+    """Add all keys of a region to the running sums: those at the edges with masks, those between without."""
     start, left, right, stop = key_range(cells, stats.reach, region.n, first, low, high, BN)
     if (cells.farthest is not None) and (cells.hides is None):
         sums = visit_keys(
@@ -209,7 +212,7 @@ def attend_kernel(
             D, DV, BD, BDV, BF, BN, UPCAST, PRECISION, MIX_PRECISION, EXACT,
         )  # fmt: skip
         start, _left, _right, stop = key_range(cells, stats.reach, own.n, prefix.n, low, high, BN)
-        one = i_first == i_last  # else every key of the rows between is visited
+        one = i_first == i_last  # else every key of these rows is visited
         start = i_first * own.n + tl.where(one, start, 0)
         stop = i_last * own.n + tl.where(one, stop, own.n)
         sums = visit_keys(
@@ -224,7 +227,7 @@ def attend_kernel(
             D, DV, BD, BDV, BF, BN, UPCAST, PRECISION, MIX_PRECISION, EXACT,
         )  # fmt: skip
 
-    b_o, softmax, before, found, b_f = sums
+    b_o, softmax, before, others, b_f = sums
     _slope, b_cool, _bias, _padding, _columns, _table, _after = row
     norm = normalise(softmax, before, ends, cells, b_cool, i_h, BM)
     empty, b_shift, b_log, b_inv = norm
@@ -232,5 +235,5 @@ def attend_kernel(
     if prefix is not None:
         o_row = (tl.reshape(i_b, [BM]) * H + i_h) * M + o_m
     tl.store(p_lse + o_row, tl.where(empty, float("-inf"), (b_shift + b_log) * LN2), mask=rows)
-    store_statistics(stats, softmax, found, b_o, b_f, norm, o_row, rows, BF)
+    store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF)
     store_output(p_out, ends, b_o, b_inv, i_b, i_h, o_m[:, None], o_row, rows, DV, BDV)

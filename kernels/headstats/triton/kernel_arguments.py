@@ -1,6 +1,6 @@
-"""A `Call` in the form that Triton kernels take it. Imports triton only where it is needed.
+"""A `Call` in the form that Triton kernels take. Imports triton only where it is needed.
 
-What a call does not use is None: Triton then compiles the kernel without it, so that it costs nothing.
+Fields that a call does not use are None. Triton then compiles the kernel without them, so they cost nothing.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from headstats.call import HIDDEN, LOG2E, Call
-from headstats.edits import hash_noise as noise
-from headstats.edits.lowering import LAYOUTS, Lowered
+from headstats.edits import hash_noise
+from headstats.edits.lowering import LAYOUTS, LoweredCall
 
 if TYPE_CHECKING:
     from jaxtyping import Int, Shaped
     from torch import Tensor
 
 Strides = tuple[int, ...]
-HIDES, OPENS = 1, 2  # bits of `Cells.rules`
+HIDES, OPENS = 1, 2  # bits of `CellTerms.rules`
 
 
-class Keys(NamedTuple):
+class KeyRegion(NamedTuple):
     """Keys and values of one region, with the strides of all axes but the last, which is contiguous."""
 
     k: Tensor  # [B, Hk, n, D]
@@ -32,8 +32,8 @@ class Keys(NamedTuple):
     n: int
 
 
-class Cells(NamedTuple):
-    """All that stands between q . k and a masked logit; read by `tile_scores`.
+class CellTerms(NamedTuple):
+    """Everything between q . k and a masked logit; read by `tile_scores`.
 
     A cell is visible if nearest <= i + offset - j <= farthest (or it is opened), and if rules, padding and bias do
     not hide it. Strides of an axis that only broadcasts are 0.
@@ -51,20 +51,20 @@ class Cells(NamedTuple):
     temperature: Tensor | None  # [#B, #H, #M]
     temperature_strides: Strides | None
     padding: Tensor | None  # uint8 [B, N], contiguous
-    q_segments: Tensor | None  # int32 [#B, M]: rows of the tables; with segment -1 in the last
+    q_segments: Tensor | None  # int32 [#B, M]: rows of the tables; segment -1 is the last row
     k_segments: Tensor | None  # int32 [#B, N]: columns
     segment_strides: Strides | None  # batch stride of q_segments, batch stride of k_segments
     table_strides: Strides | None  # batch, head and row of the tables, all [#B, #H, R, C] of one shape
     rules: Tensor | None  # uint8: HIDES, OPENS
     logit_factor: Tensor | None  # float32: multiply softcap(scale q.k)
-    logit_raise: Tensor | None  # float32: then add so many times its size
+    logit_raise: Tensor | None  # float32: then add this times the absolute value
     log_gain: Tensor | None  # float32: added to the logits, in base 2
-    weight_gain: Tensor | None  # float32: added to logits in base 2 after the softmax; HIDDEN takes all weight
-    heads: int | None  # H, where one of the next is given
-    layout: Any  # a constexpr, place in lowering.LAYOUTS: how logits of visible cells are replaced after the softmax
-    levels: Tensor | None  # float32 [B, H, M], contiguous, as `lowering.Lowered` has them
-    tops: Tensor | None  # the same
-    states: Tensor | None  # int32 [B, H], contiguous: `noise.states`
+    weight_gain: Tensor | None  # float32: added to logits in base 2 after the softmax; HIDDEN removes all weight
+    heads: int | None  # H, if one of the next three is set
+    layout: Any  # a constexpr index into lowering.LAYOUTS: how logits of visible cells are replaced
+    levels: Tensor | None  # float32 [B, H, M], contiguous, as in `lowering.LoweredCall`
+    tops: Tensor | None  # likewise
+    states: Tensor | None  # int32 [B, H], contiguous: `hash_noise.states`
     after: int | None  # 1 if weight_gain or layout act after the softmax
     within: int | None  # 1 if they act before it
     hides: int | None  # 1 if bias, padding, a rule or a gain of 0 may hide a cell wherever it stands
@@ -72,7 +72,7 @@ class Cells(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where the statistics of queries go, [B, H, M] and contiguous, and the numbers that they need."""
+    """Results for the statistics of queries, [B, H, M] and contiguous, and the numbers that they need."""
 
     entropy: Tensor | None = None
     entropy_normalised: Tensor | None = None
@@ -88,14 +88,14 @@ class Outputs(NamedTuple):
     per_key: Tensor | None = None  # [B, H, M, F]: sums of features under p
     waad_window: int | None = None
     local_window: int | None = None
-    reach: int | None = None  # waad and local look at keys nearer than this
+    reach: int | None = None  # waad and local read only keys nearer than this
     features: Tensor | None = None  # float32 [#B, N, F], contiguous
     features_stride: int | None = None  # of the batch
     n_features: int | None = None
 
 
-class Ends(NamedTuple):
-    """What acts on whole rows: learned sinks, gate and replacement."""
+class RowTerms(NamedTuple):
+    """Arguments that act on whole rows: learned sinks, gate and replacement."""
 
     sinks: Tensor | None  # [H]
     gate: Tensor | None  # [#B, #H, #M]
@@ -104,55 +104,55 @@ class Ends(NamedTuple):
     replacement_strides: Strides | None
 
 
-def keys(k: Shaped[Tensor, "B Hk n D"], v: Shaped[Tensor, "B Hk n Dv"]) -> Keys:
-    """One region of keys and values."""
+def keys(k: Shaped[Tensor, "B Hk n D"], v: Shaped[Tensor, "B Hk n Dv"]) -> KeyRegion:
+    """Return one region of keys and values."""
     k, v = unit_stride(k), unit_stride(v)
-    return Keys(k, v, k.stride()[:3], v.stride()[:3], k.shape[2])
+    return KeyRegion(k, v, k.stride()[:3], v.stride()[:3], k.shape[2])
 
 
-def prefix(call: Call) -> tuple[Keys | None, int | None]:
-    """The prefix, and the number of batch rows that share one."""
+def prefix(call: Call) -> tuple[KeyRegion | None, int | None]:
+    """Return the prefix, and the number of batch rows that share one."""
     if call.prefix_k is None or call.prefix_v is None:
         return None, None
     return keys(call.prefix_k, call.prefix_v), call.q.shape[0] // call.prefix_k.shape[0]
 
 
 def power_of_two(d: int) -> int:
-    """Length of a tile's axis that holds d numbers. Tensor cores want at least 16."""
+    """Return the length of a tile's axis that holds d numbers. Tensor cores need at least 16."""
     return max(16, 1 << (d - 1).bit_length())
 
 
 def unit_stride(x: Shaped[Tensor, "*lead D"]) -> Shaped[Tensor, "*lead D"]:
-    """Kernels walk the head axis with stride 1; other axes may have any stride."""
+    """Return x with stride 1 along the head axis, as kernels need; other axes may have any stride."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(x: Shaped[Tensor, "*shape"] | None, dims: int) -> Strides | None:
-    """Strides of the first axes, 0 for those that only broadcast."""
+    """Return the strides of the first axes, 0 for axes that only broadcast."""
     if x is None:
         return None
     return tuple(0 if size == 1 else step for size, step in zip(x.shape[:dims], x.stride()[:dims], strict=True))
 
 
 def batch_stride(x: Shaped[Tensor, "#B *rest"]) -> int:
-    """0 where all batch rows share."""
+    """Return the batch stride, 0 if all batch rows share."""
     return 0 if x.shape[0] == 1 else x.stride(0)
 
 
-def cells(call: Call) -> Cells:
-    """What a call does to logits."""
+def cells(call: Call) -> CellTerms:
+    """Return what a call does to logits."""
     from triton.language import constexpr
 
     nearest = constexpr(0) if call.causal else None if call.window is None else 1 - call.window
     bias, padding, temperature = call.bias, call.key_padding, call.temperature
     tables = _tables(call)
-    some = next(iter(tables.values()), None)
+    any_table = next(iter(tables.values()), None)
     q_ids = k_ids = None
-    if some is not None:
+    if any_table is not None:
         assert call.k_segments is not None  # validated: a table needs both
-        q_ids = _row_numbers(call, some.shape[2])
-        k_ids = call.k_segments.remainder(some.shape[3]).to(torch.int32).contiguous()
-    return Cells(
+        q_ids = _row_numbers(call, any_table.shape[2])
+        k_ids = call.k_segments.remainder(any_table.shape[3]).to(torch.int32).contiguous()
+    return CellTerms(
         scale=call.scale, softcap=call.softcap, offset=call.offset, nearest=nearest,
         farthest=None if call.window is None else call.window - 1,
         alibi=None if call.alibi is None else call.alibi.contiguous(),
@@ -161,7 +161,7 @@ def cells(call: Call) -> Cells:
         padding=None if padding is None else padding.contiguous().view(torch.uint8),
         q_segments=q_ids, k_segments=k_ids,
         segment_strides=None if q_ids is None or k_ids is None else (batch_stride(q_ids), batch_stride(k_ids)),
-        table_strides=strides(some, 3),
+        table_strides=strides(any_table, 3),
         rules=tables.get("rules"), logit_factor=tables.get("logit_factor"), logit_raise=tables.get("logit_raise"),
         log_gain=tables.get("log_gain"), weight_gain=tables.get("weight_gain"),
         **_after(call, "weight_gain" in tables),
@@ -171,16 +171,16 @@ def cells(call: Call) -> Cells:
 
 
 def _after(call: Call, gain: bool) -> dict[str, Any]:
-    """What acts after the softmax, by field of `Cells`."""
+    """Return what acts after the softmax, by field of `CellTerms`."""
     from triton.language import constexpr
 
-    if not isinstance(call, Lowered) or (call.layout is None and not gain):
+    if not isinstance(call, LoweredCall) or (call.layout is None and not gain):
         unused = dict.fromkeys(("heads", "layout", "levels", "tops", "states", "within"))
         return {**unused, "after": 1 if gain else None}
     states = None
     if call.layout == "random":
         rows, heads = (torch.arange(size, device=call.q.device) for size in call.q.shape[:2])
-        states = noise.states(call.counterfactual_seed, rows, heads).to(torch.int32)  # the low 32 bits
+        states = hash_noise.states(call.counterfactual_seed, rows, heads).to(torch.int32)  # the low 32 bits
     return {
         "heads": call.q.shape[1], "layout": None if call.layout is None else constexpr(LAYOUTS.index(call.layout)),
         "levels": None if call.levels is None else call.levels.float().contiguous(),
@@ -189,9 +189,9 @@ def _after(call: Call, gain: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ends(call: Call) -> Ends:
-    """What a call does to whole rows."""
-    return Ends(
+def ends(call: Call) -> RowTerms:
+    """Return what a call does to whole rows."""
+    return RowTerms(
         sinks=None if call.sinks is None else call.sinks.contiguous(),
         gate=call.gate, gate_strides=strides(call.gate, 3),
         replacement=call.replacement, replacement_strides=strides(call.replacement, 4),
@@ -199,13 +199,16 @@ def ends(call: Call) -> Ends:
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """The largest bias that hides, as `call.hidden_by_bias` has it: compared in the bias's own dtype."""
+    """Return the largest bias that hides, as in `call.hidden_by_bias`: compared in the bias's own dtype."""
     return max(torch.finfo(dtype).min, float(torch.tensor(HIDDEN).to(dtype)))
 
 
 def _row_numbers(call: Call, rows: int) -> Int[Tensor, "#B M"]:
-    """Rows of the tables that queries read. Where they are there twice, queries that the edit leaves alone read the
-    second half, in which the edit does nothing."""
+    """Return the table row that each query reads.
+
+    Where the rows occur twice, queries that the edit does not change read the second half, in which the edit does
+    nothing.
+    """
     ids = call.table_q_segments
     assert ids is not None  # validated: a table needs both
     if call.numbers_rows_twice:
@@ -214,43 +217,43 @@ def _row_numbers(call: Call, rows: int) -> Int[Tensor, "#B M"]:
 
 
 def _tables(call: Call) -> dict[str, Shaped[Tensor, "#B #H R C"]]:
-    """The tables over pairs of segments, by field of `Cells`: in one shape, so that one place serves to read all."""
+    """Return the tables over pairs of segments by field of `CellTerms`, in one shape, so that one index reads all."""
     masks = (call.segment_mask, call.segment_open)
     edits = (call.knockout, call.logit_factor, call.logit_raise, call.edit_bias, call.gain)
-    log2_gain = call.log2_gain if isinstance(call, Lowered) else None
-    given = [t for t in (*masks, *edits, log2_gain) if t is not None]
-    if not given:
+    log2_gain = call.log2_gain if isinstance(call, LoweredCall) else None
+    sources = [t for t in (*masks, *edits, log2_gain) if t is not None]
+    if not sources:
         return {}
-    sizes = tuple(min(t.shape[axis] for t in given) for axis in (2, 3))
+    sizes = tuple(min(t.shape[axis] for t in sources) for axis in (2, 3))
     rows = sizes[0] * (2 if call.numbers_rows_twice else 1)
-    shape = (max(t.shape[0] for t in given), max(t.shape[1] for t in given), rows, sizes[1])
+    shape = (max(t.shape[0] for t in sources), max(t.shape[1] for t in sources), rows, sizes[1])
 
-    def ready(t: Tensor, of_edit: bool = True) -> Tensor:
-        t = _trimmed(t, *sizes)
+    def prepare(t: Tensor, of_edit: bool = True) -> Tensor:
+        t = _trim(t, *sizes)
         if call.numbers_rows_twice:
             t = torch.cat([t, t[:, :, -1:].expand_as(t) if of_edit else t], 2)
         return t.expand(shape).contiguous()
 
-    rules = [] if call.segment_mask is None else [ready(~call.segment_mask, False).to(torch.uint8) * HIDES]
+    rules = [] if call.segment_mask is None else [prepare(~call.segment_mask, False).to(torch.uint8) * HIDES]
     if call.segment_open is not None:
-        rules.append(ready(call.segment_open, False).to(torch.uint8) * OPENS)
+        rules.append(prepare(call.segment_open, False).to(torch.uint8) * OPENS)
     if call.knockout is not None:
-        rules.append(ready(call.knockout).to(torch.uint8) * HIDES)
+        rules.append(prepare(call.knockout).to(torch.uint8) * HIDES)
     tables = {"rules": functools.reduce(torch.bitwise_or, rules)} if rules else {}
     for name in ("logit_factor", "logit_raise"):
         if (t := getattr(call, name)) is not None:
-            tables[name] = ready(t.float())
+            tables[name] = prepare(t.float())
     if call.edit_bias is not None:
-        tables["log_gain"] = ready(call.edit_bias.float() * LOG2E)
+        tables["log_gain"] = prepare(call.edit_bias.float() * LOG2E)
     if call.gain is not None:
-        tables["weight_gain"] = ready(call.gain.float().log2().clamp_min(HIDDEN))
+        tables["weight_gain"] = prepare(call.gain.float().log2().clamp_min(HIDDEN))
     if log2_gain is not None:
-        tables["weight_gain"] = ready(log2_gain)
+        tables["weight_gain"] = prepare(log2_gain)
     return tables
 
 
-def _trimmed(t: Shaped[Tensor, "b h R C"], rows: int, columns: int) -> Shaped[Tensor, "b h rows columns"]:
-    """The first rows and columns and the neutral last one: no id reaches the others."""
+def _trim(t: Shaped[Tensor, "b h R C"], rows: int, columns: int) -> Shaped[Tensor, "b h rows columns"]:
+    """Keep the first rows and columns and the neutral last one: no id reads the others."""
     for axis, size in ((2, rows), (3, columns)):
         if t.shape[axis] > size:
             last = t.narrow(axis, t.shape[axis] - 1, 1)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-KNOWN = ("q", "k", "v", "prefix_k", "prefix_v", "temperature", "sinks", "alibi")
-# Fields of a call that the kernels heed, and those that do not act on weights.
+COMPUTED = ("q", "k", "v", "prefix_k", "prefix_v", "temperature", "sinks", "alibi")
+# Fields of a call that the kernels read, and fields that do not act on weights.
 READ = (
     "q", "k", "v", "causal", "window", "softcap", "scale", "bias", "alibi", "sinks", "prefix_k", "prefix_v",
     "key_padding", "q_segments", "k_segments", "segment_mask", "segment_open", "temperature", "edit_bias", "knockout",
@@ -28,76 +28,85 @@ HALF_TILES = ((64, 64, 2), (32, 64, 2), (32, 32, 1))
 FLOAT32_TILES = ((32, 32, 1), (32, 16, 1), (16, 16, 1))
 
 
-def unknown(call: Call, wanted: set[str]) -> list[str]:
-    """Gradients that the kernels do not have, and what shapes this call but not their weights."""
+def unsupported(call: Call, leaf_names: set[str]) -> list[str]:
+    """Return the requested gradients that the kernels do not compute, and fields of the call that they do not read."""
     unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
-    return [*sorted(wanted - set(KNOWN)), *unread]
+    return [*sorted(leaf_names - set(COMPUTED)), *unread]
 
 
 def backward(
-    call: Call, wanted: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
-    """Return d loss / d leaf by name for the wanted leaves, given out, lse and d loss / d (out, lse).
+    """Return d loss / d leaf by name for the requested leaves, given out, lse and d loss / d (out, lse).
 
-    `unknown` must be empty for the call and the wanted leaves.
+    `unsupported` must be empty for the call and the requested leaves.
     """
     empty = lse == -torch.inf
     delta = ((grad_out.float() * out).sum(-1) - grad_lse).masked_fill(empty, 0)
-    given = (arguments.unit_stride(call.q), arguments.unit_stride(grad_out.to(call.q.dtype)), lse.contiguous(), delta)
-    found = of_keys(call, *given) if wanted & OF_KEYS else {}
-    if wanted - OF_KEYS:
-        per_row = {name: torch.empty_like(delta) for name in ("temperature", "alibi") if name in wanted}
-        found["q"] = of_queries(call, *given, per_row)
-        found |= _shaping(call, wanted, lse.masked_fill(empty, torch.inf), delta, per_row)
-    return found
+    rows = (
+        arguments.unit_stride(call.q),
+        arguments.unit_stride(grad_out.to(call.q.dtype)),
+        lse.contiguous(),
+        delta,
+    )
+    grads = gradients_of_keys(call, *rows) if leaf_names & OF_KEYS else {}
+    if leaf_names - OF_KEYS:
+        per_row = {name: torch.empty_like(delta) for name in ("temperature", "alibi") if name in leaf_names}
+        grads["q"] = gradient_of_queries(call, *rows, per_row)
+        grads |= _row_gradients(call, leaf_names, lse.masked_fill(empty, torch.inf), delta, per_row)
+    return grads
 
 
-def _shaping(call: Call, wanted: set[str], lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of what acts on whole rows and heads, as in `shaping.Shaping`. per_row: the kernel's sums over keys."""
-    found = {}
-    heat = None if call.temperature is None else call.temperature.float()
-    if "alibi" in wanted:
-        found["alibi"] = -per_row["alibi"].sum((0, 2))
-    total = per_row.get("temperature", torch.zeros(()))  # sum of ds logit, the learned sink's too
+def _row_gradients(
+    call: Call, leaf_names: set[str], lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the gradients of arguments that act on whole rows and heads. per_row: the kernel's sums over keys."""
+    grads = {}
+    temperature = None if call.temperature is None else call.temperature.float()
+    if "alibi" in leaf_names:
+        grads["alibi"] = -per_row["alibi"].sum((0, 2))
+    total = per_row.get("temperature", torch.zeros(()))  # sum of ds logit, including the learned sink
     if call.sinks is not None:
         sink = call.sinks.float()[None, :, None]
-        sink = sink if heat is None else sink / heat
+        sink = sink if temperature is None else sink / temperature
         d_sink = -torch.exp(sink - lse) * delta
-        if "sinks" in wanted:
-            found["sinks"] = (d_sink if heat is None else d_sink / heat).sum((0, 2))
-        if "temperature" in wanted:
+        if "sinks" in leaf_names:
+            grads["sinks"] = (d_sink if temperature is None else d_sink / temperature).sum((0, 2))
+        if "temperature" in leaf_names:
             total = total + d_sink * sink
-    if "temperature" in wanted:
-        assert heat is not None  # there is a gradient of it
-        found["temperature"] = (-total / heat).sum_to_size(heat.shape)
-    return found
+    if "temperature" in leaf_names:
+        assert temperature is not None  # it requires a gradient
+        grads["temperature"] = (-total / temperature).sum_to_size(temperature.shape)
+    return grads
 
 
-def of_keys(call: Call, q: Tensor, go: Tensor, lse: Tensor, delta: Tensor) -> dict[str, Float[Tensor, "... D"]]:
-    """Gradients of k, v and the prefix."""
+def gradients_of_keys(
+    call: Call, q: Tensor, go: Tensor, lse: Tensor, delta: Tensor
+) -> dict[str, Float[Tensor, "... D"]]:
+    """Return the gradients of k, v and the prefix."""
     from headstats.triton import backward, forward
 
     kernel: Any = backward.keys_gradient_kernel
-    meta, found = constants(call, forward.INTERPRETED), {}
+    meta, grads = constants(call, forward.INTERPRETED), {}
     prefix, run = arguments.prefix(call)
     regions: list[Any] = [("k", "v", arguments.keys(call.k, call.v), call.n - call.k.shape[2], 1)]
     if prefix is not None:
         regions.append(("prefix_k", "prefix_v", prefix, 0, run))
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         for k, v, region, first, share in regions:
-            found[k], found[v] = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in region[:2])
+            grads[k], grads[v] = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in region[:2])
             blocks = region.k.shape[0] * region.k.shape[1] * -(-region.n // meta["BN"])
             kernel[(blocks,)](
-                q, q.stride()[:3], region, go, go.stride()[:3], lse, delta, found[k], found[v], arguments.cells(call),
+                q, q.stride()[:3], region, go, go.stride()[:3], lse, delta, grads[k], grads[v], arguments.cells(call),
                 q.shape[1], q.shape[2], call.n, first, share, **meta,
             )  # fmt: skip
-    return found
+    return grads
 
 
-def of_queries(
+def gradient_of_queries(
     call: Call, q: Tensor, go: Tensor, lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]
 ) -> Float[Tensor, "B H M D"]:
-    """The gradient of q. per_row, filled: for each query sum_j ds logit (temperature) and sum_j dx distance (alibi)."""
+    """Return the gradient of q. per_row is filled with sum_j ds logit (temperature) and sum_j dx distance (alibi)."""
     from headstats.triton import backward, forward
 
     b, h, m, _ = q.shape
@@ -114,10 +123,16 @@ def of_queries(
 
 
 def constants(call: Call, interpreted: bool = False) -> dict[str, Any]:
-    """Compile-time arguments of both kernels: sizes, precision and tile shape."""
+    """Return the compile-time arguments of both kernels: sizes, precision and tile shape."""
     d, dv = call.q.shape[3], call.v.shape[3]
     full = call.q.dtype == torch.float32
-    sizes = {"G": call.groups, "D": d, "DV": dv, "BD": arguments.power_of_two(d), "BDV": arguments.power_of_two(dv)}
+    sizes = {
+        "G": call.groups,
+        "D": d,
+        "DV": dv,
+        "BD": arguments.power_of_two(d),
+        "BDV": arguments.power_of_two(dv),
+    }
     switches = {"UPCAST": interpreted and not full, "PRECISION": "ieee" if full else "tf32"}
     if interpreted:
         return sizes | switches | {"BM": 16, "BN": 16}

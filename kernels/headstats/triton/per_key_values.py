@@ -1,4 +1,4 @@
-"""What keys carry beside their values, to be averaged under p in the place of values."""
+"""Numbers of keys, besides their values, that are averaged under p in place of values."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    # For each key head, the rows' own keys and those of the prefix: [#B, #Hk, N-P, F] and [#G, #Hk, P, F].
-    Carried = tuple[Float[Tensor, "#B #Hk n F"], Float[Tensor, "#G #Hk P F"] | None]
+    # For each key head, numbers of the rows' own keys and of the prefix: [#B, #Hk, N-P, F] and [#G, #Hk, P, F].
+    PerKey = tuple[Float[Tensor, "#B #Hk n F"], Float[Tensor, "#G #Hk P F"] | None]
 
 
-def apart(call: Call) -> Call:
-    """The call with a prefix for each batch row, where what keys of a shared prefix carry differs between the rows.
+def separate_prefixes(call: Call) -> Call:
+    """Give each batch row its own prefix if numbers of a shared prefix's keys differ between the rows.
 
-    One prefix for all is not repeated in memory, but each row reads it for itself.
+    One prefix for all rows is not repeated in memory, but each row reads it separately.
     """
     k, v, rows = call.prefix_k, call.prefix_v, call.q.shape[0]
     if k is None or v is None or k.shape[0] == rows or not _differs(call):
@@ -33,31 +33,32 @@ def apart(call: Call) -> Call:
 
 
 def _differs(call: Call) -> bool:
-    given = {getattr(call, argument) for name, argument in ARGUMENT.items()
-             if name != "targets" and getattr(call.spec, name)}  # fmt: skip
-    return any(x.shape[0] > 1 for x in given)
+    """Whether numbers of keys differ between batch rows."""
+    arrays = {getattr(call, argument) for name, argument in ARGUMENT.items()
+              if name != "targets" and getattr(call.spec, name)}  # fmt: skip
+    return any(x.shape[0] > 1 for x in arrays)
 
 
 def features(call: Call) -> Float[Tensor, "#B N F"] | None:
-    """Which segment a key is in, as zeros and ones, if segments are asked for; then key_features."""
-    found = []
+    """Return segment membership as zeros and ones, if segments are requested, followed by key_features."""
+    columns = []
     if call.spec.segments:
-        found.append(_members(call))
+        columns.append(_members(call))
     if call.spec.key_features:
         assert call.key_features is not None  # validated
-        found.append(call.key_features.float())
-    rows = max((x.shape[0] for x in found), default=0)
-    return torch.cat([x.expand(rows, -1, -1) for x in found], -1) if found else None
+        columns.append(call.key_features.float())
+    rows = max((x.shape[0] for x in columns), default=0)
+    return torch.cat([x.expand(rows, -1, -1) for x in columns], -1) if columns else None
 
 
-def of_heads(call: Call, x: Float[Tensor, "#B N F"]) -> Carried:
-    """The same for every head, in two regions."""
+def of_heads(call: Call, x: Float[Tensor, "#B N F"]) -> PerKey:
+    """Return the same numbers for every head, split into the two regions."""
     p = call.n - call.k.shape[2]
     return x[:, None, p:], x[:, None, :p] if p else None
 
 
-def segment_value_norms(call: Call) -> Carried:
-    """The norm of a key's value in the column of its segment."""
+def segment_value_norms(call: Call) -> PerKey:
+    """Return the norm of each key's value in the column of its segment."""
     own, shared = of_heads(call, _members(call))
     own = own * call.v.float().norm(dim=-1, keepdim=True)
     if shared is None or call.prefix_v is None:
@@ -65,8 +66,8 @@ def segment_value_norms(call: Call) -> Carried:
     return own, shared * call.prefix_v.float().norm(dim=-1, keepdim=True)
 
 
-def values_of_segment(call: Call, segment: int) -> Carried:
-    """Values, zero outside a segment."""
+def values_of_segment(call: Call, segment: int) -> PerKey:
+    """Return the values, with zeros outside a segment."""
     own, shared = of_heads(call, _members(call)[..., segment, None])
     return own * call.v, None if shared is None or call.prefix_v is None else shared * call.prefix_v
 

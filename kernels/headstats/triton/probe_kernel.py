@@ -1,7 +1,7 @@
-"""Triton: weights of single cells from q, k and lse, p_ij = 2^(x_ij - lse_i log2 e). No pattern, no values."""
+"""Triton: weights of single cells from q, k and lse, p_ij = 2^(x_ij - lse_i log2 e), without pattern or values."""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def weigh_cells_kernel(
     p_q, q_strides, own, prefix, p_keys, keys_strides, p_lse, p_out, cells, H, M, N, T, run,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head and batch row. p_keys: int64, T keys of each query; others weigh nothing.
+    """One program: BM queries of one head and batch row. p_keys: int64, T keys of each query; invalid keys weigh 0.
 
     lse [B,H,M] and out, [B,H,M,T] or with SUM [B,H,M], are contiguous. run: batch rows that share a prefix.
     """

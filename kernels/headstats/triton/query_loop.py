@@ -1,10 +1,10 @@
-"""Triton: what kernels share that own a block of keys and walk over the queries which see it.
+"""Triton: parts shared by kernels whose programs own a block of keys and loop over the queries that see it.
 
-Their tiles stand on their side: keys as [BN, 1], queries as [1, BM].
+Their tiles are transposed: keys as [BN, 1], queries as [1, BM].
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 import triton
 import triton.language as tl
@@ -14,8 +14,11 @@ from headstats.triton.tile_scores import LOG2E
 
 @triton.jit
 def query_range(cells, M, n, first, i_n, BM: tl.constexpr, BN: tl.constexpr):
-    """(start, left, right, stop) of the queries for the keys i_n ... i_n + BN - 1 of a region's n: start ... stop holds
-    those that see some of them, left ... right those that see all. All but stop are multiples of BM."""
+    """Return (start, left, right, stop) of the queries for the keys i_n ... i_n + BN - 1 of a region's n keys.
+
+    start ... stop contains the queries that see some of these keys, left ... right those that see all. All but stop are
+    multiples of BM.
+    """
     low = first + i_n - cells.offset
     high = first + tl.minimum(i_n + BN, n) - 1 - cells.offset
     start = 0
@@ -38,7 +41,7 @@ def query_range(cells, M, n, first, i_n, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def load_columns(p, s_row, o_m, M, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):
-    """Vectors of queries as columns: [BD, BM]."""
+    """Load vectors of queries as columns: [BD, BM]."""
     o_d = tl.arange(0, BD)[:, None]
     p_t = p + o_m[None, :].to(tl.int64) * s_row + o_d
     if MASKED:
@@ -50,7 +53,7 @@ def load_columns(p, s_row, o_m, M, D: tl.constexpr, BD: tl.constexpr, MASKED: tl
 
 @triton.jit
 def load_block(p, s_row, o_r, n, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
-    """Vectors as rows: [BN, BD], of which those from n on and beyond D are 0."""
+    """Load vectors as rows: [BN, BD], with 0 from row n on and beyond D."""
     o_d = tl.arange(0, BD)[None, :]
     p_t = p + o_r[:, None].to(tl.int64) * s_row + o_d
     b = tl.load(p_t, mask=(o_r[:, None] < n) & (o_d < D), other=0.0)
@@ -59,6 +62,6 @@ def load_block(p, s_row, o_r, n, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.c
 
 @triton.jit
 def load_norms(p_lse, o_m, M):
-    """lse of queries in base 2, +inf (so that all weights are 0) where there is no query or it sees no key."""
+    """Load lse of queries in base 2; +inf, so that all weights are 0, where no query exists or it sees no key."""
     b_lse = tl.load(p_lse + o_m, mask=o_m < M, other=float("inf")) * LOG2E
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse)

@@ -1,10 +1,11 @@
-"""Triton: the running sums of a tile of queries, how a tile of keys is added to them, and what they give in the end.
+"""Triton: the running sums of a tile of queries: start, update by a tile of keys, and final statistics.
 
-`stats` and `ends` are `arguments.Outputs` and `arguments.Ends`: what is None there leaves no instruction behind.
+`stats` and `ends` are `kernel_arguments.Outputs` and `kernel_arguments.RowTerms`. A field that is None there compiles
+to no instruction.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 import triton
 import triton.language as tl
@@ -16,9 +17,12 @@ TINY = tl.constexpr(1e-37)
 
 @triton.jit
 def no_sums(BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr):
-    """The sums over no keys. In order: products with values; running maximum m and normaliser l; the same before gains
-    that act after the softmax; entropy term; place of the maximum; distances; squared deviations of distance; squared
-    weights; visible keys; masses within the local window and near the query; products with features."""
+    """Return the sums over no keys.
+
+    In order: products with values; running maximum m and normaliser l; the same before gains that act after the
+    softmax; then entropy term, place of the maximum, distances, squared deviations of distance, squared weights,
+    visible keys, masses within the local window and near the query; products with features.
+    """
     b_o = tl.zeros([BM, BDV], tl.float32)
     b_f = tl.zeros([BM, BF], tl.float32)
     b_m = tl.full([BM], LOWEST, tl.float32)
@@ -31,7 +35,7 @@ def no_sums(BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr):
 
 @triton.jit
 def add_weights(softmax, b_x):
-    """Takes a tile of logits into a running maximum and normaliser."""
+    """Add a tile of logits to a running maximum and normaliser."""
     b_m, b_l = softmax
     b_new = tl.maximum(b_m, tl.max(b_x, 1))
     return b_new, b_l * tl.exp2(b_m - b_new) + tl.sum(tl.exp2(b_x - b_new[:, None]), 1)
@@ -39,15 +43,15 @@ def add_weights(softmax, b_x):
 
 @triton.jit
 def add_tile(
-    softmax, found, stats, b_x, b_near, b_place, b_far, i_n, first, n, MASKED: tl.constexpr, FLAT: tl.constexpr
+    softmax, others, stats, b_x, b_near, b_place, b_far, i_n, first, n, MASKED: tl.constexpr, FLAT: tl.constexpr
 ):
-    """Takes a tile of logits into all sums but the products, which want its weights and the factor of the old sums.
+    """Add a tile of logits to all sums except products; return its weights and the factor of old sums for those.
 
-    i_n, first, n, FLAT: where the tile stands, as in `forward.visit_keys`; n: keys of a batch row in this region.
+    i_n, first, n, FLAT: the place of the tile, as in `forward.visit_keys`; n: keys of a batch row in this region.
     b_near [BM] - b_place [1, BN] or [BM, BN] is the distance of query and key as a float, b_far the same as an integer.
     """
     b_m, b_l = softmax
-    b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close = found
+    b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close = others
     if stats.argmax is not None:
         b_top, b_at = tl.max(b_x, 1, return_indices=True, return_indices_tie_break_left=True)
         b_at = first + ((i_n + b_at) % n if FLAT else i_n + b_at)
@@ -64,7 +68,7 @@ def add_tile(
     if (stats.entropy is not None) or (stats.entropy_normalised is not None):
         b_t = b_alpha * (b_t + (b_m - b_new) * b_l) + tl.sum(b_w * b_x, 1)
     if (stats.distance is not None) or (stats.distance_var is not None):
-        # Places inside the tile are small numbers: subtracting positions after summing would cancel.
+        # Places inside the tile are small numbers: subtracting positions after summing would lose digits.
         b_first = tl.sum(b_w * b_place, 1)
         if stats.distance_var is not None:
             b_mean = b_first / tl.maximum(b_sum, TINY)
@@ -85,15 +89,15 @@ def add_tile(
         if MASKED:
             b_short = tl.maximum(stats.waad_window - tl.abs(b_far), 0)
             b_close += tl.sum(b_w * b_short.to(tl.float32), 1)
-    found = b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close
-    return (b_new, b_alpha * b_l + b_sum), found, b_w, b_alpha
+    others = b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close
+    return (b_new, b_alpha * b_l + b_sum), others, b_w, b_alpha
 
 
 @triton.jit
 def normalise(softmax, before, ends, cells, b_cool, i_h, BM: tl.constexpr):
-    """(empty, shift, log2 of the normaliser, inverse) with weight = 2^(x - m) * inverse; a learned sink takes part.
+    """Return (empty, shift, log2 of the normaliser, inverse), with weight = 2^(x - m) * inverse. Includes a sink.
 
-    before: maximum and normaliser before gains after the softmax, which leave it as it is. empty: no key is visible.
+    before: maximum and normaliser before gains after the softmax, which do not change it.  empty: no key is visible.
     """
     b_m, b_l = softmax
     b_shift, b_total = softmax
@@ -115,10 +119,10 @@ def normalise(softmax, before, ends, cells, b_cool, i_h, BM: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(stats, softmax, found, b_o, b_f, norm, o_row, rows, BF: tl.constexpr):
-    """Writes the statistics of each query. norm: from `normalise`.  o_row: the query's place among [B, H, M]."""
+def store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF: tl.constexpr):
+    """Store the statistics of each query. norm: from `normalise`.  o_row: the query's place among [B, H, M]."""
     b_m, b_l = softmax
-    b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close = found
+    b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close = others
     _empty, b_shift, b_log, b_inv = norm
     if (stats.entropy is not None) or (stats.entropy_normalised is not None):
         # -sum p log2 p with log2 p = (x - m) + (m - shift) - log2 total
@@ -156,7 +160,7 @@ def store_statistics(stats, softmax, found, b_o, b_f, norm, o_row, rows, BF: tl.
 
 @triton.jit
 def store_output(p_out, ends, b_o, b_inv, i_b, i_h, o_m, o_row, rows, DV: tl.constexpr, BDV: tl.constexpr):
-    """Writes gate * z + (1 - gate) * replacement, with z = b_o * b_inv. i_b: a scalar, or [BM, 1]. o_m: [BM, 1]."""
+    """Store gate * z + (1 - gate) * replacement, with z = b_o * b_inv. i_b: a scalar, or [BM, 1]. o_m: [BM, 1]."""
     o_v = tl.arange(0, BDV)[None, :]
     whole = rows[:, None] & (o_v < DV)
     b_z = b_o * b_inv[:, None]

@@ -1,19 +1,18 @@
-"""Masked logits of one tile, in base 2, for every Triton kernel: the one place that knows how logits are shaped.
+"""Masked logits of one tile, in base 2, for all Triton kernels: the only place that defines how logits are computed.
 
-All functions broadcast. A tile of BM queries against BN keys gives queries as [BM, 1] and keys as [1, BN], or the
-other way round for a tile that stands on its side; keys may also be [BM, BN], where every query has its own. The batch
-row is a scalar, or [BM, 1] where a tile holds queries of several.
+All functions broadcast. A tile of BM queries and BN keys passes queries as [BM, 1] and keys as [1, BN], or the other
+way round for a transposed tile. Keys may also be [BM, BN], where every query has its own. The batch row is a scalar, or
+[BM, 1] where a tile holds queries of several batch rows.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 import triton
 import triton.language as tl
 
 from headstats import call
-from headstats.edits import hash_noise as noise
-from headstats.edits import lowering, weights
+from headstats.edits import hash_noise, lowering, weights
 from headstats.triton import kernel_arguments as arguments
 
 LOG2E = tl.constexpr(call.LOG2E)
@@ -21,22 +20,22 @@ LN2 = tl.constexpr(0.6931471805599453)
 HIDDEN = tl.constexpr(call.HIDDEN)
 ZERO = tl.constexpr(weights.ZERO)
 ALONE = tl.constexpr(lowering.ALONE)
-UNIFORM, IDENTITY, REVERSED, RANDOM = (tl.constexpr(i) for i in range(4))  # places in lowering.LAYOUTS
-EQUAL = tl.constexpr(1e-6)  # logits in base 2 that differ by less, beside their size, are equal but for rounding
+UNIFORM, IDENTITY, REVERSED, RANDOM = (tl.constexpr(i) for i in range(4))  # indices into lowering.LAYOUTS
+EQUAL = tl.constexpr(1e-6)  # logits in base 2 with a smaller relative difference count as equal
 LOWEST = tl.constexpr(call.HIDDEN / 2)  # where a running maximum starts, so that 2^(HIDDEN - m) = 0 in an empty row
-DROPPED, UNIT = tl.constexpr(32 - noise.BITS), tl.constexpr(2.0**-noise.BITS)
+DROPPED, UNIT = tl.constexpr(32 - hash_noise.BITS), tl.constexpr(2.0**-hash_noise.BITS)
 HIDES, OPENS = tl.constexpr(arguments.HIDES), tl.constexpr(arguments.OPENS)
 
 
 @triton.jit
 def tanh(x):
-    """Overflow of the power gives 1 and underflow -1, as it should."""
+    """Return tanh(x). Overflow of the power correctly gives 1, and underflow -1."""
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
 
 @triton.jit
 def mix(x):
-    """`noise.mix` of unsigned words."""
+    """Return `hash_noise.mix` of unsigned words."""
     x = x + 0x9E3779B9
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
@@ -45,9 +44,9 @@ def mix(x):
 
 @triton.jit
 def row_terms(cells, i_b, i_h, o_i, M, N):
-    """What queries bring to their cells, to be loaded once: slope, 1 / temperature, and where their data start.
+    """Load once what queries contribute to their cells: slope, 1 / temperature, and the offsets of their data.
 
-    o_i: queries, of which those from M on read the last one's.
+    o_i: queries; those from M on read the data of the last one.
     """
     o_i = tl.minimum(o_i, M - 1).to(tl.int64)
     b_slope = 0.0
@@ -87,18 +86,18 @@ def row_terms(cells, i_b, i_h, o_i, M, N):
 
 @triton.jit
 def of_cells(p_table, cells, row, o_n, inside):
-    """A table over pairs of segments at the tile's cells. row: from row_terms.  inside: which keys exist."""
+    """Load a table over pairs of segments at the tile's cells. row: from row_terms.  inside: which keys exist."""
     _slope, _cool, _bias, _padding, o_columns, o_table, _after = row
     return tl.load(p_table + o_table + tl.load(cells.k_segments + o_columns + o_n, mask=inside, other=0))
 
 
 @triton.jit
 def tile_logits(b_x, cells, row, o_i, o_n, inside, MASKED: tl.constexpr):
-    """From q . k to logits times log2(e), HIDDEN where not visible.
+    """Turn q . k into logits times log2(e), HIDDEN where not visible.
 
     row: from row_terms.  o_n: keys, counted over all N.  inside: which of them exist.  MASKED: whether some cell may
-    be hidden or outside; must be true if cells.hides.  What acts after the softmax is not in these: if cells.after,
-    `reweighted` turns them into logarithms of the weights that remain.
+    be hidden or outside; must be true if cells.hides.  Edits after the softmax are not included: if cells.after,
+    `reweighted` turns the logits into logarithms of the remaining weights.
     """
     b_slope, b_cool, o_bias, o_padding, _columns, _table, _after = row
     b_far = o_i + cells.offset - o_n
@@ -145,9 +144,9 @@ def tile_logits(b_x, cells, row, o_i, o_n, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def reweighted(b_x, cells, row, o_i, o_n, inside):
-    """From tile_logits to logarithms of the weights, in the same units, after what acts on them behind the softmax.
+    """Turn logits into logarithms of the weights, in the same units, after the edits that follow the softmax.
 
-    Arguments as there.
+    The arguments are those of `tile_logits`.
     """
     if cells.layout is not None:
         _slope, _cool, _bias, _padding, _columns, _table, after = row
@@ -167,5 +166,5 @@ def reweighted(b_x, cells, row, o_i, o_n, inside):
         b_x = tl.where((b_x > LOWEST) & (b_level < ALONE), b_new, b_x)
     if cells.weight_gain is not None:
         b_x += of_cells(cells.weight_gain, cells, row, o_n, inside)
-        b_x = tl.where(b_x > LOWEST, tl.maximum(b_x, ZERO), b_x)  # all weights that are 0 are alike
+        b_x = tl.where(b_x > LOWEST, tl.maximum(b_x, ZERO), b_x)  # all weights of 0 get the same logarithm
     return b_x

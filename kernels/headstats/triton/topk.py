@@ -1,15 +1,15 @@
-"""Triton: the k largest weights of each query, in a pass over q and k of its own.
+"""Triton: the k largest weights of each query, in a separate pass over q and k.
 
-A program owns a block of queries and keeps, for each, the k best cells so far, in no order. Keys come from left to
-right. A tile gives up its largest cells one by one as long as one is strictly better than the worst that is kept,
-which goes; of equal ones the rightmost. So ties stay left, as the definition wants. After the first tiles little is
-better: of N keys in random order about k ln(N / k) get in. More than MOST_KEPT take several passes, each of which goes
-on below the last cell of the one before.
+A program owns a block of queries and keeps, for each, the k largest cells so far, unordered. Keys come from left to
+right. The largest cells of a tile are inserted one by one while they are strictly larger than the smallest kept cell,
+which is dropped; of equal kept cells, the rightmost is dropped. So ties go to the left, as the definition requires.
+After the first tiles few cells are inserted: of N keys in random order, about k ln(N / k). For more than MOST_KEPT,
+there are several passes, and each continues below the last cell of the previous one.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false
-# (Python constants stand for tl.constexpr in calls between kernels)
+# (calls between kernels pass Python constants for tl.constexpr)
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ MOST_KEPT = 64
 
 @triton.jit
 def keep_larger(b_x, b_best, b_place, i_n, BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr):
-    """Merges a tile [BM, BN], whose first key is i_n, into the best cells [BM, K] and their places."""
+    """Merge a tile [BM, BN], whose first key is i_n, into the largest cells [BM, K] and their places."""
     o_c = tl.arange(0, BN)[None, :]
     o_k = tl.arange(0, K)[None, :]
     b_top, b_at = tl.max(b_x, 1, return_indices=True, return_indices_tie_break_left=True)
     b_low = tl.min(b_best, 1)
     while tl.max((b_top > b_low).to(tl.int32), 0) > 0:
         better = (b_top > b_low)[:, None]
-        # Of the slots that hold the least, the one with the rightmost key; slots tell empty ones apart.
+        # Of the slots with the smallest cell, choose the one with the rightmost key; the slot number breaks ties of
+        # empty slots.
         b_code = tl.where(b_best == b_low[:, None], (b_place + 1) * K + o_k, -1)
         out = better & (b_code == tl.max(b_code, 1)[:, None])
         b_best = tl.where(out, b_top[:, None], b_best)
@@ -63,7 +64,7 @@ def visit_keys(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys start <= c < stop of a region, from left to right."""
+    """Merge the keys start <= c < stop of a region, from left to right."""
     b_best, b_place = best
     for i_n in range(start, stop, BN):
         o_r = i_n + tl.arange(0, BN)
@@ -87,7 +88,7 @@ def visit_region(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes all keys of a region: those at the edges with masks, those between without."""
+    """Merge all keys of a region: those at the edges with masks, those between without."""
     start, left, right, stop = key_range(cells, None, region.n, first, low, high, BN)
     if (cells.farthest is not None) and (cells.hides is None):
         best = visit_keys(
@@ -112,7 +113,7 @@ def largest_kernel(
 ):  # fmt: skip
     """One program: BM queries of one head and batch row. p_best (logits in base 2) and p_place: [B,H,M,k].
 
-    p_last, p_last_place: for each query the last cell of the pass before, [B,H,M], or None.
+    p_last, p_last_place: for each query the last cell of the previous pass, [B,H,M], or None.
     """
     n_m = tl.cdiv(M, BM)
     i_m = n_m - 1 - tl.program_id(0) % n_m  # long rows first, when causal
@@ -126,7 +127,7 @@ def largest_kernel(
     high = low + BM - 1
     o_k = tl.arange(0, K)[None, :]
     b_place = tl.full([BM, K], -1, tl.int32)
-    # A slot beyond k holds what nothing beats.
+    # A slot beyond k holds infinity, so it is never replaced.
     best = tl.where(o_k < k, LOWEST, float("inf")) + tl.zeros([BM, K], tl.float32), b_place
     after = None
     if p_last is not None:
@@ -152,17 +153,17 @@ def largest_kernel(
 
 
 def topk(call: Call, lse: Float[Tensor, "B H M"]) -> TopK:
-    """The k largest weights, largest first, and their keys."""
+    """Return the k largest weights, largest first, and their keys."""
     k = call.spec.topk
     if k <= MOST_KEPT:
         best, place = _pass(call, k, None)
-    else:  # passes of one size and form, so that a cell's logit has the same bits in each
+    else:  # all passes have the same size, so that a cell's logit has the same bits in each
         last = torch.full_like(lse, torch.inf), torch.full_like(lse, -1, dtype=torch.int32)
-        found = []
+        passes = []
         for _ in range(-(-k // MOST_KEPT)):
-            found.append(_pass(call, MOST_KEPT, last))
-            last = tuple(x[..., -1].contiguous() for x in found[-1])
-        best, place = (torch.cat(x, -1)[..., :k] for x in zip(*found, strict=True))
+            passes.append(_pass(call, MOST_KEPT, last))
+            last = tuple(x[..., -1].contiguous() for x in passes[-1])
+        best, place = (torch.cat(x, -1)[..., :k] for x in zip(*passes, strict=True))
     values = torch.where(place >= 0, torch.exp2(best - lse[..., None] * LOG2E), 0.0)
     return TopK(values, place.long())
 
@@ -170,7 +171,7 @@ def topk(call: Call, lse: Float[Tensor, "B H M"]) -> TopK:
 def _pass(
     call: Call, k: int, last: tuple[Float[Tensor, "B H M"], Int[Tensor, "B H M"]] | None
 ) -> tuple[Float[Tensor, "B H M k"], Int[Tensor, "B H M k"]]:
-    """The k largest logits in base 2 below `last`, a cell for each query, and their keys: largest first, ties left."""
+    """Return the k largest logits (base 2) after the cell `last` of each query, and their keys; ties go left."""
     b, h, m, _ = call.q.shape
     q = arguments.unit_stride(call.q)
     best = torch.empty(b, h, m, k, dtype=torch.float32, device=q.device)
@@ -184,13 +185,13 @@ def _pass(
             q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, best, place, p_last, p_last_place,
             arguments.cells(call), h, m, call.n, run, k, **meta,
         )  # fmt: skip
-    left = place.sort(-1)  # from the left, so that the stable sort by size leaves ties so
-    best, order = best.gather(-1, left.indices).sort(dim=-1, descending=True, stable=True)
-    return best, left.values.gather(-1, order)
+    by_place = place.sort(-1)  # so that the stable sort by size keeps ties in order of place
+    best, order = best.gather(-1, by_place.indices).sort(dim=-1, descending=True, stable=True)
+    return best, by_place.values.gather(-1, order)
 
 
 def constants(call: Call, k: int, interpreted: bool = False) -> dict[str, Any]:
-    """Compile-time arguments of the kernel: sizes, precision and tile shape."""
+    """Return the compile-time arguments of the kernel: sizes, precision and tile shape."""
     d, full = call.q.shape[3], call.q.dtype == torch.float32
     sizes = {"G": call.groups, "D": d, "BD": arguments.power_of_two(d), "K": arguments.power_of_two(k)}
     switches = {"UPCAST": interpreted and not full, "PRECISION": "ieee" if full else "tf32"}

@@ -1,4 +1,4 @@
-"""Checks of what a caller passes. Each message names the argument, what was given and what is allowed."""
+"""Checks of the arguments of `attend`. Each message names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headstats.validate.edit import edit_fields
 from headstats.validate.keys import (
     Sizes,
     features_of_keys,
-    resolved,
+    resolve_spec,
     same_device,
     segment_ids,
     segment_table,
@@ -31,8 +31,8 @@ def make_call(
     q_segments=None, k_segments=None, segment_mask=None, segment_open=None, key_padding=None, query_padding=None,
     prefix=None, targets=None, key_features=None, spec=None, edit=None,
 ) -> Call:  # fmt: skip
-    """Turns the arguments of `attend` into a `Call`, or raises TypeError / ValueError."""
-    _tensors(q, k, v)
+    """Turn the arguments of `attend` into a `Call`, or raise TypeError or ValueError."""
+    _check_tensors(q, k, v)
     b, h, m, d = q.shape
     prefix_k, prefix_v = _prefix(prefix, k, v)
     n = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2])
@@ -42,7 +42,7 @@ def make_call(
         raise ValueError(f"window={window!r}: an int >= 1 expected (it counts the query's own position), or None")
     if window is not None and window >= max(n, 1 if causal else m):
         window = None  # wider than any distance
-    if softcap is not None and not _positive(softcap):
+    if softcap is not None and not _is_positive(softcap):
         raise ValueError(f"softcap={softcap!r}: a finite number > 0 expected, or None")
     if scale is None:
         scale = d**-0.5
@@ -53,7 +53,7 @@ def make_call(
         raise TypeError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
     if edit is not None and not isinstance(edit, Edit):
         raise TypeError(f"edit={edit!r}: a headstats.Edit expected, e.g. Edit(gate=...), or None")
-    spec = resolved(spec, {"k_segments": k_segments, "targets": targets, "key_features": key_features})
+    spec = resolve_spec(spec, {"k_segments": k_segments, "targets": targets, "key_features": key_features})
     key_padding = _padding("key_padding", key_padding, (b, n), q)
     query_padding = _padding("query_padding", query_padding, (b, m), q)
     if query_padding is None and key_padding is not None:
@@ -62,9 +62,9 @@ def make_call(
     if edit is not None:
         tables |= {f"Edit.{name}": getattr(edit, name) for name in TABLES}
     q_segments, k_segments, n_segments = segment_ids(q_segments, k_segments, tables, (b, m, n), q)
-    reported = edit is not None and edit.report_mass
-    read = any(getattr(spec, name) for name, argument in ARGUMENT.items() if argument == "k_segments")
-    if k_segments is not None and not (read or reported or any(t is not None for t in tables.values())):
+    reports_mass = edit is not None and edit.report_mass
+    statistic_reads = any(getattr(spec, name) for name, argument in ARGUMENT.items() if argument == "k_segments")
+    if k_segments is not None and not (statistic_reads or reports_mass or any(t is not None for t in tables.values())):
         raise ValueError("k_segments is given, but StatSpec(segments=False) and no table over segments leave it unread")
     sizes = Sizes(b, h, m, n, v.shape[3], prefix=prefix_k is not None)
     return Call(
@@ -80,7 +80,7 @@ def make_call(
     )  # fmt: skip
 
 
-def _tensors(q: Any, k: Any, v: Any) -> None:
+def _check_tensors(q: Any, k: Any, v: Any) -> None:
     for name, t, shape in (("q", q, "[B, H, M, D]"), ("k", k, "[B, Hk, N, D]"), ("v", v, "[B, Hk, N, Dv]")):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor of shape {shape} expected")
@@ -106,7 +106,7 @@ def _tensors(q: Any, k: Any, v: Any) -> None:
         )
 
 
-def _positive(x: Any) -> bool:
+def _is_positive(x: Any) -> bool:
     return not isinstance(x, bool) and isinstance(x, (int, float)) and math.isfinite(x) and x > 0
 
 
@@ -144,7 +144,7 @@ def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
 
 
 def per_head(name: str, t: Any, h: int, q: Tensor, what: str) -> Tensor | None:
-    """One number for each query head."""
+    """Check one number for each query head."""
     if t is None:
         return None
     same_device(name, t, q)

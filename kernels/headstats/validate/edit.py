@@ -1,4 +1,4 @@
-"""Checks of an Edit, and what of `Call` it sets."""
+"""Checks of an Edit, and the fields of `Call` that it sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headstats.edit import TABLES, Edit
 from headstats.validate.keys import Sizes, four_dimensions, same_device, segment_table
-from headstats.validate.rows import rows_where_it_acts
+from headstats.validate.rows import acting_rows
 from headstats.validate.values import checked, tracing
 
 KINDS = ("uniform", "reversed", "shuffled", "random", "identity")
@@ -17,9 +17,9 @@ ACTING = (*TABLES, "gate", "replacement", "temperature", "counterfactual", "patt
 
 
 def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | None, k_ids: Any) -> dict[str, Any]:
-    """The fields of `Call` that an edit sets: all of `call.EDITS`, or none where it acts on no row."""
+    """Return the fields of `Call` that an edit sets: all of `call.EDITS`, or none if it acts on no row."""
     _flags(edit, k_ids)
-    heads, rows = sizes.rows[:2], rows_where_it_acts(edit, sizes, q)
+    heads, rows = sizes.rows[:2], acting_rows(edit, sizes, q)
     gate = _rows("gate", edit.gate, sizes.rows, q)
     if gate is None and edit.replacement is not None:
         gate = torch.zeros(1, 1, 1, device=q.device)
@@ -31,7 +31,7 @@ def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | 
         shapes = ", ".join(f"Edit.{name} {list(t.shape)}" for name, t in tables.items())
         raise ValueError(f"tables of one edit have different numbers of segments [Sq, Sk]: {shapes}")
     pattern_q, pattern_k = _pattern(edit.pattern_from, q, k)
-    found = {
+    values = {
         "edit_q_segments": _acting(q_ids, rows, -1) if tables else None,
         "pattern_q": pattern_q,
         "pattern_k": pattern_k,
@@ -48,8 +48,8 @@ def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | 
         "gate": _acting(gate, rows, 1),
         "replacement": _replacement(edit.replacement, (*sizes.rows, sizes.dv), q),
     }
-    if rows is None or tracing(q) or bool(rows.any()) or any(_learns(x) for x in found.values()):
-        return found
+    if rows is None or tracing(q) or bool(rows.any()) or any(_requires_grad(x) for x in values.values()):
+        return values
     return {}
 
 
@@ -71,29 +71,29 @@ def _flags(edit: Edit, k_ids: Any) -> None:
     for heads, what in (("counterfactual_heads", "counterfactual"), ("pattern_heads", "pattern_from")):
         if getattr(edit, heads) is not None and getattr(edit, what) is None:
             raise ValueError(f"Edit.{heads} is given, but Edit.{what} is None")
-    given = (edit.rows, edit.phase, edit.prompt_length)
-    if any(x is not None for x in given) and all(getattr(edit, name) is None for name in ACTING):
+    where = (edit.rows, edit.phase, edit.prompt_length)
+    if any(x is not None for x in where) and all(getattr(edit, name) is None for name in ACTING):
         raise ValueError("Edit.rows and Edit.phase say where to act, but no field of Edit says what to do")
 
 
-def _learns(x: Any) -> bool:
+def _requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
 def _acting(x: Tensor | None, rows: Tensor | None, neutral: float) -> Tensor | None:
-    """[#B, M] or [#B, #H, #M], with the neutral number in rows that are left alone."""
+    """Set rows on which the edit does not act to the neutral number. x: [#B, M] or [#B, #H, #M]."""
     if x is None or rows is None:
         return x
     return torch.where(rows if x.dim() == 2 else rows[:, None], x, neutral)
 
 
 def _acting_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Heads and rows that are changed, [#B, #H, #M]; None = all (or the field is not used)."""
+    """Return the heads and rows that change, [#B, #H, #M]; None = all (or the field is not used)."""
     used = (edit.pattern_from if name == "pattern_heads" else edit.counterfactual) is not None
     t: Any = getattr(edit, name)
-    chosen = None if rows is None or not used else rows[:, None]
+    acting = None if rows is None or not used else rows[:, None]
     if t is None:
-        return chosen
+        return acting
     same_device(f"Edit.{name}", t, q, floating=False)
     if t.dtype != torch.bool:
         raise TypeError(f"Edit.{name} has dtype {t.dtype}: bool expected")
@@ -102,11 +102,11 @@ def _acting_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows
             f"Edit.{name} has shape {list(t.shape)}: [H] = [{heads[1]}] or [B, H] = {list(heads)} expected"
         )
     t = t.reshape(-1, heads[1], 1)
-    return t if chosen is None else t & chosen
+    return t if acting is None else t & acting
 
 
 def _gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, Tensor | None]:
-    """Edit.bias, gain and knockout as log gains and hidden cells before the softmax, and gains after it."""
+    """Express Edit.bias, gain and knockout by log gains and hidden cells before the softmax, and gains after it."""
     bias = _number_table("bias", edit.bias, heads, q, neutral=0)
     gain = _number_table("gain", edit.gain, heads, q, neutral=1)
     cut = segment_table("Edit.knockout", edit.knockout, heads, q, neutral=False)
@@ -118,10 +118,10 @@ def _gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, Tensor | 
         return {"edit_bias": bias, "knockout": None, "gain": gain}
     if gain is not None:
         gain = checked(gain, "Edit.gain", "has a logarithm") if gain.requires_grad else gain
-        none = gain == 0
-        if tracing(gain) or bool(none.any()):
-            cut = none if cut is None else cut | none
-        log_gain = torch.where(none, 1, gain).log()
+        zero = gain == 0
+        if tracing(gain) or bool(zero.any()):
+            cut = zero if cut is None else cut | zero
+        log_gain = torch.where(zero, 1, gain).log()
         bias = log_gain if bias is None else bias + log_gain
     return {"edit_bias": bias, "knockout": cut, "gain": None}
 
@@ -133,18 +133,18 @@ def _redistribution(edit: Edit, sizes: Sizes, q: Tensor) -> dict[str, Tensor | N
             raise ValueError(f"Edit.take, Edit.give and Edit.keep_fraction go together, but {missing[0]} is None")
         return dict.fromkeys(names)
     take, give = (segment_table(f"Edit.{x}", getattr(edit, x), sizes.rows[:2], q, neutral=False) for x in names[:2])
-    assert take is not None and give is not None  # given
+    assert take is not None and give is not None  # not None, as their fields are not
     take = take & ~checked(take & give, "Edit.take and Edit.give", "apart")
     keep = edit.keep_fraction
     if isinstance(keep, (int, float)) and not isinstance(keep, bool):
         keep = torch.tensor(float(keep), device=q.device)
     keep = _rows("keep_fraction", keep, sizes.rows, q)
-    assert keep is not None  # given
+    assert keep is not None  # not None, as its field is not
     return {"take": take, "give": give, "keep_fraction": checked(keep, "Edit.keep_fraction", "fraction")}
 
 
 def _number_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: float) -> Tensor | None:
-    """A table of finite numbers over pairs of segments, with a row and a column for what is in no segment."""
+    """Check a table of finite numbers over pairs of segments; add a neutral row and column for tokens in no segment."""
     if t is None:
         return None
     same_device(f"Edit.{name}", t, q)
@@ -167,7 +167,7 @@ def _pattern(pair: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def _rows(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
-    """A number for each head, or for each head and query, as [#B, #H, #M]."""
+    """Check a number for each head, or for each head and query; return it as [#B, #H, #M]."""
     if t is None:
         return None
     same_device(f"Edit.{name}", t, q)
@@ -181,7 +181,7 @@ def _rows(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None
 
 
 def _replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
-    """A vector for each head, or for each head and query, as [#B, #H, #M, #Dv]."""
+    """Check a vector for each head, or for each head and query; return it as [#B, #H, #M, #Dv]."""
     if t is None:
         return None
     same_device("Edit.replacement", t, q)

@@ -1,4 +1,4 @@
-"""Checks of what a caller says about keys: segments, targets, features."""
+"""Checks of the arguments about keys: segments, targets, features; and of the sizes of a call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sizes:
 
 
 def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
-    """Refuses what is not a tensor on q's device."""
+    """Raise unless `t` is a tensor on q's device, and floating if `floating`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor expected, or None")
     if floating and not t.is_floating_point():
@@ -41,24 +41,24 @@ def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
         raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
 
 
-def resolved(spec: StatSpec, given: dict[str, Any]) -> StatSpec:
-    """Settles the statistics that wait for an argument, and refuses an argument that nothing would read."""
-    settled = {}
+def resolve_spec(spec: StatSpec, arguments: dict[str, Any]) -> StatSpec:
+    """Turn statistics that depend on an argument on or off, and refuse an argument that nothing would read."""
+    switches = {}
     for name, argument in ARGUMENT.items():
-        wanted, there = getattr(spec, name), given[argument] is not None
-        if wanted and not there:
+        requested, has_argument = getattr(spec, name), arguments[argument] is not None
+        if requested and not has_argument:
             raise ValueError(f"StatSpec({name}=True) needs {argument}=, which is None")
-        if wanted is False and there and argument != "k_segments":
+        if requested is False and has_argument and argument != "k_segments":
             raise ValueError(
                 f"{argument} is given, but StatSpec({name}=False) leaves it unread: use {name}=None or True, "
                 f"or leave {argument} out"
             )
-        settled[name] = there and wanted is not False
-    return replace(spec, **settled)
+        switches[name] = has_argument and requested is not False
+    return replace(spec, **switches)
 
 
 def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
-    """Ids of shape [B, *] or without B, from -1 (none) to below the limit. Returned as int64 with a batch axis."""
+    """Check ids of shape [B, *] or without B, from -1 (none) to below the limit; return int64 with a batch axis."""
     if t is None:
         return None
     same_device(name, t, q, floating=False)
@@ -78,13 +78,14 @@ def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str,
 def segment_ids(
     q_ids: Any, k_ids: Any, tables: dict[str, Any], shape: tuple[int, int, int], q: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """Segment ids of queries and keys, checked against the tables that read them, and the number of key segments."""
+    """Check the segment ids against the tables that read them; return those of queries and keys, and the number of key
+    segments."""
     b, m, n = shape
     tables = {name: t for name, t in tables.items() if t is not None}
     for name, t in tables.items():
         if not isinstance(t, Tensor) or t.dim() < 2:
-            given = f"of shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
-            raise TypeError(f"{name} is {given}: a tensor broadcastable to [B, H, Sq, Sk] expected, or None")
+            kind = f"of shape {list(t.shape)}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+            raise TypeError(f"{name} is {kind}: a tensor broadcastable to [B, H, Sq, Sk] expected, or None")
         for ids, argument in ((q_ids, "q_segments"), (k_ids, "k_segments")):
             if ids is None:
                 raise ValueError(f"{name} needs {argument}=, which is None")
@@ -107,7 +108,7 @@ def segment_ids(
 
 
 def segment_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:
-    """A bool table over pairs of segments, with a row and a column for what is in no segment."""
+    """Check a bool table over pairs of segments, and add a neutral row and column for tokens in no segment."""
     if t is None:
         return None
     same_device(name, t, q, floating=False)
@@ -117,7 +118,7 @@ def segment_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral:
 
 
 def four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
-    """A table of [Sq, Sk] or more dimensions as [#B, #H, Sq, Sk]."""
+    """Return a table of [Sq, Sk] or more dimensions as [#B, #H, Sq, Sk]."""
     whole = t.reshape((1,) * (4 - t.dim()) + tuple(t.shape)) if t.dim() < 4 else t
     if whole.dim() != 4 or any(s not in (1, w) for s, w in zip(whole.shape[:2], heads, strict=True)):
         raise ValueError(
@@ -128,12 +129,12 @@ def four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
 
 
 def target_keys(t: Any, shape: tuple[int, int], n: int, q: Tensor) -> Tensor | None:
-    """Key indices for each query."""
+    """Check the key indices of each query."""
     return integers("targets", t, (*shape, -1), q, "M, T", limit=n)
 
 
 def features_of_keys(t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
-    """Numbers of each key."""
+    """Check the numbers of each key."""
     if t is None:
         return None
     same_device("key_features", t, q)

@@ -1,4 +1,4 @@
-"""Checks of where an Edit acts: rows and phase."""
+"""Checks of the queries on which an Edit acts: rows and phase."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from headstats.validate.keys import Sizes, same_device
 from headstats.validate.values import checked
 
 
-def rows_where_it_acts(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
-    """Queries on which the edit acts, bool [#B, M]; None = all."""
-    rows, phase = _chosen(edit.rows, sizes, q), _of_phase(edit, sizes, q)
+def acting_rows(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
+    """Return the queries on which the edit acts, bool [#B, M]; None = all."""
+    rows, phase = _rows(edit.rows, sizes, q), _rows_of_phase(edit, sizes, q)
     return phase if rows is None else rows if phase is None else rows & phase
 
 
-def _chosen(rows: Any, sizes: Sizes, q: Tensor) -> Tensor | None:
+def _rows(rows: Any, sizes: Sizes, q: Tensor) -> Tensor | None:
     if rows is None:
         return None
     same_device("Edit.rows", rows, q, floating=False)
@@ -31,7 +31,7 @@ def _chosen(rows: Any, sizes: Sizes, q: Tensor) -> Tensor | None:
     return rows.reshape(-1, sizes.m)
 
 
-def _of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
+def _rows_of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
     phase, length = edit.phase, edit.prompt_length
     if phase is None:
         if length is not None:
@@ -45,13 +45,13 @@ def _of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
             raise ValueError(f"Edit.phase={phase!r} needs Edit.prompt_length, since {why}")
         return torch.full((1, sizes.m), (sizes.m == sizes.n) == (phase == "prompt"), device=q.device)
     positions = torch.arange(sizes.n - sizes.m, sizes.n, device=q.device)
-    return (positions < _lengths(length, sizes, q)) == (phase == "prompt")
+    return (positions < _prompt_lengths(length, sizes, q)) == (phase == "prompt")
 
 
-def _lengths(given: Any, sizes: Sizes, q: Tensor) -> Tensor:
-    """Of the prompts, [#B, 1]."""
-    number = isinstance(given, int) and not isinstance(given, bool)
-    length: Any = torch.tensor([given], device=q.device) if number else given
+def _prompt_lengths(value: Any, sizes: Sizes, q: Tensor) -> Tensor:
+    """Check Edit.prompt_length and return it as [#B, 1]."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    length: Any = torch.tensor([value], device=q.device) if is_int else value
     same_device("Edit.prompt_length", length, q, floating=False)
     if length.is_floating_point() or length.dtype == torch.bool or tuple(length.shape) not in ((1,), (sizes.b,)):
         raise ValueError(

@@ -1,5 +1,7 @@
-"""Checks of numbers, where the others need only shapes and dtypes. When a compiler is looking there are no numbers yet:
-the check becomes an operator of the graph and raises when that runs."""
+"""Checks of values, where the other checks need only shapes and dtypes.
+
+While a compiler traces, values do not exist yet: the check becomes an operator of the graph and raises when that runs.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def tracing(x: Tensor) -> bool:
-    """Whether a compiler is looking, or tensors are fake: shapes are there, numbers are not."""
+    """Whether a compiler traces or tensors are fake, so that shapes exist but values do not."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def checked(x: Tensor, name: str, rule: str, limit: int | None = None) -> Tensor:
-    """x, whose numbers obey the rule. Raises ValueError in the words of the argument's name."""
+    """Return x if its values obey the rule; else raise ValueError that names the argument."""
     if tracing(x):
         return torch.ops.headstats.checked(x, name, rule, limit)
     RULES[rule](x, name, limit)
@@ -51,7 +53,7 @@ def _has_a_logarithm(x: Tensor, name: str, _) -> None:
     if not bool((x > 0).all()):
         raise ValueError(
             f"{name} requires grad and is 0 somewhere, where log(gain) has no gradient: use small numbers, "
-            "Edit.knockout for what shall be 0, or renormalise=False"
+            "Edit.knockout for cells that shall be 0, or renormalise=False"
         )
 
 
@@ -73,7 +75,7 @@ RULES: dict[str, Callable[[Tensor, str, int | None], None]] = {
 
 def _checked(x: Tensor, name: str, rule: str, limit: int | None) -> Tensor:
     RULES[rule](x, name, limit)
-    return x.clone()  # an operator may not return what it was given
+    return x.clone()  # an operator must not return its own input
 
 
 library = torch.library.Library("headstats", "FRAGMENT")

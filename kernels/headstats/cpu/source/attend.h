@@ -1,5 +1,5 @@
-// Rows: attention and the statistics of queries. A worker takes some queries of all heads that share keys, and walks
-// over the keys in blocks: products, softmax and sums of one block while it is in cache.
+// The row pass: attention and the statistics of queries. A worker takes some queries of all heads that share keys, and
+// loops over the keys in blocks. It computes products, softmax and sums of one block while the block is in cache.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -9,13 +9,13 @@
 namespace {
 
 constexpr int64_t BLOCK = 512;  // keys at a time; a multiple of every PANEL
-constexpr int64_t DEEP = 128;   // keys of one step of the product with values, so that they stay in the first cache
-constexpr int64_t FEW = 4;      // rows for which keys are not laid out; no more than a TILE
-constexpr int64_t ROWS = 192;   // rows of a task, if the call has as many
+constexpr int64_t DEEP = 128;   // keys in one step of the product with values, so that they stay in the L1 cache
+constexpr int64_t FEW = 4;      // up to this many rows, keys are not packed; at most a TILE
+constexpr int64_t ROWS = 192;   // rows of a task, if the call has that many
 
 inline int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Room for numbers that nobody has written yet.
+// A reusable array, uninitialised.
 template <class T>
 struct Space {
   std::unique_ptr<T[]> at;
@@ -26,22 +26,22 @@ struct Space {
   }
 };
 
-// Keys and values that stand together: a prefix shared by a run of batch rows, or a batch row's own.
+// Contiguous keys and values: a prefix shared by a run of batch rows, or a batch row's own.
 template <class T>
 struct Region {
   Matrix<T> k, v;
-  int64_t first, count;  // place among all keys
-  int64_t b;             // a batch row that has them
-  const T *panels = nullptr, *values = nullptr;  // laid out beforehand for all keys, or null
+  int64_t first, count;  // position among all keys
+  int64_t b;             // a batch row that reads them
+  const T *panels = nullptr, *values = nullptr;  // packed beforehand for all keys, or null
 };
 
 template <class T>
 struct Plan {
   const Call& c;
-  int64_t groups, extra;         // query heads of a key head; columns beside values
+  int64_t groups, extra;         // query heads per key head; columns next to the values
   int64_t z_row, v_width;        // width of a row of z, and of its values, in whole vectors
   int64_t batch, queries;        // batch rows and queries of a task
-  int64_t batches, blocks;       // their numbers
+  int64_t batches, blocks;       // numbers of tasks along these axes
   Space<T> panels, values;       // all keys and values, if several tasks read each
 
   explicit Plan(const Call& call) : c(call) {
@@ -50,7 +50,7 @@ struct Plan {
             (c.key_features ? c.n_features : 0);
     z_row = rounded(c.Dv + extra, WIDTH<T>), v_width = rounded(c.Dv, WIDTH<T>);
     const int64_t run = c.prefixed ? c.B / c.runs : 1;
-    // Rows of a run see one prefix, but where columns beside values differ between them.
+    // Rows of a run share a prefix, unless the columns next to the values differ between them.
     const bool by_segment = c.segments || c.segment_value_norms || c.segment_outputs;
     const bool alike = !(by_segment && c.k_segments_b) && !(c.key_features && c.features_b);
     batch = alike ? std::min(run, std::max(int64_t(1), ROWS / (groups * c.M))) : 1;
@@ -84,11 +84,11 @@ struct Plan {
             matrix(c, c.prefix_v, g * c.prefix_v_b + h * c.prefix_v_h, c.prefix_v_m, c.prefix_v_d), 0, c.prefixed, b};
   }
 
-  // Whether values can be read where they are.
+  // Whether values can be read in place.
   bool plain(const Region<T>& r) const { return z_row == c.Dv && r.v.plain(0); }
 
-  // Values j0 ... j0 + count of a region, and beside them what else is averaged: membership in each segment, the
-  // value's norm under its segment, features.
+  // Copies values j0 ... j0 + count of a region, and next to them the other numbers that are averaged: membership in
+  // each segment, the value's norm in the column of its segment, features.
   void pack_values(const Region<T>& r, int64_t j0, int64_t count, T* to) const {
     for (int64_t j = j0; j < j0 + count; j++, to += z_row) {
       r.v.copy(to, j, c.Dv, 1);
@@ -110,7 +110,7 @@ struct Plan {
     }
   }
 
-  // Lays out the keys and values of all batch rows, before tasks that read them again and again.
+  // Packs the keys and values of all batch rows, before tasks that read them repeatedly.
   void pack_all(int64_t part, int64_t parts) {
     const int64_t n = c.N - c.prefixed, chunks = (n + BLOCK - 1) / BLOCK;
     for (int64_t i = part; i < c.B * c.Hk * chunks; i += parts) {
@@ -129,7 +129,7 @@ struct Plan {
   }
 };
 
-// What one worker holds.
+// The state of one worker.
 template <class T>
 struct Worker {
   const Plan<T>& plan;
@@ -162,7 +162,7 @@ struct Worker {
     }
   }
 
-  // The task's rows: queries, heads and batch rows one after another.
+  // Collects the rows of a task: all queries of all its heads and batch rows.
   void gather(int64_t b0, int64_t hk, int64_t i0, int64_t i1) {
     rows.clear();
     for (int64_t b = b0; b < b0 + plan.batch; b++)
@@ -182,7 +182,7 @@ struct Worker {
       Plan<T>::matrix(c, c.q, rows[r].b * c.q_b + rows[r].h * c.q_h, c.q_m, c.q_d).copy(q + r * c.D, rows[r].i, c.D, 1);
   }
 
-  // Takes the keys of a region into the rows r0 ... r1.
+  // Adds the keys of a region to the rows r0 ... r1.
   void visit(const Region<T>& region, int64_t r0, int64_t r1) {
     int64_t first = region.first + region.count, stop = region.first;
     for (int64_t r = r0; r < r1; r++) {
@@ -209,7 +209,7 @@ struct Worker {
       multiply_values(values, v_row, z, plan.z_row, plan.z_row, d, std::min(valid, d + DEEP), r0, r1);
     if (!c.segment_outputs) return;
     const int32_t* segments = row_of<int32_t>(c.k_segments, region.b * c.k_segments_b) + start;
-    for (int64_t d = 0, end; d < valid; d = end) {  // keys of one segment mostly stand together
+    for (int64_t d = 0, end; d < valid; d = end) {  // keys of one segment are mostly contiguous
       for (end = d + 1; end < valid && segments[end] == segments[d];) end++;
       if (segments[d] > 0)
         multiply_values(values, v_row, outputs + (segments[d] - 1) * plan.v_width, outputs_row(), plan.v_width, d, end,
@@ -244,7 +244,7 @@ struct Worker {
     for (int64_t d = 0; d < count; d += WIDTH<T>) store(p + d, load(p + d) * alpha);
   }
 
-  // Columns that any row of a tile may see, from a panel's start, to a whole vector.
+  // The columns that any row of a tile may see, rounded out to the start of a panel and to a whole vector.
   void limits(int64_t start, int64_t valid, int64_t r0, int64_t r1) {
     from.clear(), to.clear();
     for (int64_t r = r0; r < r1; r += TILE) {
@@ -288,7 +288,7 @@ struct RowPass {
     parallel(workers, [](void* me) { static_cast<RowPass*>(me)->work(); }, this);
   }
 
-  // Tasks are taken from the longest on; none writes what another does, so that results do not depend on threads.
+  // Workers take the longest tasks first. No two tasks write the same results, so results do not depend on threads.
   void work() {
     Worker<T> worker(plan);
     for (int64_t task; (task = next++) < plan.tasks();) worker.run(task);

@@ -1,12 +1,12 @@
-// Statistics of keys: a second pass over the pattern, given lse, without values. A worker takes one block of keys of
-// the heads that share them and walks over the queries, so that each sum has one owner and one order.
+// The column pass: statistics of keys, in a second pass over the pattern, given lse, without values. A worker takes one
+// block of keys of the heads that share them and loops over the queries, so each sum has one owner and one order.
 #pragma once
 #include "attend.h"
 
 namespace {
 
-constexpr int64_t QUERY_ROWS = 96;  // at a time
-constexpr int64_t SUMS = 6;         // for each head and key
+constexpr int64_t QUERY_ROWS = 96;  // queries at a time
+constexpr int64_t SUMS = 6;         // sums for each head and key
 
 template <class T>
 struct ColumnWorker {
@@ -16,7 +16,8 @@ struct ColumnWorker {
 
   explicit ColumnWorker(const Plan<T>& p) : plan(p), c(p.c) {}
 
-  // For each head: sum, maximum and sum of squares of weights, number of cells; sum and number in the horizon of fai.
+  // For each head: sum, maximum and sum of squares of weights, number of cells; then sum and number of cells within
+  // the horizon of fai.
   T* of_head(int64_t head, int64_t what) { return sums.at.get() + (head * SUMS + what) * BLOCK; }
 
   void run(const Region<T>& region, int64_t j, int64_t hk) {
@@ -95,11 +96,11 @@ template <class T>
 struct ColumnPass {
   Plan<T> plan;
   std::atomic<int64_t> next{0};
-  int64_t shared, own;  // blocks of keys of the prefix, and of a batch row itself
+  int64_t shared, own;  // blocks of keys of the prefix, and of a batch row's own keys
 
   ColumnPass(const Call& c, Parallel parallel, int64_t threads) : plan(c) {
     shared = (c.prefixed + BLOCK - 1) / BLOCK, own = (c.N - c.prefixed + BLOCK - 1) / BLOCK;
-    plan.blocks = 1;  // nothing is laid out beforehand
+    plan.blocks = 1;  // nothing is packed beforehand
     const int64_t workers = std::min(threads, c.B * c.Hk * (shared + own));
     parallel(workers, [](void* me) { static_cast<ColumnPass*>(me)->work(); }, this);
   }

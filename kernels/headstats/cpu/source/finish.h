@@ -1,10 +1,10 @@
-// What is written once a row has seen all its keys.
+// Results that are written after a row has seen all its keys.
 #pragma once
 #include "rows.h"
 
 namespace {
 
-// log2 of the row's softmax denominator; LOWEST where the row sees no key; no number where a logit is none.
+// log2 of the row's softmax denominator; LOWEST if the row sees no key; NaN if a logit is NaN.
 template <class T>
 double log_norm(const Call& c, const Row<T>& r) {
   const double top = c.after ? r.all_top : r.top, mass = c.after ? r.all_mass : r.mass;
@@ -38,9 +38,9 @@ void write_lists(const Call& c, const Row<T>& r, Kept<T> kept, double norm) {
 template <class T>
 void write_statistics(const Call& c, const Row<T>& r, Kept<T> kept, double norm, double unit) {
   const bool any = std::isnan(norm) || r.top > T(LOWEST);
-  const bool some = r.mass > 0 && unit != 0;  // weights may all have become 0
+  const bool some = r.mass > 0 && unit != 0;  // all weights may have become 0
   double entropy = any ? -LN2 * unit * (r.entropy + (r.top - norm) * r.mass) : 0;
-  if (!c.after) entropy = std::max(entropy, 0.0);  // rounding; a gain takes weights beyond 1
+  if (!c.after) entropy = std::max(entropy, 0.0);  // rounding; with a gain, weights may exceed 1
   put<T>(c.entropy, r.number, entropy);
   put<T>(c.entropy_normalised, r.number, r.seen > 1 ? entropy / std::log(double(r.seen)) : 0);
   put<T>(c.max_prob, r.number, unit);
@@ -62,7 +62,7 @@ T unit_of(const Row<T>& r, double norm) {
   return T(std::isnan(norm) ? norm : r.top > T(LOWEST) ? std::exp2(double(r.top) - norm) : 0);
 }
 
-// Sums of weights times values, for each segment.
+// Writes the sums of weights times values for each segment.
 template <class T>
 void write_outputs(const Call& c, const Row<T>& r, const T* sums, int64_t v_width) {
   if (!c.segment_outputs) return;
@@ -72,7 +72,7 @@ void write_outputs(const Call& c, const Row<T>& r, const T* sums, int64_t v_widt
       put<T>(c.segment_outputs, (r.number * c.n_segments + s) * c.Dv + d, sums[s * v_width + d] * unit);
 }
 
-// z: sum of weights times what Plan::pack_values puts side by side.
+// z: sum of weights times the numbers of each key that Plan::pack_values puts next to each other.
 template <class T>
 void write_row(const Call& c, const Row<T>& r, Kept<T> kept, const T* z) {
   const double norm = log_norm(c, r);

@@ -1,4 +1,4 @@
-// Reading q, k and v of any dtype and stride, and laying them out for the products.
+// Reads q, k and v of any dtype and stride, and packs them for the products.
 #pragma once
 #include "call.h"
 #include "product.h"
@@ -22,12 +22,12 @@ struct Float16 {
   uint16_t bits;
   operator float() const {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
-    if (rest >= 0x0f800000) return from_bits(sign | 0x7f800000 | rest);  // infinity, not a number
-    return from_bits(sign) + (sign ? -1 : 1) * from_bits(rest) * 0x1p112f;  // moves the exponent's zero
+    if (rest >= 0x0f800000) return from_bits(sign | 0x7f800000 | rest);  // infinity, NaN
+    return from_bits(sign) + (sign ? -1 : 1) * from_bits(rest) * 0x1p112f;  // corrects the exponent bias
   }
 };
 
-// Rows of one head of a tensor.
+// The rows of one head of a tensor.
 template <class T>
 struct Matrix {
   const void* at;
@@ -39,7 +39,7 @@ struct Matrix {
     return static_cast<const S*>(at) + offset + i * row;
   }
 
-  // A row, if it can be read where it is.
+  // A pointer to row i if it can be read in place, else null.
   const T* plain(int64_t i) const {
     return dtype == (sizeof(T) == 8 ? FLOAT64 : FLOAT32) && column == 1 ? from<T>(i) : nullptr;
   }
@@ -75,7 +75,7 @@ HEADSTATS_INLINE V shuffled(V a, V b, I mask) {
 #define HEADSTATS_SHUFFLE(a, b, mask) __builtin_shuffle(a, b, mask)
 #endif
 
-// Turns WIDTH rows of WIDTH numbers into columns: rows a and a + step trade places of blocks, for step 1, 2, 4, ...
+// Transposes WIDTH rows of WIDTH numbers: rows a and a + step exchange blocks, for step 1, 2, 4, ...
 template <class T>
 HEADSTATS_INLINE void transpose(const T* const* from, int64_t at, T* to, int64_t to_row) {
   constexpr int n = WIDTH<T>;
@@ -101,8 +101,8 @@ HEADSTATS_INLINE void transpose(const T* const* from, int64_t at, T* to, int64_t
   for (int i = 0; i < n; i++) store(to + i * to_row, x[i]);
 }
 
-// c[j] = factor * a . key j, for j0 <= j < j1. Reads each key once, in order: for so few rows that laying out keys would
-// cost more. `depth` is a multiple of WIDTH, and keys can be read where they are.
+// c[j] = factor * a . key j, for j0 <= j < j1. Reads each key once, in order: for so few rows that packing keys would
+// cost more. `depth` must be a multiple of WIDTH, and keys must be readable in place.
 template <class T>
 void dot_products(int64_t rows, const T* a, int64_t a_row, const Matrix<T>& keys, int64_t first, int64_t j0, int64_t j1,
                   T* c, int64_t c_row, int64_t depth, T factor) {
@@ -116,7 +116,7 @@ void dot_products(int64_t rows, const T* a, int64_t a_row, const Matrix<T>& keys
   }
 }
 
-// Keys [j0, j0 + count) as panels: [panel][d][column], columns beyond `count` zero.
+// Packs keys [j0, j0 + count) as panels: [panel][d][column], with zeros in columns beyond `count`.
 template <class T>
 void pack_keys(const Matrix<T>& keys, int64_t j0, int64_t count, int64_t depth, T* to) {
   constexpr int64_t n = WIDTH<T>;

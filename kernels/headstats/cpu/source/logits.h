@@ -1,17 +1,17 @@
-// From products of queries and keys to logits, and to the logarithms of weights.
+// Turns products of queries and keys into logits, and into logarithms of weights.
 #pragma once
 #include "row.h"
 
 namespace {
 
-// Replaces the logits of visible cells, which end before `valid`, as `lowering.Lowered` says.
+// Replaces the logits of visible cells, which end before `valid`, by the formula of `lowering.LoweredCall`.
 template <class T>
 void replace_logits(const Call& c, const Row<T>& r, T* x, int64_t j0, int64_t from, int64_t valid) {
   const auto each = [&](auto&& instead) {
     for (int64_t at = from; at < valid; at++)
       if (x[at] > T(LOWEST)) x[at] = instead(at);
   };
-  const T least = (sizeof(T) == 4 ? T(1e-6) : T(1e-14)) * (1 + std::abs(r.high));  // else equal but for rounding
+  const T least = (sizeof(T) == 4 ? T(1e-6) : T(1e-14)) * (1 + std::abs(r.high));  // smaller differences are rounding
   if (c.layout == UNIFORM) each([&](int64_t) { return r.level; });
   if (c.layout == IDENTITY) each([&](int64_t at) { return j0 + at == r.at ? r.level : T(ZERO); });
   if (c.layout == REVERSED)
@@ -26,14 +26,14 @@ void replace_logits(const Call& c, const Row<T>& r, T* x, int64_t j0, int64_t fr
     });
 }
 
-// From logits to logarithms of the weights that are left, x[c] of key j0 + c: what an edit does after the softmax.
+// Turns logits into logarithms of the weights that remain after edits behind the softmax. x[c] belongs to key j0 + c.
 template <class T>
 void reweigh(const Call& c, const Row<T>& r, T* x, int64_t j0, int64_t from, int64_t valid) {
   if (r.level < T(ALONE)) replace_logits(c, r, x, j0, from, valid);
   if (r.late)
     for (int64_t at = from; at < valid; at++) {
       const T y = x[at] + r.late[r.segments[j0 + at]];
-      x[at] = y > T(LOWEST) ? std::max(y, T(ZERO)) : y;  // all weights that are 0 are alike
+      x[at] = y > T(LOWEST) ? std::max(y, T(ZERO)) : y;  // all weights of 0 get the same logarithm
     }
 }
 

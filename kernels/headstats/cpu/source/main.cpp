@@ -1,4 +1,4 @@
-// What Python calls. Work is spread over PyTorch's own threads.
+// The functions that Python calls. Work is distributed over PyTorch's own threads.
 #include <ATen/Parallel.h>
 
 #include <exception>
@@ -39,7 +39,7 @@ extern "C" {
 // Kind and name of each field of Call, in order.
 __attribute__((visibility("default"))) const char* headstats_fields() { return HEADSTATS_FIELDS(HEADSTATS_NAME, HEADSTATS_REAL_NAME, HEADSTATS_AT_NAME); }
 
-// The best set of instructions, by the numbers of `variant`, that this processor has.
+// The best instruction set of this processor, numbered as in `variant`.
 __attribute__((visibility("default"))) int64_t headstats_level() {
 #ifdef HEADSTATS_X86
   __builtin_cpu_init();
@@ -53,7 +53,7 @@ __attribute__((visibility("default"))) int64_t headstats_level() {
 #endif
 }
 
-// 0, or 1 if memory ran out or the level is unknown.
+// Returns 0, or 1 if memory ran out or the level is unknown.
 __attribute__((visibility("default"))) int64_t headstats_attend(const Call* call, int64_t level, int64_t threads) {
   try {
     const Attend attend = variant(level);

@@ -1,4 +1,4 @@
-// Matrix products of small tiles, and the layouts they read.
+// Matrix products of small tiles.
 #pragma once
 #include <algorithm>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 6;  // rows whose sums stay in registers, beside SPAN vectors of columns
+constexpr int64_t TILE = 6;  // rows whose sums stay in registers, together with SPAN vectors of columns
 constexpr int64_t SPAN = HEADSTATS_REGISTERS >= 32 ? 4 : 2;
 template <class T>
 constexpr int64_t PANEL = SPAN * WIDTH<T>;  // columns
@@ -49,7 +49,7 @@ void rows_product(int64_t rows, const T* a, int64_t a_row, const T* b, int64_t b
   }
 }
 
-// c = factor * a b for the first columns, at least `columns`, of one panel of b.
+// c = factor * a b for at least the first `columns` columns of one panel of b.
 template <class T>
 void panel_product(int64_t rows, const T* a, int64_t a_row, const T* b, T* c, int64_t c_row, int64_t depth,
                    int64_t columns, T factor) {
@@ -58,7 +58,7 @@ void panel_product(int64_t rows, const T* a, int64_t a_row, const T* b, T* c, in
   rows_product<T, 1, false>(rows, a, a_row, b, PANEL<T>, c, c_row, depth, factor);
 }
 
-// c += a b for `columns`, a multiple of WIDTH.
+// c += a b for `columns` columns, a multiple of WIDTH.
 template <class T>
 void add_product(int64_t rows, const T* a, int64_t a_row, const T* b, int64_t b_row, T* c, int64_t c_row,
                  int64_t depth, int64_t columns) {

@@ -1,7 +1,8 @@
-// One query of one head: what it may see, what an edit does to it, and the running sums of its softmax.
+// One query of one head: the keys it may see, the edits that act on it, and the running sums of its softmax.
 //
 // Logits are in base 2, x = logit * log2(e). Sums are relative to `top`, the largest x so far; when it rises, each
-// term w = 2^(x - top) shrinks by alpha = 2^(old - new). Sums within a block of keys are made in T, and joined in double.
+// term w = 2^(x - top) shrinks by alpha = 2^(old - new). Sums within a block of keys are
+// computed in T, and added in double.
 #pragma once
 #include <limits>
 #include <vector>
@@ -11,31 +12,31 @@
 namespace {
 
 constexpr double LOG2E = 1.44269504088896340735992468100, LN2 = 0.693147180559945309417232121458;
-constexpr double HIDDEN = -1e30;  // of a hidden cell: -inf would give 0 * inf in the entropy
+constexpr double HIDDEN = -1e30;  // logit of a hidden cell: -inf would give 0 * inf in the entropy
 constexpr double LOWEST = -5e29;  // `top` starts here, so that 2^(HIDDEN - top) = 0 in an empty row
-constexpr double ZERO = HIDDEN / 64;  // of a visible cell of weight 0
-constexpr double ALONE = -HIDDEN;     // the level of a row whose weights stay
+constexpr double ZERO = HIDDEN / 64;  // logarithm of the weight of a visible cell with weight 0
+constexpr double ALONE = -HIDDEN;     // the level of a row whose weights do not change
 enum Layout { UNIFORM = 1, IDENTITY = 2, REVERSED = 3, RANDOM = 4 };
 
 template <class T>
 struct Row {
   int64_t b, h, i;       // batch row, head, query
-  int64_t number;        // of the row among B * H * M
+  int64_t number;        // index of the row among B * H * M
   int64_t at;            // the query's position among keys
-  int64_t near, beyond;  // keys near <= j < beyond: those causality and window allow
-  int64_t first, stop;   // keys that may be visible: the same, or all where a table opens cells
+  int64_t near, beyond;  // causality and window allow the keys near <= j < beyond
+  int64_t first, stop;   // keys that may be visible: the same, or all if a table opens cells
   T cool = 1;            // 1 / temperature
   T slope = 0;           // ALiBi
   const T* bias = nullptr;
   const uint8_t *mask = nullptr, *open = nullptr, *cut = nullptr, *real = nullptr;  // of its segment; of its keys
-  const T *factor = nullptr, *raise = nullptr, *gain = nullptr, *late = nullptr;      // of its segment, see call.h
-  T level = T(ALONE), high = 0;  // what the cells of a layout are made of
+  const T *factor = nullptr, *raise = nullptr, *gain = nullptr, *late = nullptr;  // of the segment
+  T level = T(ALONE), high = 0;  // numbers of the row for `replace_logits`
   uint32_t state = 0;
-  const int32_t* segments = nullptr;  // of keys
+  const int32_t* segments = nullptr;  // segments of the keys
 
   T top = T(LOWEST);
   double mass = 0, entropy = 0, distance = 0, squares = 0;
-  T all_top = T(LOWEST);  // before what acts after the softmax, which leaves the norm as it is
+  T all_top = T(LOWEST);  // before edits after the softmax, which do not change the norm
   double all_mass = 0;
   double sink = 0, local = 0, close = 0, spread = 0;
   int64_t argmax = -1, seen = 0;
@@ -47,7 +48,7 @@ const T* row_of(const void* at, int64_t offset) {
   return at ? static_cast<const T*>(at) + offset : nullptr;
 }
 
-// noise.py's `mix`.
+// `mix` of hash_noise.py.
 inline uint32_t mix(uint32_t x) {
   x += 0x9E3779B9u;
   x = (x ^ x >> 16) * 0x85EBCA6Bu;

@@ -1,4 +1,4 @@
-// Sums of a row over blocks of keys, for what `finish.h` then writes.
+// Sums of a row over blocks of keys; `finish.h` writes the results.
 #pragma once
 #include "logits.h"
 
@@ -11,7 +11,7 @@ T top_of(const T* x, int64_t from, int64_t to) {
   return largest<T>(top);
 }
 
-// Where the largest, `top`, first stands.
+// The first place of the largest number, `top`.
 template <class T>
 int64_t place_of(const T* x, T top, int64_t from) {
   for (;; from += WIDTH<T>) {
@@ -28,7 +28,7 @@ struct Sums {
   T mass, entropy, distance, squares;  // of w, w (x - top), w c, w^2, where c is the column
 };
 
-// x becomes w = 2^(x - top).
+// Replaces x by w = 2^(x - top), and returns the sums.
 template <class T, bool ENTROPY, bool DISTANCE, bool SQUARES>
 Sums<T> weigh(T* x, T top, int64_t from, int64_t to) {
   constexpr int64_t n = WIDTH<T>;
@@ -46,7 +46,7 @@ Sums<T> weigh(T* x, T top, int64_t from, int64_t to) {
           SQUARES ? sum<T>(squares) : T(0)};
 }
 
-// sum of w (c - mean)^2
+// Returns the sum of w (c - mean)^2.
 template <class T>
 T spread_about(const T* w, T mean, int64_t from, int64_t to) {
   Vec<T> total{}, column = counting<T>() + T(from) - mean;
@@ -54,7 +54,7 @@ T spread_about(const T* w, T mean, int64_t from, int64_t to) {
   return sum<T>(total);
 }
 
-// Joins the variance of distance of a block with that of the keys before it.
+// Merges the variance of distance of a block with that of the keys before it.
 template <class T>
 void join_spread(Row<T>& r, const T* w, const Sums<T>& here, int64_t j0, int64_t from, int64_t to) {
   if (!(here.mass > 0)) return;
@@ -68,7 +68,7 @@ void join_spread(Row<T>& r, const T* w, const Sums<T>& here, int64_t j0, int64_t
 }
 
 template <class T>
-struct Kept {  // the largest logits of a row so far, largest first, and other cells that are wanted
+struct Kept {  // the largest logits of a row so far, largest first, and the logits of `targets`
   T* top;
   int64_t* top_at;
   T* targets;
@@ -80,7 +80,7 @@ void keep_largest(const Call& c, Kept<T> kept, const T* x, int64_t j0, int64_t f
   for (int64_t at = from; at < to; at += WIDTH<T>) {
     if (!(largest<T>(load(x + at)) > kept.top[last])) continue;
     for (int64_t i = at; i < at + WIDTH<T>; i++) {
-      if (!(x[i] > kept.top[last])) continue;  // of equals the earlier stays
+      if (!(x[i] > kept.top[last])) continue;  // of equal logits the earlier one stays
       int64_t place = last;
       for (; place > 0 && x[i] > kept.top[place - 1]; place--)
         kept.top[place] = kept.top[place - 1], kept.top_at[place] = kept.top_at[place - 1];
@@ -89,7 +89,7 @@ void keep_largest(const Call& c, Kept<T> kept, const T* x, int64_t j0, int64_t f
   }
 }
 
-// Logits of cells whose weight is wanted by itself.
+// Stores the logits of cells whose weights are reported individually.
 template <class T>
 void keep_cells(const Call& c, Row<T>& r, Kept<T> kept, const T* x, int64_t j0, int64_t from, int64_t to) {
   if (r.at >= j0 + from && r.at < j0 + to) r.diagonal = x[r.at - j0];
@@ -101,7 +101,7 @@ void keep_cells(const Call& c, Row<T>& r, Kept<T> kept, const T* x, int64_t j0, 
     if (wanted[t] >= j0 + from && wanted[t] < j0 + to) kept.targets[t] = x[wanted[t] - j0];
 }
 
-// Sums over few keys of the block.
+// Adds the sums over a few keys of the block.
 template <class T>
 void add_few(const Call& c, Row<T>& r, const T* w, int64_t j0, int64_t from, int64_t to) {
   if (c.sink) {
@@ -117,8 +117,8 @@ void add_few(const Call& c, Row<T>& r, const T* w, int64_t j0, int64_t from, int
   if (c.waad) within(c.waad_at, [&](T one, int64_t away) { r.close += double(one) * double(c.waad_at - away); });
 }
 
-// Takes the logits x[from ... to) of the keys from j0 on into the row; x becomes weights. Returns what the sums so far,
-// those held elsewhere too, are to be multiplied by.
+// Adds the logits x[from ... to) of the keys from j0 on to the row; x becomes weights. Returns the factor by which all
+// sums so far, including those held elsewhere, must be multiplied.
 template <class T>
 T take_block(const Call& c, Row<T>& r, Kept<T> kept, T* x, int64_t j0, int64_t from, int64_t to, int64_t valid) {
   if (c.after) {

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, under the name HEADSTATS_VARIANT.
+// Compiled once for each instruction set, with the function name HEADSTATS_VARIANT.
 #include "columns.h"
 
 namespace {

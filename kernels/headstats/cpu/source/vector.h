@@ -1,5 +1,5 @@
-// Vectors of the widest registers this file is compiled for, through the compiler's own vector types: the same source
-// serves AVX-512, AVX2, SSE2 and NEON.
+// Vectors as wide as the registers of the target, by the compiler's vector types. The same source serves AVX-512, AVX2,
+// SSE2 and NEON.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -56,7 +56,7 @@ HEADSTATS_INLINE void store(T* p, Vec<T> x) {
 
 template <class T>
 HEADSTATS_INLINE Vec<T> fill(T x) {
-  return x - Vec<T>{};  // the compilers broadcast scalars in arithmetic; minus keeps the sign of -0
+  return x - Vec<T>{};  // compilers broadcast scalars in arithmetic; subtraction keeps the sign of -0
 }
 
 template <class T>
@@ -107,14 +107,14 @@ HEADSTATS_INLINE V power_of_part(V f, double) {
   return p;
 }
 
-// 2^x for x <= 0, exactly 0 where it would be no normal number.
+// 2^x for x <= 0, exactly 0 where the result would be subnormal.
 template <class T>
 HEADSTATS_INLINE Vec<T> exp2_below(Vec<T> x) {
   using I = typename Lanes<T>::I;
   constexpr bool single = std::is_same<T, float>::value;
   constexpr int bits = single ? 23 : 52;
   constexpr T lowest = single ? T(-126) : T(-1022);
-  // Adding 1.5 * 2^bits leaves x, rounded to an integer, in the last places of the sum.
+  // Adding 1.5 * 2^bits leaves x, rounded to an integer, in the lowest bits of the sum.
   const Vec<T> magic = fill<T>(T(1.5) * T(int64_t(1) << bits));
   const Vec<T> shifted = x + magic;
   const Vec<T> part = x - (shifted - magic);
@@ -132,7 +132,7 @@ HEADSTATS_INLINE Vec<float> tanh_all(Vec<float> y) {
   const Vec<float> size = y < 0.0f ? -y : y;
   const Vec<float> t = exp2_below<float>(size * -2.8853900817779268f);  // exp(-2 |y|)
   const Vec<float> far = (1.0f - t) / (1.0f + t);
-  const Vec<float> u = y * y;  // near 0 the quotient would cancel; |y| < 0.6: relative error 1.1e-8
+  const Vec<float> u = y * y;  // near 0 the quotient would lose digits; |y| < 0.6: relative error 1.1e-8
   Vec<float> p = -6.276370788705188e-3f * u + 2.1116200347477944e-2f;
   p = p * u - 5.3875134518507624e-2f;
   p = p * u + 1.33329239226736e-1f;
