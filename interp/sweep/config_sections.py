@@ -97,7 +97,7 @@ def read_model(table: Table, fresh: bool = True) -> ModelSpec:
 
 
 def _backend(value: Any) -> str:
-    from headstats.api import BACKENDS
+    from headstats.backends import BACKENDS
 
     return one_of("auto", *BACKENDS)(value)
 
