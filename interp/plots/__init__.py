@@ -1,6 +1,6 @@
-"""Pictures of results: plotly figures to work with, and the report page to send.
+"""Figures of results: plotly figures to work with, and the report page to share.
 
-Reads Effects and AttentionStats as tables and arrays; never needs a model.
+This package reads results as tables and arrays. It never needs a model.
 """
 
 from __future__ import annotations

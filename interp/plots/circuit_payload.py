@@ -1,6 +1,7 @@
-"""Circuits and faithfulness curves in the page.
+"""Circuits and faithfulness curves as JSON in the page.
 
-Their classes live beside models; what is drawn of them needs none, so they are known here by what they hold.
+The classes of circuits and curves import torch, and drawing needs only their values. This module therefore describes
+them by protocols and imports the classes only to decode.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from interp.sites import Edge, Site
 
 @runtime_checkable
 class CircuitLike(Protocol):
-    """What a page needs of `interp.circuits.Circuit`."""
+    """The part of `interp.circuits.Circuit` that a page needs."""
 
     graph: Any
     edges: dict[Edge, float]
@@ -28,7 +29,7 @@ class CircuitLike(Protocol):
 
 @runtime_checkable
 class CurveLike(Protocol):
-    """What a page needs of `interp.circuits.Curve`."""
+    """The part of `interp.circuits.Curve` that a page needs."""
 
     sizes: Any
     edges: Any
@@ -40,29 +41,28 @@ class CurveLike(Protocol):
     def frame(self) -> Any: ...  # noqa: D102
 
 
-FACTS = ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")
+ARCHITECTURE = ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")
 
 
 def encode_circuit(circuit: CircuitLike, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Nodes with their place in the model, edges with what they feed."""
+    """Encode nodes with their place in the model, and edges with the nodes that they feed."""
     graph, senders = circuit.graph, {e.sender for e in circuit.edges}
     nodes = [*circuit.nodes(), graph.output]
     number = {site: i for i, site in enumerate(nodes)}
     edges = []
     for edge, score in circuit.edges.items():
-        fed = graph.fed_by(edge.receiver)
-        sending = [s for s in fed if s in senders]
-        into = [graph.output] if edge.receiver == graph.output else sending or fed
+        fed_nodes = graph.fed_by(edge.receiver)
+        receivers = [graph.output] if edge.receiver == graph.output else [s for s in fed_nodes if s in senders]
         edges.append(
             {
                 "sender": str(edge.sender), "receiver": str(edge.receiver), "from": number[edge.sender],
-                "to": [number[s] for s in into], "score": None if math.isnan(score) else float(score),
+                "to": [number[s] for s in receivers or fed_nodes], "score": None if math.isnan(score) else float(score),
             }
         )  # fmt: skip
     return {
         "kind": "circuit",
         "provenance": provenance,
-        "architecture": {k: getattr(graph, k) for k in FACTS},
+        "architecture": {k: getattr(graph, k) for k in ARCHITECTURE},
         "total": len(graph),
         "nodes": [
             {
@@ -82,7 +82,7 @@ def _kind(site: Site, graph: Any) -> str:
 
 
 def decode_circuit(data: dict[str, Any]) -> Any:
-    """The Circuit that a report was given."""
+    """Decode what `encode_circuit` made as a Circuit."""
     from interp.circuits import Circuit
     from interp.circuits.topology import Architecture
 
@@ -95,7 +95,7 @@ def decode_circuit(data: dict[str, Any]) -> Any:
 
 
 def encode_curve(curve: CurveLike, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Faithfulness at each size with its interval, and the two areas."""
+    """Encode faithfulness at each size with its interval, and the two areas (CPR and CMD)."""
     frame = curve.frame()
     measured = {c: [_number(x) for x in frame[c]] for c in ("size", "edges", "faithfulness", "lo", "hi")}
     areas = {name: [_number(x) for x in getattr(curve, name)] for name in ("cpr", "cmd")}
@@ -104,7 +104,7 @@ def encode_curve(curve: CurveLike, provenance: dict[str, Any]) -> dict[str, Any]
 
 
 def decode_curve(data: dict[str, Any]) -> Any:
-    """The Curve that a report was given."""
+    """Decode what `encode_curve` made as a Curve."""
     from interp.circuits import Curve
 
     return Curve(**{name: unpack(x) for name, x in data["arrays"].items()}, recipe=data["provenance"])

@@ -1,8 +1,8 @@
-"""Numbers inside JSON, exactly and small: the page and `Report.read` both open what `pack` makes.
+"""Exact and compact arrays in JSON, for the page and for `Report.read`.
 
-A packed array is ``{"dtype", "store", "shape", "data"}``: the values as little-endian ``store`` (the
-smallest type that holds every one of them exactly), byte planes apart (all first bytes, then all second
-bytes, …: neighbouring numbers share exponents, so planes compress well), zlib, base64.
+A packed array is ``{"dtype", "store", "shape", "data"}``. ``data`` holds the values as little-endian ``store``, the
+smallest type that represents all of them exactly. Their bytes are ordered in planes (all first bytes, then all second
+bytes, …), compressed by zlib, and written in base64. Planes compress well because neighbouring numbers share exponents.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pandas as pd
 
 from interp.errors import InterpError
 
-STORES = ("uint8", "uint16", "int32", "float32", "float64")  # what a browser has typed arrays for
+STORES = ("uint8", "uint16", "int32", "float32", "float64")  # types that a browser has typed arrays for
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
     """Encode a numeric array so that `unpack` gives back the same values, shape and dtype."""
-    store = next((s for s in STORES if _holds(array, s)), None)
+    store = next((s for s in STORES if _is_exact(array, s)), None)
     if store is None:
         raise InterpError(f"cannot store {array.dtype} values exactly in a report; convert them to float64 first")
     raw = np.ascontiguousarray(array.astype(np.dtype(store).newbyteorder("<"))).reshape(-1)
@@ -32,8 +32,8 @@ def pack(array: np.ndarray) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "store": store, "shape": list(array.shape), "data": data}
 
 
-def _holds(array: np.ndarray, store: str) -> bool:
-    """Does ``store`` hold every value of the array exactly?"""
+def _is_exact(array: np.ndarray, store: str) -> bool:
+    """Whether ``store`` represents every value of the array exactly."""
     if array.dtype.kind == "f":
         if not store.startswith("float"):
             return False
@@ -41,13 +41,13 @@ def _holds(array: np.ndarray, store: str) -> bool:
             return np.array_equal(array.astype(store).astype(array.dtype), array, equal_nan=True)
     if array.dtype.kind not in "iub":
         return False
-    # Comparing through int64 would wrap on the way back; floats above 2**53 are the only loss left.
+    # Values are compared as Python integers: int64 would wrap around, and floats lose integers above 2**53.
     with np.errstate(invalid="ignore"):
         return bool((array.astype(store).astype(object) == array.astype(object)).all()) if array.size else True
 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray:
-    """Decode what `pack` made. Raises InterpError if the text was damaged."""
+    """Decode what `pack` made. Raises InterpError if the text is damaged."""
     try:
         store = np.dtype(packed["store"]).newbyteorder("<")
         planes = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"], validate=True)), np.uint8)
@@ -58,10 +58,10 @@ def unpack(packed: dict[str, Any]) -> np.ndarray:
 
 
 def pack_dictionary(values: Sequence[Any] | pd.Series) -> dict[str, Any]:
-    """Encode a column of few distinct values (strings, integers, missing) as a list and indices into it."""
+    """Encode a column with few distinct values (strings, integers, missing) as a list and indices into it."""
     codes, distinct = pd.factorize(pd.Series(values), use_na_sentinel=False)
-    listed = [None if pd.isna(v) else v.item() if isinstance(v, np.generic) else v for v in distinct]
-    return {"values": listed, "index": pack(np.asarray(codes))}
+    values_list = [None if pd.isna(v) else v.item() if isinstance(v, np.generic) else v for v in distinct]
+    return {"values": values_list, "index": pack(np.asarray(codes))}
 
 
 def unpack_dictionary(packed: dict[str, Any], dtype: str) -> pd.Series:

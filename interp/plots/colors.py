@@ -1,8 +1,8 @@
-"""Colour maps shared by the plotly figures and the page, so that both tell the same story.
+"""Colour maps of the plotly figures and of the page.
 
-Diverging: blue below zero, red above, the background's own tone at zero (ColorBrewer RdBu, reversed; safe
-for the common colour-vision deficiencies). Sequential: ColorBrewer YlGnBu. On a dark background both run
-from dark to bright, so that "nothing here" recedes there too.
+Diverging: blue below zero, red above, the colour of the background at zero (ColorBrewer RdBu, reversed; safe for the
+common colour-vision deficiencies). Sequential: ColorBrewer YlGnBu. On a dark background both maps run from dark to
+bright, so that values near zero are close to the background there too. ``page/colors.js`` turns values into colours.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ COLORS: dict[str, dict[str, list[str]]] = {
 
 
 def scale(stops: list[str]) -> list[list[float | str]]:
-    """Evenly spaced stops in plotly's ``[[0, colour], …, [1, colour]]`` form."""
+    """Return evenly spaced stops in plotly's ``[[0, colour], …, [1, colour]]`` form."""
     return [[i / (len(stops) - 1), stop] for i, stop in enumerate(stops)]

@@ -1,6 +1,6 @@
-"""Plotly figures, returned to the user: change anything about them, show or save them as you like.
+"""Plotly figures of effects and attention statistics, to change, show or save.
 
-Each figure carries its own theme; plotly's global templates are left alone.
+Each figure has its own theme; plotly's global templates are not changed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ def heatmap(
     title: str | None = None,
     **conditions: Any,
 ) -> go.Figure:
-    """Layer × head or layer × position map of effects; red above zero, blue below, symmetric around zero.
+    """Draw a layer × head or layer × position map of effects: red above zero, blue below, symmetric limits.
 
-    ``value`` is ``"effect"`` (mean recovery), ``"pooled"`` (ratio of means) or ``"raw"`` (change of the
-    metric). With ``example=`` the map shows one prompt and its tokens; otherwise the mean over examples with
-    its 95% interval on hover. ``by="role"`` puts named spans on the axis, ``by="position"`` positions; left
-    out, positions are used if they mean the same in every example. ``conditions`` choose among several
-    components, interventions, modes or metrics, e.g. ``heatmap(e, component="z", mode="noise")``.
+        from interp.plots import heatmap
+        effects = interp.patch(model, pairs, model.sites("z"))
+        heatmap(effects, mode="denoise").show()
+
+    ``value`` is ``"effect"`` (mean recovery), ``"pooled"`` (ratio of means) or ``"raw"`` (change of the metric). With
+    ``example=`` the map shows one prompt and its tokens; otherwise the mean over examples, with its 95% interval on
+    hover. ``by="role"`` puts named spans on the axis, ``by="position"`` positions; by default, positions are used if
+    they mean the same in every example. ``conditions`` select among several components, interventions, modes or
+    metrics, e.g. ``heatmap(e, component="z", mode="noise")``.
     """
     panel, variant = _only(effects, by, example, conditions)
     _check_value(value)
@@ -55,10 +59,10 @@ def heatmap(
             colorbar={"title": {"text": _short(value, variant), "side": "right"}, "thickness": 12},
         )
     )  # fmt: skip
-    which = "" if example is None else f" · example {example}"
-    heading = title if title is not None else f"{panel.component}: {variant.label}{which}"
+    suffix = "" if example is None else f" · example {example}"
+    heading = title if title is not None else f"{panel.component}: {variant.label}{suffix}"
     _frame(figure, heading, panel.rows, panel.columns)
-    if panel.component == "mlp_post" and panel.columns.kind == "head":  # where a table has heads, it has neurons of it
+    if panel.component == "mlp_post" and panel.columns.kind == "head":  # `head` is the neuron of mlp_post
         figure.update_xaxes(title_text="neuron")
     figure.add_annotation(
         text=escape(_meaning(value, variant)), xref="paper", yref="paper", x=0, y=1, yanchor="bottom",
@@ -68,7 +72,7 @@ def heatmap(
 
 
 def heads(stats: AttentionStats, statistic: str, *, skip_first: bool = True, title: str | None = None) -> go.Figure:
-    """Layer × head map of an attention statistic, averaged over positions and examples."""
+    """Draw a layer × head map of an attention statistic, averaged over positions and examples."""
     if len(stats) == 0:
         raise InterpError("there are no prompts in these attention statistics, so there is nothing to draw")
     z = stats.per_head(statistic, skip_first=skip_first)
@@ -89,7 +93,7 @@ def bars(
     effects: Effects, top: int = 15, *, value: str = "effect", by: str | None = None,
     title: str | None = None, **conditions: Any,
 ) -> go.Figure:  # fmt: skip
-    """The ``top`` strongest sites (largest absolute mean) with 95% intervals, strongest on top."""
+    """Draw the ``top`` strongest sites (largest absolute mean) with 95% intervals, strongest on top."""
     panel, variant = _only(effects, by, None, conditions)
     _check_value(value)
     if top < 1:
@@ -99,31 +103,31 @@ def bars(
     order = [int(i) for i in np.argsort(-np.nan_to_num(np.abs(z)), axis=None, kind="stable") if np.isfinite(z.flat[i])]
     if not order:
         raise InterpError(_nothing_to_show(value, variant))
-    chosen = [divmod(i, z.shape[1]) for i in order[:top]][::-1]
-    means = np.array([z[rc] for rc in chosen])
-    lo, hi = (np.array([cells[end][rc] for rc in chosen]) for end in INTERVALS[value])
+    sites = [divmod(i, z.shape[1]) for i in order[:top]][::-1]
+    means = np.array([z[site] for site in sites])
+    lo, hi = (np.array([cells[end][site] for site in sites]) for end in INTERVALS[value])
     figure = go.Figure(
         go.Bar(
-            x=means, y=np.arange(len(chosen)), orientation="h",
+            x=means, y=np.arange(len(sites)), orientation="h",
             marker_color=np.where(means < 0, DIVERGING[2], DIVERGING[-3]),
             error_x={"type": "data", "array": hi - means, "arrayminus": means - lo, "thickness": 1.2, "width": 3},
-            customdata=[_hover(panel, cells, value, r, c) for r, c in chosen],
+            customdata=[_hover(panel, cells, value, r, c) for r, c in sites],
             hovertemplate="%{customdata}<extra></extra>",
         )
     )  # fmt: skip
-    labels = [escape(site_label(panel, r, c)) for r, c in chosen]
+    labels = [escape(site_label(panel, r, c)) for r, c in sites]
     heading = title if title is not None else f"Strongest sites of {panel.component}: {variant.label}"
     figure.update_layout(
         template="plotly_white", font={"family": FONT, "size": 12}, title={"text": escape(heading)},
         xaxis={"title": {"text": _short(value, variant)}, "zeroline": True, "zerolinecolor": "#444"},
-        yaxis={"tickvals": list(range(len(chosen))), "ticktext": labels, "automargin": True},
-        height=120 + 22 * len(chosen), width=640,
+        yaxis={"tickvals": list(range(len(sites))), "ticktext": labels, "automargin": True},
+        height=120 + 22 * len(sites), width=640,
     )  # fmt: skip
     return figure
 
 
 def site_label(panel: Panel, row: int, column: int) -> str:
-    """``L9H6``, ``L3 @7 ·Mary``: how a cell is called in lists and on hover."""
+    """Return the name of a cell in lists and on hover: ``L9H6``, ``L3 @7 ·Mary``."""
     if panel.rows.kind == "sender":
         return f"{panel.rows.labels[row]} → {panel.columns.labels[column]}"
     layer = "" if panel.rows.values[row] is None else f"L{panel.rows.values[row]}"
@@ -135,15 +139,15 @@ def site_label(panel: Panel, row: int, column: int) -> str:
 
 
 def _only(effects: Effects, by: str | None, example: int | None, conditions: dict[str, Any]) -> tuple[Panel, Variant]:
-    """The single panel and variant that is left after the conditions, or an error that says how to choose."""
-    chosen = effects.where(**conditions) if conditions else effects
-    if len(chosen) == 0:
+    """Return the single panel and variant that meets the conditions, or raise an error that says how to select one."""
+    selected = effects.where(**conditions) if conditions else effects
+    if len(selected) == 0:
         raise InterpError(f"no effects are left after {conditions or 'reading an empty table'}; nothing to draw")
-    panels = split(chosen, by=by)
-    f = chosen.frame()
+    panels = split(selected, by=by)
+    f = selected.frame()
     choices = {c: list(f[c].dropna().unique()) for c in ("component", "intervention", "mode", "metric")}
     if isinstance(panels[0], EdgePanel):
-        del choices["component"]  # receivers of several kinds are columns
+        del choices["component"]  # the columns are receivers, which may have several components
     several = {c: values for c, values in choices.items() if len(values) > 1}
     if several:
         column, values = next(iter(several.items()))
@@ -194,7 +198,7 @@ def _hover(panel: Panel, cells: dict[str, np.ndarray], value: str, row: int, col
 
 
 def _frame(figure: go.Figure, title: str, rows: Axis, columns: Axis) -> None:
-    """Axes with real labels (numeric ticks, so that equal tokens stay apart) and a local theme."""
+    """Set a local theme and labelled axes; ticks are numeric, so that equal tokens stay separate."""
     figure.update_layout(
         template="plotly_white", font={"family": FONT, "size": 12}, title={"text": escape(visible_title(title))},
         width=max(420, 180 + 34 * len(columns.values)), height=max(320, 190 + 15 * len(rows.values)),
@@ -213,5 +217,5 @@ def _frame(figure: go.Figure, title: str, rows: Axis, columns: Axis) -> None:
 
 
 def visible_title(title: str) -> str:
-    """A title on one line, without control characters."""
+    """Return a title on one line, without control characters."""
     return visible(title, 200).replace("·", " ")

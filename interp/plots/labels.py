@@ -1,4 +1,4 @@
-"""Text that can be looked at: tokens with visible spaces, newlines and control characters."""
+"""Token labels with visible spaces, newlines and control characters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _NAMED = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡", "\u20
 
 
 def visible(token: str | None, limit: int = 24) -> str:
-    """A token as a label: ``" John\\n"`` → ``"·John⏎"``, at most ``limit`` characters.
+    """Return a token as a label of at most ``limit`` characters: ``" John\\n"`` → ``"·John⏎"``.
 
-    Control and direction-changing characters are spelled out, so that no token can hide, reorder or break
-    the text around it. The zero-width joiner stays, because emoji are built with it.
+    Control characters and characters that change the text direction are written as their code points, so that no token
+    can hide, reorder or break the text around it. The zero-width joiner stays, because emoji need it.
     """
     if token is None or token is pd.NA:
         return ""
@@ -22,7 +22,7 @@ def visible(token: str | None, limit: int = 24) -> str:
         return "∅"
     shown = "".join(_visible_character(c) for c in token[: limit + 1])
     if unicodedata.category(token[0]).startswith("M"):
-        shown = "◌" + shown  # a combining mark needs something to sit on
+        shown = "◌" + shown  # a combining mark needs a base character
     return shown if len(shown) <= limit else shown[: limit - 1] + ELLIPSIS
 
 

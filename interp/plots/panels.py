@@ -1,7 +1,7 @@
-"""From a long table of effects to grids that can be drawn: panels, their variants, rows and columns.
+"""Split a long table of effects into grids to draw: panels, their variants, rows and columns.
 
-Both the plotly figures and the page draw `Panel`s. One panel holds the sites of one component that share
-their axes; its variants are the interventions, modes and metrics that were measured on these sites.
+Both the plotly figures and the page draw `Panel`s. One panel contains the sites of one component that share their axes.
+Its variants are the interventions, modes and metrics that were measured at these sites.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """For titles: ``patch, denoising, logit_diff``."""
+        """A title: ``patch, denoising, logit_diff``."""
         return ", ".join(x for x in (self.intervention, MODE_WORDS.get(self.mode, self.mode), self.metric) if x)
 
     @cached_property
     def n_examples(self) -> int:
-        """How many examples were measured."""
+        """Number of examples."""
         return int(np.unique(self.effects.frame()["example"].to_numpy()).size)
 
     @cached_property
     def undefined(self) -> int:
-        """Examples in which recovery is undefined (the clean and corrupt metric are equal)."""
+        """Number of examples whose recovery is undefined, because clean and corrupt score the same."""
         f: Any = self.effects.frame()
         return int(f.loc[f["effect"].isna() & f["raw"].notna(), "example"].nunique())
 
@@ -81,11 +81,11 @@ class Variant:
         return self._stated("metric_unit")
 
     def _stated(self, key: str) -> str:
-        value = self.effects.provenance.get(key)  # a list after Effects.concat of unlike parts: not for one variant
+        value = self.effects.provenance.get(key)  # a list if Effects.concat joined different parts
         return value if isinstance(value, str) else ""
 
     def scale(self) -> str:
-        """What 0 and 1 mean, and what was done."""
+        """State what 0 and 1 mean, and the intervention."""
         if self.mode == "denoise":
             ends = "Recovery: 0 = the corrupt run, 1 = the clean run (denoising: the corrupt run is repaired)."
         else:
@@ -94,13 +94,13 @@ class Variant:
         return f"{ends} Intervention: {self.intervention}" + (f" ({recipe})." if recipe else ".")
 
     def spread(self) -> str:
-        """What is averaged and what the intervals are."""
+        """State what is averaged, and what the intervals are."""
         if self.n_examples == 1:
             return "One example, so there are no intervals."
         return f"Means of {self.n_examples} examples; intervals are 95% bootstrap intervals over examples."
 
     def caution(self) -> str:
-        """What to know about examples without a recovery value; empty if there are none."""
+        """State how many examples have no recovery and why; empty if all have one."""
         if self.undefined == 0:
             return ""
         why = f"clean and corrupt {self.metric} are equal, so the recovery scale is undefined"
@@ -120,10 +120,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """The sites of one component that share axes: layers down, ``columns`` across, ``slices`` to choose from.
+    """The sites of one component that share axes: layers down, ``columns`` across, ``slices`` by selector.
 
-    ``slices`` is a second axis that does not fit on paper: the head of a layer × position map of heads, or
-    the span of a layer × head map measured at named spans.
+    ``slices`` is a third axis: the head of a layer × position map of heads, or the span of a layer × head map measured
+    at named spans.
     """
 
     component: str
@@ -134,22 +134,22 @@ class Panel:
 
     @property
     def words(self) -> str:
-        """What the component is, in words."""
+        """The component in words."""
         return COMPONENT_WORDS.get(self.component, self.component)
 
     @property
     def averages_positions(self) -> bool:
-        """Are sites of single tokens averaged by span? (Not the same as a site that *is* a span.)"""
+        """Whether sites of single tokens are averaged by span. (A site can also *be* a span.)"""
         single = any(bool(v.effects.frame()["position"].notna().any()) for v in self.variants)
         return self.columns.kind == "role" and single
 
     def keys(self) -> list[str]:
-        """Table columns that address a cell, in the order of `cells`."""
+        """Return the table columns that address a cell, in the order of `cells`."""
         axes = [self.slices, self.rows, self.columns]
         return [a.kind for a in axes if a is not None and a.kind != "all"]
 
     def cells(self, variant: Variant) -> dict[str, np.ndarray]:
-        """`Effects.summary` of a variant as dense arrays [slices, rows, columns]; NaN = not measured."""
+        """Return `Effects.summary` of a variant as dense arrays [slices, rows, columns]; NaN: not measured."""
         axes = [a for a in (self.slices, self.rows, self.columns) if a is not None]
         shape = tuple(len(a.values) for a in axes)
         summary: Any = variant.effects.summary(by=self.keys())
@@ -164,10 +164,10 @@ class Panel:
         return out
 
     def at_example(self, example: int) -> Panel:
-        """The same panel for one example, with that example's own tokens on the axis."""
+        """Return the panel for one example, with the tokens of that example on the axis."""
         f: Any = pd.concat([v.effects.frame() for v in self.variants])
         if example not in set(f["example"]):
-            raise InterpError(f"there is no example {example}; examples: {_listed(sorted(set(f['example'])))}")
+            raise InterpError(f"there is no example {example}; examples: {_list_values(sorted(set(f['example'])))}")
         by = "position" if self.columns.kind == "role" and f["position"].notna().any() else None
         variants = [replace(v, effects=v.effects.where(example=example)) for v in self.variants]
         part = f[f["example"] == example]
@@ -177,18 +177,20 @@ class Panel:
 
 @dataclass(frozen=True)
 class EdgePanel(Panel):
-    """Effects of edges (path patching): senders down and receivers across, or, of the heads that send to one and the
-    same receiver, layer × head of the sender."""
+    """Effects of edges (path patching): senders down, receivers across.
+
+    If all senders are heads and there is one receiver, the axes are layer and head of the sender.
+    """
 
     receiver: str = ""  # the one receiver of a layer × head map
 
     @property
     def words(self) -> str:
-        """What is drawn, in words."""
+        """The content of the panel in words."""
         return f"paths from each head into {self.receiver}" if self.receiver else "paths from senders to receivers"
 
     def cells(self, variant: Variant) -> dict[str, np.ndarray]:
-        """As `Panel.cells`, of the summary by edge."""
+        """Return `Panel.cells` for the summary by edge."""
         summary: Any = variant.effects.summary(by=["sender", *SITE_COLUMNS])
         rows, columns = edge_ends(summary, bool(self.receiver))
         where = _index(self.rows.values, rows), _index(self.columns.values, columns)
@@ -200,27 +202,27 @@ class EdgePanel(Panel):
         return out
 
     def at_example(self, example: int) -> Panel:
-        """The same panel for one example."""
+        """Return the panel for one example."""
         variants = [replace(v, effects=v.effects.where(example=example)) for v in self.variants]
-        kept = [v for v in variants if len(v.effects)]
-        if not kept:
+        measured = [v for v in variants if len(v.effects)]
+        if not measured:
             raise InterpError(f"there is no example {example}")
-        return replace(self, variants=kept)
+        return replace(self, variants=measured)
 
 
 def edge_ends(f: Any, one_receiver: bool) -> tuple[pd.Series, pd.Series]:
-    """Row and column of each edge: sender and receiver, or layer and head of the sender."""
+    """Return row and column of each edge: sender and receiver, or layer and head of the sender."""
     if one_receiver:
         sites = [Site.parse(s) for s in f["sender"]]
         return pd.Series([s.layer for s in sites]), pd.Series([s.head for s in sites])
-    none = [None if pd.isna(x) else x for x in f["head"]], [None if pd.isna(x) else x for x in f["position"]]
     layers = [None if pd.isna(x) else int(x) for x in f["layer"]]
-    ends = [str(Site(c, layer, h, p)) for c, layer, h, p in zip(f["component"], layers, *none, strict=True)]
-    return f["sender"].reset_index(drop=True), pd.Series(ends)
+    heads, positions = ([None if pd.isna(x) else x for x in f[column]] for column in ("head", "position"))
+    receivers = [str(Site(*at)) for at in zip(f["component"], layers, heads, positions, strict=True)]
+    return f["sender"].reset_index(drop=True), pd.Series(receivers)
 
 
 def edge_panels(f: Any, effects: Effects) -> list[EdgePanel]:
-    """One panel for all edges, in the order of computation at both ends."""
+    """Return one panel for all edges, with both ends in the order of computation."""
     _, receivers = edge_ends(f, False)
     senders = [Site.parse(s) for s in f["sender"].unique()]
     one = receivers.nunique() == 1 and all(s.component == "z" and s.position is None for s in senders)
@@ -245,11 +247,11 @@ def _depth(text: str) -> tuple[int, int, int, str]:
 
 
 def split(effects: Effects, by: str | None = None) -> list[Panel]:
-    """Group a table into panels, in order of appearance.
+    """Split a table into panels, in order of appearance.
 
-    Sites with heads and no position become layer × head; sites with positions layer × position. Averaged
-    over prompts of different wording, a position means nothing: such panels have the named spans (``role``)
-    across instead. Effects of edges become an `EdgePanel`. ``by`` ("position" or "role") forces the choice.
+    Sites with heads and no position become layer × head; sites with positions become layer × position. If prompts
+    differ in wording, a position has no common meaning, and the columns are the named spans (``role``) instead. Effects
+    of edges become an `EdgePanel`. ``by`` ("position" or "role") overrides the choice.
     """
     if by not in (None, "position", "role"):
         raise InterpError(f"by must be 'position' or 'role', got {by!r}")
@@ -270,9 +272,9 @@ def split(effects: Effects, by: str | None = None) -> list[Panel]:
     return panels
 
 
-# Rows of a table are typed Any below: pandas' own types cannot say that a column is a Series.
+# Tables have type Any below, because the types of pandas cannot express that a column is a Series.
 def _geometry(f: Any) -> list[pd.Series]:
-    """Per row: which axis runs across, and which (if any) is left to a selector."""
+    """Return for each row the axis of the columns, and the axis of the selector (empty if there is none)."""
     heads, positions, spans = f["head"].notna(), f["position"].notna(), f["role"] != ""
     across = np.select([positions, heads, spans], ["position", "head", "role"], "all")
     sliced = np.select([positions & heads, ~positions & heads & spans], ["head", "role"], "")
@@ -280,25 +282,26 @@ def _geometry(f: Any) -> list[pd.Series]:
 
 
 def _averaged_kind(part: Any) -> str:
-    """``position`` if every example has the same thing at each position (or there are no spans), else ``role``."""
+    """Return ``position`` if all examples agree at each position or there are no spans, else ``role``."""
     if not (part["role"] != "").any():
         return "position"
-    one = part.drop_duplicates(["example", "position"])
-    same = one.groupby("position").agg(
+    tokens = part.drop_duplicates(["example", "position"])
+    by_position = tokens.groupby("position").agg(
         tokens=("token", "nunique"), roles=("role", "nunique"), role=("role", "first"), n=("example", "size")
     )
-    alike = (same["tokens"] <= 1) | ((same["roles"] == 1) & (same["role"] != ""))
-    return "position" if alike.all() and (same["n"] == one["example"].nunique()).all() else "role"
+    agrees = (by_position["tokens"] <= 1) | ((by_position["roles"] == 1) & (by_position["role"] != ""))
+    is_complete = (by_position["n"] == tokens["example"].nunique()).all()
+    return "position" if agrees.all() and is_complete else "role"
 
 
 def _columns(part: Any, kind: str) -> Axis:
-    """The distinct values of one address column in reading order, with labels."""
+    """Return the distinct values of one address column in reading order, with labels."""
     if kind == "all":
         return Axis("all", [None], ["all positions"])
     if kind == "role":
         place = part.groupby("role", sort=False)["position"].mean().astype(float).fillna(0)
         roles = [str(r) for r in place.sort_values(kind="stable").index]
-        roles.sort(key=lambda r: r == "")  # what has no name comes last
+        roles.sort(key=lambda r: r == "")  # tokens outside named spans come last
         return Axis("role", roles, [visible(r, 18) if r else OTHER_ROLE for r in roles])
     values = sorted(int(v) for v in part[kind].dropna().unique())
     if kind == "layer" and part[kind].isna().any():
@@ -309,7 +312,7 @@ def _columns(part: Any, kind: str) -> Axis:
 
 
 def _position_labels(part: Any, values: list[int]) -> list[str]:
-    """The token if all examples agree on it, else the role they agree on, else the number."""
+    """Label positions by the token if all examples agree on it, else by the role, else by the number."""
     labels = []
     groups = part.groupby("position")[["token", "role"]].agg(["nunique", "first"])
     for value in values:
@@ -338,5 +341,5 @@ def _index(values: list[Any], column: pd.Series) -> np.ndarray:
     return np.array([place[None if pd.isna(v) else v] for v in column], dtype=int)
 
 
-def _listed(values: list[Any], limit: int = 12) -> str:
+def _list_values(values: list[Any], limit: int = 12) -> str:
     return ", ".join(str(v) for v in values[:limit]) + (", …" if len(values) > limit else "")

@@ -1,4 +1,4 @@
-"""Attention patterns in the page: maps as sheets of √p in grey PNG, marginals in 8 bits, exact rows where shipped."""
+"""Attention patterns as JSON: maps of √p as grey PNG, marginals in 8 bits, and exact rows of the exact heads."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from interp.results.attention_patterns import (
     weights_of,
 )
 
-SHEET_LINES = 256  # short maps are stacked in images of about this height: few to decode, each quickly
-SAMPLED = 12  # maps that tell the size of all
+SHEET_LINES = 256  # small maps are stacked in images of about this height: few images to decode, and each fast
+SAMPLED = 12  # maps from which the size of all maps is estimated
 RECEIVERS = 20  # heads of highest receiver score whose vertical scores are averaged
 
 
 def encode_patterns(patterns: AttentionPatterns, provenance: dict[str, Any]) -> dict[str, Any]:
-    """What holds for all prompts; `encode_pattern_example` makes the rest, one by one."""
+    """Encode the values that all prompts share; `encode_pattern_example` encodes the prompts one by one."""
     scores = patterns.receiver_scores()
     return {
         "kind": "patterns",
@@ -44,18 +44,21 @@ def encode_patterns(patterns: AttentionPatterns, provenance: dict[str, Any]) -> 
 def encode_pattern_example(
     patterns: AttentionPatterns, number: int, coarse: int = 1, levels: int = 256, topk: int = 99
 ) -> dict[str, Any]:
-    """One prompt. Maps are made smaller, except of the exact heads, by ``coarse`` > 1, that many times fewer lines, and
-    by ``levels`` < 256 of √p; of each query of an exact head at most ``topk`` largest weights are kept."""
+    """Encode one prompt, optionally with smaller maps of the heads that are not exact.
+
+    ``coarse`` > 1 divides the number of rows and columns of a map; ``levels`` < 256 reduces the levels of √p. For each
+    query of an exact head, at most the ``topk`` largest weights are stored.
+    """
     example = patterns.examples[number]
-    sharp = [patterns.heads.index(h) for h in patterns.exact] if coarse > 1 or levels < 256 else []
-    groups = [(list(range(len(patterns.heads))), coarse, levels), (sharp, 1, 256)]
+    exact_heads = [patterns.heads.index(h) for h in patterns.exact] if coarse > 1 or levels < 256 else []
+    groups = [(list(range(len(patterns.heads))), coarse, levels), (exact_heads, 1, 256)]
     scores = patterns.receiver_scores()
     order = [int(i) for i in np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable") if np.isfinite(scores[i])]
     runs = {
         name: {
             "tokens": run.tokens,
             "labels": [visible(t, 18) for t in run.tokens],
-            "maps": [_sheets(run.maps[g], g, *how) for g, *how in groups if g],
+            "maps": [_sheets(run.maps[group], group, *reduction) for group, *reduction in groups if group],
             "blocks": pack(roots(run.blocks)),
             "received": _relative(run.received),
             "entropy": _relative(run.entropy),
@@ -74,16 +77,16 @@ def encode_pattern_example(
 
 
 def expected_bytes(patterns: AttentionPatterns, number: int, coarse: int, levels: int, topk: int) -> float:
-    """About what an example takes in a page: maps from a few of them, and the largest weights."""
-    few = list(range(0, len(patterns.heads), max(1, len(patterns.heads) // SAMPLED)))
+    """Estimate the size of an example in the page, from a few of its maps and the number of its largest weights."""
+    sample = list(range(0, len(patterns.heads), max(1, len(patterns.heads) // SAMPLED)))
     runs = patterns.examples[number].runs.values()
-    taken = sum(len(s) for run in runs for s in _sheets(run.maps[few], few, coarse, levels)["sheets"])
-    exact = sum(run.top_index[..., :topk].size for run in runs)
-    return taken * len(patterns.heads) / len(few) + 3.5 * exact  # bytes of a packed key and weight
+    map_bytes = sum(len(s) for run in runs for s in _sheets(run.maps[sample], sample, coarse, levels)["sheets"])
+    n_weights = sum(run.top_index[..., :topk].size for run in runs)
+    return map_bytes * len(patterns.heads) / len(sample) + 3.5 * n_weights  # 3.5 bytes for a packed key and weight
 
 
 def _sheets(maps: UInt8[np.ndarray, "heads bins bins"], heads: list[int], coarse: int, levels: int) -> dict[str, Any]:
-    """Maps one under another, in images of limited height."""
+    """Stack maps vertically in images of limited height."""
     if coarse > 1:
         maps = np.stack([_coarser(m, coarse) for m in maps])
     if levels < 256:
@@ -95,25 +98,25 @@ def _sheets(maps: UInt8[np.ndarray, "heads bins bins"], heads: list[int], coarse
 
 
 def _coarser(image: UInt8[np.ndarray, "bins bins"], by: int) -> UInt8[np.ndarray, "fewer fewer"]:
-    """The largest of ``by`` × ``by`` neighbours."""
+    """Return the largest of each ``by`` × ``by`` neighbours."""
     starts = np.arange(0, len(image), by)
     return np.maximum.reduceat(np.maximum.reduceat(image, starts, axis=0), starts, axis=1)
 
 
 def _relative(values: Float[np.ndarray, "heads bins"]) -> dict[str, Any]:
-    """Each head's values in 8 bits of its own largest."""
+    """Encode the values of each head in 8 bits, relative to its largest value."""
     top = np.nan_to_num(values).max(1, initial=0)
     scaled = np.nan_to_num(values) / np.where(top > 0, top, 1)[:, None]
     return {"top": [float(x) for x in top], "data": pack(np.round(255 * scaled).astype(np.uint8))}
 
 
 def _halves(values: Float[np.ndarray, "*any"]) -> dict[str, Any]:
-    """float16: three significant digits."""
+    """Encode values as float16: three significant digits."""
     return {**pack(values.astype(np.float16).view(np.uint16)), "half": True}
 
 
 def _vertical(run: PatternRun, example: PatternExample, heads: list[int]) -> list[float | None]:
-    """Each segment's vertical score, mean over the receiver heads."""
+    """Return the vertical score of each segment, averaged over the receiver heads."""
     if not heads:
         return []
     table = np.array([vertical_scores(run.blocks[i], example.segments) for i in heads])
@@ -121,7 +124,7 @@ def _vertical(run: PatternRun, example: PatternExample, heads: list[int]) -> lis
 
 
 def decode_patterns(data: dict[str, Any]) -> AttentionPatterns:
-    """The AttentionPatterns that a report was given, as far as it holds them: marginals and blocks to 8 bits."""
+    """Decode the AttentionPatterns of a report; marginals and blocks come back with 8 bits."""
     number = {f"L{i}H{j}": (i, j) for i in range(data["layers"]) for j in range(data["heads"])}
     heads, exact = ([number[n] for n in data[k]] for k in ("names", "exact"))
     examples = [_decode_example(e, heads, exact) for e in data["examples"]]
@@ -138,10 +141,9 @@ def _decode_example(data: dict[str, Any], heads: list, exact: list) -> PatternEx
         maps = np.zeros((len(heads), len(edges) - 1, len(edges) - 1), np.uint8)
         for group in run["maps"]:
             bins = group["bins"]
-            held = np.concatenate([png.decode(s) for s in group["sheets"]]).reshape(-1, bins, bins)
+            coarse_maps = np.concatenate([png.decode(s) for s in group["sheets"]]).reshape(-1, bins, bins)
             by = -(-maps.shape[1] // bins)
-            fine = held.repeat(by, 1).repeat(by, 2)[:, : maps.shape[1], : maps.shape[2]]
-            maps[group["heads"]] = fine
+            maps[group["heads"]] = coarse_maps.repeat(by, 1).repeat(by, 2)[:, : maps.shape[1], : maps.shape[2]]
         n = data["tokens"]
         rows = run["rows"]
         queries = np.array([] if rows is None else rows["queries"], dtype=np.int64)

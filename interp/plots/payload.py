@@ -1,7 +1,7 @@
-"""What the page embeds: results → JSON that the page draws and `Report.read` opens again.
+"""Effects and attention statistics as JSON that the page draws and `Report.read` opens again.
 
-Means and intervals are plain numbers, so that other programs can read them; the full tables are packed
-(see `codec`), exact to the last bit.
+Means and intervals are plain numbers, so that other programs can read them. The full tables are packed (see `codec`),
+exact to the last bit. Patterns, circuits and curves have their own modules.
 """
 
 from __future__ import annotations
@@ -13,28 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.errors import InterpError
-from interp.plots.circuit_payload import (
-    CircuitLike,
-    CurveLike,
-    decode_circuit,
-    decode_curve,
-    encode_circuit,
-    encode_curve,
-)  # fmt: skip
 from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
 from interp.plots.labels import visible
 from interp.plots.panels import Axis, EdgePanel, Panel, Variant, split
-from interp.plots.pattern_payload import decode_patterns, encode_patterns
-from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.results.effects import ADDED, COLUMNS, Effects, recovery_columns
 
-Result = Effects | AttentionStats | AttentionPatterns | CircuitLike | CurveLike | str
-
 
 def clean_json(value: Any) -> Any:
-    """Any provenance value as strict JSON: numpy scalars unwrapped, NaN and infinity as text, the rest as str."""
+    """Convert any value to strict JSON: numpy scalars to numbers, NaN and infinity to text, others to str."""
     if isinstance(value, dict):
         return {str(k): clean_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):
@@ -47,21 +34,21 @@ def clean_json(value: Any) -> Any:
 
 
 def numbers(array: np.ndarray) -> list[float | None]:
-    """Row-major floats with None for NaN."""
+    """Return row-major floats, with None for NaN and infinity."""
     return [x if math.isfinite(x) else None for x in np.asarray(array, dtype=float).reshape(-1).tolist()]
 
 
 # ---- effects -------------------------------------------------------------------------------------------
 
 
-def encode_effects(effects: Effects) -> dict[str, Any]:
-    """One Effects as JSON: the panels with their summaries, and the table itself."""
+def encode_effects(effects: Effects, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Encode one Effects as JSON: the panels with their summaries, and the table itself."""
     f: Any = effects.frame()
     table: dict[str, Any] = {}
-    derived = recovery_columns(f)
+    derived = recovery_columns(f)  # stored only if the table holds other values
     for column, dtype in COLUMNS.items():
-        if column in derived and _same(f[column].to_numpy(), derived[column]):
-            table[column] = {"derived": True}  # the page and `decode_effects` compute it again, to the bit
+        if column in derived and np.array_equal(f[column].to_numpy(), derived[column], equal_nan=True):
+            table[column] = {"derived": True}  # the page and `decode_effects` compute the same bits again
         elif dtype == "float64":
             table[column] = pack(f[column].to_numpy())
         else:
@@ -70,7 +57,7 @@ def encode_effects(effects: Effects) -> dict[str, Any]:
     return {
         "kind": "effects",
         "rows": len(f),
-        "provenance": clean_json(effects.provenance),
+        "provenance": provenance,
         "panels": [_encode_panel(panel) for panel in panels],
         "row_variants": pack(_row_variants(panels, len(f))),
         "token_labels": [visible(t, 18) for t in table["token"]["values"]],
@@ -80,7 +67,7 @@ def encode_effects(effects: Effects) -> dict[str, Any]:
 
 
 def decode_effects(data: dict[str, Any]) -> Effects:
-    """The Effects that `encode_effects` was given."""
+    """Decode what `encode_effects` made."""
     table: dict[str, Any] = data["table"]
     f = pd.DataFrame(index=range(data["rows"]))
     for column, dtype in COLUMNS.items():
@@ -92,10 +79,6 @@ def decode_effects(data: dict[str, Any]) -> Effects:
         else:
             f[column] = unpack(packed) if "data" in packed else unpack_dictionary(packed, dtype)
     return Effects(f, data["provenance"])
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a, b, equal_nan=True)
 
 
 def _encode_panel(panel: Panel) -> dict[str, Any]:
@@ -112,7 +95,7 @@ def _encode_panel(panel: Panel) -> dict[str, Any]:
 
 
 def _row_variants(panels: list[Panel], n_rows: int) -> np.ndarray:
-    """Which variant each row of the table belongs to, counting through all panels."""
+    """Return the number of the variant that each row of the table belongs to, counted through all panels."""
     owner = np.zeros(n_rows, dtype=np.int32)
     for i, variant in enumerate(v for panel in panels for v in panel.variants):
         owner[variant.rows] = i
@@ -141,7 +124,7 @@ def _encode_variant(panel: Panel, variant: Variant) -> dict[str, Any]:
 
 
 def _example_titles(f: pd.DataFrame) -> list[dict[str, Any]]:
-    """Every example's number and the beginning of its text, where the table has its tokens."""
+    """Return the number of every example, and the beginning of its text if the table has its tokens."""
     tokens = f.dropna(subset=["position"]).drop_duplicates(["example", "position"]).sort_values("position")
     texts = {e: "".join(visible(t, 18) for t in part["token"]) for e, part in tokens.groupby("example")}
     return [
@@ -152,11 +135,11 @@ def _example_titles(f: pd.DataFrame) -> list[dict[str, Any]]:
 # ---- attention statistics ------------------------------------------------------------------------------
 
 
-def encode_attention(stats: AttentionStats) -> dict[str, Any]:
-    """Attention statistics as JSON, with per-head means; examples are added one by one by the report."""
+def encode_attention(stats: AttentionStats, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Encode attention statistics as JSON with per-head means; the report adds examples one by one."""
     return {
         "kind": "attention",
-        "provenance": clean_json(stats.provenance),
+        "provenance": provenance,
         "backends": {str(k): v for k, v in stats.backends.items()},
         "n": len(stats),
         "layers": stats.n_layers,
@@ -169,17 +152,17 @@ def encode_attention(stats: AttentionStats) -> dict[str, Any]:
 def _encode_statistic(stats: AttentionStats, name: str) -> dict[str, Any]:
     definitions = stats.provenance.get("definitions")
     definition = definitions.get(name) if isinstance(definitions, dict) else None
-    index = stats.values[name][0].dtype.kind in "iu"  # a position: its mean over positions means nothing
+    is_position = stats.values[name][0].dtype.kind in "iu"  # the mean of positions has no meaning
     return {
         "name": name,
         "per": "key" if name in KEY_STATISTICS else "query",
         "definition": definition if isinstance(definition, str) else "",
-        "mean": None if index else numbers(stats.per_head(name)),
+        "mean": None if is_position else numbers(stats.per_head(name)),
     }
 
 
 def encode_example(stats: AttentionStats, i: int, every: int = 1) -> dict[str, Any]:
-    """One prompt's tokens and its statistics of every head at every token, or at every ``every``-th."""
+    """Encode one prompt: its tokens, and the statistics of every head at every ``every``-th token."""
     tokens = stats.tokens[i][::every]
     return {
         "tokens": tokens,
@@ -190,7 +173,7 @@ def encode_example(stats: AttentionStats, i: int, every: int = 1) -> dict[str, A
 
 
 def decode_attention(data: dict[str, Any]) -> AttentionStats:
-    """The AttentionStats that a report was given, as far as its examples are in the page."""
+    """Decode the AttentionStats of a report, with the examples that the page contains."""
     examples = data["examples"]
     names = [s["name"] for s in data["statistics"]]
     values: dict[str, Any] = {name: [unpack(e["values"][name]) for e in examples] for name in names}
@@ -204,41 +187,22 @@ def decode_attention(data: dict[str, Any]) -> AttentionStats:
     return AttentionStats([list(e["tokens"]) for e in examples], values, backends, provenance)
 
 
-# ---- the block -----------------------------------------------------------------------------------------
+# ---- prose, and the whole block ------------------------------------------------------------------------
+
+
+def encode_prose(text: str, _: dict[str, Any]) -> dict[str, Any]:
+    """Encode a paragraph between results."""
+    return {"kind": "prose", "text": text}
+
+
+def decode_prose(data: dict[str, Any]) -> str:
+    """Decode what `encode_prose` made."""
+    return str(data["text"])
 
 
 def dump(payload: dict[str, Any]) -> str:
-    """JSON that may stand inside ``<script>``: pure ASCII, and no character that HTML looks at."""
+    """Write JSON that is safe inside ``<script>``: pure ASCII, without the characters that HTML interprets."""
     text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text  # ensure_ascii has already escaped U+2028 and U+2029
-
-
-def encode(result: Result) -> dict[str, Any]:
-    """One result as JSON, without its examples (`interp.plots.budget` adds those that there is room for)."""
-    if isinstance(result, Effects):
-        return encode_effects(result)
-    if isinstance(result, AttentionStats):
-        return encode_attention(result)
-    if isinstance(result, AttentionPatterns):
-        return encode_patterns(result, clean_json(result.provenance))
-    if isinstance(result, str):
-        return {"kind": "prose", "text": result}
-    if isinstance(result, CircuitLike):
-        return encode_circuit(result, clean_json(result.provenance))
-    return encode_curve(result, clean_json(result.recipe))
-
-
-def decode(data: dict[str, Any]) -> Result:
-    """One result from its JSON."""
-    kinds = {
-        "effects": decode_effects, "attention": decode_attention, "patterns": decode_patterns,
-        "circuit": decode_circuit, "curve": decode_curve, "prose": lambda d: str(d["text"]),
-    }  # fmt: skip
-    if data.get("kind") not in kinds:
-        raise InterpError(f"this report holds a result of an unknown kind {data.get('kind')!r}; upgrade interp")
-    try:
-        return kinds[data["kind"]](data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InterpError(f"this report is damaged: a {data['kind']} result lacks {error}") from None

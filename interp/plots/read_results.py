@@ -1,4 +1,4 @@
-"""Read back whatever a run left in a folder."""
+"""Read all results that a run wrote into a folder."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Result = Any  # Effects, AttentionStats, AttentionPatterns or Circuit
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """Every results file of a folder (or one file) by its name: effects in the order made, then attention, circuits.
+    """Read every results file of a folder, or one file, by its name: effects first, then attention and circuits.
 
-    Raises InterpError if there is none.
+    Within each group the order is that of creation. Raises InterpError if there are no results.
     """
     if not path.exists():
-        raise InterpError(f"{path} does not exist: give the folder that a run wrote to")
+        raise InterpError(f"{path} does not exist: pass the folder that a run wrote to")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.suffix != ".json" else []
     circuits = [p for p in (sorted(path.glob("*.json")) if path.is_dir() else [path]) if _is_circuit(p)]
-    found: dict[str, Result] = {file.stem: _read(file) for file in files}
+    results: dict[str, Result] = {file.stem: _read(file) for file in files}
     if circuits:
         from interp.circuits import Circuit
 
-        found |= {file.stem: Circuit.read(file) for file in circuits}
-    if not found:
+        results |= {file.stem: Circuit.read(file) for file in circuits}
+    if not results:
         raise InterpError(f"{path} holds no .parquet results and no circuits")
-    made = {name: str(result.provenance.get("created", "")) for name, result in found.items()}
-    return dict(sorted(found.items(), key=lambda item: (not isinstance(item[1], Effects), made[item[0]])))
+    created = {name: str(result.provenance.get("created", "")) for name, result in results.items()}
+    return dict(sorted(results.items(), key=lambda item: (not isinstance(item[1], Effects), created[item[0]])))
 
 
 def _is_circuit(file: Path) -> bool:
@@ -45,7 +45,7 @@ def _is_circuit(file: Path) -> bool:
 
 
 def _read(file: Path) -> Result:
-    """One file by the kind that its header names. InterpError, about statistics, for anything else."""
+    """Read one file as effects, patterns or statistics; InterpError from the last attempt if it is none of these."""
     for kind in (Effects, AttentionPatterns):
         try:
             return kind.read(file)

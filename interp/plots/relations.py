@@ -1,6 +1,6 @@
-"""More plotly figures: a head's pattern, faithfulness over circuit size, estimates against exact effects, layer curves.
+"""Plotly figures of relations: a head's pattern, faithfulness by size, estimates against exact effects, layer curves.
 
-As in `interp.plots.figures`, each carries its own theme, and plotly's global templates are left alone.
+As in `interp.plots.figures`, each figure has its own theme, and plotly's global templates are not changed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from interp.plots.circuit_payload import CurveLike
 from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.figures import FONT
 from interp.plots.labels import visible
+from interp.plots.panels import INTERVALS
 from interp.results.attention_patterns import AttentionPatterns, Head, head_name
 from interp.results.effects import SITE_COLUMNS, Effects
 
@@ -26,13 +27,14 @@ LINE = DIVERGING[2]
 def attention_map(
     patterns: AttentionPatterns, head: Head, *, example: int = 0, run: str = "clean", title: str | None = None
 ) -> go.Figure:
-    """What one head reads: queries down, keys across, colour by √p. Of a long prompt each cell is its largest weight.
+    """Draw the attention pattern of one head: queries down, keys across, colour by √p.
 
-    Raises InterpError for a head, example or run that was not collected.
+    In a long prompt each cell shows the largest weight of the tokens in it. Raises InterpError for a head, example or
+    run that was not collected.
     """
     if not 0 <= example < len(patterns) or run not in patterns.examples[example].runs:
         raise InterpError(f"there is no run {run!r} of prompt {example}: {patterns!r}")
-    p, held = patterns.map(head, example, run), patterns.examples[example]
+    p, prompt = patterns.map(head, example, run), patterns.examples[example]
     figure = go.Figure(
         go.Heatmap(z=np.sqrt(p), customdata=p, colorscale=scale(SEQUENTIAL), zmin=0, zmax=1,
                    hovertemplate="%{y} → %{x}: %{customdata:.3f}<extra></extra>",
@@ -41,8 +43,8 @@ def attention_map(
     figure.update_layout(**_theme(title or f"{head_name(head)}, {run}, prompt {example}"), width=560, height=560)
     figure.update_yaxes(title_text="query", autorange="reversed", showgrid=False)
     figure.update_xaxes(title_text="key", showgrid=False)
-    if not held.pooled and held.n_tokens <= 60:
-        labels = [escape(visible(t, 18)) for t in held.runs[run].tokens]
+    if not prompt.pooled and prompt.n_tokens <= 60:
+        labels = [escape(visible(t, 18)) for t in prompt.runs[run].tokens]
         ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels}
         figure.update_xaxes(**ticks, tickangle=-45)
         figure.update_yaxes(**ticks)
@@ -50,7 +52,7 @@ def attention_map(
 
 
 def faithfulness(curve: CurveLike, *, title: str | None = None) -> go.Figure:
-    """Faithfulness of circuits of several sizes, with its 95% band; the recipe stands below the title."""
+    """Draw the faithfulness of circuits by size, with its 95% band; the title names the ablation."""
     f = curve.frame()
     figure = go.Figure()
     if np.isfinite(f["lo"]).all():
@@ -73,7 +75,7 @@ def faithfulness(curve: CurveLike, *, title: str | None = None) -> go.Figure:
 def exact_against_estimated(
     exact: Effects, estimated: Effects, *, value: str = "raw", title: str | None = None
 ) -> go.Figure:
-    """One point a site: what patching measures against what an estimate of the same sites says, with their correlation.
+    """Draw exact effects against estimated effects, one point for each site, with their correlation.
 
     Raises InterpError if the tables have no site in common.
     """
@@ -105,12 +107,12 @@ def exact_against_estimated(
 
 
 def layer_curve(effects: Effects, *, value: str = "effect", title: str | None = None) -> go.Figure:
-    """Mean effect of each layer with its 95% interval, a line for each component and intervention."""
+    """Draw the mean effect of each layer with its 95% interval, one line for each component and intervention."""
     rows: Any = effects.summary(by=["component", "intervention", "mode", "metric", "layer"])
     f = rows.dropna(subset=["layer", value])
     if f.empty:
         raise InterpError(f"no layer has a {value!r} to draw")
-    lo, hi = {"effect": ("lo", "hi"), "pooled": ("pooled_lo", "pooled_hi"), "raw": ("raw_lo", "raw_hi")}[value]
+    lo, hi = INTERVALS[value]
     figure = go.Figure()
     for names, part in f.groupby(["component", "intervention", "mode", "metric"], sort=False):
         part = part.sort_values("layer")

@@ -1,7 +1,7 @@
 """`report(*results)`: one self-contained HTML page with its numbers inside.
 
 The page needs no network: style, script and data are inline, and its content-security policy forbids
-everything else. Its parts live in ``page/``; `payload` says what is embedded.
+everything else. Its scripts and style are in ``page/``; `interp.plots.kinds` lists what can be embedded.
 """
 
 from __future__ import annotations
@@ -16,16 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from interp.errors import InterpError
-from interp.plots import budget, payload
-from interp.plots.circuit_payload import CircuitLike, CurveLike
+from interp.plots import budget, kinds, payload
 from interp.plots.colors import COLORS
+from interp.plots.kinds import Result
 from interp.plots.template import fill_template
-from interp.results.attention_patterns import AttentionPatterns
-from interp.results.attention_stats import AttentionStats
-from interp.results.effects import Effects
 from interp.utils.files import result_file
 
 log = logging.getLogger("interp")
@@ -36,15 +31,15 @@ DATA_BLOCK = re.compile(r'<script type="application/json" id="interp-report">(.*
 
 
 class Report:
-    """Results in reading order, and the page that shows them. Made by `report` and `Report.read`.
+    """Results in reading order, and the page that shows them. `report` and `Report.read` return one.
 
-    ``sections`` are (name, result) pairs; a result is an Effects, an AttentionStats, an AttentionPatterns, a Circuit, a
+    ``sections`` are (name, result) pairs. A result is an Effects, an AttentionStats, an AttentionPatterns, a Circuit, a
     Curve or a string of prose.
     """
 
     def __init__(
         self,
-        sections: list[tuple[str | None, payload.Result]],
+        sections: list[tuple[str | None, Result]],
         *,
         title: str | None = None,
         notes: str | None = None,
@@ -52,15 +47,17 @@ class Report:
     ):
         _check(sections)
         if max_bytes is not None and not (isinstance(max_bytes, int | float) and max_bytes > 0):
-            raise InterpError(f"max_bytes={max_bytes!r}: a number of bytes above 0 expected, or None for the default")
+            raise InterpError(
+                f"max_bytes must be a number of bytes above 0, or None for the default; got {max_bytes!r}"
+            )
         self.sections = list(sections)
         self.title = title or _default_title(sections)
         self.notes = notes
         self.max_bytes = max_bytes
 
     @property
-    def results(self) -> list[payload.Result]:
-        """The results without their names."""
+    def results(self) -> list[Result]:
+        """The results, without their names."""
         return [result for _, result in self.sections]
 
     def __repr__(self) -> str:
@@ -82,7 +79,7 @@ class Report:
         )
 
     def to_plotly(self) -> dict[str, Any]:
-        """The page's maps and curves as plotly figures, by name, to change or save: means over all examples."""
+        """Return the maps and curves as plotly figures by name: means over all examples, to change or save."""
         from interp.plots.static import figures_of
 
         return figures_of(self.sections)
@@ -96,10 +93,10 @@ class Report:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
-        """Open a page that `write` wrote and take its numbers out again, identical to the last bit.
+        """Read the results from a page that `write` wrote, identical to the last bit.
 
-        If the page held only the first examples of attention statistics (it says so), these are what comes
-        back, and their provenance has ``report_examples``.
+        If the page contains only the first examples of attention results, which it states, only these come back, and
+        their provenance has ``report_examples``.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -116,13 +113,13 @@ class Report:
                 raise InterpError(
                     f"{path} was written by a newer interp (schema {data['schema']}); upgrade interp to read it"
                 )
-            sections = [(d.get("name"), payload.decode(d)) for d in data["results"]]
+            sections = [(d.get("name"), kinds.decode(d)) for d in data["results"]]
             return cls(sections, title=data["title"], notes=data["notes"])
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InterpError(f"the embedded results of {path} are damaged: {error}") from None
 
     def _payload(self) -> dict[str, Any]:
-        encoded = [{"name": name, **payload.encode(result)} for name, result in self.sections]
+        encoded = [{"name": name, **kinds.encode(result)} for name, result in self.sections]
         page = {
             "format": "interp.report",
             "schema": SCHEMA_VERSION,
@@ -132,19 +129,19 @@ class Report:
             "results": encoded,
         }
         bound = self.max_bytes or budget.default_bytes(self.results)
-        room = bound - len(fill_template(self.title, payload.dump(page)))
-        budget.add_examples(self.results, encoded, room)
-        self._mind_the_size(encoded, bound, len(fill_template(self.title, payload.dump(page))))
+        n_bytes = bound - len(fill_template(self.title, payload.dump(page)))
+        budget.add_examples(self.results, encoded, n_bytes)
+        self._check_size(encoded, bound, len(fill_template(self.title, payload.dump(page))))
         return page
 
-    def _mind_the_size(self, encoded: list[dict[str, Any]], bound: int, size: int) -> None:
-        """A page that cannot be made small enough says which part is to blame. A bound that was asked for is kept."""
+    def _check_size(self, encoded: list[dict[str, Any]], bound: int, size: int) -> None:
+        """Raise InterpError if the page is larger than ``max_bytes``; log it if the default bound is exceeded."""
         if size <= bound:
             return
-        largest = ", ".join(f"{what}: {n / 1e6:.1f} MB" for what, n in budget.parts(encoded)[:3])
+        largest = ", ".join(f"{what}: {n / 1e6:.1f} MB" for what, n in budget.sizes_of(encoded)[:3])
         message = (
-            f"the page is {size / 1e6:.1f} MB, over its budget of {bound / 1e6:.1f} MB, with as few examples as can be "
-            f"shown ({largest}). Leave out the largest result, report fewer examples of it "
+            f"the page is {size / 1e6:.1f} MB, over its budget of {bound / 1e6:.1f} MB, with the fewest examples "
+            f"possible ({largest}). Leave out the largest result, report fewer examples of it "
             "(e.g. effects.where(example=0)), or pass a larger max_bytes"
         )
         if self.max_bytes is not None:
@@ -153,72 +150,61 @@ class Report:
 
 
 def report(
-    *results: payload.Result | Mapping[str, payload.Result],
+    *results: Result | Mapping[str, Result],
     title: str | None = None,
     notes: str | None = None,
     max_bytes: int | None = None,
 ) -> Report:
-    """Put results on one page: ``report(effects, stats).write("ioi.html")``.
+    """Put results on one page.
 
-    Results appear in the given order. A string becomes a paragraph between them; a mapping names its
-    results (``{"Patching": effects}``). All results must come from the same model. ``max_bytes`` (default: 1.5 MB; 5 MB
-    where a prompt has more than 64 tokens) bounds the page by leaving out attention of later examples, then detail
-    of the first (the page says what); effects always go in whole. What is still too large raises InterpError where a
-    bound was asked for, and is logged where not.
+        effects = interp.patch(model, pairs, model.sites("z"))
+        stats = model.attention_stats(pairs)
+        interp.report({"Patching heads": effects}, "A paragraph.", stats, title="IOI").write("ioi.html")
+
+    Results appear in the order of the arguments. A string becomes a paragraph; a mapping names its results. All results
+    must come from the same model.
+
+    ``max_bytes`` bounds the page (default: 1.5 MB; 5 MB if a prompt has more than 64 tokens). To fit, the page leaves
+    out attention of later examples, then detail of the first, and states what it left out; effects are always complete.
+    If the page is still too large, InterpError is raised if ``max_bytes`` was set; otherwise the size is logged.
     """
-    sections: list[tuple[str | None, payload.Result]] = []
+    sections: list[tuple[str | None, Result]] = []
     for result in results:
-        named = result.items() if isinstance(result, Mapping) else [(None, result)]
-        sections += [(None if name is None else str(name), r) for name, r in named]
+        items = result.items() if isinstance(result, Mapping) else [(None, result)]
+        sections += [(None if name is None else str(name), r) for name, r in items]
     return Report(sections, title=title, notes=notes, max_bytes=max_bytes)
 
 
-def _check(sections: list[tuple[str | None, payload.Result]]) -> None:
-    """Refuse what cannot make a page, before anything is computed."""
+def _check(sections: list[tuple[str | None, Result]]) -> None:
+    """Raise InterpError for results that cannot make a page, before anything is computed."""
     for i, (name, result) in enumerate(sections, start=1):
-        what = f"result {i}" + (f" ({name})" if name else "")
-        if isinstance(result, Effects):
-            if len(result) == 0:
-                raise InterpError(f"{what} is an empty Effects table: there is nothing to show")
-            if not np.isfinite(result.frame()["raw"]).any():
-                raise InterpError(
-                    f"{what}: every effect is NaN, so there is nothing to show; check the metric and the model"
-                )
-        elif isinstance(result, AttentionStats):
-            if not result.values or len(result) == 0:
-                raise InterpError(f"{what} holds attention statistics of 0 examples: there is nothing to show")
-        elif isinstance(result, AttentionPatterns):
-            if len(result) == 0 or not result.heads:
-                raise InterpError(f"{what} holds attention patterns of 0 prompts or heads: there is nothing to show")
-        elif not isinstance(result, str | CircuitLike | CurveLike):
+        label = f"result {i}" + (f" ({name})" if name else "")
+        kind = kinds.kind_of(result)
+        if kind is None:
             raise InterpError(
-                f"{what} is a {type(result).__name__}; a report takes Effects, AttentionStats, AttentionPatterns, "
+                f"{label} is a {type(result).__name__}; a report takes Effects, AttentionStats, AttentionPatterns, "
                 "Circuits, Curves, text, or a mapping from names to these"
             )
+        kind.check(result, label)
     if all(isinstance(result, str) for _, result in sections):
         raise InterpError("there is nothing to report: pass at least one Effects or AttentionStats")
     models: dict[str, str] = {}
     for i, model in _models(sections):
         models.setdefault(json.dumps(payload.clean_json(model), sort_keys=True), f"{model} (result {i})")
     if len(models) > 1:
-        which = " and ".join(models.values())
-        raise InterpError(f"one report is about one model, but these results come from {which}; write one for each")
+        names = " and ".join(models.values())
+        raise InterpError(f"one report is about one model, but these results come from {names}; write one for each")
 
 
-def _models(sections: list[tuple[str | None, payload.Result]]) -> Iterator[tuple[int, Any]]:
+def _models(sections: list[tuple[str | None, Result]]) -> Iterator[tuple[int, Any]]:
+    """Yield the number of each result and the model in its provenance."""
     for i, (_, result) in enumerate(sections, start=1):
-        model = _provenance(result).get("model")
-        # Effects.concat lists the values on which its parts disagreed
+        model = kinds.provenance_of(result).get("model")
+        # after Effects.concat of results of several models, `model` is a list
         yield from ((i, m) for m in (model if isinstance(model, list) else [model]) if m is not None)
 
 
-def _provenance(result: payload.Result) -> dict[str, Any]:
-    if isinstance(result, str):
-        return {}
-    return result.recipe if isinstance(result, CurveLike) else result.provenance
-
-
-def _default_title(sections: list[tuple[str | None, payload.Result]]) -> str:
-    provenances = [_provenance(r) for _, r in sections]
+def _default_title(sections: list[tuple[str | None, Result]]) -> str:
+    provenances = [kinds.provenance_of(r) for _, r in sections]
     parts = [next((str(p[k]) for p in provenances if isinstance(p.get(k), str)), None) for k in ("task", "model")]
     return " · ".join(dict.fromkeys(p for p in parts if p)) or "Causal effects and attention"

@@ -16,9 +16,12 @@ from interp.results.effects import Effects
 
 
 def figures_of(sections: list[tuple[str | None, Any]]) -> dict[str, go.Figure]:
-    """Figures by name: a map for each panel and variant of effects and each statistic, the first prompt's patterns of
-    exact heads (else of the first), curves. Panels with a third axis, and circuits, have no such figure."""
-    found: dict[str, go.Figure] = {}
+    """Return figures by name, for all results that can be drawn as a plotly figure.
+
+    These are a map for each panel and variant of effects and for each statistic, curves, and the patterns of the first
+    prompt for the exact heads (or the first head if there are none). Panels with a third axis, and circuits, have none.
+    """
+    figures: dict[str, go.Figure] = {}
     for number, (name, result) in enumerate(sections, 1):
         label = name or f"result {number}"
         if isinstance(result, Effects):
@@ -28,14 +31,14 @@ def figures_of(sections: list[tuple[str | None, Any]]) -> dict[str, go.Figure]:
                 for v in panel.variants:
                     value = v.default_value
                     if bool(v.effects.frame()[value].notna().any()):
-                        found[f"{label}: {panel.component}, {v.label}"] = heatmap(v.effects, value=value)
+                        figures[f"{label}: {panel.component}, {v.label}"] = heatmap(v.effects, value=value)
         elif isinstance(result, AttentionStats):
             for statistic in result.names:
                 if result.values[statistic][0].dtype.kind == "f":
-                    found[f"{label}: {statistic}"] = heads(result, statistic)
+                    figures[f"{label}: {statistic}"] = heads(result, statistic)
         elif isinstance(result, AttentionPatterns):
             for head in result.exact or result.heads[:1]:
-                found[f"{label}: {head_name(head)}"] = attention_map(result, head)
+                figures[f"{label}: {head_name(head)}"] = attention_map(result, head)
         elif isinstance(result, CurveLike):
-            found[f"{label}: faithfulness curve"] = faithfulness(result)
-    return found
+            figures[f"{label}: faithfulness curve"] = faithfulness(result)
+    return figures
