@@ -51,10 +51,10 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
     from interp.recipes.ablation import ablate
     from interp.recipes.patching import patch
     from interp.sweep.api import Sweep
-    from interp.sweep.template import TEMPLATE
+    from interp.sweep.template import sweep_template
     from interp.tasks.indirect_object import ioi
 
-    config = tomllib.loads(TEMPLATE)
+    config = tomllib.loads(sweep_template())
     config["tasks"][0]["n"] = pairs
     torch.set_num_threads(1)
     model = load("smollm2")

@@ -47,12 +47,12 @@ Show = Annotated[str, typer.Option("--log", help="auto, live, plain, json (lines
 @app.command()
 def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("sweep.toml")) -> None:
     """Write a commented sweep.toml to start from."""
-    from interp.sweep.template import TEMPLATE
+    from interp.sweep.template import sweep_template
     from interp.utils.files import publish_file
 
     if not path.parent.is_dir():
         raise InterpError(f"{path.parent} is no folder: make it first, or give another name")
-    if not publish_file(path, TEMPLATE.encode()):
+    if not publish_file(path, sweep_template().encode()):
         raise InterpError(f"{path} exists, and is left as it is: give another name")
     typer.echo(f"wrote {path}; what it costs: interp sweep plan {path}")
 

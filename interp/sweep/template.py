@@ -53,8 +53,6 @@ sites = "z"                   # z: every head; resid_pre: layer × position; mlp
 """
 
 
-def _filled_in() -> str:
+def sweep_template() -> str:
+    """Return the text of the template, with the recipes and metrics that there are."""
     return _TEMPLATE.replace("{recipes}", ", ".join(RECIPES)).replace("{metrics}", ", ".join(METRICS))
-
-
-TEMPLATE = _filled_in()

@@ -1,0 +1,95 @@
+"""Every recipe of the registry in a sweep gives what its function gives, part by part."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+import interp
+from interp.errors import InterpError
+from interp.recipes.registry import RECIPES
+from interp.sweep.config import parse
+
+UP, DOWN = ["w1 w2", "w3 w2 w4 w5 w6 w7"], ["w9 w8"]
+WORDS = ("w2", "w5", "w7", "w8")
+PAIRS = [
+    interp.PromptPair(f"w1 {a} w3 w4", f"w1 {b} w3 w4", "w95", "w96").span("name", a)
+    for a, b in zip(WORDS, (*WORDS[1:], "w9"), strict=True)
+]
+# by recipe: the table of the config, and the same as a call
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
+    "patch": ({"mode": "noise", "window": 1}, lambda m, s: interp.patch(m, PAIRS, s, mode="noise")),
+    "ablate": ({"using": "mean"}, lambda m, s: interp.ablate(m, PAIRS, s, using="mean")),
+    "trace": ({"metric": "logit_diff"}, lambda m, s: interp.trace(m, PAIRS, metric="logit_diff")),
+    "mediate": ({}, lambda m, s: interp.mediate(m, PAIRS, s)),
+    "path_patch": (
+        {"using": "mean", "receivers": "logits,q"},
+        lambda m, s: interp.path_patch(m, PAIRS, m.sites("z"), ["logits", *m.sites("q")], using="mean"),
+    ),
+    "knock_out": ({"keys": "name", "window": 1}, lambda m, s: interp.knock_out(m, PAIRS, "name", window=1)),
+    "peek": ({"full": 1, "context": "keep"}, lambda m, s: interp.peek(m, PAIRS, full=1, context="keep")),
+    "steer": (
+        {"positive": UP, "negative": DOWN, "at": "resid_pre.L1", "scale": 2},
+        lambda m, s: interp.steer(
+            m, PAIRS, s, interp.mean_difference(m, UP, DOWN, "resid_pre.L1"), scale=2.0
+        ),
+    ),
+    "leave_out": (
+        {"spans": ["name"], "instead": {"name": "w40"}},
+        lambda m, s: interp.leave_out(m, PAIRS, "name", instead={"name": "w40"}),
+    ),
+}  # fmt: skip
+
+
+def config_of(recipe: str, pairs: Any, **options: Any) -> dict[str, Any]:
+    table = {"recipe": recipe, **CASES[recipe][0], **options}
+    document = {
+        "name": recipe, "examples_per_part": 2, "models": [{"name": "tiny", "load": "tiny"}],
+        "tasks": [{"name": "own", "pairs": str(pairs), "require": 0}], "recipes": [table],
+    }  # fmt: skip
+    if RECIPES[recipe].sites is not None:
+        document["sites"] = [{"sites": "resid_pre@all,mlp_out@-1"}]
+    return document
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"clean": p.clean, "corrupt": p.corrupt, "answer": p.answer, "foil": p.foil, "spans": {"name": WORDS[i]}}
+        for i, p in enumerate(PAIRS)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_sweep_gives_what_the_function_gives(tiny, pairs, tmp_path, recipe: str) -> None:
+    model = tiny("llama")
+    sweep = interp.Sweep(config_of(recipe, pairs), tmp_path / "run", models={"tiny": model})
+    assert sweep.run().failed == 0
+    sites = [*model.sites("resid_pre", positions="all"), *model.sites("mlp_out", positions=-1)]
+    wanted = CASES[recipe][1](model, sites).frame()
+    (effects,) = sweep.effects().values()
+    got = effects.frame()
+    assert set(got["metric"]) == {"logit_diff" if recipe != "knock_out" and recipe != "leave_out" else "logprob"}
+    keys = ["example", "component", "layer", "head", "position", "sender", "role", "intervention"]
+    got, wanted = (f.sort_values(keys, kind="stable").reset_index(drop=True) for f in (got, wanted))
+    assert len(got) == len(wanted)
+    for column in ("clean", "corrupt", "patched"):
+        # parts hold other examples together than one call does: float32 products in another order
+        np.testing.assert_allclose(got[column], wanted[column], rtol=1e-4, atol=1e-5, err_msg=column)
+
+
+def test_steering_needs_its_texts_and_single_sites(pairs) -> None:
+    with pytest.raises(InterpError, match=r"recipes\[0\] lacks the key 'negative'"):
+        document = config_of("steer", pairs)
+        del document["recipes"][0]["negative"]
+        parse(document, folder=pairs.parent)
+    with pytest.raises(InterpError, match="steer takes no groups of sites, and 'movers' has some"):
+        document = config_of("steer", pairs)
+        document["sites"] = [{"name": "movers", "groups": {"a": "resid_pre.L0"}}]
+        parse(document, folder=pairs.parent)
