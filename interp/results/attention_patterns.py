@@ -1,8 +1,8 @@
-"""AttentionPatterns: what chosen prompts' heads read, as far as it can be shown and sent, without an n×n pattern.
+"""AttentionPatterns: compact attention patterns of some prompts, for display, without n×n arrays.
 
-Of every head a map of at most ``resolution``² cells (each the largest weight of what it stands for; of a prompt of at
-most ``resolution`` tokens it is the pattern itself), its mass between segments of the prompt, and two marginals; of
-some heads also the exact largest weights of every query, and exact rows.
+For every head: a map of at most ``resolution``² cells, its attention mass between segments of the prompt, and two
+marginals. A cell of the map holds the largest weight of the block it covers; for a prompt of at most ``resolution``
+tokens the map is the pattern itself. For some heads also: the exact largest weights of every query, and exact rows.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from interp.utils.html_card import card
 
 Head = tuple[int, int]  # layer, head
 Segment = tuple[str, int, int]  # name ("" for what lies between named spans), first token, end
-PROXIMITY = 4  # sentences: reading the last few is not what makes a receiver head
-FEWEST_SCORES = 6  # segments with a vertical score, for a kurtosis of them to say anything
+PROXIMITY = 4  # sentences: attention to the last few does not make a receiver head
+FEWEST_SCORES = 6  # segments with a vertical score that a kurtosis needs
 ARRAYS = ("edges", "maps", "blocks", "received", "entropy", "top_index", "top_value", "queries", "rows")
 
 
 def head_name(head: Head) -> str:
-    """``L9H6``."""
+    """Return the name of a head: ``L9H6``."""
     return f"L{head[0]}H{head[1]}"
 
 
 def roots(weights: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
-    """Weights in [0, 1] as 8 bits of their square roots: small weights keep their order."""
+    """Return weights in [0, 1] as 8 bits of their square roots, which keeps the order of small weights."""
     return np.round(255 * np.sqrt(np.clip(np.nan_to_num(weights), 0, 1))).astype(np.uint8)
 
 
 def weights_of(rooted: UInt8[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
-    """What `roots` stored: within 1/255 of the weight, and far closer where it is small."""
+    """Return the weights that `roots` stored: within 1/255 of the weight, and much closer for small weights."""
     return (rooted.astype(np.float32) / 255) ** 2
 
 
 @dataclass(frozen=True)
 class PatternRun:
-    """One forward of one prompt. Heads are in the order of `AttentionPatterns.heads`, exact ones of ``exact``."""
+    """One forward of one prompt. Heads: in the order of `AttentionPatterns.heads`; exact heads: of ``exact``."""
 
     tokens: list[str]
     maps: UInt8[np.ndarray, "heads bins bins"]  # 8 bits of √p of the largest weight in each cell
-    blocks: Float[np.ndarray, "heads segments segments"]  # share of a segment's attention that another receives
+    blocks: Float[np.ndarray, "heads segments segments"]  # share of a segment's attention that another one receives
     received: Float[np.ndarray, "heads bins"]  # mean weight that a key gets from the queries that see it
     entropy: Float[np.ndarray, "heads bins"]  # nats, mean over the queries of a bin
-    top_index: Int[np.ndarray, "exact tokens k"]  # keys of the largest weights, −1: none
+    top_index: Int[np.ndarray, "exact tokens k"]  # keys of the largest weights; −1: none
     top_value: Float[np.ndarray, "exact tokens k"]
-    queries: Int[np.ndarray, " rows"]  # whose rows are held
+    queries: Int[np.ndarray, " rows"]  # queries whose exact rows are stored
     rows: UInt8[np.ndarray, "exact rows tokens"]
 
 
 @dataclass(frozen=True)
 class PatternExample:
-    """One prompt, or a pair's clean and corrupt one: ``runs`` by name, and what both share."""
+    """One prompt, or the clean and corrupt prompt of a pair: ``runs`` by name, and what they share."""
 
     segments: list[Segment]
     edges: Int[np.ndarray, " bins+1"]  # bin r holds the tokens edges[r] <= i < edges[r + 1]
@@ -75,13 +75,13 @@ class PatternExample:
 
     @property
     def pooled(self) -> bool:
-        """Whether a cell of the maps stands for more than one weight."""
+        """Whether a cell of the maps covers more than one weight."""
         return len(self.edges) - 1 < self.n_tokens
 
 
 @dataclass(frozen=True)
 class AttentionPatterns:
-    """The patterns of some prompts. ``exact`` are the heads that have exact largest weights and rows."""
+    """The patterns of some prompts. ``exact``: the heads with exact largest weights and rows."""
 
     heads: list[Head]
     exact: list[Head]
@@ -108,38 +108,44 @@ class AttentionPatterns:
         return card("AttentionPatterns", facts)
 
     def map(self, head: Head, example: int = 0, run: str = "clean") -> Float[np.ndarray, "bins bins"]:
-        """The largest weight of every cell, to 8 bits of its root."""
+        """Return a head's map: the largest weight of every cell, to 8 bits of its square root."""
         if head not in self.heads:
-            raise InterpError(f"{head_name(head)} was not collected; collected: {_listed(self.heads)}")
+            raise InterpError(f"{head_name(head)} was not collected; collected: {_head_names(self.heads)}")
         return weights_of(self.examples[example].runs[run].maps[self.heads.index(head)])
 
     def receiver_scores(self, run: str = "clean") -> Float[np.ndarray, " heads"]:
-        """How much each head singles out a few segments: mean `receiver_score` over prompts, NaN with few segments."""
-        found = [
+        """Return how strongly each head singles out a few segments: mean `receiver_score` over prompts.
+
+        NaN where no prompt has enough segments.
+        """
+        scores = [
             [receiver_score(e.runs[run].blocks[i], e.segments) for i in range(len(self.heads))] for e in self.examples
         ]
-        table = np.array(found, dtype=float).reshape(len(self.examples), len(self.heads))
-        seen = np.isfinite(table)
-        total = np.where(seen, table, 0).sum(0)
-        return np.where(seen.any(0), total / np.maximum(seen.sum(0), 1), np.nan)
+        table = np.array(scores, dtype=float).reshape(len(self.examples), len(self.heads))
+        finite = np.isfinite(table)
+        total = np.where(finite, table, 0).sum(0)
+        return np.where(finite.any(0), total / np.maximum(finite.sum(0), 1), np.nan)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write one Parquet file, whole or not at all: a row for each prompt and run, arrays in numpy's format."""
+        """Write one Parquet file, whole or not at all; return its path.
+
+        It has one row for each prompt and run, with arrays in numpy's format.
+        """
         import pyarrow as pa
 
         rows = []
         for number, example in enumerate(self.examples):
             for name, run in example.runs.items():
-                held = {"edges": example.edges, **{k: getattr(run, k) for k in ARRAYS if k != "edges"}}
+                arrays = {"edges": example.edges, **{k: getattr(run, k) for k in ARRAYS if k != "edges"}}
                 row = {"example": number, "run": name, "tokens": run.tokens, "segments": json.dumps(example.segments)}
-                rows.append({**row, **{k: _bytes(v) for k, v in held.items()}})
+                rows.append({**row, **{k: _bytes(v) for k, v in arrays.items()}})
         facts = {"heads": self.heads, "exact": self.exact, "n_layers": self.n_layers, "n_heads": self.n_heads}
         table = pa.Table.from_pylist(rows)
         return write_parquet(table, path, kind="attention_patterns", provenance={**self.provenance, "patterns": facts})
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> AttentionPatterns:
-        """Read what `write` wrote. Raises InterpError on anything else."""
+        """Read a file that `write` wrote. Raises InterpError for any other file."""
         frame, provenance = read_parquet(path, kind="attention_patterns")
         facts = provenance.pop("patterns")
         examples: dict[int, PatternExample] = {}
@@ -154,24 +160,24 @@ class AttentionPatterns:
 
 
 def partition(spans: Mapping[str, tuple[int, int]], n_tokens: int) -> list[Segment]:
-    """Named token ranges as a division of the whole prompt: what lies between them is a segment without a name.
+    """Divide a prompt into segments by named token ranges; tokens between them form segments without a name.
 
     Where spans overlap, the shorter one keeps its tokens.
     """
     owner: list[str | None] = [None] * n_tokens
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1][0] - item[1][1]):
         owner[start:stop] = [name] * (stop - start)
-    found: list[Segment] = []
+    segments: list[Segment] = []
     for i, name in enumerate(owner):
-        if found and found[-1][0] == (name or ""):
-            found[-1] = (found[-1][0], found[-1][1], i + 1)
+        if segments and segments[-1][0] == (name or ""):
+            segments[-1] = (segments[-1][0], segments[-1][1], i + 1)
         else:
-            found.append((name or "", i, i + 1))
-    return found
+            segments.append((name or "", i, i + 1))
+    return segments
 
 
 def chunked(n_tokens: int, parts: int = 16) -> list[Segment]:
-    """A prompt without named spans in runs of equal length."""
+    """Divide a prompt without named spans into segments of equal length."""
     edges = np.unique(np.linspace(0, n_tokens, min(parts, n_tokens) + 1).astype(int)).tolist()
     return [(f"{a}–{b - 1}" if b - a > 1 else str(a), a, b) for a, b in pairwise(edges)]
 
@@ -179,40 +185,46 @@ def chunked(n_tokens: int, parts: int = 16) -> list[Segment]:
 def vertical_scores(
     blocks: Float[np.ndarray, "segments segments"], segments: Iterable[Segment], proximity: int = PROXIMITY
 ) -> Float[np.ndarray, " segments"]:
-    """Mean weight that later segments, from ``proximity`` on, give to the tokens of each; NaN where there is none.
+    """Return the mean weight that later segments, at least ``proximity`` on, give to the tokens of each segment.
 
-    The vertical score of Thought Anchors (Bogdan et al. 2025, arXiv 2506.19143): the mean over i >= j + proximity of
-    the mean of p over the tokens of segment i times those of segment j. There the segments are the sentences of a
-    trace; here, likewise, segments without a name (what lies between named spans, such as a start token) do not count,
-    nor does the one that holds the first token: most heads rest on it, and would all be heads that single it out.
+    NaN for a segment without such later segments. This is the vertical score of Thought Anchors (Bogdan et al. 2025,
+    arXiv 2506.19143): the mean over i >= j + proximity of the mean of p over the tokens of segment i times those of
+    segment j. In the paper the segments are the sentences of a trace. Likewise, segments without a name (tokens between
+    named spans, such as a start token) are not counted here, and neither is the segment with the first token: most
+    heads attend to it, and would all count as heads that single it out.
     """
-    listed = list(segments)
-    counted = [i for i, (name, start, _) in enumerate(listed) if name and start > 0]
-    width = np.array([b - a for _, a, b in listed], dtype=float)[counted]
-    mean = np.asarray(blocks, dtype=float)[np.ix_(counted, counted)] / width  # mass / keys: the block mean
-    out = np.full(len(listed), np.nan)
+    all_segments = list(segments)
+    counted = [i for i, (name, start, _) in enumerate(all_segments) if name and start > 0]
+    width = np.array([b - a for _, a, b in all_segments], dtype=float)[counted]
+    mean = np.asarray(blocks, dtype=float)[np.ix_(counted, counted)] / width  # mass / number of keys: mean of the block
+    out = np.full(len(all_segments), np.nan)
     for j in range(len(counted) - proximity):
         out[counted[j]] = mean[j + proximity :, j].mean()
     return out
 
 
 def receiver_score(blocks: Float[np.ndarray, "segments segments"], segments: list[Segment]) -> float:
-    """Excess kurtosis (population) of a head's vertical scores: high for a receiver head; NaN with fewer than six."""
+    """Return the excess kurtosis (population) of a head's vertical scores; NaN with fewer than six scores.
+
+    It is high for a receiver head.
+    """
     scores = vertical_scores(blocks, segments)
-    seen = scores[np.isfinite(scores)]
-    if len(seen) < FEWEST_SCORES:
+    finite = scores[np.isfinite(scores)]
+    if len(finite) < FEWEST_SCORES:
         return float("nan")
-    spread = seen - seen.mean()
+    spread = finite - finite.mean()
     variance = float((spread**2).mean())
-    rounding = (1e-9 * float(np.abs(seen).max())) ** 2
+    rounding = (1e-9 * float(np.abs(finite).max())) ** 2
     return float((spread**4).mean() / variance**2 - 3) if variance > rounding else float("nan")
 
 
 def _bytes(array: np.ndarray) -> bytes:
+    """Return an array in numpy's file format."""
     out = io.BytesIO()
     np.save(out, array, allow_pickle=False)
     return out.getvalue()
 
 
-def _listed(heads: list[Head]) -> str:
+def _head_names(heads: list[Head]) -> str:
+    """Return the names of at most eight heads."""
     return ", ".join(head_name(h) for h in heads[:8]) + (", …" if len(heads) > 8 else "")

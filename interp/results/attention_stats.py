@@ -1,4 +1,4 @@
-"""AttentionStats: what every head did on every prompt, as numpy, without an n×n pattern anywhere."""
+"""AttentionStats: statistics of every head on every prompt, as numpy arrays, without n×n patterns."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KEY_STATISTICS = ("received", "received_max", "fai", "column_norm")  # per key; 
 
 @dataclass(frozen=True)
 class AttentionStats:
-    """Per-head statistics of a set of prompts.
+    """Attention statistics of every head on a set of prompts.
 
-    ``tokens[i]`` are the token texts of example i; ``values[name][i]`` is an array
-    [n_layers, n_heads, n_tokens_i] (units and ranges: `headstats.stats`). A statistic is per query
-    position, except those of `KEY_STATISTICS`, which are per key position. ``backends[layer]`` says how it was
-    computed. Of an encoder–decoder model ``stack`` names what was counted, and ``keys[i]`` are the texts of what was
-    read (in cross-attention: the source), where ``argmax`` points.
+    ``tokens[i]``: token texts of example i. ``values[name][i]``: an array [n_layers, n_heads, n_tokens_i] (units and
+    ranges: `headstats.stats`). A statistic is per query position, except those of `KEY_STATISTICS`, which are per key
+    position. ``backends[layer]``: the backend that computed a layer. For an encoder–decoder model, ``stack`` names the
+    attention that was measured, and ``keys[i]`` are the token texts that it reads (in cross-attention: the source),
+    which ``argmax`` refers to.
     """
 
     tokens: list[list[str]]
@@ -38,7 +38,7 @@ class AttentionStats:
 
     @property
     def names(self) -> list[str]:
-        """The statistics that were collected."""
+        """Names of the collected statistics."""
         return list(self.values)
 
     @property
@@ -76,7 +76,7 @@ class AttentionStats:
         return card("AttentionStats", facts, ["statistic", "least", "in", "most", "in "], pd.DataFrame(rows))
 
     def frame(self) -> pd.DataFrame:
-        """One row per (example, layer, head, position), one column per statistic, and the token's text."""
+        """Return one row per (example, layer, head, position): the token text, and one column per statistic."""
         parts = []
         for i, tokens in enumerate(self.tokens):
             layers, heads, n = next(iter(self.values.values()))[i].shape
@@ -92,10 +92,10 @@ class AttentionStats:
         return pd.concat(parts, ignore_index=True).astype({"token": "string"})
 
     def per_head(self, statistic: str, *, skip_first: bool = True) -> Float[np.ndarray, "layers heads"]:
-        """Mean of a statistic over positions and examples, each example weighing the same.
+        """Return the mean of a statistic over positions and examples; every example has the same weight.
 
-        The first position sees only itself, so its entropy, distance and sink mass say nothing about the
-        head; ``skip_first=False`` includes it.
+        The first position sees only itself, so its entropy, distance and sink mass say nothing about the head;
+        ``skip_first=False`` includes it.
         """
         if statistic not in self.values:
             raise InterpError(f"statistic {statistic!r} was not collected; collected: {', '.join(self.names)}")
@@ -103,7 +103,7 @@ class AttentionStats:
         return np.mean([a[..., start:].astype(float).mean(-1) for a in self.values[statistic]], axis=0)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write one Parquet file, whole or not at all."""
+        """Write one Parquet file, whole or not at all; return its path."""
         import pyarrow as pa
 
         table = pa.Table.from_pandas(self.frame(), preserve_index=False)
@@ -113,7 +113,7 @@ class AttentionStats:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> AttentionStats:
-        """Read what `write` wrote."""
+        """Read a file that `write` wrote. Raises InterpError for any other file."""
         frame, provenance = read_parquet(path, kind="attention_stats")
         backends = {int(k): v for k, v in provenance.pop("backends", {}).items()}
         stack, keys = provenance.pop("stack", ""), provenance.pop("keys", None)

@@ -38,7 +38,7 @@ COLUMNS: dict[str, str] = {
 }
 SITE_COLUMNS = ("component", "layer", "head", "position")
 ADDED = ("sender",)  # columns that tables written by earlier versions lack
-BOOTSTRAP_ROWS = 4096
+BOOTSTRAP_ROWS = 4096  # groups whose draws are in memory at one time
 
 
 def recovery_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -57,14 +57,17 @@ def recovery_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
 
 
 class Effects:
-    """A long tidy table of causal effects and its provenance.
+    """A long tidy table of causal effects, with its provenance.
 
-    Columns: ``example``; the site (``component``, ``layer``, ``head``, ``position``; missing position =
-    all positions at once; of mlp_post ``head`` is the neuron; a group of sites has its name as component)
-    with its ``token`` text and ``role`` (named span); for an edge, the ``sender`` whose
-    path into that site was changed; ``intervention``, ``mode``
-    (``denoise``/``noise``), ``metric``; the metric on the ``clean``, ``corrupt`` and ``patched`` runs;
-    ``effect`` on the recovery scale; ``raw`` = patched − the run that was patched into.
+    Columns:
+
+    - ``example``; the site: ``component``, ``layer``, ``head``, ``position``. A missing position means all positions at
+      once. For mlp_post ``head`` is the neuron. A group of sites has its name as component.
+    - ``token`` text and ``role`` (named span) of the position; for an edge, the ``sender`` whose path into the site was
+      changed.
+    - ``intervention``, ``mode`` (``denoise`` or ``noise``), ``metric``.
+    - the metric on the ``clean``, ``corrupt`` and ``patched`` runs; ``effect`` on the recovery scale; ``raw`` = patched
+      − the run that was patched into.
     """
 
     def __init__(self, frame: pd.DataFrame, provenance: dict[str, Any] | None = None):
@@ -77,7 +80,12 @@ class Effects:
         self.provenance: dict[str, Any] = dict(provenance or {})
 
     def frame(self) -> pd.DataFrame:
-        """A copy of the table, one row per example × site."""
+        """Return a copy of the table, one row per example × site.
+
+        effects = interp.patch(model, pair, model.sites("z"))
+        table = effects.frame()
+        table.nlargest(5, "effect")[["layer", "head", "effect"]]
+        """
         return self._frame.copy()
 
     def __len__(self) -> int:
@@ -103,7 +111,7 @@ class Effects:
         return card("Effects", facts, [c for c in top if c not in ("raw_lo", "raw_hi", "pooled_lo", "pooled_hi")], top)
 
     def where(self, **conditions: Any) -> Effects:
-        """Rows whose columns equal the given values, e.g. ``effects.where(component="z", layer=9)``."""
+        """Return the rows whose columns equal values, e.g. ``effects.where(component="z", layer=9)``. None: missing."""
         _columns(conditions)
         keep = pd.Series(True, index=self._frame.index)
         for column, value in conditions.items():
@@ -120,24 +128,34 @@ class Effects:
         seed: int = 0,
         tests: bool = False,
     ) -> pd.DataFrame:
-        """Mean effect per site (or edge) with a percentile bootstrap interval over examples.
+        """Return the mean effect per site (or edge) with a percentile bootstrap interval over examples.
 
-        Returns one row per group, strongest first: ``effect``, ``lo``, ``hi`` (mean of the per-example
-        recovery), ``raw``, ``raw_lo``, ``raw_hi`` (mean change of the metric, in its own units) and
-        ``pooled``, ``pooled_lo``, ``pooled_hi`` (ratio of means: mean raw change over the mean gap; steadier
-        than a mean of ratios when some examples have a small clean–corrupt gap), and ``n`` examples.
-        Several rows of one example in a group (noise samples, tokens of a role) are averaged first.
-        Intervals are NaN with a single example: one example has no spread to resample.
-        With few examples they are too narrow, as percentile intervals are: a nominal 95% covers a normal mean in 93% of
-        draws of 24 examples, 89% of 8 and 80% of 4, and an exponential one in 90%, 83% and 74%.
+            effects = interp.patch(model, pairs, model.sites("z"))
+            effects.summary().head(5)                        # the five strongest heads
+            effects.summary(by=["layer"], tests=True)        # means by layer, with p and q
 
-        ``tests=True`` adds ``p``, of a sign-flip permutation test that the mean of ``raw`` is zero, and ``q``, its
-        Benjamini–Hochberg false discovery rate over all rows of this table (`interp.results.significance`).
+        Returns one row per group, strongest first, with the columns
+
+        - ``effect``, ``lo``, ``hi``: mean of the recovery per example;
+        - ``raw``, ``raw_lo``, ``raw_hi``: mean change of the metric, in its own units;
+        - ``pooled``, ``pooled_lo``, ``pooled_hi``: mean raw change over the mean gap. A ratio of means varies less than
+          a mean of ratios when some examples have a small clean–corrupt gap;
+        - ``n``: number of examples.
+
+        ``by``: columns that define a group; default the site, intervention, mode and metric. Several rows of one
+        example in a group (noise samples, tokens of a role) are averaged first. Intervals are NaN with a single
+        example: one example has no spread to resample. With few examples they are too narrow, as percentile intervals
+        are: a nominal 95% covers a normal mean in 93% of draws of 24 examples, 89% of 8 and 80% of 4, and an
+        exponential one in 90%, 83% and 74%.
+
+        ``tests=True`` adds ``p``, the p-value of a sign-flip permutation test that the mean of ``raw`` is zero, and
+        ``q``, its Benjamini–Hochberg false discovery rate over all rows of this table
+        (`interp.results.significance`).
         """
         edges = ["sender"] if self._frame["sender"].notna().any() else []
         keys = [*SITE_COLUMNS, *edges, "intervention", "mode", "metric"] if by is None else _columns(by)
         if not 0 < level < 1 or n_boot < 1:
-            raise InterpError(f"level={level}, n_boot={n_boot}: a share such as 0.95, and a number of draws expected")
+            raise InterpError(f"level={level}, n_boot={n_boot}: expected a share such as 0.95, and a number of draws")
         f: Any = self._frame
         if f.empty:
             raise InterpError("there are no effects to summarise: the table is empty")
@@ -156,7 +174,12 @@ class Effects:
         return out.loc[order.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write one Parquet file, whole or not at all, with provenance in its metadata."""
+        """Write one Parquet file, whole or not at all, with the provenance in its metadata; return its path.
+
+        effects = interp.patch(model, pair, model.sites("z"))
+        effects.write("results/heads.parquet")
+        same = interp.Effects.read("results/heads.parquet")
+        """
         import pyarrow as pa
 
         table = pa.Table.from_pandas(self._frame, preserve_index=False)
@@ -164,7 +187,12 @@ class Effects:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Effects:
-        """Read what `write` wrote. Raises InterpError on anything else."""
+        """Read a file that `write` wrote. Raises InterpError for any other file.
+
+        effects = interp.Effects.read("results/heads.parquet")
+        effects.summary().head(5)
+        effects.provenance["model"]
+        """
         frame, provenance = read_parquet(path, kind="effects")
         return cls(frame, provenance)
 
@@ -182,32 +210,33 @@ class Effects:
 
 
 def _columns(names: Iterable[str]) -> list[str]:
-    """Names of columns (one may stand alone). Raises InterpError for one that there is not."""
-    listed = [names] if isinstance(names, str) else list(names)
-    unknown = [c for c in listed if c not in COLUMNS]
+    """Return names of columns as a list. Raises InterpError for a column that does not exist."""
+    columns = [names] if isinstance(names, str) else list(names)
+    unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
         raise InterpError(f"no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
-    return listed
+    return columns
 
 
 def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:
-    """Percentile bootstrap over columns (examples) of [groups, examples] arrays; NaN = not measured."""
+    """Return means and percentile bootstrap intervals of [groups, examples] arrays; NaN: not measured."""
     rows = len(table["raw"])
-    if rows > BOOTSTRAP_ROWS:  # draws × groups numbers are held at one time
+    if rows > BOOTSTRAP_ROWS:
         parts = [
             _bootstrap({c: x[i : i + BOOTSTRAP_ROWS] for c, x in table.items()}, level=level, n_boot=n_boot, seed=seed)
             for i in range(0, rows, BOOTSTRAP_ROWS)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    seen = {c: np.isfinite(x) for c, x in table.items()}
-    filled = {c: np.where(seen[c], x, 0.0) for c, x in table.items()}
+    finite = {c: np.isfinite(x) for c, x in table.items()}
+    filled = {c: np.where(finite[c], x, 0.0) for c, x in table.items()}
     n_examples = table["raw"].shape[1]
     weights = resample_weights(n_examples, n_boot, seed)
 
     def statistics(w: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the statistics of every group for weights of the examples, [groups, draws]."""
         with np.errstate(invalid="ignore", divide="ignore"):
             sums = {c: filled[c] @ w.T for c in filled}
-            counts = {c: seen[c] @ w.T for c in seen}
+            counts = {c: finite[c] @ w.T for c in finite}
             return {
                 "effect": sums["effect"] / counts["effect"],
                 "raw": sums["raw"] / counts["raw"],

@@ -16,7 +16,10 @@ SCHEMA_VERSION = 1
 
 
 def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, provenance: dict[str, Any]) -> Path:
-    """Write a pyarrow table: the file is either whole or absent. Raises InterpError if it cannot be written."""
+    """Write a pyarrow table, whole or not at all; return its path. Raises InterpError if it cannot be written.
+
+    ``kind``: what the table holds, which `read_parquet` checks.
+    """
     import pyarrow.parquet as pq
 
     header = {"interp": json.dumps({"kind": kind, "schema": SCHEMA_VERSION, "provenance": provenance})}
@@ -27,7 +30,10 @@ def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, proven
 
 
 def read_parquet(path: str | os.PathLike[str], *, kind: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read a table written by `write_parquet`, checking that it is what it should be."""
+    """Read a table that `write_parquet` wrote; return it and its provenance.
+
+    Raises InterpError for a file of another kind, a damaged one, or one of a newer interp.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

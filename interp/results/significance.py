@@ -38,16 +38,17 @@ def percentile_interval(
 def sign_flip(
     values: Float[np.ndarray, "groups examples"], n_perm: int = 10_000, seed: int = 0
 ) -> Float[np.ndarray, " groups"]:
-    """Two-sided p-values that the mean of each row is zero, under the null that each value's sign is a coin toss.
+    """Return two-sided p-values of a permutation test that the mean of each row is zero.
 
-    That null is exact for paired differences that are exchangeable (Fisher 1935; one-sample permutation test).
-    Up to `EXACT_UP_TO` values per row all sign patterns are counted; beyond, ``n_perm`` are drawn by ``seed`` and
-    p = (1 + hits) / (1 + n_perm), so that it is never 0 (Phipson & Smyth 2010). NaN values are left out; a row
-    without any gives NaN. The smallest p that n values can give is 2^(1 − n).
+    Under the null hypothesis the sign of each value is random. This null is exact for paired differences that are
+    exchangeable (Fisher 1935; one-sample permutation test). With up to `EXACT_UP_TO` values per row all sign patterns
+    are counted; with more, ``n_perm`` patterns are drawn by ``seed`` and p = (1 + hits) / (1 + n_perm), so that p is
+    never 0 (Phipson & Smyth 2010). NaN values are left out; a row of NaN only gives NaN. The smallest p that n values
+    can give is 2^(1 − n).
     """
     values = np.asarray(values, dtype=float)
-    seen = np.isfinite(values)
-    x = np.where(seen, values, 0.0)
+    finite = np.isfinite(values)
+    x = np.where(finite, values, 0.0)
     n = values.shape[1]
     exact = n <= EXACT_UP_TO
     if exact:
@@ -55,16 +56,16 @@ def sign_flip(
     else:
         signs = np.random.default_rng(seed).choice((1.0, -1.0), size=(n_perm, n))
     observed = np.abs(x.sum(1))
-    slack = 1e-12 * np.abs(x).sum(1)  # the same sum in another order
+    slack = 1e-12 * np.abs(x).sum(1)  # rounding of the same sum in another order
     hits = np.zeros(len(x))
     for part in np.array_split(signs, max(1, len(signs) // 1000)):
         hits += (np.abs(x @ part.T) >= (observed - slack)[:, None]).sum(1)
     p = hits / len(signs) if exact else (1 + hits) / (1 + len(signs))
-    return np.where(seen.any(1), p, np.nan)
+    return np.where(finite.any(1), p, np.nan)
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """q-values: rejecting all tests with q ≤ α keeps the expected share of false discoveries at or below α.
+    """Return q-values: rejecting all tests with q ≤ α keeps the expected share of false discoveries at most α.
 
     Benjamini & Hochberg 1995: q of the i-th smallest of m p-values = min over j ≥ i of p_(j) m / j. Valid for
     independent or positively dependent tests. NaN stays NaN and does not count as a test.

@@ -14,14 +14,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+@=-]{0,99}")
 
 
 def text(value: Any) -> str:
-    """A string that is not empty."""
+    """Check that a value is a string that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a text expected")
     return value
 
 
 def name(value: Any) -> str:
-    """A label: of results, and of a folder."""
+    """Check that a value is a plain label, which names results and folders."""
     if not isinstance(value, str) or not NAME.fullmatch(value) or ".." in value:
         raise ValueError(
             "a plain name expected: letters, digits, spaces and . _ + @ = - (it names results and folders)"
@@ -30,14 +30,14 @@ def name(value: Any) -> str:
 
 
 def flag(value: Any) -> bool:
-    """true or false."""
+    """Check that a value is true or false."""
     if not isinstance(value, bool):
         raise ValueError("true or false expected")
     return value
 
 
 def whole(least: int, most: int | None = None) -> Check:
-    """An integer in a range."""
+    """Return a check for an integer in a range."""
 
     def check(value: Any) -> int:
         if not is_whole(value, least, most):
@@ -49,7 +49,7 @@ def whole(least: int, most: int | None = None) -> Check:
 
 
 def number(least: float, most: float = float("inf"), *, above: bool = False) -> Check:
-    """A finite number in a range; ``above``: the lower end excluded."""
+    """Return a check for a finite number in a range. ``above``: the lower end is excluded."""
 
     def check(value: Any) -> float:
         fine = is_number(value) and least <= value <= most
@@ -64,7 +64,7 @@ def number(least: float, most: float = float("inf"), *, above: bool = False) -> 
 
 
 def one_of(*values: str) -> Check:
-    """One of some words."""
+    """Return a check for one of some words."""
 
     def check(value: Any) -> str:
         if value not in values:
@@ -76,41 +76,41 @@ def one_of(*values: str) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """The first check that accepts the value."""
+    """Return a check that applies the first check that accepts the value."""
 
     def check(value: Any) -> Any:
-        said = []
-        for one in checks:
+        reasons = []
+        for alternative in checks:
             try:
-                return one(value)
+                return alternative(value)
             except ValueError as error:
-                said.append(str(error))
-        raise ValueError(", or ".join(said))
+                reasons.append(str(error))
+        raise ValueError(", or ".join(reasons))
 
     return check
 
 
 def list_of(check: Check, least: int = 1) -> Check:
-    """A list without repetition."""
+    """Return a check for a list of at least ``least`` different values, each checked."""
 
-    def checked(value: Any) -> list[Any]:
+    def check_list(value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) < least:
             raise ValueError(f"a list of at least {least} expected")
-        found = [check(v) for v in value]
-        if len({repr(v) for v in found}) < len(found):
+        values = [check(v) for v in value]
+        if len({repr(v) for v in values}) < len(values):
             raise ValueError("the same value twice: its results would be counted twice")
-        return found
+        return values
 
-    return checked
+    return check_list
 
 
 def dotted_key(path: Iterable[str | int]) -> str:
-    """``("recipes", 0, "mode")`` as ``recipes[0].mode``."""
+    """Return a path such as ``("recipes", 0, "mode")`` as ``recipes[0].mode``."""
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
 
 
 def without_none(value: Any) -> Any:
-    """Tables without the keys that say nothing: TOML has no null."""
+    """Return tables without the keys whose value is None: TOML has no null."""
     if isinstance(value, Mapping):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     return [without_none(v) for v in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and paths that stay where they belong."""
+"""Write files whole or not at all, and keep paths inside a folder."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StorageError(InterpError):
-    """The run directory cannot be written: full, read-only, gone. The sweep stops; what is finished stays."""
+    """The run directory cannot be written: full, read-only or gone. The run stops; finished parts are kept."""
 
 
 def digest_of(content: bytes | memoryview) -> str:
-    """BLAKE2b, 128 bits, as hex."""
+    """Return the BLAKE2b digest of 128 bits as hex."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def inside(root: Path, relative: str) -> Path:
-    """``relative`` below ``root``. InterpError if it, or what it links to, lies elsewhere."""
-    found = root / relative
+    """Return the path ``relative`` inside ``root``. InterpError if it, or what it links to, lies elsewhere."""
+    path = root / relative
     if (
         Path(relative).is_absolute()
         or ".." in Path(relative).parts
-        or not found.resolve().is_relative_to(root.resolve())
+        or not path.resolve().is_relative_to(root.resolve())
     ):
         raise InterpError(f"{root}: the path {relative!r} leads out of the run directory, and is refused")
-    return found
+    return path
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut, where the platform can."""
+    """Make names in a folder survive a power cut, where the platform supports it."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems sync names by themselves
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems sync names themselves
             raise
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
-def writing(target: Path):
-    """OSErrors as a StorageError that says what to do."""
+def writing(target: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a StorageError with a hint."""
     try:
         yield
     except OSError as error:
@@ -64,7 +64,7 @@ def writing(target: Path):
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             hint = "it is read-only here: choose another folder, or make it writable and resume"
         else:
-            hint = "resume when it is there again: what is finished is kept"
+            hint = "resume when it is back: what is finished is kept"
         raise StorageError(f"cannot write {target}: {error.strerror or error}; {hint}") from error
 
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept from looking where there is no garbage."""
+"""Pause Python's garbage collector while many long-lived objects are made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Importing and loading make a million objects, which stay; looking through them for garbage takes a third of it.
+    """Pause garbage collection inside the block.
 
-    At the end they are handed to the collector as old ones, which it need not look through at once.
+    Importing and loading make a million objects that stay; searching them for garbage takes a third of the time. At the
+    end they are put into the collector's oldest generation, which it does not search at once.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -20,5 +21,5 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_on:
             gc.freeze()
-            gc.unfreeze()  # back from the permanent generation into the oldest
+            gc.unfreeze()  # moves them from the permanent generation into the oldest
             gc.enable()

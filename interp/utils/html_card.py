@@ -1,4 +1,4 @@
-"""How objects show themselves in a notebook: a few facts and a small table, every text escaped, no style."""
+"""HTML of an object in a notebook: a few facts and a small table; text is escaped, and there is no style."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LONGEST = 300  # characters of a fact
 
 
 def card(title: str, facts: Mapping[str, Any], columns: Iterable[str] = (), frame: Any = None) -> str:
-    """HTML of a title, of facts by name, and of some columns of a small pandas table."""
-    listed = " · ".join(f"{escape(name)} <b>{escape(_short(value))}</b>" for name, value in facts.items())
-    html = f"<div><strong>{escape(title)}</strong><br>{listed}</div>"
+    """Return HTML with a title, facts by name, and some columns of a small pandas table."""
+    fact_list = " · ".join(f"{escape(name)} <b>{escape(_short(value))}</b>" for name, value in facts.items())
+    html = f"<div><strong>{escape(title)}</strong><br>{fact_list}</div>"
     if frame is None or len(frame) == 0:
         return html
     shown = [c for c in columns if c in frame]
@@ -25,6 +25,7 @@ def card(title: str, facts: Mapping[str, Any], columns: Iterable[str] = (), fram
 
 
 def _short(value: Any) -> str:
+    """Format a value; missing values become a dash."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     text = "–" if text in ("<NA>", "None", "nan") else text
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

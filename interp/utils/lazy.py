@@ -1,4 +1,4 @@
-"""Package faces whose names are imported on first use, so that importing the package is quick."""
+"""Packages whose public names are imported on first use, so that importing the package is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What made a number: package versions, code version, a hash of the prompts, the time."""
+"""Facts that reproduce a number: package versions, hashes of prompts and weights, the time."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ PACKAGES = ("interp", "torch", "transformer-lens", "transformers", "triton", "nu
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages a number depends on, and of Python: those this process began with."""
+    """Return the versions of Python and of the packages that numbers depend on, as of the first call."""
     return dict(_versions())
 
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def prompt_hash(items: Iterable[Any]) -> str:
-    """A short hash of prompts (dataclasses or strings), order included."""
+    """Return a short hash of prompts (dataclasses or strings) in their order."""
     digest = hashlib.blake2b(digest_size=8)
     for item in items:
         fields = vars(item) if hasattr(item, "__dict__") else item
-        digest.update(json.dumps(fields, sort_keys=True, default=_content).encode())
+        digest.update(json.dumps(fields, sort_keys=True, default=_as_json).encode())
     return digest.hexdigest()
 
 
-def _content(x: Any) -> Any:
-    """What JSON does not know, as what it does: of tensors all their numbers (their text form leaves some out)."""
+def _as_json(x: Any) -> Any:
+    """Turn an object into something JSON can hold; a tensor into a hash of all its numbers.
+
+    (A tensor's text form omits some numbers.)
+    """
     if hasattr(x, "detach"):
         return hashlib.blake2b(f"{tuple(x.shape)}".encode() + tensor_bytes(x), digest_size=8).hexdigest()
     return dict(x) if isinstance(x, Mapping) else str(x)
@@ -53,12 +56,12 @@ def tensor_bytes(tensor: Any) -> bytes:
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def weights_hash(named: Iterable[tuple[str, Any]]) -> str:
-    """A short hash over every weight's name, shape and up to 4,096 evenly spaced values."""
+    """Return a short hash of every weight's name, shape and up to 4,096 evenly spaced values."""
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in named:
         flat = weight.detach().flatten()
