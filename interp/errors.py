@@ -1,23 +1,23 @@
-"""The one exception users meet: a clear message, raised before long work begins."""
+"""The exceptions that users see: a clear message, raised before long work begins."""
 
 from __future__ import annotations
 
 
 class InterpError(ValueError):
-    """Bad input, explained: what was wrong and what to do. The CLI prints it and exits with code 2."""
+    """Bad input: what was wrong and what to do about it. The CLI prints the message and exits with code 2."""
 
 
 class SiteError(InterpError):
-    """A site that the model does not have (unknown component, layer or head out of range)."""
+    """A site that the model lacks: an unknown component, or a layer or head out of range."""
 
 
 class PromptError(InterpError):
-    """A prompt pair that cannot be compared (lengths differ, answer is not one token, …)."""
+    """Prompts that cannot be run or compared: lengths differ, the answer is not one token, …"""
 
 
 class TaskError(InterpError):
-    """The model does not do the task, or a task cannot be built for its tokenizer."""
+    """A task that the model does not do, or that cannot be built for its tokenizer."""
 
 
 class ModelError(InterpError):
-    """A model that cannot be loaded or whose attention cannot be routed through headstats."""
+    """A model that cannot be loaded, or whose attention cannot be routed through headstats."""

@@ -1,14 +1,14 @@
-"""Where an activation lives: `Site`, and the ordered collections of sites that recipes sweep over.
+"""Addresses of activations: `Site`, and the ordered collections of sites that recipes sweep over.
 
-Component names are TransformerLens names. A site's `position` is one of
+Component names are TransformerLens names. A site's ``position`` is one of
 
 * an int (negative counts from the end of the prompt),
-* ``None``: every position at once (one cell; ``"all"`` in text, ``z.L9H6@all``, and for `model.sites`),
+* ``None``: every position at once, as one cell (written ``"all"`` in text, ``z.L9H6@all``, and for `model.sites`),
 * ``"each"``: a sweep, one cell per position of each prompt,
 * any other string: a named span of the prompt (``"subject"``, ``"S2"``, …), all its tokens at once;
   ``"subject:first"`` and ``"subject:last"`` are its first and last token.
 
-A neuron is a site of ``mlp_post``, the input of the MLP's output projection: its number stands where heads have theirs.
+A neuron is a site of ``mlp_post``, the input of the MLP's output projection. ``head`` then holds the neuron's number.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from interp.errors import SiteError
 from interp.utils.html_card import card
 
 EACH, ALL = "each", "all"
-PLAIN = (int, str, type(None))
+PLAIN_TYPES = (int, str, type(None))
 
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """How a component is addressed: its hook name and which axes it has."""
+    """How a component is addressed: its hook name, and the axes that it has."""
 
     hook: str
     per_layer: bool = True
-    heads: str | None = None  # None, "query" or "kv" heads, or "neuron"s, which are one number wide
-    sweep_positions: bool = False  # does `model.sites(component)` enumerate positions by default?
+    heads: str | None = None  # None, "query" or "kv" heads, or "neuron"; a neuron's activation is a scalar
+    sweep_positions: bool = False  # whether `model.sites(component)` enumerates positions by default
 
 
 COMPONENTS: dict[str, ComponentSpec] = {
@@ -56,8 +56,13 @@ COMPONENTS: dict[str, ComponentSpec] = {
 class Site:
     """A frozen address in a model: (component, layer, head, position).
 
-    ``str(site)`` reads ``z.L9H6@14``; `Site.parse` reads it back. ``head`` is the number of the neuron in mlp_post,
-    which is written ``mlp_post.L9N130``.
+        site = interp.Site("z", layer=9, head=6, position=-1)  # head 9.6's output at the last token
+        interp.Site.parse("z.L9H6@-1") == site
+        interp.patch(model, pair, [site])
+
+    ``str(site)`` reads ``z.L9H6@14``; `Site.parse` reads it back. For ``mlp_post``, ``head`` is the number of a
+    neuron, written ``mlp_post.L9N130``. Raises SiteError for an unknown component, and for a layer or head that the
+    component requires or does not have.
     """
 
     component: str
@@ -68,8 +73,8 @@ class Site:
     def __post_init__(self) -> None:
         for axis in ("layer", "head", "position"):
             value = getattr(self, axis)
-            if type(value) not in PLAIN:
-                object.__setattr__(self, axis, _plain(value, axis))
+            if type(value) not in PLAIN_TYPES:
+                object.__setattr__(self, axis, _as_plain(value, axis))
         if self.component not in COMPONENTS:
             raise SiteError(f"unknown component {self.component!r}; known components: {', '.join(COMPONENTS)}")
         spec = COMPONENTS[self.component]
@@ -105,30 +110,29 @@ class Site:
         return text if self.position is None else f"{text}@{self.position}"
 
     def _repr_html_(self) -> str:
-        facts = {"layer": self.layer, "neuron" if self.spec.heads == "neuron" else "head": self.head}
-        where = "all at once" if self.position is None else self.position
-        return card(f"Site {self}", {**facts, "position": where, "hook": self.hook_name})
+        axes = {"layer": self.layer, "neuron" if self.spec.heads == "neuron" else "head": self.head}
+        position = "all at once" if self.position is None else self.position
+        return card(f"Site {self}", {**axes, "position": position, "hook": self.hook_name})
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read ``resid_pre.L3@-1``, ``z.L9H6@S2``, ``mlp_post.L9N130``. Raises SiteError on anything else."""
+        """Read ``resid_pre.L3@-1``, ``z.L9H6@S2`` or ``mlp_post.L9N130``. Raises SiteError for anything else."""
         match = re.fullmatch(r"(\w+?)(?:\.L(\d+)(?:([HN])(\d+))?)?(?:@(.+))?", text.strip())
         if not match:
             raise SiteError(f"cannot read {text!r} as a site; write e.g. 'z.L9H6' or 'resid_pre.L3@-1'")
-        component, layer, unit, head, where = match.groups()
-        neurons = component in COMPONENTS and COMPONENTS[component].heads == "neuron"
-        if unit is not None and (unit == "N") != neurons:
+        component, layer, unit, head, position_text = match.groups()
+        has_neurons = component in COMPONENTS and COMPONENTS[component].heads == "neuron"
+        if unit is not None and (unit == "N") != has_neurons:
             raise SiteError(f"cannot read {text!r}: H is the number of a head, N that of a neuron (of mlp_post)")
-        position: int | str | None = None if where == ALL else where
-        if where is not None and re.fullmatch(r"-?\d+", where):
-            position = int(where)
-        number = [None if x is None else int(x) for x in (layer, head)]
-        return cls(component, number[0], number[1], position)
+        position: int | str | None = None if position_text == ALL else position_text
+        if position_text is not None and re.fullmatch(r"-?\d+", position_text):
+            position = int(position_text)
+        return cls(component, None if layer is None else int(layer), None if head is None else int(head), position)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """From a sender's output to a receiver's input. ``str(edge)`` reads ``z.L3H1 → q.L5H0``."""
+    """The path from a sender's output to a receiver's input. ``str(edge)`` reads ``z.L3H1 → q.L5H0``."""
 
     sender: Site
     receiver: Site
@@ -138,15 +142,15 @@ class Edge:
 
     @classmethod
     def parse(cls, text: str) -> Edge:
-        """Read ``z.L3H1 → q.L5H0`` (or ``->``). Raises SiteError on anything else."""
+        """Read ``z.L3H1 → q.L5H0`` (or ``->``). Raises SiteError for anything else."""
         ends = re.split(r"→|->", text)
         if len(ends) != 2:
             raise SiteError(f"cannot read {text!r} as an edge; write e.g. 'z.L3H1 -> q.L5H0'")
         return cls(Site.parse(ends[0]), Site.parse(ends[1]))
 
 
-def _plain(number: Any, what: str) -> int | str | None:
-    """An index as Python's own int, whoever made it (numpy, pandas, torch); names and None stay."""
+def _as_plain(number: Any, what: str) -> int | str | None:
+    """Convert an index of numpy, pandas or torch to Python's int; strings and None stay as they are."""
     if number is None or isinstance(number, str):
         return number
     try:
@@ -154,20 +158,20 @@ def _plain(number: Any, what: str) -> int | str | None:
             raise TypeError
         return operator.index(number)
     except TypeError:
-        raise SiteError(f"{what}={number!r}: a whole number expected") from None
+        raise SiteError(f"{what}={number!r}: a whole number is expected") from None
 
 
-def _site(site: Site | str) -> Site:
+def _as_site(site: Site | str) -> Site:
     if not isinstance(site, Site | str):
-        raise SiteError(f"a site expected, e.g. 'z.L0H1', got {site!r:.80}")
+        raise SiteError(f"a site is expected, e.g. 'z.L0H1', got {site!r:.80}")
     return Site.parse(site) if isinstance(site, str) else site
 
 
 class Sites(Sequence[Site]):
-    """An ordered set of sites; ``a | b`` joins two, keeping order and dropping repeats."""
+    """An ordered set of sites; ``a | b`` joins two, keeps their order and drops repeats."""
 
     def __init__(self, sites: Iterable[Site | str]):
-        self._sites = tuple(dict.fromkeys(map(_site, sites)))
+        self._sites = tuple(dict.fromkeys(map(_as_site, sites)))
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -195,11 +199,11 @@ class Sites(Sequence[Site]):
         return f"Sites({'; '.join(parts) or 'empty'})"
 
 
-def _chosen(what: str, wanted: Iterable[int] | int | None, n: int) -> list[int]:
-    """Validate layer or head indices; negative ones count from the end."""
+def _check_indices(what: str, wanted: Iterable[int] | int | None, n: int) -> list[int]:
+    """Validate indices of layers, heads or neurons; None means all, negative ones count from the end."""
     if wanted is None:
         return list(range(n))
-    indices = [_plain(i, what) for i in (wanted if isinstance(wanted, Iterable) else [wanted])]
+    indices = [_as_plain(i, what) for i in (wanted if isinstance(wanted, Iterable) else [wanted])]
     for i in indices:
         if not isinstance(i, int) or not -n <= i < n:
             raise SiteError(f"{what} {i!r} is out of range: this model has {n} {what}s, 0 to {n - 1}")
@@ -219,25 +223,25 @@ def enumerate_sites(
     heads: Iterable[int] | int | None = None,
     positions: Iterable[int | str] | int | str | None = None,
 ) -> Sites:
-    """All sites of one component: the product of layers × heads × positions (of mlp_post: ``heads`` are neurons).
+    """Enumerate all sites of one component: layers × heads × positions (for mlp_post ``heads`` are neurons).
 
-    ``positions=None`` takes the component's habit: residual-stream components sweep every position
-    (``"each"``), head components (q, k, v, z, result) take all positions at once. Pass
-    ``positions="each"`` or ``positions="all"`` to say which. Raises SiteError for anything the model lacks.
+    ``positions=None`` is the component's default: residual-stream components sweep every position (``"each"``), head
+    components (q, k, v, z, result) take all positions at once. Pass ``positions="each"`` or ``positions="all"`` to
+    choose. Raises SiteError for anything that the model lacks.
     """
     if component not in COMPONENTS:
         raise SiteError(f"unknown component {component!r}; known components: {', '.join(COMPONENTS)}")
     spec = COMPONENTS[component]
     if not spec.per_layer and layers is not None:
-        raise SiteError(f"{component!r} sits before the first layer; leave layers=None")
+        raise SiteError(f"{component!r} comes before the first layer; leave layers=None")
     if spec.heads is None and heads is not None:
         raise SiteError(f"{component!r} has no heads; leave heads=None")
-    layer_list: list[int | None] = [*_chosen("layer", layers, n_layers)] if spec.per_layer else [None]
+    layer_list: list[int | None] = [*_check_indices("layer", layers, n_layers)] if spec.per_layer else [None]
     n = {"kv": n_kv_heads, "neuron": n_neurons}.get(spec.heads or "", n_heads)
     if spec.heads == "neuron" and not n:
         raise SiteError(f"this model's MLPs have no neurons that can be addressed one by one ({component!r})")
     unit = "neuron" if spec.heads == "neuron" else "head"
-    head_list: list[int | None] = [None] if spec.heads is None else [*_chosen(unit, heads, n)]
+    head_list: list[int | None] = [None] if spec.heads is None else [*_check_indices(unit, heads, n)]
     return Sites(
         Site(component, layer, head, position)
         for layer in layer_list
@@ -251,7 +255,7 @@ def _positions(positions: Iterable[int | str] | int | str | None, spec: Componen
         return [EACH if spec.sweep_positions else None]
     if isinstance(positions, str):
         return [None if positions == ALL else positions]
-    chosen = list(positions) if isinstance(positions, Iterable) else [positions]
-    if not chosen:
+    several = list(positions) if isinstance(positions, Iterable) else [positions]
+    if not several:
         raise SiteError("no positions were chosen: pass at least one, 'each' (a sweep) or 'all' (at once)")
-    return [None if p == ALL else p for p in chosen]  # type: ignore[misc]
+    return [None if p == ALL else p for p in several]  # type: ignore[misc]

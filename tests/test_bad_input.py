@@ -119,7 +119,7 @@ def test_indices_may_come_from_other_libraries(tiny, pair) -> None:
     for wrong in (1.0, True, "L1"):
         with pytest.raises(SiteError, match=r"whole number|layer"):
             model.sites("z", layers=[wrong])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(SiteError, match=r"position=1\.5: a whole number expected"):
+    with pytest.raises(SiteError, match=r"position=1\.5: a whole number is expected"):
         Site("z", 0, 0, 1.5)  # pyright: ignore[reportArgumentType]
 
 
@@ -142,7 +142,7 @@ def test_what_is_no_site_group_or_number_is_refused(tiny) -> None:
         ("samples a number", lambda: interp.trace(model, fact, samples=1.5)),
         ("window must be", lambda: interp.knock_out(model, pair, 1, window=True)),
         ("not finite", lambda: interp.steer(model, pair, "resid_pre.L0@1", torch.ones(model.d_model), float("nan"))),
-        ("a site expected", lambda: interp.patch(model, pair, [3])),
+        ("a site is expected", lambda: interp.patch(model, pair, [3])),
         ("samples a number", lambda: interp.trace(model, fact, samples=True)),
         ("noise must be positive", lambda: interp.trace(model, fact, noise=float("inf"))),
         ("a number of bytes", lambda: interp.patch(model, pair, "z.L0H0", memory=float("inf"))),

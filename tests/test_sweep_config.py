@@ -127,7 +127,11 @@ BAD = [
     ("seeds = [0, 1]", "seeds = 1", "a list of at least 1 expected"),
     ("seeds = [0, 1]", "version = 99", "written for a newer interp"),
     ("seeds = [0, 1]", "examples_per_part = true", "a whole number from 1 to 100000 expected"),
-    ("seeds = [0, 1]", 'memory = "lots"', "line 2: memory = 'lots': a number of bytes expected, or a size like '4GiB'"),
+    (
+        "seeds = [0, 1]",
+        'memory = "lots"',
+        "line 2: memory = 'lots': a number of bytes is expected, or a size like '4GiB'",
+    ),
     ("n = 20", "options = {corruption = [2020-01-01]}", "a table of plain values expected"),
     ("n = 20", "n = 1000000000000", "line 7: tasks[0].n = 1000000000000: a whole number from 1 to 10000000 expected"),
     ('sites = "z"', 'sites = "zz"', "line 18: sites[0].sites = 'zz': unknown component 'zz'; known components: embed"),

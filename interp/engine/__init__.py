@@ -1,4 +1,4 @@
-"""The engine: record base runs, write activations into them, read a metric. Sweeps meet forwards only here."""
+"""The engine: records base runs, writes activations into them, and reads a metric. Sweeps run forwards only here."""
 
 from interp.engine.cells import Cell, Cut, Write
 from interp.engine.core import Engine

@@ -1,4 +1,4 @@
-"""Base runs by lean blocks: prompts of all lengths as rows of one packed state, without a detour through the model."""
+"""Base runs computed by plain blocks: prompts of all lengths as rows of one packed state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
 from interp.prompts.model_input import as_hashable
 
-_Key = tuple[tuple[int, ...], int | None]  # ids; for a run with noise its number, which no other shares
+_RunKey = tuple[tuple[int, ...], int | None]  # token ids; for a run with noise also its number, so that it is unique
 
 
 def record_with_plain_blocks(
@@ -28,24 +28,24 @@ def record_with_plain_blocks(
     components: Sequence[str] = (),
     noise: Sequence[Tensor | None] | None = None,
 ) -> list[Run]:
-    """As `interp.engine.runs.record`, of models whose blocks are known to the letter.
+    """Record base runs as `interp.engine.runs.record` does, for models that have plain blocks.
 
-    ``frame`` was recorded on prompts at least as long.  ``components``: of `interp.engine.plain_blocks.WRITABLE`.
+    ``frame``: recorded on prompts at least as long.  ``components``: some of `interp.engine.plain_blocks.WRITABLE`.
     """
     noises = [None] * len(prompts) if noise is None else noise
-    asked = [(as_hashable(p), n) for p, n in zip(prompts, noises, strict=True)]
-    made: dict[_Key, Run] = {}
-    keys = [(ids, None if n is None else i) for i, (ids, n) in enumerate(asked)]
-    distinct = dict(zip(keys, asked, strict=True))
+    inputs = [(as_hashable(p), n) for p, n in zip(prompts, noises, strict=True)]
+    runs: dict[_RunKey, Run] = {}
+    keys = [(ids, None if n is None else i) for i, (ids, n) in enumerate(inputs)]
+    distinct = dict(zip(keys, inputs, strict=True))
     for batch in _batches(list(distinct), TOKENS_PER_FORWARD):
-        runs = _forward(model, blocks, frame, [distinct[key] for key in batch], components)
-        made |= dict(zip(batch, runs, strict=True))
-    return [made[key] for key in keys]
+        batch_runs = _forward(model, blocks, frame, [distinct[key] for key in batch], components)
+        runs |= dict(zip(batch, batch_runs, strict=True))
+    return [runs[key] for key in keys]
 
 
-def _batches(keys: list[_Key], rows: int) -> Iterator[list[_Key]]:
-    """Prompts in order of length, about ``rows`` tokens to a batch."""
-    batch: list[_Key] = []
+def _batches(keys: list[_RunKey], rows: int) -> Iterator[list[_RunKey]]:
+    """Cut prompts, in order of length, into batches of about ``rows`` tokens."""
+    batch: list[_RunKey] = []
     used = 0
     for key in sorted(keys, key=lambda key: len(key[0])):
         if batch and used + len(key[0]) > rows:
@@ -64,16 +64,16 @@ def _forward(
     prompts: Sequence[tuple[tuple[int, ...], Tensor | None]],
     components: Sequence[str],
 ) -> list[Run]:
-    """One packed forward of prompts that stand in order of length."""
+    """Run one packed forward of prompts that are in order of length."""
     pieces = _pieces(model, prompts)
-    forward, kept = PackedForward(model, (), (), frame, blocks), _Kept(components)
+    forward, store = PackedForward(model, (), (), frame, blocks), _ComponentStore(components)
     packed = lay_out(pieces, forward.layout)
     resid = packed.new_empty(len(blocks) + 1, *packed.shape)
     keys, values = [], []
     for layer, block in enumerate(blocks):
         resid[layer] = packed
-        q, k, v = block.project(packed, "qkv", forward.rotation(layer, pieces), kept.of(layer))
-        block.finish(packed, forward.attention(layer, q, k, v, pieces, pieces), kept.of(layer))
+        q, k, v = block.project(packed, "qkv", forward.rotation(layer, pieces), store.of(layer))
+        block.finish(packed, forward.attention(layer, q, k, v, pieces, pieces), store.of(layer))
         keys.append(k)
         values.append(v)
     resid[-1] = packed
@@ -83,14 +83,14 @@ def _forward(
         Run(
             ids, resid[:, span], logits[i], [k[span].transpose(0, 1) for k in keys],
             [v[span].transpose(0, 1) for v in values],
-            {c: {layer: x[span] for layer, x in layers.items()} for c, layers in kept.found.items()}, noise,
+            {c: {layer: x[span] for layer, x in layers.items()} for c, layers in store.activations.items()}, noise,
         )
         for i, ((ids, noise), span) in enumerate(zip(prompts, spans, strict=True))
     ]  # fmt: skip
 
 
 def _pieces(model: Model, prompts: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> list[Piece]:
-    """One piece for each length, of embedded tokens with their noise."""
+    """One piece for each length: embedded tokens with their noise."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, (ids, _) in enumerate(prompts):
         by_length[len(ids)].append(i)
@@ -100,28 +100,33 @@ def _pieces(model: Model, prompts: Sequence[tuple[tuple[int, ...], Tensor | None
         noises = [prompts[i][1] for i in members]
         if any(n is not None for n in noises):
             hidden = hidden + torch.stack([torch.zeros_like(hidden[0]) if n is None else n.to(hidden) for n in noises])
-        nothing = Run((), hidden[0, :0], hidden[0, 0, :0])  # there is no prefix
-        pieces.append(Piece(Group(nothing, 0), members, 0, length, [hidden]))
+        no_prefix = Run((), hidden[0, :0], hidden[0, 0, :0])
+        pieces.append(Piece(Group(no_prefix, 0), members, 0, length, [hidden]))
     return pieces
 
 
-class _Kept:
-    """Stands where a lean block looks for writes, and keeps what it is shown."""
+class _ComponentStore:
+    """Takes the place of the writes of a plain block, and stores the activations that it is shown."""
 
     def __init__(self, components: Sequence[str]):
-        self.found: dict[str, dict[int, Float[Tensor, "rows ..."]]] = {
+        self.activations: dict[str, dict[int, Float[Tensor, "rows ..."]]] = {
             c: {} for c in components if c not in ("resid_pre", "resid_post")
         }
 
     def of(self, layer: int) -> WriterOf:
-        """The writes of one layer, as `PlainBlock` asks for them."""
-        return lambda component: _Keep(self.found[component], layer) if component in self.found else None
+        """The writers of one layer, as `PlainBlock` takes them."""
+
+        def writer_of(component: str) -> _StoringWriter | None:
+            by_layer = self.activations.get(component)
+            return None if by_layer is None else _StoringWriter(by_layer, layer)
+
+        return writer_of
 
 
-class _Keep:
-    def __init__(self, into: dict[int, Tensor], layer: int):
-        self.into, self.layer = into, layer
+class _StoringWriter:
+    def __init__(self, by_layer: dict[int, Tensor], layer: int):
+        self.by_layer, self.layer = by_layer, layer
 
     def put_(self, x: Tensor, headed: bool) -> None:
-        """Keeps a copy: what is not ``headed`` may be added to in place."""
-        self.into[self.layer] = x if headed else x.clone()
+        """Store ``x``; what is not ``headed`` is copied, since the block may add to it in place."""
+        self.by_layer[self.layer] = x if headed else x.clone()

@@ -1,4 +1,4 @@
-"""What single blocks of a base run would compute if their input were different: the inputs of path patching."""
+"""Probe: what single blocks of a base run would compute on other inputs, as path patching needs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from interp.sites import COMPONENTS, Site
 
 
 class Probe:
-    """Runs blocks of one base run on changed rows from ``start`` on. The run holds attn_out, and mlp_out if any."""
+    """Runs single blocks of one base run on changed rows from ``start`` on.
+
+    The run holds attn_out, and mlp_out if the model has MLPs.
+    """
 
     def __init__(self, model: Model, frame: Frame, run: Run, start: int):
         self.model, self.frame, self.run, self.start = model, frame, run, start
@@ -47,10 +50,10 @@ class Probe:
         attention: Float[Tensor, "cells rows d_model"],
         wanted: set[str],
     ) -> dict[str, Float[Tensor, "cells rows ..."]]:
-        """The components ``wanted`` among q, k, v and mlp_out of one block.
+        """Compute those of q, k, v and mlp_out of one block that are ``wanted``.
 
-        delta: added to the block's input.  attention: added to the base run's attention output, which is otherwise
-        frozen.
+        ``delta``: added to the block's input.  ``attention``: added to the base run's attention output, which is
+        otherwise frozen.
         """
         frozen = self.run.acts["attn_out"][layer][self.start :] + attention
         site, n = Site("attn_out", layer), len(self.run)
@@ -58,7 +61,7 @@ class Probe:
         return self._run(layer, cells, self.run.resid[layer][self.start :] + delta, wanted)
 
     def attention(self, layer: int, cells: Sequence[Cell]) -> Float[Tensor, "cells rows d_model"]:
-        """Attention output of one block on the base run's input, with each cell's writes to z."""
+        """Compute the attention output of one block on the base run's input, with each cell's writes to z."""
         hidden = self.run.resid[layer][self.start :].expand(len(cells), -1, -1)
         return self._run(layer, cells, hidden, {"attn_out"})["attn_out"]
 
@@ -66,16 +69,16 @@ class Probe:
         forward = PackedForward(self.model, [self.run], (), self.frame)
         forward.changes = Changes(cells)
         piece = Piece(Group(self.run, self.start), list(range(len(cells))), self.start, len(self.run), [hidden])
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
         def keep(component: str):
             def hook(x: Tensor, hook: object) -> None:
-                found[component] = x[0].unflatten(0, (len(cells), piece.rows))
-                if wanted <= set(found):
+                outputs[component] = x[0].unflatten(0, (len(cells), piece.rows))
+                if wanted <= set(outputs):
                     raise StopForward
 
             return COMPONENTS[component].hook.format(layer=layer), hook
 
         with suppress(StopForward), hooks(self.model, *map(keep, sorted(wanted))):
             forward.run_block(layer, [piece], lay_out([piece]), lambda call: forward.attend(call, [piece]))
-        return found
+        return outputs

@@ -1,4 +1,4 @@
-"""How much memory a sweep may take beside the model's weights, and what fits into it."""
+"""The memory that a sweep may take besides the model's weights, and the batches that fit into it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", 1)
     for i in ("", "i")
 }  # fmt: skip
-LOGIT_COPIES = 3  # of a batch's logits: themselves, in float32, and what a metric makes of them
+LOGIT_COPIES = 3  # a batch's logits as they are, in float32, and the intermediate result of a metric
 
 
 def as_bytes(memory: int | float | str | None) -> int | None:
-    """``4 * 2**30``, ``"4GiB"``, ``"500 MB"`` as bytes; None stays None. Raises InterpError for anything else."""
+    """Read ``4 * 2**30``, ``"4GiB"`` or ``"500 MB"`` as bytes; None stays None. Raises InterpError for other values."""
     if memory is None:
         return None
     number: float | None = None
@@ -32,12 +32,12 @@ def as_bytes(memory: int | float | str | None) -> int | None:
         if match and match[2].lower() in UNITS:
             number = float(match[1]) * UNITS[match[2].lower()]
     if number is None or not 1 <= number < float("inf"):
-        raise InterpError(f"memory={memory!r}: a number of bytes expected, or a size like '4GiB' or '500MB'")
+        raise InterpError(f"memory={memory!r}: a number of bytes is expected, or a size like '4GiB' or '500MB'")
     return int(number)
 
 
-def width(model: Model, component: str) -> int:
-    """Numbers that a component has per token and layer."""
+def component_width(model: Model, component: str) -> int:
+    """How many scalars a component has per token and layer."""
     d_head = int(model.bridge.cfg.d_head)
     sizes = {
         "q": model.n_heads * d_head, "z": model.n_heads * d_head, "k": model.n_kv_heads * d_head,
@@ -49,7 +49,7 @@ def width(model: Model, component: str) -> int:
 
 
 class Budget:
-    """Bytes beside the weights: what base runs, rows of a packed forward and logits take, by calculation."""
+    """Bytes besides the weights, by calculation: base runs, rows of a packed forward, and logits."""
 
     def __init__(self, model: Model, limit: int | None):
         self.limit = limit
@@ -59,35 +59,35 @@ class Budget:
         self.logits = int(model.bridge.cfg.d_vocab) * self.size
 
     def run(self, length: int, components: Sequence[str]) -> float:
-        """One base run of ``length`` tokens that keeps ``components``."""
+        """Bytes of a base run of ``length`` tokens that stores ``components``."""
         model = self.model
-        kept = [c for c in components if c not in ("resid_pre", "resid_post")]
-        layers = sum(width(model, c) * (model.n_layers if COMPONENTS[c].per_layer else 1) for c in kept)
-        keys = model.n_layers * (width(model, "k") + width(model, "v"))
+        stored = [c for c in components if c not in ("resid_pre", "resid_post")]
+        layers = sum(component_width(model, c) * (model.n_layers if COMPONENTS[c].per_layer else 1) for c in stored)
+        keys = model.n_layers * (component_width(model, "k") + component_width(model, "v"))
         return self.size * length * ((model.n_layers + 1) * model.d_model + keys + layers) + self.logits
 
     def cell(self, length: int) -> float:
-        """One cell that changes everything from its first row on."""
+        """Bytes of a cell that changes ``length`` rows."""
         return length * self.row + LOGIT_COPIES * self.logits
 
     def check(self, length: int, held: float) -> None:
-        """Raise InterpError if not one cell fits beside ``held`` bytes of base runs."""
+        """Raise InterpError if not even one cell fits next to ``held`` bytes of base runs."""
         need = held + self.cell(length)
         if self.limit is not None and need > self.limit:
             raise InterpError(
                 f"memory={_unit(self.limit)} is too small for one cell on a prompt of {length} tokens: its base runs "
-                f"take about {_unit(held)} and the cell {_unit(self.cell(length))}, beside the model's weights. Give "
+                f"take about {_unit(held)} and the cell {_unit(self.cell(length))}, besides the model's weights. Give "
                 f"at least memory={_unit(1.01 * need)!r}, or use shorter prompts or a smaller dtype"
             )
 
     def batch(self, held: float, rows: int, cells: int) -> tuple[int, int]:
-        """How many rows and cells one forward may have beside ``held`` bytes: at most ``rows`` and ``cells``."""
+        """How many rows and cells one forward may have next to ``held`` bytes: at most ``rows`` and ``cells``."""
         if self.limit is None:
             return rows, cells
         free = max(self.limit - held, 0)
         cells = max(1, min(cells, int(free / 4 / (LOGIT_COPIES * self.logits))))
-        left = free - cells * LOGIT_COPIES * self.logits
-        return max(1, min(rows, int(left / self.row))), cells
+        for_rows = free - cells * LOGIT_COPIES * self.logits
+        return max(1, min(rows, int(for_rows / self.row))), cells
 
 
 def _unit(n: float) -> str:

@@ -1,4 +1,4 @@
-"""Cells: one question each, "what if these activations of this run were different?"."""
+"""Cells: each asks what a run's answer would be if some of its activations were different."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from interp.errors import PromptError
 from interp.prompts.pairs import Encoded
 from interp.sites import Site
 
-# A change here reaches other positions only in later blocks: within its own block it comes after the keys and values.
+# A change of these reaches other positions only in later blocks: they come after the keys and values of their block.
 AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_post", "mlp_out"})
 
 
@@ -21,8 +21,8 @@ AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_post",
 class Write:
     """Set the activation at ``site`` in token rows [start, stop) to ``value``, or add ``value`` to it.
 
-    ``value`` is broadcast over rows; None only in cells that are planned and not run. ``site.position`` plays
-    no part here: `rows_of` has resolved it to rows.
+    ``value`` is broadcast over rows; it is None only in cells that are planned and not run. ``site.position`` is
+    ignored: `rows_of` has resolved it to rows.
     """
 
     site: Site
@@ -41,7 +41,7 @@ class Write:
 class Cut:
     """Hide ``keys`` (token rows) from queries in rows [start, stop) of one layer's attention, before the softmax.
 
-    ``heads``: query heads concerned; None for all.
+    ``heads``: the query heads that are cut; None for all.
     """
 
     layer: int
@@ -53,7 +53,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Run number ``run``, with all ``writes`` and ``cuts`` applied in one forward."""
+    """Run number ``run`` with all ``writes`` and ``cuts`` applied in one forward."""
 
     run: int
     writes: tuple[Write, ...] = ()
@@ -61,23 +61,24 @@ class Cell:
 
     @property
     def changes(self) -> tuple[Write | Cut, ...]:
-        """Writes and cuts."""
+        """All writes and cuts."""
         return (*self.writes, *self.cuts)
 
     @property
     def first_row(self) -> int:
-        """The first position that is changed; under causal attention nothing before it can change."""
+        """The first changed position; under causal attention nothing before it can change."""
         return min(c.start for c in self.changes)
 
     @property
     def first_layer(self) -> int:
-        """The first block that has to run (resid_post of layer l is the input of block l + 1)."""
+        """The first block that must run (resid_post of layer l is the input of block l + 1)."""
         return min(c.layer for c in self.changes)
 
     def entry_stop(self, length: int) -> int:
-        """In the first block only rows before this one can change: those changed there, if after the keys and values.
+        """The row before which all changes of the first block end.
 
-        ``length``: of the run, which is the answer where keys or values change too.
+        Where all changes there come after the keys and values, only the changed rows differ. Where keys or values
+        change too, every later row can differ and the result is ``length``, the length of the run.
         """
         entering = [c for c in self.changes if c.layer == self.first_layer]
         if all(isinstance(c, Cut) or c.site.component in AFTER_KEYS for c in entering):
@@ -85,7 +86,7 @@ class Cell:
         return length
 
     def cannot_reach_logits(self, n_layers: int, length: int) -> bool:
-        """Whether the last position's logits cannot depend on it: it changes other rows where nothing reads them."""
+        """Whether the last position's logits cannot depend on this cell: nothing reads the rows that it changes."""
         if self.first_layer >= n_layers:
             return max(c.stop for c in self.changes) < length
         return self.first_layer == n_layers - 1 and self._late_stop(n_layers, length) < length
@@ -103,7 +104,7 @@ def entry_layer(site: Site) -> int:
 
 
 def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
-    """Token rows [start, stop) of a site's position in one prompt. Raises PromptError if it is not there.
+    """Token rows [start, stop) of a site's position in one prompt. Raises PromptError if the prompt lacks it.
 
     ``"name:first"`` and ``"name:last"`` are the first and last token of the span ``name``.
     """
@@ -116,8 +117,8 @@ def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
             start, stop = prompt.spans[name]
             return (start, start + 1) if end == "first" else (stop - 1, stop)
         if position not in prompt.spans:
-            known = ", ".join(map(repr, prompt.spans)) or "none"
-            raise PromptError(f"site {site} names the span {position!r}, but the prompt's spans are: {known}")
+            names = ", ".join(map(repr, prompt.spans)) or "none"
+            raise PromptError(f"site {site} names the span {position!r}, but the prompt's spans are: {names}")
         return prompt.spans[position]
     if not -n <= position < n:
         raise PromptError(f"site {site}: position {position} is outside a prompt of {n} tokens {list(prompt.tokens)}")
@@ -125,9 +126,9 @@ def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
 
 
 def write_into(activation: Tensor, write: Write, value: Tensor | None = None) -> Tensor:
-    """A copy of ``activation`` [batch, position, (head,) width] of a batch of one with the write applied.
+    """Return a copy of ``activation`` [1, position, (head,) width] with the write applied.
 
-    ``value`` takes the place of the write's own.
+    ``value``: used in place of the write's own.
     """
     value = write.value if value is None else value
     assert value is not None  # the cell is being run
@@ -141,14 +142,14 @@ def write_into(activation: Tensor, write: Write, value: Tensor | None = None) ->
 
 
 def cut_table(cuts: list[list[Cut]], n_heads: int, rows: tuple[int, int], keys: int) -> dict[str, Tensor]:
-    """The cuts of several cells in one layer as headstats arguments.
+    """Express the cuts of several cells in one layer as headstats arguments.
 
-    Queries that are named by the same cuts share a segment, and so do keys; a pair of segments is cut where some cut
-    names both.  rows: [start, stop) of the queries.
+    Queries that the same cuts name share a segment, and so do keys. A pair of segments is cut where some cut names
+    both.  ``rows``: [start, stop) of the queries.
 
     Returns q_segments [cells, rows], k_segments [cells, keys], knockout [cells, heads, Sq, Sk].
     """
-    parts = [_segments(listed, n_heads, rows, keys) for listed in cuts]
+    parts = [_segments(of_cell, n_heads, rows, keys) for of_cell in cuts]
     size = [max(table.shape[i] for *_, table in parts) for i in (1, 2)]
     whole = torch.zeros(len(cuts), n_heads, *size, dtype=torch.bool)
     for cell, (*_, table) in enumerate(parts):
@@ -158,19 +159,21 @@ def cut_table(cuts: list[list[Cut]], n_heads: int, rows: tuple[int, int], keys: 
 
 
 def _segments(cuts: list[Cut], n_heads: int, rows: tuple[int, int], keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Segment of every query and key of one cell, and which pairs are cut [heads, Sq, Sk]."""
-    named = torch.zeros(rows[1] - rows[0], max(1, len(cuts))), torch.zeros(keys, max(1, len(cuts)))
-    concerned = torch.zeros(n_heads, max(1, len(cuts)))
-    for e, cut in enumerate(cuts):
-        named[0][max(cut.start - rows[0], 0) : max(cut.stop - rows[0], 0), e] = 1
-        named[1][slice(*cut.keys), e] = 1
-        concerned[slice(None) if cut.heads is None else list(cut.heads), e] = 1
-    (queries, q), (kept, k) = (torch.unique(x, dim=0, return_inverse=True) for x in named)
-    return q, k, torch.einsum("he,qe,ke->hqk", concerned, queries, kept) > 0
+    """Return the segment of every query and key of one cell, and which pairs are cut [heads, Sq, Sk]."""
+    columns = max(1, len(cuts))
+    query_in_cut, key_in_cut = torch.zeros(rows[1] - rows[0], columns), torch.zeros(keys, columns)
+    head_in_cut = torch.zeros(n_heads, columns)
+    for i_cut, cut in enumerate(cuts):
+        query_in_cut[max(cut.start - rows[0], 0) : max(cut.stop - rows[0], 0), i_cut] = 1
+        key_in_cut[slice(*cut.keys), i_cut] = 1
+        head_in_cut[slice(None) if cut.heads is None else list(cut.heads), i_cut] = 1
+    query_segments, q = torch.unique(query_in_cut, dim=0, return_inverse=True)
+    key_segments, k = torch.unique(key_in_cut, dim=0, return_inverse=True)
+    return q, k, torch.einsum("he,qe,ke->hqk", head_in_cut, query_segments, key_segments) > 0
 
 
 def cut_mask(cuts: list[Cut], n_heads: int, length: int) -> Bool[Tensor, "heads length length"]:
-    """The cuts of one cell in one layer, cell by cell of the pattern: True where attention is cut."""
+    """Express the cuts of one cell in one layer as a mask of the pattern: True where attention is cut."""
     mask = torch.zeros(n_heads, length, length, dtype=torch.bool)
     for cut in cuts:
         heads = range(n_heads) if cut.heads is None else cut.heads

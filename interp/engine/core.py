@@ -1,4 +1,4 @@
-"""Engine: plans a sweep's cells into batches, runs them the fast or the naive way, and checks itself first."""
+"""Engine: cuts a sweep's cells into batches, runs them packed or one by one, and checks itself first."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ from interp.utils.out_of_memory import is_out_of_memory
 log = logging.getLogger("interp")
 
 EngineKind = Literal["auto", "fast", "naive"]
-Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab or columns], cell numbers) -> one number each
+Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab or columns], cell numbers) -> [cells]
 
 ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix products, keeps memory at ~100 MB
-LOGITS_PER_BATCH = 256  # cells whose full logits exist at one time
-TELLING = 4  # tokens of a prompt on which a check is taken for all
-CHECK_TOLERANCE = 1e-3  # of the logits' own scale; float32 rounding is far below
+LOGITS_PER_BATCH = 256  # cells whose full logits exist at the same time
+ENOUGH_TOKENS = 4  # a check on a prompt of so many tokens holds for all prompts
+CHECK_TOLERANCE = 1e-3  # relative to the logits' scale; float32 rounding is far below
 
 
 class Engine:
-    """Runs cells on one model. ``kind``: ``"fast"``, ``"naive"`` (one full forward per cell: the oracle), or
-    ``"auto"``: fast where it is exact, else naive, saying why in ``reason`` and in the log. ``memory``: bytes (or
-    ``"4GiB"``) that a sweep may take beside the model's weights; batches are cut to fit.
+    """Runs cells on one model.
+
+    ``kind``: ``"fast"`` (packed); ``"naive"`` (one full forward per cell: the oracle); or ``"auto"``, which is fast
+    where that is exact and else naive, with the cause in ``reason`` and in the log. ``memory``: bytes (or ``"4GiB"``)
+    that a sweep may take besides the model's weights; batches are cut to fit.
     """
 
     def __init__(self, model: Model, kind: EngineKind = "auto", memory: int | str | None = None):
@@ -60,36 +62,36 @@ class Engine:
         self.budget = Budget(model, as_bytes(memory))
         self.rows_per_batch, self.cells_per_batch = ROWS_PER_BATCH, LOGITS_PER_BATCH
         self.plain_blocks: list[PlainBlock] | None = None
-        self.planner = PLANNING.get()  # inside `explain`, cells are counted in place of being run
+        self.planner = PLANNING.get()  # inside `explain`, cells are recorded instead of run
 
     @property
     def fast(self) -> bool:
-        """Whether cells run the fast way (known after the first `record`)."""
+        """Whether cells run packed (final after the first `record`)."""
         return self.reason is None
 
     def describe(self) -> str:
-        """How cells were run, for provenance."""
+        """How cells are run, for provenance."""
         return "packed, exact" if self.fast else f"one full forward per cell ({self.reason})"
 
     def count_answered(self, n: int) -> int:
-        """Takes note of cells that a recipe answers from base runs by itself; returns their number."""
+        """Count cells that a recipe answers from base runs by itself; returns their number."""
         if self.planner is not None:
             self.planner.unasked += n
         return n
 
     def fit_batches_to_memory(self, longest: int, held: float) -> None:
-        """Cuts batches to the budget, beside ``held`` bytes of base runs whose longest has ``longest`` tokens.
+        """Limit batches to the budget, next to ``held`` bytes of base runs whose longest has ``longest`` tokens.
 
-        Raises InterpError if not one cell fits.
+        Raises InterpError if not even one cell fits.
         """
         self.budget.check(longest, held)
         self.rows_per_batch, self.cells_per_batch = self.budget.batch(held, ROWS_PER_BATCH, LOGITS_PER_BATCH)
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        """Raise SiteError, before any work, for sites that this model does not have."""
+        """Raise SiteError, before any work, for sites that this model lacks."""
         if not sites:
             raise SiteError("there are no sites to sweep: pass e.g. model.sites('z')")
-        known = self.model.bridge.hook_dict
+        hook_names = self.model.bridge.hook_dict
         heads = {"query": self.model.n_heads, "kv": self.model.n_kv_heads}
         if any(s.spec.heads == "neuron" for s in sites):
             heads["neuron"] = self.model.n_neurons
@@ -101,7 +103,7 @@ class Engine:
                 unit = "neuron" if site.spec.heads == "neuron" else "head"
                 has = f"has {unit}s 0 to {n - 1} in this model" if n else f"has no {unit}s in this model"
                 raise SiteError(f"site {site}: {site.component!r} {has}")
-            if site.hook_name not in known:
+            if site.hook_name not in hook_names:
                 raise SiteError(f"site {site}: {self.model.name} has no {site.component!r} ({site.hook_name})")
             if site.component == "resid_mid" and site.layer is not None and not self._attention_alone(site.layer):
                 raise SiteError(
@@ -114,13 +116,13 @@ class Engine:
         except NotImplementedError:
             raise SiteError(
                 f"TransformerLens has no per-head 'result' of the attention of {self.model.name}: patch 'z', which the "
-                "output projection takes to it"
+                "output projection maps to it"
             ) from None
         if self.fast and any(s.component == "embed" for s in sites):
             self._decide("what lies between the embedding and block 0 (norms, scales) is run only by full forwards")
 
     def _attention_alone(self, layer: int) -> bool:
-        """Whether resid_mid is resid_pre and the attention's output, by which it is set."""
+        """Whether resid_mid is the sum of resid_pre and the attention's output, by which it is set."""
         return (
             f"blocks.{layer}.hook_attn_out" in self.model.bridge.hook_dict
             and packed.find_other_mixer(self.model, layer) is None
@@ -134,15 +136,15 @@ class Engine:
         noise: Sequence[Tensor | None] | None = None,
         keep_kv: bool = False,
     ) -> list[Run]:
-        """Base runs of the prompts, with the components whose values will be needed.
+        """Record base runs of the prompts, with the components whose values will be needed.
 
-        ``keep_kv``: keys and values even where cells are full forwards, which need none.
+        ``keep_kv``: store keys and values even where cells are full forwards, which do not need them.
         """
         if self.fast:
             self._decide(self._obstacle())
         if self.fast:
             self.plain_blocks = None if Verified.of(self.model).plain_blocks_differ else read_plain_blocks(self.model)
-            if self.plain_blocks and self._framed(max(map(len, prompts)), components):
+            if self.plain_blocks and self._can_use_plain_runs(max(map(len, prompts)), components):
                 return record_with_plain_blocks(self.model, self.plain_blocks, self.frame, prompts, components, noise)
         with self._extra_hooks(components):
             if self.kind == "naive":
@@ -156,7 +158,7 @@ class Engine:
         return runs
 
     def _obstacle(self) -> str | None:
-        """Why a state of the model, not its structure, forbids to run it packed."""
+        """Why the model's current state, not its structure, rules out packed forwards; None if it does not."""
         if self.model.hooks_added():
             return "hooks were added to the model, which may read or change other positions"
         if self.model.bridge.training:
@@ -164,31 +166,31 @@ class Engine:
         return None
 
     def unpackable(self) -> str | None:
-        """Why this model cannot be run packed, whether that was asked for or not (known after a `record`)."""
+        """Why this model cannot be run packed, whether or not it would be (final after a `record`); None if it can."""
         if self.kind != "naive":
             return self.reason
         return self._obstacle() or packed.why_not_packed(self.model, self.frame)
 
-    def _framed(self, longest: int, components: Sequence[str]) -> bool:
-        """Whether base runs can be lean: blocks of this model were seen being called on prompts as long, and agreed."""
-        known = Verified.of(self.model).plain_base_runs
-        if known is None or known.setting != self._setting() or known.frame.length < longest:
+    def _can_use_plain_runs(self, longest: int, components: Sequence[str]) -> bool:
+        """Whether plain blocks can compute base runs: verified on this model, with a frame of prompts as long."""
+        verified = Verified.of(self.model).plain_base_runs
+        if verified is None or verified.setting != self._setting() or verified.frame.length < longest:
             return False
-        self.frame = known.frame
+        self.frame = verified.frame
         return set(components) <= WRITABLE
 
     def _setting(self) -> str:
-        """What a recorded frame depends on beside the weights."""
+        """What a recorded frame depends on besides the weights."""
         model = self.model
         return f"{model.device} {model.dtype} {vars(model.bridge.original_model.config)}"
 
     def _check_base(self, run: Run) -> None:
-        """Lets later base runs be lean if this one, recorded on the model, comes out the same."""
+        """Allow plain blocks for later base runs if they reproduce this one, which the model itself computed."""
         assert self.plain_blocks is not None
         if not has_fixed_rotary(self.model):
             return
-        (own,) = record_with_plain_blocks(self.model, self.plain_blocks, self.frame, [run.ids], (), [run.noise])
-        pairs = zip(own.tensors(), replace(run, acts={}).tensors(), strict=True)
+        (plain_run,) = record_with_plain_blocks(self.model, self.plain_blocks, self.frame, [run.ids], (), [run.noise])
+        pairs = zip(plain_run.tensors(), replace(run, acts={}).tensors(), strict=True)
         if all((a - b).abs().max().item() <= CHECK_TOLERANCE * max(b.abs().max().item(), 1.0) for a, b in pairs):
             Verified.of(self.model).plain_base_runs = VerifiedFrame(self._setting(), self.frame)
         else:
@@ -204,9 +206,9 @@ class Engine:
         done: Callable[[int], None],
         columns: Int[Tensor, "runs k"] | None = None,
     ) -> Tensor:
-        """``score`` of every cell's last-position logits, in order; ``done(n)`` is called as cells finish.
+        """Compute ``score`` of every cell's last-position logits, in order; calls ``done(n)`` as cells finish.
 
-        ``columns``: for each run the token ids of the only logits that ``score`` reads; it then gets those alone.
+        ``columns``: for each run, the token ids of the only logits that ``score`` reads; it then receives only those.
         """
         if self.planner is not None:
             self.planner.add(self, runs, cells, None if columns is None else columns.shape[1])
@@ -225,9 +227,9 @@ class Engine:
     def score_prompts(
         self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, done: Callable[[int], None]
     ) -> Tensor:
-        """``score`` of the logits of prompts that are cells of their own, in order: a full forward of each.
+        """Compute ``score`` of prompts that are cells by themselves, in order; each takes a full forward.
 
-        ``runs``: the base runs that they are compared with.
+        ``runs``: the base runs with which they are compared.
         """
         values = torch.full((len(prompts),), float("nan"), dtype=torch.float64)
         if self.planner is not None:
@@ -240,70 +242,71 @@ class Engine:
         return values
 
     def prompt_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of prompts of one length that go through the model together: unpadded, within the budget."""
+        """Numbers of prompts of one length that go through the model together, unpadded, within the budget."""
         by_length: dict[int, list[int]] = {}
         for i, n in enumerate(lengths):
             by_length.setdefault(n, []).append(i)
-        for n, some in by_length.items():
+        for n, numbers in by_length.items():
             step = max(1, min(self.rows_per_batch, TOKENS_PER_FORWARD) // n)
             step = min(step, self.cells_per_batch)
-            yield from (some[i : i + step] for i in range(0, len(some), step))
+            yield from (numbers[i : i + step] for i in range(0, len(numbers), step))
 
     def _run(
         self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score, columns: Tensor | None
     ) -> Tensor:
-        """Scores of one batch; out of memory, those of its halves."""
-        chosen = [cells[i] for i in batch]
-        wanted = None if columns is None else columns[torch.tensor([c.run for c in chosen], device=columns.device)]
+        """Scores of one batch; when memory runs out, of its halves one after the other."""
+        batch_cells = [cells[i] for i in batch]
+        cell_columns = None
+        if columns is not None:
+            cell_columns = columns[torch.tensor([c.run for c in batch_cells], device=columns.device)]
         try:
-            if self.fast and not all(self.cannot_reach_logits(runs, c) for c in chosen):
-                logits = self._forward(runs, chosen).logits(wanted)
+            if self.fast and not all(self.cannot_reach_logits(runs, c) for c in batch_cells):
+                logits = self._forward(runs, batch_cells).logits(cell_columns)
             else:
-                whole = [runs[c.run].logits for c in chosen] if self.fast else naive.run_cells(self.model, runs, chosen)
-                logits = torch.stack(whole)
-                logits = logits if wanted is None else logits.gather(1, wanted)
+                unchanged = [runs[c.run].logits for c in batch_cells]
+                logits = torch.stack(unchanged if self.fast else naive.run_cells(self.model, runs, batch_cells))
+                logits = logits if cell_columns is None else logits.gather(1, cell_columns)
             return score(logits, batch).cpu().double()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         if len(batch) == 1:
             raise InterpError(
-                f"one cell on a prompt of {len(runs[chosen[0].run])} tokens does not fit into memory: use a shorter "
-                "prompt, a smaller dtype or another device"
+                f"one cell on a prompt of {len(runs[batch_cells[0].run])} tokens does not fit into memory: use a "
+                "shorter prompt, a smaller dtype or another device"
             )
-        log.warning("engine: out of memory with %d cells in a batch; going on with half as many", len(batch))
+        log.warning("engine: out of memory with %d cells in a batch; continuing with half as many", len(batch))
         self.rows_per_batch = max(1, self.rows_per_batch // 2)
         half = len(batch) // 2
         return torch.cat([self._run(runs, cells, part, score, columns) for part in (batch[:half], batch[half:])])
 
     def cannot_reach_logits(self, runs: Sequence[Sized], cell: Cell) -> bool:
-        """Whether the cell provably changes nothing that is read, so that the base run answers it."""
+        """Whether a cell provably changes nothing that is read, so that the base run answers it."""
         return self.fast and cell.cannot_reach_logits(self.model.n_layers, len(runs[cell.run]))
 
-    def _forward(self, runs: Sequence[Run], chosen: Sequence[Cell]) -> packed.PackedForward:
-        lean = self.plain_blocks if all(w.site.component in WRITABLE for c in chosen for w in c.writes) else None
-        return packed.PackedForward(self.model, runs, chosen, self.frame, lean)
+    def _forward(self, runs: Sequence[Run], cells: Sequence[Cell]) -> packed.PackedForward:
+        is_writable = all(w.site.component in WRITABLE for c in cells for w in c.writes)
+        return packed.PackedForward(self.model, runs, cells, self.frame, self.plain_blocks if is_writable else None)
 
     def batches(self, runs: Sequence[Sized], cells: Sequence[Cell], columns: int | None = None) -> Iterator[list[int]]:
-        """Cells in order of (run, start), cut where a batch would hold too many rows or logits.
+        """Cut the cells into batches: in order of (run, start), within the limits on rows and logits.
 
-        ``columns``: how many logits are read of a cell; None: all.
-
-        Those that cannot change anything come first, together: they are answered from the base runs.
+        ``columns``: how many logits of a cell are read; None: all. Cells that cannot change anything come first,
+        together: the base runs answer them.
         """
-        most = self.cells_per_batch if columns is None else len(cells)
-        seeing = [i for i in range(len(cells)) if not self.cannot_reach_logits(runs, cells[i])]
-        blind = sorted(set(range(len(cells))) - set(seeing))
-        for i in range(0, len(blind), self.cells_per_batch):
-            yield blind[i : i + self.cells_per_batch]
+        most_cells = self.cells_per_batch if columns is None else len(cells)
+        changing = [i for i in range(len(cells)) if not self.cannot_reach_logits(runs, cells[i])]
+        unchanging = sorted(set(range(len(cells))) - set(changing))
+        for i in range(0, len(unchanging), self.cells_per_batch):
+            yield unchanging[i : i + self.cells_per_batch]
         if not self.fast:
-            yield from ([i] for i in seeing)
+            yield from ([i] for i in changing)
             return
         batch: list[int] = []
         rows = 0
-        for i in sorted(seeing, key=lambda i: (cells[i].run, cells[i].first_row)):
+        for i in sorted(changing, key=lambda i: (cells[i].run, cells[i].first_row)):
             n = len(runs[cells[i].run]) - cells[i].first_row
-            if batch and (rows + n > self.rows_per_batch or len(batch) == most):
+            if batch and (rows + n > self.rows_per_batch or len(batch) == most_cells):
                 yield batch
                 batch, rows = [], 0
             batch.append(i)
@@ -312,31 +315,31 @@ class Engine:
             yield batch
 
     def _check(self, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
-        """Before a sweep: an unpatched run and two cells must agree with the naive path, or the fast path is off.
+        """Compare an unpatched run and two cells with the naive path before a sweep; turn packing off if they differ.
 
-        Done once for each model and set of components: what makes the packed path exact is the model's structure, of
-        which prompts of a few tokens show all, and of a single one nothing.
+        Done once for each model and set of components. What makes the packed path exact is the model's structure.
+        A prompt of a few tokens shows all of that structure, a prompt of a single token shows nothing.
         """
-        changes = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
-        kind = frozenset(changes)
+        components = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
+        kind = frozenset(components)
         if kind in Verified.of(self.model).packed_changes:
             return
         run = max((c.run for c in cells), key=lambda i: len(runs[i]))
         site = Site("resid_pre", 0, position=0)
         middle = len(runs[run]) // 2
         unpatched = Cell(run, (Write(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
-        chosen = [unpatched, *random.Random(len(cells)).sample(list(cells), min(2, len(cells)))]
-        slow = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, chosen[1:])])
-        allowed = CHECK_TOLERANCE * max(slow.abs().max().item(), 1.0)
-        gap = self._gap(runs, chosen, slow)
+        sample = random.Random(len(cells)).sample(list(cells), min(2, len(cells)))
+        naive_logits = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, sample)])
+        allowed = CHECK_TOLERANCE * max(naive_logits.abs().max().item(), 1.0)
+        gap = self._gap(runs, [unpatched, *sample], naive_logits)
         if self.plain_blocks and not gap <= allowed:
-            self.plain_blocks = None  # weights that its bridges hold processed, for one: the model's own blocks know
-            gap = self._gap(runs, chosen, slow)
+            self.plain_blocks = None  # e.g. bridges hold processed weights, used by its own blocks
+            gap = self._gap(runs, [unpatched, *sample], naive_logits)
             Verified.of(self.model).plain_blocks_differ = True
         if not gap <= allowed:
             self._decide(f"its logits differ from the naive path by {gap:.1e} on this model")
             return
-        if len(runs[run]) >= TELLING:
+        if len(runs[run]) >= ENOUGH_TOKENS:
             Verified.of(self.model).packed_changes.add(kind)
 
     def _gap(self, runs: Sequence[Run], cells: Sequence[Cell], logits: Tensor) -> float:
@@ -355,7 +358,7 @@ class Engine:
 
 
 class _ResultHooks:
-    """Turns TransformerLens' per-head results on inside the block when a 'result' site needs them."""
+    """Turns on TransformerLens' per-head results inside the block when a 'result' site needs them."""
 
     def __init__(self, model: Model, needed: bool):
         self.bridge, self.needed = model.bridge, needed

@@ -8,14 +8,17 @@ import torch
 
 from interp.model.model import Model
 
-EFFICIENCY = 0.8  # of the matrix products' own rate; norms, activations and attention take the rest
+EFFICIENCY = 0.8  # of the rate of matrix products alone; norms, activations and attention take the rest of the time
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What one block costs: FLOPs of a row's matrix products (``qkv``: those before attention, ``kv``: of these without
-    queries), and of one cell of its attention pattern, over all heads; and bytes that a packed row needs at its widest.
-    """  # fmt: skip
+    """FLOPs and bytes of one block.
+
+    ``row``: FLOPs of a row's matrix products. ``qkv``: of those before attention. ``kv``: of those for keys and values
+    alone. ``pattern``: FLOPs of one cell of the attention pattern, over all heads. ``bytes``: what a packed row needs
+    at its widest.
+    """
 
     row: float
     qkv: float
@@ -25,7 +28,7 @@ class BlockCost:
 
     @classmethod
     def of(cls, model: Model) -> BlockCost:
-        """Of the model's first block; of experts only the active ones count."""
+        """Cost of the model's first block; only the active experts count."""
         block = model.bridge.blocks[0]
         config = getattr(model.bridge.original_model, "config", None)
         total = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1)
@@ -42,5 +45,5 @@ class BlockCost:
         heads, kv = model.n_heads * d_head, model.n_kv_heads * d_head
         qkv, kv = (min(attention, model.d_model * width) for width in (heads + 2 * kv, 2 * kv))
         size = torch.finfo(model.dtype).bits // 8
-        # the residual and its copies, and everything that the block's products put out
+        # the residual stream and its copies, and the outputs of all the block's products
         return cls(2 * weights, 2 * qkv, 2 * kv, 4 * heads, size * (6 * model.d_model + widest))

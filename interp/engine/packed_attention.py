@@ -1,4 +1,4 @@
-"""Attention of packed cells: each cell's own rows after its base run's prefix, many cells to a call."""
+"""Attention of packed cells: each cell's rows after its base run's prefix, with many cells in one call."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from interp.engine.packing import Piece
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
 
-SHARED_KEYS = 2048  # prefix keys × cells from which reading the prefix once beats writing it out for every cell
-SHORT = 64  # keys up to which cells that start elsewhere, or in other runs, are worth a joint call
-WASTED = 8192  # cells of attention patterns, of rows that fill a call up, that cost as much as another call
+SHARED_KEYS = 2048  # prefix keys × cells from which sharing the prefix is faster than copying it for every cell
+SHORT = 64  # up to so many keys, cells of other runs or with other first rows go into one joint call
+WASTED = 8192  # padding, in cells of attention patterns, that costs as much as another call
 
-Cuts = Callable[[Piece], dict[str, Any]]
+CutArguments = Callable[[Piece], dict[str, Any]]
 
 
 def packed_attention(
@@ -29,28 +29,27 @@ def packed_attention(
     v: Float[Tensor, "key_rows kv_heads d_value"],
     queries: Sequence[Piece],
     keys: Sequence[Piece],
-    cuts: Cuts,
+    cuts: CutArguments,
 ) -> Float[Tensor, "query_rows heads d_value"]:
-    """Attention of all packed rows.
+    """Compute attention for all packed rows.
 
-    like: the layer's recorded call, for its window, scale and the like.  queries: which rows q has; keys: for each of
-    these pieces the one of the same cells whose rows k and v have.  cuts: further arguments for a piece that needs
-    them.
+    ``like``: the layer's recorded call, for its window, scale and so on.  ``queries``: the pieces whose rows ``q``
+    holds.  ``keys``: for each of them the piece of the same cells whose rows ``k`` and ``v`` hold.  ``cuts``: further
+    arguments of headstats for a piece that has cuts.
     """
     out = q.new_empty(*q.shape[:2], v.shape[-1])
-    out[queries[-1].span.stop :] = 0  # rows that fill up
-    for some in _bundles(queries, keys, cuts):
-        if len(some) == 1:
-            own, theirs = queries[some[0]], keys[some[0]]
-            q_part = own.by_cell(q)
-            k_part, v_part, more = _alone(like.layer, theirs, k, v)
-            more |= cuts(own)
+    out[queries[-1].span.stop :] = 0  # padding rows
+    for bundle in _bundles(queries, keys, cuts):
+        if len(bundle) == 1:
+            query_piece, key_piece = queries[bundle[0]], keys[bundle[0]]
+            q_part = query_piece.by_cell(q)
+            k_part, v_part, more = _single_keys(like.layer, key_piece, k, v)
+            more |= cuts(query_piece)
         else:
-            chosen = [queries[i] for i in some]
-            q_part = _right_aligned(q, chosen)
-            k_part, v_part = _joint(like.layer, [keys[i] for i in some], k, v)
+            q_part = _right_aligned(q, [queries[i] for i in bundle])
+            k_part, v_part = _joint_keys(like.layer, [keys[i] for i in bundle], k, v)
             more = {}
-        stop = keys[some[0]].stop
+        stop = keys[bundle[0]].stop
         bias = None if like.bias is None else like.bias[:1, ..., :stop]  # per key: the same for every run
         call = replace(
             like, q=q_part.transpose(1, 2), k=k_part.transpose(1, 2), v=v_part.transpose(1, 2), key_padding=None,
@@ -58,26 +57,26 @@ def packed_attention(
         )  # fmt: skip
         result = attend(call, backend=backend, **more).out.transpose(1, 2)
         first = 0
-        for piece in (queries[i] for i in some):
+        for piece in (queries[i] for i in bundle):
             cells = len(piece.cells)
             piece.by_cell(out).copy_(result[first : first + cells, result.shape[1] - piece.rows :])
             first += cells
     return out
 
 
-def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: Cuts) -> list[list[int]]:
-    """Numbers of the pieces that go into one call: short ones of as many keys and about as many rows."""
+def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: CutArguments) -> list[list[int]]:
+    """Group the numbers of pieces that go into one call: short ones with as many keys and about as many rows."""
     joint: dict[int, list[int]] = defaultdict(list)
     out: list[list[int]] = []
-    for i, (piece, theirs) in enumerate(zip(queries, keys, strict=True)):
-        if theirs.stop > SHORT or cuts(piece):
+    for i, (piece, key_piece) in enumerate(zip(queries, keys, strict=True)):
+        if key_piece.stop > SHORT or cuts(piece):
             out.append([i])
         else:
-            joint[theirs.stop].append(i)
-    for stop, some in joint.items():
+            joint[key_piece.stop].append(i)
+    for stop, numbers in joint.items():
         bundle: list[int] = []
         wasted = 0
-        for i in sorted(some, key=lambda i: -queries[i].rows):
+        for i in sorted(numbers, key=lambda i: -queries[i].rows):
             wasted += (queries[bundle[0]].rows - queries[i].rows) * len(queries[i].cells) * stop if bundle else 0
             if not bundle or wasted > WASTED:
                 bundle, wasted = [], 0
@@ -87,10 +86,10 @@ def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: Cuts) -> lis
 
 
 def _right_aligned(x: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """[cells, most rows, ...]; a cell with fewer rows has zeros before them."""
+    """Lay rows out as [cells, most rows, ...]; a cell with fewer rows has zeros before them."""
     rows = max(p.rows for p in pieces)
-    some_shorter = any(p.rows < rows for p in pieces)
-    make = x.new_zeros if some_shorter else x.new_empty
+    needs_padding = any(p.rows < rows for p in pieces)
+    make = x.new_zeros if needs_padding else x.new_empty
     filled = make(sum(len(p.cells) for p in pieces), rows, *x.shape[1:])
     first = 0
     for piece in pieces:
@@ -100,9 +99,9 @@ def _right_aligned(x: Tensor, pieces: Sequence[Piece]) -> Tensor:
     return filled
 
 
-def _joint(layer: int, pieces: Sequence[Piece], k: Tensor, v: Tensor) -> list[Tensor]:
-    """Keys and values of all cells [cells, all keys, heads, d], prefixes written out."""
-    both = []
+def _joint_keys(layer: int, pieces: Sequence[Piece], k: Tensor, v: Tensor) -> list[Tensor]:
+    """Keys and values of all cells, each [cells, all keys, heads, d], with a copy of the prefix for every cell."""
+    keys_and_values = []
     for x, kind in ((k, "keys"), (v, "values")):
         filled = x.new_empty(sum(len(p.cells) for p in pieces), pieces[0].stop, *x.shape[1:])
         first = 0
@@ -113,15 +112,15 @@ def _joint(layer: int, pieces: Sequence[Piece], k: Tensor, v: Tensor) -> list[Te
                 part[:, :start] = getattr(piece.group.run, kind)[layer][:, :start].transpose(0, 1)
             part[:, start:] = piece.by_cell(x)
             first += cells
-        both.append(filled)
-    return both
+        keys_and_values.append(filled)
+    return keys_and_values
 
 
-def _alone(layer: int, piece: Piece, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Keys and values of one piece, its prefix shared if that pays."""
+def _single_keys(layer: int, piece: Piece, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Keys and values of one piece; its prefix is shared between cells if that is faster."""
     start, run = piece.group.start, piece.group.run
     if start and start * len(piece.cells) < SHARED_KEYS:
-        k_part, v_part = _joint(layer, [piece], k, v)
+        k_part, v_part = _joint_keys(layer, [piece], k, v)
         return k_part, v_part, {}
     shared = {"prefix": tuple(x[layer][None, :, :start] for x in (run.keys, run.values))} if start else {}
     return piece.by_cell(k), piece.by_cell(v), shared

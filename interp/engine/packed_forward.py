@@ -1,16 +1,16 @@
-"""The fast path: all cells of a batch advance through the blocks together, re-running only what can change.
+"""The fast path: all cells of a batch go through the blocks together, and only what can change is computed.
 
-Exact for causal decoders, by these facts:
+It is exact for causal decoders, for these reasons:
 
-* blocks before the first change see the base run's input: a cell enters at its first changed block;
-* under causal attention positions before the first changed one never change: only rows from there on are
-  computed, and their attention reads the base run's keys and values for the rest;
-* in its first block a change that comes after the keys and values (z, attn_out, mlp_out, q, a cut) stays in its
-  own rows: no others are computed there;
-* everything but attention acts on tokens one by one: rows of all cells are packed into one [1, rows, d]
-  hidden state, so that short prompts still fill the matrix products;
-* the metric reads the last position: the last block computes keys and values for all rows, and the rest for
-  that row alone, which alone meets the unembedding.
+* Blocks before the first change see the base run's input: a cell enters at its first changed block.
+* Under causal attention, positions before the first changed one never change: only rows from there on are
+  computed, and their attention reads the base run's keys and values for the rest.
+* In its first block, a change that comes after the keys and values (z, attn_out, mlp_out, q, a cut) stays in its
+  own rows: no other rows are computed there.
+* Everything except attention acts on each token separately: rows of all cells are packed into one [1, rows, d]
+  hidden state, so that short prompts still fill the matrix products.
+* The metric reads the last position: the last block computes keys and values for all rows, and everything else for
+  the last row only, which is the only row that is unembedded.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ DROPPED_KWARGS = (
     "attention_mask", "past_key_values", "layer_past", "use_cache", "cache_position", "encoder_attention_mask",
     "position_bias",  # a linear bias: the recorded calls hold it, per key
 )  # fmt: skip
-MIXERS = (torch.nn.Conv1d, torch.nn.RNNBase)  # of state-space branches and the like
+MIXERS = (torch.nn.Conv1d, torch.nn.RNNBase)  # modules of state-space branches and the like
 
 
 def find_other_mixer(model: Model, layer: int) -> str | None:
-    """What else but softmax attention carries something from position to position in a block, or None."""
-    found = (type(m).__name__ for m in model.bridge.blocks[layer].modules() if isinstance(m, MIXERS))
-    return next(found, None)
+    """Class name of a module that mixes positions in a block besides softmax attention; None if there is none."""
+    return next((type(m).__name__ for m in model.bridge.blocks[layer].modules() if isinstance(m, MIXERS)), None)
 
 
 def why_not_packed(model: Model, frame: Frame) -> str | None:
-    """Why this model's blocks cannot be run packed, or None."""
+    """Why this model's blocks cannot be run packed; None if they can."""
     if len(model.attention_layers) < model.n_layers:
         return "layers without softmax attention mix positions in ways of their own"
     for layer in range(model.n_layers):
@@ -68,8 +67,8 @@ def why_not_packed(model: Model, frame: Frame) -> str | None:
         return "not every layer was seen by the recorder"
     for layer, kwargs in enumerate(frame.kwargs):
         for name, value in kwargs.items():
-            known = name.startswith(ROWWISE_KWARGS) or name in DROPPED_KWARGS
-            if not known and isinstance(value, Tensor | tuple | list | dict):
+            is_handled = name.startswith(ROWWISE_KWARGS) or name in DROPPED_KWARGS
+            if not is_handled and isinstance(value, Tensor | tuple | list | dict):
                 return f"block {layer} takes {name!r}, which the packed path does not know how to slice"
     if not hasattr(model.bridge, "ln_final") or not hasattr(model.bridge, "unembed"):
         return "the model has no final norm and unembedding under their TransformerLens names"
@@ -77,11 +76,11 @@ def why_not_packed(model: Model, frame: Frame) -> str | None:
 
 
 class StopForward(Exception):
-    """Leaves a block once its keys and values are known."""
+    """Raised to leave a block once everything that is needed from it has been computed."""
 
 
 class PackedForward:
-    """One batch of cells, advanced block by block. ``lean``: the blocks in bare products, where they are known."""
+    """One batch of cells, run block by block; with ``plain_blocks`` by these instead of the model's own blocks."""
 
     def __init__(
         self,
@@ -89,13 +88,13 @@ class PackedForward:
         runs: Sequence[Run],
         cells: Sequence[Cell],
         frame: Frame,
-        lean: Sequence[PlainBlock] | None = None,
+        plain_blocks: Sequence[PlainBlock] | None = None,
     ):
-        self.model, self.cells, self.frame, self.plain_blocks = model, cells, frame, lean
-        self.table: tuple[Tensor, Tensor] | None = None  # of rotary positions
-        self.rotated: tuple[list[Piece], Tensor] | None = None  # the same for rows of pieces
-        # lean blocks take rows laid out once; the model's own are handed those that there are
-        self.layout = int if lean is None else products_for(model.dtype, model.device).rows
+        self.model, self.cells, self.frame, self.plain_blocks = model, cells, frame, plain_blocks
+        self.table: tuple[Tensor, Tensor] | None = None  # the cosines of the frame, and the rotary table made of them
+        self.rotated: tuple[list[Piece], Tensor] | None = None  # pieces, and the rotary table of their rows
+        # plain blocks take rows padded to a suitable number; the model's own blocks take the rows as they are
+        self.layout = int if plain_blocks is None else products_for(model.dtype, model.device).rows
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
@@ -104,7 +103,7 @@ class PackedForward:
         self.groups = list(groups.values())
 
     def logits(self, columns: Int[Tensor, "cells k"] | None = None) -> Float[Tensor, "cells vocab"]:
-        """Last-position logits of every cell, in the order of ``cells``; with ``columns``, those [cells, k] alone."""
+        """Compute last-position logits of every cell, in order; with ``columns``, only these token ids' [cells, k]."""
         n = self.model.n_layers
         for layer in range(n):
             pieces = self._enter(layer)
@@ -112,7 +111,7 @@ class PackedForward:
                 self._block(layer, pieces)
             elif pieces:
                 self._last_block(layer, pieces)
-        for group in self.groups:  # what changes the last block's output alone
+        for group in self.groups:  # cells that change only the last block's output
             if group.waiting:
                 group.admit(group.waiting, group.run.resid[n][-1:].expand(len(group.waiting), -1, -1))
         final = [Piece(g, g.active, len(g.run) - 1, len(g.run), g.parts) for g in self.groups]
@@ -124,7 +123,7 @@ class PackedForward:
     # ------------------------------------------------------------ which rows
 
     def _enter(self, layer: int) -> list[Piece]:
-        """The pieces that go through a block: those that are in already, and the cells whose first block it is."""
+        """The pieces that go through a block: those of earlier blocks, and the cells whose first block it is."""
         pieces = []
         for group in self.groups:
             n, resid = len(group.run), group.run.resid[layer]
@@ -150,85 +149,86 @@ class PackedForward:
     # ------------------------------------------------------------ one block
 
     def _block(self, layer: int, pieces: list[Piece]) -> None:
-        """Runs one block on the packed rows of all cells that are in."""
+        """Run one block on the packed rows of all cells that have entered."""
         packed = lay_out(pieces, self.layout)
         self._write_residual(layer, pieces, packed)
         if self.plain_blocks is None:
             packed = self.run_block(layer, pieces, packed, lambda call: self.attend(call, pieces))
         else:
-            rows = self._rows_of(layer, pieces, packed.device)
+            rows = self._writer_of(layer, pieces, packed.device)
             q, k, v = self.plain_blocks[layer].project(packed, "qkv", self.rotation(layer, pieces), rows)
             self.plain_blocks[layer].finish(packed, self.attention(layer, q, k, v, pieces, pieces), rows)
         unpack(packed, pieces)
         for piece in pieces:
-            if piece.narrow:  # from the next block on with all its rows: the others are the base run's
+            if piece.narrow:  # from the next block on with all rows: those not computed are the base run's
                 group = piece.group
                 whole = group.run.resid[layer + 1][group.start :].repeat(len(piece.cells), 1, 1)
                 whole[:, : piece.rows] = piece.parts[0]
                 group.admit(piece.cells, whole)
 
     def _last_block(self, layer: int, pieces: list[Piece]) -> None:
-        """The same, but only keys and values are computed for all rows, and the rest for the last one."""
+        """Run the last block: keys and values for all rows, everything else for the last row of each cell."""
         unpack(packed := lay_out(pieces), pieces)
         self._write_residual(layer, pieces, packed)
         wide = [p for p in pieces if not p.narrow]
         if wide:
             last = [p.last_rows() for p in wide]
-            run = self._last_rows if self.plain_blocks is None else self._plain_last_rows
-            rows = run(layer, wide, last)
+            compute = self._last_rows if self.plain_blocks is None else self._plain_last_rows
+            rows = compute(layer, wide, last)
             for piece in last:
                 piece.group.parts = [piece.by_cell(rows)]
         for piece in pieces:
-            if piece.narrow:  # rows that nothing reads any more
+            if piece.narrow:  # its changed rows are not read by anything later
                 base = piece.group.run.resid[layer + 1][-1:]
                 piece.group.admit(piece.cells, base.expand(len(piece.cells), -1, -1))
 
     def _last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
-        """The block's output in the last row of every cell."""
-        found: dict[str, Tensor] = {}
+        """Compute the block's output in the last row of every cell, by the model's own block."""
+        kv: dict[str, Tensor] = {}
 
         def keep(call: AttentionCall) -> Tensor:
-            found.update(k=rows_first(call.k), v=rows_first(call.v))
+            kv.update(k=rows_first(call.k), v=rows_first(call.v))
             raise StopForward
 
         with suppress(StopForward):
             self.run_block(layer, wide, lay_out(wide), keep)
 
         def handler(call: AttentionCall) -> Tensor:
-            return heads_first(self.attention(layer, rows_first(call.q), found["k"], found["v"], last, wide))
+            return heads_first(self.attention(layer, rows_first(call.q), kv["k"], kv["v"], last, wide))
 
         return self.run_block(layer, last, lay_out(last), handler)
 
     def _plain_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
+        """Compute the block's output in the last row of every cell, by a plain block."""
         assert self.plain_blocks is not None
         block, packed = self.plain_blocks[layer], lay_out(wide, self.layout)
-        rows = self._rows_of(layer, wide, packed.device)
+        rows = self._writer_of(layer, wide, packed.device)
         k, v = block.project(packed, "kv", self.rotation(layer, wide), rows)
         packed = lay_out(last, self.layout)
-        rows = self._rows_of(layer, last, packed.device)
+        rows = self._writer_of(layer, last, packed.device)
         (q,) = block.project(packed, "q", self.rotation(layer, last), rows)
         block.finish(packed, self.attention(layer, q, k, v, last, wide), rows)
         return packed
 
-    def _rows_of(self, layer: int, pieces: list[Piece], device: torch.device) -> WriterOf:
+    def _writer_of(self, layer: int, pieces: list[Piece], device: torch.device) -> WriterOf:
         return lambda component: self.changes.rows(layer, component, pieces, device)
 
     def rotation(self, layer: int, pieces: list[Piece]) -> Float[Tensor, "rows 2 d_head"]:
-        """Rotary tables of all rows laid out."""
+        """Rotary tables of all rows, padding included."""
         cos, sin = self.frame.kwargs[layer]["position_embeddings"]
-        if self.table is None or self.table[0] is not cos:  # layers share theirs
+        if self.table is None or self.table[0] is not cos:  # layers share their tables
             self.table = cos, rotation(cos, sin)
             self.rotated = None
         if self.rotated is None or self.rotated[0] is not pieces:
-            where = positions(pieces, self.model.device)
-            where = F.pad(where, (0, self.layout(len(where)) - len(where)))
-            self.rotated = pieces, self.table[1].index_select(0, where)
+            row_positions = positions(pieces, self.model.device)
+            row_positions = F.pad(row_positions, (0, self.layout(len(row_positions)) - len(row_positions)))
+            self.rotated = pieces, self.table[1].index_select(0, row_positions)
         return self.rotated[1]
 
     def run_block(
         self, layer: int, pieces: list[Piece], packed: Tensor, handler: Callable[[AttentionCall], Tensor]
     ) -> Tensor:
-        """The model's own block, its hooks included, on packed rows [rows, d_model]."""
+        """Run the model's own block, including its hooks, on packed rows [rows, d_model]."""
         packed = packed[None]
         kwargs = self._kwargs(layer, pieces)
         with ExitStack() as stack:
@@ -239,22 +239,22 @@ class PackedForward:
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     def _kwargs(self, layer: int, pieces: list[Piece]) -> dict[str, Any]:
-        """The block's keyword arguments for packed rows: per-position ones gathered, masks and caches dropped."""
-        where = positions(pieces, self.model.device)
+        """The block's keyword arguments for packed rows: per-position tensors gathered, masks and caches dropped."""
+        row_positions = positions(pieces, self.model.device)
 
         def gather(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(gather(v) for v in value)
-            return value[:1, where] if isinstance(value, Tensor) else value
+            return value[:1, row_positions] if isinstance(value, Tensor) else value
 
         kwargs: dict[str, Any] = {}
         for name, value in self.frame.kwargs[layer].items():
             if name == "position_ids":
-                kwargs[name] = where[None]
+                kwargs[name] = row_positions[None]
             elif name.startswith("position_embeddings"):
                 kwargs[name] = gather(value)
-            elif name == "alibi" and isinstance(value, Tensor):  # [batch · heads, 1, keys]; blocks insist on having it
-                kwargs[name] = value[: self.model.n_heads, :, where]
+            elif name == "alibi" and isinstance(value, Tensor):  # [batch · heads, 1, keys]; blocks require it
+                kwargs[name] = value[: self.model.n_heads, :, row_positions]
             elif name == "use_cache":
                 kwargs[name] = False
             else:
@@ -262,34 +262,34 @@ class PackedForward:
         return kwargs
 
     def _write_hooks(self, layer: int, pieces: list[Piece], packed: Tensor) -> Iterator[tuple[str, Any]]:
-        """Hooks that apply this layer's writes inside the block (all components but the residual inputs)."""
-        # resid_mid last, since it replaces what attention put out
+        """Hooks that apply this layer's writes inside the block (all components except the residual inputs)."""
+        # resid_mid last, since it replaces the output of attention
         for component in sorted(self.changes.components(layer), key=lambda c: c == "resid_mid"):
             rows = self.changes.rows(layer, component, pieces, packed.device)
             if rows is None:
                 continue
             spec = COMPONENTS[component]
             name = spec.hook.format(layer=layer)
-            if component == "resid_mid":  # see naive._hooks_for: the residual itself, not the MLP branch
+            if component == "resid_mid":  # see naive._write_hooks: the residual itself, not the MLP branch
                 name = f"blocks.{layer}.hook_attn_out"
                 relative = rows.value - packed[0, rows.at]
                 rows.value = relative if rows.add is None else torch.where(rows.add, rows.value, relative)
             yield name, lambda x, hook, rows=rows, headed=spec.heads is not None: rows.put(x, headed)
 
     def attend(self, call: AttentionCall, pieces: list[Piece]) -> Tensor:
-        """`attention` as a handler of the model's own blocks."""
+        """Compute `attention` as the handler of the model's own blocks."""
         q, k, v = (rows_first(x) for x in (call.q, call.k, call.v))
         return heads_first(self.attention(call.layer, q, k, v, pieces, pieces))
 
     def attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, queries: list[Piece], keys: list[Piece]
     ) -> Float[Tensor, "rows heads d_value"]:
-        """Attention of packed rows, each group's own after the base run's shared prefix."""
+        """Compute attention of packed rows, each group's rows after the base run's shared prefix."""
         like, backend = self.frame.calls[layer], self.model.instrument.backend
         return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._cuts(layer, piece))
 
     def _cuts(self, layer: int, piece: Piece) -> dict[str, Any]:
-        """The piece's cuts in a layer as arguments of headstats."""
+        """Express a piece's cuts in a layer as arguments of headstats."""
         by_number = self.changes.cuts.get(layer, {})
         cuts = [by_number.get(i, []) for i in piece.cells]
         if not any(cuts):
@@ -300,21 +300,21 @@ class PackedForward:
 
 
 def rows_first(x: Tensor) -> Tensor:
-    """[1, heads, rows, d] as [rows, heads, d]."""
+    """Rearrange [1, heads, rows, d] to [rows, heads, d]."""
     return x[0].transpose(0, 1)
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """[rows, heads, d] as [1, heads, rows, d]."""
+    """Rearrange [rows, heads, d] to [1, heads, rows, d]."""
     return x.transpose(0, 1)[None]
 
 
 def compute_final_logits(
     model: Model, rows: Float[Tensor, "rows d_model"], columns: Int[Tensor, "rows k"] | None = None
 ) -> Float[Tensor, "rows vocab"]:
-    """Final norm and unembedding of some residual rows, with the scalings that some architectures apply after.
+    """Apply the final norm and the unembedding to residual rows, and the scalings that some architectures add.
 
-    ``columns``: token ids of the only logits wanted, row by row; then [rows, k].
+    ``columns``: for each row, the token ids of the only logits that are needed; the result is then [rows, k].
     """
     bridge, config = model.bridge, getattr(model.bridge.original_model, "config", None)
     if config is not None and model.pictures is not None:

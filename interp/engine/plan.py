@@ -1,4 +1,4 @@
-"""What a sweep will cost, and what was saved, before anything runs."""
+"""Plan: what a sweep will cost, and how much each saving contributes, before anything runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,43 @@ from interp.engine.matmul import products_for
 from interp.engine.planner import PLANNING, Planner
 from interp.errors import InterpError
 
+SAVINGS = (
+    "without cells that can change nothing",
+    "without blocks before the change",
+    "without positions before the change",
+    "without positions that the first block leaves unchanged",
+    "without positions that the answer does not read",
+)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What runs for a cell: blocks from ``layer`` on, in them token rows from ``row`` on.
+
+    ``stop``: the first block runs only rows before this one. ``last_only``: the last block runs one row, except for
+    keys and values.
+    """
+
+    layer: int = 0
+    row: int = 0
+    stop: int | None = None
+    last_only: bool = False
+
+
+def _extents(cell: Cell, length: int) -> tuple[Extent, ...]:
+    """What runs for a cell after each of the `SAVINGS`."""
+    layer, row, stop = cell.first_layer, cell.first_row, cell.entry_stop(length)
+    return Extent(), Extent(layer), Extent(layer, row), Extent(layer, row, stop), Extent(layer, row, stop, True)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep before it runs: `explain` says what it will cost. `interp.explain` makes it.
+    """A sweep before it runs, as `interp.explain` returns it; ``print(plan)`` describes its cost.
 
-    ``lengths``: tokens of each base run.  ``cells``: without their values.  ``unasked``: cells that the recipe answers
-    from base runs by itself.  ``runs_bytes``: of the base runs that are held at one time.  ``columns``: how many logits
-    of a cell are computed, if not all.  ``whole``: tokens of prompts that are cells of their own, a full forward each.
+    ``lengths``: tokens of each base run.  ``cells``: without their values.  ``unasked``: number of cells
+    that the recipe answers from base runs by itself.  ``runs_bytes``: bytes of the base runs that are held at one time.
+    ``columns``: how many logits of a cell are computed, if not all.  ``whole``: tokens of each prompt that is a cell by
+    itself, which takes a full forward.
     """
 
     engine: Engine
@@ -37,55 +66,44 @@ class Plan:
 
     @cached_property
     def cost(self) -> BlockCost:
-        """Of one block."""
+        """Cost of one block."""
         return BlockCost.of(self.engine.model)
 
     @cached_property
     def batches(self) -> list[list[int]]:
-        """Cells that will go through the model together; a full forward each on the naive path."""
+        """Cells that will go through the model together; on the naive path each takes a full forward."""
         runs = [range(n) for n in self.lengths]
         cut = self.engine.batches(runs, self.cells, self.columns)
         return [b for b in cut if not self.engine.cannot_reach_logits(runs, self.cells[b[0]])]
 
     @property
     def n_cells(self) -> int:
-        """All cells, answered ones included."""
+        """Number of all cells, including those that need no forward."""
         return len(self.cells) + self.unasked + len(self.whole)
 
     @property
     def n_answered(self) -> int:
-        """Cells that provably change nothing: their answer is the base run's."""
+        """Number of cells that provably change nothing, so that the base run answers them."""
         return self.n_cells - sum(map(len, self.batches)) - len(self.whole)
 
     @cached_property
     def steps(self) -> dict[str, float]:
-        """FLOPs of the sweep, first as one full forward per cell, then with each saving on top of those before."""
+        """FLOPs of the sweep: first with one full forward per cell, then with one saving after the other added."""
         model = self.engine.model
-        n_layers, unembed = model.n_layers, 2 * model.d_model * int(model.bridge.cfg.d_vocab)
-        full = self.n_cells * unembed + sum(self._rows(c, c_rows=(0, 0, None, False)) for c in self.cells)
+        unembed = 2 * model.d_model * int(model.bridge.cfg.d_vocab)
+        full = self.n_cells * unembed + sum(self._rows(c, Extent()) for c in self.cells)
         full += self.unasked * self._mean_full() + sum(map(self._whole, self.whole))
         steps = {"one full forward per cell": full}
         if not self.engine.fast:
             return steps
-        asked = [self.cells[i] for b in self.batches for i in b]
-        head = len(asked) * unembed
-        few = len(asked) * 2 * model.d_model * self.columns if self.columns else head
-        kept = {
-            "without cells that can change nothing": lambda c, n: (0, 0, None, False),
-            "without blocks before the change": lambda c, n: (c.first_layer, 0, None, False),
-            "without positions before the change": lambda c, n: (c.first_layer, c.first_row, None, False),
-            "without positions that the first block leaves": lambda c, n: (
-                c.first_layer, c.first_row, c.entry_stop(n), False,
-            ),
-            "without positions that the answer does not read": lambda c, n: (
-                c.first_layer, c.first_row, c.entry_stop(n), True,
-            ),
-        }  # fmt: skip
-        for name, rows in kept.items():
-            steps[name] = head + sum(self._rows(c, rows(c, self.lengths[c.run])) for c in asked)
+        run_cells = [self.cells[i] for b in self.batches for i in b]
+        head = len(run_cells) * unembed
+        reduced_head = len(run_cells) * 2 * model.d_model * self.columns if self.columns else head
+        extents = [_extents(c, self.lengths[c.run]) for c in run_cells]
+        for i_saving, name in enumerate(SAVINGS):
+            steps[name] = head + sum(self._rows(c, e[i_saving]) for c, e in zip(run_cells, extents, strict=True))
         if self.columns:
-            steps["without logits that the metric does not read"] = list(steps.values())[-1] - head + few
-        assert n_layers > 0
+            steps["without logits that the metric does not read"] = list(steps.values())[-1] - head + reduced_head
         return steps
 
     def _mean_full(self) -> float:
@@ -95,33 +113,33 @@ class Plan:
     def _whole(self, n: int) -> float:
         return self.engine.model.n_layers * (n * self.cost.row + self.cost.pattern * n * (n + 1) / 2)
 
-    def _rows(self, cell: Cell, c_rows: tuple[int, int, int | None, bool]) -> float:
-        """FLOPs of a cell's blocks: from a layer and a row on, with a shorter first block and a last one of one row."""
-        layer, row, stop, last_only = c_rows
-        n, cost, blocks = self.lengths[cell.run], self.cost, self.engine.model.n_layers - layer
+    def _rows(self, cell: Cell, extent: Extent) -> float:
+        """FLOPs of the blocks that run for a cell."""
+        row, stop = extent.row, extent.stop
+        n, cost, blocks = self.lengths[cell.run], self.cost, self.engine.model.n_layers - extent.layer
         if blocks <= 0:
             return 0
         rows = n - row
-        seen = (n * (n + 1) - row * (row + 1)) / 2  # cells of the pattern below the diagonal, in these rows
-        block = rows * cost.row + cost.pattern * seen
+        n_visible = (n * (n + 1) - row * (row + 1)) / 2  # cells of the pattern below the diagonal, in these rows
+        block = rows * cost.row + cost.pattern * n_visible
         total = blocks * block
         if stop is not None and stop < n:
             total -= (n - stop) * cost.row + cost.pattern * (n * (n + 1) - stop * (stop + 1)) / 2
-        if last_only:
-            # of the other rows keys and values alone; the model's own blocks put out queries with them, and go twice
-            left = rows * cost.row - (rows * cost.qkv + cost.row)
-            left = left if self.engine.plain_blocks is None else (rows - 1) * (cost.row - cost.kv)
-            total -= left + cost.pattern * (seen - n)
+        if extent.last_only:
+            # Other rows need keys and values alone. The model's own blocks also compute their queries, and run twice.
+            saved = rows * cost.row - (rows * cost.qkv + cost.row)
+            saved = saved if self.engine.plain_blocks is None else (rows - 1) * (cost.row - cost.kv)
+            total -= saved + cost.pattern * (n_visible - n)
         return total
 
     @property
     def flops(self) -> float:
-        """Of the sweep as it will run, without its base runs."""
+        """FLOPs of the sweep as it will run, without its base runs."""
         return list(self.steps.values())[-1]
 
     @cached_property
     def rate(self) -> float:
-        """FLOP/s to expect, by a matrix product like the model's, timed now."""
+        """Expected FLOP/s, from timing a matrix product of the model's size now."""
         model = self.engine.model
         x = torch.randn(512, model.d_model, device=model.device, dtype=model.dtype)
         w = torch.randn(4 * model.d_model, model.d_model, device=model.device, dtype=model.dtype)
@@ -138,19 +156,19 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted, base runs included."""
+        """Predicted time, including base runs."""
         return (self.flops + sum(map(self._whole, self.lengths))) / self.rate
 
     @property
     def batch_bytes(self) -> float:
-        """The largest batch's activations at their widest."""
+        """Bytes of the largest batch's activations at their widest."""
         rows = (sum(self.lengths[self.cells[i].run] - self.cells[i].first_row for i in b) for b in self.batches)
-        most = max(rows, default=0) if self.engine.fast else max(self.lengths, default=0)
-        together = max((len(b) * self.whole[b[0]] for b in self.engine.prompt_batches(self.whole)), default=0)
-        return max(most, together) * self.cost.bytes
+        most_rows = max(rows, default=0) if self.engine.fast else max(self.lengths, default=0)
+        prompt_rows = max((len(b) * self.whole[b[0]] for b in self.engine.prompt_batches(self.whole)), default=0)
+        return max(most_rows, prompt_rows) * self.cost.bytes
 
     def explain(self) -> str:
-        """The plan in words: cells, forwards, FLOPs and what saved them, time, memory."""
+        """The plan as text: cells, forwards, FLOPs after each saving, time, memory."""
         engine, full = self.engine, next(iter(self.steps.values()))
         lines = [f"{self.n_cells} cells on {len(self.lengths)} base run(s), engine: {engine.describe()}"]
         if self.n_answered:
@@ -160,7 +178,7 @@ class Plan:
         for name, flops in self.steps.items():
             lines.append(f"  {_unit(flops, 'FLOP'):>12}  {flops / full:6.1%}  {name}")
         lines.append(
-            f"about {self.seconds:.3g} s at {_unit(self.rate, 'FLOP/s')}; memory beside the model about "
+            f"about {self.seconds:.3g} s at {_unit(self.rate, 'FLOP/s')}; memory besides the model about "
             f"{_unit(self.runs_bytes + self.batch_bytes, 'B')}"
         )
         return "\n".join(lines)
@@ -169,10 +187,14 @@ class Plan:
 
 
 def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
-    """What ``recipe(*args, **kwargs)`` would cost: ``print(interp.explain(interp.patch, model, pairs, sites))``.
+    """Predict what ``recipe(*args, **kwargs)`` would cost, without running its cells.
 
-    Runs the recipe's base runs, which hold what its cells are made of, and none of its cells. Raises what the recipe
-    raises for bad input, and InterpError for a function that sweeps nothing.
+        plan = interp.explain(interp.patch, model, pairs, model.sites("z"))
+        print(plan)                   # cells, forwards, FLOPs after each saving, time, memory
+        plan.seconds, plan.n_cells
+
+    Only the recipe's base runs are run, since they hold the values that its cells are made of. Raises what the recipe
+    raises for bad input, and InterpError for a function that runs no sweep.
     """
     planner = Planner()
     token = PLANNING.set(planner)

@@ -1,4 +1,4 @@
-"""Planner: records the cells that engines are asked to score, in place of running them."""
+"""Planner: records the cells that an engine is to score, instead of running them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from interp.engine.runs import Run
 
 
 class Planner:
-    """Takes the place of running: keeps the cells that engines are asked to score."""
+    """Collects the cells that a recipe lets an engine score, without running any of them."""
 
     def __init__(self) -> None:
-        self.engine: object = None  # the one that scored last
+        self.engine: object = None  # the one that was used last
         self.lengths: list[int] = []
         self.cells: list[Cell] = []
-        self.unasked = 0
+        self.unasked = 0  # cells that the recipe answers from base runs by itself
         self.runs_bytes = 0.0
         self.columns: int | None = None
         self.whole: list[int] = []  # tokens of prompts that are cells of their own
 
     def add(self, engine: object, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
-        """Cells of some runs, which may be followed by others, and how many logits of each are read if not all."""
+        """Add cells on some runs. ``columns``: how many logits of each cell are read; None: all."""
         self.columns = columns
         first, self.engine = len(self.lengths), engine
         self.lengths += [len(r) for r in runs]

@@ -1,4 +1,4 @@
-"""Base runs: one recorded forward per prompt, holding what patches start from and what they take values from."""
+"""Base runs: one recorded forward per prompt, into which patches write and from which they take values."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from interp.sites import COMPONENTS, Site
 class Run:
     """One prompt's forward. ``resid[l]`` enters block l; ``resid[n_layers]`` leaves the last one.
 
-    ``keys``/``values`` are what attention used (rotated), per layer. ``acts[component][layer]`` holds the
-    components that were asked for, heads last but one. ``noise`` was added to the token embeddings.
+    ``keys`` and ``values`` are those that attention used (rotated), per layer. ``acts[component][layer]`` holds the
+    requested components, with heads as the last axis but one. ``noise`` was added to the token embeddings.
     """
 
     ids: tuple[int, ...]
@@ -41,38 +41,38 @@ class Run:
         return len(self.ids)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that the run holds."""
+        """All tensors that the run holds."""
         yield from (self.resid, self.logits, *self.keys, *self.values)
         for layers in self.acts.values():
             yield from layers.values()
 
     def whole(self, component: str, layer: int | None) -> Float[Tensor, "position *heads width"]:
-        """A component's activation, all its heads (or neurons, one number wide)."""
-        at = layer or 0  # what is there once, the embedding, is kept as layer 0
+        """A component's activation with all its heads (or neurons, of width 1)."""
+        index = layer or 0  # the embedding, which exists once, is stored as layer 0
         if component in ("resid_pre", "resid_post"):
-            return self.resid[at + (component == "resid_post")]
-        found = self.acts[component][at]
-        return found.unsqueeze(-1) if COMPONENTS[component].heads == "neuron" else found
+            return self.resid[index + (component == "resid_post")]
+        activation = self.acts[component][index]
+        return activation.unsqueeze(-1) if COMPONENTS[component].heads == "neuron" else activation
 
     def value(self, site: Site, start: int, stop: int) -> Float[Tensor, "rows width"]:
         """The activation at a site in rows [start, stop)."""
-        found = self.whole(site.component, site.layer)[start:stop]
-        return found if site.head is None else found[:, site.head]
+        rows = self.whole(site.component, site.layer)[start:stop]
+        return rows if site.head is None else rows[:, site.head]
 
 
 def is_change(write: Write, run: Run) -> bool:
-    """Whether a write sets anything in ``run``, which holds the write's component, to another value than it has."""
+    """Whether a write changes any value of ``run``, which holds the write's component."""
     return write.value is None or not torch.equal(write.value, run.value(write.site, write.start, write.stop))
 
 
 @dataclass
 class Frame:
-    """What a block was called with, from which a packed forward's arguments are rebuilt.
+    """The arguments of each block, from which the arguments of a packed forward are rebuilt.
 
-    ``kwargs`` are block 0's keyword arguments in the longest recorded batch; ``calls`` are the layers'
-    attention calls without their tensors (causality, window, scale, …). ``positions_differ``: rotary positions are not
-    the same for all prompts: those of an image's tokens can depend on the image, and some scalings of rotary embeddings
-    on the prompt's length.
+    ``kwargs``: the keyword arguments of each block in the longest recorded batch, which has ``length`` tokens.
+    ``calls``: the layers' attention calls without their tensors (causality, window, scale, …).
+    ``positions_differ``: rotary positions are not the same for all prompts. Those of an image's tokens can depend on
+    the image, and some scalings of rotary embeddings depend on the prompt's length.
     """
 
     length: int = 0
@@ -80,16 +80,16 @@ class Frame:
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     positions_differ: bool = False
 
-    def compare_positions(self, kwargs: dict[str, Any], known: dict[str, Any]) -> None:
-        """Notes it if the rotary positions of a block's arguments are others than the ``known`` ones."""
-        for here, there in zip(_rotary(kwargs), _rotary(known), strict=True):
-            n = min(here.shape[1], there.shape[1])
-            self.positions_differ |= not bool((here[:, :n] == there[:1, :n]).all())
+    def compare_positions(self, kwargs: dict[str, Any], earlier: dict[str, Any]) -> None:
+        """Set ``positions_differ`` if a block's rotary positions differ from those of an ``earlier`` batch."""
+        for table, earlier_table in zip(_rotary_tables(kwargs), _rotary_tables(earlier), strict=True):
+            n = min(table.shape[1], earlier_table.shape[1])
+            self.positions_differ |= not bool((table[:, :n] == earlier_table[:1, :n]).all())
 
 
-def _rotary(kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    found = kwargs.get("position_embeddings")
-    return found if isinstance(found, tuple) else ()
+def _rotary_tables(kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    tables = kwargs.get("position_embeddings")
+    return tables if isinstance(tables, tuple) else ()
 
 
 def record(
@@ -100,9 +100,10 @@ def record(
     frame: Frame | None = None,
     keep_kv: bool = True,
 ) -> list[Run]:
-    """Run every prompt once (batched by length, unpadded) and keep what a sweep needs.
+    """Run every prompt once (batched by length, unpadded) and store what a sweep needs.
 
     ``noise[i]`` [position, d_model] is added to prompt i's token embeddings. Without noise, equal prompts share a run.
+    ``frame``: filled with the blocks' arguments.
     """
     if noise is None:
         distinct = list(dict.fromkeys(map(as_hashable, prompts)))
@@ -122,10 +123,10 @@ def record(
 
 
 def _stack_noise(noises: list[Tensor | None]) -> Tensor | None:
-    some = next((n for n in noises if n is not None), None)
-    if some is None:
+    like = next((n for n in noises if n is not None), None)
+    if like is None:
         return None
-    return torch.stack([torch.zeros_like(some) if n is None else n for n in noises])
+    return torch.stack([torch.zeros_like(like) if n is None else n for n in noises])
 
 
 def _n_keys(bias: Tensor | None) -> int:
@@ -133,7 +134,7 @@ def _n_keys(bias: Tensor | None) -> int:
 
 
 class _Recorder:
-    """Collects one batch's activations through hooks and the attention handler."""
+    """Collects the activations of one batch, by hooks and an attention handler."""
 
     def __init__(self, model: Model, components: Sequence[str], keep_kv: bool, frame: Frame | None):
         self.model, self.keep_kv, self.frame = model, keep_kv, frame
@@ -141,8 +142,8 @@ class _Recorder:
         self.resid: list[Tensor] = []
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
         self.acts: dict[tuple[str, int], Tensor] = {}
-        self.before = [] if frame is None else frame.kwargs  # of an earlier batch
-        self.compared: tuple[Any, Any] = (None, None)
+        self.earlier_kwargs = [] if frame is None else frame.kwargs  # those of an earlier batch
+        self.compared: tuple[Any, Any] = (None, None)  # the tables that were compared last
         self.block = 0
 
     @contextmanager
@@ -166,7 +167,7 @@ class _Recorder:
             yield
 
     def _layers(self, component: str) -> Sequence[int]:
-        """Where a component is: heads only in the layers with attention."""
+        """The layers that have a component: heads exist only in layers with attention."""
         spec = COMPONENTS[component]
         return (
             self.model.attention_layers
@@ -187,12 +188,12 @@ class _Recorder:
         frame, length = self.frame, args[0].shape[1] if args else kwargs["hidden_states"].shape[1]
         if frame is None:
             return
-        known = self.before[self.block] if len(self.before) == self.model.n_layers else kwargs
+        earlier = self.earlier_kwargs[self.block] if len(self.earlier_kwargs) == self.model.n_layers else kwargs
         self.block += 1
-        tables = kwargs.get("position_embeddings"), known.get("position_embeddings")
-        if tables[0] is not self.compared[0] or tables[1] is not self.compared[1]:  # layers share theirs
+        tables = kwargs.get("position_embeddings"), earlier.get("position_embeddings")
+        if tables[0] is not self.compared[0] or tables[1] is not self.compared[1]:  # layers share their tables
             self.compared = tables
-            frame.compare_positions(kwargs, known)
+            frame.compare_positions(kwargs, earlier)
         if length < frame.length:
             return
         if length > frame.length or len(frame.kwargs) == self.model.n_layers:
@@ -204,8 +205,8 @@ class _Recorder:
             self.kv[call.layer] = (call.k.detach(), call.v.detach())
         if self.frame is not None:
             empty = call.q.new_empty(0)
-            known = self.frame.calls.get(call.layer)
-            bias = call.bias if known is None or known.bias is None else max(known.bias, call.bias, key=_n_keys)
+            earlier = self.frame.calls.get(call.layer)
+            bias = call.bias if earlier is None or earlier.bias is None else max(earlier.bias, call.bias, key=_n_keys)
             self.frame.calls[call.layer] = replace(call, q=empty, k=empty, v=empty, bias=bias)
         result = attend(call, backend=self.model.instrument.backend)
         self.model.instrument.record(call.layer).backends[result.backend] += 1
