@@ -1,4 +1,4 @@
-// What chosen heads read: three levels of detail, two runs and their difference, linked to the prompt below.
+// The attention of selected heads: three levels of detail, two runs and their difference, linked to the prompt below.
 
 import { legend } from "./colors.js";
 import { open } from "./data.js";
@@ -16,20 +16,21 @@ import { tokenStrip } from "./strip.js";
 /** @typedef {import("./patterns.js").Square} Square */
 
 const DRAWN = 4; // heads side by side
-const NAMED = 44; // tokens or segments up to which axes carry text
+const NAMED = 44; // axes show tokens or segments up to this number
 
 /**
+ * The view of attention patterns.
  * @param {PatternResult} result
- * @param {() => string} fallback  the head to show when none is chosen
+ * @param {() => string} strongest  the head to show if none is selected
  */
-export function attentionView(result, fallback) {
+export function attentionView(result, strongest) {
   const box = el("section", { class: "attention", id: "attention", "aria-label": "Attention of the chosen heads" });
   const controls = el("div", {});
-  const said = el("p", { class: "how" });
+  const explanation = el("p", { class: "how" });
   const figures = el("div", { class: "figures" });
   const beside = el("div", { class: "beside" });
   const legends = el("div", {});
-  const near = el("div", {});
+  const rowBox = el("div", {});
   const line = el("p", { class: "readout line", id: "reads" });
   const strips = el("div", {});
   /** @type {{head: string, cross: (line: number|null, pinned: boolean) => void}[]} */
@@ -40,12 +41,12 @@ export function attentionView(result, fallback) {
   let edges = [0, 1];
   /** @type {number|null} */
   let hovered = null;
-  let turn = 0;
+  let latest = 0;
 
   const example = () => result.examples[Math.min(state.ex, result.examples.length - 1)];
-  const chosen = () => {
-    const known = (state.heads.length ? state.heads : [fallback()]).filter((h) => result.names.includes(h));
-    return known.length || state.heads.length ? known : result.names.slice(0, 1);
+  const selectedHeads = () => {
+    const heads = (state.heads.length ? state.heads : [strongest()]).filter((h) => result.names.includes(h));
+    return heads.length || state.heads.length ? heads : result.names.slice(0, 1);
   };
   const run = () => (example().runs.corrupt ? state.run : "clean");
   const labels = () => runOf(example(), run()).labels;
@@ -54,30 +55,30 @@ export function attentionView(result, fallback) {
     : Math.floor(binOf(edges, token) / Math.ceil((edges.length - 1) / squareSize)));
   let squareSize = 1;
 
-  /** Everything: another head, prompt, run, zoom, scale or theme. */
+  /** Redraw everything: after a change of head, prompt, run, zoom, scale or theme. */
   const draw = async () => {
-    const mine = ++turn;
-    const heads = chosen().slice(0, DRAWN);
+    const mine = ++latest;
+    const heads = selectedHeads().slice(0, DRAWN);
     const e = example();
-    const found = await open(e.edges);
+    const newEdges = await open(e.edges);
     const numbers = heads.map((h) => result.names.indexOf(h));
     const squares = state.zoom === "rows" ? [] : await Promise.all(numbers.map((h) => squareOf(e, h, run(), state.zoom)));
     const sides = run() === "difference" || state.zoom !== "map" ? [] : await Promise.all(numbers.map((h) => Promise.all(
-      [runOf(e, run()).received, runOf(e, run()).entropy].map((m) => marginal(m, h, found.length - 1)))));
-    if (mine !== turn) return; // something else was chosen meanwhile
-    edges = found;
+      [runOf(e, run()).received, runOf(e, run()).entropy].map((m) => marginal(m, h, newEdges.length - 1)))));
+    if (mine !== latest) return; // the reader selected something else meanwhile
+    edges = newEdges;
     keepFocus(controls, () => controls.replaceChildren(...controlRow()));
-    said.textContent = explain(heads);
+    explanation.textContent = explain(heads);
     const signed = run() === "difference";
     const top = squares.reduce((a, s) => Math.max(a, largest(s, state.mute)), 0) || 1;
-    squareSize = squares[0]?.size ?? found.length - 1;
+    squareSize = squares[0]?.size ?? newEdges.length - 1;
     drawn = [];
     if (state.zoom !== "rows") keepFocus(figures, () => figures.replaceChildren(...squares.map((square, i) => headFigure(heads[i], square, sides[i], signed, top)),
       ...(squares.length ? [beside] : [])));
     legends.replaceChildren(...(squares.length ? [legend(signed ? "diverging" : "sequential", scaleTicks(top, state.scale, signed), `${signed ? "clean − corrupt" : "attention weight"}, colour by ${signed ? "p" : SCALES[state.scale]}`, null)] : []));
-    beside.replaceChildren(legends, near);
+    beside.replaceChildren(legends, rowBox);
     if (!heads.length) figures.replaceChildren(el("p", { class: "caution" }, `The page holds no attention of ${state.heads.join(", ")}; it holds ${result.names.length} heads: ${result.names.slice(0, 12).join(", ")}${result.names.length > 12 ? ", …" : ""}`));
-    layStrip(e);
+    drawTokens(e);
     await follow();
   };
   const controlRow = () => {
@@ -103,7 +104,7 @@ export function attentionView(result, fallback) {
         + (result.exact.length && runOf(e, run()).top.index.shape[2] ? `Exact, under “one query”: the largest weights of every query of ${result.exact.join(", ")}.`
           : "No head’s rows are in this page one by one.");
     const detail = { map, blocks: "Share of each query segment’s attention that each key segment receives; lines sum to 1.", rows: "One query at a time: point at a token below, or click it to keep it." }[state.zoom];
-    const all = chosen().length;
+    const all = selectedHeads().length;
     return [detail, all > heads.length ? `${heads.length} of ${all} chosen heads are drawn.` : "",
       state.mute ? "The first token’s column is grey and does not set the scale; other weights are unchanged." : "",
       result.examples.length < result.n ? `The page holds ${result.examples.length} of ${result.n} prompts.` : ""].filter(Boolean).join(" ");
@@ -143,19 +144,19 @@ export function attentionView(result, fallback) {
     return `${name(r)} → ${name(c)}: ${format(square.values[r * square.size + c], run() === "difference")}`;
   };
 
-  /** The query moved: cross hair, tint, read-out, row. */
+  /** Redraw what depends on the query: cross hair, tint, read-out, row. */
   const follow = async (/** @type {string} */ prefix = "") => {
-    const mine = turn;
+    const mine = latest;
     const at = query();
     const e = example();
-    const heads = chosen().slice(0, DRAWN);
+    const heads = selectedHeads().slice(0, DRAWN);
     for (const f of drawn) {
       f.cross(hovered === null ? null : lineOf(at), false);
       f.cross(state.q === null ? null : lineOf(Math.min(state.q, e.tokens - 1)), true);
     }
     if (!heads.length) return;
     const rows = await Promise.all((state.zoom === "rows" ? heads : heads.slice(0, 1)).map((h) => rowOf(result, e, result.names.indexOf(h), run(), at, edges)));
-    if (mine !== turn || at !== query()) return;
+    if (mine !== latest || at !== query()) return;
     const signed = run() === "difference";
     const best = strongestKeys(rows[0], state.mute, 5);
     const top = Math.abs(best[0]?.[1] ?? 0) || 1;
@@ -170,16 +171,16 @@ export function attentionView(result, fallback) {
     line.replaceChildren(el("strong", {}, heads[0]), ` from `, el("bdi", { class: "key" }, labels()[at]), ` @${at} reads  `, ...(keys.length ? keys.flatMap(([label, weight], i) => [i ? ",  " : "", el("bdi", {}, label), weight]) : ["nothing"]), el("span", { class: "hint" }, ` (${rows[0].how})${prefix ? ` · ${prefix}` : ""}`));
     if (hovered === null && state.q !== null) say(`${heads[0]} from token ${at}, ${labels()[at]}, reads ${keys.map((k) => k.join("")).join(", ")}`);
     const made = rows.map((row, i) => rowFigure({ name: heads[i], row, query: at, labels: labels(), signed, scale: state.scale, mute: state.mute }));
-    if (state.zoom !== "rows") near.replaceChildren(el("p", { class: "caption" }, `${heads[0]} from `, el("bdi", { class: "key" }, labels()[at]), ` @${at}`), made[0].node);
+    if (state.zoom !== "rows") rowBox.replaceChildren(el("p", { class: "caption" }, `${heads[0]} from `, el("bdi", { class: "key" }, labels()[at]), ` @${at}`), made[0].node);
     else figures.replaceChildren(...made.map((made, i) => {
       return el("figure", { class: "pattern-figure" }, el("figcaption", {}, el("strong", {}, heads[i]), " ", savers(() => made.drawing, `${heads[i]} query ${at}`)), made.node);
     }));
   };
-  let laid = "";
-  const layStrip = (/** @type {PatternExample} */ e) => {
-    const wanted = `${state.ex} ${run()}`;
-    if (laid === wanted) return;
-    laid = wanted;
+  let stripKey = "";
+  const drawTokens = (/** @type {PatternExample} */ e) => {
+    const key = `${state.ex} ${run()}`;
+    if (stripKey === key) return;
+    stripKey = key;
     strip = tokenStrip({ label: "Tokens of the prompt: arrow keys move the query, Enter keeps it", labels: labels(), segments: e.segments, visit: (token, how) => {
       hovered = how === "hover" ? token : null;
       if (how === "pin") set({ q: state.q === token ? null : token });
@@ -190,7 +191,7 @@ export function attentionView(result, fallback) {
   on("heads zoom run scale mute ex shown-theme", draw);
   on("q pins", () => follow());
   draw();
-  box.append(el("h3", {}, "What the chosen heads read"), controls, said, figures, line, strips,
+  box.append(el("h3", {}, "What the chosen heads read"), controls, explanation, figures, line, strips,
     el("p", { class: "hint" }, "Point at a token to see what it reads; click to keep it. · is a space, ⏎ a line end; dotted tokens are bytes of a character."));
   return box;
 }

@@ -1,4 +1,4 @@
-// A circuit's card: threshold, faithfulness at that size, roles and notes that can be kept.
+// The card of a circuit: a threshold, faithfulness at that size, roles and notes that can be saved.
 
 import { button, el, exact, format, formatInterval, keepFocus, roomFor, svg, tick } from "./dom.js";
 import { copy, saveJson, savers } from "./export.js";
@@ -10,30 +10,31 @@ import { dataTable } from "./tables.js";
 /** @typedef {import("./data.js").CurveResult} CurveResult */
 
 /**
+ * The card of a circuit.
  * @param {CircuitResult} circuit
  * @param {CurveResult|null} curve
  * @param {string} id
  */
 export function circuitCard(circuit, curve, id) {
   const ranked = [...circuit.edges].sort((a, b) => Math.abs(b.score ?? 0) - Math.abs(a.score ?? 0));
-  const view = { kept: keptOf(id, ranked.length), paths: true, chosen: -1 };
+  const view = { edges: shownEdges(id, ranked.length), paths: true, chosen: -1 };
   const graph = el("div", { class: "scroll" });
   const facts = el("p", { class: "readout line", "aria-live": "polite" });
   const side = el("div", { class: "node-panel" });
   const chart = el("div", {});
   const slider = /** @type {HTMLInputElement} */ (el("input", { type: "range", min: 1, max: ranked.length, "aria-label": "edges kept, strongest first",
-    oninput: () => { view.kept = Number(slider.value); draw(); }, onchange: () => set({ cut: `${id}:${view.kept}` }) }));
-  slider.value = String(view.kept);
+    oninput: () => { view.edges = Number(slider.value); draw(); }, onchange: () => set({ cut: `${id}:${view.edges}` }) }));
+  slider.value = String(view.edges);
   const draw = () => {
-    const cut = ranked.slice(0, view.kept);
+    const cut = ranked.slice(0, view.edges);
     const connected = onPaths(circuit, cut);
     const shown = view.paths ? connected : cut;
     const least = Math.abs(cut[cut.length - 1].score ?? NaN);
     keepFocus(graph, () => graph.replaceChildren(drawGraph(circuit, shown, view.chosen, choose)));
     const nodes = new Set(shown.flatMap((e) => [e.from, ...e.to])).size;
-    facts.replaceChildren(el("strong", {}, `${view.kept} of ${ranked.length} edges`), `${Number.isFinite(least) ? ` with |score| ≥ ${format(least)}` : ", not ranked"}: ${connected.length} on a path from the input to the logits, ${nodes} nodes. `
-      + `${(100 * view.kept / circuit.total).toPrecision(2)}% of the model’s ${circuit.total.toLocaleString("en")} edges.`, curve ? ` ${faithfulnessAt(curve, view.kept / circuit.total)}` : "");
-    chart.replaceChildren(...(curve ? [curveChart(curve, view.kept / circuit.total)] : []));
+    facts.replaceChildren(el("strong", {}, `${view.edges} of ${ranked.length} edges`), `${Number.isFinite(least) ? ` with |score| ≥ ${format(least)}` : ", not ranked"}: ${connected.length} on a path from the input to the logits, ${nodes} nodes. `
+      + `${(100 * view.edges / circuit.total).toPrecision(2)}% of the model’s ${circuit.total.toLocaleString("en")} edges.`, curve ? ` ${faithfulnessAt(curve, view.edges / circuit.total)}` : "");
+    chart.replaceChildren(...(curve ? [curveChart(curve, view.edges / circuit.total)] : []));
   };
   const choose = (/** @type {number} */ i) => {
     view.chosen = i;
@@ -54,7 +55,7 @@ export function circuitCard(circuit, curve, id) {
 }
 
 /**
- * Whether a result is the curve measured over the ranking that a circuit was cut from. Another curve says nothing about it.
+ * Whether a result is the curve of the ranking that a circuit was cut from. Another curve does not describe the circuit.
  * @param {any} curve
  * @param {any} circuit
  */
@@ -74,15 +75,17 @@ export function curveCard(curve) {
 }
 
 /**
+ * Number of edges to show: that in the address, or 60.
  * @param {string} id
  * @param {number} all
  */
-function keptOf(id, all) {
+function shownEdges(id, all) {
   const [owner, n] = state.cut.split(":");
   return owner === id && Number(n) >= 1 ? Math.min(Number(n), all) : Math.min(all, 60);
 }
 
 /**
+ * The panel of the selected node.
  * @param {CircuitResult} circuit
  * @param {number} i
  * @param {string} id
@@ -111,7 +114,7 @@ function nodePanel(circuit, i, id, redraw) {
 }
 
 /**
- * What `Circuit.read` opens: the file that `Circuit.write` makes, with the reader's roles; notes go with provenance.
+ * The file that `Circuit.write` makes, for `Circuit.read`, with the reader's roles. Notes go into the provenance.
  * @param {CircuitResult} circuit
  * @param {string} id
  */
@@ -124,6 +127,7 @@ function circuitFile(circuit, id) {
 }
 
 /**
+ * A sentence about the faithfulness at one size.
  * @param {CurveResult} curve
  * @param {number} share
  */
@@ -138,7 +142,7 @@ function faithfulnessAt(curve, share) {
 }
 
 /**
- * Shares that the axis names: decades, or the ends where it has too few.
+ * Shares with a tick: decades, or the two ends if there is only one decade.
  * @param {number} least  log10 of the smallest share
  */
 function sizeTicks(least) {
@@ -152,7 +156,7 @@ function percent(x) {
 }
 
 /**
- * Faithfulness over circuit size, with its interval and the size that is shown.
+ * Faithfulness by circuit size, with its interval and a mark at the current size.
  * @param {CurveResult} curve
  * @param {number|null} share
  */

@@ -1,4 +1,4 @@
-// Colour: the maps shared with the plotly figures, legends, swatches.
+// Colour: the maps that the plotly figures use too, the scales that give a value its colour, legends.
 
 import { el, format, svg } from "./dom.js";
 
@@ -7,9 +7,9 @@ import { el, format, svg } from "./dom.js";
 /** @type {Object<string, Object<string, string[]>>} */
 let palettes = {};
 
-/** @param {Object<string, Object<string, string[]>>} given */
-export function setPalettes(given) {
-  palettes = given;
+/** @param {Object<string, Object<string, string[]>>} colors  stops of each map and theme, from colors.py */
+export function setPalettes(colors) {
+  palettes = colors;
 }
 
 /**
@@ -26,7 +26,7 @@ export function mix(stops, t) {
 }
 
 /**
- * Give a node its colours in both themes; the style sheet picks one, so nothing is redrawn on a change.
+ * Set the colours of a node for both themes. The style sheet selects one, so a change of theme redraws nothing.
  * @param {ElementCSSInlineStyle & Element} node
  * @param {MapName} map
  * @param {number} t
@@ -36,18 +36,18 @@ export function paint(node, map, t) {
     const rgb = mix(palettes[map][theme], t);
     node.style.setProperty(`--${theme}`, `rgb(${rgb.join(" ")})`);
     const [r, g, b] = rgb.map((x) => (x / 255 <= 0.04045 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4));
-    const bright = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179; // where black and white text contrast alike
+    const bright = 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179; // at 0.179 black and white text have equal contrast
     node.style.setProperty(`--on-${theme}`, bright ? "#000" : "#fff");
   }
 }
 
-/** The theme that is shown. @returns {"light"|"dark"} */
+/** The current theme. @returns {"light"|"dark"} */
 export function theme() {
   return document.documentElement.dataset.theme === "dark" ? "dark" : "light";
 }
 
 /**
- * 256 colours of a map in the shown theme, as 32-bit pixels.
+ * 256 colours of a map in the current theme, as 32-bit pixels.
  * @param {MapName} map
  * @returns {Uint32Array}
  */
@@ -61,11 +61,11 @@ export function pixels(map) {
 }
 
 /**
- * A colour bar with ticks at its ends and, for diverging maps, at zero.
+ * A colour bar with ticks and a caption, and the meaning of its two ends.
  * @param {MapName} map
  * @param {{at: number, label: string}[]} ticks  positions along the map
  * @param {string} caption
- * @param {[string, string]|null} ends  what the two ends mean
+ * @param {[string, string]|null} ends  meaning of the two ends
  */
 export function legend(map, ticks, caption, ends) {
   const [steps, width] = [48, 240];
@@ -116,6 +116,7 @@ export function sequentialScale(low, high) {
 }
 
 /**
+ * A small square of one colour.
  * @param {MapName} map
  * @param {number} t
  */

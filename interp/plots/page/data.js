@@ -1,4 +1,4 @@
-// The embedded JSON: its types, and how packed arrays are opened (see codec.py and payload.py).
+// The embedded JSON: its types, and how packed arrays are unpacked (see codec.py and payload.py).
 
 /** @typedef {{dtype: string, store: string, shape: number[], data: string}} Packed */
 /** @typedef {{values: (string|number|null)[], index: Packed}} Dictionary */
@@ -16,8 +16,8 @@
 /** @typedef {{name: string|null, provenance: Object<string, any>, backends: Object<string, string>, n: number,
  *             layers: number, heads: number, statistics: Statistic[], examples: Example[]}} AttentionResult */
 
-/** @typedef {{heads: number[], bins: number, step: number, sheets: string[]}} Sheets  maps one under another */
-/** @typedef {{top: number[], data: Packed}} Relative  each head's values in 8 bits of its largest */
+/** @typedef {{heads: number[], bins: number, step: number, sheets: string[]}} Sheets  maps stacked vertically */
+/** @typedef {{top: number[], data: Packed}} Relative  values of each head in 8 bits, relative to its largest */
 /** @typedef {{tokens: string[], labels: string[], maps: Sheets[], blocks: Packed, received: Relative, entropy: Relative,
  *             top: {index: Packed, value: Packed}, rows: {queries: number[], sheet: string}|null,
  *             vertical: (number|null)[]}} PatternRun */
@@ -38,7 +38,7 @@ const STORES = {
 };
 
 /**
- * Open a packed array: base64, zlib, byte planes.
+ * Unpack an array: base64, zlib, byte planes.
  * @param {Packed} packed
  * @returns {Promise<ArrayLike<number>>}
  */
@@ -60,7 +60,7 @@ async function unpack(packed) {
 const opened = new WeakMap();
 
 /**
- * As `unpack`, but each array is opened once.
+ * Unpack an array once, and return the same values from then on.
  * @param {Packed} packed
  */
 export function open(packed) {
@@ -70,7 +70,7 @@ export function open(packed) {
 }
 
 /**
- * The values of a grey PNG, exactly: decoded by the browser, without colour management or alpha.
+ * The exact values of a grey PNG, decoded by the browser without colour management or alpha.
  * @param {string} data  base64
  * @returns {Promise<Uint8Array>}
  */
@@ -88,7 +88,7 @@ export async function readPng(data) {
 }
 
 /**
- * float16 as numbers.
+ * Convert float16 to numbers.
  * @param {ArrayLike<number>} bits
  * @returns {Float32Array}
  */
@@ -123,7 +123,7 @@ async function openTable(result) {
 }
 
 /**
- * What addresses a row of an edge: its two ends, and of a map of one receiver's senders their layer and head.
+ * Add the address of an edge to the functions of its row: the receiver, or the sender's layer and head if there is one receiver.
  * @param {Object<string, (row: number) => any>} get
  * @param {Panel} panel
  * @returns {Object<string, (row: number) => any>}
@@ -131,13 +131,13 @@ async function openTable(result) {
 function edgeAddress(get, panel) {
   const site = (/** @type {number} */ r) => [get.component(r), get.layer(r) === null ? "" : `.L${get.layer(r)}`,
     get.head(r) === null ? "" : `H${get.head(r)}`, get.position(r) === null ? "" : `@${get.position(r)}`].join("");
-  const part = (/** @type {number} */ r, /** @type {RegExp} */ what) => Number(what.exec(get.sender(r))?.[1] ?? NaN);
-  return panel.edge?.receiver ? { ...get, layer: (r) => part(r, /L(\d+)/), head: (r) => part(r, /H(\d+)/) }
+  const number = (/** @type {number} */ r, /** @type {RegExp} */ pattern) => Number(pattern.exec(get.sender(r))?.[1] ?? NaN);
+  return panel.edge?.receiver ? { ...get, layer: (r) => number(r, /L(\d+)/), head: (r) => number(r, /H(\d+)/) }
     : { ...get, receiver: site };
 }
 
 /**
- * One example's cells of a panel: its own tokens across, no intervals.
+ * The cells of a panel for one example: its own tokens as columns, no intervals.
  * @param {EffectsResult} result
  * @param {Panel} panel
  * @param {Variant} variant
@@ -151,25 +151,26 @@ export async function exampleCells(result, panel, variant, example) {
   const number = result.panels.flatMap((p) => p.variants).indexOf(variant);
   const rows = [];
   for (let r = 0; r < result.rows; r++) if (owner[r] === number && get.example(r) === example) rows.push(r);
-  const positional = !panel.edge && panel.columns.kind !== "head" && rows.length > 0 && get.position(rows[0]) !== null;
-  const columns = positional ? ownTokens(rows, get) : panel.columns;
+  const hasPositions = !panel.edge && panel.columns.kind !== "head" && rows.length > 0 && get.position(rows[0]) !== null;
+  const columns = hasPositions ? tokenAxis(rows, get) : panel.columns;
   const axes = panel.slices ? [panel.slices, panel.rows, columns] : [panel.rows, columns];
   return { columns, cells: gather(rows, get, axes) };
 }
 
 /**
+ * The positions of one example, labelled by its tokens.
  * @param {number[]} rows
  * @param {Object<string, (row: number) => any>} get
  * @returns {Axis}
  */
-function ownTokens(rows, get) {
+function tokenAxis(rows, get) {
   const labels = new Map(rows.map((r) => [get.position(r), get.label(r) || String(get.position(r))]));
   const values = [...labels.keys()].sort((a, b) => a - b);
   return { kind: "position", values, labels: values.map((v) => labels.get(v)) };
 }
 
 /**
- * Average rows into dense cells (several rows of one example and site are draws of the same thing).
+ * Average rows into dense cells (several rows of one example and site are samples of the same effect).
  * @param {number[]} rows
  * @param {Object<string, (row: number) => any>} get
  * @param {Axis[]} axes

@@ -1,4 +1,4 @@
-// Elements and numbers. Every text is set as text, never as markup.
+// Elements and formatted numbers. All text is set as text, never as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 const MINUS = "\u2212";
@@ -35,16 +35,16 @@ export function svg(tag, attributes = {}, text) {
 }
 
 /**
- * Pixels that a drawing's plot may take in a card, beside what its axes take: what is wider scrolls.
- * @param {number} used
+ * Width in pixels that a card has for a plot, without its axes. A wider drawing scrolls.
+ * @param {number} axes  width of the axes
  */
-export function roomFor(used) {
-  const wide = document.documentElement.clientWidth;
-  return Math.max(wide - (wide > 560 ? 104 : 56) - used, 120); // the padding that page.css gives
+export function roomFor(axes) {
+  const page = document.documentElement.clientWidth;
+  return Math.max(page - (page > 560 ? 104 : 56) - axes, 120); // 104 and 56: the padding in page.css
 }
 
 /**
- * A number for people: three decimals, fewer when large, two digits when small, a real minus sign.
+ * A number for reading: three decimals, fewer if large, two digits if small, a typographic minus sign.
  * @param {number|null|undefined} x
  * @param {boolean} [signed]
  */
@@ -57,6 +57,7 @@ export function format(x, signed = false) {
 }
 
 /**
+ * An interval as text; a dash if it is missing.
  * @param {number|null} lo
  * @param {number|null} hi
  */
@@ -65,7 +66,7 @@ export function formatInterval(lo, hi) {
 }
 
 /**
- * All digits that matter, for tables.
+ * A number with six significant digits, for tables.
  * @param {number|null|undefined} x
  */
 export function exact(x) {
@@ -73,7 +74,7 @@ export function exact(x) {
 }
 
 /**
- * A round number at least as large as x, so that legends end on something readable.
+ * The next round number that is at least x, for the ends of legends.
  * @param {number} x
  */
 export function roundUp(x) {
@@ -83,7 +84,7 @@ export function roundUp(x) {
 }
 
 /**
- * A labelled drop-down; null if there is nothing to choose.
+ * A labelled drop-down; null if there are fewer than two options.
  * @param {string} label
  * @param {{value: string, text: string}[]} options
  * @param {string} current
@@ -98,6 +99,7 @@ export function chooser(label, options, current, change) {
 }
 
 /**
+ * A labelled check box.
  * @param {string} label
  * @param {boolean} on
  * @param {(on: boolean) => void} change
@@ -109,7 +111,7 @@ export function tick(label, on, change) {
 }
 
 /**
- * A row of buttons of which one is pressed.
+ * A row of buttons of which one is pressed; null if there are fewer than two options.
  * @param {string} label
  * @param {{value: string, text: string, title?: string}[]} options
  * @param {string} current
@@ -123,6 +125,7 @@ export function switcher(label, options, current, change) {
 }
 
 /**
+ * A small button.
  * @param {string} text
  * @param {() => void} action
  * @param {Object<string, any>} [more]
@@ -132,20 +135,21 @@ export function button(text, action, more = {}) {
 }
 
 /**
- * Redraw a box that holds controls; the one being used keeps the keyboard.
+ * Redraw a box of controls; the control that has the keyboard focus keeps it.
  * @param {HTMLElement} box
  * @param {() => void} redraw
  */
 export function keepFocus(box, redraw) {
   const all = () => /** @type {HTMLElement[]} */ ([...box.querySelectorAll("select, button, input, [tabindex]")]);
   const name = (/** @type {HTMLElement} */ n) => n.getAttribute("data-key") ?? `${n.tagName} ${n.parentElement?.firstChild?.textContent} ${n.tagName === "BUTTON" ? n.textContent : ""}`;
-  const used = all().find((n) => n === document.activeElement);
-  const key = used && name(used);
+  const focused = all().find((n) => n === document.activeElement);
+  const key = focused && name(focused);
   redraw();
   if (key) all().find((n) => name(n) === key)?.focus({ preventScroll: true });
 }
 
 /**
+ * A list of one item, or of none if it is null.
  * @template T
  * @param {T|null} x
  */
@@ -159,7 +163,7 @@ export function capital(text) {
 }
 
 /**
- * Least and greatest of finite values.
+ * Smallest and largest of the finite values.
  * @param {Iterable<number|null>} values
  * @returns {[number, number]}
  */

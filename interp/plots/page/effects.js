@@ -1,4 +1,4 @@
-// Effects: one card per panel, with its selectors, heat map, read-out, strongest sites and numbers.
+// Effects: one card for each panel, with selectors, heat map, read-out, strongest sites and numbers.
 
 import { divergingScale, legend } from "./colors.js";
 import { exampleCells } from "./data.js";
@@ -21,24 +21,25 @@ const ACROSS = { position: "layer × token", role: "layer × part of the prompt"
 const LISTED = 12;
 
 /**
- * Symmetric colour limit. All means of a panel share it, so that variants can be compared; a single
- * example may exceed it, and its few extremes (small clean–corrupt gaps) then saturate.
+ * Symmetric colour limit. All means of a panel share it, so that variants can be compared. A single example may exceed
+ * it; then its few extremes, from small clean–corrupt gaps, saturate.
  * @param {View} view
  */
 function limitOf(view) {
-  const alike = view.panel.variants.filter((v) => view.value !== "raw" || v.metric === view.variant.metric);
+  const comparable = view.panel.variants.filter((v) => view.value !== "raw" || v.metric === view.variant.metric);
   const sizes = (/** @type {(number|null)[]} */ values) => values.map((x) => Math.abs(x ?? 0));
-  const mean = Math.max(...alike.map((v) => sizes(v.cells[view.value]).reduce((a, b) => Math.max(a, b), 0)));
+  const mean = Math.max(...comparable.map((v) => sizes(v.cells[view.value]).reduce((a, b) => Math.max(a, b), 0)));
   if (view.example === "") return roundUp(mean);
   const own = sizes(sliceOf(view, view.value)).sort((a, b) => a - b);
   return roundUp(Math.max(mean, own[Math.floor(0.98 * (own.length - 1))]));
 }
 
 /**
+ * The card of one panel.
  * @param {EffectsResult} result
  * @param {Panel} panel
  * @param {string} id
- * @param {boolean} folded  only a line to open: the head grid shows it too
+ * @param {boolean} folded  start closed, because the head grid shows the panel too
  */
 export function effectsCard(result, panel, id, folded) {
   const mediation = mediationOf(panel);
@@ -47,12 +48,12 @@ export function effectsCard(result, panel, id, folded) {
   const view = { panel, variant: first, value: first.value, slice: 0, example: "", columns: panel.columns, cells: first.cells };
   const kind = el("p", { class: "kind" });
   const body = el("div", {});
-  let turn = 0;
+  let latest = 0;
   const update = async () => {
-    const mine = ++turn;
+    const mine = ++latest;
     const shown = view.example === "" ? { columns: panel.columns, cells: view.variant.cells }
       : await exampleCells(result, panel, view.variant, Number(view.example));
-    if (mine !== turn) return; // something else was chosen while the table was being opened
+    if (mine !== latest) return; // the reader selected something else while the table was being unpacked
     Object.assign(view, shown);
     if (sliceOf(view, view.value).every((x) => x === null)) view.value = "raw";
     describe();
@@ -75,6 +76,7 @@ export function effectsCard(result, panel, id, folded) {
 }
 
 /**
+ * The selectors of a card.
  * @param {EffectsResult} result
  * @param {View} view
  * @param {() => Promise<void>} update
@@ -86,9 +88,9 @@ function effectsControls(result, view, update) {
   for (const key of keys) {
     const values = [...new Set(panel.variants.map((v) => v[key]))];
     const pick = (/** @type {string} */ value) => {
-      // Not every combination was measured: keep as many of the other choices as possible.
-      const kept = (/** @type {Variant} */ v) => keys.filter((k) => v[k] === variant[k]).length;
-      view.variant = panel.variants.filter((v) => v[key] === value).sort((a, b) => kept(b) - kept(a))[0];
+      // Not every combination was measured: change as few of the other selections as possible.
+      const matches = (/** @type {Variant} */ v) => keys.filter((k) => v[k] === variant[k]).length;
+      view.variant = panel.variants.filter((v) => v[key] === value).sort((a, b) => matches(b) - matches(a))[0];
       view.value = view.value === "effect" ? view.variant.value : view.value;
       update();
     };
@@ -146,6 +148,7 @@ function effectsBody(view) {
 }
 
 /**
+ * All numbers of a card.
  * @param {View} view
  * @param {number[]} order
  */

@@ -1,4 +1,4 @@
-// What leaves the page: pictures, files, the clipboard.
+// Export: drawings as PNG and SVG, files, the clipboard.
 
 import { el } from "./dom.js";
 import { say } from "./state.js";
@@ -7,16 +7,16 @@ const STYLES = ["fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-op
   "font-family", "font-size", "font-weight", "text-anchor", "dominant-baseline", "image-rendering"];
 
 /**
- * A drawing as a file of its own: what the style sheet says is written into it.
+ * A drawing as a standalone file: the styles of the style sheet are written into it.
  * @param {SVGElement} drawing
  * @returns {string}
  */
 function standalone(drawing) {
   const copy = /** @type {SVGElement} */ (drawing.cloneNode(true));
-  const [from, to] = [drawing, copy].map((node) => [node, ...node.querySelectorAll("*")]);
-  from.forEach((node, i) => {
+  const [nodes, copies] = [drawing, copy].map((node) => [node, ...node.querySelectorAll("*")]);
+  nodes.forEach((node, i) => {
     const style = getComputedStyle(node);
-    const target = to[i];
+    const target = copies[i];
     target.removeAttribute("style");
     for (const name of STYLES) target.setAttribute(name, style.getPropertyValue(name));
   });
@@ -31,6 +31,7 @@ function standalone(drawing) {
 }
 
 /**
+ * Save a file.
  * @param {string} name
  * @param {Blob} content
  */
@@ -44,6 +45,7 @@ export function download(name, content) {
 }
 
 /**
+ * Save a value as a JSON file.
  * @param {string} name
  * @param {any} value
  */
@@ -52,6 +54,7 @@ export function saveJson(name, value) {
 }
 
 /**
+ * Save a drawing as PNG at twice its size.
  * @param {SVGElement} drawing
  * @param {string} name
  */
@@ -75,8 +78,8 @@ async function savePng(drawing, name) {
 export function savers(drawing, name) {
   const file = name.replace(/[^\w.-]+/g, "-").replace(/^-|-$/g, "") || "figure";
   const act = (/** @type {(d: SVGElement) => void} */ save) => () => {
-    const found = drawing();
-    if (found) save(found);
+    const current = drawing();
+    if (current) save(current);
   };
   return el("span", { class: "savers" },
     el("button", { type: "button", class: "plain-button", "aria-label": `Save ${name} as PNG`, onclick: act((d) => savePng(d, file)) }, "PNG"),
@@ -85,8 +88,9 @@ export function savers(drawing, name) {
 }
 
 /**
+ * Copy a text to the clipboard.
  * @param {string} text
- * @param {string} what
+ * @param {string} what  name of the text, for the announcement
  */
 export async function copy(text, what) {
   try {

@@ -1,4 +1,4 @@
-// One square of weights, drawn: the map, its axes, its marginals, a cross hair.
+// The drawing of one attention map: the map, its axes, its marginals and a cross hair.
 
 import { pixels } from "./colors.js";
 import { el, format, roomFor, svg } from "./dom.js";
@@ -7,28 +7,28 @@ import { el, format, roomFor, svg } from "./dom.js";
 
 /**
  * @typedef {object} FigureSpec
- * @property {string} name  for its title and for files
+ * @property {string} name  for the title and for files
  * @property {Square} square
  * @property {boolean} signed
  * @property {number} top  the weight at the end of the colour map
  * @property {"sqrt"|"linear"|"log"} scale
- * @property {boolean} mute  the first column is left grey, and does not set the scale
+ * @property {boolean} mute  the first column is grey and does not set the scale
  * @property {boolean} causal
  * @property {number} side  pixels
- * @property {string[]|null} labels  of lines and columns; null: numbers at the ends
- * @property {number} last  number of the last token
- * @property {Float32Array|null} received  above the columns
- * @property {Float32Array|null} entropy  beside the lines
+ * @property {string[]|null} labels  of rows and columns; null: numbers at the ends
+ * @property {number} last  position of the last token
+ * @property {Float32Array|null} received  drawn above the columns
+ * @property {Float32Array|null} entropy  drawn to the right of the rows
  * @property {(line: number, column: number, how: "hover"|"choose"|"step") => void} visit
  */
 
 const LOG_DECADES = 4;
-const AWAY = -9999; // outside the drawing, however large a cell is
+const AWAY = -9999; // a coordinate outside the drawing for every size of cell
 /** @type {Object<string, string>} */
 export const SCALES = { sqrt: "√p", linear: "p", log: "log p" };
 
 /**
- * A weight's place along the colour map.
+ * The position of a weight along the colour map.
  * @param {number} share  weight / largest, in [0, 1]
  * @param {string} scale
  */
@@ -38,7 +38,7 @@ export function toned(share, scale) {
 }
 
 /**
- * The weight at a place along the colour map: the other way round.
+ * The weight at a position along the colour map: the inverse of `toned`.
  * @param {number} t
  * @param {string} scale
  */
@@ -47,7 +47,7 @@ export function untoned(t, scale) {
 }
 
 /**
- * The largest weight that colours are relative to.
+ * The largest weight, which sets the scale of the colours.
  * @param {Square} square
  * @param {boolean} mute
  */
@@ -61,7 +61,7 @@ export function largest(square, mute) {
 }
 
 /**
- * The map as an image of one pixel a cell.
+ * The map as an image with one pixel for each cell.
  * @param {FigureSpec} spec
  */
 function raster(spec) {
@@ -74,7 +74,7 @@ function raster(spec) {
   const out = new Uint32Array(image.data.buffer);
   for (let i = 0; i < values.length; i++) {
     const [r, c] = [Math.floor(i / size), i % size];
-    if (spec.causal && c > r) continue; // no key to see: left as the paper
+    if (spec.causal && c > r) continue; // the query cannot see this key: keep the background
     if (spec.mute && c === 0) out[i] = 0x60808080;
     else {
       const t = toned(Math.min(Math.abs(values[i]) / top, 1), spec.scale);
@@ -86,6 +86,7 @@ function raster(spec) {
 }
 
 /**
+ * Draw one attention map.
  * @param {FigureSpec} spec
  * @returns {{node: HTMLElement, drawing: SVGElement, cross: (line: number|null, pinned: boolean) => void}}
  */
@@ -121,7 +122,7 @@ export function figure(spec) {
 }
 
 /**
- * What the longest bar of a margin stands for.
+ * The value of the longest bar of a marginal.
  * @param {Float32Array} values
  * @param {string} unit
  * @param {Object<string, any>} at
@@ -131,6 +132,7 @@ function scaled(values, unit, at) {
 }
 
 /**
+ * The bars of a marginal.
  * @param {Float32Array} values
  * @param {(value: number, i: number, most: number) => {x: number, y: number, width: number, height: number}} place
  */
@@ -144,6 +146,7 @@ function bars(values, place) {
 }
 
 /**
+ * Labels and titles of the axes.
  * @param {SVGElement} root
  * @param {FigureSpec} spec
  * @param {{left: number, above: number, side: number, cell: number, below: number}} at
@@ -169,6 +172,7 @@ function axes(root, spec, at) {
 }
 
 /**
+ * Listen to pointer and keyboard.
  * @param {SVGElement} root
  * @param {FigureSpec} spec
  * @param {(line: number|null, column: number|null) => void} cross
@@ -183,14 +187,14 @@ function listenFigure(root, spec, cross, at) {
     return r >= 0 && r < size && c >= 0 && c < size ? [r, c] : null;
   };
   root.addEventListener("pointermove", (event) => {
-    const found = cellOf(/** @type {PointerEvent} */ (event));
-    cross(found?.[0] ?? null, found?.[1] ?? null);
-    if (found) spec.visit(found[0], found[1], "hover");
+    const cell = cellOf(/** @type {PointerEvent} */ (event));
+    cross(cell?.[0] ?? null, cell?.[1] ?? null);
+    if (cell) spec.visit(cell[0], cell[1], "hover");
   });
   root.addEventListener("pointerleave", () => cross(null, null));
   root.addEventListener("click", (event) => {
-    const found = cellOf(/** @type {MouseEvent} */ (event));
-    if (found) spec.visit(found[0], found[1], "choose");
+    const cell = cellOf(/** @type {MouseEvent} */ (event));
+    if (cell) spec.visit(cell[0], cell[1], "choose");
   });
   root.addEventListener("keydown", (event) => {
     const by = ({ ArrowUp: -1, ArrowDown: 1, PageUp: -10, PageDown: 10 })[/** @type {KeyboardEvent} */ (event).key];
@@ -201,6 +205,7 @@ function listenFigure(root, spec, cross, at) {
 }
 
 /**
+ * Whether no query has weight on a later key.
  * @param {Square} square
  */
 export function isCausal(square) {
@@ -211,7 +216,7 @@ export function isCausal(square) {
 }
 
 /**
- * Ticks of a legend, in weights.
+ * Ticks of a legend, labelled by weights.
  * @param {number} top
  * @param {string} scale
  * @param {boolean} signed

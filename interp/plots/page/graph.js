@@ -1,4 +1,4 @@
-// A circuit as a drawing: layers upwards, edges by weight and sign.
+// The drawing of a circuit: layers from bottom to top, edges by size and sign of their scores.
 
 import { roomFor, svg } from "./dom.js";
 import { headName } from "./view.js";
@@ -22,15 +22,15 @@ export function nodeName(node) {
  */
 export function onPaths(circuit, edges) {
   const reach = (/** @type {number} */ start, /** @type {(e: CircuitEdge) => number[]} */ from, /** @type {(e: CircuitEdge) => number[]} */ to) => {
-    const found = new Set([start]);
+    const reached = new Set([start]);
     for (let grew = true; grew;) {
       grew = false;
       for (const e of edges) {
-        if (!from(e).some((n) => found.has(n))) continue;
-        for (const n of to(e)) if (!found.has(n)) { found.add(n); grew = true; }
+        if (!from(e).some((n) => reached.has(n))) continue;
+        for (const n of to(e)) if (!reached.has(n)) { reached.add(n); grew = true; }
       }
     }
-    return found;
+    return reached;
   };
   const [input, output] = ["input", "logits"].map((kind) => circuit.nodes.findIndex((n) => n.kind === kind));
   const forward = reach(input, (e) => [e.from], (e) => e.to);
@@ -39,7 +39,7 @@ export function onPaths(circuit, edges) {
 }
 
 /**
- * Where each node stands: a line for each layer that has any, the logits on top.
+ * The position of each node: a line for each layer that has nodes, the logits on top.
  * @param {CircuitResult} circuit
  * @param {Set<number>} shown
  */
@@ -51,23 +51,24 @@ function layout(circuit, shown) {
   /** @type {Map<number, {x: number, y: number}>} */
   const at = new Map();
   lines.forEach((d, line) => {
-    const here = [...shown].filter((i) => depth(circuit.nodes[i]) === d).sort((a, b) => (circuit.nodes[a].head ?? 0) - (circuit.nodes[b].head ?? 0));
-    // Neighbouring lines are shifted, so that edges that pass a line do not run through its nodes.
-    const shift = here.length === 1 && Number.isFinite(d) && d >= 0 ? ((line % 5) - 2) * (width / 9) : 0;
-    here.forEach((i, k) => at.set(i, { x: LEFT + ((k + 0.5) / here.length) * width + shift, y: 18 + (lines.length - 1 - line) * ROW }));
+    const nodes = [...shown].filter((i) => depth(circuit.nodes[i]) === d).sort((a, b) => (circuit.nodes[a].head ?? 0) - (circuit.nodes[b].head ?? 0));
+    // Lines with one node are shifted, so that edges that pass a line do not cross its node.
+    const shift = nodes.length === 1 && Number.isFinite(d) && d >= 0 ? ((line % 5) - 2) * (width / 9) : 0;
+    nodes.forEach((i, k) => at.set(i, { x: LEFT + ((k + 0.5) / nodes.length) * width + shift, y: 18 + (lines.length - 1 - line) * ROW }));
   });
   return { at, width: width + LEFT + 16, height: 36 + (lines.length - 1) * ROW, lines: lines.map((d, line) => ({ layer: Number.isFinite(d) && d >= 0 ? Math.floor(d / 2) : null, y: 18 + (lines.length - 1 - line) * ROW })) };
 }
 
 /**
+ * Draw the given edges of a circuit.
  * @param {CircuitResult} circuit
  * @param {CircuitEdge[]} edges
- * @param {number} chosen  node
+ * @param {number} chosen  the selected node
  * @param {(node: number) => void} choose
  */
 export function drawGraph(circuit, edges, chosen, choose) {
   const senders = new Set(edges.map((e) => e.from));
-  const ends = (/** @type {CircuitEdge} */ e) => { // keys and values feed a group: its heads that send something
+  const ends = (/** @type {CircuitEdge} */ e) => { // a key or value feeds a group of heads: only those with an outgoing edge
     const sending = e.to.filter((n) => senders.has(n));
     return sending.length ? sending : e.to;
   };
@@ -98,6 +99,7 @@ export function drawGraph(circuit, edges, chosen, choose) {
 }
 
 /**
+ * The path of one edge.
  * @param {CircuitEdge} e
  * @param {{x: number, y: number}} a
  * @param {{x: number, y: number}} b
@@ -116,9 +118,10 @@ function edgePath(e, a, b, weight, near) {
 }
 
 /**
+ * The box of one node.
  * @param {CircuitNode} node
  * @param {{x: number, y: number}} at
- * @param {number} width  of the drawing: a role stands where there is room for it
+ * @param {number} width  of the drawing, which decides the side of the role's text
  * @param {boolean} chosen
  * @param {() => void} choose
  */

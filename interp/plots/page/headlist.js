@@ -1,4 +1,4 @@
-// One head's numbers, and all heads as a list that can be sorted.
+// The numbers of one head, and a sortable list of all heads.
 
 import { el, exact, format, formatInterval, keepFocus } from "./dom.js";
 import { copy } from "./export.js";
@@ -11,7 +11,7 @@ import { INTERVALS } from "./view.js";
 /** @typedef {import("./data.js").Variant} Variant */
 
 /**
- * @typedef {object} Measure  an effect that was measured of heads
+ * @typedef {object} Measure  an effect that was measured for heads
  * @property {string} id
  * @property {string} label
  * @property {Panel} panel
@@ -20,7 +20,7 @@ import { INTERVALS } from "./view.js";
  */
 
 /**
- * @typedef {object} Counted  a statistic, by head
+ * @typedef {object} Counted  a statistic of heads
  * @property {string} id
  * @property {string} label
  * @property {string} definition
@@ -28,7 +28,7 @@ import { INTERVALS } from "./view.js";
  */
 
 /**
- * @typedef {object} Heads  all that is known of heads
+ * @typedef {object} Heads  all effects and statistics of heads on the page
  * @property {number} layers
  * @property {number} heads
  * @property {Measure[]} measures
@@ -38,7 +38,7 @@ import { INTERVALS } from "./view.js";
 const HEADS_LISTED = 40;
 
 /**
- * Every measurement and statistic of one head, its address, and the reader's note.
+ * All measurements and statistics of one head, its address, and the reader's note.
  * @param {Heads} all
  * @param {(head: number) => string} nameOf
  */
@@ -78,14 +78,29 @@ export function headReadout(all, nameOf) {
 }
 
 /**
- * @param {{all: Heads, measure: Measure|null, shown: Counted|null, colored: (number|null)[], sizeOf: (i: number) => number, dots: Counted|null, ends: string[], left: (i: number) => boolean,
- *          order: number[], nameOf: (i: number) => string, choose: (cell: number, how: "choose"|"toggle") => void}} given
+ * @typedef {object} ListSpec
+ * @property {Heads} all
+ * @property {Measure|null} measure  the effect that colours the grid; null: a statistic does
+ * @property {Counted|null} shown  the statistic that colours the grid
+ * @property {(number|null)[]} colored  the value of each head
+ * @property {(i: number) => number} sizeOf  by which heads are sorted
+ * @property {Counted|null} dots
+ * @property {string[]} ends  columns of the interval
+ * @property {(i: number) => boolean} isLeftOut  by the filter
+ * @property {number[]} order  heads with a value, largest first
+ * @property {(i: number) => string} nameOf
+ * @property {(cell: number, how: "choose"|"toggle") => void} choose
  */
-export function headList(given) {
-  const { measure, shown: counted, colored, sizeOf, dots, ends, left, order, nameOf, choose } = given;
-  const kept = order.filter((i) => !left(i));
+
+/**
+ * The sortable list of heads.
+ * @param {ListSpec} spec
+ */
+export function headList(spec) {
+  const { measure, shown: counted, colored, sizeOf, dots, ends, isLeftOut, order, nameOf, choose } = spec;
+  const passing = order.filter((i) => !isLeftOut(i));
   const bounds = (/** @type {number} */ i) => (measure ? ends.map((name) => measure.at(i, name)) : [null, null]);
-  const extremes = kept.slice(0, HEADS_LISTED).flatMap((i) => [colored[i], ...bounds(i)]).filter((x) => x !== null).map(Number);
+  const extremes = passing.slice(0, HEADS_LISTED).flatMap((i) => [colored[i], ...bounds(i)]).filter((x) => x !== null).map(Number);
   const [from, to] = [Math.min(0, ...extremes), Math.max(0, ...extremes)];
   const sorts = [{ key: "head", text: "head" }, { key: "size", text: measure ? "effect" : counted?.label ?? "value" }, ...(dots ? [{ key: "dots", text: dots.label }] : [])];
   const sort = { key: "size", down: true };
@@ -98,7 +113,7 @@ export function headList(given) {
     return (sort.down ? 1 : -1) * (sizes[1] - sizes[0]);
   };
   const draw = () => {
-    const shown = [...kept].sort(compare).slice(0, HEADS_LISTED);
+    const shown = [...passing].sort(compare).slice(0, HEADS_LISTED);
     heading.replaceChildren(...sorts.map((s) => el("th", { scope: "col", "aria-sort": s.key === sort.key ? (sort.down ? "descending" : "ascending") : "none" },
       el("button", { type: "button", "data-key": `sort ${s.key}`, onclick: () => {
         Object.assign(sort, { key: s.key, down: s.key === sort.key ? !sort.down : true });
@@ -113,7 +128,7 @@ export function headList(given) {
           el("span", { class: "number" }, format(colored[i], !!measure)), el("span", { class: "interval" }, lo === null ? "" : formatInterval(lo, hi)))),
         ...(dots ? [el("td", { class: "number" }, format(dots.values[i]))] : []));
     }));
-    count.textContent = `${shown.length} of ${order.length} heads${kept.length < order.length ? `, ${kept.length} pass the filter` : ""}`;
+    count.textContent = `${shown.length} of ${order.length} heads${passing.length < order.length ? `, ${passing.length} pass the filter` : ""}`;
   };
   const table = el("table", { class: "head-list" }, el("thead", {}, heading), body);
   draw();
@@ -126,7 +141,7 @@ export function headList(given) {
     }
   };
   const numbers = dataTable(`All ${order.length} heads`, () => ({
-    head: ["head", "value", ...(measure ? ends : []), ...given.all.counted.map((c) => c.label)],
-    rows: order.map((i) => [nameOf(i), exact(colored[i]), ...(measure ? bounds(i).map(exact) : []), ...given.all.counted.map((c) => exact(c.values[i]))]) }));
+    head: ["head", "value", ...(measure ? ends : []), ...spec.all.counted.map((c) => c.label)],
+    rows: order.map((i) => [nameOf(i), exact(colored[i]), ...(measure ? bounds(i).map(exact) : []), ...spec.all.counted.map((c) => exact(c.values[i]))]) }));
   return { node: el("section", { class: "listing" }, el("div", { class: "scroll list-scroll", tabindex: 0, role: "region", "aria-label": "Heads, sorted" }, table), count, numbers), mark };
 }

@@ -1,4 +1,4 @@
-// The head grid: every head's causal effect as colour, a statistic of its attention as the size of a dot.
+// The head grid: the causal effect of every head as colour, a statistic of its attention as the size of a dot.
 
 import { divergingScale, legend, sequentialScale } from "./colors.js";
 import { chooser, el, format, keepFocus, rangeOf, roundUp, some, svg } from "./dom.js";
@@ -21,7 +21,7 @@ import { endsOf, headName, headNumbers, INTERVALS, MODES, valueName } from "./vi
 const QUERY_HEADS = ["z", "result", "q"];
 
 /**
- * Does the head grid show all of this panel? Key and value heads, neurons, and heads at single places have no room in it.
+ * Whether the head grid shows all of a panel. It has no cells for key and value heads, neurons, and heads at single positions.
  * @param {Panel} panel
  */
 export function inGrid(panel) {
@@ -29,7 +29,7 @@ export function inGrid(panel) {
 }
 
 /**
- * Gather what the results say of heads; null if they say nothing.
+ * Gather the effects and statistics of heads from all results; null if there are none.
  * @param {any[]} results
  * @returns {Heads|null}
  */
@@ -44,26 +44,28 @@ export function gatherHeads(results) {
   const measures = panels.flatMap(({ r, panel }) => panel.variants.map((/** @type {Variant} */ v, /** @type {number} */ i) =>
     measureOf(`${results.indexOf(r)}.${r.panels.indexOf(panel)}.${i}`, panel, v, heads)));
   const counted = stats.flatMap((r) => countedOf(r, `${results.indexOf(r)}`));
-  const twice = new Set(measures.map((m) => m.label).filter((label, i, all) => all.indexOf(label) < i));
-  for (const m of measures) if (twice.has(m.label) && !m.label.endsWith(m.variant.metric)) m.label += `, ${m.variant.metric}`;
-  measures.sort((a, b) => cellsOf(b) - cellsOf(a) || saysLittle(a) - saysLittle(b)); // whole sweeps before chosen heads
+  const duplicates = new Set(measures.map((m) => m.label).filter((label, i, all) => all.indexOf(label) < i));
+  for (const m of measures) if (duplicates.has(m.label) && !m.label.endsWith(m.variant.metric)) m.label += `, ${m.variant.metric}`;
+  measures.sort((a, b) => countCells(b) - countCells(a) || Number(isSameForAllHeads(a)) - Number(isSameForAllHeads(b))); // sweeps of all heads first
   return { layers, heads, measures, counted };
 }
 
 /**
- * The total and the direct effect of a mediation are about the same for every head: others are shown first.
+ * Whether a measurement is about the same for every head, as the total and the direct effect of a mediation are.
  * @param {Measure} m
  */
-function saysLittle(m) {
-  return Number(m.variant !== mediationOf(m.panel)?.[INDIRECT] && mediationOf(m.panel) !== null);
+function isSameForAllHeads(m) {
+  const mediation = mediationOf(m.panel);
+  return mediation !== null && m.variant !== mediation[INDIRECT];
 }
 
-/** @param {Measure} m */
-function cellsOf(m) {
+/** Number of measured cells. @param {Measure} m */
+function countCells(m) {
   return m.variant.cells.n.filter((n) => n).length;
 }
 
 /**
+ * One variant of a panel as a measurement of heads.
  * @param {string} id
  * @param {Panel} panel
  * @param {Variant} variant
@@ -77,13 +79,14 @@ function measureOf(id, panel, variant, heads) {
     const [r, c] = [rows.get(Math.floor(head / heads)), columns.get(head % heads)];
     return r === undefined || c === undefined ? null : variant.cells[name][r * panel.columns.values.length + c];
   };
-  const what = [panel.edge ? `path into ${panel.edge.receiver}` : variant.intervention, MODES[variant.mode] ?? variant.mode];
-  const unlike = new Set(panel.variants.map((v) => v.metric)).size > 1 ? [variant.metric] : [];
+  const intervention = [panel.edge ? `path into ${panel.edge.receiver}` : variant.intervention, MODES[variant.mode] ?? variant.mode];
+  const metric = new Set(panel.variants.map((v) => v.metric)).size > 1 ? [variant.metric] : [];
   const component = panel.component === "z" || panel.edge ? [] : [panel.component];
-  return { id, label: [...component, ...what, ...unlike].join(", "), panel, variant, at };
+  return { id, label: [...component, ...intervention, ...metric].join(", "), panel, variant, at };
 }
 
 /**
+ * The statistics of heads in a result.
  * @param {any} result
  * @param {string} id
  * @returns {Counted[]}
@@ -105,9 +108,9 @@ function countedOf(result, id) {
 /**
  * The card's upper half: grid, read-out, list.
  * @param {Heads} all
- * @param {(name: string) => void} fallback  told which head stands out, for when none is chosen
+ * @param {(name: string) => void} tellStrongest  receives the strongest head, for views in which no head is selected
  */
-export function headGrid(all, fallback) {
+export function headGrid(all, tellStrongest) {
   const nameOf = (/** @type {number} */ i) => headName(Math.floor(i / all.heads), i % all.heads);
   const filter = { least: 0, sure: false };
   const box = el("div", {});
@@ -124,8 +127,8 @@ export function headGrid(all, fallback) {
     const colored = Array.from({ length: all.layers * all.heads }, (_, i) => (measure ? measure.at(i, value) : shown?.values[i] ?? null));
     const scale = headColors(measure, colored);
     const ends = INTERVALS[value];
-    const sizeOf = (/** @type {number} */ i) => (measure ? Math.abs(colored[i] ?? 0) : colored[i] ?? -Infinity); // an effect may be large on either side
-    const left = (/** @type {number} */ i) => {
+    const sizeOf = (/** @type {number} */ i) => (measure ? Math.abs(colored[i] ?? 0) : colored[i] ?? -Infinity); // effects can be large in both directions
+    const isLeftOut = (/** @type {number} */ i) => {
       const x = colored[i];
       if (x === null || (filter.least > 0 && sizeOf(i) < filter.least)) return true;
       const [lo, hi] = measure ? ends.map((name) => measure.at(i, name)) : [null, null];
@@ -133,7 +136,7 @@ export function headGrid(all, fallback) {
     };
     const order = colored.map((_, i) => i).filter((i) => colored[i] !== null)
       .sort((a, b) => sizeOf(b) - sizeOf(a));
-    fallback(nameOf(order[0] ?? 0));
+    tellStrongest(nameOf(order[0] ?? 0));
     const [low, high] = dots ? rangeOf(dots.values) : [0, 1];
     const choose = (/** @type {number} */ cell, /** @type {How} */ how) => {
       const name = nameOf(cell);
@@ -149,9 +152,9 @@ export function headGrid(all, fallback) {
     const axis = (/** @type {number} */ n) => ({ kind: "", values: [...Array(n).keys()], labels: [...Array(n).keys()].map(String) });
     const map = heatmap({ key: "heads", rows: axis(all.layers), columns: axis(all.heads), rowTitle: "layer", columnTitle: "head",
       title: `${measure ? measure.label : shown?.label ?? "heads"} of every head`, values: colored, map: scale.map, place: scale.place,
-      dim: left, glyph: dots ? (i) => (dots.values[i] === null ? null : ((dots.values[i] ?? 0) - low) / (high - low || 1)) : undefined,
+      dim: isLeftOut, glyph: dots ? (i) => (dots.values[i] === null ? null : ((dots.values[i] ?? 0) - low) / (high - low || 1)) : undefined,
       visit: (cell, how) => (how === "hover" ? refresh(cell) : choose(cell, how)) });
-    const list = headList({ all, measure, shown, colored, sizeOf, dots, ends, left, order, nameOf, choose });
+    const list = headList({ all, measure, shown, colored, sizeOf, dots, ends, isLeftOut, order, nameOf, choose });
     refresh = (hovered) => {
       const chosen = state.heads.map(indexOf).filter((i) => i < colored.length);
       map.mark(...(chosen.length ? chosen : [order[0] ?? 0]));
@@ -194,7 +197,7 @@ function headColors(measure, colored) {
 }
 
 /**
- * All cells of the rectangle between two.
+ * All cells of the rectangle between two cells.
  * @param {number} a
  * @param {number} b
  * @param {number} width
@@ -202,12 +205,13 @@ function headColors(measure, colored) {
 function rectangle(a, b, width) {
   const [r0, r1] = [a, b].map((i) => Math.floor(i / width)).sort((x, y) => x - y);
   const [c0, c1] = [a % width, b % width].sort((x, y) => x - y);
-  const found = [];
-  for (let r = r0; r <= r1; r++) for (let c = c0; c <= c1; c++) found.push(r * width + c);
-  return found;
+  const cells = [];
+  for (let r = r0; r <= r1; r++) for (let c = c0; c <= c1; c++) cells.push(r * width + c);
+  return cells;
 }
 
 /**
+ * The selectors and filters of the grid.
  * @param {Heads} all
  * @param {Measure|null} measure
  * @param {Counted|null} shown
@@ -231,6 +235,7 @@ function controls(all, measure, shown, filter, limit, draw) {
 }
 
 /**
+ * The legend of the dots.
  * @param {Counted} dots
  * @param {number} low
  * @param {number} high

@@ -1,10 +1,10 @@
-// Heat maps with labelled axes: hover reads a cell out, a click or the keyboard chooses one or many.
+// Heat maps with labelled axes: the pointer shows a cell; a click or the keyboard selects one or several.
 
 import { paint } from "./colors.js";
 import { el, roomFor, svg } from "./dom.js";
 
 /** @typedef {import("./data.js").Axis} Axis */
-/** @typedef {"hover"|"choose"|"toggle"|"extend"} How  extend: all between the last chosen one and this */
+/** @typedef {"hover"|"choose"|"toggle"|"extend"} How  extend: all cells between the last selected one and this one */
 
 /**
  * @typedef {object} MapSpec
@@ -12,18 +12,18 @@ import { el, roomFor, svg } from "./dom.js";
  * @property {Axis} columns
  * @property {string} rowTitle
  * @property {string} columnTitle
- * @property {string} title  what the map shows, for screen readers
- * @property {(number|null)[]} values  row-major
+ * @property {string} title  for screen readers
+ * @property {(number|null)[]} values  in row-major order
  * @property {"diverging"|"sequential"} map
  * @property {(value: number) => number} place  value → position along the colour map
  * @property {(cell: number, how: How) => void} visit
  * @property {(cell: number) => number|null} [glyph]  a second quantity in [0, 1], drawn as the area of a dot
- * @property {(cell: number) => boolean} [dim]  does the filter leave this cell out?
- * @property {string} [key]  keeps the keyboard here when the map is drawn anew
+ * @property {(cell: number) => boolean} [dim]  whether the filter leaves this cell out
+ * @property {string} [key]  keeps the keyboard focus on the map when it is redrawn
  */
 
 /**
- * A heat map with labelled axes. Hover reads a cell out, a click or the arrow keys choose it.
+ * A heat map with labelled axes. The pointer shows a cell; a click or the arrow keys select it.
  * @param {MapSpec} spec
  * @returns {{node: HTMLElement, mark: (...cells: number[]) => void, drawing: SVGElement}}
  */
@@ -37,7 +37,7 @@ export function heatmap(spec) {
   const width = Math.min(Math.max(Math.floor(Math.min(slanted ? 570 : 380, roomFor(left + right)) / C), 12), 42);
   const bottom = slanted ? Math.min(26 + longest * 5.2, 128) : 36;
   const [plotWidth, plotHeight] = [C * width, R * height];
-  // Slanted labels hang to the left of their column: the first ones need room.
+  // Slanted labels extend to the left of their column: the first ones need room.
   const hang = slanted ? Math.max(0, Math.min(longest, 18) * 4.6 - left - width / 2) : 0;
   const [W, H] = [hang + left + plotWidth + right, 6 + plotHeight + bottom];
   const root = svg("svg", { width: W, height: H, viewBox: `${-hang} 0 ${W} ${H}`, tabindex: 0, role: "application",
@@ -65,7 +65,7 @@ export function heatmap(spec) {
   const marks = svg("g");
   root.append(marks, hovered);
   let current = 0;
-  // Two tones, so that the outline shows on every colour of the map.
+  // The outline has two tones, so that it is visible on every colour of the map.
   const mark = (/** @type {number[]} */ ...cells) => {
     current = cells[0] ?? current;
     marks.replaceChildren(...["halo", "marked"].flatMap((name) => cells.map((i) => {
@@ -84,6 +84,7 @@ export function heatmap(spec) {
 }
 
 /**
+ * Labels and titles of the axes.
  * @param {SVGElement} root
  * @param {MapSpec} spec
  * @param {{width: number, height: number, left: number, slanted: boolean, plotWidth: number,
@@ -109,7 +110,7 @@ function drawAxes(root, spec, at) {
 }
 
 /**
- * Pointer and keyboard on a map. A visit to cell −1 means that the pointer left.
+ * Listen to pointer and keyboard. A visit to cell −1 means that the pointer left the map.
  * @param {SVGElement} root
  * @param {number} R
  * @param {number} C

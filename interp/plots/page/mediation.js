@@ -12,19 +12,20 @@ const EFFECTS = ["total effect", "natural direct effect", "natural indirect effe
 /** @type {Object<string, string>} */
 const SHORT = { "total effect": "TE", "natural direct effect": "NDE", "natural indirect effect": "NIE", interaction: "interaction" };
 const MEDIATORS = 15;
-export const INDIRECT = 2; // its place among them
+export const INDIRECT = 2; // index of the indirect effect in EFFECTS
 
 /**
- * The four variants of a panel that a mediation analysis makes, for one metric; null if it is none.
+ * The four variants of a mediation analysis, for one metric; null if the panel is not one.
  * @param {Panel} panel
  * @returns {Variant[]|null}
  */
 export function mediationOf(panel) {
-  const found = EFFECTS.map((name) => panel.variants.find((v) => v.intervention === name));
-  return found.every((v) => v !== undefined) ? /** @type {Variant[]} */ (found) : null;
+  const variants = EFFECTS.map((name) => panel.variants.find((v) => v.intervention === name));
+  return variants.every((v) => v !== undefined) ? /** @type {Variant[]} */ (variants) : null;
 }
 
 /**
+ * The table of the mediators with the largest indirect effects.
  * @param {Panel} panel
  * @param {Variant[]} variants  in the order of EFFECTS
  */

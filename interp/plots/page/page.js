@@ -1,4 +1,4 @@
-// The page: header, the heads, sections in order, provenance.
+// The page: header, heads, sections in order, provenance.
 
 import { attentionView } from "./attention.js";
 import { setPalettes } from "./colors.js";
@@ -10,6 +10,7 @@ import { provenance } from "./provenance.js";
 import { announcer, notify, on, permalink, readAddress, say, set, state, watchTheme, written } from "./state.js";
 
 /**
+ * The section of one result; null if there is nothing to draw.
  * @param {any} result
  * @param {string} id
  * @param {import("./kinds.js").Page} page
@@ -30,7 +31,7 @@ function paragraphs(text) {
   return (text ?? "").split(/\n\s*\n/).filter((t) => t.trim()).map((t) => el("p", {}, t.trim()));
 }
 
-/** The card that joins what heads cause and what they read. @param {any[]} results */
+/** The card of the head grid and of attention patterns. @param {any[]} results */
 function headsCard(results) {
   const heads = gatherHeads(results);
   if (!heads) return null;
@@ -46,7 +47,7 @@ function sectionId(i) {
   return `result-${i}`;
 }
 
-/** @param {any[]} results */
+/** Links to the cards of the page. @param {any[]} results */
 function contents(results) {
   const entries = results.flatMap((result, i) => KINDS[result.kind]?.entries(result, sectionId(i)) ?? []);
   const heads = document.getElementById("heads") ? [{ id: "heads", text: "Heads" }] : [];
@@ -56,13 +57,14 @@ function contents(results) {
     ...all.map((e) => el("a", { href: `#at=${e.id}`, onclick: (/** @type {Event} */ event) => { event.preventDefault(); set({ at: e.id }); go(e.id); } }, e.text))));
 }
 
-/** @param {string} id */
+/** Open a card and scroll to it. @param {string} id */
 function go(id) {
   const target = document.getElementById(id);
   if (target instanceof HTMLDetailsElement) target.open = true;
   target?.scrollIntoView({ block: "start" });
 }
 
+/** Pins, theme, link and notes. */
 function bar() {
   const pins = el("span", { class: "pins" });
   const showPins = () => pins.replaceChildren(...state.pins.map((pin) => button(pin, () => {

@@ -1,4 +1,4 @@
-// Attention patterns as the page carries them: maps, marginals, rows. What is exact and what is pooled is kept apart.
+// The attention patterns of the page: maps, marginals and rows. Exact values and pooled values are kept separate.
 
 import { halves, open, readPng } from "./data.js";
 
@@ -8,8 +8,8 @@ import { halves, open, readPng } from "./data.js";
 /** @typedef {import("./data.js").Sheets} Sheets */
 /** @typedef {import("./data.js").Relative} Relative */
 
-/** @typedef {{size: number, values: Float32Array}} Square  row-major weights, or differences of weights */
-/** @typedef {{weights: Map<number, number>, how: string}} Row  key → weight, and what these weights are */
+/** @typedef {{size: number, values: Float32Array}} Square  weights in row-major order, or differences of weights */
+/** @typedef {{weights: Map<number, number>, how: string}} Row  key → weight, and how exact the weights are */
 
 /** @type {Float32Array} */
 const SQUARES = Float32Array.from({ length: 256 }, (_, i) => (i / 255) ** 2);
@@ -18,23 +18,24 @@ const SQUARES = Float32Array.from({ length: 256 }, (_, i) => (i / 255) ** 2);
 const sheets = new WeakMap();
 
 /**
- * A head's map of one run.
+ * The map of a head in one run.
  * @param {PatternRun} run
- * @param {number} head  in the result's list
+ * @param {number} head  index in the result's list
  * @returns {Promise<Square>}
  */
 async function mapOfRun(run, head) {
   const group = /** @type {Sheets} */ (run.maps.findLast((g) => g.heads.includes(head)));
   const place = group.heads.indexOf(head);
-  const [sheet, line] = [Math.floor(place / group.step), place % group.step];
+  const [sheet, slot] = [Math.floor(place / group.step), place % group.step];
   let opened = sheets.get(group);
   if (!opened) sheets.set(group, (opened = []));
   const grey = await (opened[sheet] ??= readPng(group.sheets[sheet]));
   const size = group.bins;
-  return { size, values: Float32Array.from(grey.subarray(line * size * size, (line + 1) * size * size), (v) => SQUARES[v]) };
+  return { size, values: Float32Array.from(grey.subarray(slot * size * size, (slot + 1) * size * size), (v) => SQUARES[v]) };
 }
 
 /**
+ * The segment × segment map of a head in one run.
  * @param {PatternRun} run
  * @param {number} head
  * @param {number} segments
@@ -47,7 +48,7 @@ async function blocksOfRun(run, head, segments) {
 }
 
 /**
- * What is drawn of a head: its map or its blocks, of one run or the difference of two.
+ * The square to draw for a head: its map or its blocks, of one run or of the difference of two runs.
  * @param {PatternExample} example
  * @param {number} head
  * @param {"clean"|"corrupt"|"difference"} run
@@ -62,6 +63,7 @@ export async function squareOf(example, head, run, zoom) {
 }
 
 /**
+ * A run of a prompt; the clean run if there is no other.
  * @param {PatternExample} example
  * @param {string} run
  */
@@ -70,7 +72,7 @@ export function runOf(example, run) {
 }
 
 /**
- * Values of a marginal, one a bin.
+ * The values of a marginal, one for each bin.
  * @param {Relative} packed
  * @param {number} head
  * @param {number} bins
@@ -81,7 +83,7 @@ export async function marginal(packed, head, bins) {
 }
 
 /**
- * What one query reads, as exactly as the page knows.
+ * The row of one query, with the most exact weights that the page contains.
  * @param {PatternResult} result
  * @param {PatternExample} example
  * @param {number} head
@@ -103,17 +105,17 @@ export async function rowOf(result, example, head, which, query, edges) {
     const levels = result.exact.includes(result.names[head]) ? 256 : example.levels;
     return { how: `every weight, to ${levels < 256 ? `${levels} levels` : "8 bits"} of its root`, weights: new Map(Array.from({ length: size }, (_, k) => /** @type {[number, number]} */ ([k, values[query * size + k]])).filter(([, v]) => v > 0)) };
   }
-  const sharp = result.exact.indexOf(result.names[head]);
+  const exactHead = result.exact.indexOf(result.names[head]);
   const line = run.rows?.queries.indexOf(query) ?? -1;
-  if (sharp >= 0 && run.rows && line >= 0) {
-    const grey = await (rowSheet.get(run.rows) ?? keep(run.rows));
-    const start = (sharp * run.rows.queries.length + line) * example.tokens;
+  if (exactHead >= 0 && run.rows && line >= 0) {
+    const grey = await (rowSheets.get(run.rows) ?? readRows(run.rows));
+    const start = (exactHead * run.rows.queries.length + line) * example.tokens;
     return { how: "the whole row, to 8 bits of the root", weights: new Map(Array.from({ length: query + 1 }, (_, k) => /** @type {[number, number]} */ ([k, SQUARES[grey[start + k]]])).filter(([, v]) => v > 0)) };
   }
-  if (sharp >= 0 && run.top.index.shape[2] > 0) {
+  if (exactHead >= 0 && run.top.index.shape[2] > 0) {
     const [index, bits] = await Promise.all([open(run.top.index), open(run.top.value)]);
     const k = index.length / result.exact.length / example.tokens;
-    const start = (sharp * example.tokens + query) * k;
+    const start = (exactHead * example.tokens + query) * k;
     const values = halves(Array.from({ length: k }, (_, i) => bits[start + i]));
     return { how: `the ${k} largest weights, exact to 3 digits; the others are not in this page`,
       weights: new Map(Array.from(values, (v, i) => /** @type {[number, number]} */ ([index[start + i], v])).filter(([key]) => key >= 0)) };
@@ -122,23 +124,24 @@ export async function rowOf(result, example, head, which, query, edges) {
 }
 
 /** @type {WeakMap<object, Promise<Uint8Array>>} */
-const rowSheet = new WeakMap();
+const rowSheets = new WeakMap();
 
-/** @param {{sheet: string}} rows */
-function keep(rows) {
+/** Decode the rows of a run once. @param {{sheet: string}} rows */
+function readRows(rows) {
   const read = readPng(rows.sheet);
-  rowSheet.set(rows, read);
+  rowSheets.set(rows, read);
   return read;
 }
 
 /**
+ * The row of one query from a pooled map: all tokens of a cell get its weight.
  * @param {Square} map
  * @param {number} query
  * @param {ArrayLike<number>} edges
  * @returns {Row}
  */
 function pooledRow(map, query, edges) {
-  const by = Math.ceil((edges.length - 1) / map.size); // bins to a line of the map
+  const by = Math.ceil((edges.length - 1) / map.size); // bins in a row of the map
   const line = Math.floor(binOf(edges, query) / by);
   const weights = new Map();
   for (let c = 0; c < map.size; c++) {
@@ -151,7 +154,7 @@ function pooledRow(map, query, edges) {
 }
 
 /**
- * The bin that holds a token.
+ * The bin that contains a token.
  * @param {ArrayLike<number>} edges
  * @param {number} token
  */

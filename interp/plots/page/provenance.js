@@ -1,10 +1,10 @@
-// What made the numbers: once where all results agree, a line for each where they do not.
+// The provenance of the results: once if all results agree, else for each result.
 
 import { el } from "./dom.js";
 import { KINDS } from "./kinds.js";
 
 /**
- * A provenance value as text; what is long is folded.
+ * A provenance value as text; long values are folded.
  * @param {any} value
  * @returns {Node}
  */
@@ -16,7 +16,7 @@ function provenanceValue(value) {
 }
 
 /**
- * What all results share, then what each has of its own.
+ * The values that all results share, then the other values of each result.
  * @param {any[]} results
  */
 export function provenance(results) {
@@ -35,7 +35,7 @@ export function provenance(results) {
     ...(all.length ? [table(all)] : []), ...own, ...(keys.length ? [] : [el("p", {}, "These results carry no provenance.")]));
 }
 
-/** @param {any} r */
+/** The attention backend of each layer. @param {any} r */
 function backendsOf(r) {
   return [...new Set(Object.values(r.backends))].map((name) => {
     const layers = Object.keys(r.backends).filter((layer) => r.backends[layer] === name);
@@ -43,7 +43,7 @@ function backendsOf(r) {
   }).join("; ");
 }
 
-/** @param {any} result */
+/** The name of a result. @param {any} result */
 function resultName(result) {
   return result.name || KINDS[result.kind].describe(result);
 }

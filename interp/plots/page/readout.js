@@ -8,7 +8,7 @@ import { INTERVALS, metricOf, siteAddress, siteName, sliceOf, valueName } from "
 /** @typedef {import("./view.js").View} View */
 
 /**
- * The numbers of one cell. The table follows the pointer; chosen cells are also spoken.
+ * The numbers of one cell. The table follows the pointer; selected cells are also announced.
  * @param {View} view
  */
 export function effectsReadout(view) {
@@ -55,12 +55,13 @@ export function strongest(view, cells, choose) {
 }
 
 /**
+ * A bar with its interval.
  * @param {number} mean
  * @param {number|null} lo
  * @param {number|null} hi
  * @param {number} from
  * @param {number} to
- * @param {boolean} [plain]  of something that has no two directions
+ * @param {boolean} [plain]  the value has only one direction
  */
 export function intervalBar(mean, lo, hi, from, to, plain = false) {
   const [W, H] = [150, 16];

@@ -1,4 +1,4 @@
-// One query's row: the largest weights as a list, and where they lie.
+// The row of one query: its largest weights as a list, and a drawing of their positions.
 
 import { paint } from "./colors.js";
 import { el, format, roomFor, svg } from "./dom.js";
@@ -40,7 +40,7 @@ export function strongestKeys(row, mute, count) {
   return best;
 }
 
-/** @param {RowSpec} spec */
+/** The drawing and the list of a row. @param {RowSpec} spec */
 export function rowFigure(spec) {
   const best = strongestKeys(spec.row, spec.mute, KEYS_LISTED);
   const top = Math.abs(best[0]?.[1] ?? 0) || 1;

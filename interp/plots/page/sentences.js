@@ -1,4 +1,4 @@
-// Sentence by sentence: which parts of a prompt later parts read, and the heads that single out a few.
+// Segments of a prompt: how much later segments attend to each, and the heads that single out a few segments.
 
 import { paint, sequentialScale } from "./colors.js";
 import { el, exact, format, rangeOf } from "./dom.js";
@@ -10,7 +10,7 @@ import { dataTable } from "./tables.js";
 const RECEIVERS = 20;
 
 /**
- * Null where no prompt has enough segments for scores.
+ * The card of segments; null if no prompt has enough segments for scores.
  * @param {PatternResult} result
  */
 export function sentenceCard(result) {

@@ -1,22 +1,22 @@
-// What the reader is looking at: kept in the address, so that a link shows the same; and their notes.
+// The state of the view, stored in the address so that a link shows the same view; and the reader's notes.
 
 import { el } from "./dom.js";
 
 /**
  * @typedef {object} State
- * @property {string[]} heads  chosen heads, the one in focus first: "L9H6"
+ * @property {string[]} heads  selected heads, such as "L9H6"; the first one has the focus
  * @property {number|null} q  the query that is pinned
  * @property {"blocks"|"map"|"rows"} zoom
  * @property {"clean"|"corrupt"|"difference"} run
  * @property {"sqrt"|"linear"|"log"} scale
- * @property {boolean} mute  leave the first token's column out
+ * @property {boolean} mute  leave out the column of the first token
  * @property {number} ex  prompt
- * @property {string} color  which measurement colours the head grid
- * @property {string} glyph  which statistic is drawn in its cells
+ * @property {string} color  id of the measurement that colours the head grid
+ * @property {string} glyph  id of the statistic that its dots show
  * @property {"auto"|"light"|"dark"} theme
  * @property {string} at  the card to open and scroll to
  * @property {string[]} pins  "L9H6" or "L9H6@14"
- * @property {string} cut  edges kept, of each circuit: "result-3:120"
+ * @property {string} cut  circuit and number of its edges that are shown: "result-3:120"
  */
 
 /** @type {State} */
@@ -24,15 +24,15 @@ export const state = { heads: [], q: null, zoom: "map", run: "clean", scale: "sq
   theme: "auto", at: "", pins: [], cut: "" };
 const START = { ...state };
 
-/** @type {{notes: Object<string, string>, title: string}} */
+/** Notes of the reader. @type {{notes: Object<string, string>, title: string}} */
 export const written = { notes: {}, title: "" };
 
 /** @type {[Set<string>, (changed: Set<string>) => void][]} */
 const listeners = [];
 
 /**
- * Call when any of these parts of the state changes.
- * @param {string} keys
+ * Call a listener when one of these fields of the state changes.
+ * @param {string} keys  separated by spaces
  * @param {(changed: Set<string>) => void} listener
  */
 export function on(keys, listener) {
@@ -40,7 +40,7 @@ export function on(keys, listener) {
 }
 
 /**
- * Change the state, the address, and whatever listens.
+ * Change the state and the address, and call the listeners.
  * @param {Partial<State>} changes
  */
 export function set(changes) {
@@ -48,7 +48,7 @@ export function set(changes) {
     JSON.stringify(/** @type {any} */ (state)[k]) !== JSON.stringify(/** @type {any} */ (changes)[k])));
   if (!changed.size) return;
   Object.assign(state, changes);
-  address();
+  updateAddress();
   notify(changed);
 }
 
@@ -59,7 +59,7 @@ export function notify(changed) {
 
 const FIELDS = /** @type {(keyof State)[]} */ (Object.keys(START));
 
-/** The part of the address that says all this; what is as at the start is left out. */
+/** The part of the address after #, without the fields that have their initial value. */
 export function permalink() {
   const parts = FIELDS.filter((k) => JSON.stringify(state[k]) !== JSON.stringify(START[k])).map((k) => {
     const value = state[k];
@@ -69,31 +69,31 @@ export function permalink() {
   return parts.length ? `#${parts.join("&")}` : "#";
 }
 
-function address() {
+function updateAddress() {
   try {
     history.replaceState(null, "", permalink());
-  } catch { /* a frame inside a notebook has no address of its own */ }
+  } catch { /* a frame inside a notebook has no address */ }
 }
 
-/** Read the state from the address; what makes no sense is left as it was. */
+/** Read the state from the address, without invalid values. @returns {Set<string>} the changed fields */
 export function readAddress() {
-  const known = { zoom: ["blocks", "map", "rows"], run: ["clean", "corrupt", "difference"],
+  const options = { zoom: ["blocks", "map", "rows"], run: ["clean", "corrupt", "difference"],
     scale: ["sqrt", "linear", "log"], theme: ["auto", "light", "dark"] };
   /** @type {any} */
-  const found = { ...START, theme: state.theme };
+  const next = { ...START, theme: state.theme };
   for (const part of location.hash.slice(1).split("&")) {
     const [key, ...rest] = part.split("=");
     const text = decode(rest.join("="));
     if (!(key in START) || text === null) continue;
-    if (key === "heads") found.heads = text.split(",").filter((h) => /^L\d+H\d+$/.test(h));
-    else if (key === "pins") found.pins = text.split(",").filter((p) => /^L\d+H\d+(@\d+)?$/.test(p));
-    else if (key === "q") found.q = /^\d+$/.test(text) ? Number(text) : null;
-    else if (key === "ex") found.ex = /^\d+$/.test(text) ? Number(text) : 0;
-    else if (key === "mute") found.mute = text === "1";
-    else if (!(key in known) || /** @type {any} */ (known)[key].includes(text)) found[key] = text;
+    if (key === "heads") next.heads = text.split(",").filter((h) => /^L\d+H\d+$/.test(h));
+    else if (key === "pins") next.pins = text.split(",").filter((p) => /^L\d+H\d+(@\d+)?$/.test(p));
+    else if (key === "q") next.q = /^\d+$/.test(text) ? Number(text) : null;
+    else if (key === "ex") next.ex = /^\d+$/.test(text) ? Number(text) : 0;
+    else if (key === "mute") next.mute = text === "1";
+    else if (!(key in options) || /** @type {any} */ (options)[key].includes(text)) next[key] = text;
   }
   const before = { ...state };
-  Object.assign(state, found);
+  Object.assign(state, next);
   return new Set(FIELDS.filter((k) => JSON.stringify(before[k]) !== JSON.stringify(state[k])));
 }
 
@@ -108,7 +108,7 @@ function decode(text) {
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** Show the theme that was chosen, or the reader's own. */
+/** Show the selected theme, or that of the reader's system. */
 export function applyTheme() {
   const shown = state.theme === "auto" ? (dark.matches ? "dark" : "light") : state.theme;
   const root = document.documentElement;
@@ -117,7 +117,7 @@ export function applyTheme() {
   notify(new Set(["shown-theme"]));
 }
 
-/** Follow the reader's system, print on white paper. */
+/** Follow the theme of the reader's system, and print on white. */
 export function watchTheme() {
   dark.addEventListener("change", applyTheme);
   on("theme", applyTheme);
@@ -131,13 +131,13 @@ export function watchTheme() {
 
 const spoken = el("p", { class: "spoken", "aria-live": "polite", id: "spoken" });
 
-/** Where announcements are made. */
+/** The element of announcements. */
 export function announcer() {
   return spoken;
 }
 
 /**
- * Read out to those who do not see the page.
+ * Announce a text to screen readers.
  * @param {string} text
  */
 export function say(text) {

@@ -1,4 +1,4 @@
-// Attention statistics: a layer × head map, and one head's values token by token.
+// Attention statistics: a layer × head map, and the values of one head token by token.
 
 import { legend, paint, sequentialScale } from "./colors.js";
 import { open } from "./data.js";
@@ -21,6 +21,7 @@ import { headName } from "./view.js";
  */
 
 /**
+ * The name of the selected head, or of another cell.
  * @param {AttentionView} view
  * @param {number} [cell]
  */
@@ -29,6 +30,7 @@ function cellName(view, cell = view.head) {
 }
 
 /**
+ * The card of attention statistics.
  * @param {AttentionResult} result
  * @param {string} id
  * @param {boolean} folded
@@ -56,13 +58,14 @@ export function statisticsCard(result, id, folded) {
   return box;
 }
 
-/** @param {Statistic} statistic */
+/** Heads by their mean, largest first. @param {Statistic} statistic */
 function strongestHeads(statistic) {
   const mean = statistic.mean ?? [];
   return mean.map((_, i) => i).filter((i) => mean[i] !== null).sort((a, b) => (mean[b] ?? 0) - (mean[a] ?? 0));
 }
 
 /**
+ * The selector of the statistic.
  * @param {AttentionView} view
  * @param {Statistic[]} mapped
  * @param {() => void} update
@@ -110,6 +113,7 @@ function attentionBody(view, headChanged) {
 }
 
 /**
+ * A list of heads with their means.
  * @param {string} title
  * @param {AttentionView} view
  * @param {number[]} cells
@@ -126,6 +130,7 @@ function extremeHeads(title, view, cells, choose) {
 }
 
 /**
+ * A bar for a value without an interval.
  * @param {number} value
  * @param {number} from
  * @param {number} to
@@ -138,19 +143,19 @@ function plainBar(value, from, to) {
 }
 
 /**
- * One head on one example: its tokens, coloured by the statistic, and a read-out of all statistics.
+ * One head on one prompt: the tokens coloured by the statistic, and a read-out of all statistics.
  * @param {AttentionView} view
  * @param {HTMLElement} strip
  */
 async function drawStrip(view, strip) {
   const { result, statistic } = view;
-  const wanted = JSON.stringify([statistic.name, view.head, view.example]);
+  const requested = JSON.stringify([statistic.name, view.head, view.example]);
   const example = result.examples[view.example];
   const length = example.tokens.length;
   /** @type {Object<string, ArrayLike<number>>} */
   const all = {};
   for (const s of result.statistics) all[s.name] = await open(example.values[s.name]);
-  if (wanted !== JSON.stringify([view.statistic.name, view.head, view.example])) return; // a later choice overtook
+  if (requested !== JSON.stringify([view.statistic.name, view.head, view.example])) return; // the reader selected something else
   const at = (/** @type {string} */ name, /** @type {number} */ token) => all[name][view.head * length + token];
   const own = example.tokens.map((_, t) => at(statistic.name, t)).filter(Number.isFinite);
   const [low, high] = rangeOf(own);
@@ -182,7 +187,7 @@ async function drawStrip(view, strip) {
 }
 
 /**
- * A statistic that is a position is shown with the token that stands there.
+ * The text of a value. A statistic that is a position is shown with the token at that position.
  * @param {Statistic} statistic
  * @param {number} value
  * @param {Example} example

@@ -1,4 +1,4 @@
-// The prompt, token by token. Only the lines in view are in the document, so 8,000 tokens cost no more than 100.
+// The prompt, token by token. The document contains only the visible lines, so 8,000 tokens cost no more than 100.
 
 import { paint } from "./colors.js";
 import { el } from "./dom.js";
@@ -17,6 +17,7 @@ const BYTES = /^(\\x[0-9a-f]{2})+$/;
 const FONT = '13px ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace';
 
 /**
+ * The strip of tokens.
  * @param {StripSpec} spec
  */
 export function tokenStrip(spec) {
@@ -31,9 +32,9 @@ export function tokenStrip(spec) {
   const shown = { tone: () => null, signed: false, query: null, pinned: null };
 
   const lay = () => {
-    const room = box.clientWidth - 16;
-    if (room <= 0) return;
-    lines = breakLines(spec.labels, names, room);
+    const width = box.clientWidth - 16;
+    if (width <= 0) return;
+    lines = breakLines(spec.labels, names, width);
     lines.forEach(([a, b], i) => lineOf.fill(i, a, b));
     inner.style.height = `${lines.length * LINE}px`;
     box.style.height = `${Math.min(lines.length, LINES) * LINE + 14}px`;
@@ -55,17 +56,17 @@ export function tokenStrip(spec) {
     else box.removeAttribute("aria-activedescendant");
   };
   const tokens = (/** @type {number} */ a, /** @type {number} */ b) => {
-    const found = [];
+    const nodes = [];
     for (let t = a; t < b; t++) {
       const name = names.get(t);
-      if (name) found.push(el("span", { class: "segment-name", role: "presentation" }, name));
+      if (name) nodes.push(el("span", { class: "segment-name", role: "presentation" }, name));
       const node = el("span", { id: `token-${t}`, role: "option", "data-token": t, title: `token ${t}` }, el("bdi", {}, spec.labels[t]));
       restyle(node, t);
-      found.push(node);
+      nodes.push(node);
     }
-    return found;
+    return nodes;
   };
-  /** Tokens stay where they are while colours change: a click must not lose what it began on. */
+  /** Restyle a token in place: a click would be lost if its element were replaced. */
   const restyle = (/** @type {HTMLElement} */ node, /** @type {number} */ t) => {
     const tone = shown.tone(t);
     const classes = ["token", BYTES.test(spec.labels[t]) ? "bytes" : "", tone === null ? "quiet" : "", t === shown.query ? "query" : "", t === shown.pinned ? "pinned" : ""];
@@ -95,7 +96,7 @@ export function tokenStrip(spec) {
   };
   new ResizeObserver(lay).observe(box);
   /**
-   * Colour tokens by what the query reads.
+   * Colour the tokens by the attention of the query.
    * @param {Partial<typeof shown>} changes
    */
   const show = (changes) => {
@@ -107,20 +108,20 @@ export function tokenStrip(spec) {
 }
 
 /**
- * Where lines end: widths are measured once a distinct token.
+ * Break the tokens into lines. The width of each distinct token is measured once.
  * @param {string[]} labels
  * @param {Map<number, string>} names
- * @param {number} room
+ * @param {number} lineWidth
  * @returns {[number, number][]}
  */
-function breakLines(labels, names, room) {
+function breakLines(labels, names, lineWidth) {
   const context = /** @type {OffscreenCanvasRenderingContext2D} */ (new OffscreenCanvas(1, 1).getContext("2d"));
   context.font = FONT;
   /** @type {Map<string, number>} */
-  const known = new Map();
+  const widths = new Map();
   const width = (/** @type {string} */ text) => {
-    let w = known.get(text);
-    if (w === undefined) known.set(text, (w = context.measureText(text).width));
+    let w = widths.get(text);
+    if (w === undefined) widths.set(text, (w = context.measureText(text).width));
     return w;
   };
   /** @type {[number, number][]} */
@@ -129,7 +130,7 @@ function breakLines(labels, names, room) {
   labels.forEach((label, t) => {
     const name = names.get(t);
     const w = width(label) + 13 + (name ? width(name) + 14 : 0);
-    if (used + w > room && t > start) {
+    if (used + w > lineWidth && t > start) {
       lines.push([start, t]);
       [start, used] = [t, 0];
     }

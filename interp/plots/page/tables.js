@@ -1,9 +1,9 @@
-// Numbers as tables: for those who cannot or do not want to read a picture, and for copying.
+// Numbers as tables, for screen readers and for copying.
 
 import { el } from "./dom.js";
 
 /**
- * A table that is only built when it is opened.
+ * A table that is built when the reader opens it.
  * @param {string} title
  * @param {() => {head: string[], rows: string[][]}} make
  */

@@ -1,4 +1,4 @@
-// What a card of effects shows, in words: its axes, sites, values, and what red and blue mean.
+// The view of an effects card, and its names: axes, sites, values, and the meaning of red and blue.
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
@@ -14,17 +14,18 @@ const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "pa
 export const MODES = { denoise: "denoising", noise: "noising" };
 
 /**
- * @typedef {object} View  what a card shows right now
+ * @typedef {object} View  what a card shows now
  * @property {Panel} panel
  * @property {Variant} variant
- * @property {string} value
- * @property {number} slice
- * @property {string} example  "" = the mean over examples
+ * @property {string} value  "effect", "pooled" or "raw"
+ * @property {number} slice  index of the third axis
+ * @property {string} example  "": the mean over examples
  * @property {Axis} columns
  * @property {Cells} cells
  */
 
 /**
+ * The cells of one column of the summary that the card shows.
  * @param {View} view
  * @param {string} name
  */
@@ -34,7 +35,7 @@ export function sliceOf(view, name) {
 }
 
 /**
- * What the table's column `head` counts: neurons, where a component has no heads.
+ * The unit of the table's column `head`: neurons of mlp_post, heads of other components.
  * @param {Panel} panel
  */
 function unitOf(panel) {
@@ -42,7 +43,7 @@ function unitOf(panel) {
 }
 
 /**
- * How an axis of a panel is called.
+ * The title of an axis.
  * @param {Panel} panel
  * @param {string} kind
  */
@@ -51,6 +52,7 @@ export function axisTitle(panel, kind) {
 }
 
 /**
+ * The name of a head: `L9H6`.
  * @param {number} layer
  * @param {number} head
  */
@@ -69,7 +71,7 @@ export function headNumbers(name) {
 }
 
 /**
- * How a cell is called: `L9H6`, or layer, position and token (a word may occur twice).
+ * The name of a cell: `L9H6`, or layer, position and token (a token may occur twice).
  * @param {View} view
  * @param {number} cell
  */
@@ -85,8 +87,8 @@ export function siteName(view, cell) {
 }
 
 /**
- * The full address, as Site.parse reads it: `resid_pre.L3@12`. None for a mean over the tokens of a span:
- * an address with the span's name is something else, all its tokens at once.
+ * The address that Site.parse reads: `resid_pre.L3@12`. A mean over the tokens of a span has none, because the address of
+ * a span means all its tokens at once.
  * @param {View} view
  * @param {number} cell
  */
@@ -106,18 +108,18 @@ export function siteAddress(view, cell) {
   return panel.component + layer + (where === undefined || where === "" ? "" : `@${where}`);
 }
 
-/** @param {View} view */
+/** The metric and its unit. @param {View} view */
 export function metricOf(view) {
   return view.variant.metric + (view.variant.unit ? ` (${view.variant.unit})` : "");
 }
 
-/** @param {View} view */
+/** The name of the value that the card shows. @param {View} view */
 export function valueName(view) {
   return { effect: "recovery", pooled: "recovery (ratio of means)", raw: `change of ${metricOf(view)}` }[view.value] ?? "";
 }
 
 /**
- * What red and blue mean; half of reading a map right is knowing its sign.
+ * The meaning of the two ends of the colours, blue and red.
  * @param {View} view
  * @returns {[string, string]}
  */
