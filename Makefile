@@ -16,11 +16,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the main job on the embedded model; results and report.html in results/demo
 	$(BIN)/interp demo $(ARGS)
 
+# Two processes of one thread each; the files of tests are shared out among them (see tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+
 test: $(STAMP)  ## all tests that need no GPU (downloads the embedded model on first use)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-quick: $(STAMP)  ## the fast tests: a few minutes, no model to download
-	$(BIN)/python -m pytest -m "not slow and not model and not browser" $(ARGS)
+	$(PYTEST) -m "not slow and not model and not browser" $(ARGS)
 
 lint: $(STAMP)  ## style, types, and the scripts of the report page
 	$(BIN)/ruff check .
