@@ -12,7 +12,6 @@ import torch
 
 from interp.doctor.families.text import tiny_hf
 
-
 LONGEST = ("triton", "test_notebooks.py")  # groups to begin with, so that the two processes end together
 
 
