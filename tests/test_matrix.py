@@ -14,7 +14,7 @@ from interp.doctor.families.text import FAMILIES
 from interp.doctor.matrix import (
     ALLOWED,
     CHECKS,
-    Case,
+    FamilyCase,
     Verdict,
     architectures,
     difference,
@@ -27,7 +27,7 @@ from interp.model.attention_call import AttentionCall
 from interp.model.instrument import Instrument
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-case = lru_cache(maxsize=2)(Case)  # one family's models serve all its checks
+case = lru_cache(maxsize=2)(FamilyCase)  # one family's models serve all its checks
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Whether a model comes out right when interp runs it: one model examined, or the matrix of architectures."""
+"""Check that interp runs a model correctly: one model examined, or the matrix of architectures."""
 
 from __future__ import annotations
 

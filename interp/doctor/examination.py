@@ -1,7 +1,7 @@
-"""The doctor: is this model, as interp runs it, the model you meant? And what will it cost, and lose, where?
+"""Examine one model: its logits as interp runs it, its backends and sites, and its costs.
 
-`examine` checks one model against Hugging Face's eager attention and tries everything else out: which backend
-computes each layer, which sites can be read and patched, what half precision changes, what a context needs.
+`examine` checks a model against Hugging Face's eager attention and measures everything else: which backend computes
+each layer, which sites can be read and patched, what half precision changes, how much memory a context needs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from interp.doctor import probe_inputs as trial
+from interp.doctor import probe_inputs
 from interp.doctor.matrix import difference
-from interp.doctor.memory import needed
+from interp.doctor.memory import memory_needs
 from interp.engine import Cell, Engine, Write
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
@@ -34,7 +34,7 @@ HALF = 5e-2
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``passed``: None where nothing can fail."""
+    """One line of the report. ``passed`` is None for information that cannot fail."""
 
     section: str
     item: str
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """What the doctor found; prints itself."""
+    """The findings on one model; prints itself as a report."""
 
     title: str
     findings: tuple[Finding, ...]
@@ -55,7 +55,7 @@ class Examination:
         return all(f.passed is not False for f in self.findings)
 
     def frame(self) -> pd.DataFrame:
-        """One row per finding: section, item, passed (empty where nothing can fail), value."""
+        """One row per finding: section, item, passed (empty for information), value."""
         return pd.DataFrame(
             [(f.section, f.item, f.passed, f.value) for f in self.findings],
             columns=["section", "item", "passed", "value"],
@@ -80,12 +80,13 @@ def examine(
     device: str | torch.device | None = None,
     **options: Any,
 ) -> Examination:
-    """Examine a model named or given as in `interp.load` (which takes ``options`` too).
+    """Examine a model given as in `interp.load`, which takes ``options`` too.
 
-    ``context``: tokens for which memory is worked out (default: the model's own). A Model or TransformerBridge is
-    wrapped already, so its logits cannot be compared with eager's: give its name instead if you want that.
+    ``context``: number of tokens for which memory is computed (default: the model's context length). A Model or
+    TransformerBridge is wrapped already, so that its logits cannot be compared with those of eager attention: give its
+    name instead for this comparison.
 
-    Raises ModelError if the model cannot be loaded at all, InterpError for a context it does not have.
+    Raises ModelError if the model cannot be loaded, InterpError for a context longer than the model's.
     """
     batches: dict[str, dict[str, Tensor]] = {}
     expected: dict[str, Tensor] = {}
@@ -95,13 +96,15 @@ def examine(
     else:
         weights = read(source, dtype=_dtype(dtype), device=device, **options)
         weights = replace(weights, model=vision_tower(weights.model))
-        batches = trial.batches(weights.model, weights.tokenizer)
+        batches = probe_inputs.batches(weights.model, weights.tokenizer)
         expected = _eager(weights.model, batches)
         bridge, name = wrap(weights)
         model = Model(bridge, name=name)
     context = model.n_ctx if context is None else context
     if not 1 <= context <= model.n_ctx:
-        raise InterpError(f"--context {context}: {model.name} has a context of {model.n_ctx} tokens; ask for 1 to that")
+        raise InterpError(
+            f"--context {context}: {model.name} has a context of {model.n_ctx} tokens; give 1 to {model.n_ctx}"
+        )
     calls = _calls(model)
     findings = [
         *_logits(model, batches, expected, wrapped),
@@ -122,11 +125,11 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 @torch.no_grad()
 def _eager(model: Any, batches: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Logits by Hugging Face's eager attention, before anything is wrapped."""
+    """Logits of Hugging Face's eager attention, before the model is wrapped."""
     model.eval()
     with suppress(ValueError, NotImplementedError):  # models that predate the attention interface are always eager
         model.set_attn_implementation("eager")
-    return {name: trial.outputs(model, batch) for name, batch in batches.items()}
+    return {name: probe_inputs.outputs(model, batch) for name, batch in batches.items()}
 
 
 @torch.no_grad()
@@ -135,11 +138,11 @@ def _logits(
 ) -> Iterator[Finding]:
     section = "logits against Hugging Face eager attention"
     if wrapped:
-        yield Finding(section, "not compared", None, "the model came wrapped; give its name to compare")
+        yield Finding(section, "not compared", None, "the model was already wrapped; give its name to compare")
         return
     allowed = TOLERANCE.get(model.dtype, HALF)
     for name, batch in batches.items():
-        gap = difference(trial.outputs(model.bridge.original_model, batch), expected[name])
+        gap = difference(probe_inputs.outputs(model.bridge.original_model, batch), expected[name])
         yield _compared(section, name, gap, allowed)
     if "one prompt" not in batches or not all(call.causal for call in _calls(model)):
         return
@@ -167,24 +170,29 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _calls(model: Model) -> list[AttentionCall]:
-    """What each layer asks of the kernel; and, from a plain forward after it, the record of who answered."""
-    seen: list[AttentionCall] = []
-    with ExitStack() as held:
+    """Record each layer's attention call; a second, plain forward leaves the record of the backends used."""
+    calls: list[AttentionCall] = []
+
+    def record(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return attend(call).out
+
+    with ExitStack() as handlers:
         for instrument in model.instruments.values():
-            held.enter_context(instrument.handled_by(lambda call: (seen.append(call), attend(call).out)[1]))
+            handlers.enter_context(instrument.handled_by(record))
         _forward(model)
     for instrument in model.instruments.values():
         instrument.layers.clear()
     _forward(model)
-    return seen
+    return calls
 
 
 def _forward(model: Model) -> Tensor:
-    """Output of the prompt that everything is tried on."""
+    """Output of the one prompt on which precision is measured."""
     if not model.stacks:
-        return model.forward([trial.prompt(model)])
-    (batch,) = trial.batches(model.bridge.original_model, model.tokenizer).values()
-    return trial.outputs(model.bridge.original_model, batch)
+        return model.forward([probe_inputs.prompt(model)])
+    (batch,) = probe_inputs.batches(model.bridge.original_model, model.tokenizer).values()
+    return probe_inputs.outputs(model.bridge.original_model, batch)
 
 
 def _layers(model: Model) -> Iterator[Finding]:
@@ -195,88 +203,91 @@ def _layers(model: Model) -> Iterator[Finding]:
     for kind, rows in report.groupby(["stack", "attention", "backend"], sort=False):
         stack, attention, backend = cast("tuple[str, str, str]", kind)
         layers = rows["layer"].tolist()
-        run = len(layers) == layers[-1] - layers[0] + 1
-        where = f"{stack} layers {layers[0]}–{layers[-1]}" if run else f"{stack} layers {layers}"
+        is_range = len(layers) == layers[-1] - layers[0] + 1
+        place = f"{stack} layers {layers[0]}–{layers[-1]}" if is_range else f"{stack} layers {layers}"
         why = ", ".join(filter(None, rows["dense_because"].unique()))
-        yield Finding("backend", where.strip(), None, f"{attention}: {backend}" + (f" (dense: {why})" if why else ""))
+        yield Finding("backend", place.strip(), None, f"{attention}: {backend}" + (f" (dense: {why})" if why else ""))
     bypassing = report["layer"][report["calls"] == 0].tolist()
-    value = f"attention of layers {bypassing} never arrived" if bypassing else "every layer's attention arrives"
+    value = "every layer's attention reaches headstats"
+    if bypassing:
+        value = f"attention of layers {bypassing} never reached headstats"
     yield Finding("backend", "call count", not bypassing, value)
 
 
 def _sites(model: Model) -> Iterator[Finding]:
-    """Read and patch every component at every layer, on one prompt; say why where that fails."""
+    """Read and patch every component at every layer, on one prompt; report the reason if that fails."""
     if model.stacks:
         yield Finding(
-            "sites", "all", None, "not available: sites name one stack, and an encoder–decoder has three; use hooks"
+            "sites", "all", None, "not available: sites address one stack, and an encoder–decoder has three; use hooks"
         )
         return
     for component in COMPONENTS:
         try:
-            value = _try(model, component)
+            value = _patch_every_layer(model, component)
         except Exception as error:
             yield Finding("sites", component, None, f"not available: {error}")
             continue
         yield Finding("sites", component, None, value)
 
 
-def _try(model: Model, component: str) -> str:
-    """Set a component to zero at each layer (head 0): the logits must change, and both engines agree.
+def _patch_every_layer(model: Model, component: str) -> str:
+    """Set a component (its head 0) to zero at each layer: the logits must change, and both engines must agree.
 
-    Neuron 0 is set to one, since it may well be zero.
+    Neuron 0 is set to one, since it may be zero already.
     """
     heads = {"heads": 0} if COMPONENTS[component].heads else {}
     sites: list[Site] = [s.at(None) for s in model.sites(component, **heads)]
+    value = float(COMPONENTS[component].heads == "neuron")
     gaps: dict[str, Tensor] = {}
-    how = ""
+    engine = ""
     for kind in ("auto", "naive"):
-        chosen = sites if kind == "auto" else [sites[0], sites[-1]]
+        patched = sites if kind == "auto" else [sites[0], sites[-1]]
         runner = Engine(model, kind)
-        runner.check_sites(chosen)
-        (run,) = runner.record([trial.prompt(model)], [component])
-        to = float(COMPONENTS[component].heads == "neuron")
-        cells = [Cell(0, (Write(s, 0, len(run), torch.full_like(run.value(s, 0, len(run)), to)),)) for s in chosen]
+        runner.check_sites(patched)
+        (run,) = runner.record([probe_inputs.prompt(model)], [component])
+        new_values = [torch.full_like(run.value(s, 0, len(run)), value) for s in patched]
+        cells = [Cell(0, (Write(s, 0, len(run), x),)) for s, x in zip(patched, new_values, strict=True)]
         base = run.logits
         gaps[kind] = runner.score([run], cells, lambda logits, _, b=base: (logits - b).abs().amax(-1), lambda _: None)
-        how = how or runner.describe()
+        engine = engine or runner.describe()
     idle = [str(s) for s, gap in zip(sites, gaps["auto"].tolist(), strict=True) if not gap > 0]
     if idle:
-        raise InterpError(f"setting {', '.join(idle[:3])} to {to:g} changes no logit")
+        raise InterpError(f"setting {', '.join(idle[:3])} to {value:g} changes no logit")
     ends = gaps["auto"][[0, -1]]
     scale = max(float(ends.max()), 1.0)
     if float((ends - gaps["naive"]).abs().max()) > 1e-2 * scale:
         raise InterpError("patching it gives other logits than a full forward does")
-    where = "" if sites[0].layer is None else f" at {len(sites)} layer(s)"
-    return f"available{where}; patched by: {how}"
+    layers = "" if sites[0].layer is None else f" at {len(sites)} layer(s)"
+    return f"available{layers}; patched by: {engine}"
 
 
 # ---------------------------------------------------------------- precision and memory
 
 
 def _precision(model: Model) -> Iterator[Finding]:
-    """What changes when weights and activations are rounded to 16 bits, and on the machine's accelerator."""
+    """Measure what changes with weights and activations in 16 bits, and on the machine's accelerator."""
     section = "numbers that change"
-    here = model.device.type
+    device_type = model.device.type
     yield from _stored(model, section)
-    wide = model.dtype in TOLERANCE
-    accelerators = [d for d, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-                    if there and d != here]  # fmt: skip
-    trials = [(dtype, here) for dtype in (torch.bfloat16, torch.float16) if wide]
-    trials += [(torch.float32, device) for device in accelerators if model.dtype == torch.float32]
+    is_wide = model.dtype in TOLERANCE
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    accelerators = [device for device in available if available[device] and device != device_type]
+    settings = [(dtype, device_type) for dtype in (torch.bfloat16, torch.float16) if is_wide]
+    settings += [(torch.float32, device) for device in accelerators if model.dtype == torch.float32]
     with torch.no_grad():
         exact = _forward(model).double().cpu()
-        for dtype, device in trials:
+        for dtype, device in settings:
             name = f"{str(dtype).removeprefix('torch.')} on {device}"
             try:
-                with _changed(model, dtype, device):
+                with _moved(model, dtype, device):
                     rounded = _forward(model).double().cpu()
             except Exception as error:
                 yield Finding(section, name, None, f"cannot run: {type(error).__name__}: {error}")
                 continue
             yield Finding(section, name, None, _consequences(rounded, exact))
     for device in ("cuda", "mps"):
-        if device != here and device not in accelerators:
-            yield Finding(section, device, None, "not measured: there is none on this machine")
+        if device != device_type and device not in accelerators:
+            yield Finding(section, device, None, "not measured: this machine has none")
 
 
 def _stored(model: Model, section: str) -> Iterator[Finding]:
@@ -300,12 +311,12 @@ def _consequences(rounded: Tensor, exact: Tensor) -> str:
 
 
 @contextmanager
-def _changed(model: Model, dtype: torch.dtype, device: str) -> Iterator[None]:
-    """The model with its weights in another dtype or place inside the block, and as it was after it."""
+def _moved(model: Model, dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Hold the model's weights in another dtype or on another device inside the block; restore them after it."""
     bridge = model.bridge
     parameters = {id(p): p for p in [*bridge.parameters(), *bridge.original_model.parameters()]}.values()
     buffers = {id(b): b for b in [*bridge.buffers(), *bridge.original_model.buffers()]}.values()
-    before = [(t, t.data) for t in [*parameters, *buffers]]
+    original = [(t, t.data) for t in [*parameters, *buffers]]
     try:
         for p in parameters:
             p.data = p.data.to(device=device, dtype=dtype if p.is_floating_point() else p.dtype)
@@ -317,7 +328,7 @@ def _changed(model: Model, dtype: torch.dtype, device: str) -> Iterator[None]:
                     b.data = b.data.to(dtype)
         yield
     finally:
-        for tensor, data in before:
+        for tensor, data in original:
             tensor.data = data
 
 
@@ -328,11 +339,11 @@ def _memory(model: Model, calls: list[AttentionCall], context: int) -> Iterator[
             "memory",
             "weights",
             None,
-            f"{_bytes(size):>9}  parameters; activations are measured of models of text alone",
+            f"{_bytes(size):>9}  parameters; activations are measured for text-only models",
         )
         return
     section = f"memory for one prompt of {context:,} tokens"
-    for name, (size, how) in needed(model, calls, context).items():
+    for name, (size, how) in memory_needs(model, calls, context).items():
         yield Finding(section, name, None, f"{_bytes(size):>9}  {how}")
 
 

@@ -1,1 +1,1 @@
-"""Tiny random models of every architecture family that the matrix checks: their configs, built on demand."""
+"""Tiny random models of every architecture family that the matrix checks, built on demand."""

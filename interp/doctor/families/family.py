@@ -1,4 +1,4 @@
-"""What the tables of tiny models are made of: a family, and sizes that many of them share."""
+"""The rows of the tables of tiny models, and the sizes that many of them share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NARROW: dict[str, Any] = {**GROUPED, "head_dim": 8}
 class Family:
     """How to build a tiny model of an architecture.
 
-    ``config``: transformers' config class; ``arguments`` for it (beside `COMMON`, for models of text). ``kind`` tells
-    what the model takes and gives: "decoder", "hybrid" (a decoder with recurrent or convolutional layers too, beside or
+    ``config``: transformers' config class; ``arguments``: its arguments (besides `COMMON`, for text models). ``kind``
+    describes inputs and outputs: "decoder", "hybrid" (a decoder with recurrent or convolutional layers besides or
     instead of softmax attention), "encoder" (bidirectional text), "seq2seq" (encoder and decoder), "vision" (images
-    alone) or "vision-language" (images among tokens). ``auto``: transformers' class for it. ``float64``: whether every
-    operation of the model has it (torch's grouped matrix product has not). ``eager``: whether transformers' eager
-    attention is right; where it is not, its SDPA attention is the reference. ``gain``: by how much
-    weights are made larger, so that attention is far from uniform (and float32 still exact enough).
+    alone) or "vision-language" (images among tokens). ``auto``: transformers' class for the model. ``float64``: whether
+    every operation of the model supports it (torch's grouped matrix product does not). ``eager``: whether transformers'
+    eager attention is correct; if not, its SDPA attention is the reference. ``gain``: factor by which weights are
+    enlarged, so that attention is far from uniform (and float32 still exact enough).
     """
 
     config: str

@@ -1,4 +1,4 @@
-"""Tiny models that read images: vision encoders, and vision–language models."""
+"""Tiny models that read images: vision encoders and vision–language models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DINO: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2, **IMAGE, "num_labels": 5,
     "layerscale_value": 0.5,
 }  # fmt: skip
-IMAGE_TOKEN = 99  # the last of the 100 tokens stands where an image goes
+IMAGE_TOKEN = 99  # the last of the 100 tokens is the image placeholder
 TEXT: dict[str, Any] = {**COMMON, **SIZES, **GROUPED, "max_position_embeddings": 128}
 LLAMA, GEMMA = {"model_type": "llama", **TEXT}, {"model_type": "gemma", **TEXT, **NARROW}
 QWEN: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Tiny random-weight models of the architectures that researchers open: what `interp doctor --architectures` checks."""
+"""Tiny random-weight models of the architectures that researchers use, for `interp doctor --architectures`."""
 
 from __future__ import annotations
 
@@ -156,16 +156,17 @@ FAMILIES: dict[str, Family] = {
 
 
 def config(family: str) -> Any:
-    """The family's tiny transformers config."""
+    """Build the family's tiny transformers config."""
     row = FAMILIES[family]
     common = {} if row.kind.startswith("vision") else COMMON
     return hf_config(row.config, **common, **row.arguments)
 
 
 def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A Hugging Face model with large random weights, so that attention is far from uniform; float64 where it can be.
+    """Build a Hugging Face model with large random weights, so that attention is far from uniform.
 
-    The same family gives the same weights every time; the global generator is left as it was.
+    In float64 by default if the family supports it. The same family gives the same weights every time; the global
+    generator is left as it was.
     """
     import torch
 

@@ -1,14 +1,23 @@
-"""The architecture matrix: is a model, routed through headstats, still the model that Hugging Face wrote?
+"""The architecture matrix: a model routed through headstats must equal Hugging Face's model.
 
-Each check runs one tiny random-weight family of `interp.doctor.families.text` three ways: ours, Hugging Face's
-eager attention, and TransformerLens' own path. It answers with the largest difference, relative to the size of
-what it compares.
+Each check runs one tiny random-weight family of `interp.doctor.families.text` three ways: through headstats, with
+Hugging Face's eager attention, and by TransformerLens' own path. It returns the largest difference, relative to the
+largest compared value.
 """
 
-from interp.doctor.matrix.case import ALLOWED, WORDS, Case, difference
-from interp.doctor.matrix.table import CHECKS, Matrix, Row, Verdict, architectures, examine_family, header, run_check
+from interp.doctor.matrix.case import ALLOWED, WORDS, FamilyCase, difference
+from interp.doctor.matrix.table import (
+    CHECKS,
+    FamilyRow,
+    Matrix,
+    Verdict,
+    architectures,
+    examine_family,
+    header,
+    run_check,
+)
 
 __all__ = [
-    "ALLOWED", "CHECKS", "WORDS", "Case", "Matrix", "Row", "Verdict", "architectures", "difference", "examine_family",
-    "header", "run_check",
+    "ALLOWED", "CHECKS", "WORDS", "FamilyCase", "FamilyRow", "Matrix", "Verdict", "architectures", "difference",
+    "examine_family", "header", "run_check",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""One family's tiny models, the inputs on which they are compared, and how a difference is measured."""
+"""One family's tiny models, the inputs on which they are compared, and the measure of a difference."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 
 from interp.doctor.families.text import FAMILIES, tiny_hf
-from interp.model import dummy_inputs as made_up
+from interp.model import dummy_inputs
 from interp.model.attention_call import AttentionCall
 from interp.model.install import stacks
 from interp.model.instrument import attend
 from interp.model.loading import Weights, wrap
 from interp.model.model import Model, load
+from interp.model.protocols import Bridge
 from interp.prompts.images import output_of
 from interp.zoo.tokenizer import SPECIALS, word_tokenizer
 
-ALLOWED = 1e-4  # largest difference, relative to the largest value: float32's share in models of a few layers
+ALLOWED = 1e-4  # largest difference, relative to the largest value: float32 rounding in models of a few layers
 WORDS = tuple(f"w{i}" for i in range(100 - len(SPECIALS)))
 DECODERS = ("decoder", "hybrid")
 PREFIXES = {
@@ -32,11 +34,11 @@ PREFIXES = {
 
 
 class DoesNotApply(Exception):
-    """A check that means nothing for a family; the text says why."""
+    """Raised by a check that does not apply to a family; its text says why."""
 
 
-class Case:
-    """One family's models, each built when a check first asks for it; the same weights in all of them."""
+class FamilyCase:
+    """One family's models with equal weights, each built when a check first needs it."""
 
     def __init__(self, family: str):
         self.family = family
@@ -45,7 +47,7 @@ class Case:
 
     @cached_property
     def eager(self) -> Any:
-        """Hugging Face's eager attention, in float64 where the family has it."""
+        """Hugging Face's eager attention, in float64 if the family supports it."""
         return tiny_hf(self.family)
 
     @cached_property
@@ -55,7 +57,7 @@ class Case:
 
     @cached_property
     def ours(self) -> Model:
-        """Through headstats, in float64 where the family has it."""
+        """Through headstats, in float64 if the family supports it."""
         return load(tiny_hf(self.family), tokenizer=self.tokenizer)
 
     @cached_property
@@ -64,23 +66,23 @@ class Case:
         return load(tiny_hf(self.family, torch.float32), tokenizer=self.tokenizer)
 
     @cached_property
-    def theirs(self) -> Any:
-        """A TransformerBridge as TransformerLens makes it."""
+    def theirs(self) -> Bridge:
+        """A TransformerBridge as TransformerLens builds it."""
         return wrap(Weights(f"tiny {self.family}", tiny_hf(self.family), self.tokenizer))[0]
 
     # ------------------------------------------------------------ inputs and outputs
 
     def tokens(self, batch: int = 3, length: int = 11) -> Tensor:
-        """Random token ids that are no special ones, the same every time."""
+        """Random token ids without special tokens, the same every time."""
         generator = torch.Generator().manual_seed(1)
         return torch.randint(len(SPECIALS), 100, (batch, length), generator=generator)
 
     def inputs(self) -> dict[str, Tensor]:
-        """What a forward of the family takes."""
+        """Inputs of a forward of the family."""
         if self.kind == "vision":
-            return {"pixel_values": made_up.images(self.eager, 3)}
+            return {"pixel_values": dummy_inputs.images(self.eager, 3)}
         if self.kind == "vision-language":
-            return made_up.image_prompt(self.eager)
+            return dummy_inputs.image_prompt(self.eager)
         if self.kind != "seq2seq":
             return {"input_ids": self.tokens()}
         decoder = {"decoder_input_ids": self.tokens(3, 6).flip(1)}
@@ -91,43 +93,41 @@ class Case:
         return {"input_features": torch.randn(shape, generator=generator, dtype=torch.float64), **decoder}
 
     def run(self, model: Any, inputs: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
-        """Logits, or what stands for them, of a Hugging Face model, a bridge or a Model."""
+        """Logits, or the output in their place, of a Hugging Face model, a bridge or a Model."""
         inputs = self.inputs() if inputs is None else inputs
         if self.kind in DECODERS and not options and list(inputs) == ["input_ids"]:
-            done = model(inputs["input_ids"])
-            return getattr(done, "logits", done)
+            output = model(inputs["input_ids"])
+            return getattr(output, "logits", output)
         hf = getattr(getattr(model, "bridge", model), "original_model", model)
         first = next(hf.parameters())
-        done = hf(**made_up.placed(inputs, first.device, first.dtype), **options)
+        output = hf(**dummy_inputs.placed(inputs, first.device, first.dtype), **options)
         if self.kind == "vision":
-            return output_of(done)
-        return done.logits if getattr(done, "logits", None) is not None else done.last_hidden_state
+            return output_of(output)
+        return output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
 
-    # ------------------------------------------------------------ what attention is like
+    # ------------------------------------------------------------ kinds of attention
 
     def attentions(self) -> dict[str, tuple[str, int]]:
         """The hook prefix of every attention, with its stack and layer; e.g. ``blocks.1.attn``: "", 1."""
-        found = stacks(self.ours.bridge)
-        return {PREFIXES[stack].format(i): (stack, i) for stack, layers in found.items() for i in layers}
+        blocks = stacks(self.ours.bridge)
+        return {PREFIXES[stack].format(i): (stack, i) for stack, layers in blocks.items() for i in layers}
 
     @torch.no_grad()
     def stack_calls(self) -> dict[str, list[AttentionCall]]:
-        """What each layer of each stack asked of the kernel in one forward."""
-        seen: dict[str, list[AttentionCall]] = {stack: [] for stack in self.ours.instruments}
-        with ExitStack() as held:
+        """The attention calls of each layer of each stack in one forward."""
+        recorded: dict[str, list[AttentionCall]] = {stack: [] for stack in self.ours.instruments}
+        with ExitStack() as handlers:
             for stack, instrument in self.ours.instruments.items():
-                held.enter_context(
-                    instrument.handled_by(lambda call, kept=seen[stack]: (kept.append(call), attend(call).out)[1])
-                )
+                handlers.enter_context(instrument.handled_by(_recording(recorded[stack])))
             self.run(self.ours)
-        return seen
+        return recorded
 
     def calls(self) -> list[AttentionCall]:
-        """The same, one after the other."""
+        """The calls of all stacks as one list."""
         return [call for calls in self.stack_calls().values() for call in calls]
 
     def features(self) -> list[str]:
-        """What this family's attention has beside plain causal softmax: what negative controls can break."""
+        """This family's attention features besides plain causal softmax, which negative controls can break."""
         by_stack, calls = self.stack_calls(), self.calls()
         main = by_stack.get("") or calls
         has = {
@@ -140,7 +140,17 @@ class Case:
             "bias": any(c.bias is not None for c in calls),
             "own scale": any(abs(c.scale * c.q.shape[-1] ** 0.5 - 1) > 1e-6 for c in calls),
         }
-        return [name for name, there in has.items() if there]
+        return [name for name, present in has.items() if present]
+
+
+def _recording(calls: list[AttentionCall]) -> Callable[[AttentionCall], Tensor]:
+    """A handler that appends each attention call to ``calls`` and computes it."""
+
+    def record(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return attend(call).out
+
+    return record
 
 
 def _sees_right(call: AttentionCall) -> bool:

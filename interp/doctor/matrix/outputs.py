@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.doctor.matrix.case import ALLOWED, DECODERS, Case, DoesNotApply, difference
-from interp.model import dummy_inputs as made_up
+from interp.doctor.matrix.case import ALLOWED, DECODERS, DoesNotApply, FamilyCase, difference
+from interp.model import dummy_inputs
 from interp.model.hf_classes import key_value_cache
 from interp.model.model import Model
 from interp.zoo.tokenizer import SPECIALS
 
 
 @torch.no_grad()
-def logits(case: Case) -> float:
+def logits(case: FamilyCase) -> float:
     """Logits (or embeddings, or hidden states) of a batch equal eager's."""
     return max(
         difference(case.run(case.ours), case.run(case.eager)),
@@ -25,19 +25,19 @@ def logits(case: Case) -> float:
     )
 
 
-def left_padding(case: Case) -> float:
+def left_padding(case: FamilyCase) -> float:
     """Logits of a batch padded on the left equal eager's at real tokens."""
     return _padding(case, "left")
 
 
-def right_padding(case: Case) -> float:
+def right_padding(case: FamilyCase) -> float:
     """Logits of a batch padded on the right equal eager's at real tokens."""
     return _padding(case, "right")
 
 
 @torch.no_grad()
-def _padding(case: Case, side: str) -> float:
-    """Of an encoder–decoder the source is padded, and all logits are compared."""
+def _padding(case: FamilyCase, side: str) -> float:
+    """Compare logits of a padded batch; for an encoder–decoder the source is padded and all logits count."""
     inputs = case.inputs()
     if "input_ids" not in inputs:
         raise DoesNotApply("it reads no tokens that could be padded")
@@ -53,12 +53,12 @@ def _padding(case: Case, side: str) -> float:
     theirs, ours = case.run(case.eager32, inputs), case.run(case.ours32, inputs)
     if case.kind == "seq2seq":
         return difference(ours, theirs)
-    where = inputs["attention_mask"].bool()
-    return difference(ours[where], theirs[where])
+    real = inputs["attention_mask"].bool()
+    return difference(ours[real], theirs[real])
 
 
 def _padded(inputs: dict[str, Tensor], side: str, pad: int = 4) -> dict[str, Tensor]:
-    """A prompt with an image, some padding tokens before or after it, and its mask."""
+    """Add padding tokens before or after a prompt with an image, and its mask."""
     n = inputs["input_ids"].shape[1]
     out = dict(inputs, attention_mask=torch.ones(1, n, dtype=torch.long))
     for name, value in out.items():
@@ -69,10 +69,10 @@ def _padded(inputs: dict[str, Tensor], side: str, pad: int = 4) -> dict[str, Ten
 
 
 @torch.no_grad()
-def packed(case: Case) -> float:
-    """Several sequences in one row, told apart by position_ids alone, do not see each other."""
+def packed(case: FamilyCase) -> float:
+    """Several sequences in one row, separated by position_ids alone, do not attend to each other."""
     if case.kind not in DECODERS:
-        raise DoesNotApply("sequences are packed by position_ids in decoders alone")
+        raise DoesNotApply("only decoders pack sequences by position_ids")
     tokens, lengths = case.tokens(1), (4, 2, 5)
     parts = tokens.split(lengths, dim=1)
     inputs = {"input_ids": tokens, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
@@ -80,23 +80,23 @@ def packed(case: Case) -> float:
     theirs = case.eager32(**inputs, use_cache=False).logits
     gap = difference(case.ours32.bridge.original_model(**inputs, use_cache=False).logits, theirs)
     if gap <= ALLOWED < difference(theirs, alone):
-        raise DoesNotApply("Hugging Face does not keep packed sequences of this family apart; nor do we")
+        raise DoesNotApply("neither Hugging Face nor interp separates packed sequences of this family")
     return max(gap, difference(theirs, alone))
 
 
 @torch.no_grad()
-def cached(case: Case) -> float:
+def cached(case: FamilyCase) -> float:
     """Decoding token by token with a key/value cache gives the logits of one forward.
 
-    Of a hybrid, and behind an image, it gives those of Hugging Face's own steps: a recurrent layer may step otherwise
-    than it scans, and a prompt may be read in both directions.
+    For a hybrid, and after an image, it gives those of Hugging Face's steps: a recurrent layer may compute single steps
+    differently from a scan, and a prompt may be read in both directions.
     """
     if case.kind in ("encoder", "vision"):
         raise DoesNotApply("an encoder does not decode")
     if case.kind == "seq2seq":
         return difference(_steps_of_decoder(case, case.ours), case.run(case.eager))
     if case.kind == "vision-language":
-        return difference(_steps_behind_image(case, case.ours), _steps_behind_image(case, case.eager))
+        return difference(_steps_after_image(case, case.ours), _steps_after_image(case, case.eager))
     tokens = case.tokens(2, 9)
     pieces = tokens.split([4, 1, 1, 1, 1, 1], dim=1)
 
@@ -109,51 +109,51 @@ def cached(case: Case) -> float:
     return difference(stepped(case.ours), stepped(case.eager) if hybrid else case.eager(tokens).logits)
 
 
-def _steps_of_decoder(case: Case, model: Model) -> Tensor:
-    """An encoder–decoder's logits, a token of the target at a time."""
+def _steps_of_decoder(case: FamilyCase, model: Model) -> Tensor:
+    """An encoder–decoder's logits, one token of the target at a time."""
     hf = model.bridge.original_model
-    inputs = made_up.placed(case.inputs(), model.device, model.dtype)
-    target, cache, read, out = inputs.pop("decoder_input_ids"), None, {}, []
+    inputs = dummy_inputs.placed(case.inputs(), model.device, model.dtype)
+    target, cache, encoded, logits = inputs.pop("decoder_input_ids"), None, {}, []
     for token in target.split(1, dim=1):
-        done = hf(**(inputs | read), decoder_input_ids=token, past_key_values=cache, use_cache=True)
-        cache, read = done.past_key_values, {"encoder_outputs": (done.encoder_last_hidden_state,)}
-        out.append(done.logits)
-    return torch.cat(out, dim=1)
+        output = hf(**(inputs | encoded), decoder_input_ids=token, past_key_values=cache, use_cache=True)
+        cache, encoded = output.past_key_values, {"encoder_outputs": (output.encoder_last_hidden_state,)}
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
 
 
-def _steps_behind_image(case: Case, model: Any) -> Tensor:
-    """Logits of a prompt with an image and of three tokens after it, one at a time."""
+def _steps_after_image(case: FamilyCase, model: Any) -> Tensor:
+    """Logits of a prompt with an image and of three tokens after it, decoded one at a time."""
     hf = getattr(getattr(model, "bridge", model), "original_model", model)
     first = next(hf.parameters())
-    inputs = made_up.placed(case.inputs(), first.device, first.dtype)
-    done = hf(**inputs, use_cache=True, return_dict=True)
-    out = [done.logits]
+    inputs = dummy_inputs.placed(case.inputs(), first.device, first.dtype)
+    output = hf(**inputs, use_cache=True, return_dict=True)
+    logits = [output.logits]
     for n, token in enumerate((20, 30, 40), start=1):
-        cache = getattr(done, "past_key_values", None)
-        cache = done.language_model_outputs.past_key_values if cache is None else cache  # BLIP-2
-        more = {"input_ids": torch.tensor([[token]]), "past_key_values": cache, "use_cache": True}
-        if case.family == "blip2":  # whose forward wants an image every time: its language model goes on alone
+        cache = getattr(output, "past_key_values", None)
+        cache = output.language_model_outputs.past_key_values if cache is None else cache  # BLIP-2
+        step = {"input_ids": torch.tensor([[token]]), "past_key_values": cache, "use_cache": True}
+        if case.family == "blip2":  # its forward needs an image every time, so its language model continues alone
             mask = torch.ones(1, inputs["input_ids"].shape[1] + n, dtype=torch.long)
-            done = hf.language_model(**more, attention_mask=mask)
+            output = hf.language_model(**step, attention_mask=mask)
         else:
-            done = hf(**more)
-        out.append(done.logits)
-    return torch.cat(out, dim=1)
+            output = hf(**step)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
 
 
 def halve_head(x: Tensor, hook: Any) -> Tensor:
-    """A hook on q, v or z [batch, position, heads, d_head] that halves head 1 (of v: the only one, if there is one)."""
+    """A hook on q, v or z [batch, position, heads, d_head] that halves head 1 (of v with one head: that one)."""
     x = x.clone()
     x[:, :, min(1, x.shape[2] - 1)] *= 0.5
     return x
 
 
 @torch.no_grad()
-def generation(case: Case) -> float:
-    """``generate`` with a hook in place, on a left-padded batch of a decoder.
+def generation(case: FamilyCase) -> float:
+    """``generate`` respects a hook, for decoders on a left-padded batch.
 
-    A decoder's steps are TransformerLens' logits without cache or padding; others' are those of eager attention with
-    the same head halved by hand.
+    A decoder's steps must equal TransformerLens' logits without cache or padding; those of other models must equal
+    eager attention with the same head halved by hand.
     """
     if case.kind in ("encoder", "vision"):
         raise DoesNotApply("an encoder generates nothing")
@@ -164,33 +164,33 @@ def generation(case: Case) -> float:
     real[1, :3] = 0
     edits = [("blocks.1.attn.hook_z", halve_head)]
     with case.ours32.bridge.hooks(fwd_hooks=edits):
-        made = case.ours32.bridge.original_model.generate(
+        generated = case.ours32.bridge.original_model.generate(
             input_ids=tokens, attention_mask=real, do_sample=False, max_new_tokens=steps, min_new_tokens=steps,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     worst = 0.0
     for row, pad in enumerate((0, 3)):
         for step in range(steps):
-            so_far = made.sequences[row : row + 1, pad : tokens.shape[1] + step]
+            so_far = generated.sequences[row : row + 1, pad : tokens.shape[1] + step]
             expected = case.theirs.run_with_hooks(so_far, fwd_hooks=edits)[0, -1]
-            worst = max(worst, difference(made.logits[step][row], expected))
+            worst = max(worst, difference(generated.logits[step][row], expected))
     return worst
 
 
-def _generated_otherwise(case: Case) -> float:
+def _generated_otherwise(case: FamilyCase) -> float:
     inputs = case.inputs()
     inputs.pop("decoder_input_ids", None)
     if "input_features" in inputs:
-        raise DoesNotApply("Whisper generates by a procedure of its own, over pieces of sound")
-    where = "decoder_blocks.1.self_attn" if case.kind == "seq2seq" else "blocks.1.attn"
+        raise DoesNotApply("Whisper generates by a custom procedure, over pieces of sound")
+    prefix = "decoder_blocks.1.self_attn" if case.kind == "seq2seq" else "blocks.1.attn"
     options: dict[str, Any] = {
         "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True,
         "return_dict_in_generate": True,
     }  # fmt: skip
-    options |= made_up.placed(inputs, case.ours32.device, torch.float32)
-    with case.ours32.bridge.hooks(fwd_hooks=[(f"{where}.hook_z", halve_head)]):
+    options |= dummy_inputs.placed(inputs, case.ours32.device, torch.float32)
+    with case.ours32.bridge.hooks(fwd_hooks=[(f"{prefix}.hook_z", halve_head)]):
         ours = case.ours32.bridge.original_model.generate(**options)
-    with _halved_by_hand(case, where):
+    with _halved_by_hand(case, prefix):
         theirs = case.eager32.generate(**options)
     if not torch.equal(ours.sequences, theirs.sequences):
         return float("inf")
@@ -201,9 +201,9 @@ def _generated_otherwise(case: Case) -> float:
 
 
 @contextmanager
-def _halved_by_hand(case: Case, where: str) -> Iterator[None]:
-    """The input of an eager attention's output projection, with head 1's part halved."""
-    stack, layer, attn = where.split(".")
+def _halved_by_hand(case: FamilyCase, prefix: str) -> Iterator[None]:
+    """Halve head 1's part of the input of an eager attention's output projection inside the block."""
+    stack, layer, attn = prefix.split(".")
     blocks = case.ours32.bridge.adapter.component_mapping[stack]
     part = blocks.submodules[attn]
     projection = case.eager32.get_submodule(f"{blocks.name}.{layer}.{part.name}.{part.submodules['o'].name}")

@@ -1,4 +1,4 @@
-"""Verdicts on families, and their table: what `interp doctor --architectures` prints, docs/models.md shows."""
+"""Verdicts on families, and the table that `interp doctor --architectures` prints and docs/models.md shows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pandas as pd
 
 from interp.doctor.families.text import FAMILIES
 from interp.doctor.matrix import attention, outputs
-from interp.doctor.matrix.case import ALLOWED, Case, DoesNotApply
+from interp.doctor.matrix.case import ALLOWED, DoesNotApply, FamilyCase
 from interp.errors import InterpError
 
-CHECKS: dict[str, Callable[[Case], float]] = {
+CHECKS: dict[str, Callable[[FamilyCase], float]] = {
     "logits": outputs.logits,
     "left padding": outputs.left_padding,
     "right padding": outputs.right_padding,
@@ -29,7 +29,7 @@ CHECKS: dict[str, Callable[[Case], float]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one check found. ``gap``: largest relative difference; ``note``: why it failed or does not apply."""
+    """Result of one check. ``gap``: largest relative difference; ``note``: why it failed or does not apply."""
 
     check: str
     gap: float = 0.0
@@ -38,15 +38,15 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the check found nothing wrong (also if it does not apply)."""
+        """Whether the check succeeded or does not apply."""
         return not self.applies or self.gap <= ALLOWED
 
     def __str__(self) -> str:
         return ("✓" if self.passed else "✗") if self.applies else "–"
 
 
-def run_check(case: Case, name: str) -> Verdict:
-    """One check of one family; whatever goes wrong in it is a failed verdict that says so."""
+def run_check(case: FamilyCase, name: str) -> Verdict:
+    """Run one check of one family; any exception in it becomes a failed verdict with its message."""
     try:
         return Verdict(name, CHECKS[name](case))
     except DoesNotApply as reason:
@@ -56,7 +56,7 @@ def run_check(case: Case, name: str) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Row:
+class FamilyRow:
     """All verdicts on one family."""
 
     family: str
@@ -75,18 +75,18 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def examine_family(family: str, case: Case | None = None) -> Row:
-    """Every check of a family, on ``case`` if its models are built already."""
-    case = case or Case(family)
+def examine_family(family: str, case: FamilyCase | None = None) -> FamilyRow:
+    """Run every check of a family, on ``case`` if its models are built already."""
+    case = case or FamilyCase(family)
     verdicts = tuple(run_check(case, name) for name in CHECKS)
-    return Row(family, type(case.eager).__name__, tuple(case.features()), verdicts)
+    return FamilyRow(family, type(case.eager).__name__, tuple(case.features()), verdicts)
 
 
 @dataclass(frozen=True)
 class Matrix:
     """Verdicts on many families; prints itself as a table."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[FamilyRow, ...]
 
     @property
     def passed(self) -> bool:
@@ -112,23 +112,23 @@ class Matrix:
         for row in self.rows:
             cells = "  ".join(f"{v!s:^{len(v.check)}}" for v in row.verdicts)
             lines.append(f"{row.family:<{width}}  {cells}  {max(v.gap for v in row.verdicts):.0e}")
-        noted: dict[tuple[str, str, str], list[str]] = {}
+        families: dict[tuple[str, str, str], list[str]] = {}  # by check, mark and note
         for row in self.rows:
             for v in row.verdicts:
                 if v.note:
-                    noted.setdefault((v.check, str(v), v.note), []).append(row.family)
-        notes = [f"{check} {mark}  {note}: {', '.join(of)}" for (check, mark, note), of in noted.items()]
+                    families.setdefault((v.check, str(v), v.note), []).append(row.family)
+        notes = [f"{check} {mark}  {note}: {', '.join(names)}" for (check, mark, note), names in families.items()]
         return "\n".join([*lines, *notes])
 
 
 def header() -> list[str]:
-    """The two head lines of the table in Markdown."""
+    """The two header lines of the table in Markdown."""
     names = ("family", "model", "attention", *CHECKS)
     return [f"| {' | '.join(names)} |", f"|---|---|---|{':-:|' * len(CHECKS)}"]
 
 
 def architectures(families: Iterable[str] | None = None, say: Callable[[str], object] | None = None) -> Matrix:
-    """Examine the families named (default: all), one after the other; ``say`` hears of each as it is done."""
+    """Examine the families named (default: all), one after the other; ``say`` is called after each."""
     rows = []
     for family in FAMILIES if families is None else families:
         if family not in FAMILIES:
