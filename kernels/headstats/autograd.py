@@ -31,7 +31,7 @@ def with_gradients(call: Call, forward: Forward, backward: Backward) -> tuple[Te
         results = from_tensors(call.spec.requested(), stats)  # autograd passes only tensors
     else:
         out, lse, results = forward(bare)
-    return call.gated(out), lse, results
+    return call.apply_gate(out), lse, results
 
 
 class _Attend(torch.autograd.Function):

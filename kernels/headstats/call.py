@@ -112,7 +112,7 @@ class Call:
         return tuple(n for n in TRAINABLE if (t := getattr(self, n)) is not None and t.requires_grad)
 
     @property
-    def leaky(self) -> bool:
+    def may_lose_mass(self) -> bool:
         """Whether the weights of a row may sum to less than 1."""
         return self.sinks is not None or self.changes_weights
 
@@ -122,14 +122,14 @@ class Call:
         return self.gain is not None or self.take is not None or self.counterfactual is not None
 
     @property
-    def numbers_rows_twice(self) -> bool:
+    def has_two_row_numberings(self) -> bool:
         """Whether the edit's tables use other query segments than the masks, because it leaves some rows unchanged."""
         masked = self.segment_mask is not None or self.segment_open is not None
         return masked and self.edit_q_segments is not None and self.edit_q_segments is not self.q_segments
 
     @property
     def table_q_segments(self) -> Int[Tensor, "#B M"] | None:
-        """The query segments that all tables use, unless `numbers_rows_twice`."""
+        """The query segments that all tables use, unless `has_two_row_numberings`."""
         masked = self.segment_mask is not None or self.segment_open is not None
         return self.q_segments if masked else self.edit_q_segments
 
@@ -144,7 +144,7 @@ class Call:
         set_fields = (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
         return not LEAVE_A_KEY.issuperset(set_fields) or (self.offset < 0 and (self.causal or self.window is not None))
 
-    def gated(self, z: Shaped[Tensor, "B H M Dv"]) -> Shaped[Tensor, "B H M Dv"]:
+    def apply_gate(self, z: Shaped[Tensor, "B H M Dv"]) -> Shaped[Tensor, "B H M Dv"]:
         """Return gate * z + (1 - gate) * replacement, in z's dtype."""
         if self.gate is None:
             return z
@@ -154,7 +154,7 @@ class Call:
             out = out + (1 - gate) * self.replacement.to(self.dtype)
         return out.to(z.dtype)
 
-    def keys_seen(self, i0: int, i1: int) -> tuple[int, int]:
+    def visible_range(self, i0: int, i1: int) -> tuple[int, int]:
         """Return the range of keys that any query i0 <= i < i1 may see, considering only causality and window."""
         lo, hi = 0, self.n
         if self.segment_open is not None:
@@ -199,7 +199,7 @@ class Call:
         if self.key_padding is not None:
             mask = mask & self.key_padding[b, None, None, j]
         if self.bias is not None:
-            mask = mask & ~hidden_by_bias(parts(self.bias, b, heads, i, j))
+            mask = mask & ~hidden_by_bias(slice_axes(self.bias, b, heads, i, j))
         return mask
 
     def cells(
@@ -207,14 +207,14 @@ class Call:
     ) -> Shaped[Tensor, "#b #h m n"]:
         """Spread a table over pairs of segments over cells. Segment -1 reads the table's last row or column."""
         assert self.q_segments is not None and self.k_segments is not None  # validated: a table needs both
-        return spread(table, self.q_segments, self.k_segments, (b, heads, i, j))
+        return spread_table(table, self.q_segments, self.k_segments, (b, heads, i, j))
 
     def edit_cells(
         self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
     ) -> Shaped[Tensor, "#b #h m n"]:
         """Do the same for a table of the edit, which is neutral in rows that the edit leaves unchanged."""
         assert self.edit_q_segments is not None and self.k_segments is not None  # validated: a table needs both
-        return spread(table, self.edit_q_segments, self.k_segments, (b, heads, i, j))
+        return spread_table(table, self.edit_q_segments, self.k_segments, (b, heads, i, j))
 
     def key_rank(self) -> Int[Tensor, "#B N"]:
         """Return 0, 1, ... over the real keys of each batch row from the left, and N for padded keys."""
@@ -223,7 +223,7 @@ class Call:
         return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, self.n)
 
 
-def spread(
+def spread_table(
     table: Shaped[Tensor, "#B #H Sq+1 Sk+1"],
     q_segments: Int[Tensor, "#B M"],
     k_segments: Int[Tensor, "#B N"],
@@ -231,9 +231,9 @@ def spread(
 ) -> Shaped[Tensor, "#b #h m n"]:
     """Read a table over pairs of segments at the cells of some batch rows, heads, queries and keys."""
     b, heads, i, j = where
-    table = part(part(table, b), heads, 1)
-    rows = part(q_segments, b)[:, i].remainder(table.shape[2])
-    columns = part(k_segments, b)[:, j].remainder(table.shape[3])
+    table = slice_axis(slice_axis(table, b), heads, 1)
+    rows = slice_axis(q_segments, b)[:, i].remainder(table.shape[2])
+    columns = slice_axis(k_segments, b)[:, j].remainder(table.shape[3])
     if rows.shape[0] == columns.shape[0] == 1:
         return table[:, :, rows[0]][..., columns[0]]
     nb, nh = max(rows.shape[0], columns.shape[0]), table.shape[1]
@@ -242,7 +242,7 @@ def spread(
     return table.gather(3, columns.expand(-1, nh, table.shape[2], -1))
 
 
-def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Tensor, "#b *rest"]:
+def slice_axis(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Tensor, "#b *rest"]:
     """Return a range of an axis, or the whole axis if it only broadcasts."""
     if x.shape[dim] == 1:
         return x
@@ -250,10 +250,10 @@ def part(x: Shaped[Tensor, "#B *rest"], where: slice, dim: int = 0) -> Shaped[Te
     return x.narrow(dim, start, stop - start)
 
 
-def parts(x: Shaped[Tensor, "#B #H #M #N"], *where: slice) -> Shaped[Tensor, "#b #h #m #n"]:
+def slice_axes(x: Shaped[Tensor, "#B #H #M #N"], *where: slice) -> Shaped[Tensor, "#b #h #m #n"]:
     """Return a range of each axis, except axes that only broadcast."""
     for dim, axis_range in enumerate(where):
-        x = part(x, axis_range, dim)
+        x = slice_axis(x, axis_range, dim)
     return x
 
 

@@ -16,17 +16,17 @@ from headstats.blocked import tiles
 from headstats.blocked.rows import softmax
 from headstats.blocked.tiles import (
     Tile,
-    by_group,
-    keys_and_values,
+    group_heads,
+    key_tensors,
     logits,
     pattern_keys,
-    queries,
     query_heads,
+    tile_queries,
 )
-from headstats.call import Call, heads_apart, part
+from headstats.call import Call, heads_apart, slice_axis
 from headstats.edit import Edit
 from headstats.spec import StatSpec
-from headstats.stats import members
+from headstats.stats import segment_members
 from headstats.validate.call import make_call
 from headstats.validate.edit import ACTING
 from headstats.validate.keys import integers, same_device
@@ -143,7 +143,7 @@ def pooled_pattern(
             continue
         pooled[t.b, t.h].index_add_(3, bin_of[t.i], by_key_bin)
         if reduce == "mean_visible":
-            visible = by_group(call, call.visible(t.i, t.j, t.b, query_heads(call, t))).to(p.dtype)
+            visible = group_heads(call, call.visible(t.i, t.j, t.b, query_heads(call, t))).to(p.dtype)
             count = _pool_keys(_of_real_queries(call, t, visible), call.n, bins[1], t.j, largest=False)
             seen[t.b, t.h].index_add_(3, bin_of[t.i], count.expand(by_key_bin.shape))
     weights.compare_lse()
@@ -220,7 +220,7 @@ class TileWeights:
 
     def __init__(self, call: Call, lse: Tensor | None):
         self.call, self.lse = call, None
-        (self.k, self.v), self.other = keys_and_values(call), pattern_keys(call)
+        (self.k, self.v), self.other = key_tensors(call), pattern_keys(call)
         self.gap = call.q.new_zeros((), dtype=call.dtype)
         if lse is not None:
             same_device("lse", lse, call.q)
@@ -231,7 +231,7 @@ class TileWeights:
     def of(self, t: Tile) -> tuple[Float[Tensor, "b h g m n"], Bool[Tensor, "b h g m"]]:
         """Return p of a tile, and which of its queries see a key."""
         call = self.call
-        s, _ = logits(call, t, queries(call, t, call.q), self.k, self.other)
+        s, _ = logits(call, t, tile_queries(call, t, call.q), self.k, self.other)
         row = softmax(call, t, s, keep=False, room=None)
         if self.lse is not None:
             expected = self.lse[t.b, t.h, :, t.i]
@@ -261,8 +261,8 @@ class SegmentPairs:
         columns = integers("to_segments", to_segments, (b, call.n), call.q, "N", limit=None)
         assert rows is not None and columns is not None  # both are tensors
         self.call = call
-        self.rows = members(rows, int(rows.max()) + 1, dtype)  # [#B, M, S]
-        self.columns = members(columns, int(columns.max()) + 1, dtype)  # [#B, N, T]
+        self.rows = segment_members(rows, int(rows.max()) + 1, dtype)  # [#B, M, S]
+        self.columns = segment_members(columns, int(columns.max()) + 1, dtype)  # [#B, N, T]
 
     def zeros(self) -> Float[Tensor, "B Hk G S T"]:
         """Return zeros to add sums to."""
@@ -271,11 +271,11 @@ class SegmentPairs:
 
     def of_queries(self, t: Tile, x: Float[Tensor, "b h g m T"]) -> Float[Tensor, "b h g S T"]:
         """Sum over the queries of each segment."""
-        return part(self.rows, t.b)[:, None, None, t.i].mT @ x
+        return slice_axis(self.rows, t.b)[:, None, None, t.i].mT @ x
 
     def add(self, total: Float[Tensor, "B Hk G S T"], t: Tile, x: Float[Tensor, "b h g m n"]) -> None:
         """Add the cells of a tile to the total."""
-        columns = part(self.columns, t.b)[:, t.j]
+        columns = slice_axis(self.columns, t.b)[:, t.j]
         total[t.b, t.h] += self.of_queries(t, x @ (columns[0] if len(columns) == 1 else columns[:, None, None]))
 
 
@@ -302,7 +302,8 @@ def row_tiles(call: Call, query_ids: Int[Tensor, "#B R"]) -> Iterator[tuple[Tile
                 stop += 1
             if first >= 0:
                 i = slice(first, first + stop - start)
-                yield Tile(b, slice(0, call.k.shape[1]), i, slice(*call.keys_seen(i.start, i.stop))), slice(start, stop)
+                tile = Tile(b, slice(0, call.k.shape[1]), i, slice(*call.visible_range(i.start, i.stop)))
+                yield tile, slice(start, stop)
             start = stop
 
 

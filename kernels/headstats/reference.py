@@ -12,7 +12,7 @@ import torch
 
 from headstats.call import HIDDEN, Call, hidden_by_bias
 from headstats.edits import weights
-from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, mapped, over_rows
+from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, broadcast_rows, map_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -27,7 +27,7 @@ def unsupported(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
     pattern, lse = build_pattern(call)
-    out = call.gated(pattern.z)
+    out = call.apply_gate(pattern.z)
     stats = {name: _statistic(call, pattern, name, value) for name, value in call.spec.requested().items()}
     return out.to(call.q.dtype), lse, stats
 
@@ -52,7 +52,7 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
         p, scores = weights.apply_edit(change, log_p, torch.ones_like(log_norm), weights.NATURAL)
         log_norm, visible = torch.zeros_like(log_norm), call.visible(i, j)
         scores = scores.masked_fill(~visible, HIDDEN)
-    v = expanded(call, call.v, call.prefix_v)
+    v = expand_keys(call, call.v, call.prefix_v)
     real_query = call.query_padding if call.query_padding is not None else visible.new_ones(1, i.stop)
     pattern = Pattern(
         p=p,
@@ -99,10 +99,10 @@ def logits(call: Call) -> Float[Tensor, "B H M N"]:
 
 
 def _products(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "B H M N"]:
-    return q.to(call.dtype) @ expanded(call, k, call.prefix_k).transpose(-1, -2) * call.scale
+    return q.to(call.dtype) @ expand_keys(call, k, call.prefix_k).transpose(-1, -2) * call.scale
 
 
-def expanded(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:
+def expand_keys(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:
     """Return the keys or values of every query head and batch row, those of the prefix first."""
     if prefix is not None:
         own = torch.cat([prefix.repeat_interleave(own.shape[0] // prefix.shape[0], 0), own], 2)
@@ -121,4 +121,4 @@ def _statistic(call: Call, pattern: Pattern, name: str, value: Value) -> Result:
             result = result / count.clamp_min(1)
         return torch.where(count > 0, result.sqrt() if stat.reduce == "norm" else result, stat.empty)
     seen = pattern.visible.any(-1)
-    return mapped(result, lambda x: torch.where(over_rows(seen, x), x, stat.empty))
+    return map_tensors(result, lambda x: torch.where(broadcast_rows(seen, x), x, stat.empty))

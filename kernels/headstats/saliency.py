@@ -166,4 +166,4 @@ def _tiles_of_all_heads(call: Call) -> Iterator[Tile]:
     for b in range(nb):
         for i in range(0, m, rows):
             i1 = min(i + rows, m)
-            yield Tile(slice(b, b + 1), slice(0, hk), slice(i, i1), slice(*call.keys_seen(i, i1)))
+            yield Tile(slice(b, b + 1), slice(0, hk), slice(i, i1), slice(*call.visible_range(i, i1)))

@@ -137,22 +137,22 @@ def _at_distance(a: Pattern, d: int) -> Tensor:
 
 def _segments(a: Pattern, _) -> Tensor:
     assert a.key_segment is not None  # validated: requested only with k_segments
-    return a.p @ members(a.key_segment, a.n_segments, a.p.dtype)
+    return a.p @ segment_members(a.key_segment, a.n_segments, a.p.dtype)
 
 
-def members(ids: Int[Tensor, "*lead n"], n_segments: int, dtype: torch.dtype) -> Float[Tensor, "*lead n S"]:
+def segment_members(ids: Int[Tensor, "*lead n"], n_segments: int, dtype: torch.dtype) -> Float[Tensor, "*lead n S"]:
     """Return 1 where a key is in a segment, else 0."""
     return (ids[..., None] == torch.arange(n_segments, device=ids.device)).to(dtype)
 
 
 def _segment_value_norms(a: Pattern, _) -> Tensor:
     assert a.key_segment is not None  # validated
-    return a.p @ (members(a.key_segment, a.n_segments, a.p.dtype) * a.v.norm(dim=-1, keepdim=True))
+    return a.p @ (segment_members(a.key_segment, a.n_segments, a.p.dtype) * a.v.norm(dim=-1, keepdim=True))
 
 
 def _segment_outputs(a: Pattern, _) -> Tensor:
     assert a.key_segment is not None  # validated
-    inside = members(a.key_segment, a.n_segments, a.p.dtype).mT[..., None, :]  # S, one query for all, n
+    inside = segment_members(a.key_segment, a.n_segments, a.p.dtype).mT[..., None, :]  # S, one query for all, n
     return ((a.p[..., None, :, :] * inside) @ a.v[..., None, :, :]).transpose(-3, -2)
 
 
@@ -309,12 +309,12 @@ def from_tensors(names: Iterable[str], flat: Iterable[Tensor]) -> dict[str, Resu
     return results
 
 
-def over_rows(rows: Shaped[Tensor, "*lead"], x: Shaped[Tensor, "*lead *rest"]) -> Shaped[Tensor, "*lead #rest"]:
+def broadcast_rows(rows: Shaped[Tensor, "*lead"], x: Shaped[Tensor, "*lead *rest"]) -> Shaped[Tensor, "*lead #rest"]:
     """Reshape values of each query so that they broadcast against a statistic with further axes."""
     return rows.reshape(*rows.shape, *[1] * (x.dim() - rows.dim()))
 
 
-def mapped(result: Result, f: Callable[[Tensor], Tensor]) -> Result:
+def map_tensors(result: Result, f: Callable[[Tensor], Tensor]) -> Result:
     """Apply `f` to the tensors of a statistic."""
     return f(result) if isinstance(result, Tensor) else TopK(*map(f, result))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headstats.stats import BY_NAME, over_rows, tensors
+from headstats.stats import BY_NAME, broadcast_rows, tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -43,8 +43,8 @@ class Moments:
         """Compute the moments over the batch rows and positions that are counted."""
         x = x.detach().cpu().double()  # some devices have no float64
         counted = counted.cpu().expand(x.shape[:3])
-        is_counted, count = over_rows(counted, x), counted.sum((0, 2))
-        n = over_rows(count.clamp_min(1), x[0, :, 0])
+        is_counted, count = broadcast_rows(counted, x), counted.sum((0, 2))
+        n = broadcast_rows(count.clamp_min(1), x[0, :, 0])
         mean = torch.where(is_counted, x, 0).sum((0, 2)) / n
         deviation = torch.where(is_counted, x - mean[:, None], 0)
         residual = deviation.sum((0, 2))  # the rounding error of the mean, times n
@@ -55,7 +55,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both parts together."""
         count = self.count + other.count
-        n_a, n_b = (over_rows(x.double(), self.mean) for x in (self.count, other.count))
+        n_a, n_b = (broadcast_rows(x.double(), self.mean) for x in (self.count, other.count))
         share, d = n_b / (n_a + n_b).clamp_min(1), other.mean - self.mean
         m2 = self.m2 + other.m2 + d.square() * n_a * share
         low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
@@ -64,7 +64,7 @@ class Moments:
     @property
     def variance(self) -> Float[Tensor, " H *rest"]:
         """Mean squared deviation of the counted values, m2 / count; 0 where count is 0."""
-        return self.m2 / over_rows(self.count.clamp_min(1), self.m2)
+        return self.m2 / broadcast_rows(self.count.clamp_min(1), self.m2)
 
 
 PARTS = tuple(f.name for f in fields(Moments))

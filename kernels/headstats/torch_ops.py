@@ -35,7 +35,7 @@ def run(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
     if not call.trainable:
         return _forward(call, backend)
     out, lse, stats = _forward(replace(call, gate=None, replacement=None), backend)
-    return call.gated(out), lse, stats  # as autograd.with_gradients does
+    return call.apply_gate(out), lse, stats  # as autograd.with_gradients does
 
 
 def _forward(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:

@@ -180,6 +180,6 @@ def test_place_of_the_maximum_in_long_rows():
         s = torch.randint(0, 4, (3, 50, n)).float()
         s[0] = torch.randn(50, n)
         s[1, :, -3:] = 9.0
-        top, place = rows.top_and_place(s)
+        top, place = rows.first_maximum(s)
         assert torch.equal(top, s.amax(-1))
         assert place.flatten().tolist() == [row.index(max(row)) for row in s.flatten(0, 1).tolist()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from headstats import Edit, StatSpec
 from headstats.blocked import tiles
-from headstats.reference import build_pattern, expanded
+from headstats.reference import build_pattern, expand_keys
 from headstats.validate.call import make_call
 from headstats_cases import EDITED, OPTIONS, PREFIX, SEGMENTED, WITH_BIAS, inputs
 
@@ -36,7 +36,7 @@ def cells(qkv, options, grad):
     """p * dL/dp of every cell, dL/dp by autograd through the values, gate and replacement."""
     call = make_call(*map(double, qkv), **{name: double(x) for name, x in options.items()}, spec=StatSpec.none())
     p = build_pattern(call)[0].p.detach().requires_grad_()
-    out = call.gated(p @ expanded(call, call.v, call.prefix_v))
+    out = call.apply_gate(p @ expand_keys(call, call.v, call.prefix_v))
     (d,) = torch.autograd.grad((out * grad.double()).sum(), p)
     real = torch.ones(2, qkv[0].shape[2]).bool() if call.query_padding is None else call.query_padding
     return (p * d).detach() * real[:, None, :, None]
@@ -92,7 +92,7 @@ def test_finite_differences():
     """d loss / d p by moving single weights; a loss that is not linear in the output."""
     (q, k, v), _ = inputs(b=1, h=2, hk=1, m=4, n=4, d=4, dv=3)
     call = make_call(q.double(), k.double(), v.double(), spec=StatSpec.none())
-    p, values = build_pattern(call)[0].p, expanded(call, call.v, None)
+    p, values = build_pattern(call)[0].p, expand_keys(call, call.v, None)
 
     def loss(p):
         return (p @ values).sin().prod(-1).sum()

@@ -73,14 +73,14 @@ def test_an_error_on_any_thread_reaches_the_caller_and_threads_are_given_back(tw
         return i
 
     with pytest.raises(ValueError, match="tile 3"):
-        workers.each(range(50), lambda: None, fail, lambda i, x: None, 2)
+        workers.run_all(range(50), lambda: None, fail, lambda i, x: None, 2)
     assert torch.get_num_threads() == 2
     assert threading.active_count() < 50
 
 
 def test_found_is_put_in_the_order_of_the_items(two_threads) -> None:
     order: list[int] = []
-    workers.each(range(200), lambda: None, lambda room, i: i, lambda i, x: order.append(x), 2)
+    workers.run_all(range(200), lambda: None, lambda room, i: i, lambda i, x: order.append(x), 2)
     assert order == list(range(200))
 
 
@@ -93,7 +93,7 @@ def test_grad_and_inference_mode_are_those_of_the_caller(two_threads, inference:
 
     with torch.inference_mode(inference):
         expected = {(torch.is_grad_enabled(), torch.is_inference_mode_enabled())}
-        workers.each(range(20), lambda: None, state, lambda i, x: None, 2)
+        workers.run_all(range(20), lambda: None, state, lambda i, x: None, 2)
     assert found == expected
 
 
@@ -110,6 +110,6 @@ def test_what_watches_operators_sees_all_of_them(two_threads, ran_on) -> None:
 
 def test_a_small_call_is_left_to_one_thread_without_help(two_threads) -> None:
     seen = set()
-    assert workers.worth(9 * 256 * 256) == 1 and workers.worth(9 * 512 * 512) == 2
-    workers.each(range(5), lambda: None, lambda room, i: seen.add(torch.get_num_threads()), lambda i, x: None, 1)
+    assert workers.thread_count(9 * 256 * 256) == 1 and workers.thread_count(9 * 512 * 512) == 2
+    workers.run_all(range(5), lambda: None, lambda room, i: seen.add(torch.get_num_threads()), lambda i, x: None, 1)
     assert seen == {1} and torch.get_num_threads() == 2

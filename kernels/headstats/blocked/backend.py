@@ -12,16 +12,16 @@ from headstats.blocked.tiles import (
     Scratch,
     Tile,
     cells,
-    keys_and_values,
+    key_tensors,
     logits,
     mix_values,
-    of_rows,
     pattern_keys,
-    queries,
+    tile_queries,
+    tile_rows,
     tiles,
 )
 from headstats.call import Call
-from headstats.stats import BY_NAME, Result, Value, mapped, tensors
+from headstats.stats import BY_NAME, Result, Value, map_tensors, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ def by_tiles(call: Call) -> Results:
     """Compute any call tile by tile."""
     b, _, m, _ = call.q.shape
     hk, n, g = call.k.shape[1], call.n, call.groups
-    k, v = keys_and_values(call)
+    k, v = key_tensors(call)
     other = pattern_keys(call)
     work = list(tiles(call))
     if len(work) == 1 and work[0].j == slice(0, n):
@@ -63,26 +63,26 @@ def by_tiles(call: Call) -> Results:
 
         matmul.onednn_pays()  # tested here, where no other thread disturbs the timing
         work.reverse()  # if causal, the last tiles are the longest: starting with them balances the threads
-        threads.each(
+        threads.run_all(
             work,
             lambda: (Scratch(call, work), Scratch(call, work)),
             lambda room, t: _one_tile(call, t, k, v, other, room),
             put,
-            threads.worth(cells(call)) if call.q.device.type == "cpu" else None,
+            threads.thread_count(cells(call)) if call.q.device.type == "cpu" else None,
         )
     for name, value in call.spec.requested().items():
         if BY_NAME[name].axis == "key":
             stats[name] = _finish_columns(call, name, stats[name], value)
     out = out.to(call.q.dtype).flatten(1, 2)
-    return out, lse.flatten(1, 2), {name: mapped(x, lambda y: y.flatten(1, 2)) for name, x in stats.items()}
+    return out, lse.flatten(1, 2), {name: map_tensors(x, lambda y: y.flatten(1, 2)) for name, x in stats.items()}
 
 
 def _allocate(call: Call, first: Result, name: str) -> Result:
     """Allocate a statistic of the whole call, given that of its first tile."""
     shape = (call.q.shape[0], call.k.shape[1], call.groups)
     if BY_NAME[name].axis == "key":
-        return mapped(first, lambda x: x.new_zeros(*shape, call.n))  # summed over tiles
-    return mapped(first, lambda x: x.new_empty(*shape, call.q.shape[2], *x.shape[4:]))
+        return map_tensors(first, lambda x: x.new_zeros(*shape, call.n))  # summed over tiles
+    return map_tensors(first, lambda x: x.new_empty(*shape, call.q.shape[2], *x.shape[4:]))
 
 
 def _put(name: str, whole: Result, of_tile: Result, t: Tile) -> None:
@@ -101,8 +101,8 @@ def _finish_columns(call: Call, name: str, total: Result, value: Value) -> Resul
     if BY_NAME[name].reduce == "max":
         return total  # weights are never negative: it is 0 where no query sees the key
     if BY_NAME[name].reduce == "norm":
-        return mapped(total, torch.sqrt)
-    return mapped(total, lambda x: statistics.mean_over_queries(call, x, name, value))
+        return map_tensors(total, torch.sqrt)
+    return map_tensors(total, lambda x: statistics.mean_over_queries(call, x, name, value))
 
 
 def _one_tile(
@@ -119,14 +119,14 @@ def _one_tile(
 
     other: the keys of Edit.pattern_from.  room: scratch memory for logits, and for weights.
     """
-    s, _ = logits(call, t, queries(call, t, call.q), k, other, room[0])
+    s, _ = logits(call, t, tile_queries(call, t, call.q), k, other, room[0])
     row = rows.softmax(call, t, s, statistics.keeps_logits(call), room[1])
     out = row.z = mix_values(row.e, v, t)
     row.v = v
-    gate = None if call.gate is None else of_rows(call, t, call.gate)
+    gate = None if call.gate is None else tile_rows(call, t, call.gate)
     scale = row.inverse if gate is None else row.inverse * gate
     stats = {name: statistics.statistic(call, t, row, name, x) for name, x in call.spec.requested().items()}
     out.mul_(scale[..., None])
     if gate is not None and call.replacement is not None:
-        out += (1 - gate)[..., None] * of_rows(call, t, call.replacement)
+        out += (1 - gate)[..., None] * tile_rows(call, t, call.replacement)
     return out, row.lse, stats

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.blocked import weight_gradients
-from headstats.blocked.tiles import LogitParts, Tile, of_edit_cells, of_rows, query_heads
-from headstats.call import LOG2E, Call, part
+from headstats.blocked.tiles import LogitParts, Tile, query_heads, tile_edit_cells, tile_rows
+from headstats.call import LOG2E, Call, slice_axis
 from headstats.edits.weights import WeightEdit
 
 if TYPE_CHECKING:
@@ -43,11 +43,11 @@ class LogitGradients:
         s: logits, in base 2 like lse; needed for temperature.  delta: sum_j p_ij dL/dp_ij - dL/dlse_i of the rows.
         """
         call = self.call
-        temperature = None if call.temperature is None else of_rows(call, t, call.temperature)
+        temperature = None if call.temperature is None else tile_rows(call, t, call.temperature)
         if "edit_bias" in self.grads:
             self.add_table("edit_bias", t, ds)
         if call.sinks is not None and self.grads:
-            sink = of_rows(call, t, call.sinks[None, :, None])
+            sink = tile_rows(call, t, call.sinks[None, :, None])
             sink = sink if temperature is None else sink / temperature
             d_sink = -torch.exp2(sink * LOG2E - lse) * delta  # the sink has the value 0
             if "sinks" in self.grads:
@@ -56,7 +56,7 @@ class LogitGradients:
                 self.add("temperature", t, -d_sink * sink / temperature)
         if "temperature" in self.grads:
             assert s is not None and temperature is not None  # it requires a gradient
-            x = s / LOG2E if call.edit_bias is None else s / LOG2E - of_edit_cells(call, t, call.edit_bias)
+            x = s / LOG2E if call.edit_bias is None else s / LOG2E - tile_edit_cells(call, t, call.edit_bias)
             self.add("temperature", t, -(ds * x).sum(-1) / temperature)  # in hidden cells ds is 0 and x is finite
         if temperature is not None:
             ds.div_(temperature[..., None])
@@ -81,12 +81,12 @@ class LogitGradients:
     def _through_reshaping(self, t: Tile, ds: Tensor, z: Tensor) -> Tensor:
         """Go back through Edit.logit_raise and then logit_factor."""
         call = self.call
-        factor = None if call.logit_factor is None else of_edit_cells(call, t, call.logit_factor)
+        factor = None if call.logit_factor is None else tile_edit_cells(call, t, call.logit_factor)
         scaled = z if factor is None else z * factor
         if "logit_raise" in self.grads:
             self.add_table("logit_raise", t, ds * scaled.abs())
         if call.logit_raise is not None:
-            ds = ds * (1 + of_edit_cells(call, t, call.logit_raise) * scaled.sign())
+            ds = ds * (1 + tile_edit_cells(call, t, call.logit_raise) * scaled.sign())
         if "logit_factor" in self.grads:
             self.add_table("logit_factor", t, ds * z)
         return ds if factor is None else ds * factor
@@ -98,17 +98,17 @@ class LogitGradients:
         if grad.dim() == 1:  # a number for each head
             grad[heads] += x.sum((0, 2))
             return
-        grad = part(part(grad, t.b), heads, 1)
+        grad = slice_axis(slice_axis(grad, t.b), heads, 1)
         if name not in TABLES:  # tables have segments in place of queries and keys
-            grad = part(grad, t.i, 2)
-            grad = part(grad, t.j, 3) if grad.dim() == 4 else grad
+            grad = slice_axis(grad, t.i, 2)
+            grad = slice_axis(grad, t.j, 3) if grad.dim() == 4 else grad
         grad += x.sum_to_size(grad.shape)
 
     def add_table(self, name: str, t: Tile, x: Float[Tensor, "b h g m n"]) -> None:
         """Add x, summed over the cells of each pair of segments."""
         call = self.call
         assert call.edit_q_segments is not None and call.k_segments is not None  # validated
-        ids = (part(call.edit_q_segments, t.b)[:, t.i], part(call.k_segments, t.b)[:, t.j])
+        ids = (slice_axis(call.edit_q_segments, t.b)[:, t.i], slice_axis(call.k_segments, t.b)[:, t.j])
         rows, columns = (
             (x_ids.remainder(n)[..., None] == torch.arange(n, device=x.device)).to(x.dtype).expand(len(x), -1, -1)
             for x_ids, n in zip(ids, self.grads[name].shape[2:], strict=True)

@@ -11,14 +11,14 @@ from headstats.blocked.tiles import (
     KeyTensors,
     Tile,
     add_to_keys,
-    keys_and_values,
+    key_tensors,
     logits,
     mix_values,
     pattern_keys,
-    queries,
     scores,
+    tile_queries,
+    tile_weight_edit,
     tiles,
-    weights_edit,
     zeros_like,
 )
 from headstats.call import LOG2E, Call, heads_apart
@@ -46,15 +46,15 @@ def gradients(call: Call, leaf_names: set[str], lse: Tensor, delta: Tensor, grad
     empty = lse == -torch.inf
     lse = heads_apart(call, lse.masked_fill(empty, 0) * LOG2E)
     delta = heads_apart(call, delta.masked_fill(empty, 0))
-    k, v = keys_and_values(call)
+    k, v = key_tensors(call)
     dv = zeros_like(v)
     products, logit_gradients = ProductGradients(call, k), LogitGradients(call, leaf_names)
     for t in tiles(call):
         rows = (t.b, t.h, slice(None), t.i)
-        s, origin = logits(call, t, queries(call, t, call.q), k, products.other)
+        s, origin = logits(call, t, tile_queries(call, t, call.q), k, products.other)
         logits_copy = s.clone() if "temperature" in logit_gradients.grads else None
         x = s.sub_(lse[rows][..., None])  # log2 p
-        change, d_weight, delta_rows = weights_edit(call, t), scores(go[rows], v, t), delta[rows]
+        change, d_weight, delta_rows = tile_weight_edit(call, t), scores(go[rows], v, t), delta[rows]
         if change is None:
             p = x.exp2_()
             add_to_keys(dv, t, p, go[rows])
@@ -94,7 +94,7 @@ class ProductGradients:
 
     def _add(self, t: Tile, ds: Tensor, q: Tensor, k: KeyTensors, dq: Tensor, dk: KeyTensors) -> None:
         heads_apart(self.call, dq)[t.b, t.h, :, t.i] = mix_values(ds, k, t)
-        add_to_keys(dk, t, ds, queries(self.call, t, q))
+        add_to_keys(dk, t, ds, tile_queries(self.call, t, q))
 
     def grads(self) -> dict[str, Tensor]:
         """Return the gradients by name."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked.tiles import KeyTensors, Scratch, Tile, by_group, of_rows, query_heads, weights_edit
-from headstats.call import HIDDEN, LOG2E, Call, part
+from headstats.blocked.tiles import KeyTensors, Scratch, Tile, group_heads, query_heads, tile_rows, tile_weight_edit
+from headstats.call import HIDDEN, LOG2E, Call, slice_axis
 from headstats.edits import weights
-from headstats.stats import Pattern, over_rows
+from headstats.stats import Pattern, broadcast_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -43,7 +43,7 @@ class TileSoftmax:
         """Return x with `value` in empty rows."""
         if self.empty is None:
             return x
-        return x.masked_fill(over_rows(self.empty, x), value)
+        return x.masked_fill(broadcast_rows(self.empty, x), value)
 
 
 def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room: Scratch | None) -> TileSoftmax:
@@ -53,17 +53,17 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
         top = s.new_full(s.shape[:-1], HIDDEN)
         argmax = torch.zeros_like(top, dtype=torch.int64)
     elif call.spec.argmax:
-        top, argmax = top_and_place(s)
+        top, argmax = first_maximum(s)
     else:
         top = s.amax(-1)
     empty = top <= HIDDEN / 2 if call.may_be_empty else None
     shift = top if empty is None else top.clamp_min(HIDDEN / 2)  # keeps 2^(HIDDEN - shift) = 0 where all is hidden
     if call.sinks is not None:
-        sink = of_rows(call, t, call.sinks[None, :, None] * LOG2E)
+        sink = tile_rows(call, t, call.sinks[None, :, None] * LOG2E)
         if call.temperature is not None:
-            sink = sink / of_rows(call, t, call.temperature)
+            sink = sink / tile_rows(call, t, call.temperature)
         shift = torch.maximum(shift, sink)
-    change = weights_edit(call, t)
+    change = tile_weight_edit(call, t)
     needs_entropy = call.spec.entropy or call.spec.entropy_normalised
     x = s.sub_(shift[..., None])
     if keep or needs_entropy or change is not None:
@@ -81,13 +81,13 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
     total = total.clamp_min(torch.finfo(s.dtype).tiny)
     if change is not None:  # the norm of the row does not change
         e, x = weights.apply_edit(change, x, total, weights.BINARY)
-        mass, (top, argmax) = e.sum(-1), top_and_place(x)
+        mass, (top, argmax) = e.sum(-1), first_maximum(x)
         empty = top <= HIDDEN / 4
     ex = (e * x if keep else x.mul_(e)).sum(-1) if needs_entropy else None
     return TileSoftmax(e, x if keep else None, shift, total.reciprocal(), log_total, lse, mass, top, argmax, ex, empty)
 
 
-def top_and_place(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], Int[Tensor, "*lead"]]:
+def first_maximum(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], Int[Tensor, "*lead"]]:
     """Return the largest logit and its first place. In long rows: the best of many blocks, then the place within it.
 
     A maximum without its place is ten times faster than one with its place.
@@ -113,7 +113,7 @@ def top_and_place(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], 
     return top, place
 
 
-def as_pattern(call: Call, t: Tile, row: TileSoftmax) -> Pattern:
+def to_pattern(call: Call, t: Tile, row: TileSoftmax) -> Pattern:
     """Return the tile as the Pattern on which statistics are defined."""
     # set if a statistic has no fast form
     assert row.x is not None and row.v is not None and row.z is not None
@@ -125,15 +125,15 @@ def as_pattern(call: Call, t: Tile, row: TileSoftmax) -> Pattern:
         p=row.e * row.inverse[..., None],
         scores=(row.x + row.shift[..., None]) / LOG2E,
         log_norm=row.where_empty(row.lse, 0),
-        visible=by_group(call, visible),
+        visible=group_heads(call, visible),
         distance=call.distances(*i, *j).to(row.e.dtype),
-        key_rank=part(call.key_rank(), t.b)[:, None, None, None, t.j],
+        key_rank=slice_axis(call.key_rank(), t.b)[:, None, None, None, t.j],
         real_query=real[:, None, None, :, None],
         v=row.v.of(t)[:, :, None],
         z=row.z * row.inverse[..., None],
         first_key=t.j.start,
-        key_segment=None if segment is None else part(segment, t.b)[:, None, None, t.j],
+        key_segment=None if segment is None else slice_axis(segment, t.b)[:, None, None, t.j],
         n_segments=call.n_segments,
-        targets=None if targets is None else part(targets, t.b)[:, None, None, t.i],
-        features=None if features is None else part(features, t.b)[:, None, None, t.j].to(row.e.dtype),
+        targets=None if targets is None else slice_axis(targets, t.b)[:, None, None, t.i],
+        features=None if features is None else slice_axis(features, t.b)[:, None, None, t.j].to(row.e.dtype),
     )

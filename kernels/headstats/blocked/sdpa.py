@@ -49,7 +49,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     out, lse = _flash(call.q, call.k, call.v, call.causal and call.k.shape[2] == call.q.shape[2], call.scale)
     if call.prefix_k is not None:
         out, lse = _joined(call.dtype, (out, lse), _over_prefix(call))
-    out = call.gated(out).to(call.q.dtype)
+    out = call.apply_gate(out).to(call.q.dtype)
     return out, lse, {n: probes.statistic(call, lse, n, x) for n, x in call.spec.requested().items()}
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.blocked.rows import TileSoftmax, as_pattern, top_and_place
-from headstats.blocked.tiles import CELLS, Tile, by_group, mix_values
-from headstats.call import HIDDEN, LOG2E, Call, part
-from headstats.stats import BY_NAME, Result, TopK, Value, mapped, members
+from headstats.blocked.rows import TileSoftmax, first_maximum, to_pattern
+from headstats.blocked.tiles import CELLS, Tile, group_heads, mix_values
+from headstats.call import HIDDEN, LOG2E, Call, slice_axis
+from headstats.stats import BY_NAME, Result, TopK, Value, map_tensors, segment_members
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -26,10 +26,10 @@ def keeps_logits(call: Call) -> bool:
 def statistic(call: Call, t: Tile, row: TileSoftmax, name: str, value: Value) -> Result:
     """Compute a statistic of a tile: by its fast form if it has one, else by its definition on the tile's pattern."""
     stat = BY_NAME[name]
-    result = FAST[name](call, t, row, value) if name in FAST else stat.dense(as_pattern(call, t, row), value)
+    result = FAST[name](call, t, row, value) if name in FAST else stat.dense(to_pattern(call, t, row), value)
     if stat.axis == "key" or isinstance(result, TopK):
         return result
-    return mapped(result, lambda x: row.where_empty(x, stat.empty))
+    return map_tensors(result, lambda x: row.where_empty(x, stat.empty))
 
 
 def _entropy(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
@@ -59,7 +59,7 @@ def _topk(call: Call, t: Tile, row: TileSoftmax, k: int) -> TopK:
     x = row.x.clone()
     values, indices = x.new_zeros(*x.shape[:-1], k), x.new_full((*x.shape[:-1], k), -1, dtype=torch.int64)
     for place in range(min(k, x.shape[-1])):
-        top, at = top_and_place(x)
+        top, at = first_maximum(x)
         values[..., place] = torch.exp2(top) * row.inverse
         indices[..., place] = torch.where(top > HIDDEN / 4, at + t.j.start, -1)
         x.scatter_(-1, at[..., None], HIDDEN)
@@ -72,7 +72,7 @@ def _participation(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
 
 def _effective(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     e, mass = row.e, row.mass
-    if call.leaky:  # all weights may be tiny, and their squares would underflow
+    if call.may_lose_mass:  # all weights may be tiny, and their squares would underflow
         up = torch.exp2(-row.top.clamp(min=-100))
         e, mass = e * up[..., None], mass * up
     return mass.square() / e.square().sum(-1).clamp_min(torch.finfo(e.dtype).tiny)
@@ -143,12 +143,12 @@ def _per_key(row: TileSoftmax, w: Float[Tensor, "#b n F"]) -> Tensor:
 
 def _segments(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.k_segments is not None  # validated
-    return _per_key(row, members(part(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype))
+    return _per_key(row, segment_members(slice_axis(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype))
 
 
 def _segment_value_norms(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.k_segments is not None and row.v is not None
-    inside = members(part(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype)
+    inside = segment_members(slice_axis(call.k_segments, t.b)[:, t.j], call.n_segments, row.e.dtype)
     total = row.e.new_zeros(*row.e.shape[:-1], call.n_segments)
     for columns, v in row.v.parts(t):
         weights = v.norm(dim=-1, keepdim=True) * inside[:, None, columns]
@@ -158,7 +158,7 @@ def _segment_value_norms(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
 
 def _segment_outputs(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.k_segments is not None and row.v is not None
-    ids = part(call.k_segments, t.b)[:, t.j]
+    ids = slice_axis(call.k_segments, t.b)[:, t.j]
     total = row.e.new_zeros(*row.e.shape[:-1], call.n_segments, row.v.own.shape[-1])
     for s in range(call.n_segments):
         inside = ids == s
@@ -174,13 +174,13 @@ def _segment_outputs(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
 
 def _key_features(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.key_features is not None  # validated
-    return _per_key(row, part(call.key_features.detach(), t.b)[:, t.j].to(row.e.dtype))
+    return _per_key(row, slice_axis(call.key_features.detach(), t.b)[:, t.j].to(row.e.dtype))
 
 
 def _targets(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert call.targets is not None  # validated
     n = row.e.shape[-1]
-    columns = part(call.targets, t.b)[:, None, None, t.i] - t.j.start  # -1 (none) and keys not seen are outside
+    columns = slice_axis(call.targets, t.b)[:, None, None, t.i] - t.j.start  # -1 (none) and keys not seen are outside
     columns = columns.expand(*row.e.shape[:-1], -1)
     if n == 0:
         return row.e.new_zeros(columns.shape)
@@ -260,5 +260,5 @@ def mean_over_queries(call: Call, total: Shaped[Tensor, "B Hk G N"], name: str, 
         if call.query_padding is not None:
             mask = mask & call.query_padding[:, None, rows, None]
         seen = stat.among(mask, call.distances(rows.start, rows.stop, 0, n), value).sum(-2)
-        count += by_group(call, seen)
+        count += group_heads(call, seen)
     return torch.where(count > 0, total / count.clamp_min(1), stat.empty)

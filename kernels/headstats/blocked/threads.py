@@ -20,12 +20,12 @@ MOST = 8  # most tiles at a time, since each has its own memory; beyond it, torc
 CELLS = 1 << 20  # cells of attention per thread
 
 
-def worth(cells: int) -> int:
+def thread_count(cells: int) -> int:
     """Return how many threads should share a call with this many cells."""
     return max(1, min(MOST, torch.get_num_threads(), cells // CELLS))
 
 
-def each(
+def run_all(
     items: Sequence[Item],
     prepare: Callable[[], Room],
     do: Callable[[Room, Item], ResultT],

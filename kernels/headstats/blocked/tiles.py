@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.blocked import matmul, threads
-from headstats.call import HIDDEN, LOG2E, Call, heads_apart, hidden_by_bias, part, parts
+from headstats.call import HIDDEN, LOG2E, Call, heads_apart, hidden_by_bias, slice_axes, slice_axis
 from headstats.edits import weights
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tiles(call: Call) -> Iterator[Tile]:
     """Cut the call into tiles. Every query is in exactly one tile for each head."""
     nb, m = call.q.shape[0], call.q.shape[2]
     hk, n, g = call.k.shape[1], call.n, call.groups
-    rows = m if cells(call) <= CELLS // 4 else min(m, _height(g * n, threads.worth(cells(call))))
+    rows = m if cells(call) <= CELLS // 4 else min(m, _height(g * n, threads.thread_count(cells(call))))
     fit = max(1, CELLS // (g * rows * n))  # how many heads, or heads of batch rows
     heads, batch, run = _even_size(hk, fit), _even_size(nb, fit // hk), nb
     if call.prefix_k is not None:  # one head, and many batch rows that share the prefix
@@ -52,7 +52,7 @@ def tiles(call: Call) -> Iterator[Tile]:
         for h in range(0, hk, heads):
             for i in range(0, m, rows):
                 i1 = min(i + rows, m)
-                first, stop = call.keys_seen(i, i1)
+                first, stop = call.visible_range(i, i1)
                 j = slice(first, matmul.round_end(stop, n) if rounds_ends else stop)
                 yield Tile(slice(b, b1), slice(h, min(h + heads, hk)), slice(i, i1), j)
 
@@ -110,7 +110,7 @@ class KeyTensors:
         return torch.cat([x.expand(len(regions[1]), -1, -1, -1) for x in regions], 2)
 
 
-def keys_and_values(call: Call) -> tuple[KeyTensors, KeyTensors]:
+def key_tensors(call: Call) -> tuple[KeyTensors, KeyTensors]:
     """Convert keys and values once, since many tiles read them."""
     return _prepare(call, call.k, call.prefix_k), _prepare(call, call.v, call.prefix_v)
 
@@ -130,7 +130,7 @@ def zeros_like(keys: KeyTensors) -> KeyTensors:
     return KeyTensors(torch.zeros_like(keys.own), None if keys.shared is None else torch.zeros_like(keys.shared))
 
 
-def queries(call: Call, t: Tile, q: Float[Tensor, "B H M D"]) -> Float[Tensor, "b h g m D"]:
+def tile_queries(call: Call, t: Tile, q: Float[Tensor, "B H M D"]) -> Float[Tensor, "b h g m D"]:
     """Return the tile's part of a tensor over queries, in the dtype of logits."""
     return heads_apart(call, q)[t.b, t.h, :, t.i].to(call.dtype)
 
@@ -208,10 +208,10 @@ def logits(
         assert call.pattern_q is not None  # set together with the keys
         swapped = call.q.new_ones(1, 1, 1, 1, dtype=torch.bool)
         if call.pattern_rows is not None:
-            swapped = of_rows(call, t, call.pattern_rows)
+            swapped = tile_rows(call, t, call.pattern_rows)
         if bool(swapped.any()):
             origin.swapped = swapped
-            s = torch.where(swapped[..., None], scores(queries(call, t, call.pattern_q), other, t), s)
+            s = torch.where(swapped[..., None], scores(tile_queries(call, t, call.pattern_q), other, t), s)
     # The scale is applied after the product: inside it, rounding could make equal logits differ.
     s.mul_(call.scale * LOG2E if call.softcap is None else call.scale / call.softcap)
     if call.softcap is not None:
@@ -224,13 +224,13 @@ def logits(
         slopes = heads_apart(call, call.alibi.to(s.dtype)[None])[:, t.h, :, None, None]
         away = call.distances(t.i.start, t.i.stop, t.j.start, t.j.stop).abs_().to(s.dtype)
         s.addcmul_(slopes, away, value=-LOG2E)
-    bias = None if call.bias is None else by_group(call, parts(call.bias, t.b, query_heads(call, t), t.i, t.j))
+    bias = None if call.bias is None else group_heads(call, slice_axes(call.bias, t.b, query_heads(call, t), t.i, t.j))
     if bias is not None:
         s.add_(bias, alpha=LOG2E)
     if call.temperature is not None:
-        s.div_(of_rows(call, t, call.temperature)[..., None])
+        s.div_(tile_rows(call, t, call.temperature)[..., None])
     if call.edit_bias is not None:
-        s.add_(of_edit_cells(call, t, call.edit_bias), alpha=LOG2E)
+        s.add_(tile_edit_cells(call, t, call.edit_bias), alpha=LOG2E)
     if bias is not None:
         s.masked_fill_(hidden_by_bias(bias), HIDDEN)
     _hide_cells(call, t, s)
@@ -240,34 +240,34 @@ def logits(
 def _reshape_logits(call: Call, t: Tile, z: Tensor) -> Tensor:
     """Apply Edit.logit_factor and logit_raise, without changing z itself."""
     if call.logit_factor is not None:
-        z = z * of_edit_cells(call, t, call.logit_factor)
+        z = z * tile_edit_cells(call, t, call.logit_factor)
     if call.logit_raise is not None:
-        z = torch.addcmul(z, of_edit_cells(call, t, call.logit_raise), z.abs())
+        z = torch.addcmul(z, tile_edit_cells(call, t, call.logit_raise), z.abs())
     return z
 
 
-def of_rows(call: Call, t: Tile, x: Shaped[Tensor, "#B #H #M *rest"]) -> Shaped[Tensor, "#b #h #g #m *rest"]:
+def tile_rows(call: Call, t: Tile, x: Shaped[Tensor, "#B #H #M *rest"]) -> Shaped[Tensor, "#b #h #g #m *rest"]:
     """Return the tile's part of a tensor over heads and queries; floats in the dtype of logits."""
-    x = part(by_group(call, part(part(x, t.b), query_heads(call, t), 1)), t.i, 3)
+    x = slice_axis(group_heads(call, slice_axis(slice_axis(x, t.b), query_heads(call, t), 1)), t.i, 3)
     return x.to(call.dtype) if x.is_floating_point() else x
 
 
-def of_cells(call: Call, t: Tile, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"]) -> Shaped[Tensor, "#b #h #g m n"]:
+def tile_cells(call: Call, t: Tile, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"]) -> Shaped[Tensor, "#b #h #g m n"]:
     """Spread a table over pairs of segments over the tile's cells."""
-    return by_group(call, call.cells(table, t.i, t.j, t.b, query_heads(call, t)))
+    return group_heads(call, call.cells(table, t.i, t.j, t.b, query_heads(call, t)))
 
 
-def of_edit_cells(call: Call, t: Tile, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"]) -> Shaped[Tensor, "#b #h #g m n"]:
+def tile_edit_cells(call: Call, t: Tile, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"]) -> Shaped[Tensor, "#b #h #g m n"]:
     """Do the same for a table of the edit; floats in the dtype of logits."""
-    x = by_group(call, call.edit_cells(table, t.i, t.j, t.b, query_heads(call, t)))
+    x = group_heads(call, call.edit_cells(table, t.i, t.j, t.b, query_heads(call, t)))
     return x.to(call.dtype) if x.is_floating_point() else x
 
 
-def weights_edit(call: Call, t: Tile) -> weights.WeightEdit | None:
+def tile_weight_edit(call: Call, t: Tile) -> weights.WeightEdit | None:
     """Return the edit of the weights of the tile, if it has one."""
     if t.j.start == t.j.stop:
         return None
-    return weights.edit_of_cells(call, t.i, t.j, t.b, query_heads(call, t), lambda x: by_group(call, x))
+    return weights.edit_of_cells(call, t.i, t.j, t.b, query_heads(call, t), lambda x: group_heads(call, x))
 
 
 def query_heads(call: Call, t: Tile) -> slice:
@@ -275,7 +275,7 @@ def query_heads(call: Call, t: Tile) -> slice:
     return slice(t.h.start * call.groups, t.h.stop * call.groups)
 
 
-def by_group(call: Call, x: Shaped[Tensor, "#B #H m n"]) -> Shaped[Tensor, "#B #Hk #G m n"]:
+def group_heads(call: Call, x: Shaped[Tensor, "#B #H m n"]) -> Shaped[Tensor, "#B #Hk #G m n"]:
     """View query heads as key heads and groups, if there is more than one head."""
     return x.unflatten(1, (-1, call.groups)) if x.shape[1] > 1 else x[:, :, None]
 
@@ -284,7 +284,7 @@ def _hide_cells(call: Call, t: Tile, s: Tensor) -> None:
     """Set hidden cells to HIDDEN. Causality and window affect only keys at the ends of the tile, padding all keys."""
     if call.segment_open is not None:
         seen = call.visible(t.i, t.j, t.b, query_heads(call, t), cut=False)
-        s.masked_fill_(~by_group(call, seen), HIDDEN)
+        s.masked_fill_(~group_heads(call, seen), HIDDEN)
         return
     i0, i1, lo, hi = t.i.start, t.i.stop, t.j.start, t.j.stop
     left = right = None
@@ -305,6 +305,6 @@ def _hide_cells(call: Call, t: Tile, s: Tensor) -> None:
     if call.key_padding is not None:
         s.masked_fill_(~call.key_padding[t.b, None, None, None, t.j], HIDDEN)
     if call.segment_mask is not None:
-        s.masked_fill_(~of_cells(call, t, call.segment_mask), HIDDEN)
+        s.masked_fill_(~tile_cells(call, t, call.segment_mask), HIDDEN)
     if call.knockout is not None:
-        s.masked_fill_(of_edit_cells(call, t, call.knockout), HIDDEN)
+        s.masked_fill_(tile_edit_cells(call, t, call.knockout), HIDDEN)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from headstats.call import EVERY, HIDDEN, Call, part
+from headstats.call import EVERY, HIDDEN, Call, slice_axis
 from headstats.edits import hash_noise
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def edit_of_cells(
         return None if table is None else shape(call.edit_cells(table, i, j, b, heads))
 
     def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else shape(part(part(part(x, b), heads, 1), i, 2))
+        return None if x is None else shape(slice_axis(slice_axis(slice_axis(x, b), heads, 1), i, 2))
 
     kind, gain, keep = call.counterfactual, cells(call.gain), rows(call.keep_fraction)
     own = call.distances(i.start, i.stop, j.start, j.stop) == 0 if kind == "identity" else None

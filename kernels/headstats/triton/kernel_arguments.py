@@ -211,7 +211,7 @@ def _row_numbers(call: Call, rows: int) -> Int[Tensor, "#B M"]:
     """
     ids = call.table_q_segments
     assert ids is not None  # validated: a table needs both
-    if call.numbers_rows_twice:
+    if call.has_two_row_numberings:
         ids = torch.where(call.edit_q_segments == ids, ids, torch.where(ids < 0, ids, ids + rows // 2))
     return ids.remainder(rows).to(torch.int32).contiguous()
 
@@ -225,12 +225,12 @@ def _tables(call: Call) -> dict[str, Shaped[Tensor, "#B #H R C"]]:
     if not sources:
         return {}
     sizes = tuple(min(t.shape[axis] for t in sources) for axis in (2, 3))
-    rows = sizes[0] * (2 if call.numbers_rows_twice else 1)
+    rows = sizes[0] * (2 if call.has_two_row_numberings else 1)
     shape = (max(t.shape[0] for t in sources), max(t.shape[1] for t in sources), rows, sizes[1])
 
     def prepare(t: Tensor, of_edit: bool = True) -> Tensor:
         t = _trim(t, *sizes)
-        if call.numbers_rows_twice:
+        if call.has_two_row_numberings:
             t = torch.cat([t, t[:, :, -1:].expand_as(t) if of_edit else t], 2)
         return t.expand(shape).contiguous()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.call import Call
-from headstats.stats import ARGUMENT, members
+from headstats.stats import ARGUMENT, segment_members
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,4 +74,4 @@ def values_of_segment(call: Call, segment: int) -> PerKey:
 
 def _members(call: Call) -> Float[Tensor, "#B N S"]:
     assert call.k_segments is not None  # validated
-    return members(call.k_segments, call.n_segments, torch.float32)
+    return segment_members(call.k_segments, call.n_segments, torch.float32)
