@@ -11,7 +11,7 @@ import torch
 from headstats import torch_ops
 from headstats.backends import BACKENDS, Backend
 from headstats.spec import AttentionStats, StatSpec
-from headstats.validate import finite as validate_finite
+from headstats.validate import finite
 from headstats.validate.call import make_call
 from headstats.validate.values import tracing
 
@@ -125,7 +125,7 @@ def attend(
         targets=targets, key_features=key_features, spec=spec, edit=edit,
     )  # fmt: skip
     if check_finite:
-        validate_finite.check_finite(call)
+        finite.check_finite(call)
     return _run(call, backend, report=edit is not None and edit.report_mass)
 
 

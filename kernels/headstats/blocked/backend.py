@@ -54,8 +54,8 @@ def by_tiles(call: Call) -> Results:
         stats: dict[str, Result] = {}
 
         def put(t: Tile, results: Results) -> None:
-            tile_rows = (t.b, t.h, slice(None), t.i)
-            out[tile_rows], lse[tile_rows], tile_stats = results
+            place = (t.b, t.h, slice(None), t.i)
+            out[place], lse[place], tile_stats = results
             for name, x in tile_stats.items():
                 if name not in stats:
                     stats[name] = _allocate(call, x, name)

@@ -29,7 +29,7 @@ class TileSoftmax:
     x: Float[Tensor, "b h g m n"] | None  # logit - shift
     shift: Float[Tensor, "b h g m"]  # the row's largest logit, learned sink included
     inverse: Float[Tensor, "b h g m"]  # 1 / sum of 2^(score - shift), learned sink included
-    log_total: Float[Tensor, "b h g m"]  # -log2(inverse)
+    log_total: Float[Tensor, "b h g m"]  # log2 of that sum
     lse: Float[Tensor, "b h g m"]  # natural
     mass: Float[Tensor, "b h g m"]  # sum of e over keys
     top: Float[Tensor, "b h g m"]  # the largest x

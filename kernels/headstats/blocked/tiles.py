@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped
     from torch import Tensor
 
-CELLS = 5 << 18  # most logits in a tile (5 MiB in float32) above its least height; a call of a quarter is one tile
+# Most logits in one tile (5 MiB in float32), unless a tile of the least height has more. A call with at most a quarter
+# of this is one tile.
+CELLS = 5 << 18
 ROWS = 64  # queries of one tile: enough for a matrix product, few enough to waste little beyond the diagonal
 
 

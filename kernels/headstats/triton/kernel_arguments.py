@@ -60,14 +60,14 @@ class CellTerms(NamedTuple):
     logit_raise: Tensor | None  # float32: then add this times the absolute value
     log_gain: Tensor | None  # float32: added to the logits, in base 2
     weight_gain: Tensor | None  # float32: added to logits in base 2 after the softmax; HIDDEN removes all weight
-    heads: int | None  # H, if one of the next three is set
+    heads: int | None  # H, if layout or a gain after the softmax is set
     layout: Any  # a constexpr index into lowering.LAYOUTS: how logits of visible cells are replaced
     levels: Tensor | None  # float32 [B, H, M], contiguous, as in `lowering.LoweredCall`
     tops: Tensor | None  # likewise
     states: Tensor | None  # int32 [B, H], contiguous: `hash_noise.states`
     after: int | None  # 1 if weight_gain or layout act after the softmax
     within: int | None  # 1 if they act before it
-    hides: int | None  # 1 if bias, padding, a rule or a gain of 0 may hide a cell wherever it stands
+    hides: int | None  # 1 if bias, padding, a rule or a gain of 0 may hide a cell at any place
     opens: int | None  # 1 if some rule may open cells
 
 
