@@ -13,7 +13,7 @@ from headstats.backends import BACKENDS, Backend
 from headstats.spec import AttentionStats, StatSpec
 from headstats.validate import finite
 from headstats.validate.call import make_call
-from headstats.validate.values import tracing
+from headstats.validate.values import is_tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +146,7 @@ def _run(call: Call, name: str, report: bool) -> Attended:
 
 def _runner(call: Call, name: str, backend: Backend) -> Run:
     """Return the backend's own `run`, or its operator while a compiler traces; the reference is traced directly."""
-    return partial(torch_ops.run, backend=name) if tracing(call.q) and name != "reference" else backend.run
+    return partial(torch_ops.run, backend=name) if is_tracing(call.q) and name != "reference" else backend.run
 
 
 def _mass_before(call: Call, run: Run) -> Tensor:

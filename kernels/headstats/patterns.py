@@ -29,7 +29,7 @@ from headstats.spec import StatSpec
 from headstats.stats import segment_members
 from headstats.validate.call import make_call
 from headstats.validate.edit import ACTING
-from headstats.validate.keys import integers, same_device
+from headstats.validate.keys import check_ids, check_tensor
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class How(TypedDict, total=False):
+class PatternArguments(TypedDict, total=False):
     """The arguments of `attend` that shape its weights, with the same meaning. Pass what the call was given."""
 
     causal: bool
@@ -75,7 +75,7 @@ def pattern_rows(
     k: Float[Tensor, "B Hk N D"],
     lse: Float[Tensor, "B H M"] | None,
     queries: Int[Tensor, "#B R"],
-    **how: Unpack[How],
+    **how: Unpack[PatternArguments],
 ) -> Float[Tensor, "B H R N"]:
     """Compute the weights p_ij of some queries: exact rows of the pattern.
 
@@ -85,12 +85,12 @@ def pattern_rows(
     queries: [R], the same for all batch rows, or [B, R]; -1 = no query, which gives a row of zeros.
     lse: as `attend` returned it for this q, k and `how`. It is compared with the lse of the rows, so that arguments
         that do not belong together are refused. None: no comparison.
-    how: the other arguments of `attend` (see How). Of an edit, gate and replacement are not read, since they act later.
-        Values are not needed; in prefix=(k0, v0), v0 is not read.
+    how: the other arguments of `attend` (see PatternArguments). Of an edit, gate and replacement are not read, since
+        they act later. Values are not needed; in prefix=(k0, v0), v0 is not read.
 
     float32, or float64 for float64 inputs. Raises TypeError or ValueError for arguments that do not fit.
     """
-    call = call_of(q, k, None, how)
+    call = pattern_call(q, k, None, how)
     query_ids = check_queries(queries, call)
     weights = TileWeights(call, lse)
     rows = call.q.new_zeros(*call.q.shape[:2], query_ids.shape[1], call.n, dtype=call.dtype)
@@ -108,7 +108,7 @@ def pooled_pattern(
     *,
     resolution: tuple[int, int],
     reduce: Pooling = "mean",
-    **how: Unpack[How],
+    **how: Unpack[PatternArguments],
 ) -> PooledPattern:
     """Compute a map of the whole pattern of each head at a lower resolution.
 
@@ -125,7 +125,7 @@ def pooled_pattern(
         "sum": sum of the weights; over all bins of keys, that is the number of queries in the bin
     lse, how: as in `pattern_rows`.
     """
-    call = call_of(q, k, None, how)
+    call = pattern_call(q, k, None, how)
     bins = _check_resolution(resolution, call)
     if reduce not in ("mean", "mean_visible", "max", "sum"):
         raise ValueError(f"reduce={reduce!r}: one of 'mean', 'mean_visible', 'max', 'sum' expected")
@@ -164,7 +164,7 @@ def segment_mass(
     to_segments: Int[Tensor, "#B N"],
     *,
     reduce: Literal["mass", "mean"] = "mass",
-    **how: Unpack[How],
+    **how: Unpack[PatternArguments],
 ) -> Float[Tensor, "B H S T"]:
     """Compute how much attention the queries of a segment give to the keys of a segment.
 
@@ -178,7 +178,7 @@ def segment_mass(
     Queries that are padded or see no key, and padded keys, are not counted; a segment without members gives 0.
     lse, how: as in `pattern_rows`.
     """
-    call = call_of(q, k, None, how)
+    call = pattern_call(q, k, None, how)
     if reduce not in ("mass", "mean"):
         raise ValueError(f"reduce={reduce!r}: 'mass' or 'mean' expected")
     pairs = SegmentPairs(call, from_segments, to_segments)
@@ -196,10 +196,10 @@ def segment_mass(
     return total.flatten(1, 2)
 
 
-def call_of(q: Tensor, k: Tensor, v: Tensor | None, how: How) -> Call:
+def pattern_call(q: Tensor, k: Tensor, v: Tensor | None, how: PatternArguments) -> Call:
     """Return the validated call, without statistics and without the parts of an edit that act after the weights."""
-    if unknown := sorted(set(how) - set(How.__annotations__)):
-        allowed = ", ".join(How.__annotations__)
+    if unknown := sorted(set(how) - set(PatternArguments.__annotations__)):
+        allowed = ", ".join(PatternArguments.__annotations__)
         raise TypeError(f"{', '.join(unknown)}: of attend's arguments these shape its weights: {allowed}")
     arguments: dict[str, Any] = dict(how)
     edit = arguments.get("edit")
@@ -223,7 +223,7 @@ class TileWeights:
         (self.k, self.v), self.other = key_tensors(call), pattern_keys(call)
         self.gap = call.q.new_zeros((), dtype=call.dtype)
         if lse is not None:
-            same_device("lse", lse, call.q)
+            check_tensor("lse", lse, call.q)
             if lse.shape != call.q.shape[:3]:
                 raise ValueError(f"lse has shape {list(lse.shape)}: [B, H, M] = {list(call.q.shape[:3])} expected")
             self.lse = heads_apart(call, lse)
@@ -256,9 +256,9 @@ class SegmentPairs:
     def __init__(self, call: Call, from_segments: Any, to_segments: Any):
         b, m, dtype = call.q.shape[0], call.q.shape[2], call.dtype
         for name, ids in (("from_segments", from_segments), ("to_segments", to_segments)):
-            same_device(name, ids, call.q, floating=False)
-        rows = integers("from_segments", from_segments, (b, m), call.q, "M", limit=None)
-        columns = integers("to_segments", to_segments, (b, call.n), call.q, "N", limit=None)
+            check_tensor(name, ids, call.q, floating=False)
+        rows = check_ids("from_segments", from_segments, (b, m), call.q, "M", limit=None)
+        columns = check_ids("to_segments", to_segments, (b, call.n), call.q, "N", limit=None)
         assert rows is not None and columns is not None  # both are tensors
         self.call = call
         self.rows = segment_members(rows, int(rows.max()) + 1, dtype)  # [#B, M, S]
@@ -281,8 +281,8 @@ class SegmentPairs:
 
 def check_queries(queries: Any, call: Call) -> Int[Tensor, "#B R"]:
     """Check the ids of queries and return them with a batch axis."""
-    same_device("queries", queries, call.q, floating=False)
-    ids = integers("queries", queries, (call.q.shape[0], -1), call.q, "R", limit=call.q.shape[2])
+    check_tensor("queries", queries, call.q, floating=False)
+    ids = check_ids("queries", queries, (call.q.shape[0], -1), call.q, "R", limit=call.q.shape[2])
     assert ids is not None  # queries is a tensor
     return ids
 

@@ -16,8 +16,8 @@ import torch
 from headstats.blocked import tiles
 from headstats.blocked.tiles import Tile, scores
 from headstats.call import Call, heads_apart
-from headstats.patterns import How, SegmentPairs, TileWeights, call_of, check_queries, row_tiles
-from headstats.validate.keys import same_device
+from headstats.patterns import PatternArguments, SegmentPairs, TileWeights, check_queries, pattern_call, row_tiles
+from headstats.validate.keys import check_tensor
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -60,7 +60,7 @@ def saliency(
     from_segments: Int[Tensor, "#B M"] | None = None,
     to_segments: Int[Tensor, "#B N"] | None = None,
     head_norm: bool = False,
-    **how: Unpack[How],
+    **how: Unpack[PatternArguments],
 ) -> Saliency:
     """Compute the first-order contribution of each attention weight to a loss.
 
@@ -81,7 +81,7 @@ def saliency(
 
     Raises TypeError or ValueError for arguments that do not fit.
     """
-    call = call_of(q, k, v, how)
+    call = pattern_call(q, k, v, how)
     if (from_segments is None) != (to_segments is None):
         missing = "from_segments" if from_segments is None else "to_segments"
         raise ValueError(f"{missing} is None: pairs of segments need both from_segments and to_segments")
@@ -104,7 +104,7 @@ class SaliencyCells:
     """s_ij of a call, tile by tile."""
 
     def __init__(self, call: Call, lse: Tensor | None, grad_out: Any):
-        same_device("grad_out", grad_out, call.q)
+        check_tensor("grad_out", grad_out, call.q)
         shape = (*call.q.shape[:3], call.v.shape[3])
         if grad_out.shape != shape:
             raise ValueError(f"grad_out has shape {list(grad_out.shape)}: that of out, {list(shape)}, expected")

@@ -208,7 +208,7 @@ def test_opcheck(name, monkeypatch):
     calls = []
     attend = torch.ops.headstats.attend.default
     f, leaves = case(name, leaves=False, m=5, n=6)
-    monkeypatch.setattr(headstats.api, "tracing", lambda x: True)
+    monkeypatch.setattr(headstats.api, "is_tracing", lambda x: True)
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.headstats, "attend", lambda *a: calls.append(a) or attend(*a))
         f(leaves, spec=StatSpec(topk=2, received=True))

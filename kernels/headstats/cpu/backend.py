@@ -12,7 +12,7 @@ from headstats.cpu import library, self_test
 from headstats.cpu.arguments import COMPUTED, CallArguments
 from headstats.edits import lowering
 from headstats.stats import Result
-from headstats.validate.values import tracing
+from headstats.validate.values import is_tracing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def unsupported(call: Call) -> str | None:
     """Return why this backend cannot do the call, or None."""
     if call.q.device.type != "cpu":
         return f"it runs on CPU, and q is on {call.q.device}"
-    if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not tracing(call.q):
+    if type(call.q) not in (torch.Tensor, torch.nn.Parameter) and not is_tracing(call.q):
         return f"it reads memory, which a {type(call.q).__name__} may not have"
     unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
     if unread:

@@ -15,12 +15,12 @@ from headstats.stats import ARGUMENT
 from headstats.validate.edit import edit_fields
 from headstats.validate.keys import (
     Sizes,
-    features_of_keys,
+    check_bool_table,
+    check_key_features,
+    check_segments,
+    check_targets,
+    check_tensor,
     resolve_spec,
-    same_device,
-    segment_ids,
-    segment_table,
-    target_keys,
 )
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ def make_call(
     """Turn the arguments of `attend` into a `Call`, or raise TypeError or ValueError."""
     _check_tensors(q, k, v)
     b, h, m, d = q.shape
-    prefix_k, prefix_v = _prefix(prefix, k, v)
+    prefix_k, prefix_v = _check_prefix(prefix, k, v)
     n = k.shape[2] + (0 if prefix_k is None else prefix_k.shape[2])
     if not isinstance(causal, bool):
         raise TypeError(f"causal={causal!r}: True or False expected")
@@ -54,14 +54,14 @@ def make_call(
     if edit is not None and not isinstance(edit, Edit):
         raise TypeError(f"edit={edit!r}: a headstats.Edit expected, e.g. Edit(gate=...), or None")
     spec = resolve_spec(spec, {"k_segments": k_segments, "targets": targets, "key_features": key_features})
-    key_padding = _padding("key_padding", key_padding, (b, n), q)
-    query_padding = _padding("query_padding", query_padding, (b, m), q)
+    key_padding = _check_padding("key_padding", key_padding, (b, n), q)
+    query_padding = _check_padding("query_padding", query_padding, (b, m), q)
     if query_padding is None and key_padding is not None:
         query_padding = _query_padding_from_keys(key_padding, m, causal)
     tables = {"segment_mask": segment_mask, "segment_open": segment_open}
     if edit is not None:
         tables |= {f"Edit.{name}": getattr(edit, name) for name in TABLES}
-    q_segments, k_segments, n_segments = segment_ids(q_segments, k_segments, tables, (b, m, n), q)
+    q_segments, k_segments, n_segments = check_segments(q_segments, k_segments, tables, (b, m, n), q)
     reports_mass = edit is not None and edit.report_mass
     statistic_reads = any(getattr(spec, name) for name, argument in ARGUMENT.items() if argument == "k_segments")
     if k_segments is not None and not (statistic_reads or reports_mass or any(t is not None for t in tables.values())):
@@ -69,13 +69,14 @@ def make_call(
     sizes = Sizes(b, h, m, n, v.shape[3], prefix=prefix_k is not None)
     return Call(
         q=q, k=k, v=v, causal=causal, window=window, softcap=None if softcap is None else float(softcap),
-        scale=float(scale), spec=spec, bias=_bias(bias, (b, h, m, n), q),
-        sinks=per_head("sinks", sinks, h, q, "learned logit"), alibi=per_head("alibi", alibi, h, q, "slope"),
+        scale=float(scale), spec=spec, bias=_check_bias(bias, (b, h, m, n), q),
+        sinks=check_per_head("sinks", sinks, h, q, "learned logit"),
+        alibi=check_per_head("alibi", alibi, h, q, "slope"),
         prefix_k=prefix_k, prefix_v=prefix_v, key_padding=key_padding, query_padding=query_padding,
         q_segments=q_segments, k_segments=k_segments, n_segments=n_segments,
-        segment_mask=segment_table("segment_mask", segment_mask, (b, h), q, neutral=True),
-        segment_open=segment_table("segment_open", segment_open, (b, h), q, neutral=False),
-        targets=target_keys(targets, (b, m), n, q), key_features=features_of_keys(key_features, (b, n), q),
+        segment_mask=check_bool_table("segment_mask", segment_mask, (b, h), q, neutral=True),
+        segment_open=check_bool_table("segment_open", segment_open, (b, h), q, neutral=False),
+        targets=check_targets(targets, (b, m), n, q), key_features=check_key_features(key_features, (b, n), q),
         **({} if edit is None else edit_fields(edit, sizes, q, k, q_segments, k_segments)),
     )  # fmt: skip
 
@@ -110,10 +111,10 @@ def _is_positive(x: Any) -> bool:
     return not isinstance(x, bool) and isinstance(x, (int, float)) and math.isfinite(x) and x > 0
 
 
-def _padding(name: str, t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+def _check_padding(name: str, t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
     if t is None:
         return None
-    same_device(name, t, q, floating=False)
+    check_tensor(name, t, q, floating=False)
     if t.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {t.dtype}: bool expected, True = real token (attention_mask.bool())")
     if tuple(t.shape) != shape:
@@ -132,28 +133,28 @@ def _query_padding_from_keys(key_padding: Tensor, m: int, causal: bool) -> Tenso
     return torch.nn.functional.pad(key_padding, (m - n, 0), value=True)
 
 
-def _bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
+def _check_bias(t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
     if t is None:
         return None
     if isinstance(t, Tensor) and t.dtype == torch.bool:
         raise TypeError("bias has dtype torch.bool: an additive floating bias expected (0 = keep, -inf = hide)")
-    same_device("bias", t, q)
+    check_tensor("bias", t, q)
     if t.dim() > 4 or any(s not in (1, w) for s, w in zip(t.shape, shape[4 - t.dim() :], strict=True)):
         raise ValueError(f"bias has shape {list(t.shape)}: broadcastable to [B, H, M, N] = {list(shape)} expected")
     return t.reshape((1,) * (4 - t.dim()) + tuple(t.shape))
 
 
-def per_head(name: str, t: Any, h: int, q: Tensor, what: str) -> Tensor | None:
+def check_per_head(name: str, t: Any, h: int, q: Tensor, what: str) -> Tensor | None:
     """Check one number for each query head."""
     if t is None:
         return None
-    same_device(name, t, q)
+    check_tensor(name, t, q)
     if tuple(t.shape) != (h,):
         raise ValueError(f"{name} has shape {list(t.shape)}: one {what} for each query head, [{h}], expected")
     return t
 
 
-def _prefix(prefix: Any, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _check_prefix(prefix: Any, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if prefix is None:
         return None, None
     if not isinstance(prefix, tuple | list) or len(prefix) != 2 or not all(isinstance(x, Tensor) for x in prefix):

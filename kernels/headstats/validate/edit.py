@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from headstats.edit import TABLES, Edit
-from headstats.validate.keys import Sizes, four_dimensions, same_device, segment_table
+from headstats.validate.keys import Sizes, check_bool_table, check_tensor, to_four_dimensions
 from headstats.validate.rows import acting_rows
-from headstats.validate.values import checked, tracing
+from headstats.validate.values import check_values, is_tracing
 
 KINDS = ("uniform", "reversed", "shuffled", "random", "identity")
 ACTING = (*TABLES, "gate", "replacement", "temperature", "counterfactual", "pattern_from")
@@ -18,42 +18,42 @@ ACTING = (*TABLES, "gate", "replacement", "temperature", "counterfactual", "patt
 
 def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | None, k_ids: Any) -> dict[str, Any]:
     """Return the fields of `Call` that an edit sets: all of `call.EDITS`, or none if it acts on no row."""
-    _flags(edit, k_ids)
+    _check_flags(edit, k_ids)
     heads, rows = sizes.rows[:2], acting_rows(edit, sizes, q)
-    gate = _rows("gate", edit.gate, sizes.rows, q)
+    gate = _check_row_numbers("gate", edit.gate, sizes.rows, q)
     if gate is None and edit.replacement is not None:
         gate = torch.zeros(1, 1, 1, device=q.device)
-    temperature = _rows("temperature", edit.temperature, sizes.rows, q)
+    temperature = _check_row_numbers("temperature", edit.temperature, sizes.rows, q)
     if temperature is not None:
-        temperature = checked(temperature, "Edit.temperature", "positive")
+        temperature = check_values(temperature, "Edit.temperature", "positive")
     tables = {name: t for name in TABLES if (t := getattr(edit, name)) is not None}
     if len({t.shape[-2:] for t in tables.values()}) > 1:
         shapes = ", ".join(f"Edit.{name} {list(t.shape)}" for name, t in tables.items())
         raise ValueError(f"tables of one edit have different numbers of segments [Sq, Sk]: {shapes}")
-    pattern_q, pattern_k = _pattern(edit.pattern_from, q, k)
+    pattern_q, pattern_k = _check_pattern(edit.pattern_from, q, k)
     values = {
-        "edit_q_segments": _acting(q_ids, rows, -1) if tables else None,
+        "edit_q_segments": _restrict_to_rows(q_ids, rows, -1) if tables else None,
         "pattern_q": pattern_q,
         "pattern_k": pattern_k,
-        "pattern_rows": _acting_heads(edit, "pattern_heads", heads, q, rows),
-        "logit_factor": _number_table("logit_factor", edit.logit_factor, heads, q, neutral=1),
-        "logit_raise": _number_table("logit_raise", edit.logit_raise, heads, q, neutral=0),
-        "temperature": _acting(temperature, rows, 1),
+        "pattern_rows": _check_heads(edit, "pattern_heads", heads, q, rows),
+        "logit_factor": _check_number_table("logit_factor", edit.logit_factor, heads, q, neutral=1),
+        "logit_raise": _check_number_table("logit_raise", edit.logit_raise, heads, q, neutral=0),
+        "temperature": _restrict_to_rows(temperature, rows, 1),
         "counterfactual": edit.counterfactual,
-        "counterfactual_rows": _acting_heads(edit, "counterfactual_heads", heads, q, rows),
+        "counterfactual_rows": _check_heads(edit, "counterfactual_heads", heads, q, rows),
         "counterfactual_renormalise": edit.counterfactual is None or edit.renormalise,
         "counterfactual_seed": 0 if edit.counterfactual is None else edit.seed,
-        **_gains(edit, heads, q),
-        **_redistribution(edit, sizes, q),
-        "gate": _acting(gate, rows, 1),
-        "replacement": _replacement(edit.replacement, (*sizes.rows, sizes.dv), q),
+        **_resolve_gains(edit, heads, q),
+        **_resolve_redistribution(edit, sizes, q),
+        "gate": _restrict_to_rows(gate, rows, 1),
+        "replacement": _check_replacement(edit.replacement, (*sizes.rows, sizes.dv), q),
     }
-    if rows is None or tracing(q) or bool(rows.any()) or any(_requires_grad(x) for x in values.values()):
+    if rows is None or is_tracing(q) or bool(rows.any()) or any(_requires_grad(x) for x in values.values()):
         return values
     return {}
 
 
-def _flags(edit: Edit, k_ids: Any) -> None:
+def _check_flags(edit: Edit, k_ids: Any) -> None:
     for name in ("renormalise", "report_mass"):
         if not isinstance(getattr(edit, name), bool):
             raise TypeError(f"Edit.{name}={getattr(edit, name)!r}: True or False expected")
@@ -80,21 +80,21 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def _acting(x: Tensor | None, rows: Tensor | None, neutral: float) -> Tensor | None:
+def _restrict_to_rows(x: Tensor | None, rows: Tensor | None, neutral: float) -> Tensor | None:
     """Set rows on which the edit does not act to the neutral number. x: [#B, M] or [#B, #H, #M]."""
     if x is None or rows is None:
         return x
     return torch.where(rows if x.dim() == 2 else rows[:, None], x, neutral)
 
 
-def _acting_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows: Tensor | None) -> Tensor | None:
+def _check_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows: Tensor | None) -> Tensor | None:
     """Return the heads and rows that change, [#B, #H, #M]; None = all (or the field is not used)."""
     used = (edit.pattern_from if name == "pattern_heads" else edit.counterfactual) is not None
     t: Any = getattr(edit, name)
     acting = None if rows is None or not used else rows[:, None]
     if t is None:
         return acting
-    same_device(f"Edit.{name}", t, q, floating=False)
+    check_tensor(f"Edit.{name}", t, q, floating=False)
     if t.dtype != torch.bool:
         raise TypeError(f"Edit.{name} has dtype {t.dtype}: bool expected")
     if tuple(t.shape) not in (heads[1:], heads):
@@ -105,54 +105,54 @@ def _acting_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows
     return t if acting is None else t & acting
 
 
-def _gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, Tensor | None]:
+def _resolve_gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, Tensor | None]:
     """Express Edit.bias, gain and knockout by log gains and hidden cells before the softmax, and gains after it."""
-    bias = _number_table("bias", edit.bias, heads, q, neutral=0)
-    gain = _number_table("gain", edit.gain, heads, q, neutral=1)
-    cut = segment_table("Edit.knockout", edit.knockout, heads, q, neutral=False)
+    bias = _check_number_table("bias", edit.bias, heads, q, neutral=0)
+    gain = _check_number_table("gain", edit.gain, heads, q, neutral=1)
+    cut = check_bool_table("Edit.knockout", edit.knockout, heads, q, neutral=False)
     if gain is not None:
-        gain = checked(gain, "Edit.gain", "not negative")
+        gain = check_values(gain, "Edit.gain", "not negative")
     if not edit.renormalise:
         if cut is not None:
             gain = torch.where(cut, 0, q.new_ones(()) if gain is None else gain)
         return {"edit_bias": bias, "knockout": None, "gain": gain}
     if gain is not None:
-        gain = checked(gain, "Edit.gain", "has a logarithm") if gain.requires_grad else gain
+        gain = check_values(gain, "Edit.gain", "has a logarithm") if gain.requires_grad else gain
         zero = gain == 0
-        if tracing(gain) or bool(zero.any()):
+        if is_tracing(gain) or bool(zero.any()):
             cut = zero if cut is None else cut | zero
         log_gain = torch.where(zero, 1, gain).log()
         bias = log_gain if bias is None else bias + log_gain
     return {"edit_bias": bias, "knockout": cut, "gain": None}
 
 
-def _redistribution(edit: Edit, sizes: Sizes, q: Tensor) -> dict[str, Tensor | None]:
+def _resolve_redistribution(edit: Edit, sizes: Sizes, q: Tensor) -> dict[str, Tensor | None]:
     names = ("take", "give", "keep_fraction")
     if missing := [f"Edit.{x}" for x in names if getattr(edit, x) is None]:
         if len(missing) < len(names):
             raise ValueError(f"Edit.take, Edit.give and Edit.keep_fraction go together, but {missing[0]} is None")
         return dict.fromkeys(names)
-    take, give = (segment_table(f"Edit.{x}", getattr(edit, x), sizes.rows[:2], q, neutral=False) for x in names[:2])
+    take, give = (check_bool_table(f"Edit.{x}", getattr(edit, x), sizes.rows[:2], q, neutral=False) for x in names[:2])
     assert take is not None and give is not None  # not None, as their fields are not
-    take = take & ~checked(take & give, "Edit.take and Edit.give", "apart")
+    take = take & ~check_values(take & give, "Edit.take and Edit.give", "apart")
     keep = edit.keep_fraction
     if isinstance(keep, (int, float)) and not isinstance(keep, bool):
         keep = torch.tensor(float(keep), device=q.device)
-    keep = _rows("keep_fraction", keep, sizes.rows, q)
+    keep = _check_row_numbers("keep_fraction", keep, sizes.rows, q)
     assert keep is not None  # not None, as its field is not
-    return {"take": take, "give": give, "keep_fraction": checked(keep, "Edit.keep_fraction", "fraction")}
+    return {"take": take, "give": give, "keep_fraction": check_values(keep, "Edit.keep_fraction", "fraction")}
 
 
-def _number_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: float) -> Tensor | None:
+def _check_number_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: float) -> Tensor | None:
     """Check a table of finite numbers over pairs of segments; add a neutral row and column for tokens in no segment."""
     if t is None:
         return None
-    same_device(f"Edit.{name}", t, q)
-    t = checked(four_dimensions(f"Edit.{name}", t, heads), f"Edit.{name}", "finite")
+    check_tensor(f"Edit.{name}", t, q)
+    t = check_values(to_four_dimensions(f"Edit.{name}", t, heads), f"Edit.{name}", "finite")
     return torch.nn.functional.pad(t, (0, 1, 0, 1), value=neutral)
 
 
-def _pattern(pair: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _check_pattern(pair: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if pair is None:
         return None, None
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
@@ -166,13 +166,13 @@ def _pattern(pair: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | N
     return pair[0], pair[1]
 
 
-def _rows(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
+def _check_row_numbers(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
     """Check a number for each head, or for each head and query; return it as [#B, #H, #M]."""
     if t is None:
         return None
-    same_device(f"Edit.{name}", t, q)
+    check_tensor(f"Edit.{name}", t, q)
     whole = t if t.dim() == 3 else t[..., None]
-    if not _broadcasts(whole, shape):
+    if not _can_broadcast(whole, shape):
         raise ValueError(
             f"Edit.{name} has shape {list(t.shape)}: broadcastable to [B, H] = {list(shape[:2])} or, with three "
             f"dimensions, to [B, H, M] = {list(shape)} expected"
@@ -180,14 +180,14 @@ def _rows(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None
     return whole.reshape((1,) * (3 - whole.dim()) + tuple(whole.shape))
 
 
-def _replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
+def _check_replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
     """Check a vector for each head, or for each head and query; return it as [#B, #H, #M, #Dv]."""
     if t is None:
         return None
-    same_device("Edit.replacement", t, q)
+    check_tensor("Edit.replacement", t, q)
     b, h, m, dv = shape
     whole = t if t.dim() == 4 else t[..., None, :] if t.dim() else t.reshape(1, 1)
-    if not _broadcasts(whole, shape):
+    if not _can_broadcast(whole, shape):
         raise ValueError(
             f"Edit.replacement has shape {list(t.shape)}: broadcastable to [B, H, Dv] = {[b, h, dv]} or, with four "
             f"dimensions, to [B, H, M, Dv] = {[b, h, m, dv]} expected"
@@ -195,6 +195,6 @@ def _replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> Tensor 
     return whole.reshape((1,) * (4 - whole.dim()) + tuple(whole.shape))
 
 
-def _broadcasts(t: Tensor, shape: tuple[int, ...]) -> bool:
+def _can_broadcast(t: Tensor, shape: tuple[int, ...]) -> bool:
     short = shape[len(shape) - t.dim() :]
     return t.dim() <= len(shape) and all(s in (1, w) for s, w in zip(t.shape, short, strict=True))

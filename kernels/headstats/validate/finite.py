@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats.call import Call
-from headstats.validate.values import tracing
+from headstats.validate.values import is_tracing
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -25,7 +25,7 @@ def check_finite(call: Call) -> None:
 
     A bias may hold -inf, which hides a cell. Raises NotImplementedError while a compiler traces.
     """
-    if tracing(call.q):
+    if is_tracing(call.q):
         raise NotImplementedError("check_finite=True reads numbers, which torch.compile does not have: check before")
     for field in fields(call):
         x = getattr(call, field.name)

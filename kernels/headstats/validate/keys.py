@@ -11,7 +11,7 @@ from torch import Tensor
 from headstats.edit import TABLES
 from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT
-from headstats.validate.values import checked, tracing
+from headstats.validate.values import check_values, is_tracing
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sizes:
         return self.b, self.h, self.m
 
 
-def same_device(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
+def check_tensor(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
     """Raise unless `t` is a tensor on q's device, and floating if `floating`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}: a torch.Tensor expected, or None")
@@ -57,11 +57,11 @@ def resolve_spec(spec: StatSpec, arguments: dict[str, Any]) -> StatSpec:
     return replace(spec, **switches)
 
 
-def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
+def check_ids(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
     """Check ids of shape [B, *] or without B, from -1 (none) to below the limit; return int64 with a batch axis."""
     if t is None:
         return None
-    same_device(name, t, q, floating=False)
+    check_tensor(name, t, q, floating=False)
     if t.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{name} has dtype {t.dtype}: an integer dtype expected")
     whole = t[None] if t.dim() == len(shape) - 1 else t
@@ -72,10 +72,10 @@ def integers(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str,
             f"{name} has shape {list(t.shape)}: [{letters}] = [{sizes}] or [B, {letters}] = [{shape[0]}, {sizes}] "
             "expected"
         )
-    return checked(whole.long(), name, "ids", limit)
+    return check_values(whole.long(), name, "ids", limit)
 
 
-def segment_ids(
+def check_segments(
     q_ids: Any, k_ids: Any, tables: dict[str, Any], shape: tuple[int, int, int], q: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """Check the segment ids against the tables that read them; return those of queries and keys, and the number of key
@@ -94,11 +94,11 @@ def segment_ids(
         raise ValueError(f"q_segments is given, but nothing reads it: it goes with one of {readers}")
     rows = min([t.shape[-2] for t in tables.values()]) if tables else None
     columns = min([t.shape[-1] for t in tables.values()]) if tables else None
-    q_ids = integers("q_segments", q_ids, (b, m), q, "M", limit=rows)
-    k_ids = integers("k_segments", k_ids, (b, n), q, "N", limit=columns)
+    q_ids = check_ids("q_segments", q_ids, (b, m), q, "M", limit=rows)
+    k_ids = check_ids("k_segments", k_ids, (b, n), q, "N", limit=columns)
     if k_ids is None or columns is not None:
         return q_ids, k_ids, columns or 0
-    if tracing(k_ids):
+    if is_tracing(k_ids):
         raise ValueError(
             "k_segments without a table over segments: their number would be read from the ids, which torch.compile "
             "does not know; give q_segments and segment_mask=torch.ones(S, S, dtype=torch.bool) too, or "
@@ -107,17 +107,17 @@ def segment_ids(
     return q_ids, k_ids, int(k_ids.max()) + 1
 
 
-def segment_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:
+def check_bool_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:
     """Check a bool table over pairs of segments, and add a neutral row and column for tokens in no segment."""
     if t is None:
         return None
-    same_device(name, t, q, floating=False)
+    check_tensor(name, t, q, floating=False)
     if t.dtype != torch.bool:
         raise TypeError(f"{name} has dtype {t.dtype}: bool expected")
-    return torch.nn.functional.pad(four_dimensions(name, t, heads), (0, 1, 0, 1), value=neutral)
+    return torch.nn.functional.pad(to_four_dimensions(name, t, heads), (0, 1, 0, 1), value=neutral)
 
 
-def four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
+def to_four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
     """Return a table of [Sq, Sk] or more dimensions as [#B, #H, Sq, Sk]."""
     whole = t.reshape((1,) * (4 - t.dim()) + tuple(t.shape)) if t.dim() < 4 else t
     if whole.dim() != 4 or any(s not in (1, w) for s, w in zip(whole.shape[:2], heads, strict=True)):
@@ -128,16 +128,16 @@ def four_dimensions(name: str, t: Tensor, heads: tuple[int, int]) -> Tensor:
     return whole
 
 
-def target_keys(t: Any, shape: tuple[int, int], n: int, q: Tensor) -> Tensor | None:
+def check_targets(t: Any, shape: tuple[int, int], n: int, q: Tensor) -> Tensor | None:
     """Check the key indices of each query."""
-    return integers("targets", t, (*shape, -1), q, "M, T", limit=n)
+    return check_ids("targets", t, (*shape, -1), q, "M, T", limit=n)
 
 
-def features_of_keys(t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+def check_key_features(t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
     """Check the numbers of each key."""
     if t is None:
         return None
-    same_device("key_features", t, q)
+    check_tensor("key_features", t, q)
     whole = t[None] if t.dim() == 2 else t
     if whole.dim() != 3 or whole.shape[1] != shape[1] or whole.shape[0] not in (1, shape[0]):
         raise ValueError(

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from headstats.edit import Edit
-from headstats.validate.keys import Sizes, same_device
-from headstats.validate.values import checked
+from headstats.validate.keys import Sizes, check_tensor
+from headstats.validate.values import check_values
 
 
 def acting_rows(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
     """Return the queries on which the edit acts, bool [#B, M]; None = all."""
-    rows, phase = _rows(edit.rows, sizes, q), _rows_of_phase(edit, sizes, q)
+    rows, phase = _check_rows(edit.rows, sizes, q), _rows_of_phase(edit, sizes, q)
     return phase if rows is None else rows if phase is None else rows & phase
 
 
-def _rows(rows: Any, sizes: Sizes, q: Tensor) -> Tensor | None:
+def _check_rows(rows: Any, sizes: Sizes, q: Tensor) -> Tensor | None:
     if rows is None:
         return None
-    same_device("Edit.rows", rows, q, floating=False)
+    check_tensor("Edit.rows", rows, q, floating=False)
     if rows.dtype != torch.bool:
         raise TypeError(f"Edit.rows has dtype {rows.dtype}: bool expected, True = the edit acts on this query")
     if tuple(rows.shape) not in ((sizes.m,), (sizes.b, sizes.m)):
@@ -45,16 +45,16 @@ def _rows_of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
             raise ValueError(f"Edit.phase={phase!r} needs Edit.prompt_length, since {why}")
         return torch.full((1, sizes.m), (sizes.m == sizes.n) == (phase == "prompt"), device=q.device)
     positions = torch.arange(sizes.n - sizes.m, sizes.n, device=q.device)
-    return (positions < _prompt_lengths(length, sizes, q)) == (phase == "prompt")
+    return (positions < _check_prompt_lengths(length, sizes, q)) == (phase == "prompt")
 
 
-def _prompt_lengths(value: Any, sizes: Sizes, q: Tensor) -> Tensor:
+def _check_prompt_lengths(value: Any, sizes: Sizes, q: Tensor) -> Tensor:
     """Check Edit.prompt_length and return it as [#B, 1]."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
     length: Any = torch.tensor([value], device=q.device) if is_int else value
-    same_device("Edit.prompt_length", length, q, floating=False)
+    check_tensor("Edit.prompt_length", length, q, floating=False)
     if length.is_floating_point() or length.dtype == torch.bool or tuple(length.shape) not in ((1,), (sizes.b,)):
         raise ValueError(
             f"Edit.prompt_length is {length.dtype} {list(length.shape)}: an int, or integers [B] = [{sizes.b}] expected"
         )
-    return checked(length, "Edit.prompt_length", "not negative")[:, None]
+    return check_values(length, "Edit.prompt_length", "not negative")[:, None]

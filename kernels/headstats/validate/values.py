@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def tracing(x: Tensor) -> bool:
+def is_tracing(x: Tensor) -> bool:
     """Whether a compiler traces or tensors are fake, so that shapes exist but values do not."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
-def checked(x: Tensor, name: str, rule: str, limit: int | None = None) -> Tensor:
+def check_values(x: Tensor, name: str, rule: str, limit: int | None = None) -> Tensor:
     """Return x if its values obey the rule; else raise ValueError that names the argument."""
-    if tracing(x):
+    if is_tracing(x):
         return torch.ops.headstats.checked(x, name, rule, limit)
     RULES[rule](x, name, limit)
     return x
