@@ -1,4 +1,7 @@
-"""Attention that also reports what each head did. Needs torch; triton only for the Triton backend."""
+"""Attention that also reports what each head did.
+
+Needs torch; triton only for the Triton backend.
+"""
 
 from headstats.api import Attended, attend
 from headstats.edit import Edit

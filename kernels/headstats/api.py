@@ -1,4 +1,7 @@
-"""`attend`: validate the arguments once, pick a backend, run it, and report which one ran."""
+"""`attend`, the entry point of the package.
+
+It validates the arguments once, picks a backend, runs it, and reports which one ran.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,10 @@ def attend(
 
 
 def _run(call: Call, name: str, report: bool) -> Attended:
-    """Run a call on the backend of this name. report: also return the mass on key segments before and after edits."""
+    """Run a call on the backend of this name.
+
+    report: also return the mass on key segments before and after edits.
+    """
     segments_requested = call.spec.segments
     if report:
         call = replace(call, spec=replace(call.spec, segments=True))
@@ -145,7 +151,10 @@ def _run(call: Call, name: str, report: bool) -> Attended:
 
 
 def _runner(call: Call, name: str, backend: Backend) -> Run:
-    """Return the backend's own `run`, or its operator while a compiler traces; the reference is traced directly."""
+    """Return the backend's own `run`, or its operator while a compiler traces.
+
+    The reference is traced directly.
+    """
     return partial(torch_ops.run, backend=name) if is_tracing(call.q) and name != "reference" else backend.run
 
 

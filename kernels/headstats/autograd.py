@@ -1,4 +1,7 @@
-"""One autograd function for every backend: it saves q, k, v, out and lse, and the backward recomputes the weights."""
+"""One autograd function for every backend.
+
+It saves q, k, v, out and lse, and the backward recomputes the weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ Backward = Callable[[Call, set[str], "Tensor", "Tensor", "Tensor", "Tensor"], "d
 
 
 def with_gradients(call: Call, forward: Forward, backward: Backward) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Run `forward` so that out and lse have gradients: by `backward` for LEAVES, by autograd for gate and replacement.
+    """Run `forward` so that out and lse have gradients.
+
+    `backward` computes those of LEAVES, autograd those of gate and replacement.
 
     Statistics have no gradients.
     """

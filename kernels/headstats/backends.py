@@ -1,4 +1,7 @@
-"""The backends by name: what each cannot do, its forward, and the backward that goes with it."""
+"""The table of backends.
+
+A row says what a backend cannot do, and holds its forward and the backward that goes with it.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def _tile_backward(
 def _triton_backward(
     call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
-    """Run the Triton kernels if they compute every requested gradient of this call, else the tile backward."""
+    """Run the Triton kernels if they compute every gradient, else the tile backward."""
     in_kernels = not launch_backward.unsupported(call, leaf_names)
     backward = launch_backward.backward if in_kernels else _tile_backward
     return backward(call, leaf_names, out, lse, grad_out, grad_lse)

@@ -123,7 +123,10 @@ class Call:
 
     @property
     def has_two_row_numberings(self) -> bool:
-        """Whether the edit's tables use other query segments than the masks, because it leaves some rows unchanged."""
+        """Whether the edit's tables use other query segments than the masks.
+
+        They do if the edit leaves some rows unchanged.
+        """
         masked = self.segment_mask is not None or self.segment_open is not None
         return masked and self.edit_q_segments is not None and self.edit_q_segments is not self.q_segments
 
@@ -140,7 +143,10 @@ class Call:
 
     @cached_property
     def may_be_empty(self) -> bool:
-        """Whether some query may see no key; True unless every argument is known to leave each query a key."""
+        """Whether some query may see no key.
+
+        True unless every argument is known to leave each query a key.
+        """
         set_fields = (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
         return not LEAVE_A_KEY.issuperset(set_fields) or (self.offset < 0 and (self.causal or self.window is not None))
 
@@ -155,7 +161,10 @@ class Call:
         return out.to(z.dtype)
 
     def visible_range(self, i0: int, i1: int) -> tuple[int, int]:
-        """Return the range of keys that any query i0 <= i < i1 may see, considering only causality and window."""
+        """Return the range of keys that any query i0 <= i < i1 may see.
+
+        Only causality and window are considered.
+        """
         lo, hi = 0, self.n
         if self.segment_open is not None:
             return lo, hi
@@ -205,19 +214,28 @@ class Call:
     def cells(
         self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
     ) -> Shaped[Tensor, "#b #h m n"]:
-        """Spread a table over pairs of segments over cells. Segment -1 reads the table's last row or column."""
+        """Spread a table over pairs of segments over cells.
+
+        Segment -1 reads the table's last row or column.
+        """
         assert self.q_segments is not None and self.k_segments is not None  # validated: a table needs both
         return spread_table(table, self.q_segments, self.k_segments, (b, heads, i, j))
 
     def edit_cells(
         self, table: Shaped[Tensor, "#B #H Sq+1 Sk+1"], i: slice, j: slice, b: slice = EVERY, heads: slice = EVERY
     ) -> Shaped[Tensor, "#b #h m n"]:
-        """Do the same for a table of the edit, which is neutral in rows that the edit leaves unchanged."""
+        """Spread a table of the edit over cells.
+
+        It is neutral in rows that the edit leaves unchanged.
+        """
         assert self.edit_q_segments is not None and self.k_segments is not None  # validated: a table needs both
         return spread_table(table, self.edit_q_segments, self.k_segments, (b, heads, i, j))
 
     def key_rank(self) -> Int[Tensor, "#B N"]:
-        """Return 0, 1, ... over the real keys of each batch row from the left, and N for padded keys."""
+        """Return 0, 1, ...
+
+        over the real keys of each batch row from the left, and N for padded keys.
+        """
         if self.key_padding is None:
             return torch.arange(self.n, device=self.k.device)[None]
         return torch.where(self.key_padding, self.key_padding.cumsum(1) - 1, self.n)
@@ -229,7 +247,10 @@ def spread_table(
     k_segments: Int[Tensor, "#B N"],
     where: tuple[slice, slice, slice, slice],
 ) -> Shaped[Tensor, "#b #h m n"]:
-    """Read a table over pairs of segments at the cells of some batch rows, heads, queries and keys."""
+    """Read a table over pairs of segments at a range of cells.
+
+    where: ranges of batch rows, heads, queries and keys.
+    """
     b, heads, i, j = where
     table = slice_axis(slice_axis(table, b), heads, 1)
     rows = slice_axis(q_segments, b)[:, i].remainder(table.shape[2])
@@ -263,5 +284,8 @@ def heads_apart(call: Call, x: Shaped[Tensor, "B H *rest"]) -> Shaped[Tensor, "B
 
 
 def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-    """Return which bias cells mean "not visible": -inf, the dtype's minimum, or anything at or below -1e30."""
+    """Return which bias cells mean "not visible".
+
+    These are -inf, the dtype's minimum, and anything at or below -1e30.
+    """
     return bias <= max(torch.finfo(bias.dtype).min, HIDDEN)

@@ -13,7 +13,9 @@ Counterfactual = Literal["uniform", "reversed", "shuffled", "random", "identity"
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Changes to an attention call. They act in this order, whatever the order of the arguments:
+    """Changes to an attention call.
+
+    They act in this order, whatever the order of the arguments:
 
     1. pattern_from=(q2, k2): the heads of pattern_heads take their pattern from q2 and k2, which have the shapes of q
        and k (with a prefix, k2 replaces the own part); values stay.

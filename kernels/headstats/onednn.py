@@ -1,4 +1,4 @@
-"""oneDNN's float32 matrix products on CPU: calls of the operators, and the test of whether they pay.
+"""oneDNN's float32 matrix products on CPU, and the test of whether they pay.
 
 PyTorch sends float32 products to MKL, which uses older instructions on processors that are not Intel's. oneDNN, which
 PyTorch ships for compiled models and half precision, uses what the processor has: it is twice as fast on an AVX-512
@@ -29,7 +29,10 @@ def linear(
     bias: Float[Tensor, " outer"] | None = None,
     activation: str = "none",
 ) -> Float[Tensor, "rows outer"]:
-    """Return activation(x weight^T + bias). activation: "none" or "swish" (SiLU). Without autograd."""
+    """Return activation(x weight^T + bias). activation: "none" or "swish" (SiLU).
+
+    Without autograd.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
 
 
@@ -44,7 +47,10 @@ def linear_times(
 
 
 def is_allowed(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the user's settings let products of this dtype and device go to oneDNN at full precision."""
+    """Whether products of this dtype and device may go to oneDNN.
+
+    They may where oneDNN computes them at full precision under the user's settings.
+    """
     if dtype != torch.float32 or device.type != "cpu" or not torch.backends.mkldnn.enabled:
         return False
     # At a lower setting, oneDNN would round float32 products to less.

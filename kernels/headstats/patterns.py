@@ -1,4 +1,4 @@
-"""Views of the attention pattern: exact rows, pooled maps, and mass between segments.
+"""Views of the attention pattern: exact rows, pooled maps, segment mass.
 
 All are recomputed from q and k, tile by tile like the blocked backend, whichever backend ran. No M x N pattern is
 held: memory is that of the result and of one tile.
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 
 class PatternArguments(TypedDict, total=False):
-    """The arguments of `attend` that shape its weights, with the same meaning. Pass what the call was given."""
+    """The arguments of `attend` that shape its weights, with the same meaning.
+
+    Pass what the call was given.
+    """
 
     causal: bool
     window: int | None
@@ -59,7 +62,10 @@ class PatternArguments(TypedDict, total=False):
 
 
 class PooledPattern(NamedTuple):
-    """A pattern at lower resolution. Bin r of the queries holds query_edges[r] <= i < query_edges[r + 1]."""
+    """A pattern at lower resolution.
+
+    Bin r of the queries holds query_edges[r] <= i < query_edges[r + 1].
+    """
 
     values: Float[Tensor, "B H Rq Rk"]
     query_edges: Int[Tensor, " Rq+1"]
@@ -166,7 +172,7 @@ def segment_mass(
     reduce: Literal["mass", "mean"] = "mass",
     **how: Unpack[PatternArguments],
 ) -> Float[Tensor, "B H S T"]:
-    """Compute how much attention the queries of a segment give to the keys of a segment.
+    """Compute the attention from the queries of a segment to the keys of a segment.
 
         headstats.segment_mass(q, k, r.lse, sentence_of_query, sentence_of_key)  # [B, H, S, T]
 
@@ -197,7 +203,10 @@ def segment_mass(
 
 
 def pattern_call(q: Tensor, k: Tensor, v: Tensor | None, how: PatternArguments) -> Call:
-    """Return the validated call, without statistics and without the parts of an edit that act after the weights."""
+    """Return the validated call without statistics.
+
+    Parts of an edit that act after the weights are removed.
+    """
     if unknown := sorted(set(how) - set(PatternArguments.__annotations__)):
         allowed = ", ".join(PatternArguments.__annotations__)
         raise TypeError(f"{', '.join(unknown)}: of attend's arguments these shape its weights: {allowed}")
@@ -216,7 +225,10 @@ def pattern_call(q: Tensor, k: Tensor, v: Tensor | None, how: PatternArguments) 
 
 
 class TileWeights:
-    """The weights of a call, tile by tile, and the comparison of their lse with the given one."""
+    """The weights of a call, tile by tile.
+
+    Their lse is compared with the given one.
+    """
 
     def __init__(self, call: Call, lse: Tensor | None):
         self.call, self.lse = call, None
@@ -242,7 +254,10 @@ class TileWeights:
         return row.e.mul_(row.inverse[..., None]), seen
 
     def compare_lse(self) -> None:
-        """Raise if the lse of some row differs from the given one. Called once, since it waits for a GPU."""
+        """Raise if the lse of some row differs from the given one.
+
+        Called once, since it waits for a GPU.
+        """
         if self.gap > 0.02:  # rounding is far below this, even of half-precision kernels; another mask is far above
             raise ValueError(
                 f"lse is not that of these q, k and arguments: it differs by up to {float(self.gap):.3g} nats. Pass "
@@ -288,7 +303,10 @@ def check_queries(queries: Any, call: Call) -> Int[Tensor, "#B R"]:
 
 
 def row_tiles(call: Call, query_ids: Int[Tensor, "#B R"]) -> Iterator[tuple[Tile, slice]]:
-    """Yield tiles of runs of the listed queries, with all heads, and the places of each run in the list."""
+    """Yield tiles of runs of the listed queries, with all heads.
+
+    The second item is the range of the run in the list.
+    """
     nb, h = call.q.shape[:2]
     separate = len(query_ids) > 1 or call.prefix_k is not None  # a tile with a prefix holds one head or one batch row
     batch = [slice(b, b + 1) for b in range(nb)] if separate else [slice(0, nb)]
@@ -326,7 +344,10 @@ def _of_real_queries(call: Call, t: Tile, x: Shaped[Tensor, "b h g m n"]) -> Sha
 def _pool_keys(
     x: Float[Tensor, "*lead m n"], n: int, bins: int, keys: slice, largest: bool
 ) -> Float[Tensor, "*lead m bins"]:
-    """Sum or take the maximum over bins of all n keys; x holds the given range, other keys have 0."""
+    """Sum or take the maximum over bins of all n keys.
+
+    x holds a range of the keys; the other keys have 0.
+    """
     x = torch.nn.functional.pad(x, (keys.start, n - keys.stop))
     width, longer = divmod(n, bins)
     cut = longer * (width + 1)  # the longer bins come first, so that both parts are regular grids

@@ -1,4 +1,6 @@
-"""Weights of single cells from q, k and lse: p_ij = exp(score_ij - lse_i), without the pattern and without values.
+"""Weights of single cells from q, k and lse: p_ij = exp(score_ij - lse_i).
+
+They need neither the pattern nor values.
 
 Backends whose main pass does not hold whole rows use these for statistics of keys that are known in advance. Such
 statistics then cost the main pass nothing.
@@ -27,7 +29,10 @@ def statistic(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) 
 
 
 def keys_of(call: Call, name: str, value: Value) -> Int[Tensor, "#B #M T"]:
-    """Return the keys that a statistic in PROBED reads for each query; -1 or beyond N where there is no key."""
+    """Return the keys that a statistic in PROBED reads for each query.
+
+    -1 or a number beyond N means no key.
+    """
     if name == "targets":
         assert call.targets is not None  # validated
         return call.targets
@@ -38,7 +43,7 @@ def keys_of(call: Call, name: str, value: Value) -> Int[Tensor, "#B #M T"]:
 
 
 def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:
-    """Return the indices of the first real keys of each batch row, -1 where there are fewer."""
+    """Return the first real keys of each batch row, -1 where there are fewer."""
     count = min(count, call.n)
     keys = torch.arange(call.n, device=call.k.device)[None]
     if call.key_padding is None:
@@ -48,7 +53,10 @@ def first_real_keys(call: Call, count: int) -> Int[Tensor, "#B count"]:
 
 
 def weights_at(call: Call, lse: Float[Tensor, "B H M"], keys: Int[Tensor, "#B #M T"]) -> Float[Tensor, "B H M T"]:
-    """Return p_ij for the given keys of each query; keys outside 0 ... N-1 have weight 0."""
+    """Return p_ij for the given keys of each query; keys outside 0 ...
+
+    N-1 have weight 0.
+    """
     b, h, m, _ = call.q.shape
     q = heads_apart(call, call.q.to(call.dtype))
     inside = (keys >= 0) & (keys < call.n)

@@ -1,4 +1,6 @@
-"""Reference backend: it builds the whole pattern and computes everything from it. This file is the specification.
+"""Reference backend: it builds the whole pattern and computes everything from it.
+
+This file is the specification.
 
 It is slow, needs O(M N) memory, works in any dtype (float64 stays float64), and everything in it is differentiable,
 including the statistics.
@@ -33,7 +35,10 @@ def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 
 def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
-    """Return the softmax over [keys, learned sink], with hidden cells exactly 0, then edited; and its log-sum-exp."""
+    """Return the edited softmax over [keys, learned sink], and its log-sum-exp.
+
+    Hidden cells are exactly 0. The log-sum-exp is that before edits of weights.
+    """
     i, j = slice(0, call.q.shape[2]), slice(0, call.n)
     visible = call.visible(i, j, cut=False)
     scores = logits(call).masked_fill(~visible, HIDDEN)
@@ -74,7 +79,10 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
 
 
 def logits(call: Call) -> Float[Tensor, "B H M N"]:
-    """Return (edited(softcap(scale q.k)) - alibi |distance| + bias) / temperature + log gain, before any mask."""
+    """Return the logits before any mask.
+
+    They are (edited(softcap(scale q.k)) - alibi |distance| + bias) / temperature + log gain.
+    """
     i, j = slice(0, call.q.shape[2]), slice(0, call.n)
     scores = _products(call, call.q, call.k)
     if call.pattern_q is not None and call.pattern_k is not None:
@@ -103,7 +111,7 @@ def _products(call: Call, q: Tensor, k: Tensor) -> Float[Tensor, "B H M N"]:
 
 
 def expand_keys(call: Call, own: Tensor, prefix: Tensor | None) -> Float[Tensor, "B H N D"]:
-    """Return the keys or values of every query head and batch row, those of the prefix first."""
+    """Return the keys or values of every query head and batch row, prefix first."""
     if prefix is not None:
         own = torch.cat([prefix.repeat_interleave(own.shape[0] // prefix.shape[0], 0), own], 2)
     return own.to(call.dtype).repeat_interleave(call.groups, 1)

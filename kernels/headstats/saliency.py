@@ -1,8 +1,8 @@
-"""Saliency of attention: each weight times the gradient of a loss with respect to it, s_ij = p_ij dL/dp_ij.
+"""Saliency of attention, s_ij = p_ij dL/dp_ij.
 
-Given the gradient dz_i at z_i = sum_j p_ij v_j, dL/dp_ij = dz_i . v_j. So s_ij can be computed in the tile that holds
-p_ij, and no M x N matrix is held, of weights or of gradients. -s_ij is the first-order change of the loss if cell
-(i, j) is cut without renormalising.
+This is each weight times the gradient of a loss with respect to it. Given the gradient dz_i at z_i = sum_j p_ij v_j,
+dL/dp_ij = dz_i . v_j. So s_ij can be computed in the tile that holds p_ij, and no M x N matrix is held, of weights or
+of gradients. -s_ij is the first-order change of the loss if cell (i, j) is cut without renormalising.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Saliency:
-    """Sums of s_ij = p_ij dL/dp_ij, signed, and of |s_ij|. float32, or float64 for float64 inputs.
+    """Sums of s_ij = p_ij dL/dp_ij, signed, and of |s_ij|.
+
+    All are float32, or float64 for float64 inputs.
 
     query, query_abs: over the keys of each query; query = dz_i . z_i.  key, key_abs: over the queries of each key.
     segments, segments_abs: over the cells of each pair (segment of the query, segment of the key); None if not
@@ -160,7 +162,10 @@ class SaliencySums:
 
 
 def _tiles_of_all_heads(call: Call) -> Iterator[Tile]:
-    """Yield tiles of all heads: one batch row at a time, and as many queries as the budget of cells allows."""
+    """Yield tiles of all heads of one batch row.
+
+    Each holds as many queries as the budget of cells allows.
+    """
     (nb, h, m, _), hk = call.q.shape, call.k.shape[1]
     rows = max(1, tiles.CELLS // (h * call.n))
     for b in range(nb):

@@ -1,4 +1,7 @@
-"""StatSpec, which statistics to compute, and AttentionStats, the results: one field per row of `stats.STATISTICS`."""
+"""`StatSpec`, which statistics to compute, and `AttentionStats`, the results.
+
+Both have one field per row of `stats.STATISTICS`.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ def _type_of_result(s: Statistic) -> str:
     frozen=True,
 )
 class StatSpec:
-    """Which statistics to compute. A statistic that is not requested is None in the result and costs nothing.
+    """Which statistics to compute.
+
+    A statistic that is not requested is None in the result and costs nothing.
 
     There is one field for each row of `STATISTICS`, whose column `default` gives its default:
 
@@ -78,7 +83,10 @@ class StatSpec:
 
     @classmethod
     def all(cls) -> StatSpec:
-        """Every statistic: sink=4, topk=8, local=8, waad=10, fai=(10, 100), and those whose argument is given."""
+        """Every statistic whose argument is given, and all that need none.
+
+        The numbers are sink=4, topk=8, local=8, waad=10, fai=(10, 100).
+        """
         return cls(**{s.name: s.full for s in STATISTICS})
 
     def requested(self) -> dict[str, Value]:
@@ -108,7 +116,9 @@ def _wrong(s: Statistic, value: Any) -> str | None:
     frozen=False,
 )
 class AttentionStats:
-    """The statistics of one call: one field for each row of `STATISTICS`, None if it was not requested.
+    """The statistics of one call, one field for each row of `STATISTICS`.
+
+    A statistic that was not requested is None.
 
     Shapes are those of the table. Float statistics are float32 (float64 for float64 inputs), indices int64.
     """

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pattern:
-    """An attention pattern, or the part with all keys visible to some queries; any leading dimensions."""
+    """An attention pattern, or the part with all keys visible to some queries.
+
+    It may have any leading dimensions.
+    """
 
     p: Float[Tensor, "*lead m n"]  # weights, 0 where hidden
     scores: Float[Tensor, "*lead m n"]  # logits after scale, softcap, bias and edits; about -1e30 where hidden
@@ -44,7 +47,10 @@ class Pattern:
 
 
 class TopK(NamedTuple):
-    """The k largest weights of each row, largest first; weight 0 and index -1 where fewer keys are visible."""
+    """The k largest weights of each row, largest first.
+
+    Weight 0 and index -1 where fewer keys are visible.
+    """
 
     values: Float[Tensor, "B H M k"]
     indices: Int[Tensor, "B H M k"]
@@ -300,7 +306,10 @@ def tensors(result: Result) -> tuple[Tensor, ...]:
 
 
 def from_tensors(names: Iterable[str], flat: Iterable[Tensor]) -> dict[str, Result]:
-    """Group a flat list of tensors into the named statistics, as `tensors` gave them one after another."""
+    """Group a flat list of tensors into the named statistics.
+
+    The list holds what `tensors` returned for each of them in turn.
+    """
     remaining = iter(flat)
     results: dict[str, Result] = {}
     for name in names:
@@ -310,7 +319,7 @@ def from_tensors(names: Iterable[str], flat: Iterable[Tensor]) -> dict[str, Resu
 
 
 def broadcast_rows(rows: Shaped[Tensor, "*lead"], x: Shaped[Tensor, "*lead *rest"]) -> Shaped[Tensor, "*lead #rest"]:
-    """Reshape values of each query so that they broadcast against a statistic with further axes."""
+    """Reshape values of queries to broadcast against a statistic with further axes."""
     return rows.reshape(*rows.shape, *[1] * (x.dim() - rows.dim()))
 
 

@@ -1,7 +1,7 @@
-"""Summaries of each head's statistics over batch and position, which can be merged over batches and shards.
+"""Summaries of each head's statistics over batch and position.
 
-A summary stores count, mean and the sum of squared deviations M2. Two parts a and b are merged (Chan, Golub and
-LeVeque 1979) by
+They can be merged over batches and shards. A summary stores count, mean and the sum of squared deviations M2. Two parts
+a and b are merged (Chan, Golub and LeVeque 1979) by
     n = n_a + n_b        d = mean_b - mean_a
     mean = mean_a + d n_b / n        M2 = M2_a + M2_b + d^2 n_a n_b / n
 Unlike sums of squares, this loses no digits where the mean is large compared with the spread.
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments of one statistic for each head; float64, on the CPU. Further axes (segments, ...) are kept.
+    """Moments of one statistic for each head; float64, on the CPU.
+
+    Further axes (segments, ...) are kept.
 
     count: number of values that were counted.  m2: sum of (x - mean)^2.  low, high: the smallest and the largest value.
     Where count is 0, mean and m2 are 0, low is inf and high is -inf.
@@ -72,11 +74,13 @@ PARTS = tuple(f.name for f in fields(Moments))
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSummary:
-    """Moments of each statistic of each head. `HeadSummary()` is empty; merging it changes nothing.
+    """Moments of each statistic of each head.
 
-    total = HeadSummary()
-    total += HeadSummary.of(headstats.attend(q, k, v))
-    total["entropy"].mean  # [H]
+    `HeadSummary()` is empty; merging it changes nothing.
+
+        total = HeadSummary()
+        total += HeadSummary.of(headstats.attend(q, k, v))
+        total["entropy"].mean  # [H]
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
@@ -106,7 +110,10 @@ class HeadSummary:
         return cls(moments)
 
     def merge(self, other: HeadSummary) -> HeadSummary:
-        """Merge two summaries: exact except for rounding, in any order. Also written a + b."""
+        """Merge two summaries: exact except for rounding, in any order.
+
+        Also written a + b.
+        """
         if not self.moments or not other.moments:
             return self if self.moments else other
         if self.moments.keys() != other.moments.keys():
@@ -128,7 +135,7 @@ class HeadSummary:
         return self.moments[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all numbers as tensors by name ("entropy.mean"), for any storage of tensors."""
+        """Return all numbers as tensors by name ("entropy.mean"), for storage."""
         return {f"{name}.{part}": getattr(x, part) for name, x in self.moments.items() for part in PARTS}
 
     @classmethod

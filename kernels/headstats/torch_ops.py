@@ -1,4 +1,6 @@
-"""Attention as torch.library operators, so that torch.compile and torch.export see one node per call.
+"""Attention as operators of torch.library.
+
+torch.compile and torch.export see one node per call.
 
 The operators take tensors and plain values and return tensors; the loop over tiles, or the launch of a kernel, stays
 inside. When no compiler traces, `attend` calls its backend directly, because the dispatcher would only cost time.
@@ -59,7 +61,7 @@ def _spec(text: str) -> StatSpec:
 
 
 def _schema(*more: str) -> str:
-    """Return operator parameters with the names and types of the fields of Call, then `more`."""
+    """Return operator parameters: the names and types of Call's fields, then `more`."""
     parameters = []
     for f in fields(Call):
         kind, optional, _ = str(f.type).partition(" | None")

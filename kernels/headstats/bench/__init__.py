@@ -1,1 +1,1 @@
-"""Benchmark of the backends against plain attention: ``python -m headstats.bench``."""
+"""Benchmark of the backends: ``python -m headstats.bench``."""

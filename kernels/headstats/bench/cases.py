@@ -1,4 +1,4 @@
-"""The cases of the benchmark: inputs, the paths that run on them in turn, and the targets."""
+"""The cases of the benchmark: inputs, paths through them, and targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ OFF, DEFAULT, CORE, ONE_PASS, COLUMNS = "off", "default", "core", "one pass", "c
 
 @dataclass(frozen=True)
 class SpeedTarget:
-    """A bound on (path - minus) / per of the medians, or on the path's own number if `per` is None."""
+    """A bound on (path - minus) / per of the medians.
+
+    If `per` is None, it bounds the path's own number.
+    """
 
     path: str
     per: str | None = None
@@ -38,7 +41,10 @@ class SpeedTarget:
 
 @dataclass(frozen=True)
 class KernelCase:
-    """Inputs of one kind and size, and the paths that run on them in turn. The first path is the baseline."""
+    """Inputs of one kind and size, and the paths that run on them in turn.
+
+    The first path is the baseline.
+    """
 
     name: str
     paths: tuple[str, ...]
@@ -57,7 +63,10 @@ class KernelCase:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """Return q, k, v, and with a prefix k0, v0: normal random numbers, the same in each process."""
+        """Return q, k, v, and with a prefix k0, v0.
+
+        They are normal random numbers, the same in each process.
+        """
         g = torch.Generator().manual_seed(0)
         (h, hk), own = self.heads, (self.rows, self.n, self.d)
         sizes = [(b, x, n, d) for x in (h, hk, hk) for b, n, d in (own,)]
@@ -67,7 +76,10 @@ class KernelCase:
 
 
 def cpu_cases(lengths: tuple[int, ...]) -> list[KernelCase]:
-    """Return cases of one layer's causal attention, against SDPA without statistics and eager with the same ones."""
+    """Return cases of one layer's causal attention.
+
+    They compare with SDPA without statistics and with eager attention with the same statistics.
+    """
     return [_cpu_case(n) for n in lengths]
 
 
@@ -83,7 +95,10 @@ def _cpu_case(n: int) -> KernelCase:
 
 
 def prefix_case(suffixes: int = 64, n: int = 16, prefix: int = 2048) -> KernelCase:
-    """Return a case of short suffixes that share a prefix, against whole sequences and against written-out keys."""
+    """Return a case of short suffixes that share a prefix.
+
+    It compares with whole sequences and with written-out keys.
+    """
     ours = f"auto:{DEFAULT}"
     targets = (SpeedTarget("sdpa, whole", ours, least=8.0), SpeedTarget("sdpa, whole", ours, least=20.0, of="mib"))
     targets = targets if prefix >= 2048 else ()
@@ -99,7 +114,10 @@ def costs_case(backend: str, n: int = 2048) -> KernelCase:
 
 
 def gpu_cases(lengths: tuple[int, ...]) -> list[KernelCase]:
-    """Return causal bfloat16 cases: Triton against PyTorch's flash backend, and statistics against none."""
+    """Return causal bfloat16 cases for GPUs.
+
+    They compare Triton with PyTorch's flash backend, and statistics with none.
+    """
     off, cases = f"triton:{OFF}", []
     for d, core in ((64, 1.25), (128, 1.15)):
         for n in lengths:
@@ -121,7 +139,10 @@ def gpu_cases(lengths: tuple[int, ...]) -> list[KernelCase]:
 
 
 def ready(case: KernelCase, path: str, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Prepare a path and return the call to measure. Raises if the path cannot do the case."""
+    """Prepare a path and return the call to measure.
+
+    Raises if the path cannot do the case.
+    """
     backend, _, what = path.partition(":")
     if what:
         return _ours(backend, what, inputs)

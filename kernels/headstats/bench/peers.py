@@ -1,4 +1,7 @@
-"""The peers of the benchmark: PyTorch's fused attention, FlexAttention, and eager attention with statistics."""
+"""The peers of the benchmark.
+
+They are PyTorch's fused attention, FlexAttention, and eager attention with statistics.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ SINK = 4  # number of first keys whose mass is summed, as in StatSpec()
 def eager(
     q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
 ) -> dict[str, Tensor]:
-    """Compute causal attention with the statistics of StatSpec() as in a notebook, with one expression for each.
+    """Compute causal attention with the statistics of StatSpec() as in a notebook.
+
+    There is one expression for each statistic.
 
     The pattern is computed as in transformers' eager attention: product, scale, additive mask, softmax in float32.
     """
@@ -41,7 +46,10 @@ def eager(
 def eager_lean(
     q: Float[Tensor, "B H M D"], k: Float[Tensor, "B Hk M D"], v: Float[Tensor, "B Hk M Dv"]
 ) -> dict[str, Tensor]:
-    """Compute the same with few passes over the pattern: in place, without unused copies, sums as matrix products."""
+    """Compute the same with few passes over the pattern.
+
+    It works in place, without unused copies, and with sums as matrix products.
+    """
     m, groups = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.mT).mul_(q.shape[3] ** -0.5)
@@ -61,7 +69,10 @@ def eager_lean(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Run PyTorch's fused attention, causal, without statistics; on CUDA only its flash backend."""
+    """Run PyTorch's fused attention, causal, without statistics.
+
+    On CUDA, only its flash backend is used.
+    """
     if not q.is_cuda:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -71,7 +82,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-    """Compile causal FlexAttention for these inputs; with LSE on CUDA. On CPU the compiler refuses to return LSE."""
+    """Compile causal FlexAttention for these inputs; with LSE on CUDA.
+
+    On CPU the compiler refuses to return LSE.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     m = q.shape[2]

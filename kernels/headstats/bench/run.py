@@ -1,4 +1,4 @@
-"""Measure the backends against plain attention, and compare them with their targets.
+"""Measure the backends, and compare them with plain attention and their targets.
 
 Run: python -m headstats.bench [--json FILE] [--quick] [--cases causal prefix costs gpu] [--threads 2]
 
@@ -35,7 +35,10 @@ Say = Callable[[str], None]
 
 
 def cases(kinds: Sequence[str] = KINDS, quick: bool = False) -> list[KernelCase]:
-    """Return the cases of these kinds; GPU cases only if a GPU exists. quick: only small sizes."""
+    """Return the cases of these kinds; GPU cases only if a GPU exists.
+
+    quick: only small sizes.
+    """
     factories = {
         "causal": lambda: cpu_cases((512, 1024) if quick else (512, 1024, 2048, 4096, 8192)),
         "prefix": lambda: [prefix_case(8, 16, 256) if quick else prefix_case()],
@@ -67,7 +70,10 @@ def run(kinds: Sequence[str] = KINDS, quick: bool = False, threads: int = 2, say
 
 
 def _minutes(to_measure: Sequence[KernelCase]) -> float:
-    """Estimate the time from the speed of the plain path per cell on a slow core, and the cost of starting."""
+    """Estimate the minutes that the cases take.
+
+    The estimate uses the speed of the plain path per cell on a slow core, and the cost of starting.
+    """
     runs = sum(SECONDS * 1.3 + 4 * len(c.paths) * c.memory + 10 * ("flex" in c.paths) for c in to_measure)
     eager = sum((c.rows * c.heads[0] * c.n**2) * 4e-8 * (2 + c.memory) for c in to_measure if "eager" in c.paths)
     return (runs + eager) / 60
@@ -95,7 +101,10 @@ def _cpu_name() -> str:
 
 
 def measure(case: KernelCase, quick: bool, threads: int) -> dict[str, Any]:
-    """Measure the times of all paths in turn, the peak memory of each in a separate process, and the targets."""
+    """Measure the times of all paths in turn, peak memory, and the targets.
+
+    Peak memory is measured in a separate process for each path.
+    """
     paths: dict[str, dict[str, Any]] = {}
     calls, inputs = {}, case.inputs()
     for path in case.paths:
@@ -135,7 +144,10 @@ def seconds(case: KernelCase, call: Callable[[], Any]) -> float:
 
 
 def _memory_elsewhere(case: KernelCase, path: str, threads: int) -> dict[str, Any]:
-    """Return the peak MiB, from a process that does nothing else, or why it could not be measured."""
+    """Return the peak MiB, or why it could not be measured.
+
+    It is measured in a process that does nothing else.
+    """
     code = "import sys; from headstats.bench import run as bench; bench.print_peak(*sys.argv[1:])"
     text = json.dumps(asdict(replace(case, targets=())))
     done = subprocess.run([sys.executable, "-c", code, text, path, str(threads)], capture_output=True, text=True)
@@ -151,7 +163,10 @@ def print_peak(text: str, path: str, threads: str) -> None:
 
 
 def peak(case: KernelCase, path: str) -> float:
-    """Return the MiB that preparing and running a path takes beyond its inputs, in this process. On CPU: only Linux."""
+    """Return the MiB that preparing and running a path takes beyond its inputs.
+
+    It is measured in this process; on CPU, only on Linux.
+    """
     small = KernelCase("warm-up", (path,), 256, case.d, case.heads, case.rows, min(case.prefix, 64), case.device)
     ready(small, path, small.inputs())()  # libraries allocate their own memory at first use
     inputs = case.inputs()

@@ -1,4 +1,7 @@
-"""The blocked backend: plain PyTorch, tile by tile, on any device. It never holds an M x N pattern."""
+"""The blocked backend: plain PyTorch, tile by tile, on any device.
+
+It never holds an M x N pattern.
+"""
 
 from __future__ import annotations
 

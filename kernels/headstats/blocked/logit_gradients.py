@@ -38,7 +38,9 @@ class LogitGradients:
         lse: Float[Tensor, "b h g m"],
         origin: LogitParts,
     ) -> Float[Tensor, "b h g m n"]:
-        """Turn ds = d loss / d logit (overwritten) into d loss / d z, and add the gradients met on the way.
+        """Turn ds = d loss / d logit (overwritten) into d loss / d z.
+
+        The gradients of the arguments on the way are added up.
 
         s: logits, in base 2 like lse; needed for temperature.  delta: sum_j p_ij dL/dp_ij - dL/dlse_i of the rows.
         """

@@ -1,7 +1,7 @@
-"""Matrix products of the blocked backend, by the faster of PyTorch's two CPU libraries, MKL and oneDNN.
+"""Matrix products of the blocked backend, by MKL or oneDNN.
 
-`headstats.onednn` says why oneDNN may be faster, and tests it. The operator is private, so it is used only after it has
-reproduced a product in this process.
+The faster of these two CPU libraries of PyTorch is used. `headstats.onednn` says why oneDNN may be faster, and tests
+it. The operator is private, so it is used only after it has reproduced a product in this process.
 """
 
 from __future__ import annotations
@@ -48,14 +48,20 @@ def uses_onednn(like: Tensor) -> bool:
 
 
 def round_end(stop: int, n: int) -> int:
-    """Round the end of a tile's keys up so that few ends occur: an eighth of the keys apart, and at least 128."""
+    """Round the end of a tile's keys up so that few different ends occur.
+
+    Ends are an eighth of the keys apart, and at least 128.
+    """
     step = max(KEYS, 1 << max(0, (n - 1).bit_length() - 3))
     return min(n, -(-stop // step) * step)
 
 
 @cache
 def onednn_pays() -> bool:
-    """Whether oneDNN is available, correct and faster here: tested once per process, on one thread."""
+    """Whether oneDNN is available, correct and faster here.
+
+    Tested once per process, on one thread.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator) for n in (192, 768))
     pair = (lambda: onednn.linear(x, weight)), (lambda: torch.mm(x, weight.mT))

@@ -1,4 +1,7 @@
-"""The tile backward: gradients by recomputation from q, k, v, lse and out, whichever backend ran the forward."""
+"""The tile backward: gradients by recomputation from q, k, v, lse and out.
+
+It works whichever backend ran the forward.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
 def backward(
     call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
-    """Return d loss / d (q, k, v, prefix) and the other requested leaves, given out, lse and d loss / d (out, lse)."""
+    """Return d loss / d (q, k, v, prefix) and the other requested leaves by name.
+
+    Given are out, lse and d loss / d (out, lse).
+    """
     grad_out = grad_out.to(call.dtype)
     # Sum_j p_ij dL/dp_ij = dout_i . out_i, minus the part through lse (d lse / d score = p). Where weights are edited,
     # the values were multiplied by other weights than p, and the sum is taken tile by tile.
@@ -73,7 +79,7 @@ def gradients(call: Call, leaf_names: set[str], lse: Tensor, delta: Tensor, grad
 
 
 class ProductGradients:
-    """Sums over tiles of the gradients of q and k, and of q2 and k2 of Edit.pattern_from."""
+    """Sums over tiles of the gradients of q and k, and of Edit.pattern_from."""
 
     def __init__(self, call: Call, k: KeyTensors):
         self.call, self.keys, self.other = call, k, pattern_keys(call)
@@ -82,7 +88,10 @@ class ProductGradients:
             self.dq2, self.dk2 = torch.zeros_like(self.dq), KeyTensors(torch.zeros_like(k.own), self.dk.shared)
 
     def backward(self, t: Tile, ds: Float[Tensor, "b h g m n"], swapped: Bool[Tensor, "#b #h #g #m"] | None) -> None:
-        """Add the gradients of a tile. ds: d loss / d (q.k).  swapped: rows whose products were of q2 and k2."""
+        """Add the gradients of a tile. ds: d loss / d (q.k).
+
+        swapped: rows whose products were of q2 and k2.
+        """
         call = self.call
         if swapped is None:
             self._add(t, ds, call.q, self.keys, self.dq, self.dk)

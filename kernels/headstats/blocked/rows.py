@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class TileSoftmax:
-    """A tile after the softmax, before normalisation: p = e * inverse. x, ex, argmax are set if a statistic needs them.
+    """A tile after the softmax, before normalisation: p = e * inverse.
+
+    x, ex, argmax are set if a statistic needs them.
 
     x, shift and top are in base 2, that is, logits times log2(e). Edits of weights change e, x and all values computed
     from them, but not shift, inverse and lse.
@@ -47,7 +49,10 @@ class TileSoftmax:
 
 
 def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room: Scratch | None) -> TileSoftmax:
-    """Turn logits (overwritten) into unnormalised weights. keep: a statistic needs the logits afterwards."""
+    """Turn logits (overwritten) into unnormalised weights.
+
+    keep: a statistic needs the logits afterwards.
+    """
     argmax = None
     if s.shape[-1] == 0:
         top = s.new_full(s.shape[:-1], HIDDEN)
@@ -88,7 +93,9 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
 
 
 def first_maximum(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], Int[Tensor, "*lead"]]:
-    """Return the largest logit and its first place. In long rows: the best of many blocks, then the place within it.
+    """Return the largest logit and its first place.
+
+    In long rows: the best of many blocks, then the place within it.
 
     A maximum without its place is ten times faster than one with its place.
     """

@@ -1,4 +1,6 @@
-"""PyTorch's CPU flash attention, for calls that need only out, lse and statistics of keys known in advance.
+"""PyTorch's CPU flash attention.
+
+It serves calls that need only out, lse and statistics of keys known in advance.
 
 The operator is private, so it is used only after it has reproduced a small case in this process.
 """
@@ -54,7 +56,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
 
 
 def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
-    """Attend to the prefix alone: the batch rows of a run become more queries of one batch row."""
+    """Attend to the prefix alone.
+
+    The batch rows of a run become more queries of one batch row.
+    """
     assert call.prefix_k is not None and call.prefix_v is not None
     (b, h, m, d), runs = call.q.shape, call.prefix_k.shape[0]
     q = call.q.reshape(runs, b // runs, h, m, d).transpose(1, 2).reshape(runs, h, -1, d)
@@ -64,7 +69,10 @@ def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _joined(dtype: torch.dtype, own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Join attention over two sets of keys, with the weights exp(lse of one - lse of both)."""
+    """Join attention over two sets of keys.
+
+    The weights are exp(lse of one - lse of both).
+    """
     lse = torch.logaddexp(own[1], prefix[1])
     a, b = (out.to(dtype) * torch.exp(one - lse)[..., None] for out, one in (own, prefix))
     return a + b, lse
@@ -77,7 +85,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 
 @lru_cache
 def _works(dtype: torch.dtype) -> bool:
-    """Run the operator on grouped heads with a scale, and compare out and lse with the formula."""
+    """Whether the operator reproduces the formula on grouped heads with a scale."""
     q = torch.linspace(-2, 2, 4 * 3 * 8).sin().view(1, 4, 3, 8).to(dtype)
     k, v = q[:, ::2].flip(2), q[:, 1::2]
     try:

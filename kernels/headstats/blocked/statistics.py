@@ -1,4 +1,4 @@
-"""Fast forms of statistics on whole rows in a tile of the blocked backend, and means over all tiles."""
+"""Fast forms of statistics on whole rows in a tile, and means over all tiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def keeps_logits(call: Call) -> bool:
 
 
 def statistic(call: Call, t: Tile, row: TileSoftmax, name: str, value: Value) -> Result:
-    """Compute a statistic of a tile: by its fast form if it has one, else by its definition on the tile's pattern."""
+    """Compute a statistic of a tile.
+
+    Its fast form is used if it has one, else its definition on the tile's pattern.
+    """
     stat = BY_NAME[name]
     result = FAST[name](call, t, row, value) if name in FAST else stat.dense(to_pattern(call, t, row), value)
     if stat.axis == "key" or isinstance(result, TopK):

@@ -1,4 +1,6 @@
-"""Tiles of the blocked backend in parallel: each thread runs whole tiles, and operators are not split between threads.
+"""Tiles of the blocked backend in parallel.
+
+Each thread runs whole tiles, and operators are not split between threads.
 
 An operator takes well under a millisecond on a tile. Threads that synchronise after each operator lose much of what
 they gain, and nearly all of it while another process uses a core.
@@ -32,7 +34,9 @@ def run_all(
     put: Callable[[Item, ResultT], None],
     threads: int | None,
 ) -> None:
-    """Call put(item, do(room, item)) for every item, on this many threads; None: on the calling thread.
+    """Call put(item, do(room, item)) for every item, on this many threads.
+
+    threads=None: on the calling thread.
 
     `put` is called by one thread at a time and in the order of items, so that sums are the same in every run.
     prepare() allocates the memory that a thread keeps for itself. An error of `do` on any thread is raised here.
@@ -46,7 +50,10 @@ def run_all(
 
 
 def is_observed() -> bool:
-    """Whether a mode or autocast of the calling thread must see every operator; other threads do not have it."""
+    """Whether a mode or autocast of the calling thread must see every operator.
+
+    Other threads do not have it.
+    """
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)()
     functions = getattr(torch._C, "_len_torch_function_stack", lambda: 0)()
     return bool(modes or functions) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")

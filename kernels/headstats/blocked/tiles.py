@@ -1,4 +1,4 @@
-"""Tiles: how the blocked backend cuts [B, H, M, N] into parts of bounded size, and the logits of one tile.
+"""Tiles of bounded size that cut [B, H, M, N], and the logits of one tile.
 
 A tile holds some queries with every key that they may see. Its rows are therefore whole: softmax and statistics need no
 online correction, memory stays O(N), and a short prompt is a single tile.
@@ -80,7 +80,7 @@ def _even_size(count: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class KeyTensors:
-    """Keys or values: each batch row's own, preceded by those that a run of batch rows shares, if any.
+    """Keys or values: those shared by a run of batch rows, then each row's own.
 
     Shared ones are never repeated: all rows of a tile that see them are in one matrix. Such tiles hold one head of one
     run.
@@ -90,7 +90,10 @@ class KeyTensors:
     shared: Float[Tensor, "G Hk P D"] | None
 
     def parts(self, t: Tile) -> list[tuple[slice, Float[Tensor, "r h n D"]]]:
-        """Return the columns of the tile with their keys (a view): one row of keys, or one for each batch row."""
+        """Return the columns of the tile with their keys (a view).
+
+        The keys are one row, or one row for each batch row.
+        """
         if t.j.start == t.j.stop:
             return []
         if self.shared is None:
@@ -105,7 +108,10 @@ class KeyTensors:
         return regions
 
     def of(self, t: Tile) -> Float[Tensor, "#b h n D"]:
-        """Return all keys of the tile in one tensor, with shared keys repeated for the tile's batch rows."""
+        """Return all keys of the tile in one tensor.
+
+        Shared keys are repeated for the tile's batch rows.
+        """
         regions = [x for _, x in self.parts(t)]
         if len(regions) < 2:
             return regions[0] if regions else self.own[t.b, t.h, :0]
@@ -138,7 +144,10 @@ def tile_queries(call: Call, t: Tile, q: Float[Tensor, "B H M D"]) -> Float[Tens
 
 
 class Scratch:
-    """Memory for the cells of any one tile. Tiles reuse it, because fresh pages cost more than most statistics."""
+    """Memory for the cells of any one tile.
+
+    Tiles reuse it, because fresh pages cost more than most statistics.
+    """
 
     def __init__(self, call: Call, work: list[Tile]):
         sides = [[x.stop - x.start for x in (t.b, t.h, t.i, t.j)] for t in work]
@@ -180,7 +189,10 @@ def mix_values(weights: Float[Tensor, "b h g m n"], values: KeyTensors, t: Tile)
 def add_to_keys(
     into: KeyTensors, t: Tile, weights: Float[Tensor, "b h g m n"], rows: Float[Tensor, "b h g m D"]
 ) -> None:
-    """Adds weights^T @ rows, the backward of `scores` and `mix_values` with respect to their keys."""
+    """Add weights^T @ rows.
+
+    This is the backward of `scores` and `mix_values` with respect to their keys.
+    """
     for columns, x in into.parts(t):
         r = x.shape[0] * x.shape[1]
         lines = weights.reshape(r, -1, weights.shape[-1])[:, :, columns]
@@ -199,7 +211,9 @@ class LogitParts:
 def logits(
     call: Call, t: Tile, q: Tensor, k: KeyTensors, other: KeyTensors | None, room: Scratch | None = None
 ) -> tuple[Float[Tensor, "b h g m n"], LogitParts]:
-    """Compute the masked logits of a tile times log2(e), and the values that their backward needs.
+    """Compute the masked logits of a tile times log2(e).
+
+    The second result holds the values that their backward needs.
 
     Base 2, because torch.exp on CPU is 3 to 50 times slower than exp2, especially where the result underflows.
     other: the keys of Edit.pattern_from.
@@ -249,7 +263,10 @@ def _reshape_logits(call: Call, t: Tile, z: Tensor) -> Tensor:
 
 
 def tile_rows(call: Call, t: Tile, x: Shaped[Tensor, "#B #H #M *rest"]) -> Shaped[Tensor, "#b #h #g #m *rest"]:
-    """Return the tile's part of a tensor over heads and queries; floats in the dtype of logits."""
+    """Return the tile's part of a tensor over heads and queries.
+
+    Floats are converted to the dtype of logits.
+    """
     x = slice_axis(group_heads(call, slice_axis(slice_axis(x, t.b), query_heads(call, t), 1)), t.i, 3)
     return x.to(call.dtype) if x.is_floating_point() else x
 
@@ -283,7 +300,10 @@ def group_heads(call: Call, x: Shaped[Tensor, "#B #H m n"]) -> Shaped[Tensor, "#
 
 
 def _hide_cells(call: Call, t: Tile, s: Tensor) -> None:
-    """Set hidden cells to HIDDEN. Causality and window affect only keys at the ends of the tile, padding all keys."""
+    """Set hidden cells to HIDDEN.
+
+    Causality and window affect only keys at the ends of the tile, padding all keys.
+    """
     if call.segment_open is not None:
         seen = call.visible(t.i, t.j, t.b, query_heads(call, t), cut=False)
         s.masked_fill_(~group_heads(call, seen), HIDDEN)

@@ -1,4 +1,6 @@
-"""Gradients of the edits of weights, in closed form over whole rows. Logarithms are in base 2.
+"""Gradients of the edits of weights, in closed form over whole rows.
+
+Logarithms are in base 2.
 
 With w the weights before a step and w' after it, and d = d loss / d w':
 
@@ -40,7 +42,10 @@ class WeightGradients(NamedTuple):
 
 
 def backward(c: WeightEdit, x: Float[Tensor, "*lead m n"], d: Float[Tensor, "*lead m n"]) -> WeightGradients:
-    """Compute the gradients of whole rows, given log2 p before the edit and d loss / d weight after it."""
+    """Compute the gradients of whole rows.
+
+    x: log2 p before the edit.  d: d loss / d weight after it.
+    """
     before = x.exp2()
     replaced, log_replaced = weights.apply_counterfactual(c, before, x, torch.ones_like(x[..., 0]), BINARY)
     after, log = weights.apply_gain(c, replaced, log_replaced, BINARY)
@@ -62,8 +67,11 @@ def backward(c: WeightEdit, x: Float[Tensor, "*lead m n"], d: Float[Tensor, "*le
 
 
 def _through_transfer(take: Tensor, e: Tensor, t: Transfer, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return d loss / d weight through the kept and lost parts, d loss / d ln weight through the shares, and
-    d loss / d keep_fraction."""
+    """Return the gradients through a transfer.
+
+    They are d loss / d weight through the kept and lost parts, d loss / d ln weight through the shares, and
+    d loss / d keep_fraction.
+    """
     share = torch.where(t.receivers > HIDDEN / 4, (t.receivers - t.log_sum).exp2(), 0)
     mean = (share * d).sum(-1, keepdim=True)
     acts = t.log_sum > weights.ZERO / 2
@@ -72,7 +80,10 @@ def _through_transfer(take: Tensor, e: Tensor, t: Transfer, d: Tensor) -> tuple[
 
 
 def _through_counterfactual(c: WeightEdit, e: Tensor, x: Tensor, d: Tensor, d_log: Tensor) -> Tensor:
-    """Return d loss / d ln p through the counterfactual. d, d_log: d loss / d (weight, ln weight) after it."""
+    """Return d loss / d ln p through the counterfactual.
+
+    d, d_log: d loss / d (weight, ln weight) after it.
+    """
     visible = x > HIDDEN / 4
     if c.counterfactual == "shuffled":
         return torch.zeros_like(x).scatter_add(-1, weights.shuffle_sources(c, x), d_log.masked_fill(~visible, 0))

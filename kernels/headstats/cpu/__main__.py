@@ -9,7 +9,10 @@ from headstats.cpu import build, self_test
 
 
 def main() -> int:
-    """Build and test. If that fails: a message and exit status 1, or with --if-possible only the message."""
+    """Build and test.
+
+    If that fails: a message and exit status 1, or with --if-possible only the message.
+    """
     parser = argparse.ArgumentParser(prog=build.COMMAND, description="Build the compiled CPU backend of headstats.")
     parser.add_argument("--if-possible", action="store_true", help="exit with status 0 even if it cannot be built")
     parser.add_argument("--if-missing", action="store_true", help="do nothing if it is already built")

@@ -1,4 +1,4 @@
-"""A Call in the form that the compiled library reads: numbers, addresses and strides."""
+"""A `Call` as numbers, addresses and strides for the compiled library."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ class CallArguments:
             setattr(self.c, name, value)
 
     def _strided(self, name: str, x: Tensor | None, axes: str) -> None:
-        """Set an array in the dtype of logits, and its strides; axes of size 1 only broadcast."""
+        """Set an array in the dtype of logits, and its strides.
+
+        Axes of size 1 only broadcast.
+        """
         if x is not None:
             x = self._number(x)
             strides = {f"{name}_{a}": s if n > 1 else 0 for a, s, n in zip(axes, x.stride(), x.shape, strict=True)}
@@ -86,7 +89,10 @@ class CallArguments:
                 self._set(**{name: (x if x.dtype == torch.bool else self._number(x)).contiguous()})
 
     def _segments(self) -> None:
-        """Set ids and tables over segments. Ids start at 1 and tables with "no segment", so loops never see -1."""
+        """Set ids and tables over segments.
+
+        Ids start at 1 and tables with "no segment", so loops never see -1.
+        """
         call = self.call
         log2_gain = None if call.gain is None else call.gain.to(call.dtype).log2().clamp_min(HIDDEN)
         if isinstance(call, LoweredCall) and call.log2_gain is not None:

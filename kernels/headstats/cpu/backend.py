@@ -1,4 +1,7 @@
-"""The compiled CPU backend: attention and every statistic in C++. Optional; ``python -m headstats.cpu`` builds it."""
+"""The compiled CPU backend: attention and every statistic in C++.
+
+Optional; ``python -m headstats.cpu`` builds it.
+"""
 
 from __future__ import annotations
 

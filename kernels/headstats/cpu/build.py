@@ -1,4 +1,6 @@
-"""Compilation of the library: only on request, within a time limit, without touching a library in use.
+"""Compilation of the library.
+
+It happens only on request, within a time limit, and without touching a library in use.
 
 Each build works in a temporary folder and ends by renaming one file into place. There is no lock, so a killed build
 cannot block the next one, and of two simultaneous builds the later one wins.
@@ -48,7 +50,10 @@ def cache_root() -> Path:
 
 
 def library_path() -> Path:
-    """Return the path of the library for these sources, this torch, Python and kind of machine, built or not."""
+    """Return the path of the library, built or not.
+
+    It depends on the sources, and on the version of torch, Python and the kind of machine.
+    """
     parts = [torch.__version__, sysconfig.get_config_var("SOABI") or sys.version, sys.platform, platform.machine()]
     parts += [repr((COMMON, VARIANTS)), *(f"{p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()))]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -71,7 +76,10 @@ def untrusted(path: Path) -> str | None:
 
 
 def compiler() -> str:
-    """Return the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++ that is installed."""
+    """Return the C++ compiler.
+
+    It is ``$CXX``, or the first of g++, clang++ and c++ that is installed.
+    """
     if sys.platform != "linux":
         raise BuildError(f"the compiled backend is for Linux, and this is {sys.platform}; backend 'blocked' runs here")
     cxx = os.environ.get("CXX")
@@ -83,7 +91,10 @@ def compiler() -> str:
 
 
 def build(say: Callable[[str], None] = print, time_limit: float = TIME_LIMIT) -> Path:
-    """Compile the library and put it in place, replacing any existing one. Raises BuildError."""
+    """Compile the library and put it in place, replacing any existing one.
+
+    Raises BuildError.
+    """
     cxx, to = compiler(), library_path()
     root = to.parent.parent
     try:

@@ -16,7 +16,10 @@ LEVELS = ("portable", "AVX2", "AVX-512")
 
 
 class CompiledLibrary:
-    """The loaded library. structure: the type of its argument.  level: the index in LEVELS of the variant that runs."""
+    """The loaded library. structure: the type of its argument.
+
+    level: the index in LEVELS of the variant that runs.
+    """
 
     def __init__(self, path: Path):
         library = CDLL(str(path))
@@ -47,7 +50,10 @@ def load(path: Path) -> CompiledLibrary:
 
 @lru_cache(maxsize=1)
 def find() -> tuple[CompiledLibrary | None, str]:
-    """Return the library for these sources and this torch, or None and the reason. Searched once per process."""
+    """Return the library for these sources and this torch, or None and the reason.
+
+    Searched once per process.
+    """
     path = build.library_path()
     try:
         return load(path), ""

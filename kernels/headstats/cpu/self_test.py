@@ -19,7 +19,10 @@ M, N = 9, 21
 
 
 def small_case(dtype: torch.dtype) -> Call:
-    """Return a call with grouped heads, a window, softcap, padding, a bias, a sink, and every statistic."""
+    """Return a small call with many options and every statistic.
+
+    It has grouped heads, a window, softcap, padding, a bias and a sink.
+    """
     x = torch.linspace(-3, 3, 2 * 4 * N * 20, dtype=torch.float64).mul(17).sin().view(2, 4, N, 20).to(dtype)
     by_segment = dict.fromkeys(("segments", "segment_value_norms", "segment_outputs"), True)
     spec = replace(StatSpec.all(), **by_segment, targets=False, key_features=False)
@@ -62,7 +65,10 @@ def cached_failure(dtype: torch.dtype) -> str | None:
 
 
 def report() -> str:
-    """Return one line about the installed library. Raises BuildError if it must not be used."""
+    """Return one line about the installed library.
+
+    Raises BuildError if it must not be used.
+    """
     for dtype in (torch.float32, torch.float64):
         if reason := failure(dtype):
             raise build.BuildError(reason)

@@ -1,1 +1,1 @@
-"""Interventions on attention weights: the meaning of an `Edit`, and its rewriting for backends that lack it."""
+"""Interventions on attention weights, and their lowering for other backends."""

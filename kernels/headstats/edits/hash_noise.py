@@ -1,4 +1,6 @@
-"""Counter-based random numbers for single cells: an integer hash of (seed, batch row, head, query, key).
+"""Counter-based random numbers for single cells.
+
+They are an integer hash of (seed, batch row, head, query, key).
 
 Any part of a pattern can therefore be filled separately, in any order, on any device, with the same numbers. The words
 are unsigned 32-bit numbers in int64 tensors; sums and products keep the low 32 bits, like native unsigned words.
@@ -19,7 +21,10 @@ BITS = 23  # bits of the hash used for a uniform number: with the half added it 
 
 
 def mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """Mix a 32-bit word bijectively: MurmurHash3's finaliser, after adding a constant so that 0 does not stay 0."""
+    """Mix a 32-bit word bijectively.
+
+    This is MurmurHash3's finaliser, after adding a constant so that 0 does not stay 0.
+    """
     x = (x + 0x9E3779B9) & WORD
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & WORD
@@ -33,7 +38,10 @@ def words(
     queries: Int[Tensor, " m"],
     keys: Int[Tensor, " n"],
 ) -> Int[Tensor, "b h m n"]:
-    """Return mix(mix(key) ^ mix(query ^ mix(head ^ mix(row ^ mix(seed))))), distinct for the keys of one query."""
+    """Return the words of all cells, distinct for the keys of one query.
+
+    They are mix(mix(key) ^ mix(query ^ mix(head ^ mix(row ^ mix(seed))))).
+    """
     state = mix((queries & WORD) ^ states(seed, rows, heads)[:, :, None])[..., None]
     return mix(mix(keys & WORD) ^ state)
 
@@ -45,5 +53,5 @@ def states(seed: int, rows: Int[Tensor, " b"], heads: Int[Tensor, " h"]) -> Int[
 
 
 def uniform(word: Int[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """Return numbers in (0, 1) from the upper bits of words: (word // 2^9 + 1/2) / 2^23."""
+    """Return numbers in (0, 1) from words: (word // 2^9 + 1/2) / 2^23."""
     return ((word >> (32 - BITS)).to(dtype) + 0.5) / (1 << BITS)

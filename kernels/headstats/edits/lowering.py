@@ -30,12 +30,13 @@ ALONE = -HIDDEN  # the level of a row whose weights do not change
 
 @dataclass(eq=False, kw_only=True)
 class LoweredCall(Call):
-    """A call with the log of its gain after the softmax, and its counterfactual as a formula for single cells.
+    """A call whose edits of whole rows are formulas for single cells.
 
-    The logarithm of a gain has a wider range than the gain. The formula uses two numbers of the cell's row, level and
-    top. Logarithms of weights are in the units of logits, in base 2: weight = 2^(x - lse log2 e). For a visible cell, x
-    becomes level + r, with r = 0 (uniform), 0 at the query's own position (identity), log2 u (random) or
-    log2(2^top - 2^x) (reversed); then the gain is added.
+    The gain after the softmax is stored as its logarithm, which has a wider range than the gain. The counterfactual is
+    stored as a formula for single cells, which uses two numbers of the cell's row, level and top. Logarithms of weights
+    are in the units of logits, in base 2: weight = 2^(x - lse log2 e). For a visible cell, x becomes level + r, with r
+    = 0 (uniform), 0 at the query's own position (identity), log2 u (random) or log2(2^top - 2^x) (reversed); then the
+    gain is added.
     """
 
     log2_gain: Float[Tensor, "#B #H R C"] | None = None  # at or below HIDDEN: hidden; at ZERO: weight 0
@@ -69,7 +70,9 @@ def lower(call: Call, attend: Attend, channels: int | None = None) -> Call:
 
 
 def lower_pattern(call: Call, channels: int | None = None) -> Call:
-    """Express Edit.pattern_from by more channels: [q, 0] and [0, q2] against [k, k2] give q.k and q2.k2, row by row.
+    """Express Edit.pattern_from by more channels.
+
+    [q, 0] and [0, q2] against [k, k2] give q.k and q2.k2, row by row.
 
     If all rows are swapped, q2 and k2 simply replace q and k. A NaN or an infinity in k2 reaches all rows. Where twice
     the channels do not fit, each query head gets keys and values of its own, which requires whole heads to be swapped.
@@ -101,9 +104,9 @@ def _keys_of_query_heads(call: Call, plain: Call, swapped: Tensor, q: Tensor, k:
 
 
 def one_table_row_per_query(call: Call) -> Call:
-    """Give every table one row for each query, so that tables may differ between queries.
+    """Give every table one row for each query.
 
-    Tables take O(B H M S) memory.
+    Tables may then differ between queries. They take O(B H M S) memory.
     """
     ids = torch.arange(call.q.shape[2], device=call.q.device)[None]
     tables = {}
@@ -152,7 +155,10 @@ def lower_counterfactual(call: Call, attend: Attend) -> LoweredCall:
 
 
 def _bare(call: Call) -> Call:
-    """Return the call for its log-sum-exp alone: no learned sink, one value channel, nothing after the softmax."""
+    """Return the call for its log-sum-exp alone.
+
+    It has no learned sink, one value channel, and nothing after the softmax.
+    """
     return replace(
         call, v=call.v[..., :1], prefix_v=None if call.prefix_v is None else call.prefix_v[..., :1], sinks=None,
         counterfactual=None, counterfactual_rows=None, gain=None, take=None, give=None, keep_fraction=None, gate=None,

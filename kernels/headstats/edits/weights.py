@@ -1,4 +1,4 @@
-"""Edits of the weights after the softmax: counterfactual attention, gain, redistribution.
+"""Edits of weights after the softmax: counterfactual, gain, redistribution.
 
 They act on whole rows, in the order of `Edit`. The reference applies them to the pattern. The blocked backend applies
 them to a tile, which holds all keys that its queries may see, and its backward differentiates them there.
@@ -61,7 +61,10 @@ def edit_of_cells(
     heads: slice = EVERY,
     shape: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> WeightEdit | None:
-    """Return the edit of a part of the call, or None if weights do not change. shape: [b, h, ...] to [*lead, ...]."""
+    """Return the edit of a part of the call, or None if weights do not change.
+
+    shape: [b, h, ...] to [*lead, ...].
+    """
     if not call.changes_weights:
         return None
 
@@ -83,7 +86,10 @@ def edit_of_cells(
 
 
 def _words(call: Call, i: slice, b: slice, heads: slice) -> Int[Tensor, "b h m N"]:
-    """Hash all keys by the query's position, so that a query decoded alone gets the same hashes."""
+    """Hash all keys by the query's position.
+
+    A query decoded alone therefore gets the same hashes.
+    """
 
     def numbers(where: slice, size: int) -> Tensor:
         return torch.arange(size, device=call.q.device)[where]
@@ -98,7 +104,9 @@ def _words(call: Call, i: slice, b: slice, heads: slice) -> Int[Tensor, "b h m N
 def apply_edit(
     c: WeightEdit, x: Float[Tensor, "*lead m n"], total: Float[Tensor, "*lead m"], base: LogBase
 ) -> tuple[Float[Tensor, "*lead m n"], Float[Tensor, "*lead m n"]]:
-    """Return the weights after the edit and their logarithms, given the logarithms before it.
+    """Return the weights after the edit and their logarithms.
+
+    x: the logarithms before the edit.
 
     Weights are in units of 1 / total, so that p = weight / total. Logarithms are HIDDEN where a cell is hidden, before
     and after, and ZERO where a weight has become 0. Cells that no edit changes are returned bit for bit.
@@ -133,7 +141,10 @@ def rows_of_counterfactual(c: WeightEdit, x: Tensor) -> Bool[Tensor, "*#lead #m 
 
 
 def fixed_shares(c: WeightEdit, x: Tensor) -> Float[Tensor, "*lead m n"]:
-    """Return each cell's share of the row's sum, or of 1, for counterfactuals that do not depend on the weights."""
+    """Return each cell's share of the row's sum, or of 1.
+
+    For counterfactuals that do not depend on the weights.
+    """
     visible = x > HIDDEN / 4
     if c.counterfactual == "identity":
         assert c.own is not None  # set for "identity"
@@ -147,7 +158,10 @@ def fixed_shares(c: WeightEdit, x: Tensor) -> Float[Tensor, "*lead m n"]:
 
 
 def reversed_shares(c: WeightEdit, e: Tensor, x: Tensor, of: Tensor) -> Float[Tensor, "*lead m n"]:
-    """Return how far each weight is below the row's largest, divided by `of` or normalised; equal weights stay."""
+    """Return how far each weight is below the row's largest.
+
+    The result is divided by `of` or normalised; equal weights stay.
+    """
     away = torch.where(x > HIDDEN / 4, e.amax(-1, keepdim=True) - e, 0)
     if not c.renormalise:
         return away / of
@@ -156,7 +170,10 @@ def reversed_shares(c: WeightEdit, e: Tensor, x: Tensor, of: Tensor) -> Float[Te
 
 
 def shuffle_sources(c: WeightEdit, x: Tensor) -> Int[Tensor, "*lead m n"]:
-    """Return the source of each visible cell: for the k-th visible cell, the cell with the k-th smallest hash."""
+    """Return the source of each visible cell's weight.
+
+    For the k-th visible cell, it is the cell with the k-th smallest hash.
+    """
     assert c.words is not None  # set for "shuffled"
     visible, words = x > HIDDEN / 4, c.words[..., c.first_key : c.first_key + x.shape[-1]]
     order = torch.where(visible, words, hash_noise.WORD + 1).argsort(-1)  # hidden cells last
@@ -182,7 +199,10 @@ class Transfer:
 
 
 def compute_transfer(c: WeightEdit, e: Tensor, x: Tensor, base: LogBase) -> Transfer:
-    """Compute the transfer. Cells of give share it by a softmax of their logarithms, since their sum may underflow."""
+    """Compute the transfer.
+
+    Cells of give share it by a softmax of their logarithms, since their sum may underflow.
+    """
     assert c.take is not None and c.give is not None and c.keep is not None  # validated: all or none
     receivers = x.masked_fill(~c.give, HIDDEN)
     largest = receivers.detach().amax(-1, keepdim=True)

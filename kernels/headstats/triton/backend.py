@@ -1,4 +1,7 @@
-"""The Triton backend: what it can do, its tile sizes, and its launches. Imports triton only before it runs."""
+"""The Triton backend: what it can do, its tile sizes, and its launches.
+
+Imports triton only before it runs.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,10 @@ def forward(call: Call) -> Results:
 def average(
     call: Call, own: Float[Tensor, "#B #Hk n F"], shared: Float[Tensor, "#G #Hk P F"] | None
 ) -> Float[Tensor, "B H M F"]:
-    """Sum numbers of keys under p, by passes with these numbers in place of values: one pass for every MAX_HEAD."""
+    """Sum numbers of keys under p, by passes with these numbers in place of values.
+
+    There is one pass for every MAX_HEAD numbers.
+    """
     plain = replace(call, gate=None, replacement=None, spec=StatSpec.none())
     sums = []
     for at in range(0, own.shape[3], MAX_HEAD):
@@ -114,7 +120,10 @@ def average(
 
 
 def forward_pass(call: Call, features: Float[Tensor, "#B N F"] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Run the main kernel: out, lse, and by name the statistics of IN_KERNEL and `per_key` (sums of features)."""
+    """Run the main kernel.
+
+    Returns out, lse, and by name the statistics of IN_KERNEL and `per_key` (sums of features).
+    """
     from headstats.triton import forward
 
     kernel: Any = forward.attend_kernel
@@ -127,7 +136,10 @@ def forward_pass(call: Call, features: Float[Tensor, "#B N F"] | None) -> tuple[
 def prepare(
     call: Call, features: Float[Tensor, "#B N F"] | None, interpreted: bool = False, amd: bool = AMD
 ) -> tuple[int, tuple[Any, ...], dict[str, Any], tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Return the number of programs, the arguments, the compile-time arguments and the tensors to be filled."""
+    """Return the number of programs, the arguments and the results of the kernel.
+
+    The third item holds the compile-time arguments. The results are the tensors that the kernel fills.
+    """
     b, h, m, _ = call.q.shape
     q = arguments.unit_stride(call.q)
     out = torch.empty(b, h, m, call.v.shape[3], dtype=call.v.dtype, device=q.device)
@@ -155,7 +167,10 @@ def prepare(
 
 
 def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
-    """Compute a statistic of keys known in advance, in a separate kernel: in the main one it would cost registers."""
+    """Compute a statistic of keys known in advance, in a separate kernel.
+
+    In the main kernel it would cost registers.
+    """
     from headstats.triton import probe_kernel
 
     b, h, m, d = call.q.shape
@@ -176,7 +191,7 @@ def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> T
 
 
 def constants(call: Call, interpreted: bool = False, amd: bool = AMD) -> dict[str, Any]:
-    """Return the compile-time arguments of the kernel: sizes, precision and tile shape."""
+    """Return the kernel's compile-time arguments: sizes, precision, tile shape."""
     d, dv = call.q.shape[3], call.v.shape[3]
     full = call.q.dtype == torch.float32
     exact = "ieee" if amd else "tf32x3"  # three products instead of one keep float32 accuracy
@@ -193,7 +208,9 @@ def constants(call: Call, interpreted: bool = False, amd: bool = AMD) -> dict[st
 def tile_shape(
     d: int, full: bool, interpreted: bool = False, amd: bool = AMD, per_cell: bool = False
 ) -> dict[str, Any]:
-    """Return queries and keys of a tile, warps and pipeline stages, from a fixed table: autotuning needs a driver.
+    """Return queries and keys of a tile, warps and pipeline stages.
+
+    They come from a fixed table, because autotuning needs a driver.
 
     per_cell: whether each cell reads numbers (bias or tables), which takes registers and memory.
     """

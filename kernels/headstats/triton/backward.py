@@ -1,4 +1,6 @@
-"""Triton backward: gradients from q, k, v, lse and out, by recomputing weights tile by tile, without any M x N matrix.
+"""Triton backward: gradients from q, k, v, lse and out.
+
+Weights are recomputed tile by tile, and no M x N matrix is stored.
 
 With x = score * log2(e), p = 2^(x - lse log2 e), dp = dout . v, and delta = dout . out - dlse for each query:
     dv = p^T dout                     ds = p (dp - delta)           (d loss / d logit, natural)
@@ -78,7 +80,9 @@ def keys_gradient_kernel(
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BN keys of one key head, summed over its G query heads and the `run` batch rows that share the keys.
+    """One program: BN keys of one key head.
+
+    Sums are over its G query heads and the `run` batch rows that share the keys.
 
     first: position of the region's first key among all N.  lse, delta [B,H,M], dk [.,Hk,n,D] and dv are contiguous.
     """
@@ -121,7 +125,10 @@ def add_keys(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     HEAT: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys start <= c < stop of a region to dq and to the gradients of temperature and ALiBi slope."""
+    """Add the keys start <= c < stop of a region to the gradients of queries.
+
+    These are dq and the gradients of temperature and ALiBi slope.
+    """
     b_dq, b_heat, b_away = sums
     for i_n in range(start, stop, BN):
         o_r = i_n + tl.arange(0, BN)

@@ -33,7 +33,10 @@ FLOAT32_TILES = ((64, 32, 2), (32, 32, 1), (32, 16, 1))
 
 
 class ColumnOutputs(NamedTuple):
-    """Results for the statistics of keys, [B, H, N] and contiguous; None: not requested."""
+    """Results for the statistics of keys, [B, H, N]; None: not requested.
+
+    They are contiguous.
+    """
 
     received: Tensor | None = None
     received_max: Tensor | None = None
@@ -49,7 +52,10 @@ def visit_queries(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries start <= i < stop to the sums over queries. start is a multiple of BM."""
+    """Add the queries start <= i < stop to the sums over queries.
+
+    start is a multiple of BM.
+    """
     b_sum, b_seen, b_max, b_square, b_far_sum, b_far_seen = sums
     for i_m in range(start, stop, BM):
         o_m = i_m + tl.arange(0, BM)
@@ -170,7 +176,10 @@ def statistics(call: Call, lse: Float[Tensor, "B H M"]) -> dict[str, Tensor]:
 
 
 def allocate(call: Call) -> tuple[dict[str, Tensor], ColumnOutputs]:
-    """Allocate the requested statistics, and return them by name and as the kernel's argument."""
+    """Allocate the requested statistics.
+
+    Returns them by name and as the kernel's argument.
+    """
     b, h, _, _ = call.q.shape
     requested = call.spec.requested()
     names = [name for name in ColumnOutputs._fields if name in requested]
@@ -182,7 +191,7 @@ def allocate(call: Call) -> tuple[dict[str, Tensor], ColumnOutputs]:
 
 
 def constants(call: Call, interpreted: bool = False) -> dict[str, Any]:
-    """Return the compile-time arguments of the kernel: sizes, precision and tile shape."""
+    """Return the kernel's compile-time arguments: sizes, precision, tile shape."""
     d, full = call.q.shape[3], call.q.dtype == torch.float32
     sizes = {"G": call.groups, "D": d, "BD": arguments.power_of_two(d)}
     switches = {"UPCAST": interpreted and not full, "PRECISION": "ieee" if full else "tf32"}

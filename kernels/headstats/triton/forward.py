@@ -1,4 +1,4 @@
-"""Triton forward: attention and row statistics in one pass over the keys, by online softmax.
+"""Triton forward: attention and row statistics in one pass, by online softmax.
 
 It works in base 2: x = score * log2(e). With running maximum m, normaliser l = sum 2^(x - m), a new maximum m' and
 alpha = 2^(m - m'), the updates are
@@ -32,7 +32,10 @@ def load_keys(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Load keys [BD, BN] and values [BN, BDV] from i_n on; also which exist, their batch rows and places in them."""
+    """Load keys [BD, BN] and values [BN, BDV] from i_n on.
+
+    Also returns which of them exist, their batch rows and their places in these.
+    """
     o_d = tl.arange(0, BD)
     o_v = tl.arange(0, BDV)
     o_r = i_n + tl.arange(0, BN)
@@ -68,7 +71,9 @@ def visit_keys(
     MASKED: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys start <= c < stop of a region to the running sums. Without MASKED, start is a multiple of BN.
+    """Add the keys start <= c < stop of a region to the running sums.
+
+    Without MASKED, start is a multiple of BN.
 
     p_k, p_v: keys and values of this head and of batch row i_kb. If FLAT, the region's batch rows from i_kb on follow
     one another, and c counts through all of them.  first: position of a batch row's first key among all N.
@@ -109,7 +114,9 @@ def visit_keys(
 
 @triton.jit
 def key_range(cells, reach, n, first, low, high, BN: tl.constexpr):
-    """Return (start, left, right, stop) of a region's n keys for queries at positions low ... high.
+    """Return ranges of a region's n keys for queries at positions low ... high.
+
+    They are (start, left, right, stop).
 
     start ... stop contains the keys that some query sees. left ... right contains keys that all queries see and that
     are beyond `reach` of all. All but stop are multiples of BN.
@@ -139,7 +146,10 @@ def visit_region(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add all keys of a region to the running sums: those at the edges with masks, those between without."""
+    """Add all keys of a region to the running sums.
+
+    Keys at the edges need masks, those between do not.
+    """
     start, left, right, stop = key_range(cells, stats.reach, region.n, first, low, high, BN)
     if (cells.farthest is not None) and (cells.hides is None):
         sums = visit_keys(
@@ -164,7 +174,9 @@ def attend_kernel(
     BM: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head, from one batch row, or from all `run` rows that share a prefix.
+    """One program: BM queries of one head.
+
+    They are from one batch row, or from all `run` rows that share a prefix.
 
     out [B,H,M,DV] and the statistics are contiguous.
     """

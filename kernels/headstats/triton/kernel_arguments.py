@@ -1,4 +1,6 @@
-"""A `Call` in the form that Triton kernels take. Imports triton only where it is needed.
+"""A `Call` in the form that Triton kernels take.
+
+Imports triton only where it is needed.
 
 Fields that a call does not use are None. Triton then compiles the kernel without them, so they cost nothing.
 """
@@ -23,7 +25,10 @@ HIDES, OPENS = 1, 2  # bits of `CellTerms.rules`
 
 
 class KeyRegion(NamedTuple):
-    """Keys and values of one region, with the strides of all axes but the last, which is contiguous."""
+    """Keys and values of one region, with their strides.
+
+    The last axis is contiguous, and its stride is not listed.
+    """
 
     k: Tensor  # [B, Hk, n, D]
     v: Tensor  # [B, Hk, n, Dv]
@@ -72,7 +77,10 @@ class CellTerms(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Results for the statistics of queries, [B, H, M] and contiguous, and the numbers that they need."""
+    """Results for the statistics of queries, and the numbers that they need.
+
+    Results are [B, H, M] and contiguous.
+    """
 
     entropy: Tensor | None = None
     entropy_normalised: Tensor | None = None
@@ -118,12 +126,18 @@ def prefix(call: Call) -> tuple[KeyRegion | None, int | None]:
 
 
 def power_of_two(d: int) -> int:
-    """Return the length of a tile's axis that holds d numbers. Tensor cores need at least 16."""
+    """Return the length of a tile's axis that holds d numbers.
+
+    Tensor cores need at least 16.
+    """
     return max(16, 1 << (d - 1).bit_length())
 
 
 def unit_stride(x: Shaped[Tensor, "*lead D"]) -> Shaped[Tensor, "*lead D"]:
-    """Return x with stride 1 along the head axis, as kernels need; other axes may have any stride."""
+    """Return x with stride 1 along the last axis, as kernels need.
+
+    Other axes may have any stride.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -199,7 +213,10 @@ def ends(call: Call) -> RowTerms:
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """Return the largest bias that hides, as in `call.hidden_by_bias`: compared in the bias's own dtype."""
+    """Return the largest bias that hides, as in `call.hidden_by_bias`.
+
+    It is compared in the bias's own dtype.
+    """
     return max(torch.finfo(dtype).min, float(torch.tensor(HIDDEN).to(dtype)))
 
 
@@ -217,7 +234,10 @@ def _row_numbers(call: Call, rows: int) -> Int[Tensor, "#B M"]:
 
 
 def _tables(call: Call) -> dict[str, Shaped[Tensor, "#B #H R C"]]:
-    """Return the tables over pairs of segments by field of `CellTerms`, in one shape, so that one index reads all."""
+    """Return the tables over pairs of segments by field of `CellTerms`.
+
+    All have one shape, so that one index reads all.
+    """
     masks = (call.segment_mask, call.segment_open)
     edits = (call.knockout, call.logit_factor, call.logit_raise, call.edit_bias, call.gain)
     log2_gain = call.log2_gain if isinstance(call, LoweredCall) else None
@@ -253,7 +273,10 @@ def _tables(call: Call) -> dict[str, Shaped[Tensor, "#B #H R C"]]:
 
 
 def _trim(t: Shaped[Tensor, "b h R C"], rows: int, columns: int) -> Shaped[Tensor, "b h rows columns"]:
-    """Keep the first rows and columns and the neutral last one: no id reads the others."""
+    """Keep the first rows and columns and the neutral last one.
+
+    No id reads the others.
+    """
     for axis, size in ((2, rows), (3, columns)):
         if t.shape[axis] > size:
             last = t.narrow(axis, t.shape[axis] - 1, 1)

@@ -29,7 +29,10 @@ FLOAT32_TILES = ((32, 32, 1), (32, 16, 1), (16, 16, 1))
 
 
 def unsupported(call: Call, leaf_names: set[str]) -> list[str]:
-    """Return the requested gradients that the kernels do not compute, and fields of the call that they do not read."""
+    """Return what the kernels do not support in a call.
+
+    These are requested gradients that they do not compute, and fields of the call that they do not read.
+    """
     unread = [f.name for f in fields(call) if f.name not in READ and getattr(call, f.name) is not f.default]
     return [*sorted(leaf_names - set(COMPUTED)), *unread]
 
@@ -37,7 +40,9 @@ def unsupported(call: Call, leaf_names: set[str]) -> list[str]:
 def backward(
     call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
-    """Return d loss / d leaf by name for the requested leaves, given out, lse and d loss / d (out, lse).
+    """Return d loss / d leaf by name for the requested leaves.
+
+    Given are out, lse and d loss / d (out, lse).
 
     `unsupported` must be empty for the call and the requested leaves.
     """
@@ -60,7 +65,10 @@ def backward(
 def _row_gradients(
     call: Call, leaf_names: set[str], lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the gradients of arguments that act on whole rows and heads. per_row: the kernel's sums over keys."""
+    """Return the gradients of arguments that act on whole rows and heads.
+
+    per_row: the kernel's sums over keys.
+    """
     grads = {}
     temperature = None if call.temperature is None else call.temperature.float()
     if "alibi" in leaf_names:
@@ -106,7 +114,10 @@ def gradients_of_keys(
 def gradient_of_queries(
     call: Call, q: Tensor, go: Tensor, lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]
 ) -> Float[Tensor, "B H M D"]:
-    """Return the gradient of q. per_row is filled with sum_j ds logit (temperature) and sum_j dx distance (alibi)."""
+    """Return the gradient of q.
+
+    per_row is filled with sum_j ds logit (temperature) and sum_j dx distance (alibi).
+    """
     from headstats.triton import backward, forward
 
     b, h, m, _ = q.shape
@@ -123,7 +134,10 @@ def gradient_of_queries(
 
 
 def constants(call: Call, interpreted: bool = False) -> dict[str, Any]:
-    """Return the compile-time arguments of both kernels: sizes, precision and tile shape."""
+    """Return the compile-time arguments of both kernels.
+
+    They are sizes, precision and tile shape.
+    """
     d, dv = call.q.shape[3], call.v.shape[3]
     full = call.q.dtype == torch.float32
     sizes = {

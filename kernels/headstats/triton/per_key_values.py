@@ -1,4 +1,4 @@
-"""Numbers of keys, besides their values, that are averaged under p in place of values."""
+"""Numbers of keys that are averaged under p in place of values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def separate_prefixes(call: Call) -> Call:
-    """Give each batch row its own prefix if numbers of a shared prefix's keys differ between the rows.
+    """Give each batch row its own prefix where rows of a run differ.
+
+    Rows differ if numbers of a shared prefix's keys differ between them.
 
     One prefix for all rows is not repeated in memory, but each row reads it separately.
     """
@@ -40,7 +42,10 @@ def _differs(call: Call) -> bool:
 
 
 def features(call: Call) -> Float[Tensor, "#B N F"] | None:
-    """Return segment membership as zeros and ones, if segments are requested, followed by key_features."""
+    """Return segment membership as zeros and ones, followed by key_features.
+
+    Each is present only if the statistic is requested.
+    """
     columns = []
     if call.spec.segments:
         columns.append(_members(call))

@@ -1,4 +1,7 @@
-"""Triton: weights of single cells from q, k and lse, p_ij = 2^(x_ij - lse_i log2 e), without pattern or values."""
+"""Triton: weights of single cells from q, k and lse.
+
+p_ij = 2^(x_ij - lse_i log2 e), without pattern or values.
+"""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 # (calls between kernels pass Python constants for tl.constexpr)
@@ -14,7 +17,9 @@ def weigh_cells_kernel(
     p_q, q_strides, own, prefix, p_keys, keys_strides, p_lse, p_out, cells, H, M, N, T, run,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head and batch row. p_keys: int64, T keys of each query; invalid keys weigh 0.
+    """One program: BM queries of one head and batch row.
+
+    p_keys: int64, T keys of each query; invalid keys weigh 0.
 
     lse [B,H,M] and out, [B,H,M,T] or with SUM [B,H,M], are contiguous. run: batch rows that share a prefix.
     """

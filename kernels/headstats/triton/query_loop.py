@@ -1,4 +1,6 @@
-"""Triton: parts shared by kernels whose programs own a block of keys and loop over the queries that see it.
+"""Triton: parts shared by kernels that loop over queries.
+
+Their programs own a block of keys and loop over the queries that see it.
 
 Their tiles are transposed: keys as [BN, 1], queries as [1, BM].
 """
@@ -14,7 +16,9 @@ from headstats.triton.tile_scores import LOG2E
 
 @triton.jit
 def query_range(cells, M, n, first, i_n, BM: tl.constexpr, BN: tl.constexpr):
-    """Return (start, left, right, stop) of the queries for the keys i_n ... i_n + BN - 1 of a region's n keys.
+    """Return (start, left, right, stop) of the queries for the keys i_n ...
+
+    i_n + BN - 1 of a region's n keys.
 
     start ... stop contains the queries that see some of these keys, left ... right those that see all. All but stop are
     multiples of BM.
@@ -62,6 +66,9 @@ def load_block(p, s_row, o_r, n, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.c
 
 @triton.jit
 def load_norms(p_lse, o_m, M):
-    """Load lse of queries in base 2; +inf, so that all weights are 0, where no query exists or it sees no key."""
+    """Load lse of queries in base 2.
+
+    It is +inf, so that all weights are 0, where no query exists or the query sees no key.
+    """
     b_lse = tl.load(p_lse + o_m, mask=o_m < M, other=float("inf")) * LOG2E
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse)

@@ -1,4 +1,6 @@
-"""Triton: the running sums of a tile of queries: start, update by a tile of keys, and final statistics.
+"""Triton: the running sums of a tile of queries.
+
+They are started, updated by tiles of keys, and turned into statistics.
 
 `stats` and `ends` are `kernel_arguments.Outputs` and `kernel_arguments.RowTerms`. A field that is None there compiles
 to no instruction.
@@ -45,7 +47,9 @@ def add_weights(softmax, b_x):
 def add_tile(
     softmax, others, stats, b_x, b_near, b_place, b_far, i_n, first, n, MASKED: tl.constexpr, FLAT: tl.constexpr
 ):
-    """Add a tile of logits to all sums except products; return its weights and the factor of old sums for those.
+    """Add a tile of logits to all sums except products.
+
+    For products, it returns the tile's weights and the factor of old sums.
 
     i_n, first, n, FLAT: the place of the tile, as in `forward.visit_keys`; n: keys of a batch row in this region.
     b_near [BM] - b_place [1, BN] or [BM, BN] is the distance of query and key as a float, b_far the same as an integer.
@@ -95,7 +99,9 @@ def add_tile(
 
 @triton.jit
 def normalise(softmax, before, ends, cells, b_cool, i_h, BM: tl.constexpr):
-    """Return (empty, shift, log2 of the normaliser, inverse), with weight = 2^(x - m) * inverse. Includes a sink.
+    """Return (empty, shift, log2 of the normaliser, inverse).
+
+    A weight is 2^(x - m) * inverse. A learned sink is included.
 
     before: maximum and normaliser before gains after the softmax, which do not change it.  empty: no key is visible.
     """
@@ -120,7 +126,10 @@ def normalise(softmax, before, ends, cells, b_cool, i_h, BM: tl.constexpr):
 
 @triton.jit
 def store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF: tl.constexpr):
-    """Store the statistics of each query. norm: from `normalise`.  o_row: the query's place among [B, H, M]."""
+    """Store the statistics of each query. norm: from `normalise`.
+
+    o_row: the query's place among [B, H, M].
+    """
     b_m, b_l = softmax
     b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close = others
     _empty, b_shift, b_log, b_inv = norm
@@ -160,7 +169,10 @@ def store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF: tl
 
 @triton.jit
 def store_output(p_out, ends, b_o, b_inv, i_b, i_h, o_m, o_row, rows, DV: tl.constexpr, BDV: tl.constexpr):
-    """Store gate * z + (1 - gate) * replacement, with z = b_o * b_inv. i_b: a scalar, or [BM, 1]. o_m: [BM, 1]."""
+    """Store gate * z + (1 - gate) * replacement, with z = b_o * b_inv.
+
+    i_b: a scalar, or [BM, 1]. o_m: [BM, 1].
+    """
     o_v = tl.arange(0, BDV)[None, :]
     whole = rows[:, None] & (o_v < DV)
     b_z = b_o * b_inv[:, None]

@@ -1,4 +1,6 @@
-"""Masked logits of one tile, in base 2, for all Triton kernels: the only place that defines how logits are computed.
+"""Masked logits of one tile, in base 2, for all Triton kernels.
+
+Only this file defines how logits are computed.
 
 All functions broadcast. A tile of BM queries and BN keys passes queries as [BM, 1] and keys as [1, BN], or the other
 way round for a transposed tile. Keys may also be [BM, BN], where every query has its own. The batch row is a scalar, or
@@ -44,7 +46,9 @@ def mix(x):
 
 @triton.jit
 def row_terms(cells, i_b, i_h, o_i, M, N):
-    """Load once what queries contribute to their cells: slope, 1 / temperature, and the offsets of their data.
+    """Load once what queries contribute to their cells.
+
+    This is slope, 1 / temperature, and the offsets of their data.
 
     o_i: queries; those from M on read the data of the last one.
     """
@@ -86,7 +90,10 @@ def row_terms(cells, i_b, i_h, o_i, M, N):
 
 @triton.jit
 def of_cells(p_table, cells, row, o_n, inside):
-    """Load a table over pairs of segments at the tile's cells. row: from row_terms.  inside: which keys exist."""
+    """Load a table over pairs of segments at the tile's cells. row: from row_terms.
+
+    inside: which keys exist.
+    """
     _slope, _cool, _bias, _padding, o_columns, o_table, _after = row
     return tl.load(p_table + o_table + tl.load(cells.k_segments + o_columns + o_n, mask=inside, other=0))
 
@@ -144,7 +151,9 @@ def tile_logits(b_x, cells, row, o_i, o_n, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def reweighted(b_x, cells, row, o_i, o_n, inside):
-    """Turn logits into logarithms of the weights, in the same units, after the edits that follow the softmax.
+    """Turn logits into logarithms of the weights after edits behind the softmax.
+
+    They are in the same units.
 
     The arguments are those of `tile_logits`.
     """

@@ -39,7 +39,10 @@ MOST_KEPT = 64
 
 @triton.jit
 def keep_larger(b_x, b_best, b_place, i_n, BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr):
-    """Merge a tile [BM, BN], whose first key is i_n, into the largest cells [BM, K] and their places."""
+    """Merge a tile [BM, BN] into the largest cells [BM, K] and their places.
+
+    i_n: the first key of the tile.
+    """
     o_c = tl.arange(0, BN)[None, :]
     o_k = tl.arange(0, K)[None, :]
     b_top, b_at = tl.max(b_x, 1, return_indices=True, return_indices_tie_break_left=True)
@@ -88,7 +91,10 @@ def visit_region(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Merge all keys of a region: those at the edges with masks, those between without."""
+    """Merge all keys of a region.
+
+    Keys at the edges need masks, those between do not.
+    """
     start, left, right, stop = key_range(cells, None, region.n, first, low, high, BN)
     if (cells.farthest is not None) and (cells.hides is None):
         best = visit_keys(
@@ -111,7 +117,9 @@ def largest_kernel(
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, K: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM queries of one head and batch row. p_best (logits in base 2) and p_place: [B,H,M,k].
+    """One program: BM queries of one head and batch row.
+
+    p_best (logits in base 2) and p_place: [B,H,M,k].
 
     p_last, p_last_place: for each query the last cell of the previous pass, [B,H,M], or None.
     """
@@ -171,7 +179,10 @@ def topk(call: Call, lse: Float[Tensor, "B H M"]) -> TopK:
 def _pass(
     call: Call, k: int, last: tuple[Float[Tensor, "B H M"], Int[Tensor, "B H M"]] | None
 ) -> tuple[Float[Tensor, "B H M k"], Int[Tensor, "B H M k"]]:
-    """Return the k largest logits (base 2) after the cell `last` of each query, and their keys; ties go left."""
+    """Return the k largest logits (base 2) after the cell `last` of each query.
+
+    Also returns their keys. Largest first; ties go left.
+    """
     b, h, m, _ = call.q.shape
     q = arguments.unit_stride(call.q)
     best = torch.empty(b, h, m, k, dtype=torch.float32, device=q.device)
@@ -191,7 +202,7 @@ def _pass(
 
 
 def constants(call: Call, k: int, interpreted: bool = False) -> dict[str, Any]:
-    """Return the compile-time arguments of the kernel: sizes, precision and tile shape."""
+    """Return the kernel's compile-time arguments: sizes, precision, tile shape."""
     d, full = call.q.shape[3], call.q.dtype == torch.float32
     sizes = {"G": call.groups, "D": d, "BD": arguments.power_of_two(d), "K": arguments.power_of_two(k)}
     switches = {"UPCAST": interpreted and not full, "PRECISION": "ieee" if full else "tf32"}

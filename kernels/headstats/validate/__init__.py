@@ -1,1 +1,4 @@
-"""Checks of a call before anything is computed; each raises one error that says what to change."""
+"""Checks of a call before anything is computed.
+
+Each raises one error that says what to change.
+"""

@@ -1,4 +1,7 @@
-"""Checks of the arguments of `attend`. Each message names the argument, its value and what is allowed."""
+"""Checks of the arguments of `attend`.
+
+Each message names the argument, its value and what is allowed.
+"""
 
 from __future__ import annotations
 

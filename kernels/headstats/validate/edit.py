@@ -17,7 +17,10 @@ ACTING = (*TABLES, "gate", "replacement", "temperature", "counterfactual", "patt
 
 
 def edit_fields(edit: Edit, sizes: Sizes, q: Tensor, k: Tensor, q_ids: Tensor | None, k_ids: Any) -> dict[str, Any]:
-    """Return the fields of `Call` that an edit sets: all of `call.EDITS`, or none if it acts on no row."""
+    """Return the fields of `Call` that an edit sets.
+
+    These are all of `call.EDITS`, or none if the edit acts on no row.
+    """
     _check_flags(edit, k_ids)
     heads, rows = sizes.rows[:2], acting_rows(edit, sizes, q)
     gate = _check_row_numbers("gate", edit.gate, sizes.rows, q)
@@ -81,14 +84,20 @@ def _requires_grad(x: Any) -> bool:
 
 
 def _restrict_to_rows(x: Tensor | None, rows: Tensor | None, neutral: float) -> Tensor | None:
-    """Set rows on which the edit does not act to the neutral number. x: [#B, M] or [#B, #H, #M]."""
+    """Set rows on which the edit does not act to the neutral number.
+
+    x: [#B, M] or [#B, #H, #M].
+    """
     if x is None or rows is None:
         return x
     return torch.where(rows if x.dim() == 2 else rows[:, None], x, neutral)
 
 
 def _check_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Return the heads and rows that change, [#B, #H, #M]; None = all (or the field is not used)."""
+    """Return the heads and rows that change, [#B, #H, #M].
+
+    None = all (or the field is not used).
+    """
     used = (edit.pattern_from if name == "pattern_heads" else edit.counterfactual) is not None
     t: Any = getattr(edit, name)
     acting = None if rows is None or not used else rows[:, None]
@@ -106,7 +115,10 @@ def _check_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows:
 
 
 def _resolve_gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, Tensor | None]:
-    """Express Edit.bias, gain and knockout by log gains and hidden cells before the softmax, and gains after it."""
+    """Express Edit.bias, gain and knockout by fields of `Call`.
+
+    These are log gains and hidden cells before the softmax, and gains after it.
+    """
     bias = _check_number_table("bias", edit.bias, heads, q, neutral=0)
     gain = _check_number_table("gain", edit.gain, heads, q, neutral=1)
     cut = check_bool_table("Edit.knockout", edit.knockout, heads, q, neutral=False)
@@ -144,7 +156,10 @@ def _resolve_redistribution(edit: Edit, sizes: Sizes, q: Tensor) -> dict[str, Te
 
 
 def _check_number_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: float) -> Tensor | None:
-    """Check a table of finite numbers over pairs of segments; add a neutral row and column for tokens in no segment."""
+    """Check a table of finite numbers over pairs of segments.
+
+    A neutral row and column are added for tokens in no segment.
+    """
     if t is None:
         return None
     check_tensor(f"Edit.{name}", t, q)
@@ -167,7 +182,10 @@ def _check_pattern(pair: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tens
 
 
 def _check_row_numbers(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> Tensor | None:
-    """Check a number for each head, or for each head and query; return it as [#B, #H, #M]."""
+    """Check a number for each head, or for each head and query.
+
+    It is returned as [#B, #H, #M].
+    """
     if t is None:
         return None
     check_tensor(f"Edit.{name}", t, q)
@@ -181,7 +199,10 @@ def _check_row_numbers(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> 
 
 
 def _check_replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
-    """Check a vector for each head, or for each head and query; return it as [#B, #H, #M, #Dv]."""
+    """Check a vector for each head, or for each head and query.
+
+    It is returned as [#B, #H, #M, #Dv].
+    """
     if t is None:
         return None
     check_tensor("Edit.replacement", t, q)

@@ -1,4 +1,7 @@
-"""The optional search for NaN and infinity in arguments (`check_finite=True`). It costs a pass over every argument."""
+"""The optional search for NaN and infinity in arguments (`check_finite=True`).
+
+It costs a pass over every argument.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ PUBLIC_NAMES = {  # names of arguments whose field in Call has another name
 
 
 def check_finite(call: Call) -> None:
-    """Raise ValueError that names the first argument with NaN or infinity, and its first such place.
+    """Raise ValueError for the first argument with NaN or infinity.
+
+    The message names the argument and the first such place.
 
     A bias may hold -inf, which hides a cell. Raises NotImplementedError while a compiler traces.
     """

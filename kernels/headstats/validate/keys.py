@@ -1,4 +1,4 @@
-"""Checks of the arguments about keys: segments, targets, features; and of the sizes of a call."""
+"""Checks of the arguments about keys: segments, targets, features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from headstats.validate.values import check_values, is_tracing
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a call: M queries, N keys including those of a shared prefix, values of size Dv."""
+    """Sizes of a call: M queries, N keys, values of size Dv.
+
+    N includes the keys of a shared prefix.
+    """
 
     b: int
     h: int
@@ -42,7 +45,10 @@ def check_tensor(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
 
 
 def resolve_spec(spec: StatSpec, arguments: dict[str, Any]) -> StatSpec:
-    """Turn statistics that depend on an argument on or off, and refuse an argument that nothing would read."""
+    """Turn statistics that depend on an argument on or off.
+
+    An argument that nothing would read is refused.
+    """
     switches = {}
     for name, argument in ARGUMENT.items():
         requested, has_argument = getattr(spec, name), arguments[argument] is not None
@@ -58,7 +64,10 @@ def resolve_spec(spec: StatSpec, arguments: dict[str, Any]) -> StatSpec:
 
 
 def check_ids(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
-    """Check ids of shape [B, *] or without B, from -1 (none) to below the limit; return int64 with a batch axis."""
+    """Check ids of shape [B, *] or without B; return int64 with a batch axis.
+
+    Ids go from -1 (none) to below the limit.
+    """
     if t is None:
         return None
     check_tensor(name, t, q, floating=False)
@@ -78,8 +87,10 @@ def check_ids(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str
 def check_segments(
     q_ids: Any, k_ids: Any, tables: dict[str, Any], shape: tuple[int, int, int], q: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """Check the segment ids against the tables that read them; return those of queries and keys, and the number of key
-    segments."""
+    """Check the segment ids against the tables that read them.
+
+    Returns those of queries and keys, and the number of key segments.
+    """
     b, m, n = shape
     tables = {name: t for name, t in tables.items() if t is not None}
     for name, t in tables.items():
@@ -108,7 +119,10 @@ def check_segments(
 
 
 def check_bool_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, neutral: bool) -> Tensor | None:
-    """Check a bool table over pairs of segments, and add a neutral row and column for tokens in no segment."""
+    """Check a bool table over pairs of segments.
+
+    A neutral row and column are added for tokens in no segment.
+    """
     if t is None:
         return None
     check_tensor(name, t, q, floating=False)

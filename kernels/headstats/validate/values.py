@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 def is_tracing(x: Tensor) -> bool:
-    """Whether a compiler traces or tensors are fake, so that shapes exist but values do not."""
+    """Whether a compiler traces or tensors are fake: values do not exist yet."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def check_values(x: Tensor, name: str, rule: str, limit: int | None = None) -> Tensor:
-    """Return x if its values obey the rule; else raise ValueError that names the argument."""
+    """Return x if its values obey the rule; else raise ValueError.
+
+    The message names the argument.
+    """
     if is_tracing(x):
         return torch.ops.headstats.checked(x, name, rule, limit)
     RULES[rule](x, name, limit)
