@@ -1,16 +1,20 @@
-"""The verb that finds a circuit: discover, prune, test, name, write; heavy imports wait for the model."""
+"""`interp circuit`: find, prune, test, name and write a circuit. Heavy modules are imported with the model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from interp.cli.options import RunOptions
 from interp.errors import InterpError
 from interp.metrics import METRICS as ALL_METRICS
+
+if TYPE_CHECKING:
+    from interp.circuits.circuit import Circuit
+    from interp.model.model import Model
 
 METRICS = tuple(name for name, metric in ALL_METRICS.items() if metric.differentiable)
 METHODS = ("eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations", "flow", "acdc")
@@ -21,26 +25,26 @@ def circuit(
         "smollm2"
     ),
     task: Annotated[str | None, typer.Option(help="Prompts of a task: ioi, induction, …  Default: ioi.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="Pairs of your own: .csv or .jsonl, in place of a task.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Custom pairs instead of a task: a .csv or .jsonl file.")] = None,
     n: Annotated[int, typer.Option(help="Prompts of the task.")] = 16,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "eap-ig-inputs",
-    edges: Annotated[int, typer.Option(help="Edges to take, before pruning; for acdc: to begin with.")] = 200,
+    edges: Annotated[int, typer.Option(help="Edges before pruning; for acdc: at the start.")] = 200,
     selection: Annotated[str, typer.Option(help="top; greedy: backwards from the logits, always connected.")] = "top",
     threshold: Annotated[float, typer.Option(help="acdc: an edge stays if the metric (KL) gets worse by this.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Steps of integrated gradients.")] = 5,
     metric: Annotated[str, typer.Option(help=f"{', '.join(METRICS)}: what is attributed and measured.")] = (
         "logit_diff"
     ),
-    roles: Annotated[bool, typer.Option("--roles", help="Name heads by evidence: some forwards for each.")] = False,
+    roles: Annotated[bool, typer.Option("--roles", help="Name heads by evidence: some forwards per head.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the circuit goes: a .json file.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the circuit: a .json file.")] = None,
 ) -> None:
-    """Find a circuit: score edges, keep the best on paths to the logits, say how faithful they are, and write them.
+    """Find a circuit: score edges, keep the best on paths to the logits, measure faithfulness, and write the circuit.
 
-    Printed are the strongest edges and the circuit's faithfulness (edges outside carry the corrupt prompt's activation)
-    beside random circuits of its size, on the prompts that it was found on.
+    Prints the strongest edges, and the circuit's faithfulness (edges outside carry the corrupt prompt's activation)
+    next to that of random circuits of its size, on the prompts on which the circuit was found.
     """
     if method not in METHODS or selection not in ("top", "greedy"):
         raise InterpError(f"--method {method} --selection {selection}: one of {', '.join(METHODS)}; top or greedy")
@@ -61,26 +65,26 @@ def circuit(
     size = len(architecture(loaded))
     if edges > size:
         raise InterpError(f"--edges {edges}: {loaded.name} has {size}")
-    found = _found(loaded, prompts, metric, method, edges, selection, threshold, steps)
+    result = _find_circuit(loaded, prompts, metric, method, edges, selection, threshold, steps)
     from interp import circuits
 
     if roles:
-        found = circuits.name_roles(loaded, prompts, found, metric)
-    faithful = circuits.faithfulness(loaded, prompts, found, metric, n_random=10, seed=seed)
-    table: Any = found.frame()
+        result = circuits.name_roles(loaded, prompts, result, metric)
+    faithful = circuits.faithfulness(loaded, prompts, result, metric, n_random=10, seed=seed)
+    table: Any = result.frame()
     typer.echo(table.iloc[table["score"].abs().argsort()[::-1]].head(20).to_string(index=False))
-    typer.echo(f"{found!r}")
+    typer.echo(f"{result!r}")
     interval = f"[{faithful.lo:.3f}, {faithful.hi:.3f}]" if len(faithful.whole) > 1 else "(one pair: no interval)"
     typer.echo(
         f"faithfulness {faithful.value:.3f} {interval}; random circuits of its size: "
         f"{faithful.random.mean():z.3f}, at most {faithful.random.max():z.3f}"
     )
     if out is not None:
-        typer.echo(f"wrote {found.write(out)}")
+        typer.echo(f"wrote {result.write(out)}")
 
 
 def _check_out(out: Path | None) -> None:
-    """Refuse, before anything is loaded, a file that could not be written."""
+    """Raise InterpError, before anything is loaded, if the file cannot be written."""
     if out is None:
         return
     if out.suffix != ".json" or not out.absolute().parent.is_dir():
@@ -92,16 +96,18 @@ def _check_out(out: Path | None) -> None:
         raise InterpError(f"--out {out}: no file can be written there ({e.strerror})") from None
 
 
-def _found(
-    model: Any, prompts: Any, metric: str, method: str, edges: int, selection: str, threshold: float, steps: int
-) -> Any:
+def _find_circuit(
+    model: Model, prompts: Any, metric: str, method: str, edges: int, selection: str, threshold: float, steps: int
+) -> Circuit:
+    """Score edges, and select a circuit."""
     from interp import circuits
 
     if method == "flow":
         scores = circuits.flow_scores(model, prompts)
     else:
-        how: Any = "eap-ig-inputs" if method == "acdc" else method
-        scores = circuits.attribute_edges(model, prompts, metric, how, steps=steps)
-    pruned = method != "acdc"
-    chosen = (scores.greedy if selection == "greedy" else scores.top)(edges, prune=pruned)
-    return chosen if pruned else circuits.acdc(model, prompts, threshold, start=chosen)
+        scoring: Any = "eap-ig-inputs" if method == "acdc" else method
+        scores = circuits.attribute_edges(model, prompts, metric, scoring, steps=steps)
+    select = scores.greedy if selection == "greedy" else scores.top
+    if method == "acdc":
+        return circuits.acdc(model, prompts, threshold, start=select(edges, prune=False))
+    return select(edges, prune=True)

@@ -1,4 +1,4 @@
-"""The command line. Bad input ends with one clear message and exit code 2; heavy imports wait for the verb."""
+"""The command line. Bad input ends with one clear message and exit code 2; heavy modules are imported by verbs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.callback()
 def _root() -> None:
-    """Keep verbs as verbs even while there are few of them."""
+    """Keep verbs as subcommands, even if there is only one."""
 
 
 @app.command()
@@ -39,8 +39,8 @@ def demo(
             "sequence. facts: recall a fact about a subject. interp tasks lists the others."
         ),
     ] = "ioi",
-    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals, and take longer.")] = 64,
-    seed: Annotated[int, typer.Option(help="Everything random (names, donors, noise) follows from it.")] = 0,
+    n: Annotated[int, typer.Option(help="Prompt pairs: more give narrower intervals and take longer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of everything random: names, donors, noise.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the Parquet files and report.html.")] = Path("results/demo"),
     model: Annotated[
         str,
@@ -49,9 +49,9 @@ def demo(
     facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 3,
     samples: Annotated[int, typer.Option(help="Noise samples per fact in causal tracing (published: 10).")] = 10,
 ) -> None:
-    """Run the main job on a real model: behaviour, attention statistics, patching, ablation, causal tracing, report.
+    """Run every main method on a real model: behaviour, attention, patching, ablation, causal tracing, report.
 
-    Each step's result is a Parquet file in --out as soon as it is done; report.html joins them all.
+    Each step's result is a Parquet file in --out as soon as the step is done; report.html shows them all.
     """
     from interp.cli.demo import Demo
 
@@ -59,8 +59,8 @@ def demo(
     try:
         path = job.run()
     except KeyboardInterrupt:
-        done = ", ".join(p.name for p in job.finished) or "nothing yet"
-        typer.echo(f"\ninterrupted; finished and readable in {out}: {done}", err=True)
+        names = ", ".join(p.name for p in job.finished) or "nothing yet"
+        typer.echo(f"\ninterrupted; finished and readable in {out}: {names}", err=True)
         if job.finished:
             typer.echo(f"make a page of them with: interp report {out}", err=True)
         raise typer.Exit(130) from None
@@ -74,15 +74,15 @@ def report(
 ) -> None:
     """Make one self-contained HTML page from a folder of results."""
     from interp.plots.read_results import read_results
-    from interp.plots.report import report as make
+    from interp.plots.report import report as make_report
 
     target = out or (run if run.is_dir() else run.parent) / "report.html"
-    typer.echo(f"wrote {make(read_results(run), title=run.stem).write(target)}")
+    typer.echo(f"wrote {make_report(read_results(run), title=run.stem).write(target)}")
 
 
 @app.command()
 def fetch() -> None:
-    """Fetch and convert the embedded model now, so that later runs need no network."""
+    """Download and convert the embedded model now, so that later runs need no network."""
     from interp.model.embedded import embedded_model
 
     typer.echo(f"the embedded model is in {embedded_model()}")
@@ -94,98 +94,96 @@ app.add_typer(sweep, name="sweep")
 app.command()(tasks)
 app.command()(circuit)
 
-bench = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
-def _cases(names: list[str] | None) -> list[str]:
-    """``--cases a,b --cases c`` as [a, b, c]."""
+def _case_names(names: list[str] | None) -> list[str]:
+    """Return ``--cases a,b --cases c`` as [a, b, c]."""
     return [name.strip() for text in names or () for name in text.split(",")]
 
 
-def _results(path: Path | None) -> None:
-    """Refuse, before hours of measuring, a file that they could not be written to, or would be lost in."""
+def _check_results_file(path: Path | None) -> None:
+    """Raise InterpError, before hours of measuring, unless results can be written to the file."""
     if path is None:
         return
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     try:
-        earlier = loads(path.read_text(encoding="utf-8")) if existing == path else {}
-        fine = isinstance(earlier, dict) and (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
+        previous = loads(path.read_text(encoding="utf-8")) if existing == path else {}
+        usable = isinstance(previous, dict) and (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
     except (OSError, ValueError):
-        fine = False
-    if not fine:
+        usable = False
+    if not usable:
         raise InterpError(
-            f"--json {path}: a new file, or one that this command has written, expected, where one can write"
+            f"--json {path}: expected a new file, or one that this command has written, in a writable folder"
         )
 
 
 @bench.callback()
 def _bench() -> None:
-    """Keep verbs as verbs even while there are few of them."""
+    """Keep verbs as subcommands, even if there is only one."""
 
 
 @bench.command()
 def kernel(
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few runs: does it work?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes and few runs, to check that everything works.")
+    ] = False,
     cases: Annotated[
-        list[str] | None, typer.Option(help="causal, prefix, costs or gpu; may be given again. Default: all.")
+        list[str] | None, typer.Option(help="causal, prefix, costs or gpu; can be repeated. Default: all.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of torch, for what runs on the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of torch, for cases on the CPU.")] = 2,
 ) -> None:
-    """Attention with statistics against plain attention: times, memory, and the targets.
+    """Compare attention with statistics to plain attention: times, memory, and the targets.
 
-    The same as python -m headstats.bench. The cases for a GPU run only where there is one.
+    The same as python -m headstats.bench. Cases for a GPU run only if there is one.
     """
     from headstats.bench import run as kernel_bench
 
-    if wrong := set(_cases(cases)) - set(kernel_bench.KINDS):
+    if wrong := set(_case_names(cases)) - set(kernel_bench.KINDS):
         raise InterpError(f"--cases {' '.join(sorted(wrong))}: choose from {', '.join(kernel_bench.KINDS)}")
-    _results(json)
-    result = kernel_bench.run(_cases(cases) or kernel_bench.KINDS, quick, threads, say=typer.echo)
+    _check_results_file(json)
+    result = kernel_bench.run(_case_names(cases) or kernel_bench.KINDS, quick, threads, say=typer.echo)
     if json:
         kernel_bench.write(result, json)
 
 
 @bench.command()
 def sweeps(
-    json: Annotated[
-        Path | None, typer.Option(help="Where to write all numbers; cases that it has from before stay.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Where to write all numbers; other cases in the file stay.")] = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="resid-early, z, ablation, tracing, edges, …; a wrong name lists them all. Default: all."),
+        typer.Option(help="resid-early, z, ablation, tracing, edges, …; a wrong name lists all. Default: all."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Times that each library runs each case; medians count.")] = 3,
+    rounds: Annotated[int, typer.Option(help="How often each library runs each case; the median is reported.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
 ) -> None:
-    """Sweeps of the embedded model beside TransformerLens' loop, Hugging Face hooks in batches, nnsight and pyvene.
+    """Compare sweeps of the embedded model with TransformerLens, batched Hugging Face hooks, nnsight and pyvene.
 
-    The last two where they are installed. In turn in one process; a time counts only if all numbers agree within 1e-4.
-    Half an hour for everything.
+    nnsight and pyvene only where they are installed. All run in turn in one process; a time counts only if all numbers
+    agree within 1e-4. Everything takes half an hour.
     """
-    os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; read when tqdm is imported
-    from interp.bench import sweeps as measured
+    os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; tqdm reads this when it is imported
+    from interp.bench import sweeps as benchmark
 
-    _results(json)
-    measured.run(_cases(cases) or measured.NAMES, rounds, threads, json, say=typer.echo)
+    _check_results_file(json)
+    benchmark.run(_case_names(cases) or benchmark.NAMES, rounds, threads, json, say=typer.echo)
 
 
 @bench.command("sweep-layer")
 def sweep_layer(
-    json: Annotated[
-        Path | None, typer.Option(help="Where to write all numbers; cases that it has from before stay.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Where to write all numbers; other cases in the file stay.")] = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="overhead, local, ray, rows, resume, corpus; may be given again. Default: all."),
+        typer.Option(help="overhead, local, ray, rows, resume, corpus; can be repeated. Default: all."),
     ] = None,
 ) -> None:
-    """What `interp sweep` adds to the engine, what workers bring, and how it takes many rows, parts and documents."""
-    from interp.bench import sweep_layer as measured
+    """Measure the overhead of `interp sweep`, the gain from workers, and many rows, parts and documents."""
+    from interp.bench import sweep_layer as benchmark
 
-    _results(json)
-    measured.run(_cases(cases) or list(measured.CASES), json, say=typer.echo)
+    _check_results_file(json)
+    benchmark.run(_case_names(cases) or list(benchmark.CASES), json, say=typer.echo)
 
 
 @app.command()
@@ -194,7 +192,7 @@ def doctor(
         "smollm2"
     ),
     context: Annotated[
-        int | None, typer.Option(help="Tokens to work out the memory for. Default: the model's own context.")
+        int | None, typer.Option(help="Tokens to estimate the memory for. Default: the model's context.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
@@ -216,15 +214,15 @@ def doctor(
     else:
         from interp.doctor.examination import examine
 
-        found = examine(model, context=context, dtype=dtype, device=device)
-        typer.echo(str(found))
-        passed = found.passed
+        examination = examine(model, context=context, dtype=dtype, device=device)
+        typer.echo(str(examination))
+        passed = examination.passed
     if not passed:
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point: turns InterpError into a message and exit code 2."""
+    """Entry point: turn InterpError into a message and exit code 2."""
     try:
         app()
     except InterpError as error:

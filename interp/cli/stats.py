@@ -1,4 +1,4 @@
-"""`interp stats`: attention statistics over a corpus. Heavy imports wait for the verb."""
+"""`interp stats`: attention statistics over a corpus. Heavy modules are imported by the verb."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ def stats(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")],
     data: Annotated[
         list[Path],
-        typer.Option(help="Text (a document a line), .jsonl (key text) or .npy token ids. May be given again."),
+        typer.Option(help="Text (one document per line), .jsonl (key text) or .npy token ids. Can be repeated."),
     ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run directory. Default: runs/stats-….")] = None,
-    context: Annotated[
-        int, typer.Option(help="Tokens that see each other; documents are cut to windows of so many.")
-    ] = 512,
+    context: Annotated[int, typer.Option(help="Documents are cut to windows of this many tokens.")] = 512,
     statistics: Annotated[
-        str | None, typer.Option(help="Of headstats.StatSpec: entropy,sink=4,previous. Default: its default.")
+        str | None, typer.Option(help="Fields of headstats.StatSpec: entropy,sink=4,previous. Default: StatSpec().")
     ] = None,
     bytes_per_part: Annotated[int, typer.Option(help="Bytes of a file that are computed and stored together.")] = 2**19,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
@@ -34,7 +32,7 @@ def stats(
     shard: ShardText = None,
     show: Show = "auto",
 ) -> None:
-    """Attention statistics of every head over a corpus of any length, streamed; resumed by the same command.
+    """Collect attention statistics of every head over a corpus of any length, streamed; the same command resumes.
 
     Writes statistics.csv (count, mean, variance, quantiles by layer and head) into the run directory.
     """
@@ -42,32 +40,32 @@ def stats(
     from interp.utils.files import result_file
 
     try:
-        found = measure(
-            model, data, out, context=context, statistics=chosen(statistics), bytes_per_part=bytes_per_part,
+        result = measure(
+            model, data, out, context=context, statistics=parse_statistics(statistics), bytes_per_part=bytes_per_part,
             dtype=dtype, device=device, executor=executor, workers=workers, threads=threads,
             shard=shard_number(shard), show=show,
         )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; what is finished is kept. The same command goes on with it", err=True)
+        typer.echo("\ninterrupted; what is finished is kept. The same command resumes it", err=True)
         raise typer.Exit(130) from None
-    target = found.root / "statistics.csv"
+    target = result.root / "statistics.csv"
     with result_file(target) as file:
-        file.write(found.frame().to_csv(index=False).encode())
-    typer.echo(f"{found.documents:,} documents, {found.tokens:,} tokens; wrote {target}", err=show == "json")
-    for error in dict.fromkeys(found.errors):
+        file.write(result.frame().to_csv(index=False).encode())
+    typer.echo(f"{result.documents:,} documents, {result.tokens:,} tokens; wrote {target}", err=show == "json")
+    for error in dict.fromkeys(result.errors):
         typer.echo(f"  left out: {error}", err=True)
-    assert found.outcome is not None
-    finish(found.outcome, found.root, show, "the same command")
+    assert result.outcome is not None
+    finish(result.outcome, result.root, show, "the same command")
 
 
-def chosen(text: str | None) -> dict[str, Any] | None:
-    """``entropy,sink=4`` as fields of a StatSpec."""
+def parse_statistics(text: str | None) -> dict[str, Any] | None:
+    """Return ``entropy,sink=4`` as fields of a StatSpec."""
     if text is None:
         return None
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = item.partition("=")
         if equals and not value.isdigit():
             raise InterpError(f"--statistics {item}: a whole number expected after =")
-        found[name] = int(value) if equals else True
-    return found
+        fields[name] = int(value) if equals else True
+    return fields

@@ -1,4 +1,4 @@
-"""`interp sweep …`: write, plan, run, watch, join and export sweeps. Heavy imports wait for the verb."""
+"""`interp sweep …`: write, plan, run, watch, merge and export sweeps. Heavy modules are imported by the verbs."""
 
 from __future__ import annotations
 
@@ -23,25 +23,29 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="A sweep.toml; `interp sweep init` writes one.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="Run directory. Default: runs/NAME beside the config.")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="Run directory. Default: runs/NAME next to the config.")]
 Executor = Annotated[
     str,
-    typer.Option(help="in-process; local: processes on this machine; ray; auto: local if there is more than a core."),
+    typer.Option(help="in-process; local: processes on this machine; ray; auto: local with more than one core."),
 ]
 Workers = Annotated[int | None, typer.Option(help="Processes or actors. Default: one for each core (or device).")]
 Threads = Annotated[int, typer.Option(help="Threads of each worker. The same number gives the same bits.")]
 Shard = Annotated[
     str | None,
-    typer.Option(help="i/n, from 0: only every n-th part from the i-th, as for a Slurm array. Default: all."),
+    typer.Option(help="i/n, from 0: only every n-th part from the i-th on, as for a Slurm array. Default: all."),
 ]
 Devices = Annotated[
     str | None,
-    typer.Option(help="GPUs for local workers, groups apart by semicolons: '0;1' or '0,1;2,3'. One worker each."),
+    typer.Option(help="GPUs for local workers, groups separated by semicolons: '0;1' or '0,1;2,3'. One worker each."),
 ]
-Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster. Default: Ray is started here.")]
+Address = Annotated[
+    str | None, typer.Option(help="Address of a running Ray cluster. Default: Ray is started on this machine.")
+]
 Gpus = Annotated[float, typer.Option(help="GPUs of each Ray worker.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Compute parts with failed cells anew.")]
-Show = Annotated[str, typer.Option("--log", help="auto, live, plain, json (lines on stdout) or none.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Compute parts with failed cells again.")]
+Show = Annotated[
+    str, typer.Option("--log", help="How progress is shown: auto, live, plain, json (lines on stdout) or none.")
+]
 
 
 @app.command()
@@ -51,19 +55,19 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
     from interp.utils.files import publish_file
 
     if not path.parent.is_dir():
-        raise InterpError(f"{path.parent} is no folder: make it first, or give another name")
+        raise InterpError(f"{path.parent} is not a folder: make it first, or give another name")
     if not publish_file(path, sweep_template().encode()):
         raise InterpError(f"{path} exists, and is left as it is: give another name")
-    typer.echo(f"wrote {path}; what it costs: interp sweep plan {path}")
+    typer.echo(f"wrote {path}; to see what it costs: interp sweep plan {path}")
 
 
 @app.command()
 def plan(config: ConfigFile, workers: Workers = None) -> None:
-    """Say what a sweep costs (cells, FLOPs, time, disk, memory); runs no cell."""
+    """Print what a sweep costs (cells, FLOPs, time, disk, memory); runs no cell."""
     from interp.sweep.config import read_config
-    from interp.sweep.plan import plan as planned
+    from interp.sweep.plan import plan as make_plan
 
-    typer.echo(str(planned(read_config(config), workers or _cores())))
+    typer.echo(str(make_plan(read_config(config), workers or _cores())))
 
 
 @app.command()
@@ -80,7 +84,7 @@ def run(
     retry_failed: RetryFailed = False,
     show: Show = "auto",
 ) -> None:
-    """Run a sweep, or go on with it. An edited config is refused, with the difference."""
+    """Run or resume a sweep. An edited config is refused, with the difference."""
     from interp.sweep import Sweep
 
     sweep = Sweep(config, out)
@@ -100,7 +104,7 @@ def resume(
     retry_failed: RetryFailed = False,
     show: Show = "auto",
 ) -> None:
-    """Go on with a run directory, wherever it has been moved; needs no config beside it."""
+    """Resume a run directory, wherever it has been moved; needs no config file."""
     from interp.sweep import Sweep
 
     _run(Sweep.open(folder), executor, workers, threads, shard, devices, address, gpus, retry_failed, show)
@@ -119,35 +123,35 @@ def _run(
             address=address, gpus=gpus, retry_failed=retry_failed, show=show,
         )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; what is finished is kept. Go on with: interp sweep resume {sweep.root}", err=True)
+        typer.echo(f"\ninterrupted; what is finished is kept. Resume with: interp sweep resume {sweep.root}", err=True)
         raise typer.Exit(130) from None
     finish(outcome, sweep.root, show, f"interp sweep resume {sweep.root}")
 
 
-def finish(outcome: Outcome, root: Path, show: str, again: str) -> None:
-    """Say how it ended, and how to go on (``again``); exit with the outcome's code."""
-    if outcome.interrupted:  # a second ctrl-C that comes too late drops nothing, and is no error of the exit
+def finish(outcome: Outcome, root: Path, show: str, resume_command: str) -> None:
+    """Print the outcome and how to resume; exit with the outcome's code."""
+    if outcome.interrupted:  # a second Ctrl-C that comes too late must not turn the exit into an error
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     if show == "json":
-        said = {
+        event = {
             "event": "end",
             "run": str(root),
             "code": outcome.code,
             "parts": outcome.parts,
             "present": outcome.present,
         }
-        said |= {"cells": outcome.rows, "failed_cells": outcome.failed, "left": len(outcome.left)}
-        typer.echo(json.dumps(said | {"damaged": len(outcome.damaged)}))
+        event |= {"cells": outcome.rows, "failed_cells": outcome.failed, "left": len(outcome.left)}
+        typer.echo(json.dumps(event | {"damaged": len(outcome.damaged)}))
     else:
         typer.echo(f"{root}: {outcome}", err=outcome.code != 0)
         if outcome.code in (4, 130):
-            typer.echo(f"go on with: {again}", err=True)
+            typer.echo(f"resume with: {resume_command}", err=True)
     if outcome.code:
         raise typer.Exit(outcome.code)
 
 
 def shard_number(text: str | None) -> tuple[int, int] | None:
-    """``2/8`` as (2, 8)."""
+    """Return ``2/8`` as (2, 8)."""
     if text is None:
         return None
     i, slash, n = text.partition("/")
@@ -162,29 +166,27 @@ def status(
     verify: Annotated[bool, typer.Option("--verify", help="Read every part and compare it with its checksum.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
-    """Say how far a run is, who works on it, and what is damaged. Exit code 1 if something is."""
+    """Print the progress of a run, its workers, and damaged parts. Exit code 1 if a part is damaged."""
     from interp.jobs.leases import holders
     from interp.jobs.store import Store
 
     store = Store.open(folder)
-    found = store.inventory()
-    damaged = dict(found.damaged)
+    inventory = store.inventory()
+    damaged = dict(inventory.damaged)
     if verify:
-        damaged |= dict(store.verify(sorted(found.present)))
-    held = {p: h for p, h in holders(store.root / "leases").items() if p not in found.present}
+        damaged |= dict(store.verify(sorted(inventory.present)))
+    held = {p: h for p, h in holders(store.root / "leases").items() if p not in inventory.present}
     if as_json:
         counts = {
             "parts": store.n_parts,
-            "present": len(found.present),
-            "cells": found.rows,
-            "failed_cells": found.failed,
+            "present": len(inventory.present),
+            "cells": inventory.rows,
+            "failed_cells": inventory.failed,
         }
         typer.echo(json.dumps({**counts, "damaged": damaged, "held": held}))
     else:
-        typer.echo(
-            f"{folder}: {len(found.present):,} of {store.n_parts:,} parts, {found.rows:,} cells, {found.failed:,} "
-            "failed"
-        )
+        n_present = f"{len(inventory.present):,} of {store.n_parts:,} parts"
+        typer.echo(f"{folder}: {n_present}, {inventory.rows:,} cells, {inventory.failed:,} failed")
         for part, holder in sorted(held.items()):
             typer.echo(f"  part {part} was taken by process {holder.get('pid')} on {holder.get('host')}")
         for part, why in sorted(damaged.items()):
@@ -197,12 +199,12 @@ def status(
 def merge(
     folder: RunFolder, others: Annotated[list[Path], typer.Argument(help="Run directories of the same config.")]
 ) -> None:
-    """Take over the parts that other copies of a run have, each checked; none is counted twice."""
+    """Copy the parts that other copies of a run have, each checked; none is counted twice."""
     from interp.sweep import Sweep
 
     counts = Sweep.open(folder).merge(*others)
     typer.echo(
-        f"{folder}: {counts['taken']} parts taken over, {counts['there']} were there, {counts['missing']} are missing"
+        f"{folder}: {counts['taken']} parts copied, {counts['there']} existed already, {counts['missing']} are missing"
     )
 
 
@@ -212,17 +214,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="A .parquet, .csv or .html file.")],
     format: Annotated[str | None, typer.Option(help="parquet, csv or html. Default: by the file's ending.")] = None,
 ) -> None:
-    """Write the whole table as one file; .html makes a page of it."""
+    """Write the whole table as one file; .html makes a report page."""
     from interp.sweep import Sweep
 
     sweep = Sweep.open(folder)
     typer.echo(f"wrote {sweep.export(out, format)}")
-    parts, there = sweep.store.n_parts, len(sweep.status().present)
-    if there < parts:
-        typer.echo(f"the run is unfinished: {there:,} of {parts:,} parts are in it", err=True)
+    n_parts, n_present = sweep.store.n_parts, len(sweep.status().present)
+    if n_present < n_parts:
+        typer.echo(f"the run is unfinished: it has {n_present:,} of {n_parts:,} parts", err=True)
 
 
 def _cores() -> int:
+    """Return the number of cores that this process may use."""
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The verb that lists tasks, and checks which of them a model does; heavy imports wait for the model."""
+"""`interp tasks`: list tasks, and check which of them a model does. Heavy modules are imported with the model."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def tasks(
         str | None, typer.Option(help="Check what this model does: smollm2, a hub id, a local folder or a .gguf file.")
     ] = None,
     n: Annotated[int, typer.Option(help="Prompts of each task.")] = 32,
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     split: Annotated[str | None, typer.Option(help="train or test. Default: everything.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where the table goes too: a .csv file.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the table to this .csv file.")] = None,
 ) -> None:
     """List the tasks; with --model, check which of them it does: accuracy and logit difference on clean prompts.
 
     Accuracy is the share of prompts whose answer is preferred to the foil: chance is 50%. Also printed: how many words
-    its tokenizer lacks, and how many pairs did not align. Tasks that cannot be made for it say why.
+    the tokenizer lacks, and how many pairs did not align. If a task cannot be made, the reason is printed.
     """
     from interp.tasks import TASKS, task
 
-    chosen = {name: task(name) for name in names or TASKS}
+    selected = {name: task(name) for name in names or TASKS}
     if out is not None and (out.suffix != ".csv" or not out.parent.is_dir()):
         raise InterpError(f"--out {out}: a .csv file in a folder that exists expected")
     if out is not None and model is None:
-        raise InterpError("--out takes the table of what a model does: give --model")
+        raise InterpError("--out writes the table of what a model does: give --model too")
     if model is None:
-        for name, one in chosen.items():
+        for name, one in selected.items():
             typer.echo(f"{name:16} {one.about} [{', '.join(one.names)}]")
         return
     if n < 1 or split not in (None, "train", "test"):
@@ -46,7 +46,7 @@ def tasks(
     typer.echo(
         f"{'task':16} {'n':>4} {'accuracy':>9} {'logit diff':>11} {'95% interval':>16} {'lacking':>8} {'refused':>8}"
     )
-    for name, one in chosen.items():
+    for name, one in selected.items():
         row = {"task": name, **_row(loaded, one, n, seed, split)}
         rows.append(row)
         typer.echo(_line(row))
@@ -61,20 +61,23 @@ def tasks(
 
 
 def _row(model: Any, task: Any, n: int, seed: int, split: str | None) -> dict[str, Any]:
+    """Return a task's row of the table."""
     from interp.tasks import check
 
     try:
         pairs = task(model, n, seed, **({} if split is None else {"split": split}))
     except TaskError as error:
         return {"refusal": str(error)}
-    found = check(model, pairs)
+    behaviour = check(model, pairs)
+    low, high = behaviour.interval
     return {
-        "n": found.n, "accuracy": found.accuracy, "logit_diff": found.mean_logit_diff, "low": found.interval[0],
-        "high": found.interval[1], "lacking": len(pairs.dropped), "refused": sum(pairs.refused.values()), "refusal": "",
+        "n": behaviour.n, "accuracy": behaviour.accuracy, "logit_diff": behaviour.mean_logit_diff, "low": low,
+        "high": high, "lacking": len(pairs.dropped), "refused": sum(pairs.refused.values()), "refusal": "",
     }  # fmt: skip
 
 
 def _line(row: dict[str, Any]) -> str:
+    """Format a row of the table."""
     if row["refusal"]:
         return f"{row['task']:16} {row['refusal']}"
     interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
