@@ -1,4 +1,4 @@
-"""What is measured: the sweeps, their prompts, and which of their cells the slower libraries are given."""
+"""The measured sweeps, their prompts, and the sample of cells that slower libraries run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import pandas as pd
 import torch
 
 from interp import tasks
-from interp.bench.peers import Cell, HuggingFace, Job, Loop, NNsight, OneByOne, Pyvene, Record, TransformerLens
+from interp.bench.peers import HuggingFace, Loop, NNsight, OneByOne, PeerCell, PeerJob, Pyvene, Record, TransformerLens
 from interp.engine.cells import rows_of
 from interp.engine.plan import Plan, explain
 from interp.model.model import Model
+from interp.model.protocols import Bridge
 from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
-from interp.recipes.ablation import ablate
 from interp.recipes.corruption import subject_noise, subject_std
-from interp.recipes.patching import patch
-from interp.recipes.path_patching import path_patch
-from interp.recipes.tracing import trace
+from interp.recipes.registry import RECIPES
 from interp.sites import Site, Sites
 
 CLEAN = "When John and Mary went to the store, John gave a drink to"
@@ -36,24 +34,24 @@ ALL_PEERS = (TransformerLens, HuggingFace, NNsight, Pyvene)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A peer's share: a job, and which of our results its cells answer (the mean of every ``samples`` cells)."""
+class PeerShare:
+    """The cells that a peer runs: a job, and the rows of our result to compare (means of ``samples`` cells each)."""
 
-    job: Job
+    job: PeerJob
     rows: Sequence[int]
     samples: int = 1
 
 
 @dataclass(frozen=True)
-class Case:
-    """One sweep. ``differ``: first token at which clean and corrupt differ. ``targets``: times faster than a peer."""
+class SweepCase:
+    """One sweep. ``differ``: first token at which clean and corrupt differ. ``targets``: required speed-up by peer."""
 
     name: str
     tokens: str
     differ: str
     ours: Callable[[], pd.DataFrame]
     plan: Callable[[], Plan]
-    parts: list[Part]
+    parts: list[PeerShare]
     samples: int = 1
     peers: tuple[Any, ...] = ALL_PEERS
     targets: dict[type, float] = field(default_factory=dict)
@@ -63,54 +61,56 @@ class Case:
 
 @dataclass
 class Workbench:
-    """The model as interp has it, and two more copies as the others have them."""
+    """The model loaded by interp, and two more copies for the other libraries."""
 
     model: Model
     hf: Any
-    bridge: Any
+    bridge: Bridge
     seed: int = 0
 
-    def some(self, n: int, most: int | None) -> list[int]:
-        """``most`` of n numbers, drawn by the seed; all without it."""
+    def sample(self, n: int, most: int | None) -> list[int]:
+        """Draw ``most`` of the numbers below ``n`` by the seed; all of them if ``most`` is None."""
         if most is None or most >= n:
             return list(range(n))
         return sorted(np.random.default_rng(self.seed).choice(n, most, replace=False).tolist())
 
     def encode(self, pair: PromptPair) -> Encoded:
-        """The pair's tokens."""
+        """Encode the pair."""
         return encode_pairs([pair], self.model.coder)[0]
 
     # ------------------------------------------------------------ activation patching
 
-    def patching(self, name: str, pair: PromptPair, sites: Sequence[Site], most: int | None, **targets: float) -> Case:
-        """Sites of one pair; peers get ``most`` of them. targets: by `loop` and `hf`."""
-        prompt, chosen = self.encode(pair), self.some(len(sites), most)
-        asked = [sites[i] for i in chosen]
+    def patching(
+        self, name: str, pair: PromptPair, sites: Sequence[Site], most: int | None, **targets: float
+    ) -> SweepCase:
+        """Patch sites of one pair; peers run ``most`` of them. ``targets``: by the keywords ``loop`` and ``hf``."""
+        prompt, sample = self.encode(pair), self.sample(len(sites), most)
+        sampled_sites = [sites[i] for i in sample]
 
-        def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
+        def make(record: Callable[[Sequence[int]], Record]) -> list[PeerCell]:
             source = record(prompt.clean)
-            return [self._cell(site, prompt, source) for site in asked]
+            return [self._cell(site, prompt, source) for site in sampled_sites]
 
-        by_position, component = asked[0].position is not None, asked[0].component
+        by_position, component = sampled_sites[0].position is not None, sampled_sites[0].component
         axes = ["layer", *(["pos"] if by_position else []), *(["head"] if component == "z" else [])]
-        places = {"layer": "layer", "pos": "position", "head": "head"}
-        index = pd.DataFrame([[getattr(s, places[a]) for a in axes] for s in asked], columns=axes)
+        attributes = {"layer": "layer", "pos": "position", "head": "head"}
+        index = pd.DataFrame([[getattr(s, attributes[a]) for a in axes] for s in sampled_sites], columns=axes)
         loop = Loop(component, SETTERS[component, by_position], index, prompt.clean)
-        job = Job(prompt.corrupt, prompt.answer, prompt.foil, make, loop)
-        recipe = (patch, self.model, pair, Sites(sites))
-        return Case(
-            name, str(len(prompt)), str(prompt.first_difference), *_ours(*recipe), [Part(job, chosen)],
-            targets=_targets(targets), note=_share(len(chosen), len(sites)),
+        job = PeerJob(prompt.corrupt, prompt.answer, prompt.foil, make, loop)
+        call = ("patch", self.model, pair, Sites(sites))
+        return SweepCase(
+            name, str(len(prompt)), str(prompt.first_difference), *_ours(*call), [PeerShare(job, sample)],
+            targets=_targets(targets), note=_share(len(sample), len(sites)),
         )  # fmt: skip
 
-    def _cell(self, site: Site, prompt: Encoded, source: Record) -> Cell:
+    def _cell(self, site: Site, prompt: Encoded, source: Record) -> PeerCell:
         start, stop = rows_of(site, prompt)
         assert site.layer is not None
         value = source[site.component, site.layer][start:stop]
-        return Cell(site, start, stop, value if site.head is None else value[:, _head(site.head, self.d_head)])
+        return PeerCell(site, start, stop, value if site.head is None else value[:, _head(site.head, self.d_head)])
 
     def long_pair(self, tokens: int) -> PromptPair:
-        """A pair of ``tokens`` tokens that differs at its first name."""
+        """Make a pair of ``tokens`` tokens that differs at its first name."""
         start, end = "When John and Mary went to the store", ", John gave a drink to"
         room = tokens - len(self.model.coder.encode(start + end))
         words = (FILLER.split() * (1 + room // 10))[:room]
@@ -121,80 +121,80 @@ class Workbench:
 
     # ------------------------------------------------------------ ablation, tracing, paths
 
-    def ablation(self, name: str, pairs: Sequence[PromptPair], shared: int, most: int, **targets: float) -> Case:
-        """Every head set to zero; peers get ``most`` heads each of the first ``shared`` pairs."""
+    def ablation(self, name: str, pairs: Sequence[PromptPair], shared: int, most: int, **targets: float) -> SweepCase:
+        """Set every head to zero; peers run ``most`` heads for each of the first ``shared`` pairs."""
         sites, prompts = list(self.model.sites("z")), encode_pairs(list(pairs), self.model.coder)
-        chosen = self.some(len(sites), most)
+        sample = self.sample(len(sites), most)
         parts = []
         for i, prompt in enumerate(prompts[:shared]):
             zero = torch.zeros(1, self.d_head)
-            cells = [Cell(sites[n], 0, len(prompt), zero) for n in chosen]
-            index = pd.DataFrame([[sites[n].layer, sites[n].head] for n in chosen], columns=["layer", "head"])
+            cells = [PeerCell(sites[n], 0, len(prompt), zero) for n in sample]
+            index = pd.DataFrame([[sites[n].layer, sites[n].head] for n in sample], columns=["layer", "head"])
             loop = Loop("z", SETTERS["z", False], index, None)
-            job = Job(prompt.clean, prompt.answer, prompt.foil, lambda record, cells=cells: cells, loop)
-            parts.append(Part(job, [i * len(sites) + n for n in chosen]))
+            job = PeerJob(prompt.clean, prompt.answer, prompt.foil, lambda record, cells=cells: cells, loop)
+            parts.append(PeerShare(job, [i * len(sites) + n for n in sample]))
         lengths = sorted({len(p) for p in prompts})
-        return Case(
+        return SweepCase(
             name, f"{lengths[0]} to {lengths[-1]}", "all are clean runs",
-            *_ours(ablate, self.model, list(pairs), Sites(sites), using="zero"), parts,
-            targets=_targets(targets), note=_share(len(chosen) * shared, len(sites) * len(prompts)),
+            *_ours("ablate", self.model, list(pairs), Sites(sites), using="zero"), parts,
+            targets=_targets(targets), note=_share(len(sample) * shared, len(sites) * len(prompts)),
         )  # fmt: skip
 
-    def tracing(self, name: str, fact: Fact, samples: int, most: int, **targets: float) -> Case:
-        """One fact, one state restored at a time; peers get ``most`` sites with all their noise samples."""
+    def tracing(self, name: str, fact: Fact, samples: int, most: int, **targets: float) -> SweepCase:
+        """Restore one state of one fact at a time; peers run ``most`` sites with all their noise samples."""
         (prompt,) = encode_facts([fact], self.model.coder)
         sites = [s.at(p) for s in self.model.sites("resid_post", positions="each") for p in range(len(prompt))]
-        chosen = self.some(len(sites), most)
+        sample = self.sample(len(sites), most)
         std = 3.0 * subject_std(self.model, [prompt])
         noises = [subject_noise(self.model, prompt, std, 0, 0, s) for s in range(samples)]
 
-        def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
+        def make(record: Callable[[Sequence[int]], Record]) -> list[PeerCell]:
             source, cells = record(prompt.clean), []
-            for site in (sites[i] for i in chosen):
+            for site in (sites[i] for i in sample):
                 assert site.layer is not None and isinstance(site.position, int)
                 at = slice(site.position, site.position + 1)
                 value = source["resid_pre", site.layer + 1][at]
-                cells += [Cell(site, at.start, at.stop, value, noise) for noise in noises]
+                cells += [PeerCell(site, at.start, at.stop, value, noise) for noise in noises]
             return cells
 
-        job = Job(prompt.clean, prompt.answer, None, make)
-        recipe = (trace, self.model, fact, "resid_post")
-        return Case(
+        job = PeerJob(prompt.clean, prompt.answer, None, make)
+        call = ("trace", self.model, fact, "resid_post")
+        return SweepCase(
             name, str(len(prompt)), f"{prompt.spans['subject'][0]} (noise on the subject)",
-            *_ours(*recipe, samples=samples), [Part(job, chosen, samples)], samples,
-            targets=_targets(targets), note=_share(len(chosen) * samples, len(sites) * samples),
+            *_ours(*call, samples=samples), [PeerShare(job, sample, samples)], samples,
+            targets=_targets(targets), note=_share(len(sample) * samples, len(sites) * samples),
         )  # fmt: skip
 
     def edges(
         self, name: str, pair: PromptPair, heads: Sequence[int], most: int,
         peers: tuple[type, ...] = (TransformerLens, OneByOne, HuggingFace), **targets: float,
-    ) -> Case:  # fmt: skip
-        """Direct paths from every head to q, k and v of some heads; peers get ``most``, a forward each."""
+    ) -> SweepCase:  # fmt: skip
+        """Patch direct paths from every head to q, k and v of some heads; peers run ``most``, one forward each."""
         prompt, model = self.encode(pair), self.model
         receivers = Sites(s for c in "qkv" for s in model.sites(c) if s.head in heads)
         every = [(s, r) for r in receivers for s in model.sites("z") if (s.layer or 0) < (r.layer or 0)]
-        chosen = self.some(len(every), most)
+        sample = self.sample(len(every), most)
 
-        def make(record: Callable[[Sequence[int]], Record]) -> list[Cell]:
+        def make(record: Callable[[Sequence[int]], Record]) -> list[PeerCell]:
             base, source = record(prompt.clean), record(prompt.corrupt)
-            return [self._edge(*every[i], base, source) for i in chosen]
+            return [self._edge(*every[i], base, source) for i in sample]
 
         def order(frame: pd.DataFrame) -> np.ndarray:
             keys = frame[["sender", "component", "layer", "head"]].itertuples(index=False, name=None)
             value = dict(zip(keys, frame["patched"], strict=True))
             return np.array([value[str(s), r.component, r.layer, r.head] for s, r in every])
 
-        job = Job(prompt.clean, prompt.answer, prompt.foil, make)
-        return Case(
+        job = PeerJob(prompt.clean, prompt.answer, prompt.foil, make)
+        return SweepCase(
             name, str(len(prompt)), str(prompt.first_difference),
-            *_ours(path_patch, model, pair, model.sites("z"), receivers), [Part(job, chosen)],
+            *_ours("path_patch", model, pair, model.sites("z"), receivers), [PeerShare(job, sample)],
             peers=peers, targets=_targets(targets),
-            note=_share(len(chosen), len(every)), order=order,
+            note=_share(len(sample), len(every)), order=order,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _edge(self, sender: Site, receiver: Site, base: Record, source: Record) -> Cell:
-        """What the receiver projects when the sender's own output alone is the other run's."""
+    def _edge(self, sender: Site, receiver: Site, base: Record, source: Record) -> PeerCell:
+        """The receiver's projection when only the sender's output comes from the other run."""
         assert sender.layer is not None and receiver.layer is not None
         columns = _head(sender.head, self.d_head)
         change = (source["z", sender.layer] - base["z", sender.layer])[:, columns]
@@ -202,7 +202,7 @@ class Workbench:
         block = self.hf.model.layers[receiver.layer]
         read = block.input_layernorm(base["resid_pre", receiver.layer] + sent)
         projected = getattr(block.self_attn, f"{receiver.component}_proj")(read)
-        return Cell(receiver, 0, len(read), projected[:, _head(receiver.head, self.d_head)])
+        return PeerCell(receiver, 0, len(read), projected[:, _head(receiver.head, self.d_head)])
 
     @property
     def d_head(self) -> int:
@@ -215,8 +215,8 @@ def _head(head: int | None, width: int) -> slice:
     return slice(head * width, (head + 1) * width)
 
 
-def _share(some: int, of: int) -> str:
-    return "" if some == of else f"the other libraries ran a sample, {some} of {of} cells; compared by the cell"
+def _share(n_run: int, n: int) -> str:
+    return "" if n_run == n else f"the other libraries ran a sample, {n_run} of {n} cells; compared by the cell"
 
 
 def _targets(named: dict[str, float]) -> dict[type, float]:
@@ -224,16 +224,17 @@ def _targets(named: dict[str, float]) -> dict[type, float]:
     return {kinds[name]: value for name, value in named.items()}
 
 
-def _ours(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Callable[[], Any], Callable[[], Plan]]:
-    """The recipe's table, and its plan."""
+def _ours(recipe: str, *args: Any, **kwargs: Any) -> tuple[Callable[[], pd.DataFrame], Callable[[], Plan]]:
+    """Functions that return a recipe's table and its plan."""
+    function = RECIPES[recipe].load()
     return (
-        lambda: recipe(*args, show_progress=False, **kwargs).frame(),
-        lambda: explain(recipe, *args, **kwargs),
+        lambda: function(*args, show_progress=False, **kwargs).frame(),
+        lambda: explain(function, *args, **kwargs),
     )
 
 
-def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
-    """All cases by name, made when they are asked for."""
+def cases(bench: Workbench) -> dict[str, Callable[[], SweepCase]]:
+    """All cases by name, each built when its function is called."""
     late, early = (PromptPair(CLEAN, corrupt, " Mary", " John") for corrupt in (LATE, EARLY))
     sites, n = bench.model.sites, bench.model.n_layers
 
@@ -244,7 +245,7 @@ def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
     def z_positions() -> list[Site]:
         return [s.at(p) for s in sites("z") for p in range(len(bench.encode(early)))]
 
-    made: dict[str, Callable[[], Case]] = {
+    builders: dict[str, Callable[[], SweepCase]] = {
         "resid-early": lambda: bench.patching(
             "layer × position resid_pre, differing early", early, resid(early), 136, loop=25, hf=4.5
         ),
@@ -270,18 +271,18 @@ def cases(bench: Workbench) -> dict[str, Callable[[], Case]]:
     }  # fmt: skip
     for tokens, every, most, loop, z_loop in ((128, 8, 32, 8, 4), (512, 64, 8, 6.5, 3.5)):
 
-        def position(tokens: int = tokens, every: int = every, most: int = most, loop: float = loop) -> Case:
+        def position(tokens: int = tokens, every: int = every, most: int = most, loop: float = loop) -> SweepCase:
             pair = bench.long_pair(tokens)
             name = f"layer × position resid_pre, {tokens} tokens, every {every}th position"
             return bench.patching(name, pair, resid(pair, every), most, loop=loop)
 
-        def heads(tokens: int = tokens, most: int = most, loop: float = z_loop) -> Case:
-            some = list(sites("z"))[:: 1 if tokens < 200 else 7]
-            return bench.patching(f"layer × head z, all positions, {tokens} tokens", bench.long_pair(tokens), some,
+        def heads(tokens: int = tokens, most: int = most, loop: float = z_loop) -> SweepCase:
+            z_sites = list(sites("z"))[:: 1 if tokens < 200 else 7]
+            return bench.patching(f"layer × head z, all positions, {tokens} tokens", bench.long_pair(tokens), z_sites,
                                   most, loop=loop)  # fmt: skip
 
-        made[f"resid-{tokens}"], made[f"z-{tokens}"] = position, heads
-    return made
+        builders[f"resid-{tokens}"], builders[f"z-{tokens}"] = position, heads
+    return builders
 
 
 NAMES = ("resid-early", "resid-late", "z", "z-positions", "ablation", "tracing", "edges",

@@ -1,7 +1,7 @@
-"""The same sweeps as other libraries' users write them: TransformerLens' loop, Hugging Face hooks, nnsight.
+"""The same sweeps as users of other libraries write them: TransformerLens' loop, Hugging Face hooks, nnsight.
 
-Each answers a `Job` with one number a cell, so that a time counts only where the numbers agree. All of them take
-models of Llama's layout, which the embedded one has.
+Each returns one number per cell of a `PeerJob`, so that a time counts only if the numbers agree. All of them need
+models of Llama's layout, which the embedded model has.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.model.protocols import Bridge
 from interp.sites import Site
 
-TOKENS_PER_FORWARD = 2048  # of a batched sweep: fills the matrix products of this size of model
+TOKENS_PER_FORWARD = 2048  # of a batched sweep: enough to fill the matrix products of a model of this size
 Record = dict[tuple[str, int], Tensor]  # (component, layer) -> activation [position, width]
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class PeerCell:
     """One forward: ``site``'s activation becomes ``value`` in token rows [start, stop)."""
 
     site: Site
@@ -45,21 +46,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A sweep of one prompt. ``make`` takes a function that records a prompt's activations by component and layer, and
-    returns the cells: what a user computes before the sweep counts as part of it.
+class PeerJob:
+    """A sweep of one prompt.
 
-    ``loop``: how `transformer_lens.patching` is told the same; None where it has no such loop.
+    ``make`` takes a function that records a prompt's activations by component and layer, and returns the cells; this
+    preparation counts as part of the sweep. ``loop``: the same sweep for `transformer_lens.patching`; None if it has no
+    such loop.
     """
 
     ids: Sequence[int]
     answer: int
     foil: int | None
-    make: Callable[[Callable[[Sequence[int]], Record]], list[Cell]]
+    make: Callable[[Callable[[Sequence[int]], Record]], list[PeerCell]]
     loop: Loop | None = None
 
     def read(self, logits: Float[Tensor, "cells vocab"]) -> Float[Tensor, " cells"]:
-        """Logit difference; without a foil the answer's probability."""
+        """Logit difference, or without a foil the answer's probability."""
         if self.foil is None:
             return logits.softmax(-1)[:, self.answer]
         return logits[:, self.answer] - logits[:, self.foil]
@@ -69,7 +71,7 @@ class Job:
 class Loop:
     """Arguments of `transformer_lens.patching.generic_activation_patch`: one row of ``index`` for each cell.
 
-    ``source``: ids whose cache is patched in; None: zeros.
+    ``source``: ids whose cache is patched in; None patches in zeros.
     """
 
     component: str
@@ -79,7 +81,7 @@ class Loop:
 
 
 class HuggingFace:
-    """Forward hooks on the plain model with SDPA attention, as many cells to a forward as fill it."""
+    """Forward hooks on the plain model with SDPA attention, with as many cells per forward as fill it."""
 
     name = "Hugging Face hooks, batched"
 
@@ -87,44 +89,46 @@ class HuggingFace:
         self.hf, self.tokens_per_forward = hf, tokens_per_forward
 
     @torch.no_grad()
-    def sweep(self, job: Job) -> np.ndarray:
-        """One number a cell."""
+    def sweep(self, job: PeerJob) -> np.ndarray:
+        """One number per cell."""
         cells = job.make(self.record)
         step = max(1, self.tokens_per_forward // len(job.ids))
-        found = []
+        values = []
         for first in range(0, len(cells), step):
-            some = cells[first : first + step]
-            with self._hooked(some):
-                tokens = torch.tensor([list(job.ids)]).expand(len(some), -1)
+            batch = cells[first : first + step]
+            with self._hooked(batch):
+                tokens = torch.tensor([list(job.ids)]).expand(len(batch), -1)
                 logits = self.hf(tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-            found.append(job.read(logits))
-        return torch.cat(found).numpy()
+            values.append(job.read(logits))
+        return torch.cat(values).numpy()
 
     @torch.no_grad()
     def record(self, ids: Sequence[int]) -> Record:
-        """Residual stream and head outputs of every layer."""
-        kept: Record = {}
+        """Record residual stream and head outputs of every layer."""
+        activations: Record = {}
         handles = []
         for layer, block in enumerate(self.hf.model.layers):
             for component, module in (("resid_pre", block), ("z", block.self_attn.o_proj)):
 
                 def keep(module: Any, args: Any, key: tuple[str, int] = (component, layer)) -> None:
-                    kept[key] = args[0][0].clone()
+                    activations[key] = args[0][0].clone()
 
                 handles.append(module.register_forward_pre_hook(keep))
         last = len(self.hf.model.layers)
-        handles.append(self.hf.model.norm.register_forward_pre_hook(
-            lambda module, args: kept.__setitem__(("resid_pre", last), args[0][0].clone())
-        ))  # fmt: skip
+
+        def keep_last(module: Any, args: Any) -> None:
+            activations["resid_pre", last] = args[0][0].clone()
+
+        handles.append(self.hf.model.norm.register_forward_pre_hook(keep_last))
         try:
             self.hf(torch.tensor([list(ids)]), use_cache=False, logits_to_keep=1)
         finally:
             for handle in handles:
                 handle.remove()
-        return kept
+        return activations
 
     def _place(self, site: Site) -> tuple[Any, bool]:
-        """The module that carries a site, and whether in its output."""
+        """The module that carries a site, and whether its output does."""
         model, layer = self.hf.model, site.layer or 0
         if site.component in ("resid_pre", "resid_post"):
             at = layer + (site.component == "resid_post")
@@ -135,20 +139,20 @@ class HuggingFace:
         return getattr(attention, f"{site.component}_proj"), True
 
     @contextlib.contextmanager
-    def _hooked(self, cells: Sequence[Cell]) -> Iterator[None]:
-        by_module: dict[tuple[Any, bool], list[tuple[int, Cell]]] = {}
+    def _hooked(self, cells: Sequence[PeerCell]) -> Iterator[None]:
+        by_module: dict[tuple[Any, bool], list[tuple[int, PeerCell]]] = {}
         for row, cell in enumerate(cells):
             by_module.setdefault(self._place(cell.site), []).append((row, cell))
         handles = []
-        for (module, output), mine in by_module.items():
+        for (module, is_output), module_cells in by_module.items():
 
-            def put(x: Tensor, mine: list[tuple[int, Cell]] = mine) -> Tensor:
+            def put(x: Tensor, module_cells: list[tuple[int, PeerCell]] = module_cells) -> Tensor:
                 x = x.clone()
-                for row, cell in mine:
+                for row, cell in module_cells:
                     x[row, cell.start : cell.stop, cell.columns] = cell.value
                 return x
 
-            if output:
+            if is_output:
                 handles.append(module.register_forward_hook(lambda module, args, out, put=put: put(out)))
             else:
                 handles.append(
@@ -165,7 +169,7 @@ class HuggingFace:
 
 
 class OneByOne(HuggingFace):
-    """The same, one cell to a forward."""
+    """The same with one cell per forward."""
 
     name = "Hugging Face hooks, a forward a cell"
 
@@ -175,33 +179,33 @@ class OneByOne(HuggingFace):
 
 @dataclass
 class TransformerLens:
-    """`transformer_lens.patching` on a bridge as it is booted; where that has no such loop, one by hand."""
+    """`transformer_lens.patching` on a bridge as booted; a loop written by hand if it has none for a job."""
 
-    bridge: Any
-    hf: HuggingFace  # its records, for loops by hand
+    bridge: Bridge
+    hf: HuggingFace  # records activations for loops written by hand
     name: str = field(default="transformer_lens.patching", init=False)
 
     @torch.no_grad()
-    def sweep(self, job: Job) -> np.ndarray:
-        """One number a cell."""
+    def sweep(self, job: PeerJob) -> np.ndarray:
+        """One number per cell."""
         tokens = torch.tensor([list(job.ids)])
         if job.loop is None:
             return np.array([float(self._one(job, tokens, cell)) for cell in job.make(self.hf.record)])
         from transformer_lens import patching
 
-        loop, before = job.loop, self.bridge
+        loop = job.loop
         name = f"hook_{loop.component}" if loop.component.startswith("resid") else f"attn.hook_{loop.component}"
         source = tokens if loop.source is None else torch.tensor([list(loop.source)])
-        _, cache = before.run_with_cache(source, names_filter=lambda n: n.endswith(name))
-        values = {k: torch.zeros_like(v) if loop.source is None else v for k, v in cache.items()}
-        sweep: Any = patching.generic_activation_patch  # written for HookedTransformer, which a bridge stands in for
-        found = sweep(
-            self.bridge, tokens, values, lambda logits: job.read(logits[:, -1])[0], getattr(patching, loop.setter),
+        _, cache = self.bridge.run_with_cache(source, names_filter=lambda n: n.endswith(name))
+        patches = {k: torch.zeros_like(v) if loop.source is None else v for k, v in cache.items()}
+        sweep: Any = patching.generic_activation_patch  # written for HookedTransformer; a bridge works too
+        values = sweep(
+            self.bridge, tokens, patches, lambda logits: job.read(logits[:, -1])[0], getattr(patching, loop.setter),
             loop.component, index_df=loop.index,
         )  # fmt: skip
-        return found.numpy()
+        return values.numpy()
 
-    def _one(self, job: Job, tokens: Tensor, cell: Cell) -> Tensor:
+    def _one(self, job: PeerJob, tokens: Tensor, cell: PeerCell) -> Tensor:
         def put(x: Tensor, hook: Any) -> Tensor:
             x = x.clone()
             at = x[0, cell.start : cell.stop]
@@ -215,27 +219,27 @@ class TransformerLens:
 
 
 class NNsight:
-    """nnsight's batched invokes: as many cells to a trace as the Hugging Face sweep has to a forward."""
+    """nnsight's batched invokes, with as many cells per trace as the Hugging Face sweep has per forward."""
 
     name = "nnsight invokes, batched"
 
     def __init__(self, hf: HuggingFace, tokenizer: Any):
-        nnsight: Any = importlib.import_module("nnsight")  # an extra: type checkers need not have it
+        nnsight: Any = importlib.import_module("nnsight")  # an optional extra that type checkers need not have
         self.hf, self.model = hf, nnsight.TransformersModel(hf.hf, tokenizer=tokenizer)
 
     @torch.no_grad()
-    def sweep(self, job: Job) -> np.ndarray:
-        """One number a cell."""
+    def sweep(self, job: PeerJob) -> np.ndarray:
+        """One number per cell."""
         cells, tokens = job.make(self.hf.record), torch.tensor([list(job.ids)])
         step = max(1, self.hf.tokens_per_forward // len(job.ids))
-        found = []
+        values = []
         for first in range(0, len(cells), step):
             logits = self._trace(tokens, cells[first : first + step])
-            found.append(job.read(torch.cat(logits)))
-        return torch.cat(found).numpy()
+            values.append(job.read(torch.cat(logits)))
+        return torch.cat(values).numpy()
 
-    def _trace(self, tokens: Tensor, cells: Sequence[Cell]) -> list[Tensor]:
-        model, out = self.model, []
+    def _trace(self, tokens: Tensor, cells: Sequence[PeerCell]) -> list[Tensor]:
+        model, logits = self.model, []
         with model.trace(logits_to_keep=1) as tracer:
             for cell in cells:
                 with tracer.invoke(tokens):
@@ -252,26 +256,26 @@ class NNsight:
                         attention.o_proj.input[:, rows, cell.columns] = cell.value
                     else:
                         getattr(attention, f"{site.component}_proj").output[:, rows, cell.columns] = cell.value
-                    out.append(model.lm_head.output[:, -1].save())
-        return out
+                    logits.append(model.lm_head.output[:, -1].save())
+        return logits
 
 
 class Pyvene:
-    """pyvene's interventions, a forward a cell: one intervention is the same for a whole batch."""
+    """pyvene's interventions, one forward per cell: one intervention is the same for a whole batch."""
 
     name = "pyvene, a forward a cell"
 
     def __init__(self, hf: HuggingFace):
         self.hf = hf
-        self.library: Any = importlib.import_module("pyvene")  # an extra
+        self.library: Any = importlib.import_module("pyvene")  # an optional extra
 
     @torch.no_grad()
-    def sweep(self, job: Job) -> np.ndarray:
-        """One number a cell."""
+    def sweep(self, job: PeerJob) -> np.ndarray:
+        """One number per cell."""
         tokens = torch.tensor([list(job.ids)])
         return np.array([float(self._one(job, tokens, cell)) for cell in job.make(self.hf.record)])
 
-    def _one(self, job: Job, tokens: Tensor, cell: Cell) -> Tensor:
+    def _one(self, job: PeerJob, tokens: Tensor, cell: PeerCell) -> Tensor:
         def put(x: Tensor, source: Any) -> Tensor:
             x = x.clone()
             x[:, cell.start : cell.stop, cell.columns] = cell.value
@@ -296,7 +300,7 @@ OPTIONAL: dict[type, str] = {NNsight: "nnsight", Pyvene: "pyvene"}
 
 
 def missing(kind: type) -> str | None:
-    """Why a library is not measured, or None."""
+    """The reason why a library is not measured, or None."""
     package = OPTIONAL.get(kind)
     absent = package is not None and importlib.util.find_spec(package) is None
     return f"{package} is not installed: pip install 'interp[bench]'" if absent else None

@@ -1,4 +1,4 @@
-"""What the sweep layer costs, and what it reaches: over the engine, by workers, by rows, by parts, by documents."""
+"""Measure the sweep layer: cost over the engine; scaling in workers, rows, parts and documents."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ PARTS = 10_000
 
 
 def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
-    """The sweep that `interp sweep init` writes, and its recipes called by hand on the same pairs; one thread.
+    """Compare the sweep of `interp sweep init` with its recipes called by hand on the same pairs; one thread.
 
-    Both sides make the pairs, and find a model that is loaded and that the engine knows. The sweep's side has all that
-    a user of it gets: the check that the model does the task, the run directory, every part synced. By hand before and
-    after it, which counts half each. Said apart: seconds before the first part, which a run spends once; and the share
-    of a part's time outside its recipe.
+    Both sides make the pairs, and start with a loaded model that the engine has checked. The sweep's side includes all
+    that its users get: the check that the model does the task, the run directory, every part synced. The calls by hand
+    run before and after the sweep; their mean counts. Reported separately: the seconds before the first part, which a
+    run spends once, and the share of a part's time outside its recipe.
     """
     import tomllib
 
@@ -60,12 +60,12 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
     model = load("smollm2")
     sites = model.sites("z")
 
-    def by_hand(n: int, chosen: Any) -> int:
-        made = ioi(model, n=n, seed=0)
-        patched = patch(model, made, chosen, mode="denoise", show_progress=False)
-        return len(patched) + len(ablate(model, made, chosen, using="mean", show_progress=False))
+    def by_hand(n: int, z_sites: Any) -> int:
+        task_pairs = ioi(model, n=n, seed=0)
+        patched = patch(model, task_pairs, z_sites, mode="denoise", show_progress=False)
+        return len(patched) + len(ablate(model, task_pairs, z_sites, using="mean", show_progress=False))
 
-    by_hand(2, model.sites("z", layers=29))  # what is done once a process
+    by_hand(2, model.sites("z", layers=29))  # work that is done once per process
     engine = []
 
     def time_by_hand() -> int:
@@ -83,17 +83,17 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
         layer = time.perf_counter() - start
         assert outcome.code == 0 and outcome.rows == cells
     time_by_hand()
-    found = layer / statistics.mean(engine) - 1
+    ratio = layer / statistics.mean(engine) - 1
     once = spans[0][0] - start
-    apart = [b - a for (_, a), (b, _) in itertools.pairwise([*spans, (start + layer, 0.0)])]
-    share = statistics.median(apart) * len(spans) / sum(b - a for a, b in spans)
+    outside = [b - a for (_, a), (b, _) in itertools.pairwise([*spans, (start + layer, 0.0)])]
+    share = statistics.median(outside) * len(spans) / sum(b - a for a, b in spans)
     say(
-        f"overhead: {found:.2%} over the engine ({cells} cells, {statistics.mean(engine):.1f} s): {once:.2f} s once, "
+        f"overhead: {ratio:.2%} over the engine ({cells} cells, {statistics.mean(engine):.1f} s): {once:.2f} s once, "
         f"and {share:.2%} of each part"
     )
     return {
-        "cells": cells, "engine_seconds": engine, "sweep_seconds": layer, "overhead": found, "pairs": pairs,
-        "once_seconds": once, "parts": len(spans), "part_seconds": apart, "part_share": share,
+        "cells": cells, "engine_seconds": engine, "sweep_seconds": layer, "overhead": ratio, "pairs": pairs,
+        "once_seconds": once, "parts": len(spans), "part_seconds": outside, "part_share": share,
         "recipe_seconds": sum(b - a for a, b in spans),
     }  # fmt: skip
 
@@ -124,17 +124,17 @@ def _recipes_timed(spans: list[tuple[float, float]]) -> Iterator[None]:
 
 
 def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]:
-    """The same sweep with one worker of one thread and with two; from the first part's start to the end."""
+    """Run the same sweep with one worker of one thread and with two, from the first part's start to the end."""
     from interp.sweep.api import Sweep
 
-    found: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
     for n in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             config = {**CONFIG, "examples_per_part": 2, "tasks": [{"task": "ioi", "n": 2 * parts}]}
             sweep = Sweep(config, Path(folder) / "run")
             command = [sys.executable, "-m", "interp.cli.main", "sweep", "resume", str(sweep.root), "--log", "json"]
             sweep.create()
-            begun = time.perf_counter()
+            start = time.perf_counter()
             process = subprocess.Popen(
                 [*command, "--executor", executor, "--workers", str(n)], stdout=subprocess.PIPE, text=True
             )
@@ -143,17 +143,17 @@ def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]
             assert process.wait() == 0
         done = [(t, e) for t, e in events if e["event"] == "done"]
         first = [min(t for t, e in done if e["worker"] == w) for w in sorted({e["worker"] for _, e in done})]
-        # each worker's first part holds its loading; what follows is the pace
+        # each worker's first part includes loading; the parts after it show the rate
         steady = sum(1 for t, _ in done if t > max(first)) / (done[-1][0] - max(first))
-        whole = len(done) / (done[-1][0] - begun)
-        found[str(n)] = {"parts_per_second": steady, "parts_per_second_with_start": whole, "parts": len(done)}
-    ratio = found["2"]["parts_per_second"] / found["1"]["parts_per_second"]
+        whole = len(done) / (done[-1][0] - start)
+        rates[str(n)] = {"parts_per_second": steady, "parts_per_second_with_start": whole, "parts": len(done)}
+    ratio = rates["2"]["parts_per_second"] / rates["1"]["parts_per_second"]
     say(f"{executor}: two workers are {ratio:.2f}× one once loaded")
-    return {**found, "ratio": ratio}
+    return {**rates, "ratio": ratio}
 
 
 def rows(say: Say) -> dict[str, Any]:
-    """Ten million rows of one sweep's shape, as parts: bytes on disk, and the time of a layer × head table."""
+    """Write ten million rows of a sweep's shape as parts: bytes on disk, and the time of a layer × head table."""
     from interp.sweep.api import Sweep
     from interp.sweep.table import table_of
 
@@ -167,7 +167,9 @@ def rows(say: Say) -> dict[str, Any]:
         start = time.perf_counter()
         for part in sweep.config.parts:
             labels = dict(zip(("model", "task", "recipe", "sites", "seed"), part.combination, strict=True))
-            store.commit(part.number, table_of(_made_up(rng, part.number), {**labels, "part": part.number}), 0, {}, {})
+            store.commit(
+                part.number, table_of(_synthetic_cells(rng, part.number), {**labels, "part": part.number}), 0, {}, {}
+            )
         written = time.perf_counter() - start
         size = sum(p.stat().st_size for p in (store.root / "parts").iterdir())
         times = []
@@ -180,8 +182,8 @@ def rows(say: Say) -> dict[str, Any]:
     return {"rows": ROWS, "bytes": size, "write_seconds": written, "table_seconds": times, "table_rows": len(table)}
 
 
-def _made_up(rng: np.random.Generator, example: int) -> pd.DataFrame:
-    """Cells of one example as a float32 model gives them: z, layer × head × position."""
+def _synthetic_cells(rng: np.random.Generator, example: int) -> pd.DataFrame:
+    """Synthetic cells of one example, like a float32 model's: z, layer × head × position."""
     at = np.arange(ROWS_PER_PART)
     clean, corrupt = rng.normal(4, 1), rng.normal(-4, 1)
     patched = (corrupt + rng.normal(0, 0.3, ROWS_PER_PART)).astype(np.float32).astype(float)
@@ -193,8 +195,8 @@ def _made_up(rng: np.random.Generator, example: int) -> pd.DataFrame:
     })  # fmt: skip
 
 
-class _Nothing:
-    """A job whose parts are there at once, and which notes when the first one is asked for."""
+class _EmptyJob:
+    """A job whose parts take no time; it notes when the first one is computed."""
 
     first: float | None = None
 
@@ -204,53 +206,53 @@ class _Nothing:
         self.table = pa.table({"x": [1.0]})
 
     def compute(self, part: int) -> Any:
-        _Nothing.first = _Nothing.first or time.perf_counter()
+        _EmptyJob.first = _EmptyJob.first or time.perf_counter()
         return SimpleNamespace(table=self.table, failed=0, about={}, note={})
 
 
 def resume(say: Say) -> dict[str, Any]:
-    """A run of 10,000 parts of which ten are missing: seconds from the start of a driver to the first part."""
+    """Resume a run of 10,000 parts without ten of them: seconds from the driver's start to the first part."""
     from interp.jobs import work
     from interp.jobs.driver import Options, drive
     from interp.jobs.store import Store
 
-    work.JOBS["nothing"] = f"{__name__}:_Nothing"
+    work.JOBS["nothing"] = f"{__name__}:_EmptyJob"
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "run", "nothing", {"name": "nothing"}, PARTS, {}, "")
-        job = _Nothing(None, None)
+        job = _EmptyJob(None, None)
         start = time.perf_counter()
         for part in range(PARTS):
             if part % 1000 != 7:
                 store.commit(part, job.table, 0, {}, {})
         committed = (time.perf_counter() - start) / PARTS
-        _Nothing.first = None
+        _EmptyJob.first = None
         start = time.perf_counter()
         outcome = drive(Store.open(store.root), Options(executor="in-process", show="none"))
         whole = time.perf_counter() - start
-        assert outcome.code == 0 and _Nothing.first is not None
-        found = _Nothing.first - start
-    say(f"resume: {found:.2f} s to the first part of {PARTS:,}, {whole:.1f} s with every checksum")
-    return {"parts": PARTS, "seconds_to_first": found, "seconds_with_checksums": whole, "commit_seconds": committed}
+        assert outcome.code == 0 and _EmptyJob.first is not None
+        to_first = _EmptyJob.first - start
+    say(f"resume: {to_first:.2f} s to the first part of {PARTS:,}, {whole:.1f} s with every checksum")
+    return {"parts": PARTS, "seconds_to_first": to_first, "seconds_with_checksums": whole, "commit_seconds": committed}
 
 
 def corpus(say: Say) -> dict[str, Any]:
-    """What statistics over 1, 100 and 10,000 documents of 200 tokens take beside a tiny random model.
+    """Measure the memory of statistics over 1, 100 and 10,000 documents of 200 tokens, with a tiny random model.
 
-    Each in a process of its own, which has taken statistics over a few documents before: what loading and imports take
-    is there already, and does not hide what the stream takes. The peak since then, less what was resident then.
+    Each runs in a separate process that has processed a few documents before, so that the memory of loading and imports
+    does not hide that of the stream: the peak since then, less what was resident then.
     """
-    found: dict[str, Any] = {}
+    by_documents: dict[str, Any] = {}
     for n in (1, 100, 10_000):
         code = f"from {__name__} import _corpus; _corpus({n})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        found[str(n)] = json.loads(done.stdout.splitlines()[-1])
-        before, most = (found[str(n)][k] / 2**20 for k in ("resident_bytes", "stream_bytes"))
-        say(f"corpus: {n:,} documents, {most:.1f} MiB beside the {before:.0f} MiB of a process with the model")
-    return found
+        by_documents[str(n)] = json.loads(done.stdout.splitlines()[-1])
+        before, most = (by_documents[str(n)][k] / 2**20 for k in ("resident_bytes", "stream_bytes"))
+        say(f"corpus: {n:,} documents, {most:.1f} MiB besides the {before:.0f} MiB of a process with the model")
+    return by_documents
 
 
 def _corpus(n: int) -> None:
-    from interp import corpus as measured
+    from interp.corpus import statistics as corpus_statistics
     from interp.doctor.families.text import tiny_hf
     from interp.model.model import load
     from interp.zoo.known import induction
@@ -266,8 +268,8 @@ def _corpus(n: int) -> None:
             data = Path(folder) / f"docs{documents}.txt"
             with open(data, "w") as file:
                 file.writelines(f"{text}\n" for _ in range(documents))
-            found = measured.statistics(model, data, Path(folder) / f"run{documents}", context=64, **options)
-            assert found.documents == documents
+            result = corpus_statistics(model, data, Path(folder) / f"run{documents}", context=64, **options)
+            assert result.documents == documents
 
         measure(2 * 2**16 // len(text))  # two parts
         gc.collect()
@@ -279,7 +281,7 @@ def _corpus(n: int) -> None:
 
 
 def _status(name: str) -> int:
-    """A figure of Linux about this process's memory, in bytes."""
+    """Linux' figure of this process's memory, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
@@ -291,15 +293,15 @@ CASES: dict[str, Callable[[Say], dict[str, Any]]] = {
 
 
 def run(names: Sequence[str], json_file: Path | None, say: Say = print) -> dict[str, Any]:
-    """Measure the named cases, saying each and writing all to ``json_file``; cases that it has from before stay."""
+    """Measure the named cases; report each with ``say`` and write all to ``json_file``, whose other cases stay."""
     if wrong := set(names) - set(CASES):
         raise InterpError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(CASES)}")
     result: dict[str, Any] = {}
     if json_file and json_file.exists():
         result = json.loads(json_file.read_text())
     for name in names:
-        found = CASES[name](say)
-        result[name] = {**found, "made": now(), "machine": platform.machine(), "versions": versions()}
+        measurement = CASES[name](say)
+        result[name] = {**measurement, "made": now(), "machine": platform.machine(), "versions": versions()}
         if json_file:
             with result_file(json_file) as file:
                 file.write(f"{json.dumps(result, indent=1)}\n".encode())

@@ -1,4 +1,4 @@
-"""interp's sweeps beside other libraries': seconds a cell, in turn in one process, once their numbers agree."""
+"""Time interp's sweeps next to other libraries': seconds per cell, alternating in one process, if numbers agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.bench.cases import NAMES, Case, Workbench, cases
+from interp.bench.cases import NAMES, SweepCase, Workbench, cases
 from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
 from interp.engine.matmul import PLAIN, Products, products_for
 from interp.errors import InterpError
@@ -21,12 +21,12 @@ from interp.utils.files import result_file
 from interp.utils.provenance import now, versions
 
 TOLERANCE = 1e-4  # logits, or probability
-SLOW, LONG = 20.0, 60.0  # seconds from which a path runs twice at most; and from which interp runs once
+SLOW, LONG = 20.0, 60.0  # from so many seconds on a library runs at most twice, and interp once
 Say = Callable[[str], None]
 
 
 def workbench(seed: int = 0) -> tuple[Workbench, Any]:
-    """The embedded model three times (interp's, plain, TransformerLens'), and its tokenizer."""
+    """Load the embedded model three times (interp's, plain, TransformerLens'), and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from interp.model.embedded import embedded_model
@@ -47,11 +47,11 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
 def run(
     names: Sequence[str] = NAMES, rounds: int = 3, threads: int = 2, json: Path | None = None, say: Say = print
 ) -> dict[str, Any]:
-    """Measure the named cases, saying each, and writing all to ``json``, as it is done; returns what was written."""
+    """Measure the named cases; report each with ``say`` and write all to ``json`` as they finish."""
     if wrong := set(names) - set(NAMES):
         raise InterpError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(NAMES)}")
     if rounds < 1 or threads < 1:
-        raise InterpError(f"rounds={rounds}, threads={threads}: from 1 on expected")
+        raise InterpError(f"rounds={rounds}, threads={threads}: at least 1 expected")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -68,10 +68,10 @@ def run(
         for why in filter(None, map(missing, OPTIONAL)):
             say(f"not measured: {why}")
         peers = peers_of(bench, tokenizer)
-        made = cases(bench)
+        builders = cases(bench)
         for name in names:
-            found = measure(made[name](), peers, rounds, result["products_gflops"])
-            result["cases"].append({**found, **{k: result[k] for k in ("made", "machine", "versions")}})
+            timings = measure(builders[name](), peers, rounds, result["products_gflops"])
+            result["cases"].append({**timings, **{k: result[k] for k in ("made", "machine", "versions")}})
             say(table(result["cases"][-1]))
             if json:
                 write(result, json)
@@ -81,7 +81,7 @@ def run(
 
 
 def peers_of(bench: Workbench, tokenizer: Any) -> dict[type, Any]:
-    """The other libraries that are installed, ready to sweep."""
+    """The installed other libraries, ready to sweep."""
     hf = HuggingFace(bench.hf)
     makers: dict[type, Callable[[], Any]] = {
         TransformerLens: lambda: TransformerLens(bench.bridge, hf), HuggingFace: lambda: hf,
@@ -90,15 +90,15 @@ def peers_of(bench: Workbench, tokenizer: Any) -> dict[type, Any]:
     return {kind: make() for kind, make in makers.items() if missing(kind) is None}
 
 
-def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, float]) -> dict[str, Any]:
-    """Times of one case. Raises InterpError if a library's numbers differ from ours by more than `TOLERANCE`."""
+def measure(case: SweepCase, peers: dict[type, Any], rounds: int, peaks: dict[str, float]) -> dict[str, Any]:
+    """Time one case; InterpError if a library's numbers differ from interp's by more than `TOLERANCE`."""
     plan, before = case.plan(), _memory("VmRSS", reset=True)
-    first, frame = _timed(case.ours)  # which checks the engine, once for a model
+    first, frame = _timed(case.ours)  # includes the engine's check, once per model
     ours, rss = case.order(frame), {"before": before, "peak": _memory("VmHWM")}
     used = {kind: peers[kind] for kind in case.peers if kind in peers}
     seconds: dict[str, list[float]] = {"interp": [], **{p.name: [] for p in used.values()}}
     gaps: dict[str, float] = {}
-    if first > SLOW:  # nothing is warmed up in so long a run
+    if first > SLOW:  # so long a run needs no warm-up
         seconds["interp"].append(first)
     for _ in range(rounds):
         if first <= LONG and (len(seconds["interp"]) < 2 or seconds["interp"][0] < SLOW):
@@ -112,16 +112,16 @@ def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, fl
             if not gaps[peer.name] < TOLERANCE:
                 raise InterpError(f"{case.name}: interp and {peer.name} disagree by {gaps[peer.name]:.1e}")
             seconds[peer.name].append(took)
-    shares = sum(len(p.rows) * p.samples for p in case.parts)
-    cells = {"interp": len(ours) * case.samples, **{p.name: shares for p in used.values()}}
+    n_peer_cells = sum(len(p.rows) * p.samples for p in case.parts)
+    cells = {"interp": len(ours) * case.samples, **{p.name: n_peer_cells for p in used.values()}}
     paths = {
         name: {"seconds": s, "median_s": statistics.median(s), "cells": cells[name],
                "ms_a_cell": 1e3 * statistics.median(s) / cells[name], "max_gap": gaps.get(name)}
         for name, s in seconds.items()
     }  # fmt: skip
-    own = paths["interp"]["ms_a_cell"]
+    interp_ms = paths["interp"]["ms_a_cell"]
     targets = {
-        used[kind].name: {"at_least": bound, "ratio": paths[used[kind].name]["ms_a_cell"] / own}
+        used[kind].name: {"at_least": bound, "ratio": paths[used[kind].name]["ms_a_cell"] / interp_ms}
         for kind, bound in case.targets.items() if kind in used
     }  # fmt: skip
     return {
@@ -136,26 +136,26 @@ def measure(case: Case, peers: dict[type, Any], rounds: int, peaks: dict[str, fl
     }  # fmt: skip
 
 
-def _memory(what: str, reset: bool = False) -> float | None:
-    """A figure of Linux about this process's memory, in MB: VmRSS, now, or VmHWM, the most since it was ``reset``."""
+def _memory(field: str, reset: bool = False) -> float | None:
+    """Linux' figure of this process's memory in MB: VmRSS (now) or VmHWM (the maximum since ``reset``)."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(what)), None)
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field)), None)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    begun = time.perf_counter()
-    found = function()
-    return time.perf_counter() - begun, found
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
 
 
 @torch.no_grad()
 def rates(d_model: int) -> dict[str, float]:
-    """GFLOP/s of a large float32 product: by PyTorch's own way, and by the one that the engine takes."""
+    """GFLOP/s of a large float32 product: PyTorch's own, and the one that the engine uses."""
     x, weight = torch.randn(2048, d_model), torch.randn(4 * d_model, d_model)
 
     def rate(products: Products) -> float:
@@ -179,14 +179,14 @@ def _version(package: str) -> dict[str, str]:
 
 
 def table(case: dict[str, Any]) -> str:
-    """A case for people."""
-    own = case["paths"]["interp"]["ms_a_cell"]
+    """Write the timings of a case as text."""
+    interp_ms = case["paths"]["interp"]["ms_a_cell"]
     lines = ["", f"{case['name']}: {case['tokens']} tokens, differing from token {case['differ_from']}"]
     lines += [f"  ({case['note']})"] if case["note"] else []
     for name, path in case["paths"].items():
         lines.append(
             f"  {name:36} {path['median_s']:8.2f} s {path['cells']:7} cells {path['ms_a_cell']:9.3f} ms a cell "
-            f"{path['ms_a_cell'] / own:7.1f} ×"
+            f"{path['ms_a_cell'] / interp_ms:7.1f} ×"
         )
     lines += [f"  {name:36} not measured: {why}" for name, why in case["not_measured"].items()]
     bound = case["bound_s"]
@@ -204,11 +204,11 @@ def table(case: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """The result as JSON; cases of an earlier result in the same file that were not measured again stay."""
+    """Write the result as JSON; cases in the file that were not measured again stay."""
     if path.exists():
-        again = {c["name"] for c in result["cases"]}
+        measured = {c["name"] for c in result["cases"]}
         earlier = loads(path.read_text())
-        kept = [c for c in earlier["cases"] if c["name"] not in again]
-        result = {**result, "cases": kept + result["cases"]}
+        unchanged = [c for c in earlier["cases"] if c["name"] not in measured]
+        result = {**result, "cases": unchanged + result["cases"]}
     with result_file(path) as file:
         file.write(f"{dumps(result, indent=1)}\n".encode())
