@@ -81,7 +81,7 @@ def test_runs_zooms_scales_and_muting(browser: Browser, study: Path):
     seen.add(page.get_attribute(".raster", "href"))
     assert len(seen) == 5, "each changes the picture"
     page.click(".switcher button[data-value=blocks]")
-    browser.until("document.querySelector('.attention .how').textContent.includes('lines sum to 1')")
+    browser.until("document.querySelector('.attention .how').textContent.includes('rows sum to 1')")
     assert "IO" in browser.texts(".pattern .tick.row")
     page.click(".switcher button[data-value=rows]")
     browser.until("document.querySelectorAll('.row-figure').length === 2")

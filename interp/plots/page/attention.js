@@ -24,7 +24,7 @@ const NAMED = 44; // axes show tokens or segments up to this number
  * @param {() => string} strongest  the head to show if none is selected
  */
 export function attentionView(result, strongest) {
-  const box = el("section", { class: "attention", id: "attention", "aria-label": "Attention of the chosen heads" });
+  const box = el("section", { class: "attention", id: "attention", "aria-label": "Attention of the selected heads" });
   const controls = el("div", {});
   const explanation = el("p", { class: "how" });
   const figures = el("div", { class: "figures" });
@@ -77,7 +77,7 @@ export function attentionView(result, strongest) {
       ...(squares.length ? [beside] : [])));
     legends.replaceChildren(...(squares.length ? [legend(signed ? "diverging" : "sequential", scaleTicks(top, state.scale, signed), `${signed ? "clean − corrupt" : "attention weight"}, colour by ${signed ? "p" : SCALES[state.scale]}`, null)] : []));
     beside.replaceChildren(legends, rowBox);
-    if (!heads.length) figures.replaceChildren(el("p", { class: "caution" }, `The page holds no attention of ${state.heads.join(", ")}; it holds ${result.names.length} heads: ${result.names.slice(0, 12).join(", ")}${result.names.length > 12 ? ", …" : ""}`));
+    if (!heads.length) figures.replaceChildren(el("p", { class: "caution" }, `This page contains no attention patterns of ${state.heads.join(", ")}. It contains ${result.names.length} heads: ${result.names.slice(0, 12).join(", ")}${result.names.length > 12 ? ", …" : ""}`));
     drawTokens(e);
     await follow();
   };
@@ -98,16 +98,16 @@ export function attentionView(result, strongest) {
     const pooled = e.tokens > bins || e.coarse > 1;
     const n = e.tokens.toLocaleString("en");
     const others = result.exact.length ? ` of heads other than ${result.exact.join(", ")}` : "";
-    const map = !pooled ? `All ${n} × ${n} weights, each to 8 bits of its root${e.levels < 256 ? `; to ${e.levels} levels${others}, to keep the page small` : ""}.`
+    const map = !pooled ? `All ${n} × ${n} weights; √p is stored in 8 bits${e.levels < 256 ? `, and in ${e.levels} levels${others}, to keep the page small` : ""}.`
       : e.tokens === bins ? `${n} × ${n} weights: each cell is the largest of ${e.coarse} × ${e.coarse} neighbours${others}, to keep the page small.`
-      : `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${e.coarse > 1 ? ` (of heads without exact rows ${ratio * e.coarse} × ${ratio * e.coarse}, to keep the page small)` : e.levels < 256 ? `, to ${e.levels} levels of √p for heads without exact rows (to keep the page small)` : ""}. `
-        + (result.exact.length && runOf(e, run()).top.index.shape[2] ? `Exact, under “one query”: the largest weights of every query of ${result.exact.join(", ")}.`
-          : "No head’s rows are in this page one by one.");
-    const detail = { map, blocks: "Share of each query segment’s attention that each key segment receives; lines sum to 1.", rows: "One query at a time: point at a token below, or click it to keep it." }[state.zoom];
+      : `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${e.coarse > 1 ? ` (of heads without exact rows ${ratio * e.coarse} × ${ratio * e.coarse}, to keep the page small)` : e.levels < 256 ? `, in ${e.levels} levels of √p for heads without exact rows (to keep the page small)` : ""}. `
+        + (result.exact.length && runOf(e, run()).top.index.shape[2] ? `The view “one query” shows exact values: the largest weights of every query of ${result.exact.join(", ")}.`
+          : "This page contains no exact rows of single queries.");
+    const detail = { map, blocks: "Share of the attention of each query segment that each key segment receives; rows sum to 1.", rows: "One query at a time. Point at a token below, or click it to pin it." }[state.zoom];
     const all = selectedHeads().length;
-    return [detail, all > heads.length ? `${heads.length} of ${all} chosen heads are drawn.` : "",
+    return [detail, all > heads.length ? `${heads.length} of ${all} selected heads are drawn.` : "",
       state.mute ? "The first token’s column is grey and does not set the scale; other weights are unchanged." : "",
-      result.examples.length < result.n ? `The page holds ${result.examples.length} of ${result.n} prompts.` : ""].filter(Boolean).join(" ");
+      result.examples.length < result.n ? `This page contains ${result.examples.length} of ${result.n} prompts.` : ""].filter(Boolean).join(" ");
   };
   const headFigure = (/** @type {string} */ head, /** @type {Square} */ square, /** @type {Float32Array[]|undefined} */ sides, /** @type {boolean} */ signed, /** @type {number} */ top) => {
     const e = example();
@@ -181,7 +181,7 @@ export function attentionView(result, strongest) {
     const key = `${state.ex} ${run()}`;
     if (stripKey === key) return;
     stripKey = key;
-    strip = tokenStrip({ label: "Tokens of the prompt: arrow keys move the query, Enter keeps it", labels: labels(), segments: e.segments, visit: (token, how) => {
+    strip = tokenStrip({ label: "Tokens of the prompt: arrow keys move the query, Enter pins it", labels: labels(), segments: e.segments, visit: (token, how) => {
       hovered = how === "hover" ? token : null;
       if (how === "pin") set({ q: state.q === token ? null : token });
       follow();
@@ -191,7 +191,7 @@ export function attentionView(result, strongest) {
   on("heads zoom run scale mute ex shown-theme", draw);
   on("q pins", () => follow());
   draw();
-  box.append(el("h3", {}, "What the chosen heads read"), controls, explanation, figures, line, strips,
-    el("p", { class: "hint" }, "Point at a token to see what it reads; click to keep it. · is a space, ⏎ a line end; dotted tokens are bytes of a character."));
+  box.append(el("h3", {}, "What the selected heads read"), controls, explanation, figures, line, strips,
+    el("p", { class: "hint" }, "Point at a token to see what it reads; click to pin it. · is a space, ⏎ a line break; tokens with dotted lines are bytes of a character."));
   return box;
 }

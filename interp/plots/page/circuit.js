@@ -17,12 +17,12 @@ import { dataTable } from "./tables.js";
  */
 export function circuitCard(circuit, curve, id) {
   const ranked = [...circuit.edges].sort((a, b) => Math.abs(b.score ?? 0) - Math.abs(a.score ?? 0));
-  const view = { edges: shownEdges(id, ranked.length), paths: true, chosen: -1 };
+  const view = { edges: shownEdges(id, ranked.length), paths: true, selected: -1 };
   const graph = el("div", { class: "scroll" });
   const facts = el("p", { class: "readout line", "aria-live": "polite" });
   const side = el("div", { class: "node-panel" });
   const chart = el("div", {});
-  const slider = /** @type {HTMLInputElement} */ (el("input", { type: "range", min: 1, max: ranked.length, "aria-label": "edges kept, strongest first",
+  const slider = /** @type {HTMLInputElement} */ (el("input", { type: "range", min: 1, max: ranked.length, "aria-label": "number of edges, strongest first",
     oninput: () => { view.edges = Number(slider.value); draw(); }, onchange: () => set({ cut: `${id}:${view.edges}` }) }));
   slider.value = String(view.edges);
   const draw = () => {
@@ -30,23 +30,23 @@ export function circuitCard(circuit, curve, id) {
     const connected = onPaths(circuit, cut);
     const shown = view.paths ? connected : cut;
     const least = Math.abs(cut[cut.length - 1].score ?? NaN);
-    keepFocus(graph, () => graph.replaceChildren(drawGraph(circuit, shown, view.chosen, choose)));
+    keepFocus(graph, () => graph.replaceChildren(drawGraph(circuit, shown, view.selected, choose)));
     const nodes = new Set(shown.flatMap((e) => [e.from, ...e.to])).size;
     facts.replaceChildren(el("strong", {}, `${view.edges} of ${ranked.length} edges`), `${Number.isFinite(least) ? ` with |score| ≥ ${format(least)}` : ", not ranked"}: ${connected.length} on a path from the input to the logits, ${nodes} nodes. `
       + `${(100 * view.edges / circuit.total).toPrecision(2)}% of the model’s ${circuit.total.toLocaleString("en")} edges.`, curve ? ` ${faithfulnessAt(curve, view.edges / circuit.total)}` : "");
     chart.replaceChildren(...(curve ? [curveChart(curve, view.edges / circuit.total)] : []));
   };
   const choose = (/** @type {number} */ i) => {
-    view.chosen = i;
+    view.selected = i;
     draw();
     side.replaceChildren(...nodePanel(circuit, i, id, draw));
-    say(`${nodeName(circuit.nodes[i])} chosen`);
+    say(`${nodeName(circuit.nodes[i])} selected`);
   };
   draw();
   const heading = circuit.name ?? "Circuit";
   return el("article", { class: "card", id },
     el("header", {}, el("h3", {}, heading), el("p", { class: "kind" }, String(circuit.provenance.selection ?? circuit.provenance.method ?? ""))),
-    el("p", { class: "how" }, "Senders below, the logits on top; an edge’s width is its |score|, red raises and blue lowers what was attributed. Choose a node to see its edges, give it a role, or open its attention."),
+    el("p", { class: "how" }, "Senders are below, the logits on top. The width of an edge is its |score|; red edges raise the attributed metric, blue edges lower it. Select a node to see its edges, give it a role, or open its attention."),
     el("div", { class: "controls" }, el("label", { class: "chooser" }, "edges kept", slider), tick("only paths to the logits", view.paths, (on) => { view.paths = on; draw(); }),
       savers(() => graph.querySelector("svg"), heading), button("Save JSON", () => saveJson("circuit.json", circuitFile(circuit, id)), { class: "plain-button", "data-key": "save circuit" })),
     facts,
@@ -134,11 +134,11 @@ function circuitFile(circuit, id) {
 function faithfulnessAt(curve, share) {
   const { size, faithfulness } = curve.measured;
   const after = size.findIndex((s) => (s ?? 0) >= share);
-  if (after === 0) return `Smaller than any measured circuit (the smallest: f = ${format(faithfulness[0])} at ${percent(size[0])} of the edges).`;
+  if (after === 0) return `Smaller than all measured circuits (the smallest: f = ${format(faithfulness[0])} at ${percent(size[0])} of the edges).`;
   const [a, b] = after < 0 ? [size.length - 1, size.length - 1] : [after - 1, after];
   const t = a === b ? 0 : (share - (size[a] ?? 0)) / ((size[b] ?? 1) - (size[a] ?? 0));
   const f = (faithfulness[a] ?? 0) + t * ((faithfulness[b] ?? 0) - (faithfulness[a] ?? 0));
-  return `Faithfulness about ${format(f)} (between those measured at ${percent(size[a])} and ${percent(size[b])}).`;
+  return `Faithfulness about ${format(f)} (interpolated between ${percent(size[a])} and ${percent(size[b])}).`;
 }
 
 /**

@@ -135,7 +135,7 @@ function effectsBody(view) {
   const clipped = most > limit * 1.0001 ? `; colours saturate, the largest value here is ${format(most)}` : "";
   const spread = view.example === "" ? view.variant.spread : `Example ${view.example} alone, so there are no intervals.`;
   const merged = view.panel.averages_positions && view.columns.kind === "role"
-    ? " The prompts differ in wording: each part of the prompt is the mean over its tokens, changed one at a time; choose an example to see its tokens." : "";
+    ? " The prompts differ in wording, so each part of the prompt shows the mean over its tokens, changed one at a time. Select an example to see its tokens." : "";
   return [
     el("p", { class: "how" }, `${view.variant.scale} ${spread}${merged}`),
     ...(view.variant.caution ? [el("p", { class: "caution" }, view.variant.caution)] : []),

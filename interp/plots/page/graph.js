@@ -63,10 +63,10 @@ function layout(circuit, shown) {
  * Draw the given edges of a circuit.
  * @param {CircuitResult} circuit
  * @param {CircuitEdge[]} edges
- * @param {number} chosen  the selected node
+ * @param {number} selected  node
  * @param {(node: number) => void} choose
  */
-export function drawGraph(circuit, edges, chosen, choose) {
+export function drawGraph(circuit, edges, selected, choose) {
   const senders = new Set(edges.map((e) => e.from));
   const ends = (/** @type {CircuitEdge} */ e) => { // a key or value feeds a group of heads: only those with an outgoing edge
     const sending = e.to.filter((n) => senders.has(n));
@@ -88,12 +88,12 @@ export function drawGraph(circuit, edges, chosen, choose) {
   for (const e of [...edges].sort((a, b) => weight(a) - weight(b))) {
     for (const to of ends(e)) {
       const [a, b] = [at.get(e.from), at.get(to)];
-      if (a && b) root.append(edgePath(e, a, b, weight(e), e.from === chosen || to === chosen));
+      if (a && b) root.append(edgePath(e, a, b, weight(e), e.from === selected || to === selected));
     }
   }
   for (const i of shown) {
     const place = at.get(i);
-    if (place) root.append(nodeBox(circuit.nodes[i], place, width, i === chosen, () => choose(i)));
+    if (place) root.append(nodeBox(circuit.nodes[i], place, width, i === selected, () => choose(i)));
   }
   return root;
 }
@@ -122,12 +122,12 @@ function edgePath(e, a, b, weight, near) {
  * @param {CircuitNode} node
  * @param {{x: number, y: number}} at
  * @param {number} width  of the drawing, which decides the side of the role's text
- * @param {boolean} chosen
+ * @param {boolean} isSelected
  * @param {() => void} choose
  */
-function nodeBox(node, at, width, chosen, choose) {
-  const group = svg("g", { class: `node ${node.kind}${chosen ? " chosen" : ""}`, tabindex: 0, role: "button", "data-key": `node ${node.site}`,
-    "aria-label": `${nodeName(node)}${node.role ? `, ${node.role}` : ""}`, "aria-pressed": chosen });
+function nodeBox(node, at, width, isSelected, choose) {
+  const group = svg("g", { class: `node ${node.kind}${isSelected ? " chosen" : ""}`, tabindex: 0, role: "button", "data-key": `node ${node.site}`,
+    "aria-label": `${nodeName(node)}${node.role ? `, ${node.role}` : ""}`, "aria-pressed": isSelected });
   const wide = node.kind === "logits" || node.kind === "mlp" ? BOX + 8 : BOX;
   group.append(svg("rect", { x: at.x - wide / 2, y: at.y - HIGH / 2, width: wide, height: HIGH, rx: node.kind === "head" ? 9 : 2 }),
     svg("text", { x: at.x, y: at.y, class: "tick middle central" }, nodeName(node)));

@@ -59,7 +59,7 @@ export function headReadout(all, nameOf) {
         el("td", {}, formatInterval(at(lo), at(hi))), el("td", {}, String(at("n"))));
     }).filter((row) => row !== null);
     const counted = all.counted.map((c) => el("div", {}, el("dt", {}, c.label), el("dd", {}, format(c.values[head]))));
-    const note = /** @type {HTMLTextAreaElement} */ (el("textarea", { rows: 2, "aria-label": `Note on ${name}`, placeholder: "Your note (saved by “notes”, above)",
+    const note = /** @type {HTMLTextAreaElement} */ (el("textarea", { rows: 2, "aria-label": `Note on ${name}`, placeholder: "Your note (the “notes” button saves it)",
       oninput: () => { written.notes[name] = note.value; } }));
     note.value = written.notes[name] ?? "";
     return [
@@ -67,7 +67,7 @@ export function headReadout(all, nameOf) {
         el("button", { type: "button", class: "plain-button", onclick: () => copy(`z.${name}`, "site") }, "copy as Site"),
         el("button", { type: "button", class: "plain-button pin", "aria-pressed": state.pins.includes(name), onclick: () => togglePin(name) },
           state.pins.includes(name) ? "pinned" : "pin")),
-      ...(rows.length ? [el("table", {}, el("thead", {}, el("tr", {}, ...["what was done", "effect", "95% interval", "n"].map((t) => el("th", { scope: "col" }, t)))),
+      ...(rows.length ? [el("table", {}, el("thead", {}, el("tr", {}, ...["intervention", "effect", "95% interval", "n"].map((t) => el("th", { scope: "col" }, t)))),
         el("tbody", {}, ...rows))] : []),
       ...(counted.length ? [el("dl", { class: "token-readout" }, ...counted)] : []),
       note,
@@ -132,12 +132,12 @@ export function headList(spec) {
   };
   const table = el("table", { class: "head-list" }, el("thead", {}, heading), body);
   draw();
-  const mark = (/** @type {number[]} */ chosen) => {
-    const names = new Set(chosen.map(nameOf));
+  const mark = (/** @type {number[]} */ heads) => {
+    const names = new Set(heads.map(nameOf));
     for (const row of body.querySelectorAll("tr")) {
-      const is = names.has(row.getAttribute("data-head") ?? "");
-      row.classList.toggle("chosen", is);
-      row.querySelector("button")?.setAttribute("aria-pressed", String(is));
+      const isSelected = names.has(row.getAttribute("data-head") ?? "");
+      row.classList.toggle("chosen", isSelected);
+      row.querySelector("button")?.setAttribute("aria-pressed", String(isSelected));
     }
   };
   const numbers = dataTable(`All ${order.length} heads`, () => ({

@@ -102,7 +102,7 @@ function countedOf(result, id) {
     values[layer * result.heads + head] = result.receiver[i];
   });
   return values.some((v) => v !== null) ? [{ id: `${id}.receiver`, label: "receiver-head score", values,
-    definition: "Excess kurtosis of the vertical scores of a prompt's segments (Thought Anchors): high for a head that singles out few of them" }] : [];
+    definition: "Excess kurtosis of the vertical scores of a prompt's segments (Thought Anchors): high for a head that singles out a few segments" }] : [];
 }
 
 /**
@@ -140,14 +140,14 @@ export function headGrid(all, tellStrongest) {
     const [low, high] = dots ? rangeOf(dots.values) : [0, 1];
     const choose = (/** @type {number} */ cell, /** @type {How} */ how) => {
       const name = nameOf(cell);
-      const chosen = state.heads.filter((h) => h !== name);
-      const next = how === "toggle" ? (chosen.length < state.heads.length ? chosen : [name, ...chosen])
+      const others = state.heads.filter((h) => h !== name);
+      const next = how === "toggle" ? (others.length < state.heads.length ? others : [name, ...others])
         : how === "extend" ? [name, ...rectangle(anchor, cell, all.heads).map(nameOf).filter((h) => h !== name)] : [name];
       if (how !== "extend") anchor = cell;
       set({ heads: next });
       const x = colored[cell];
       say(`${name}: ${measure ? valueName(/** @type {any} */ ({ ...measure, value })) : shown?.label} ${format(x, !!measure)}`
-        + (next.length > 1 ? `; ${next.length} heads chosen` : ""));
+        + (next.length > 1 ? `; ${next.length} heads selected` : ""));
     };
     const axis = (/** @type {number} */ n) => ({ kind: "", values: [...Array(n).keys()], labels: [...Array(n).keys()].map(String) });
     const map = heatmap({ key: "heads", rows: axis(all.layers), columns: axis(all.heads), rowTitle: "layer", columnTitle: "head",
@@ -156,10 +156,10 @@ export function headGrid(all, tellStrongest) {
       visit: (cell, how) => (how === "hover" ? refresh(cell) : choose(cell, how)) });
     const list = headList({ all, measure, shown, colored, sizeOf, dots, ends, isLeftOut, order, nameOf, choose });
     refresh = (hovered) => {
-      const chosen = state.heads.map(indexOf).filter((i) => i < colored.length);
-      map.mark(...(chosen.length ? chosen : [order[0] ?? 0]));
-      readout.show(hovered ?? chosen[0] ?? order[0] ?? 0);
-      list.mark(chosen);
+      const selected = state.heads.map(indexOf).filter((i) => i < colored.length);
+      map.mark(...(selected.length ? selected : [order[0] ?? 0]));
+      readout.show(hovered ?? selected[0] ?? order[0] ?? 0);
+      list.mark(selected);
     };
     const legends = [legend(scale.map, scale.ticks, measure ? `colour: ${measure.label}, ${valueName(/** @type {any} */ ({ ...measure, value }))}` : `colour: ${shown?.label ?? ""}`,
       measure ? endsOf(/** @type {any} */ ({ variant: measure.variant, value })) : null), ...(dots ? [dotLegend(dots, low, high)] : [])];
@@ -223,7 +223,7 @@ function controls(all, measure, shown, filter, limit, draw) {
   const colors = [...all.measures.map((m) => ({ value: m.id, text: m.label })), ...all.counted.map((c) => ({ value: `stat:${c.id}`, text: `statistic: ${c.label}` }))];
   const glyphs = [{ value: "", text: "none" }, ...all.counted.map((c) => ({ value: c.id, text: c.label }))];
   const least = /** @type {HTMLInputElement} */ (el("input", { type: "range", min: 0, max: limit, step: limit / 100, "data-key": "least",
-    "aria-label": "leave out smaller values", oninput: () => { filter.least = Number(least.value); draw(); } }));
+    "aria-label": "smallest value to show", oninput: () => { filter.least = Number(least.value); draw(); } }));
   least.value = String(filter.least);
   const sure = /** @type {HTMLInputElement} */ (el("input", { type: "checkbox", "data-key": "sure", onchange: () => { filter.sure = sure.checked; draw(); } }));
   sure.checked = filter.sure;

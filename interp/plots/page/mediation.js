@@ -49,8 +49,8 @@ export function mediationTable(panel, variants) {
   return el("section", { class: "mediation" },
     el("h4", {}, "Total, direct and indirect effects"),
     el("p", { class: "how" }, `Change of ${metricOf(view)} when the prompt changes from clean to corrupt. TE: prompt and mediator change; `
-      + "NDE: the prompt alone; NIE: the mediator alone; interaction: TE − NDE − NIE, 0 where the two add up. "
-      + `The ${shown.length} mediators of largest |NIE|${order.length > MEDIATORS ? ` of ${order.length}` : ""}; 95% intervals.`),
+      + "NDE: only the prompt; NIE: only the mediator; interaction: TE − NDE − NIE, 0 if NDE and NIE add up to TE. "
+      + `The ${shown.length} mediators with the largest |NIE|${order.length > MEDIATORS ? ` of ${order.length}` : ""}; 95% intervals.`),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Mediation table" }, el("table", { class: "effects-table" },
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "mediator"), ...EFFECTS.map((name) => el("th", { scope: "col", title: name }, SHORT[name])))),
       el("tbody", {}, ...rows))),

@@ -80,7 +80,7 @@ function bar() {
   showPins();
   showTheme();
   return el("div", { class: "bar", role: "region", "aria-label": "This page" }, pins, theme,
-    button("copy link", () => copy(location.href.split("#")[0] + permalink(), "link"), { title: "A link to what you are looking at" }),
+    button("copy link", () => copy(location.href.split("#")[0] + permalink(), "link"), { title: "Copy a link to the current view" }),
     button("notes", () => saveJson("notes.json", { format: "interp.notes", report: written.title, pins: state.pins, notes: written.notes, link: permalink() }),
       { title: "Save your pins and notes as JSON", "aria-label": "Save pins and notes as JSON" }));
 }

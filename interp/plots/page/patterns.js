@@ -103,21 +103,21 @@ export async function rowOf(result, example, head, which, query, edges) {
   if (example.tokens === map.size) {
     const { size, values } = map;
     const levels = result.exact.includes(result.names[head]) ? 256 : example.levels;
-    return { how: `every weight, to ${levels < 256 ? `${levels} levels` : "8 bits"} of its root`, weights: new Map(Array.from({ length: size }, (_, k) => /** @type {[number, number]} */ ([k, values[query * size + k]])).filter(([, v]) => v > 0)) };
+    return { how: `every weight; √p in ${levels < 256 ? `${levels} levels` : "8 bits"}`, weights: new Map(Array.from({ length: size }, (_, k) => /** @type {[number, number]} */ ([k, values[query * size + k]])).filter(([, v]) => v > 0)) };
   }
   const exactHead = result.exact.indexOf(result.names[head]);
   const line = run.rows?.queries.indexOf(query) ?? -1;
   if (exactHead >= 0 && run.rows && line >= 0) {
     const grey = await (rowSheets.get(run.rows) ?? readRows(run.rows));
     const start = (exactHead * run.rows.queries.length + line) * example.tokens;
-    return { how: "the whole row, to 8 bits of the root", weights: new Map(Array.from({ length: query + 1 }, (_, k) => /** @type {[number, number]} */ ([k, SQUARES[grey[start + k]]])).filter(([, v]) => v > 0)) };
+    return { how: "the whole row; √p in 8 bits", weights: new Map(Array.from({ length: query + 1 }, (_, k) => /** @type {[number, number]} */ ([k, SQUARES[grey[start + k]]])).filter(([, v]) => v > 0)) };
   }
   if (exactHead >= 0 && run.top.index.shape[2] > 0) {
     const [index, bits] = await Promise.all([open(run.top.index), open(run.top.value)]);
     const k = index.length / result.exact.length / example.tokens;
     const start = (exactHead * example.tokens + query) * k;
     const values = halves(Array.from({ length: k }, (_, i) => bits[start + i]));
-    return { how: `the ${k} largest weights, exact to 3 digits; the others are not in this page`,
+    return { how: `the ${k} largest weights, to 3 digits; the others are not in this page`,
       weights: new Map(Array.from(values, (v, i) => /** @type {[number, number]} */ ([index[start + i], v])).filter(([key]) => key >= 0)) };
   }
   return pooledRow(map, query, edges);
@@ -150,7 +150,7 @@ function pooledRow(map, query, edges) {
     if (v > 0) for (let k = edges[c * by]; k < end; k++) weights.set(k, v);
   }
   const cell = edges[Math.min(by, edges.length - 1)];
-  return { how: `pooled: the largest weight among ${cell} × ${cell} neighbours; this head’s rows are not in this page`, weights };
+  return { how: `pooled: the largest weight among ${cell} × ${cell} neighbours; the rows of this head are not in this page`, weights };
 }
 
 /**

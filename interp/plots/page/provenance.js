@@ -31,7 +31,7 @@ export function provenance(results) {
   }).filter((x) => x !== null);
   const all = /** @type {[string, any][]} */ (common.map((k) => [k, results[0].provenance[k]]));
   return el("footer", { id: "provenance" }, el("h2", {}, "Provenance"),
-    el("p", { class: "how" }, "What made these numbers. The page carries them in full: interp.Report.read(path) gives the tables back."),
+    el("p", { class: "how" }, "How these numbers were made. The page contains the full tables: interp.Report.read(path) returns them."),
     ...(all.length ? [table(all)] : []), ...own, ...(keys.length ? [] : [el("p", {}, "These results carry no provenance.")]));
 }
 

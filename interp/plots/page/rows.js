@@ -73,7 +73,7 @@ export function rowFigure(spec) {
     svg("text", { x: Math.min(Math.max(x, 60), W - 60), y: 71, class: "tick middle" }, `query ${spec.query}`));
   const list = el("ol", { class: "keys" }, ...best.map(([key, weight]) => el("li", {},
     el("bdi", { class: "key" }, spec.labels[key] ?? ""), el("span", { class: "place" }, `@${key}`), el("span", { class: "number" }, format(weight, spec.signed)))));
-  return { node: el("div", { class: "row-view" }, el("div", { class: "scroll" }, drawing), best.length ? list : el("p", { class: "hint" }, "Nothing but the first token."),
+  return { node: el("div", { class: "row-view" }, el("div", { class: "scroll" }, drawing), best.length ? list : el("p", { class: "hint" }, "Only the first token has weight."),
     el("p", { class: "hint" }, capitalised(spec.row.how))), drawing };
 }
 

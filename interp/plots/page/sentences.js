@@ -34,8 +34,8 @@ export function sentenceCard(result) {
   } }, `${h.name} ${format(h.score)}`));
   return el("article", { class: "card", id: "sentences" },
     el("header", {}, el("h3", {}, "Which segments are read later"), el("p", { class: "kind" }, `${example.segments.length} segments, prompt ${number}`)),
-    el("p", { class: "how" }, "Vertical score (Thought Anchors): the mean weight that segments at least 4 later give to the tokens of a segment, "
-      + `here averaged over the ${Math.min(RECEIVERS, ranked.length)} receiver heads: those whose vertical scores have the highest excess kurtosis. What lies between named segments, and the segment of the first token, on which most heads rest, do not count. Choose a head to see its segment × segment map.`),
+    el("p", { class: "how" }, "Vertical score (Thought Anchors): the mean weight on the tokens of a segment from segments at least 4 later, "
+      + `averaged over the ${Math.min(RECEIVERS, ranked.length)} receiver heads: those whose vertical scores have the highest excess kurtosis. Tokens between named segments do not count, nor does the segment of the first token, the attention sink of most heads. Select a head to see its segment × segment map.`),
     el("div", { class: "chips" }, ...chips),
     el("ol", { class: "sentences" }, ...items),
     dataTable(`All ${ranked.length} heads`, () => ({ head: ["head", "receiver score"], rows: ranked.map((h) => [h.name, exact(h.score)]) })),

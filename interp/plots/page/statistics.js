@@ -103,7 +103,7 @@ function attentionBody(view, headChanged) {
   const order = strongestHeads(statistic);
   const what = statistic.definition || `One value per ${statistic.per} token.`;
   return [
-    el("p", { class: "how" }, `${what} The map shows its mean over tokens and prompts, each prompt weighing the same; the first token is left out. Click a head to see it token by token.`),
+    el("p", { class: "how" }, `${what} The map shows the mean over tokens and prompts; each prompt has the same weight, and the first token is left out. Click a head to see it token by token.`),
     el("div", { class: "columns" },
       el("div", { class: "figure" }, map.node, savers(() => map.drawing, `mean ${statistic.name}`), legend(scale.map, scale.ticks, `mean ${statistic.name}`, null)),
       el("div", { class: "side" }, readout, extremeHeads("Highest", view, order.slice(0, 8), choose), extremeHeads("Lowest", view, order.slice(-4).reverse(), choose))),
@@ -173,9 +173,9 @@ async function drawStrip(view, strip) {
     return node;
   });
   const options = result.examples.map((e, i) => ({ value: String(i), text: `prompt ${i}: ${e.labels.join("").replaceAll("\u00b7", " ").trim().slice(0, 60)}` }));
-  const thinned = example.every > 1 ? `To keep the page small it holds every ${example.every}th token of this prompt. ` : "";
+  const thinned = example.every > 1 ? `To keep the page small, it contains every ${example.every}th token of this prompt. ` : "";
   const shown = thinned || result.examples.length < result.n
-    ? `${thinned}This page holds the tokens of the first ${result.examples.length} of ${result.n} prompts; the means are over all of them.` : "";
+    ? `${thinned}This page contains the tokens of the first ${result.examples.length} of ${result.n} prompts; the means are over all prompts.` : "";
   show(Math.min(length - 1, Math.max(0, own.indexOf(high))));
   keepFocus(strip, () => strip.replaceChildren(
     el("div", { class: "controls" }, el("h4", {}, `${cellName(view)}, ${statistic.name} per ${statistic.per} token`),

@@ -127,5 +127,5 @@ export function endsOf(view) {
   if (view.value === "raw") return [`lowers ${view.variant.metric}`, `raises ${view.variant.metric}`];
   return view.variant.mode === "denoise"
     ? ["away from the clean answer", "towards the clean answer (1 = all of it)"]
-    : ["away from the corrupt answer", "towards the corrupt answer (1 = all the way): the site is needed"];
+    : ["away from the corrupt answer", "towards the corrupt answer (1 = all of it): the site is needed"];
 }
