@@ -48,17 +48,20 @@ def mediate(
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
 ) -> Effects:
-    """Total, direct and indirect effect of the change from clean to corrupt prompt, for each mediator.
+    """Measure the total, direct and indirect effect of the change from clean to corrupt prompt, for each mediator.
 
-    Four rows per (pair, mediator), told apart by ``intervention``: "total effect", "natural direct effect",
-    "natural indirect effect", "interaction". ``raw`` is the effect in the metric's units, ``effect`` its share of the
-    total effect, ``patched`` the metric of the counterfactual run (for the interaction: clean + interaction).
-    A mediator is one site: a head (z), a neuron (mlp_post), a layer's attn_out or mlp_out, …; or several as one, by
-    ``groups`` and ``window`` as in `interp.patch`.
+        effects = interp.mediate(model, pairs, model.sites("z"))
+        effects.summary(by=["intervention", "layer", "head"], tests=True)
+
+    Four rows per (pair, mediator), which differ in ``intervention``: "total effect", "natural direct effect", "natural
+    indirect effect", "interaction". ``raw`` is the effect in the metric's units, ``effect`` its share of the total
+    effect, ``patched`` the metric of the counterfactual run (for the interaction: clean + interaction). A mediator is
+    one site: a head (z), a neuron (mlp_post), a layer's attn_out or mlp_out, …; or several sites as one, by ``groups``
+    and ``window`` as in `interp.patch`. ``subset``: for `interp.sweep`.
 
     Vig et al. report effects relative to Y(x) of a positive ratio metric; with ``metric=interp.prob`` that is
-    ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates.
-    Raises as `interp.patch` does.
+    ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates. Raises the errors of
+    `interp.patch`.
     """
     items = as_prompts(model, pairs)
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
@@ -69,10 +72,10 @@ def mediate(
     )  # fmt: skip
     into_clean, into_corrupt = indirect.frame(), direct.frame()
     total = into_clean.assign(patched=into_clean["corrupt"])
-    held = into_clean.assign(patched=into_corrupt["patched"])
-    both = held["patched"] + into_clean["patched"] - into_clean["clean"]
+    direct_effect = into_clean.assign(patched=into_corrupt["patched"])
+    both = direct_effect["patched"] + into_clean["patched"] - into_clean["clean"]
     interaction = into_clean.assign(patched=into_clean["clean"] + into_clean["corrupt"] - both)
-    by_name = {TOTAL: total, DIRECT: held, INDIRECT: into_clean, INTERACTION: interaction}
+    by_name = {TOTAL: total, DIRECT: direct_effect, INDIRECT: into_clean, INTERACTION: interaction}
     frame = pd.concat([_with_effects(f.assign(intervention=name)) for name, f in by_name.items()], ignore_index=True)
     frame = frame.iloc[np.arange(len(frame)).reshape(len(by_name), -1).T.ravel()]  # a mediator's four rows together
     provenance = {**indirect.provenance, "intervention": "mediation", "mode": "noise"}

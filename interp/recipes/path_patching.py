@@ -161,7 +161,7 @@ def _edges(runner: Engine, senders: Sites, receivers: Sites) -> list[Edge]:
     misplaced = next((r for r in receivers if r.component == "resid_post" and r.layer != last), None)
     if misplaced is not None:
         raise SiteError(
-            f"{misplaced} is no receiver: of the residual stream, only resid_post of the last layer, the logits"
+            f"{misplaced} cannot be a receiver: of the residual stream, only the last layer's resid_post (the logits) can"
         )
     parallel = "blocks.0.hook_resid_mid" not in runner.model.bridge.hook_dict  # MLPs read what attention reads
     edges = [Edge(s, r) for r in receivers for s in senders if _reads(r, s, parallel)]
@@ -220,33 +220,33 @@ class _Paths:
         senders = list(dict.fromkeys(e.sender for e in edges))
         sent: dict[Site, Tensor] = {}  # what each sender has added to the residual stream so far [rows, d_model]
         for layer in range(n_layers):
-            here = [s for s in senders if s.layer == layer]
-            added = self._attention(layer, [s for s in here if s.component != "mlp_out"])
+            of_layer = [s for s in senders if s.layer == layer]
+            added = self._attention(layer, [s for s in of_layer if s.component != "mlp_out"])
             before = list(sent)
             group = before + list(added)
-            into = [e for e in edges if e.receiver.layer == layer and e.receiver.component != "resid_post"]
-            if group and (into or self.recompute):
-                yield from self._through(layer, into, before, sent, added)
+            edges_of_layer = [e for e in edges if e.receiver.layer == layer and e.receiver.component != "resid_post"]
+            if group and (edges_of_layer or self.recompute):
+                yield from self._through(layer, edges_of_layer, before, sent, added)
             sent |= {s: sent.get(s, 0) + x for s, x in added.items()}
-            sent |= {s: self._difference(s, "mlp_out") for s in here if s.component == "mlp_out"}
+            sent |= {s: self._difference(s, "mlp_out") for s in of_layer if s.component == "mlp_out"}
         final = [e for e in edges if e.receiver.component == "resid_post"]
         if final:
             base = self.base.resid[n_layers][self.probe.start :]
             yield [(e, self._cell(e, base + sent[e.sender])) for e in final]
 
     def _through(
-        self, layer: int, into: Sequence[Edge], before: list[Site], sent: dict[Site, Tensor], added: dict[Site, Tensor]
+        self, layer: int, edges: Sequence[Edge], before: list[Site], sent: dict[Site, Tensor], added: dict[Site, Tensor]
     ) -> Iterator[list[tuple[Edge, Cell | None]]]:
         """Yield the cells of edges into one layer; with MLPs recomputed, add the MLP's response to ``sent``."""
         zero = torch.zeros_like(self.base.resid[0][self.probe.start :])
         group = before + list(added)
         delta = torch.stack([sent.get(s, zero) for s in group])
         attention = torch.stack([added.get(s, zero) for s in group])
-        wanted = {e.receiver.component for e in into} | ({"mlp_out"} if self.recompute else set())
-        read = self.probe.block(layer, delta, attention, wanted)
+        components = {e.receiver.component for e in edges} | ({"mlp_out"} if self.recompute else set())
+        read = self.probe.block(layer, delta, attention, components)
         number = {s: i for i, s in enumerate(group)}
         cells: list[tuple[Edge, Cell | None]] = []
-        for edge in into:
+        for edge in edges:
             values = read[edge.receiver.component][number[edge.sender]]
             of_receiver = values if edge.receiver.head is None else values[:, edge.receiver.head]
             cells.append((edge, self._cell(edge, of_receiver)))
@@ -276,9 +276,9 @@ class _Paths:
         assert site.layer is not None
         start, stop = rows_of(site, self.prompt)
         change = self.source.acts[component][site.layer] - self.base.acts[component][site.layer]
-        kept = torch.zeros_like(change)
-        kept[start:stop] = change[start:stop]
-        return kept[self.probe.start :]
+        inside = torch.zeros_like(change)
+        inside[start:stop] = change[start:stop]
+        return inside[self.probe.start :]
 
     def _cell(self, edge: Edge, value: Tensor) -> Cell | None:
         rows = self.rows(edge)

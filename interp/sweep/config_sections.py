@@ -1,4 +1,4 @@
-"""The tables of a sweep's config: models, tasks, recipes, choices of sites. Their types, and how each is read."""
+"""The tables of a sweep's config (models, tasks, recipes, sites): their types, and how each is read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from interp.utils.files import PICKLES
 if TYPE_CHECKING:
     from interp.tasks import Task
 
-MOST_PROMPTS = 10_000_000  # of a task: all are made before the first is measured
+MOST_PROMPTS = 10_000_000  # of a task: all are generated before the first is measured
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: ``load`` is what `interp.load` takes, the rest its options."""
+    """One model: ``load`` is the argument of `interp.load`, ``options`` its keyword arguments."""
 
     name: str
     load: str
@@ -38,7 +38,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One set of prompts: a task's, or those of a file (``pairs``, with the digest of its contents)."""
+    """One set of prompts: those of a task, or of a file (``pairs``, with the digest of its contents)."""
 
     name: str
     n: int
@@ -52,7 +52,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class RecipeSpec:
-    """One recipe with its options; ``tasks`` and ``sites``: the names of those it is run on."""
+    """One recipe with its options; ``tasks`` and ``sites``: the names of those that it runs on."""
 
     name: str
     recipe: str
@@ -73,7 +73,10 @@ class SitesSpec:
 
 
 def read_model(table: Table, fresh: bool = True) -> ModelSpec:
-    """A table of [[models]]. ``fresh``: not of a run that exists already, which may name what is refused by now."""
+    """Read a table of [[models]].
+
+    ``fresh``: it is not from an existing run, which may name what is refused by now.
+    """
     load = table.take("load", text)
     if load.lower().endswith(PICKLES):
         raise table.refuse(
@@ -113,7 +116,7 @@ def _device_map(value: Any) -> Any:
 
 
 def read_task(table: Table, folder: Path | None) -> TaskSpec:
-    """A table of [[tasks]]; a file of prompts is read from ``folder`` (None: it is not read again)."""
+    """Read a table of [[tasks]]; a file of prompts is read from ``folder`` (None: it is not read again)."""
     require = table.take("require", number(0, 1), 0.8)
     if "pairs" in table and "task" in table:
         raise table.refuse("pairs", ": give task or pairs, not both")
@@ -154,62 +157,67 @@ def _own_prompts(table: Table, folder: Path | None, require: float) -> TaskSpec:
             raise table.refuse("pairs", f": {file} holds both pairs and facts; give each a file of its own")
         if n is not None and n > len(prompts):
             raise table.refuse("n", f" = {n}, but {file} holds {len(prompts)} prompts")
-        found = hashlib.blake2b(content, digest_size=16).hexdigest()
-        n, digest, facts = n or len(prompts), found, kinds.pop()
+        n, facts = n or len(prompts), kinds.pop()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     if n is None or digest is None:
-        raise table.refuse("pairs", ": n and pairs_digest are missing beside it")
+        raise table.refuse("pairs", ": n and pairs_digest are missing next to it")
     return TaskSpec(label, n, require, pairs=file, pairs_digest=digest, facts=facts)
 
 
 def makers() -> dict[str, Task]:
-    """What ``task = "…"`` may name: the functions of `interp.tasks` that make prompts, and what ``--task`` calls them.
+    """Return what ``task = "…"`` may name: the functions of `interp.tasks` that make prompts, and ``--task``'s names.
 
-    ``facts`` makes single prompts, for causal tracing, and ``fact_pairs`` pairs of them, as on the command line (which
-    takes ``facts`` for ``fact_pairs`` where two prompts are compared).
+    ``facts`` makes single prompts, for causal tracing, and ``fact_pairs`` makes pairs of them. (On the command line
+    ``facts`` means ``fact_pairs`` where two prompts are compared.)
     """
     from interp import tasks
 
     functions = {n: f for n in tasks.__all__ if inspect.isfunction(f := getattr(tasks, n))}
-    making = {n: f for n, f in functions.items() if {"n", "seed"} <= set(inspect.signature(f).parameters)}
-    return {**tasks.TASKS, **{n: tasks.Task(f, "") for n, f in making.items()}}
+    generators = {n: f for n, f in functions.items() if {"n", "seed"} <= set(inspect.signature(f).parameters)}
+    return {**tasks.TASKS, **{n: tasks.Task(f, "") for n, f in generators.items()}}
 
 
 def _options(task: str | None) -> Check:
     def check(value: Any) -> dict[str, Any]:
-        made = makers()[task] if task else None
-        known = [] if made is None else [p for p in inspect.signature(made.make).parameters if p not in made.options]
-        known = [p for p in known if p not in ("model", "n", "seed")]
-        if not isinstance(value, dict) or not all(map(_plain, value.values())):
+        maker = makers()[task] if task else None
+        taken_by_config = () if maker is None else ("model", "n", "seed", *maker.options)
+        parameters = [] if maker is None else list(inspect.signature(maker.make).parameters)
+        allowed = [p for p in parameters if p not in taken_by_config]
+        if not isinstance(value, dict) or not all(map(_is_plain, value.values())):
             raise ValueError("a table of plain values expected: texts, numbers, true or false, and lists of these")
-        if unknown := [k for k in value if k not in known]:
-            raise ValueError(f"{unknown[0]!r} is no option of {task}; options: {', '.join(known) or 'none'}")
+        if unknown := [k for k in value if k not in allowed]:
+            raise ValueError(f"{unknown[0]!r} is no option of {task}; options: {', '.join(allowed) or 'none'}")
         return value
 
     return check
 
 
-def _plain(value: Any) -> bool:
-    return all(map(_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float)
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float)
 
 
 def read_sites(table: Table, fresh: bool = True) -> SitesSpec:
-    """A table of [[sites]]. ``fresh``: not of a run that is there, so that what no model has is refused at once."""
-    chosen, groups = table.take("sites", sites_text if fresh else text, None), table.take("groups", _groups, None)
-    for name_of, members in (groups or {}).items() if fresh else ():
+    """Read a table of [[sites]].
+
+    ``fresh``: it is not from an existing run, so that components that no model has are refused at once.
+    """
+    sites = table.take("sites", sites_text if fresh else text, None)
+    groups = table.take("groups", _groups, None)
+    for group, members in (groups or {}).items() if fresh else ():
         try:
             sites_text(members)
         except ValueError as error:
-            raise table.refuse("groups", f".{name_of} = {members!r}: {error}") from None
-    if chosen is None and groups is None:
+            raise table.refuse("groups", f".{group} = {members!r}: {error}") from None
+    if sites is None and groups is None:
         raise table.source.refuse(
             table.path, ": sites = … (a component or sites, as for --sites) or groups = … expected"
         )
     layers = table.take("layers", layers_text, None)
-    if layers is not None and chosen is None:
+    if layers is not None and sites is None:
         raise table.refuse("layers", ": layers choose among sites = …, and there is none")
-    label = table.take("name", name, _label(chosen or "groups"))
+    label = table.take("name", name, _label(sites or "groups"))
     table.done()
-    return SitesSpec(label, chosen, layers, groups)
+    return SitesSpec(label, sites, layers, groups)
 
 
 def _groups(value: Any) -> dict[str, str]:
@@ -221,7 +229,7 @@ def _groups(value: Any) -> dict[str, str]:
 def read_recipe(
     table: Table, tasks: tuple[TaskSpec, ...], sites: tuple[SitesSpec, ...], fresh: bool = True
 ) -> RecipeSpec:
-    """A table of [[recipes]], which names tasks and sites of the same config."""
+    """Read a table of [[recipes]], which names tasks and sites of the same config."""
     kind = table.take("recipe", one_of(*RECIPES))
     recipe = RECIPES[kind]
     options = {option.name: _take_option(table, option, fresh) for option in recipe.options}
@@ -270,7 +278,7 @@ def _take_sites(table: Table, recipe: Recipe, sites: tuple[SitesSpec, ...]) -> l
 
 
 def _label(value: str) -> str:
-    """A name made of what there is, which `checks.name` accepts: the frozen config is read back with it."""
+    """Return a name that `checks.name` accepts, made from a text: the frozen config is read back with it."""
     plain = unicodedata.normalize("NFKD", Path(value).name or value)
     kept = "".join(
         c if c.isascii() and (c.isalnum() or c in "._+@=-") else "-" for c in plain if not unicodedata.combining(c)

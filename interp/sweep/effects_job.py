@@ -1,4 +1,4 @@
-"""The work of a sweep: one part in, one table out. What it gives depends on the config and the part alone."""
+"""The job of a sweep: compute the table of one part. The result depends only on the config and the part."""
 
 from __future__ import annotations
 
@@ -25,44 +25,47 @@ log = logging.getLogger("interp")
 
 
 class EffectsJob:
-    """Computes parts of a sweep. Holds one model at a time. ``models``: model objects in place of loading, by name."""
+    """Computes parts of a sweep, with one model in memory at a time.
+
+    ``models``: model objects to use instead of loading, by name.
+    """
 
     def __init__(self, document: dict[str, Any], shelf: RunFiles, models: dict[str, Any] | None = None):
         self.config: Config = parse(document)
-        self.shelf, self.given = shelf, models or {}
+        self.shelf, self.given_models = shelf, models or {}
         self.loaded: tuple[str, Any] | None = None
         self.warmed_up_for: tuple[str, str, int] | None = None
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
         self.shared: dict[Any, Any] = {}  # means over whole sets
 
     def compute(self, number: int) -> PartResult:
-        """One part. ModelError if its model cannot be loaded; everything else that goes wrong is in the table."""
+        """Compute one part. Raises ModelError if its model cannot be loaded; all other errors are rows of the table."""
         part = self.config.parts[number]
         model = self.model(part.model)
         prompts = self.prompts(part, model)
         reasons = dict.fromkeys(part.examples, prompts.error) if prompts.error else dict(prompts.failed)
         good = [i for i in part.examples if i not in reasons]
         bad = {i: str(reasons[i]) for i in part.examples if i in reasons}
-        trial = _Trial(self, part, model, prompts)
-        frames = trial.measured(good)
-        bad |= trial.failed
+        measurement = _PartMeasurement(self, part, model, prompts)
+        frames = measurement.measure(good)
+        bad |= measurement.failed
         if bad:
             frames.append(failed_rows(sorted(bad), [bad[i] for i in sorted(bad)]))
         labels = dict(zip(("model", "task", "recipe", "sites", "seed"), part.combination, strict=True))
         tables = [table_of(frame, {**labels, "part": part.number}) for frame in frames]
         table = pa.concat_tables(tables) if tables else table_of(pd.DataFrame(), {})
         failed = table.num_rows - table["error"].null_count
-        about = {"provenance": {**trial.provenance, "behaviour": prompts.behaviour}, "error": prompts.error}
-        return PartResult(table, failed, about, {"halved": trial.halved} if trial.halved else {})
+        about = {"provenance": {**measurement.provenance, "behaviour": prompts.behaviour}, "error": prompts.error}
+        return PartResult(table, failed, about, {"halved": measurement.halved} if measurement.halved else {})
 
     def shared_file(self, part: int) -> str:
         """Name the file of the run with the part's prompts."""
         return frozen_name(self.config.parts[part])
 
     def model(self, spec: ModelSpec) -> Any:
-        """The model, loaded once and kept until another is needed."""
-        if spec.name in self.given:
-            return self.given[spec.name]
+        """Return the model, which is loaded once and kept until another one is needed."""
+        if spec.name in self.given_models:
+            return self.given_models[spec.name]
         if self.loaded is None or self.loaded[0] != spec.name:
             from interp.model.model import load
 
@@ -73,38 +76,41 @@ class EffectsJob:
         return self.loaded[1]
 
     def prompts(self, part: Part, model: Any) -> PromptSet:
-        """The part's frozen prompts, made now if nobody has made them yet. ModelError for other weights than theirs."""
+        """Return the part's frozen prompts, and make them if the run does not have them yet.
+
+        Raises ModelError if the model has other weights than the one that they were made for.
+        """
         key = part.model.name, part.task.name, part.seed
         if key not in self.sets:
             name = frozen_name(part)
             content = self.shelf.get(name)
             if content is None:
-                own = None
+                file = None
                 if part.task.pairs is not None:
-                    own = self.shelf.get(f"inputs/{input_name(part.task)}")
-                    if own is None or prompt_sets.digest_of(own) != part.task.pairs_digest:
+                    file = self.shelf.get(f"inputs/{input_name(part.task)}")
+                    if file is None or prompt_sets.digest_of(file) != part.task.pairs_digest:
                         raise InterpError(
                             f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew"
                         )
                 self.warmed_up_for = None
-                made = make_set(model, part.task, part.seed, own, partial(self._ask, model, part)).encoded()
-                content = self.shelf.keep(name, made)
-                self.warmed_up_for = key if content == made else None
-            found = PromptSet.decoded(content)
-            if found.weights != model.fingerprint():
+                new_set = make_set(model, part.task, part.seed, file, partial(self._check_task, model, part)).encoded()
+                content = self.shelf.keep(name, new_set)
+                self.warmed_up_for = key if content == new_set else None
+            prompt_set = PromptSet.decoded(content)
+            if prompt_set.weights != model.fingerprint():
                 raise ModelError(
                     f"{part.model.name} ({part.model.load}) has other weights than when this run began: its numbers "
                     "would not belong together. Make a new run"
                 )
-            self.sets[key] = found
+            self.sets[key] = prompt_set
         if self.warmed_up_for != key:
             self.warmed_up_for = key
             if self.sets[key].error is None:
                 self.warm_up(model, [self.sets[key].prompts[i] for i in self.sets[key].usable])
         return self.sets[key]
 
-    def _ask(self, model: Any, part: Part, prompts: Prompts) -> str:
-        """How well a model does a task, by its prompts; leaves the model warmed up for these."""
+    def _check_task(self, model: Any, part: Part, prompts: Prompts) -> str:
+        """Return how well a model does a task; the engine is then warmed up for these prompts."""
         from interp.sweep.task_check import BaseRuns, check_task
 
         self.warm_up(model, prompts)
@@ -119,19 +125,19 @@ class EffectsJob:
 
 
 def frozen_name(part: Part) -> str:
-    """Under which the part's prompts are kept in the run."""
+    """Return the name of the file that holds the part's prompts in the run."""
     return f"prompts/{file_name(part.model.name, part.task.name, part.seed)}"
 
 
 def input_name(task: Any) -> str:
-    """Under which a task's own prompts are kept in the run's ``inputs``."""
+    """Return the name of the file in the run's ``inputs`` that holds a copy of a task's prompt file."""
     from pathlib import Path
 
     return f"{task.pairs_digest}{Path(str(task.pairs)).suffix.lower()}"
 
 
-class _Trial:
-    """One part's measurement: as a whole; with trouble, example by example."""
+class _PartMeasurement:
+    """Measures one part as a whole; after an error, example by example."""
 
     def __init__(self, job: EffectsJob, part: Part, model: Any, prompts: PromptSet):
         self.job, self.part, self.model, self.prompts = job, part, model, prompts
@@ -141,11 +147,11 @@ class _Trial:
         self.provenance: dict[str, Any] = {}
         self.halved = 0
 
-    def measured(self, examples: Sequence[int]) -> list[pd.DataFrame]:
-        """Rows of the examples; out of memory, of their halves; with any other trouble, of each alone.
+    def measure(self, examples: Sequence[int]) -> list[pd.DataFrame]:
+        """Return the rows of the examples: out of memory, of each half; after any other error, of each example.
 
-        Alone and with the engine's checks done anew, so that what an example gives does not depend on which parts this
-        process happened to compute before.
+        Before a single example, the engine's checks are made again, so that its numbers do not depend on which parts
+        this process has computed before.
         """
         if not examples:
             return []
@@ -155,14 +161,14 @@ class _Trial:
             self.failed |= dict.fromkeys(examples, _reason(error))
             return []
         except Exception as error:
-            return self._in_trouble(examples, error)
-        if _lacking(frame).any():
+            return self._after_error(examples, error)
+        if _lacks_number(frame).any():
             if len(examples) == 1:
-                return [_marked(frame, self.part.recipe.metric)]
+                return [_with_reasons(frame, self.part.recipe.metric)]
             return self._one_by_one(examples)
         return [frame]
 
-    def _in_trouble(self, examples: Sequence[int], error: Exception) -> list[pd.DataFrame]:
+    def _after_error(self, examples: Sequence[int], error: Exception) -> list[pd.DataFrame]:
         if len(examples) == 1:
             self.failed[examples[0]] = _reason(error)
             return []
@@ -173,29 +179,29 @@ class _Trial:
         log.warning("%s: out of memory with %d examples; going on with half as many", self.part, len(examples))
         del error
         free_memory()
-        return [*self.measured(examples[:half]), *self.measured(examples[half:])]
+        return [*self.measure(examples[:half]), *self.measure(examples[half:])]
 
     def _one_by_one(self, examples: Sequence[int]) -> list[pd.DataFrame]:
         frames = []
         usable = [self.prompts.prompts[i] for i in self.usable]
         for i in examples:
             self.job.warm_up(self.model, usable, anew=True)
-            frames += self.measured([i])
+            frames += self.measure([i])
         self.job.warm_up(self.model, usable, anew=True)
         return frames
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:
-        """The recipe on some examples, as a frame that counts them as the set does; NaN is let through."""
+        """Run the recipe on some examples; rows have the examples' numbers in the set, and may be NaN."""
         from interp.recipes.sweep_loop import Subset
 
-        where = {i: n for n, i in enumerate(self.usable)}
-        first, last = where[examples[0]], where[examples[-1]]
+        index = {number: i for i, number in enumerate(self.usable)}
+        first, last = index[examples[0]], index[examples[-1]]
         whole = self.recipe.whole_set
-        kept = self.usable if whole else list(examples)
-        prompts = as_task([self.prompts.prompts[i] for i in kept], self.part.task, self.part.seed)
+        numbers = self.usable if whole else list(examples)
+        prompts = as_task([self.prompts.prompts[i] for i in numbers], self.part.task, self.part.seed)
         subset = Subset(range(first, last + 1) if whole else None, keep_nan=True, means=self.job.shared)
         recipe, arguments = call_of(self.job.config, self.part, self.model)
-        if self.recipe.prepare:  # which recorded other texts
+        if self.recipe.prepare:  # it has recorded other texts
             self.job.warm_up(self.model, [self.prompts.prompts[i] for i in self.usable])
         effects = recipe(self.model, prompts, **arguments, subset=subset)
         self.provenance = {k: v for k, v in effects.provenance.items() if k not in ("created", "prompts", "n_prompts")}
@@ -204,7 +210,7 @@ class _Trial:
             "n_prompts": len(self.usable),
         }
         frame = effects.frame()
-        frame["example"] = np.asarray(kept)[frame["example"].to_numpy(dtype=int)]
+        frame["example"] = np.asarray(numbers)[frame["example"].to_numpy(dtype=int)]
         return frame
 
 
@@ -225,16 +231,16 @@ def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any],
     return recipe.load(), recipe.prepared(model, arguments)
 
 
-def _lacking(frame: pd.DataFrame) -> np.ndarray:
+def _lacks_number(frame: pd.DataFrame) -> np.ndarray:
     return frame["patched"].isna().to_numpy() | frame["clean"].isna().to_numpy()
 
 
-def _marked(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Rows without a number get their reason."""
-    of = np.where(frame["clean"].isna(), "the clean run", "the changed run")
+def _with_reasons(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the frame with an ``error`` for each row without a number."""
+    runs = np.where(frame["clean"].isna(), "the clean run", "the changed run")
     reasons = [
-        f"the metric {metric} of {which} is NaN" if bad else None
-        for which, bad in zip(of, _lacking(frame), strict=True)
+        f"the metric {metric} of {run} is NaN" if is_missing else None
+        for run, is_missing in zip(runs, _lacks_number(frame), strict=True)
     ]
     return frame.assign(error=reasons)
 
