@@ -161,7 +161,7 @@ def _edges(runner: Engine, senders: Sites, receivers: Sites) -> list[Edge]:
     misplaced = next((r for r in receivers if r.component == "resid_post" and r.layer != last), None)
     if misplaced is not None:
         raise SiteError(
-            f"{misplaced} cannot be a receiver: of the residual stream, only the last layer's resid_post (the logits) can"
+            f"{misplaced} cannot be a receiver: of the residual stream, only resid_post of the last layer can"
         )
     parallel = "blocks.0.hook_resid_mid" not in runner.model.bridge.hook_dict  # MLPs read what attention reads
     edges = [Edge(s, r) for r in receivers for s in senders if _reads(r, s, parallel)]
