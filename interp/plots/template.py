@@ -15,6 +15,7 @@ from functools import cache
 from html import escape
 from importlib.resources import files
 
+PAGE = files("interp.plots") / "page"
 ENTRY = "page.js"  # the module that starts the page; every other module is imported by it, directly or not
 IMPORT = re.compile(r'^import [^;]*"\./([\w-]+\.js)";\n', re.M)
 
@@ -66,7 +67,7 @@ def joined_script(modules: dict[str, str]) -> str:
 
 
 def _read(name: str) -> str:
-    return (files("interp.plots") / "page" / name).read_text(encoding="utf-8")
+    return (PAGE / name).read_text(encoding="utf-8")
 
 
 def _csp_hash(text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from plots_browser import Browser
 from test_plots_report import hostile
 
-from interp.plots import report
+from interp.plots import Report, report, template
+from interp.plots.kinds import KINDS, ResultKind
 from interp.results.attention_patterns import AttentionPatterns, PatternExample
 from interp.results.effects import Effects
 from interp.sites import Site
@@ -254,6 +257,54 @@ def test_neurons_mediators_and_statistics_are_shown_as_what_they_are(browser: Br
     hidden = "all => all.every((x) => x.getBBox().y + x.getBBox().height < 0 || x.getBBox().x + x.getBBox().width < 0)"
     assert browser.page.locator("svg.pattern .cross").evaluate_all(hidden), "no cross hair before a query is pointed at"
     assert_quiet(browser, path)
+
+
+@dataclass
+class Tally:
+    """A result of a kind that the page does not know."""
+
+    count: int
+    provenance: dict
+
+
+TALLY_SCRIPT = """// The card of a tally.
+
+import { el } from "./dom.js";
+
+/** @param {{count: number}} result */
+export function tallyCard(result) {
+  return el("article", { class: "card tally" }, el("p", {}, `counted ${result.count}`));
+}
+"""
+TALLY_ROW = """  tally: {
+    describe: () => "tally",
+    cards: (result) => [tallyCard(result)],
+    entries: (result, id) => [{ id, text: result.name ?? "Tally" }],
+  },
+"""
+
+
+def test_a_panel_costs_a_script_and_a_row(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A new kind of result: how it is encoded and decoded, a row in kinds.py, a script, a row in page/kinds.js."""
+    encode = lambda tally, provenance: {"kind": "tally", "count": tally.count, "provenance": provenance}  # noqa: E731
+    decode = lambda data: Tally(data["count"], data["provenance"])  # noqa: E731
+    monkeypatch.setitem(KINDS, "tally", ResultKind(Tally, encode, decode))
+    page = tmp_path / "page"
+    shutil.copytree(str(template.PAGE), page)
+    (page / "tally.js").write_text(TALLY_SCRIPT)
+    rows = (page / "kinds.js").read_text()
+    rows = rows.replace("import { axisTitle", 'import { tallyCard } from "./tally.js";\nimport { axisTitle')
+    (page / "kinds.js").write_text(rows.replace("  curve: {\n", f"{TALLY_ROW}  curve: {{\n"))
+    monkeypatch.setattr(template, "PAGE", page)
+    template._fixed_parts.cache_clear()
+    try:
+        path = report({"Votes": Tally(7, synthetic.PROVENANCE)}, synthetic.neuron_effects()).write(tmp_path / "r.html")
+    finally:
+        template._fixed_parts.cache_clear()
+    browser.open(path)
+    assert texts(browser, ".tally") == ["counted 7"]
+    assert_quiet(browser, path)
+    assert Report.read(path).results[0] == Tally(7, synthetic.PROVENANCE)
 
 
 def test_page_prints_and_fits_a_phone(browser: Browser, tmp_path: Path):
