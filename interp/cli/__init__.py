@@ -1,1 +1,4 @@
-"""The command line: `main` has the app, `options` what the commands share, one module a family of commands."""
+"""The command line.
+
+`main` has the app, `options` what the commands share; each other module has one family of commands.
+"""

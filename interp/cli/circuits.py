@@ -1,4 +1,7 @@
-"""`interp circuit`: find, prune, test, name and write a circuit. Heavy modules are imported with the model."""
+"""`interp circuit`: find, prune, test, name and write a circuit.
+
+Heavy modules are imported with the model.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def circuit(
     device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the circuit: a .json file.")] = None,
 ) -> None:
-    """Find a circuit: score edges, keep the best on paths to the logits, measure faithfulness, and write the circuit.
+    """Find a circuit, measure its faithfulness, and write it.
+
+    Edges are scored, and the best on paths to the logits are kept.
 
     Prints the strongest edges, and the circuit's faithfulness (edges outside carry the corrupt prompt's activation)
     next to that of random circuits of its size, on the prompts on which the circuit was found.

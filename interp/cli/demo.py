@@ -1,4 +1,6 @@
-"""`interp demo`: check the behaviour, collect attention, patch, ablate, trace, and write one page.
+"""`interp demo`: every main method on one model, and one page of results.
+
+It checks the behaviour, collects attention, patches, ablates and traces.
 
 Every step's result is on disk before the next step begins, so that an interrupted run keeps what it finished.
 """
@@ -30,7 +32,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class CausalStep:
-    """One causal experiment of the demo: its title, the name of its file, and the call that runs it."""
+    """One causal experiment of the demo.
+
+    ``file``: the name of its result without ending. ``run``: the call that runs it.
+    """
 
     title: str
     file: str
@@ -69,7 +74,10 @@ class Demo:
             ) from None
 
     def run(self) -> Path:
-        """Run every step. Raises InterpError (without leaving partial files) if something is wrong with the input."""
+        """Run every step.
+
+        Raises InterpError (without leaving partial files) if something is wrong with the input.
+        """
         from interp.model.model import load
         from interp.plots.report import report
 
@@ -106,7 +114,10 @@ class Demo:
         return path
 
     def pairs(self, model: Model) -> tuple[Any, Any]:
-        """Return the task's pairs and the model's behaviour on them. TaskError if the model does not do the task."""
+        """Return the task's pairs and the model's behaviour on them.
+
+        TaskError if the model does not do the task.
+        """
         from interp import tasks
 
         pairs = tasks.task(self.task)(model, self.n, self.seed)
@@ -115,7 +126,10 @@ class Demo:
         return pairs, behaviour
 
     def causal_steps(self, model: Model, pairs: Any) -> Iterator[CausalStep]:
-        """Yield the causal steps. Those after the first patching of heads depend on its result."""
+        """Yield the causal steps.
+
+        Those after the first patching of heads depend on its result.
+        """
         from interp.recipes.ablation import ablate
         from interp.recipes.patching import patch
 
@@ -138,7 +152,10 @@ class Demo:
         yield from self.traces(model)
 
     def select_heads(self, model: Model) -> list[Any]:
-        """Return the heads with the largest effects of either sign, and random others for comparison."""
+        """Return the heads with the largest effects, and random others for comparison.
+
+        Effects of either sign count.
+        """
         frame = self.results[HEADS].frame()
         size = {head: abs(rows["effect"].mean()) for head, rows in frame.groupby(["layer", "head"])}
         sites = sorted(model.sites("z"), key=lambda site: -size[site.layer, site.head])
@@ -146,7 +163,10 @@ class Demo:
         return sites[:STRONGEST] + random.Random(self.seed).sample(others, min(OTHERS, len(others)))
 
     def traces(self, model: Model) -> Iterator[CausalStep]:
-        """Yield causal tracing of facts that the model knows; nothing, with a message, if it knows too few."""
+        """Yield causal tracing of facts that the model knows.
+
+        If it knows too few, yield nothing and say so.
+        """
         from interp import tasks
         from interp.recipes.tracing import Component, trace
 

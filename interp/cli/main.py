@@ -1,4 +1,7 @@
-"""The command line. Bad input ends with one clear message and exit code 2; heavy modules are imported by verbs."""
+"""The command line.
+
+Bad input ends with one clear message and exit code 2; heavy modules are imported by verbs.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,10 @@ def demo(
     facts: Annotated[int, typer.Option(help="How many facts to trace causally.")] = 3,
     samples: Annotated[int, typer.Option(help="Noise samples per fact in causal tracing (published: 10).")] = 10,
 ) -> None:
-    """Run every main method on a real model: behaviour, attention, patching, ablation, causal tracing, report.
+    """Run every main method on a real model, and write a report.
 
-    Each step's result is a Parquet file in --out as soon as the step is done; report.html shows them all.
+    The methods are the check of the behaviour, attention statistics, patching, ablation and causal tracing. Each
+    step's result is a Parquet file in --out as soon as the step is done; report.html shows them all.
     """
     from interp.cli.demo import Demo
 
@@ -104,7 +108,10 @@ def _case_names(names: list[str] | None) -> list[str]:
 
 
 def _check_results_file(path: Path | None) -> None:
-    """Raise InterpError, before hours of measuring, unless results can be written to the file."""
+    """Raise InterpError unless results can be written to the file.
+
+    Called before hours of measuring.
+    """
     if path is None:
         return
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -135,7 +142,9 @@ def kernel(
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch, for cases on the CPU.")] = 2,
 ) -> None:
-    """Compare attention with statistics to plain attention: times, memory, and the targets.
+    """Compare attention with statistics to plain attention.
+
+    Reports times, memory, and the targets.
 
     The same as python -m headstats.bench. Cases for a GPU run only if there is one.
     """
@@ -159,9 +168,10 @@ def sweeps(
     rounds: Annotated[int, typer.Option(help="How often each library runs each case; the median is reported.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
 ) -> None:
-    """Compare sweeps of the embedded model with TransformerLens, batched Hugging Face hooks, nnsight and pyvene.
+    """Compare sweeps of the embedded model with those of other libraries.
 
-    nnsight and pyvene only where they are installed. All run in turn in one process; a time counts only if all numbers
+    The others are TransformerLens, batched Hugging Face hooks, nnsight and pyvene; the last two only where they are
+    installed. All run in turn in one process; a time counts only if all numbers
     agree within 1e-4. Everything takes half an hour.
     """
     os.environ["TQDM_DISABLE"] = "1"  # transformer_lens.patching draws a bar; tqdm reads this when it is imported
@@ -179,7 +189,10 @@ def sweep_layer(
         typer.Option(help="overhead, local, ray, rows, resume, corpus; can be repeated. Default: all."),
     ] = None,
 ) -> None:
-    """Measure the overhead of `interp sweep`, the gain from workers, and many rows, parts and documents."""
+    """Measure the overhead of `interp sweep`, and how it scales.
+
+    It is measured with workers, and with many rows, parts and documents.
+    """
     from interp.bench import sweep_layer as benchmark
 
     _check_results_file(json)
@@ -201,7 +214,9 @@ def doctor(
     ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print that table as Markdown.")] = False,
 ) -> None:
-    """Check a model as interp runs it: logits against eager attention, backends, sites, half precision, memory.
+    """Check a model as interp runs it.
+
+    Compares logits with eager attention, and reports backends, sites, half precision and memory.
 
     Exit code 1 if a check fails, 2 if the model cannot be loaded.
     """

@@ -1,4 +1,7 @@
-"""`interp stats`: attention statistics over a corpus. Heavy modules are imported by the verb."""
+"""`interp stats`: attention statistics over a corpus.
+
+Heavy modules are imported by the verb.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,9 @@ def stats(
     shard: ShardText = None,
     show: Show = "auto",
 ) -> None:
-    """Collect attention statistics of every head over a corpus of any length, streamed; the same command resumes.
+    """Collect attention statistics of every head over a corpus.
+
+    The corpus can have any length; it is streamed. The same command resumes.
 
     Writes statistics.csv (count, mean, variance, quantiles by layer and head) into the run directory.
     """

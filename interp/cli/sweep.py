@@ -1,4 +1,7 @@
-"""`interp sweep …`: write, plan, run, watch, merge and export sweeps. Heavy modules are imported by the verbs."""
+"""`interp sweep …`: write, plan, run, watch, merge and export sweeps.
+
+Heavy modules are imported by the verbs.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +169,10 @@ def status(
     verify: Annotated[bool, typer.Option("--verify", help="Read every part and compare it with its checksum.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
-    """Print the progress of a run, its workers, and damaged parts. Exit code 1 if a part is damaged."""
+    """Print the progress of a run, its workers, and damaged parts.
+
+    Exit code 1 if a part is damaged.
+    """
     from interp.jobs.leases import holders
     from interp.jobs.store import Store
 

@@ -1,4 +1,7 @@
-"""`interp tasks`: list tasks, and check which of them a model does. Heavy modules are imported with the model."""
+"""`interp tasks`: list tasks, and check which of them a model does.
+
+Heavy modules are imported with the model.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def tasks(
     split: Annotated[str | None, typer.Option(help="train or test. Default: everything.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Also write the table to this .csv file.")] = None,
 ) -> None:
-    """List the tasks; with --model, check which of them it does: accuracy and logit difference on clean prompts.
+    """List the tasks; with --model, check which of them the model does.
+
+    The check reports accuracy and logit difference on clean prompts.
 
     Accuracy is the share of prompts whose answer is preferred to the foil: chance is 50%. Also printed: how many words
     the tokenizer lacks, and how many pairs did not align. If a task cannot be made, the reason is printed.

@@ -1,4 +1,7 @@
-"""Attention statistics over a corpus of any length: streamed documents, mergeable statistics per head."""
+"""Attention statistics over a corpus of any length.
+
+Documents are streamed; the statistics of every head can be merged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Compute one part of a corpus run: mergeable statistics per head of one byte range of one file."""
+"""Compute one part of a corpus run.
+
+A part has the mergeable statistics of every head on one byte range of one file.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def stretches(document: dict[str, Any]) -> list[tuple[dict[str, Any], int, int]]
 
 
 def spec_of(statistics: dict[str, Any] | None) -> Any:
-    """Return the StatSpec of the requested statistics: those with one number per position, which have a mean."""
+    """Return the StatSpec of the requested statistics.
+
+    Only statistics with one number per position have a mean, and are allowed.
+    """
     import headstats
 
     from interp.model.collect_statistics import one_number_each
@@ -47,7 +53,10 @@ def _off() -> dict[str, Any]:
 
 
 class CorpusJob:
-    """Computes byte ranges of a corpus. ``models``: ``{"model": object}`` to use instead of loading."""
+    """Computes byte ranges of a corpus.
+
+    ``models``: ``{"model": object}`` to use instead of loading.
+    """
 
     def __init__(self, document: dict[str, Any], files: RunFiles, models: dict[str, Any] | None = None):
         self.document, self.files = document, files
@@ -56,7 +65,10 @@ class CorpusJob:
         self.is_same: dict[str, bool] = {}  # files, by path
 
     def compute(self, part: int) -> PartResult:
-        """Compute one part. ModelError for a model or a file that is missing or has changed since the run began."""
+        """Compute one part.
+
+        ModelError for a model or a file that is missing or has changed since the run began.
+        """
         model = self._model()
         file, start, stop = stretches(self.document)[part]
         self._check_file(file)
@@ -72,7 +84,10 @@ class CorpusJob:
         return PartResult(table_of(moments), 0, {"counts": counts, "provenance": model.provenance()})
 
     def _model(self) -> Any:
-        """Return the model, loaded once. ModelError if its weights are not those that the run began with."""
+        """Return the model, loaded once.
+
+        ModelError if its weights are not those that the run began with.
+        """
         if not self.ready:
             if self.model is None:
                 from interp.model.model import load
@@ -95,7 +110,9 @@ class CorpusJob:
             raise ModelError(f"{file['path']} is not the file that this run began with: make a new run")
 
     def _windows(self, path: Path, start: int, stop: int, counts: dict[str, int]) -> Iterator[list[int]]:
-        """Yield the token ids of each document, cut to the context; a remainder of one token is left out.
+        """Yield the token ids of each document, cut to the context.
+
+        A remainder of one token is left out.
 
         Every window of a text begins with the special tokens that the model's prompts begin with; token files are read
         as they are. ``counts`` is updated.

@@ -1,4 +1,6 @@
-"""Mergeable statistics per head: count, mean and variance (Chan et al. 1979), extremes, and a quantile sketch.
+"""Mergeable statistics per head: moments, extremes and a quantile sketch.
+
+Moments are count, mean and variance (Chan et al. 1979).
 
 The sketch is a t-digest (Dunning 2019, "Computing extremely accurate quantiles using t-digests") of Apache
 DataSketches. The same parts, merged in the same order, give the same bits.
@@ -77,7 +79,10 @@ class StreamedMoments:
 
 
 def table_of(moments: dict[str, StreamedMoments], error: str | None = None) -> pa.Table:
-    """Return a part's statistics as a table, one row per statistic and head; an error is a separate row."""
+    """Return a part's statistics as a table, one row per statistic and head.
+
+    An error is a separate row.
+    """
     columns: dict[str, list] = {name: [] for name in SCHEMA.names}
     for statistic, of_heads in moments.items():
         for name, values in of_heads.rows(statistic).items():
@@ -89,9 +94,9 @@ def table_of(moments: dict[str, StreamedMoments], error: str | None = None) -> p
 
 
 def merge_tables(tables: Iterable[pa.Table]) -> tuple[dict[str, StreamedMoments], list[str]]:
-    """Merge the tables of all parts; return the moments by statistic, and the errors of parts that failed.
+    """Merge the tables of all parts.
 
-    Holds one part in memory at a time.
+    Returns the moments by statistic, and the errors of parts that failed. Holds one part in memory at a time.
     """
     moments: dict[str, StreamedMoments] = {}
     errors = []

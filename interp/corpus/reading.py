@@ -1,4 +1,6 @@
-"""Read documents of text and token files from any byte range, independently of the rest of the file.
+"""Read documents of text and token files from any byte range.
+
+What is read does not depend on the rest of the file.
 
 A document belongs to the part in whose byte range it begins, like lines of split files in MapReduce.
 """
@@ -21,7 +23,9 @@ SAMPLE = 2**20  # bytes at each end of a file that its fingerprint covers
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return a data file as the run's config stores it: path, size, and a hash of its two ends.
+    """Return path, size and a hash of a data file, for the run's config.
+
+    The hash covers the two ends of the file.
 
     Raises InterpError for a file of another kind, one that cannot be read, or an empty one.
     """
@@ -49,7 +53,10 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def _check_text(path: Path, sample: bytes) -> None:
-    """Raise InterpError unless the sample is UTF-8 text: not UTF-16, another encoding, or binary data."""
+    """Raise InterpError unless the sample is UTF-8 text.
+
+    UTF-16, other encodings and binary data are refused.
+    """
     try:
         if b"\0" not in sample:
             codecs.getincrementaldecoder("utf-8")().decode(sample)  # its last character may be cut
@@ -61,7 +68,10 @@ def _check_text(path: Path, sample: bytes) -> None:
 
 
 def documents(path: Path, start: int, stop: int) -> Iterator[str | list[int]]:
-    """Yield the documents that begin in bytes [start, stop): texts or lists of token ids, long ones in pieces."""
+    """Yield the documents that begin in bytes [start, stop).
+
+    They are texts or lists of token ids; long ones come in pieces.
+    """
     if path.suffix.lower() in TOKENS:
         yield from _token_pieces(path, start, stop)
         return
@@ -123,7 +133,10 @@ def _text_of(path: Path, at: int, line: bytes) -> str:
 
 
 def _tokens(path: Path) -> Any:
-    """Return the token ids of a .npy file, mapped into memory. InterpError for anything else."""
+    """Return the token ids of a .npy file, mapped into memory.
+
+    InterpError for anything else.
+    """
     import numpy as np
 
     try:
@@ -138,7 +151,10 @@ def _tokens(path: Path) -> Any:
 
 
 def _token_pieces(path: Path, start: int, stop: int) -> Iterator[list[int]]:
-    """Yield the token ids whose bytes begin in the range, in pieces. The header counts to the first byte range."""
+    """Yield the token ids whose bytes begin in the range, in pieces.
+
+    The header counts to the first byte range.
+    """
     ids = _tokens(path)
     header = os.path.getsize(path) - ids.nbytes
     first, last = (-(-max(0, edge - header) // ids.itemsize) for edge in (start, stop))

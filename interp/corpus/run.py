@@ -42,7 +42,10 @@ class CorpusStatistics:
     outcome: Outcome | None = None
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per layer, head and statistic: count, mean, sample variance, min, max, quantiles."""
+        """Return one row per layer, head and statistic.
+
+        Columns: count, mean, sample variance, min, max, quantiles.
+        """
         return self.table.copy()
 
     @classmethod

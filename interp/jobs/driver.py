@@ -149,7 +149,7 @@ def _bounds(store: Store, options: Options) -> tuple[int, int, int]:
 
 
 def _count(inventory: Inventory, here: set[int]) -> tuple[int, int, int]:
-    """Return the number of finished parts of this shard, of their rows, and of their failed rows."""
+    """Count this shard's finished parts, their rows, and the failed rows."""
     own = [r for p, r in inventory.present.items() if p in here]
     return len(own), sum(r.rows for r in own), sum(r.failed for r in own)
 
@@ -242,7 +242,10 @@ class _Repairs:
 
 
 def _record_start(store: Store, options: Options, workers: int) -> None:
-    """Record this driver and its environment in the run. Makes folders that a copy of the run may lack."""
+    """Record this driver and its environment in the run.
+
+    Makes folders that a copy of the run may lack.
+    """
     with writing(store.root):
         for folder in FOLDERS:
             (store.root / folder).mkdir(exist_ok=True)

@@ -16,7 +16,10 @@ class RunFiles(Protocol):
         ...
 
     def keep(self, name: str, content: bytes) -> bytes:
-        """Freeze contents under a name; return what is frozen there, which may come from another process."""
+        """Freeze contents under a name; return what is frozen there.
+
+        That may come from another process.
+        """
         ...
 
 
@@ -44,7 +47,10 @@ class Job(Protocol):
 
 @runtime_checkable
 class RemoteJob(Job, Protocol):
-    """A job whose parts can be computed on another machine, with no access to the run directory."""
+    """A job whose parts can be computed without access to the run directory.
+
+    So they can be computed on another machine.
+    """
 
     def shared_file(self, part: int) -> str:
         """Name the file that whoever computes the part first freezes for all others."""

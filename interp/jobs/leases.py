@@ -45,7 +45,7 @@ def holder() -> dict[str, Any]:
 
 
 def boot_id() -> str:
-    """Return an identifier of the current boot of this machine; empty where the system has none."""
+    """Return an identifier of the current boot; empty where the system has none."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
@@ -78,7 +78,10 @@ def suitable(folder: Path) -> str:
 
 
 def _mount(folder: Path) -> tuple[str, str]:
-    """Return type and options of the mount that a folder is on; empty where the system does not report them."""
+    """Return type and options of the mount that a folder is on.
+
+    Empty where the system does not report them.
+    """
     longest, mount = "", ("", "")
     with contextlib.suppress(OSError):
         path = str(folder.resolve())
@@ -115,7 +118,10 @@ class Leases:
 
 
 def holders(folder: Path) -> dict[int, dict[str, Any]]:
-    """Return the recorded holder of each part, for people to read; dead processes are included. Only reads."""
+    """Return the recorded holder of each part, for people to read.
+
+    Dead processes are included. Only reads.
+    """
     recorded = {}
     for path in sorted(folder.glob("[0-9]*")):
         if match := re.fullmatch(r"(\d+)(?:\.\d+)?", path.name):
@@ -218,7 +224,10 @@ class HeartbeatLeases(Leases):
         return _Heartbeat(self, path)
 
     def _newest(self, number: int) -> tuple[int, str | None]:
-        """Return the newest generation of a part's lease, and its text; (−1, None) without a lease."""
+        """Return the newest generation of a part's lease, and its text.
+
+        (−1, None) without a lease.
+        """
         generations = [
             int(p.name.rpartition(".")[2]) for p in self.folder.glob(f"{number:06d}.*") if p.suffix[1:].isdigit()
         ]
@@ -231,7 +240,10 @@ class HeartbeatLeases(Leases):
             return newest, ""
 
     def _is_dead(self, note: dict[str, Any]) -> bool:
-        """Return whether the holder ran in this boot of this machine and has ended: no need to watch it."""
+        """Return whether the holder ran in this boot of this machine and has ended.
+
+        There is no need to watch it then.
+        """
         me = holder()
         if not me["boot"] or note.get("boot") != me["boot"] or note.get("pids") != pid_namespace():
             return False

@@ -8,7 +8,9 @@ from interp.utils.files import publish_file, write_file
 
 
 def merge(store: Store, others: list[Store]) -> dict[str, int]:
-    """Copy parts that other run directories of the same config have and this one lacks, each checked.
+    """Copy parts that other run directories of the same config have.
+
+    Parts that this one has already are skipped; every copied part is checked.
 
     Returns how many parts were copied (``taken``), existed already (``there``), and are still ``missing``.
     """

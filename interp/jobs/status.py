@@ -1,4 +1,7 @@
-"""Displays of a running job: a live line on a terminal, plain lines elsewhere, JSON lines for programs."""
+"""Displays of a running job.
+
+A live line on a terminal, plain lines elsewhere, JSON lines for programs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ EVERY = 10.0  # seconds between plain lines
 
 @dataclass
 class Tally:
-    """Progress of the run as this driver sees it. Parts that other drivers publish meanwhile are not counted."""
+    """Progress of the run as this driver sees it.
+
+    Parts that other drivers publish meanwhile are not counted.
+    """
 
     parts: int
     done: int
@@ -152,7 +158,10 @@ class Live(Display):
 
 @contextlib.contextmanager
 def display(kind: str, tally: Tally, title: str) -> Iterator[Display]:
-    """Yield a display of a kind: "live", "plain", "json", "none", or "auto" (live on a terminal, else plain)."""
+    """Yield a display of a kind: "auto", "live", "plain", "json" or "none".
+
+    "auto" is live on a terminal, else plain.
+    """
     if kind == "json":
         yield JsonLines(tally, sys.stdout)
     elif kind == "live" or (kind == "auto" and sys.stderr.isatty()):

@@ -85,7 +85,10 @@ class Inventory:
 
 
 class Store:
-    """One run directory. ``kind``: what is computed in it, such as a sweep or statistics over a corpus."""
+    """One run directory.
+
+    ``kind``: what is computed in it, such as a sweep or statistics over a corpus.
+    """
 
     def __init__(self, root: Path, header: dict[str, Any]):
         self.root, self.header = root, header
@@ -125,7 +128,10 @@ class Store:
 
     @classmethod
     def open(cls, root: str | Path) -> Store:
-        """Open an existing run directory. InterpError if it is none, is damaged, or was made by a newer interp."""
+        """Open an existing run directory.
+
+        InterpError if it is none, is damaged, or was made by a newer interp.
+        """
         root = Path(root)
         try:
             header = json.loads((root / "run.json").read_text(encoding="utf-8"))
@@ -187,7 +193,9 @@ class Store:
         return Inventory(present, damaged)
 
     def commit(self, part: int, table: pa.Table, failed: int, note: dict[str, Any], about: dict[str, Any]) -> bool:
-        """Publish a part: receipt, then file, synced. False if another process published it first; its file stays.
+        """Publish a part: receipt, then file, synced.
+
+        False if another process published it first; its file stays.
 
         ``about`` goes into the Parquet metadata, ``note`` (times, process) only into the receipt.
         """
@@ -209,7 +217,10 @@ class Store:
         return files
 
     def content(self, part: int, receipts: Iterable[Receipt] | None = None) -> bytes:
-        """Return a part's bytes, compared with its receipts. InterpError, naming the part, if they differ."""
+        """Return a part's bytes, compared with its receipts.
+
+        InterpError, naming the part, if they differ.
+        """
         if receipts is None:
             names = (p.name for p in (self.root / "receipts").glob(f"{part:06d}-*.json"))
             receipts = [r for r in map(Receipt.parse, names) if r is not None]
@@ -241,7 +252,10 @@ class Store:
                 yield part, str(error)
 
     def put_aside(self, part: int, lease: Lease) -> Path | None:
-        """Move a damaged (or failed) part aside, so that it is computed again. Only for the holder of its lease."""
+        """Move a damaged (or failed) part aside, so that it is computed again.
+
+        Only for the holder of its lease.
+        """
         del lease  # a parameter only so that no caller forgets to take it
         folder = self.root / "damaged"
         with writing(folder):
@@ -261,7 +275,10 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def read_tables(store: Store) -> Iterator[pa.Table]:
-    """Yield every part's table in order, compared with its checksum. InterpError for a damaged one."""
+    """Yield every part's table in order, compared with its checksum.
+
+    InterpError for a damaged one.
+    """
     inventory = store.inventory()
     if inventory.damaged:
         part, why = next(iter(inventory.damaged.items()))

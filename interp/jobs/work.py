@@ -126,5 +126,8 @@ def memory() -> int:
 
 
 def shard_of(n_parts: int, shard: tuple[int, int] | None) -> list[int]:
-    """Return the parts of shard (i, n): every n-th, starting with the i-th. None: all parts."""
+    """Return the parts of shard (i, n): every n-th, starting with the i-th.
+
+    None: all parts.
+    """
     return list(range(n_parts)) if shard is None else list(range(shard[0], n_parts, shard[1]))

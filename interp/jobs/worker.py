@@ -17,7 +17,10 @@ from interp.errors import InterpError
 
 
 def main(arguments: list[str]) -> int:
-    """Compute parts until none is left. Returns exit code 0, or 2 after a "fatal" event."""
+    """Compute parts until none is left.
+
+    Returns exit code 0, or 2 after a "fatal" event.
+    """
     root, options = arguments[0], json.loads(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the driver handles it
     events = os.fdopen(os.dup(1), "w", buffering=1)

@@ -1,1 +1,4 @@
-"""What comes out: effects, attention statistics, attention patterns; Parquet files and significance tests."""
+"""Results: effects, attention statistics and attention patterns.
+
+With their Parquet files and significance tests.
+"""

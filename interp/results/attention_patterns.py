@@ -1,4 +1,4 @@
-"""AttentionPatterns: compact attention patterns of some prompts, for display, without n×n arrays.
+"""AttentionPatterns: compact attention patterns for display, without n×n arrays.
 
 For every head: a map of at most ``resolution``² cells, its attention mass between segments of the prompt, and two
 marginals. A cell of the map holds the largest weight of the block it covers; for a prompt of at most ``resolution``
@@ -36,18 +36,27 @@ def head_name(head: Head) -> str:
 
 
 def roots(weights: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
-    """Return weights in [0, 1] as 8 bits of their square roots, which keeps the order of small weights."""
+    """Return weights in [0, 1] as 8 bits of their square roots.
+
+    Square roots keep the order of small weights.
+    """
     return np.round(255 * np.sqrt(np.clip(np.nan_to_num(weights), 0, 1))).astype(np.uint8)
 
 
 def weights_of(rooted: UInt8[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
-    """Return the weights that `roots` stored: within 1/255 of the weight, and much closer for small weights."""
+    """Return the weights that `roots` stored.
+
+    They are within 1/255 of the weight, and much closer for small weights.
+    """
     return (rooted.astype(np.float32) / 255) ** 2
 
 
 @dataclass(frozen=True)
 class PatternRun:
-    """One forward of one prompt. Heads: in the order of `AttentionPatterns.heads`; exact heads: of ``exact``."""
+    """One forward of one prompt.
+
+    Heads: in the order of `AttentionPatterns.heads`; exact heads: of ``exact``.
+    """
 
     tokens: list[str]
     maps: UInt8[np.ndarray, "heads bins bins"]  # 8 bits of √p of the largest weight in each cell
@@ -62,7 +71,10 @@ class PatternRun:
 
 @dataclass(frozen=True)
 class PatternExample:
-    """One prompt, or the clean and corrupt prompt of a pair: ``runs`` by name, and what they share."""
+    """One prompt, or the clean and corrupt prompt of a pair.
+
+    ``runs``: by name. ``segments``, ``edges``: what they share.
+    """
 
     segments: list[Segment]
     edges: Int[np.ndarray, " bins+1"]  # bin r holds the tokens edges[r] <= i < edges[r + 1]
@@ -81,7 +93,10 @@ class PatternExample:
 
 @dataclass(frozen=True)
 class AttentionPatterns:
-    """The patterns of some prompts. ``exact``: the heads with exact largest weights and rows."""
+    """The patterns of some prompts.
+
+    ``exact``: the heads with exact largest weights and rows.
+    """
 
     heads: list[Head]
     exact: list[Head]
@@ -114,9 +129,9 @@ class AttentionPatterns:
         return weights_of(self.examples[example].runs[run].maps[self.heads.index(head)])
 
     def receiver_scores(self, run: str = "clean") -> Float[np.ndarray, " heads"]:
-        """Return how strongly each head singles out a few segments: mean `receiver_score` over prompts.
+        """Return how strongly each head singles out a few segments.
 
-        NaN where no prompt has enough segments.
+        This is the mean `receiver_score` over prompts; NaN where no prompt has enough segments.
         """
         scores = [
             [receiver_score(e.runs[run].blocks[i], e.segments) for i in range(len(self.heads))] for e in self.examples
@@ -160,7 +175,9 @@ class AttentionPatterns:
 
 
 def partition(spans: Mapping[str, tuple[int, int]], n_tokens: int) -> list[Segment]:
-    """Divide a prompt into segments by named token ranges; tokens between them form segments without a name.
+    """Divide a prompt into segments by named token ranges.
+
+    Tokens between them form segments without a name.
 
     Where spans overlap, the shorter one keeps its tokens.
     """
@@ -185,7 +202,9 @@ def chunked(n_tokens: int, parts: int = 16) -> list[Segment]:
 def vertical_scores(
     blocks: Float[np.ndarray, "segments segments"], segments: Iterable[Segment], proximity: int = PROXIMITY
 ) -> Float[np.ndarray, " segments"]:
-    """Return the mean weight that later segments, at least ``proximity`` on, give to the tokens of each segment.
+    """Return the mean weight that each segment receives from later segments.
+
+    Later segments are those at least ``proximity`` on; the mean is over the tokens of both.
 
     NaN for a segment without such later segments. This is the vertical score of Thought Anchors (Bogdan et al. 2025,
     arXiv 2506.19143): the mean over i >= j + proximity of the mean of p over the tokens of segment i times those of
@@ -204,7 +223,9 @@ def vertical_scores(
 
 
 def receiver_score(blocks: Float[np.ndarray, "segments segments"], segments: list[Segment]) -> float:
-    """Return the excess kurtosis (population) of a head's vertical scores; NaN with fewer than six scores.
+    """Return the excess kurtosis of a head's vertical scores.
+
+    Of the population; NaN with fewer than six scores.
 
     It is high for a receiver head.
     """

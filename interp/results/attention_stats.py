@@ -1,4 +1,7 @@
-"""AttentionStats: statistics of every head on every prompt, as numpy arrays, without n×n patterns."""
+"""AttentionStats: statistics of every head on every prompt, as numpy arrays.
+
+No n×n pattern is stored.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,10 @@ class AttentionStats:
         return card("AttentionStats", facts, ["statistic", "least", "in", "most", "in "], pd.DataFrame(rows))
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per (example, layer, head, position): the token text, and one column per statistic."""
+        """Return one row per (example, layer, head, position).
+
+        It has the token text, and one column per statistic.
+        """
         parts = []
         for i, tokens in enumerate(self.tokens):
             layers, heads, n = next(iter(self.values.values()))[i].shape
@@ -92,7 +98,9 @@ class AttentionStats:
         return pd.concat(parts, ignore_index=True).astype({"token": "string"})
 
     def per_head(self, statistic: str, *, skip_first: bool = True) -> Float[np.ndarray, "layers heads"]:
-        """Return the mean of a statistic over positions and examples; every example has the same weight.
+        """Return the mean of a statistic over positions and examples.
+
+        Every example has the same weight.
 
         The first position sees only itself, so its entropy, distance and sink mass say nothing about the head;
         ``skip_first=False`` includes it.

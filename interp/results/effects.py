@@ -42,7 +42,9 @@ BOOTSTRAP_ROWS = 4096  # groups whose draws are in memory at one time
 
 
 def recovery_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Compute ``raw`` and ``effect`` from ``clean``, ``corrupt``, ``patched`` and ``mode``, in float64.
+    """Compute ``raw`` and ``effect`` from the scores of the runs, in float64.
+
+    The columns ``clean``, ``corrupt``, ``patched`` and ``mode`` are read.
 
     ``raw`` is the change from the run that is patched into. ``effect`` is ``raw`` over the gap between the two runs,
     NaN where that gap is zero. (`interp.metrics.recovery` is the same formula for tensors.)
@@ -111,7 +113,10 @@ class Effects:
         return card("Effects", facts, [c for c in top if c not in ("raw_lo", "raw_hi", "pooled_lo", "pooled_hi")], top)
 
     def where(self, **conditions: Any) -> Effects:
-        """Return the rows whose columns equal values, e.g. ``effects.where(component="z", layer=9)``. None: missing."""
+        """Return the rows whose columns equal values; None matches missing values.
+
+        effects.where(component="z", layer=9)
+        """
         _columns(conditions)
         keep = pd.Series(True, index=self._frame.index)
         for column, value in conditions.items():
@@ -128,7 +133,9 @@ class Effects:
         seed: int = 0,
         tests: bool = False,
     ) -> pd.DataFrame:
-        """Return the mean effect per site (or edge) with a percentile bootstrap interval over examples.
+        """Return the mean effect per site (or edge) with a bootstrap interval.
+
+        Intervals are percentile bootstrap intervals over examples.
 
             effects = interp.patch(model, pairs, model.sites("z"))
             effects.summary().head(5)                        # the five strongest heads
@@ -174,7 +181,9 @@ class Effects:
         return out.loc[order.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write one Parquet file, whole or not at all, with the provenance in its metadata; return its path.
+        """Write one Parquet file, whole or not at all; return its path.
+
+        The provenance is in its metadata.
 
         effects = interp.patch(model, pair, model.sites("z"))
         effects.write("results/heads.parquet")
@@ -210,7 +219,10 @@ class Effects:
 
 
 def _columns(names: Iterable[str]) -> list[str]:
-    """Return names of columns as a list. Raises InterpError for a column that does not exist."""
+    """Return names of columns as a list.
+
+    Raises InterpError for a column that does not exist.
+    """
     columns = [names] if isinstance(names, str) else list(names)
     unknown = [c for c in columns if c not in COLUMNS]
     if unknown:
@@ -219,7 +231,10 @@ def _columns(names: Iterable[str]) -> list[str]:
 
 
 def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:
-    """Return means and percentile bootstrap intervals of [groups, examples] arrays; NaN: not measured."""
+    """Return means and percentile bootstrap intervals of [groups, examples] arrays.
+
+    NaN: not measured.
+    """
     rows = len(table["raw"])
     if rows > BOOTSTRAP_ROWS:
         parts = [

@@ -16,7 +16,9 @@ SCHEMA_VERSION = 1
 
 
 def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, provenance: dict[str, Any]) -> Path:
-    """Write a pyarrow table, whole or not at all; return its path. Raises InterpError if it cannot be written.
+    """Write a pyarrow table, whole or not at all; return its path.
+
+    Raises InterpError if it cannot be written.
 
     ``kind``: what the table holds, which `read_parquet` checks.
     """

@@ -1,4 +1,4 @@
-"""Bootstrap intervals and sign-flip permutation tests over examples, and control of false discoveries."""
+"""Bootstrap intervals, sign-flip permutation tests, and false discovery rates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def resample_examples(n: int, n_boot: int, seed: int = 0) -> Int[np.ndarray, "dr
 def percentile_interval(
     draws: Float[np.ndarray, "*groups draws"], tail: float = 0.025
 ) -> tuple[Float[np.ndarray, "*groups"], Float[np.ndarray, "*groups"]]:
-    """Return the percentile bootstrap interval of statistics, one per bootstrap sample along the last axis.
+    """Return the percentile bootstrap interval of statistics.
+
+    The last axis has one statistic per bootstrap sample.
 
     ``tail``: the share of draws outside at either end; 0.025 gives 95% intervals. NaN draws are ignored; where all are
     NaN, so is the interval (without a warning).
@@ -65,7 +67,9 @@ def sign_flip(
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """Return q-values: rejecting all tests with q ≤ α keeps the expected share of false discoveries at most α.
+    """Return q-values, which control the false discovery rate.
+
+    Rejecting all tests with q ≤ α keeps the expected share of false discoveries at most α.
 
     Benjamini & Hochberg 1995: q of the i-th smallest of m p-values = min over j ≥ i of p_(j) m / j. Valid for
     independent or positively dependent tests. NaN stays NaN and does not count as a test.

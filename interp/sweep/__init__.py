@@ -1,4 +1,6 @@
-"""Sweeps that can be resumed: one TOML file, one run directory, one table, whatever interrupts them.
+"""Sweeps that can be resumed, whatever interrupts them.
+
+A sweep has one TOML file, one run directory and one table.
 
 `config` defines what is run, `effects_job` computes a part of it, and `interp.jobs` stores, shares and completes the
 parts. `plan` estimates the cost, `export` writes the table.

@@ -55,7 +55,10 @@ class Sweep:
 
     @classmethod
     def open(cls, root: str | Path, *, models: dict[str, Any] | None = None) -> Sweep:
-        """Open the sweep of a run directory. InterpError if it is none, or made by a newer interp."""
+        """Open the sweep of a run directory.
+
+        InterpError if it is none, or made by a newer interp.
+        """
         store = Store.open(root)
         if store.kind != "sweep":
             raise InterpError(
@@ -100,13 +103,18 @@ class Sweep:
         )
 
     def plan(self, workers: int = 1) -> Any:
-        """Estimate the cost (`interp.sweep.plan.SweepPlan`). Loads the models, and runs no cell."""
+        """Estimate the cost (`interp.sweep.plan.SweepPlan`).
+
+        Loads the models, and runs no cell.
+        """
         from interp.sweep.plan import plan
 
         return plan(self.config, workers, self.models)
 
     def run(self, **options: Any) -> Outcome:
-        """Run or resume the sweep. Returns its outcome, whose ``code`` is the exit code of the command.
+        """Run or resume the sweep.
+
+        Returns its outcome, whose ``code`` is the exit code of the command.
 
         ``options``: those of `interp.jobs.driver.Options` (executor, workers, threads, shard, …).
         """
@@ -127,7 +135,9 @@ class Sweep:
         return ds.dataset(files, format=ds.ParquetFileFormat(default_fragment_scan_options=scan))
 
     def table(self, by: Sequence[str] = ("model", "task", "recipe", "sites", "layer", "head")) -> pd.DataFrame:
-        """Return the mean ``effect`` and ``raw`` of the finished cells by some columns, and the number of cells ``n``.
+        """Return means of ``effect`` and ``raw`` by some columns.
+
+        ``n`` is the number of finished cells that a mean covers.
 
         Read lazily. Cells that failed, or whose effect is NaN (clean and corrupt score the same), do not count. For
         intervals over examples use `effects`.
@@ -144,7 +154,10 @@ class Sweep:
         return grouped.to_pandas().rename(columns=names).sort_values(list(by)).reset_index(drop=True)
 
     def effects(self) -> dict[str, Effects]:
-        """Return the finished cells as `Effects`, one for each model × task × recipe × sites; checksums verified."""
+        """Return the finished cells as `Effects`, checksums verified.
+
+        There is one `Effects` for each model × task × recipe × sites.
+        """
         from interp.sweep.export import effects_by_combination
 
         return effects_by_combination(self.store)

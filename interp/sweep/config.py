@@ -1,4 +1,6 @@
-"""A sweep's config: models × tasks × recipes × sites × seeds, typed, from TOML, with errors that name key and line.
+"""A sweep's config: models × tasks × recipes × sites × seeds, from TOML.
+
+Values are typed; errors name key and line.
 
 The config, and its digest, contain everything that decides results. How a sweep is carried out (executor, workers,
 folders) is not part of it: that is given at each start, and may differ from one start to the next.
@@ -62,7 +64,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole sweep. ``document`` is its frozen form: plain tables with every default written out."""
+    """A whole sweep.
+
+    ``document`` is its frozen form: plain tables with every default written out.
+    """
 
     name: str
     seeds: tuple[int, ...]
@@ -132,12 +137,18 @@ class Config:
 
 
 def read_config(path: str | Path) -> Config:
-    """Read and check a TOML file. Raises InterpError with file, line and key for anything wrong."""
+    """Read and check a TOML file.
+
+    Raises InterpError with file, line and key for anything wrong.
+    """
     return parse_toml(config_text(path), str(path), Path(path).parent)
 
 
 def config_text(path: str | Path) -> str:
-    """Return the text of a config file, which may be a pipe. InterpError if it cannot be read, or is too long."""
+    """Return the text of a config file, which may be a pipe.
+
+    InterpError if it cannot be read, or is too long.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)

@@ -1,4 +1,7 @@
-"""Read one table of a config key by key, typed, with errors that name the key, the line and the remedy."""
+"""Read one table of a config key by key, typed.
+
+Errors name the key, the line and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ class Source:
 
 
 class Table:
-    """One table of the config. Its keys are taken one by one; `done` refuses keys that were not taken."""
+    """One table of the config.
+
+    Its keys are taken one by one; `done` refuses keys that were not taken.
+    """
 
     def __init__(self, source: Source, path: tuple[str | int, ...], table: Any):
         if not isinstance(table, dict):
@@ -38,7 +44,10 @@ class Table:
         return key in self.table
 
     def take(self, key: str, check: Check, default: Any = REQUIRED) -> Any:
-        """Return the checked value of a key, or its default if it is missing. InterpError for anything else."""
+        """Return the checked value of a key, or its default if it is missing.
+
+        InterpError for anything else.
+        """
         self.taken.append(key)
         if key not in self.table:
             if default is REQUIRED:

@@ -21,7 +21,10 @@ MOST_ON_A_PAGE = 2_000_000  # cells
 
 
 def export(store: Store, target: Path, format: str | None = None) -> Path:
-    """Write the whole table to one file, whole or not at all. Its ending decides: .parquet, .csv or .html."""
+    """Write the whole table to one file, whole or not at all.
+
+    Its ending decides: .parquet, .csv or .html.
+    """
     kind = format or FORMATS.get(target.suffix.lower())
     if kind is None or kind not in FORMATS.values():
         raise InterpError(f"{target}: a name that ends with .parquet, .csv or .html, or --format, is expected")
@@ -54,7 +57,9 @@ def _write(store: Store, file: BinaryIO, kind: str) -> int:
 
 
 def effects_by_combination(store: Store) -> dict[str, Effects]:
-    """Return the finished cells as Effects, one for each model × task × recipe × sites, over all seeds.
+    """Return the finished cells as Effects, over all seeds.
+
+    There is one for each model × task × recipe × sites.
 
     Examples of further seeds are numbered after those of the first, so that no two examples share a number.
     """

@@ -1,4 +1,7 @@
-"""Estimate what a sweep costs before it runs: cells, FLOPs, time, disk and memory, by combination."""
+"""Estimate what a sweep costs before it runs.
+
+The estimate has cells, FLOPs, time, disk and memory of every combination.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ class CombinationPlan:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Cost of a sweep. ``seconds``: of one worker of one thread. ``weights``: bytes of the largest model."""
+    """Cost of a sweep.
+
+    ``seconds``: of one worker of one thread. ``weights``: bytes of the largest model.
+    """
 
     name: str
     rows: list[CombinationPlan]
@@ -85,7 +91,10 @@ class SweepPlan:
 
 
 class _PlannedFiles:
-    """The small files of a run that does not exist yet: inputs from the config's folder, prompts in memory."""
+    """The small files of a run that does not exist yet.
+
+    Inputs come from the config's folder; prompts stay in memory.
+    """
 
     def __init__(self, config: Config, folder: Path):
         self.contents: dict[str, bytes] = {}

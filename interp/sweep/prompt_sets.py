@@ -1,4 +1,6 @@
-"""The prompts of a sweep, made once for each model, task and seed, and frozen in the run.
+"""The prompts of a sweep, made once and frozen in the run.
+
+There is one set for each model, task and seed.
 
 A resumed run therefore uses the same prompts. They are stored as JSON; nothing in it is ever executed. A prompt that
 cannot be encoded keeps its number, and the reason is stored with it.

@@ -53,7 +53,10 @@ def failed_rows(examples: list[int], reasons: list[str]) -> pd.DataFrame:
 
 
 def as_frame(table: pa.Table) -> pd.DataFrame:
-    """Return a table as pandas, with ``effect`` and ``raw`` in float64, computed from the exact columns."""
+    """Return a table as pandas, with ``effect`` and ``raw`` in float64.
+
+    Both are computed from the exact columns.
+    """
     from interp.results.effects import recovery_columns
 
     frame = table.to_pandas()

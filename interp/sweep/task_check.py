@@ -1,4 +1,7 @@
-"""Check, before parts are measured, that the model does a sweep's task, on as few prompts as needed to decide."""
+"""Check that the model does a sweep's task, before parts are measured.
+
+As few prompts are used as needed to decide.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ Z_95 = 1.96  # standard deviations of a 95% interval
 
 
 class BaseRuns:
-    """A model as the check of a task uses it: next-token logits from the engine's base runs, where these are lean."""
+    """A model as the check of a task uses it.
+
+    Next-token logits come from the engine's base runs, where these are lean.
+    """
 
     def __init__(self, model: Any, engine: Any = "auto", memory: str | None = None):
         self.model, self.kind, self.memory = model, engine, memory
@@ -47,7 +53,9 @@ class BaseRuns:
 
 
 def check_task(runs: BaseRuns, prompts: Sequence[Any], as_task: Callable[[Sequence[Any]], Any], require: float) -> str:
-    """Return how well the model does a task, in words. TaskError for less than ``require`` of the prompts.
+    """Return how well the model does a task, in words.
+
+    TaskError for less than ``require`` of the prompts.
 
     Checks `FIRST` prompts; all of them, if the share of right answers among these is too close to ``require`` to
     decide. ``as_task``: turns prompts into those of their task.
@@ -65,7 +73,10 @@ def check_task(runs: BaseRuns, prompts: Sequence[Any], as_task: Callable[[Sequen
 
 
 def is_decided(share: float, n: int, least: float) -> bool:
-    """Return whether ``least`` lies outside the 95% interval of a share of n (Wilson 1927), or is 0 or less."""
+    """Return whether ``least`` lies outside the 95% interval of a share of n.
+
+    The interval is that of Wilson (1927). True also if ``least`` is 0 or less.
+    """
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
     half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
     return least <= 0 or abs(least - middle) > half

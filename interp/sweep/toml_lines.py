@@ -1,4 +1,7 @@
-"""Find the line of each key of a TOML text, for error messages; `tomllib` does not report lines."""
+"""Find the line of each key of a TOML text, for error messages.
+
+`tomllib` does not report lines.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ _SCALAR = re.compile(r"[^,\]\}\n#]*")
 
 
 def key_lines(text: str) -> dict[Path, int]:
-    """Return the line (from 1) of every key and table of a valid TOML text, by path: ``("recipes", 0, "mode")``."""
+    """Return the line (from 1) of every key and table of a valid TOML text.
+
+    Keys are paths such as ``("recipes", 0, "mode")``.
+    """
     return _Scanner(text).scan()
 
 

@@ -1,4 +1,6 @@
-"""Checks of function arguments: InterpError names the argument, its value, and what is expected.
+"""Checks of function arguments.
+
+InterpError names the argument, its value, and what is expected.
 
 A bool is an int for Python, but never a count or a number here.
 """
@@ -19,14 +21,16 @@ def is_whole(value: object, least: int | None = None, most: int | None = None) -
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is an int or a float (not a bool). NaN and infinities are."""
+    """Return whether a value is an int or a float, not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_whole(least: int = 1, most: int | None = None, /, **arguments: Any) -> None:
-    """Raise InterpError unless each argument is a whole number from ``least`` to ``most`` (None: no upper limit).
+    """Raise InterpError unless each argument is a whole number in a range.
 
-    check_whole(1, steps=steps, n_seeds=n_seeds)
+    The range is ``least`` to ``most`` (None: no upper limit).
+
+        check_whole(1, steps=steps, n_seeds=n_seeds)
     """
     for name, value in arguments.items():
         if not is_whole(value, least, most):

@@ -1,4 +1,7 @@
-"""Checks of values from a config: each returns the value as it is used, or raises ValueError with what is expected."""
+"""Checks of values from a config.
+
+Each check returns the value as it is used, or raises ValueError with what is expected.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def whole(least: int, most: int | None = None) -> Check:
 
 
 def number(least: float, most: float = float("inf"), *, above: bool = False) -> Check:
-    """Return a check for a finite number in a range. ``above``: the lower end is excluded."""
+    """Return a check for a finite number in a range.
+
+    ``above``: the lower end is excluded.
+    """
 
     def check(value: Any) -> float:
         fine = is_number(value) and least <= value <= most

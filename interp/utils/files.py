@@ -19,7 +19,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StorageError(InterpError):
-    """The run directory cannot be written: full, read-only or gone. The run stops; finished parts are kept."""
+    """The run directory cannot be written: full, read-only or gone.
+
+    The run stops; finished parts are kept.
+    """
 
 
 def digest_of(content: bytes | memoryview) -> str:
@@ -28,7 +31,10 @@ def digest_of(content: bytes | memoryview) -> str:
 
 
 def inside(root: Path, relative: str) -> Path:
-    """Return the path ``relative`` inside ``root``. InterpError if it, or what it links to, lies elsewhere."""
+    """Return the path ``relative`` inside ``root``.
+
+    InterpError if it, or what it links to, lies elsewhere.
+    """
     path = root / relative
     if (
         Path(relative).is_absolute()
@@ -88,13 +94,14 @@ def _synced_file(temporary: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces ``target`` when the block ends: written whole and synced, or not at all.
+    """Open a file that replaces ``target`` when the block ends.
 
-    The one way in which interp writes results. Permissions are those of any new file, as the umask says; after an error
-    or an interruption nothing is left behind. Raises OSError.
+    The file is written whole and synced, or not at all: this is the one way in which interp writes results. Permissions
+    are those of any new file, as the umask says; after an error or an interruption nothing is left behind. Raises
+    OSError.
 
         with whole_file(Path("table.csv")) as file:
-            file.write(b"a,b\n")
+            file.write(content)
     """
     temporary = temporary_name(target)
     with _synced_file(temporary) as file:
@@ -109,7 +116,10 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def result_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Like `whole_file`, in a folder that is made if it does not exist. InterpError if it cannot be written."""
+    """Like `whole_file`, in a folder that is made if it does not exist.
+
+    InterpError if it cannot be written.
+    """
     target = Path(path)
     if "\0" in str(target):
         raise InterpError(f"cannot write {str(target)!r}: a path cannot hold a null character")
@@ -122,13 +132,18 @@ def result_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_file(target: Path, content: bytes | memoryview) -> None:
-    """Write a file of a run directory over what may exist there. StorageError if it cannot be written."""
+    """Write a file of a run directory over what may exist there.
+
+    StorageError if it cannot be written.
+    """
     with writing(target), whole_file(target) as file:
         file.write(content)
 
 
 def publish_file(target: Path, content: bytes | memoryview) -> bool:
-    """Write, sync, and put in place only if nothing exists there; False if something does. One of several writers wins.
+    """Write, sync, and put in place only if nothing exists there; False if something does.
+
+    One of several writers wins.
 
     StorageError if it cannot be written.
     """

@@ -1,4 +1,7 @@
-"""HTML of an object in a notebook: a few facts and a small table; text is escaped, and there is no style."""
+"""HTML of an object in a notebook: a few facts and a small table.
+
+Text is escaped, and there is no style.
+"""
 
 from __future__ import annotations
 

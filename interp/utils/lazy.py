@@ -1,4 +1,7 @@
-"""Packages whose public names are imported on first use, so that importing the package is quick."""
+"""Packages whose public names are imported on first use.
+
+Importing such a package is quick.
+"""
 
 from __future__ import annotations
 

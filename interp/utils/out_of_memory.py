@@ -8,7 +8,7 @@ MESSAGES = ("can't allocate memory", "out of memory")  # of a plain RuntimeError
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports too little memory, of the machine or of an accelerator."""
+    """Return whether an error reports lack of memory, on any device."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -1,4 +1,7 @@
-"""Progress bars with the remaining time, on stderr; shown only on a terminal or in Jupyter."""
+"""Progress bars with the remaining time, on stderr.
+
+They are shown only on a terminal or in Jupyter.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts that reproduce a number: package versions, hashes of prompts and weights, the time."""
+"""Provenance of a number: package versions, hashes, and the time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ PACKAGES = ("interp", "torch", "transformer-lens", "transformers", "triton", "nu
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that numbers depend on, as of the first call."""
+    """Return the versions of Python and of the packages that numbers depend on.
+
+    The versions are those at the first call.
+    """
     return dict(_versions())
 
 
@@ -40,7 +43,9 @@ def prompt_hash(items: Iterable[Any]) -> str:
 
 
 def _as_json(x: Any) -> Any:
-    """Turn an object into something JSON can hold; a tensor into a hash of all its numbers.
+    """Turn an object into something that JSON can hold.
+
+    A tensor becomes a hash of all its numbers.
 
     (A tensor's text form omits some numbers.)
     """

@@ -14,7 +14,10 @@ def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, threads: int | None = 1,
     models: dict[str, Any] | None = None, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
-    """Compute the parts; return those that were left, and why. ``models``: model objects to use instead of loading."""
+    """Compute the parts; return those that were left, and why.
+
+    ``models``: model objects to use instead of loading.
+    """
     leases = store.leases()
     job = job_of(store, models=models) if models else job_of(store)
     work = Work(store, job, leases, emit, stopped)

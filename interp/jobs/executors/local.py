@@ -1,4 +1,6 @@
-"""Compute parts in processes on this machine, each with its own model and threads; they share parts by leases.
+"""Compute parts in processes on this machine, which share them by leases.
+
+Each process has its own model and threads.
 
 A worker that dies is replaced. A part that kills its workers repeatedly is left, but not marked as failed: whether the
 part or the machine is at fault is unknown.
@@ -60,7 +62,10 @@ class Pool:
     fatal: str | None = None
 
     def run(self) -> dict[int, str]:
-        """Work until every part is published or left, or the run is stopped; return the parts left."""
+        """Work until every part is published or left; return the parts left.
+
+        Returns earlier if the run is stopped.
+        """
         try:
             for number in range(min(self.workers, len(self.parts))):
                 self._start(number)
@@ -128,7 +133,10 @@ class Pool:
         self.emit({**event, "worker": worker.number})
 
     def _handle_end(self, worker: _Worker) -> None:
-        """Handle a worker that finished or died. Start another one if it died and parts are left."""
+        """Handle a worker that finished or died.
+
+        Start another one if it died and parts are left.
+        """
         assert worker.process.stdout is not None
         self.selector.unregister(worker.process.stdout)
         code = worker.process.wait()
@@ -185,5 +193,8 @@ def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, workers: int, threads: int = 1,
     devices: Sequence[str] = (), command: tuple[str, ...] | None = None, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
-    """Compute the parts in ``workers`` processes of ``threads`` threads each; return those left, and why."""
+    """Compute the parts in worker processes; return those left, and why.
+
+    There are ``workers`` processes of ``threads`` threads each.
+    """
     return Pool(store, parts, emit, stopped, workers, threads, list(devices), command or COMMAND).run()

@@ -1,4 +1,6 @@
-"""Compute parts with Ray: one actor holds one model; the driver holds the leases and writes, so nodes share no disk.
+"""Compute parts with Ray actors, each of which holds one model.
+
+The driver holds the leases and writes the results, so that nodes need no shared disk.
 
 What an actor needs of the run (custom prompts, frozen prompts) is sent through the object store, once per node. Base
 runs are not: an activation of a prompt takes longer to send than to compute. Each actor has two parts: one that it
@@ -32,7 +34,10 @@ IN_FLIGHT = 2  # parts of each actor
 
 
 class _ActorFiles:
-    """The run's small files on an actor: those that the driver sent, and new ones to send back."""
+    """The run's small files on an actor.
+
+    ``sent``: by the driver. ``new``: to send back.
+    """
 
     def __init__(self, sent: dict[str, bytes]):
         self.sent, self.new = dict(sent), {}
@@ -57,7 +62,10 @@ class Actor:
         return os.getpid()
 
     def compute(self, part: int, name: str, frozen: bytes | None) -> dict[str, Any]:
-        """Compute a part; return its table as Arrow bytes, with notes. ``frozen``: its prompts, if the run has them."""
+        """Compute a part; return its table as Arrow bytes, with notes.
+
+        ``frozen``: its prompts, if the run has them.
+        """
         if self.job is None or (frozen is not None and self.files.get(name) not in (None, frozen)):
             self.job = job_class(self.kind)(self.document, self.files)
         if frozen is not None:
@@ -108,7 +116,10 @@ class Cluster:
     silent: float | None = None  # since when the cluster does not answer
 
     def run(self, parts: range, workers: int) -> dict[int, str]:
-        """Work until every part is published or left, or the run is stopped; return the parts left."""
+        """Work until every part is published or left; return the parts left.
+
+        Returns earlier if the run is stopped.
+        """
         self.job = remote_job(self.store)
         self.files, self.leases = StoreFiles(self.store), self.store.leases()
         inputs = {f"inputs/{p.name}": p.read_bytes() for p in (self.store.root / "inputs").iterdir()}
@@ -139,7 +150,7 @@ class Cluster:
         return self.left
 
     def _check_cluster(self) -> None:
-        """Raise InterpError if actors are starting and the cluster has not answered for a while."""
+        """Raise InterpError if actors are starting and the cluster is silent too long."""
         if not self.starting:
             self.silent = None
             return
@@ -273,7 +284,9 @@ def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
 
 
 def _connection_failure(address: str) -> str | None:
-    """Return why nothing answers at host:port; None if something does, or the address has another form.
+    """Return why nothing answers at host:port; None if something does.
+
+    None also if the address has another form.
 
     Checked here because Ray itself keeps trying for minutes.
     """
@@ -288,7 +301,10 @@ def _connection_failure(address: str) -> str | None:
 
 
 def remote_job(store: Store) -> RemoteJob:
-    """Return the run's job. InterpError if its parts cannot be computed on another machine."""
+    """Return the run's job.
+
+    InterpError if its parts cannot be computed on another machine.
+    """
     job = job_of(store)
     if not isinstance(job, RemoteJob):
         raise InterpError(
@@ -301,7 +317,10 @@ def run(
     store: Store, parts: range, emit: Emit, stopped: Callable[[], bool], *, workers: int, threads: int = 1,
     address: str | None = None, gpus: float = 0, **_: Any,
 ) -> dict[int, str]:  # fmt: skip
-    """Compute the parts with Ray actors; return those left, and why. ``workers`` 0: as many as fit."""
+    """Compute the parts with Ray actors; return those left, and why.
+
+    ``workers`` 0: as many as fit.
+    """
     remote_job(store)
     try:
         import ray
