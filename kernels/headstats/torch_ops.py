@@ -47,15 +47,15 @@ def _forward(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result
     return out, lse, from_tensors(call.spec.requested(), flat_stats)
 
 
-def _call(arguments: Sequence[Any]) -> Call:
+def _build_call(arguments: Sequence[Any]) -> Call:
     """Build the call from an operator's arguments, which are in the order of FIELDS."""
     values: dict[str, Any] = dict(zip(FIELDS, arguments, strict=True))
-    values["spec"] = _spec(values["spec"])
+    values["spec"] = _parse_spec(values["spec"])
     return Call(**values)
 
 
 @cache
-def _spec(text: str) -> StatSpec:
+def _parse_spec(text: str) -> StatSpec:
     values = {name: literal_eval(value) for name, value in (x.split("=") for x in text.split("; ") if x)}
     return replace(StatSpec.none(), **values)
 
@@ -72,7 +72,7 @@ def _schema(*more: str) -> str:
 
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *call_arguments, backend = arguments
-    call = _call(call_arguments)
+    call = _build_call(call_arguments)
     with torch.no_grad():
         out, lse, stats = BACKENDS[backend].run(call)
     flat_stats = [x.contiguous() for name in call.spec.requested() for x in tensors(stats[name])]
@@ -80,7 +80,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    call = _call(arguments[:-1])
+    call = _build_call(arguments[:-1])
     b, h, m, _ = call.q.shape
     sizes = {"B": b, "H": h, "M": m, "N": call.n, "Dv": call.v.shape[3], "S": call.n_segments}
     sizes |= {"T": 0 if call.targets is None else call.targets.shape[2]}
@@ -96,7 +96,7 @@ def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     return out, call.q.new_empty(b, h, m, dtype=call.dtype), flat_stats
 
 
-def _setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     out, lse, stats = output
     ctx.mark_non_differentiable(*stats)
     ctx.save_for_backward(*(inputs[INDEX[name]] for name in TENSORS), out, lse)
@@ -122,7 +122,7 @@ def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Any
 def _backward(*arguments: Any) -> list[Tensor]:
     """Return d loss / d leaf for each requested leaf, in the leaf's dtype."""
     *call_arguments, out, lse, grad_out, grad_lse, leaf_names, backend = arguments
-    call, names = _call(call_arguments), leaf_names.split(", ")
+    call, names = _build_call(call_arguments), leaf_names.split(", ")
     with torch.no_grad():
         run = BACKENDS[backend].backward
         assert run is not None  # the reference is traced directly, without this operator
@@ -131,7 +131,7 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
 
 def _backward_shapes(*arguments: Any) -> list[Tensor]:
-    call, names = _call(arguments[: len(FIELDS)]), arguments[-2].split(", ")
+    call, names = _build_call(arguments[: len(FIELDS)]), arguments[-2].split(", ")
     leaves = [getattr(call, name) for name in names]
     return [x.new_empty(x.shape) for x in leaves]
 
@@ -144,7 +144,7 @@ library = torch.library.Library("headstats", "FRAGMENT")
 library.define(f"attend({_schema('str backend')}) -> (Tensor, Tensor, Tensor[])")
 library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("headstats::attend", _attend_shapes, lib=library)
-torch.library.register_autograd("headstats::attend", _gradient, setup_context=_setup, lib=library)
+torch.library.register_autograd("headstats::attend", _gradient, setup_context=_setup_context, lib=library)
 _TO_BACKWARD = ("Tensor out", "Tensor lse", "Tensor grad_out", "Tensor grad_lse", "str leaf_names", "str backend")
 library.define(f"attend_backward({_schema(*_TO_BACKWARD)}) -> Tensor[]")
 library.impl("attend_backward", _backward, "CompositeExplicitAutograd")

@@ -150,10 +150,10 @@ def _memory_elsewhere(case: KernelCase, path: str, threads: int) -> dict[str, An
     """
     code = "import sys; from headstats.bench import run as bench; bench.print_peak(*sys.argv[1:])"
     text = json.dumps(asdict(replace(case, targets=())))
-    done = subprocess.run([sys.executable, "-c", code, text, path, str(threads)], capture_output=True, text=True)
-    if done.returncode:
-        return {"mib": None, "mib_not_measured": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-    return {"mib": float(done.stdout.split()[-1])}
+    process = subprocess.run([sys.executable, "-c", code, text, path, str(threads)], capture_output=True, text=True)
+    if process.returncode:
+        return {"mib": None, "mib_not_measured": (process.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+    return {"mib": float(process.stdout.split()[-1])}
 
 
 def print_peak(text: str, path: str, threads: str) -> None:
@@ -205,16 +205,18 @@ def _status(field: str) -> float:
 def _judge(target: SpeedTarget, paths: dict[str, dict[str, Any]]) -> dict[str, Any]:
     key = "median_s" if target.of == "seconds" else "mib"
     numbers = [None if x is None else paths.get(x, {}).get(key) for x in (target.path, target.minus, target.per)]
-    what = target.path + (f" less {target.minus}" if target.minus else "") + (f" / {target.per}" if target.per else "")
+    description = (
+        target.path + (f" less {target.minus}" if target.minus else "") + (f" / {target.per}" if target.per else "")
+    )
     bound = f"<= {target.most:g}" if target.most is not None else f">= {target.least:g}"
     needed = (True, target.minus is not None, target.per is not None)
     if any(need and x is None for need, x in zip(needed, numbers, strict=True)) or numbers[2] == 0:
-        return {"what": f"{what}, {target.of}", "bound": bound, "value": None, "met": None}
+        return {"what": f"{description}, {target.of}", "bound": bound, "value": None, "met": None}
     own, minus, per = numbers
     assert own is not None
     value = (own - (minus or 0)) / (1 if per is None else per)
     met = value <= target.most if target.most is not None else value >= (target.least or 0)
-    return {"what": f"{what}, {target.of}", "bound": bound, "value": value, "met": met}
+    return {"what": f"{description}, {target.of}", "bound": bound, "value": value, "met": met}
 
 
 def table(case: dict[str, Any]) -> str:

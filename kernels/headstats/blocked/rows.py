@@ -108,15 +108,15 @@ def first_maximum(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], 
     blocks = s[..., : count * width].unflatten(-1, (count, width))
     top, block = blocks.amax(-1).max(-1)
     if blocks.is_contiguous():  # copying whole blocks is much faster than gathering cells
-        every = torch.arange(0, block.numel() * count, count, device=s.device)
-        best_block = blocks.view(-1, width).index_select(0, block.flatten() + every).view(*block.shape, width)
+        offsets = torch.arange(0, block.numel() * count, count, device=s.device)
+        best_block = blocks.view(-1, width).index_select(0, block.flatten() + offsets).view(*block.shape, width)
     else:
         best_block = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, width))[..., 0, :]
     place = block * width + best_block.max(-1).indices
     if count * width < n:
-        rest, rest_place = s[..., count * width :].max(-1)
-        place = torch.where(rest > top, rest_place + count * width, place)  # on a tie the earlier one stays
-        top = torch.maximum(top, rest)
+        tail, tail_place = s[..., count * width :].max(-1)
+        place = torch.where(tail > top, tail_place + count * width, place)  # on a tie the earlier one stays
+        top = torch.maximum(top, tail)
     return top, place
 
 

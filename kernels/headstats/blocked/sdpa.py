@@ -94,7 +94,7 @@ def _works(dtype: torch.dtype) -> bool:
         return False
     scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 0.5
     scores = scores.masked_fill(torch.ones(3, 3).triu(1) > 0, -torch.inf)
-    want = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
-    return torch.allclose(out.double(), want, rtol=0, atol=4 * torch.finfo(dtype).eps) and torch.allclose(
+    expected = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
+    return torch.allclose(out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps) and torch.allclose(
         lse.double(), scores.logsumexp(-1), atol=1e-2 if dtype.itemsize < 4 else 1e-5
     )

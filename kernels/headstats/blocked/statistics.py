@@ -102,8 +102,8 @@ def _distance_var(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     per_mass = row.mass.clamp_min(torch.finfo(row.e.dtype).tiny).reciprocal()
     away = _distances(call, t, row.e) - (_weighted_distance(call, t, row) * per_mass)[..., None]
     weighted = row.e * away
-    rest = weighted.sum(-1) * per_mass
-    return (weighted.mul_(away).sum(-1) * per_mass - rest.square()).clamp_min(0)
+    residual = weighted.sum(-1) * per_mass
+    return (weighted.mul_(away).sum(-1) * per_mass - residual.square()).clamp_min(0)
 
 
 def _waad(call: Call, t: Tile, row: TileSoftmax, window: int) -> Tensor:

@@ -43,12 +43,12 @@ class CallArguments:
             Dv=call.v.shape[3], prefixed=call.n - call.k.shape[2], causal=call.causal, window=call.window or 0,
             softcap=call.softcap or 0.0, scale=call.scale, out=self.out, lse=self.lse,
         )  # fmt: skip
-        self._inputs()
-        self._options()
-        self._segments()
-        self._edit()
+        self._set_inputs()
+        self._set_options()
+        self._set_segments()
+        self._set_edit()
         for name, value in call.spec.requested().items():
-            self._statistic(name, value)
+            self._add_statistic(name, value)
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -58,20 +58,20 @@ class CallArguments:
                 value = value.data_ptr()
             setattr(self.c, name, value)
 
-    def _strided(self, name: str, x: Tensor | None, axes: str) -> None:
+    def _set_strided(self, name: str, x: Tensor | None, axes: str) -> None:
         """Set an array in the dtype of logits, and its strides.
 
         Axes of size 1 only broadcast.
         """
         if x is not None:
-            x = self._number(x)
+            x = self._to_dtype(x)
             strides = {f"{name}_{a}": s if n > 1 else 0 for a, s, n in zip(axes, x.stride(), x.shape, strict=True)}
             self._set(**{name: x}, **strides)
 
-    def _number(self, x: Tensor) -> Tensor:
+    def _to_dtype(self, x: Tensor) -> Tensor:
         return x.detach().to(self.call.dtype)
 
-    def _inputs(self) -> None:
+    def _set_inputs(self) -> None:
         call = self.call
         for name in ("q", "k", "v", "prefix_k", "prefix_v"):
             if (x := getattr(call, name)) is not None:
@@ -79,16 +79,16 @@ class CallArguments:
         if call.prefix_k is not None:
             self._set(runs=call.prefix_k.shape[0])
 
-    def _options(self) -> None:
+    def _set_options(self) -> None:
         call = self.call
-        self._strided("bias", call.bias, "bhmd")
+        self._set_strided("bias", call.bias, "bhmd")
         if call.bias is not None:
             self._set(bias_hides=max(torch.finfo(call.bias.dtype).min, HIDDEN))
         for name in ("alibi", "sinks", "key_padding", "query_padding"):
             if (x := getattr(call, name)) is not None:
-                self._set(**{name: (x if x.dtype == torch.bool else self._number(x)).contiguous()})
+                self._set(**{name: (x if x.dtype == torch.bool else self._to_dtype(x)).contiguous()})
 
-    def _segments(self) -> None:
+    def _set_segments(self) -> None:
         """Set ids and tables over segments.
 
         Ids start at 1 and tables with "no segment", so loops never see -1.
@@ -102,50 +102,50 @@ class CallArguments:
             "knockout": call.knockout, "edit_bias": call.edit_bias, "logit_factor": call.logit_factor,
             "logit_raise": call.logit_raise, "log2_gain": log2_gain,
         }  # fmt: skip
-        self._tables("q_segments", call.q_segments, masks)
-        self._tables("edit_q_segments", call.edit_q_segments, edits)
+        self._set_tables("q_segments", call.q_segments, masks)
+        self._set_tables("edit_q_segments", call.edit_q_segments, edits)
         if call.k_segments is not None:
-            self._ids("k_segments", call.k_segments + 1)
+            self._set_ids("k_segments", call.k_segments + 1)
         acts = log2_gain is not None or (isinstance(call, LoweredCall) and call.layout is not None)
         within = acts and isinstance(call, LoweredCall) and call.within
         self._set(after=acts and not within, within=within)
 
-    def _tables(self, ids_name: str, ids: Tensor | None, tables: dict[str, Tensor | None]) -> None:
+    def _set_tables(self, ids_name: str, ids: Tensor | None, tables: dict[str, Tensor | None]) -> None:
         present = {name: t for name, t in tables.items() if t is not None}
         if not present:
             return
         assert ids is not None  # validated: a table needs them
         # `one_table_row_per_query` makes tables with as many rows as queries, and therefore no row for segment -1.
-        self._ids(ids_name, (ids + 1).remainder(min(t.shape[2] for t in present.values())))
+        self._set_ids(ids_name, (ids + 1).remainder(min(t.shape[2] for t in present.values())))
         for name, table in present.items():
-            table = table if table.dtype == torch.bool else self._number(table)
+            table = table if table.dtype == torch.bool else self._to_dtype(table)
             table = table.roll((1, 1), (2, 3)).contiguous()
             strides = [s if n > 1 else 0 for s, n in zip(table.stride(), table.shape, strict=True)]
             self._set(**{name: table}, **{f"{name}_{a}": s for a, s in zip("bhm", strides[:3], strict=True)})
 
-    def _ids(self, name: str, ids: Tensor) -> None:
+    def _set_ids(self, name: str, ids: Tensor) -> None:
         ids = ids.to(torch.int32).contiguous()
         self._set(**{name: ids, f"{name}_b": ids.shape[1] if len(ids) > 1 else 0})
 
-    def _edit(self) -> None:
+    def _set_edit(self) -> None:
         call = self.call
         if isinstance(call, LoweredCall) and call.layout is not None:
             self._set(layout=1 + LAYOUTS.index(call.layout))
             for name, x in (("levels", call.levels), ("tops", call.tops)):
                 if x is not None:
-                    self._set(**{name: self._number(x).contiguous()})
+                    self._set(**{name: self._to_dtype(x).contiguous()})
             rows, heads = (torch.arange(size) for size in call.q.shape[:2])
             self._set(states=hash_noise.states(call.counterfactual_seed, rows, heads).to(torch.int32))
-        self._strided("temperature", call.temperature, "bhm")
-        self._strided("gate", call.gate, "bhm")
-        self._strided("replacement", call.replacement, "bhmd")
+        self._set_strided("temperature", call.temperature, "bhm")
+        self._set_strided("gate", call.gate, "bhm")
+        self._set_strided("replacement", call.replacement, "bhmd")
 
     def _allocate(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         x = torch.empty(*self.call.q.shape[:2], *shape, dtype=dtype or self.call.dtype)
         self._set(**{name: x})
         return x
 
-    def _statistic(self, name: str, value: Any) -> None:
+    def _add_statistic(self, name: str, value: Any) -> None:
         """Allocate the result of a statistic, and set the arguments that it needs."""
         call, m = self.call, self.call.q.shape[2]
         if name in OF_KEYS:
@@ -174,6 +174,6 @@ class CallArguments:
             self.stats[name] = self._allocate(name, m, keys.shape[2])
         elif name == "key_features":
             assert call.key_features is not None  # validated
-            x = self._number(call.key_features).contiguous()
+            x = self._to_dtype(call.key_features).contiguous()
             self._set(features=x, features_b=x[0].numel() if len(x) > 1 else 0, n_features=x.shape[2])
             self.stats[name] = self._allocate(name, m, x.shape[2])

@@ -85,10 +85,10 @@ def forward(call: Call) -> Results:
 
         stats["topk"] = topk.topk(call, lse)
     if features is not None:
-        rest = features[..., FEATURES_IN_PASS:]
+        more_features = features[..., FEATURES_IN_PASS:]
         per_key = stats["per_key"]
-        if rest.shape[2]:
-            per_key = torch.cat([per_key, average(call, *per_key_values.of_heads(call, rest))], -1)
+        if more_features.shape[2]:
+            per_key = torch.cat([per_key, average(call, *per_key_values.of_heads(call, more_features))], -1)
         s = call.n_segments if call.spec.segments else 0
         stats |= {"segments": per_key[..., :s], "key_features": per_key[..., s:]}
     if call.spec.segment_value_norms:
@@ -109,12 +109,12 @@ def average(
     plain = replace(call, gate=None, replacement=None, spec=StatSpec.none())
     sums = []
     for at in range(0, own.shape[3], MAX_HEAD):
-        these = slice(at, at + MAX_HEAD)
+        columns = slice(at, at + MAX_HEAD)
         first = None
         if shared is not None and call.prefix_k is not None:
-            first = shared[..., these].expand(*call.prefix_k.shape[:3], -1)
+            first = shared[..., columns].expand(*call.prefix_k.shape[:3], -1)
         sums.append(
-            forward_pass(replace(plain, v=own[..., these].expand(*call.k.shape[:3], -1), prefix_v=first), None)[0]
+            forward_pass(replace(plain, v=own[..., columns].expand(*call.k.shape[:3], -1), prefix_v=first), None)[0]
         )
     return torch.cat(sums, -1)
 

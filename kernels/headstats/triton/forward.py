@@ -224,9 +224,9 @@ def attend_kernel(
             D, DV, BD, BDV, BF, BN, UPCAST, PRECISION, MIX_PRECISION, EXACT,
         )  # fmt: skip
         start, _left, _right, stop = key_range(cells, stats.reach, own.n, prefix.n, low, high, BN)
-        one = i_first == i_last  # else every key of these rows is visited
-        start = i_first * own.n + tl.where(one, start, 0)
-        stop = i_last * own.n + tl.where(one, stop, own.n)
+        same_row = i_first == i_last  # else every key of these rows is visited
+        start = i_first * own.n + tl.where(same_row, start, 0)
+        stop = i_last * own.n + tl.where(same_row, stop, own.n)
         sums = visit_keys(
             sums, b_q, own, p_k, p_v, cells, row, stats, i_b, o_m, start, stop, i_kb, prefix.n,
             D, DV, BD, BDV, BF, BN, True, True, UPCAST, PRECISION, MIX_PRECISION, EXACT,
