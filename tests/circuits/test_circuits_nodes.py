@@ -12,7 +12,7 @@ from torch import Tensor
 import interp
 from interp import zoo
 from interp.circuits import atp_star, attribute_sites, screen
-from interp.circuits.attribution.nodes import first_hook
+from interp.circuits.attribution.hook_gradients import first_hook
 from interp.circuits.attribution.qk_fix import Rerun, Secants
 from interp.circuits.capture import capture, capture_calls
 from interp.errors import InterpError, ModelError

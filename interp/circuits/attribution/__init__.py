@@ -1,1 +1,1 @@
-"""Scores of edges and sites by gradients, information flow, weights or at random; screening by those scores."""
+"""Scores of edges and sites, by gradients, by information flow or at random; screening of sites by scores."""

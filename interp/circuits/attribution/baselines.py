@@ -1,19 +1,17 @@
-"""Scores that a method has to beat: chance, and the size of what senders send."""
+"""Baseline scores that an attribution method has to beat: random numbers, and the size of senders' outputs."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from interp.circuits.capture import capture
-from interp.circuits.inputs import token_batches
+from interp.circuits.inputs import Pairs, token_batches
 from interp.circuits.scores import EdgeScores
 from interp.circuits.topology import architecture
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.model.model import Model
-from interp.prompts.pairs import PromptPair, encode_pairs, listed_prompts
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.utils.provenance import prompt_hash
 
 
@@ -24,16 +22,15 @@ def random_scores(model: Model, seed: int = 0) -> EdgeScores:
     return EdgeScores(graph, drawn, {**model.provenance(), "method": "random", "seed": seed})
 
 
-def magnitude_scores(model: Model, pairs: PromptPair | Iterable[PromptPair], seed: int = 0) -> EdgeScores:
-    """By how much each sender's output differs between the two prompts: the mean over examples of the Euclidean norm
-    [positions × d_model] of clean − corrupt, without any gradient.
+def magnitude_scores(model: Model, pairs: Pairs, seed: int = 0) -> EdgeScores:
+    """Score edges by how much the sender's output differs between the two prompts, without gradients.
 
-    The same for all edges of a sender; their order among themselves is drawn by ``seed``.
+    The score is the mean over examples of the Euclidean norm over [positions × d_model] of clean − corrupt. It is the
+    same for all edges of a sender; ``seed`` draws the order among them.
     """
-    listed = listed_prompts(pairs)
-    prompts = encode_pairs(listed, model.coder)
-    wiring = Wiring(model)
-    wiring.check(prompts[0].clean)
+    pairs = listed_prompts(pairs)
+    prompts = encode_pairs(pairs, model.coder)
+    wiring = Wiring.checked(model, prompts[0].clean)
     graph, names = wiring.graph, sender_hooks(wiring)
     size = torch.zeros(len(graph.senders), dtype=torch.float64)
     for batch in token_batches(prompts):
@@ -48,10 +45,10 @@ def magnitude_scores(model: Model, pairs: PromptPair | Iterable[PromptPair], see
                 size[graph.columns(layer, "mlp_out")] += _norms(change[f"blocks.{layer}.hook_mlp_out"][None])
     matrix = np.broadcast_to((size / len(prompts)).numpy(), graph.allowed.shape)
     ties = 1 + 1e-9 * np.random.default_rng(seed).random(graph.allowed.shape)
-    made = {"method": "magnitude", "seed": seed, "prompts": prompt_hash(listed), "n_prompts": len(listed)}
-    return EdgeScores(graph, matrix * ties, {**model.provenance(), **made})
+    recipe = {"method": "magnitude", "seed": seed, "prompts": prompt_hash(pairs), "n_prompts": len(pairs)}
+    return EdgeScores(graph, matrix * ties, {**model.provenance(), **recipe})
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the batch of norms over position and d_model, by sender, float64 on the CPU."""
+    """Per sender, the sum over the batch of norms over position and d_model; float64 on the CPU."""
     return x.flatten(2).double().norm(dim=2).sum(1).cpu()

@@ -1,7 +1,7 @@
-"""Scores of all edges from what senders send and gradients at what receivers read: a product summed over tokens.
+"""Scores of all edges: products of senders' outputs and gradients at receivers' inputs, summed over tokens.
 
-Both have d_model numbers per node and token, which are never held for all nodes and tokens together: some tokens are
-taken at a time (`CHUNK_BYTES`), for all senders, and for the receivers of some layers.
+Both factors have d_model numbers per node and token. They never exist for all nodes and tokens at the same time: the
+product is computed for a chunk of tokens (`CHUNK_BYTES`), all senders, and the receivers of a few layers at a time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor
 from interp.circuits.attribution.gradients import Received, through_norm
 from interp.circuits.wiring import Wiring
 
-WAITING_BYTES = 384 * 2**20  # gradients, per head and layer, that wait to be contracted
-CHUNK_BYTES = 96 * 2**20  # of nodes × tokens × d_model at a time
-LAYERS = 8  # whose receivers are taken together: large enough products, of which little is thrown away
+WAITING_BYTES = 384 * 2**20  # of gradients, per head and layer, that wait to be contracted
+CHUNK_BYTES = 96 * 2**20  # of nodes × tokens × d_model in one chunk
+LAYERS = 8  # whose receivers are contracted together: products are large enough, and little of them is discarded
 
 
 class Contraction:
-    """``total`` [receivers, senders], float64: (what a sender sends) · (gradient at a receiver), over all tokens.
+    """``total`` [receivers, senders], float64: sender's output · gradient at the receiver, summed over all tokens.
 
-    ``sent``, by sender hook: z [batch, position, heads, d_head], the others [batch, position, d_model].
+    ``sent`` holds activations by sender hook: z [batch, position, heads, d_head], the others [batch, position,
+    d_model].
     """
 
     def __init__(self, wiring: Wiring, sent: dict[str, Tensor]):
@@ -34,13 +35,13 @@ class Contraction:
         self.waiting: list[Received] = []
 
     def receive(self, received: Received) -> None:
-        """Take in one layer's gradients; contract what waits when it becomes too much."""
+        """Accept one layer's gradients; contract all waiting gradients once they exceed `WAITING_BYTES`."""
         self.waiting.append(received)
         if sum(r.bytes for r in self.waiting) > WAITING_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Contract all that waits."""
+        """Contract all waiting gradients."""
         if not self.waiting:
             return
         layers = sorted(self.waiting, key=lambda r: r.layer)
@@ -53,19 +54,20 @@ class Contraction:
             rows = slice(start, start + step)
             sent = self._sending(rows, layers[-1].layer).flatten(1)
             for group in groups:
-                into, received = self._receiving(rows, group)
-                upto = self._columns(group[-1].layer)
-                self.total[into, :upto] += (received.flatten(1) @ sent[:upto].T).double().cpu()
+                receivers, gradients = self._receiving(rows, group)
+                n_senders = self._senders_until(group[-1].layer)
+                self.total[receivers, :n_senders] += (gradients.flatten(1) @ sent[:n_senders].T).double().cpu()
 
-    def _columns(self, layer: int) -> int:
-        """How many senders come before a layer's end."""
+    def _senders_until(self, layer: int) -> int:
+        """Number of senders up to and including a layer."""
         if layer >= self.graph.n_layers:
             return len(self.graph.senders)
         return self.graph.columns(layer, "mlp_out" if self.graph.mlps else "z").stop
 
-    def _sending(self, tokens: slice, upto: int) -> Float[Tensor, "senders tokens d_model"]:
+    def _sending(self, tokens: slice, last_layer: int) -> Float[Tensor, "senders tokens d_model"]:
+        """Contributions of the senders up to a layer to the residual stream."""
         parts = [self.sent["blocks.0.hook_resid_pre"][tokens][None]]
-        for layer in range(min(upto + 1, self.graph.n_layers)):
+        for layer in range(min(last_layer + 1, self.graph.n_layers)):
             parts.append(self.wiring.contributions(layer, self.sent[f"blocks.{layer}.attn.hook_z"][tokens]))
             if self.graph.mlps:
                 parts.append(self.sent[f"blocks.{layer}.hook_mlp_out"][tokens][None])
@@ -74,7 +76,7 @@ class Contraction:
     def _receiving(
         self, tokens: slice, group: Sequence[Received]
     ) -> tuple[slice, Float[Tensor, "receivers tokens d_model"]]:
-        """Gradients at the residual streams that some layers' receivers read, before the norms, with their rows."""
+        """Rows of the receivers of some layers, and gradients at the residual streams that they read, before norms."""
         parts: list[Tensor] = []
         for received in group:
             grads = {name: g.flatten(0, 1)[tokens] for name, g in received.grads.items()}

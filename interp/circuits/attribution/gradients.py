@@ -1,8 +1,8 @@
-"""Gradients of a metric at what every receiver reads, one layer after the other, from the last to the first.
+"""Gradients of a metric at every receiver's input, layer by layer from the last to the first.
 
-A forward pass keeps what enters each block, and no graph. Then each block is computed again, alone and with a graph,
-and the gradient of what leaves it is carried back to what enters it: one backward pass for all q, k, v and MLP inputs,
-for a second forward. Beside residual streams, one block's activations exist at a time.
+A forward pass stores the input of each block, and no graph. Then each block is computed again, alone and with a graph,
+and the gradient at its output is carried back to its input. All q, k, v and MLP inputs take one backward pass, at the
+price of a second forward. Besides residual streams, only one block's activations exist at a time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Override = tuple[str, Any]  # a hook that sets an activation
 class Received:
     """Gradients at one layer's receivers, with the residual streams that its norms read.
 
-    ``grads``: "q", "k", "v" [batch, position, heads, d_head] and "mlp" [batch, position, d_model], behind the norms;
-    ``streams``: "attn" and "mlp" [batch, position, d_model]. The logits are a layer of their own behind the last one,
-    with "logits" [batch, position, d_model] alone.
+    ``grads``: "q", "k", "v" [batch, position, heads, d_head] and "mlp" [batch, position, d_model], after the norms.
+    ``streams``: "attn" and "mlp" [batch, position, d_model]. The logits count as a separate layer after the last one,
+    whose only gradient is "logits" [batch, position, d_model].
     """
 
     layer: int
@@ -40,7 +40,7 @@ class Received:
 
     @property
     def bytes(self) -> int:
-        """What is held."""
+        """Memory of all tensors."""
         return sum(t.numel() * t.element_size() for t in (*self.grads.values(), *self.streams.values()))
 
 
@@ -52,24 +52,26 @@ def stream_gradients(
     override: Override | None,
     receive: Callable[[Received], None],
 ) -> None:
-    """Hand each layer's gradients of the metric, summed over prompts of one length, to ``receive``: the logits' first,
-    then from the last layer to the first.
+    """Pass each layer's gradients of the metric, summed over prompts of one length, to ``receive``.
 
-    ``override``: a hook that sets an activation in both passes. Raises InterpError for a metric without a gradient.
+    The logits come first, then the layers from the last to the first. ``override`` is a hook that sets an activation in
+    both passes. Raises InterpError for a metric without a gradient.
     """
     with without_weight_gradients(wiring.model), torch.enable_grad():
         _Backward(wiring, override)(ids, metric, read, receive)
 
 
 class _Backward:
+    """One forward and the block-by-block backward pass; attributes hold the state of the current block."""
+
     def __init__(self, wiring: Wiring, override: Override | None):
         self.wiring, self.model, self.graph, self.override = wiring, wiring.model, wiring.graph, override
-        self.again = False  # in the second pass, block by block
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # of the blocks
-        self.final: Tensor | None = None
-        self.leaf: Tensor | None = None
-        self.copies: dict[str, Tensor] = {}
-        self.streams: dict[str, Tensor] = {}
+        self.recomputing = False  # True in the second pass, block by block
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # arguments of each block
+        self.final: Tensor | None = None  # the stream after the last block, with a gradient
+        self.leaf: Tensor | None = None  # the current block's input
+        self.copies: dict[str, Tensor] = {}  # by receiver: its input, read by that receiver alone
+        self.streams: dict[str, Tensor] = {}  # residual streams that the current block's norms read
 
     def __call__(
         self,
@@ -89,11 +91,11 @@ class _Backward:
                 raise InterpError(f"metric {metric.name!r} has no gradient: attribution needs one")
             if not total.isfinite():
                 raise InterpError(f"metric {metric.name!r} returned NaN or infinity: attribution needs a number")
-            assert self.final is not None and len(self.calls) == n, "not every block was run"
+            assert self.final is not None and len(self.calls) == n, "some blocks were not run"
             (leaving,) = torch.autograd.grad(total, self.final)
             del logits, total
             receive(Received(n, {"logits": leaving}, {}))
-            self.again, after = True, self.final.detach()
+            self.recomputing, after = True, self.final.detach()
             self.final = None
             for layer in reversed(range(n)):
                 leaving, after = self._back(layer, leaving, after, receive)
@@ -101,27 +103,28 @@ class _Backward:
     def _back(
         self, layer: int, leaving: Tensor, after: Tensor, receive: Callable[[Received], None]
     ) -> tuple[Tensor, Tensor]:
-        """Through one block: the gradient of what leaves it → that of what enters it; with what enters it."""
+        """Carry the gradient at a block's output back to its input; return it with that input."""
         args, kwargs = self.calls.pop()
         out = self.model.bridge.blocks[layer](*args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
-        self._same(out.detach(), after, layer)
+        self._check_recomputed(out.detach(), after, layer)
         assert self.leaf is not None
         names, copies = list(self.copies), list(self.copies.values())
-        found = torch.autograd.grad(out, [self.leaf, *copies], leaving, allow_unused=True)
-        # an activation that was set lets no gradient through
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip([self.leaf, *copies], found, strict=True)]
+        inputs = [self.leaf, *copies]
+        # None: no gradient passes an activation that was set
+        maybe_grads = torch.autograd.grad(out, inputs, leaving, allow_unused=True)
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, maybe_grads, strict=True)]
         entered, streams = _hidden(args, kwargs), self.streams
         self.leaf, self.copies, self.streams = None, {}, {}
-        del out, copies
+        del out, copies, inputs, maybe_grads
         receive(Received(layer, dict(zip(names, grads[1:], strict=True)), streams))
         return grads[0], entered
 
-    def _same(self, got: Tensor, want: Tensor, layer: int) -> None:
+    def _check_recomputed(self, got: Tensor, want: Tensor, layer: int) -> None:
         gap = (got - want).abs().max().item()
         if not gap <= tolerance(want.dtype) * max(1.0, want.abs().max().item()):
             raise ModelError(
-                f"{self.model.name}, layer {layer}: computed again, its output differs by {gap:.1e}, so that gradients "
+                f"{self.model.name}, layer {layer}: computed again, its output differs by {gap:.1e}, so gradients "
                 "cannot be taken block by block. Is the model in evaluation mode (model.eval()), without a cache?"
             )
 
@@ -129,7 +132,7 @@ class _Backward:
 
     def _hooks(self) -> Iterator[Override]:
         if self.override is not None:
-            yield self.override  # first, so that the others see what it sets
+            yield self.override  # first, so that the other hooks see the value it sets
         for layer in range(self.graph.n_layers):
             at = f"blocks.{layer}."
             yield at + "hook_resid_pre", self._enter
@@ -137,32 +140,32 @@ class _Backward:
                 yield f"{at}attn.hook_{c}", self._branch(c)
             if self.graph.mlps:
                 if not self.graph.parallel:
-                    yield at + "hook_resid_mid", lambda x, hook: self._note("mlp", x)
+                    yield at + "hook_resid_mid", self._store_mlp_stream
                 yield at + "mlp.hook_in", self._branch("mlp")
         yield f"blocks.{self.graph.n_layers - 1}.hook_resid_post", self._leave
 
     def _keep_call(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.again:
+        if not self.recomputing:
             self.calls.append((args, kwargs))
 
     def _enter(self, x: Tensor, hook: Any) -> Tensor | None:
-        if not self.again:
+        if not self.recomputing:
             return None
         self.leaf = x.detach().requires_grad_()
-        self._note("attn", x)
+        self.streams["attn"] = x.detach()
         if self.graph.parallel:
-            self._note("mlp", x)
-        return self.leaf.clone()  # a block may write into what it is given
+            self.streams["mlp"] = x.detach()
+        return self.leaf.clone()  # a block may write into its input in place
 
-    def _note(self, into: str, x: Tensor) -> None:
-        if self.again:
-            self.streams[into] = x.detach()
+    def _store_mlp_stream(self, x: Tensor, hook: Any) -> None:
+        if self.recomputing:
+            self.streams["mlp"] = x.detach()
 
     def _branch(self, name: str) -> Any:
-        """Keeps a copy that only this hook's consumer reads, so that its gradient is that consumer's alone."""
+        """A hook that passes on a copy for its reader alone, so that the copy's gradient is that reader's."""
 
         def hook(x: Tensor, hook: Any) -> Tensor | None:
-            if not self.again:
+            if not self.recomputing:
                 return None
             self.copies[name] = x.clone()
             return self.copies[name]
@@ -170,23 +173,24 @@ class _Backward:
         return hook
 
     def _leave(self, x: Tensor, hook: Any) -> Tensor | None:
-        if self.again:
+        if self.recomputing:
             return None
         self.final = x.detach().requires_grad_()
         return self.final
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a block's arguments."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def through_norm(
     norm: Any, x: Float[Tensor, "*rows d_model"], grads: Float[Tensor, "receivers *rows d_model"]
 ) -> Float[Tensor, "receivers *rows d_model"]:
-    """Vector–Jacobian products of a norm at ``x``, one per receiver."""
+    """Vector–Jacobian products of a norm at ``x``, one for each receiver."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         normed = norm(leaf)
-        if normed is leaf:  # no norm
+        if normed is leaf:  # an identity: the model has no norm here
             return grads
         return torch.autograd.grad(normed, leaf, grads, is_grads_batched=True)[0]

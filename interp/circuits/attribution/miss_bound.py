@@ -1,19 +1,21 @@
-"""How many sites of effect a screen can have missed: a bound from a random sample of what it passed over.
+"""Bound on the sites with an effect that a screen missed, from a random sample of its unverified sites.
 
 A screen ranks N sites by an estimate and leaves M of them unverified. Draw m of those M uniformly, without replacement,
 and measure their exact effects. If D of the M have an |effect| above τ, the number of those in the sample is
-hypergeometric, whatever the estimates are worth. So, having seen x,
+hypergeometric, however good or bad the estimates are. So, if the sample has x of them,
 
     D ≤ max{d : P(Hypergeometric(M, d, m) ≤ x) > 1 − confidence}
 
-holds with probability ≥ confidence over the draw: Clopper and Pearson's argument on a finite population. It needs that
-the sample is drawn independently of the effects, and that an effect is a fixed number: the exact mean over the given
-prompts. It says nothing about other prompts, about sites that were not ranked, or about sites that act only together.
+holds with probability ≥ confidence over the draw. This is Clopper and Pearson's argument on a finite population. It
+requires that the sample is drawn independently of the effects, and that an effect is a fixed number: the exact mean
+over the prompts that were run. It says nothing about other prompts, about sites that were not ranked, or about sites
+that act only together.
 
-The same bound with x = 0 holds for τ = the largest |effect| in the sample, though τ is then chosen by the sample: more
-than D sites lie above that maximum only if none of the D + 1 largest was drawn, whose probability the bound keeps below
-1 − confidence. The diagnostic of Kramár et al. 2024 (arXiv 2403.00745), which also samples what was not
-verified, is another: its formula was not available, and no assumption of additive effects is made here.
+The same bound with x = 0 also holds for τ = the largest |effect| in the sample, although the sample then chooses τ:
+more than D sites lie above that maximum only if none of the D + 1 largest was drawn, and the bound keeps the
+probability of that below 1 − confidence. The diagnostic of Kramár et al. 2024 (arXiv 2403.00745) also samples the
+unverified sites, but it is a different one: its formula was not available, and no assumption of additive effects is
+made here.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ from interp.errors import InterpError
 
 @dataclass(frozen=True)
 class Missed:
-    """A bound on what was passed over. ``str(missed)`` says it in words.
+    """A bound on the effects of unverified sites. ``str(missed)`` states it in words.
 
-    Of ``population`` unverified sites ``sampled`` were measured, ``found`` of them above ``threshold``; with the given
-    ``confidence`` at most ``at_most`` of the population are (those found included), and at most ``above_sample`` are
-    above ``largest``, the largest |effect| in the sample. Each of the two holds with that confidence by itself.
+    Of ``population`` unverified sites, ``sampled`` were measured and ``found`` of these lie above ``threshold``. With
+    the stated ``confidence``, at most ``at_most`` sites of the population lie above ``threshold`` (including those in
+    the sample), and at most ``above_sample`` lie above ``largest``, the largest |effect| in the sample. Each of the two
+    statements holds with that confidence on its own.
     """
 
     population: int
@@ -58,40 +61,48 @@ class Missed:
 def missed(
     effects: Float[np.ndarray, " sampled"], population: int, threshold: float, confidence: float = 0.95
 ) -> Missed:
-    """The bound from the exact effects of a uniform sample of ``population`` sites, in the effects' unit.
+    """Compute the bound from the exact effects of a uniform sample of ``population`` sites.
 
-    ``threshold`` is to be chosen without looking at the sample. Raises InterpError for impossible numbers.
+    ``threshold`` is in the effects' unit and must be chosen without looking at the sample. Raises InterpError for
+    impossible numbers.
     """
     size = np.abs(np.asarray(effects, dtype=float))
     if not 0 < confidence < 1 or not threshold >= 0:
-        raise InterpError(f"confidence={confidence}, threshold={threshold}: between 0 and 1, and at least 0")
+        raise InterpError(f"confidence={confidence}, threshold={threshold}: expected between 0 and 1, and at least 0")
     if len(size) > population or (population > 0 and not len(size)) or np.isnan(size).any():
-        raise InterpError(f"{len(size)} effects of {population} sites: a sample of at least 1, without NaN, is needed")
-    largest, found = (float(size.max()), int((size > threshold).sum())) if len(size) else (0.0, 0)
+        raise InterpError(f"{len(size)} effects of {population} sites: expected a sample of at least 1, without NaN")
+    largest, n_above = (float(size.max()), int((size > threshold).sum())) if len(size) else (0.0, 0)
     return Missed(
-        population, len(size), confidence,
-        largest, at_most(population, len(size), 0, confidence),
-        float(threshold), found, at_most(population, len(size), found, confidence),
-    )  # fmt: skip
+        population=population,
+        sampled=len(size),
+        confidence=confidence,
+        largest=largest,
+        above_sample=at_most(population, len(size), 0, confidence),
+        threshold=float(threshold),
+        found=n_above,
+        at_most=at_most(population, len(size), n_above, confidence),
+    )
 
 
 def at_most(population: int, sampled: int, found: int, confidence: float = 0.95) -> int:
-    """The largest number of marked sites in a population under which so few in a sample are not improbable.
+    """Upper confidence bound on the number of marked sites in a population, given ``found`` in a sample.
 
     That is max{d : P(Hypergeometric(population, d, sampled) ≤ found) > 1 − confidence}.
     """
-    low, high = found, population - (sampled - found)  # the probability falls with d
+    low, high = found, population - (sampled - found)  # bisection, since the probability falls with d
     while low < high:
         middle = (low + high + 1) // 2
-        if _at_least_so_few(population, middle, sampled, found) > 1 - confidence:
+        if _probability_at_most(population, middle, sampled, found) > 1 - confidence:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _at_least_so_few(population: int, marked: int, sampled: int, found: int) -> float:
+def _probability_at_most(population: int, marked: int, sampled: int, found: int) -> float:
     """P(Hypergeometric(population, marked, sampled) ≤ found)."""
     first = max(0, sampled - (population - marked))
-    few = sum(comb(marked, x) * comb(population - marked, sampled - x) for x in range(first, min(found, marked) + 1))
-    return few / comb(population, sampled)
+    samples = sum(
+        comb(marked, x) * comb(population - marked, sampled - x) for x in range(first, min(found, marked) + 1)
+    )
+    return samples / comb(population, sampled)
