@@ -42,7 +42,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.scoring import readout
-from interp.utils.arguments import whole
+from interp.utils.arguments import check_whole
 from interp.utils.progress import progress
 
 
@@ -71,7 +71,7 @@ def attribute_edges(
     if method not in get_args(EdgeMethod) or mode not in get_args(Mode):
         methods = ", ".join(get_args(EdgeMethod))
         raise InterpError(f"method={method!r}, mode={mode!r}: expected one of {methods}, and 'noise' or 'denoise'")
-    whole(1, steps=steps)
+    check_whole(1, steps=steps)
     metric = as_metric(metric)
     listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)

@@ -56,7 +56,7 @@ from interp.recipes.scoring import readout
 from interp.recipes.targets import as_sites
 from interp.results.effects import SITE_COLUMNS, Effects
 from interp.sites import EACH, Site, Sites
-from interp.utils.arguments import whole
+from interp.utils.arguments import check_whole
 
 METHODS: dict[NodeMethod, str] = {
     "atp": "attribution patching (estimate)",
@@ -170,7 +170,7 @@ class _Job:
     ) -> None:  # fmt: skip
         if mode not in get_args(Mode):
             raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
-        whole(1, steps=steps)
+        check_whole(1, steps=steps)
         self.model, self.metric, self.mode, self.steps = model, as_metric(metric), mode, steps
         self.listed = listed_prompts(pairs)
         self.prompts = encode_pairs(self.listed, model.coder)

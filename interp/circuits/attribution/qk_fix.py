@@ -49,7 +49,7 @@ class Rerun:
         return self._change(self.base[layer], q=self.source[layer].q)
 
     def keys(self, layer: int, start: int, stop: int, row: int | None = None) -> Change:
-        """Change of z when the keys in [start, stop) are the source run's; ``row``: for one prompt of the batch only."""
+        """Change of z when the keys in [start, stop) are the source run's; ``row``: for one prompt of the batch."""
         base, source_k = self.base[layer], self.source[layer].k
         if row is not None:
             base, source_k = _one_prompt(base, row), source_k[row : row + 1]
@@ -77,7 +77,7 @@ class Rerun:
 
 
 class Secants:
-    """Hooks that correct the gradients of queries and keys, during a backward pass, to agree with their exact effects.
+    """Hooks that make the gradients of queries and keys, in a backward pass, agree with their exact effects.
 
     ``change``: source − base of q and k, by hook name. See ``"atp-carried"`` in `interp.circuits.attribution.nodes`.
     """

@@ -18,7 +18,7 @@ from interp.prompts.pairs import PromptPair, listed_prompts
 from interp.recipes.patching import patch
 from interp.results.effects import SITE_COLUMNS
 from interp.sites import Site, Sites
-from interp.utils.arguments import whole
+from interp.utils.arguments import check_whole
 
 
 def screen(
@@ -47,8 +47,8 @@ def screen(
     Without a sample, nothing is known about these sites. Methods are those of `attribute_sites`, and ``"atp*"``. Named
     spans cannot be screened, and positions only over prompts of one length.
     """
-    whole(1, k=k)
-    whole(0, sample=sample)
+    check_whole(1, k=k)
+    check_whole(0, sample=sample)
     if method not in get_args(ScreenMethod):
         raise InterpError(f"unknown method {method!r}: choose one of {', '.join(get_args(ScreenMethod))}")
     if not 0 < confidence < 1:

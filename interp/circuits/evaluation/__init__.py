@@ -1,1 +1,1 @@
-"""Running the model as a circuit: faithfulness, completeness, minimality, faithfulness curves."""
+"""Run a model as a circuit: faithfulness, completeness, minimality, faithfulness curves."""

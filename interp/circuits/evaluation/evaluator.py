@@ -1,13 +1,13 @@
-"""The metric of many circuits on the same prompts under one recipe of ablation.
+"""Evaluate the metric of many circuits on the same prompts under one ablation recipe.
 
-Circuits are run by the engine (`interp.circuits.evaluation.packed_forward`) where it can take a model's blocks, else
-one full forward each (`interp.circuits.evaluation.ablated_forward`), which is the reference.
+The engine runs circuits (`interp.circuits.evaluation.packed_forward`) if it supports the model's blocks. Otherwise each
+circuit takes one full forward (`interp.circuits.evaluation.ablated_forward`), which is the reference.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,21 +26,19 @@ from interp.circuits.evaluation.packed_forward import (
     run_circuits,
     slim,
 )
-from interp.circuits.inputs import TOKENS, token_batches
+from interp.circuits.inputs import TOKENS, Pairs, base_provenance, token_batches
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
 from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
-from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
+from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
-from interp.recipes.inputs import check_metric, provenance_of
+from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.mean_activations import Means
 from interp.recipes.scoring import readout
 from interp.sites import COMPONENTS, Site, Sites
-from interp.utils.arguments import check_whole
-from interp.utils.provenance import now, prompt_hash
+from interp.utils.arguments import check_seed
 
 RECIPES: dict[Ablation, str] = {
     "counterfactual": "edges outside the circuit carry the activation of the pair's corrupt run",
@@ -48,39 +46,50 @@ RECIPES: dict[Ablation, str] = {
     "mean": "edges outside the circuit carry the activation's mean over all tokens of all clean prompts of the set",
     "resample": "edges outside the circuit carry the activation of another example's clean run, of the same length",
 }
-STARTS = 4  # times what a forward may hold: what the runs of a circuit may, that others go on from
+STARTS = 4  # runs of a circuit that others continue may take this many times the memory of a forward
 log = logging.getLogger("interp")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some examples that are run together: their numbers, what their metric reads, and what senders send."""
+    """Examples that run together: their indices, the metric's readout, and senders' ablated outputs.
 
-    numbers: list[int]
+    ``ablated``: by hook, [batch, position, …], or the same for all examples.
+    """
+
+    examples: list[int]
     read: Readout
-    ablated: dict[str, Tensor]  # by hook [batch, position, …], or alike for all
+    ablated: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples that the engine runs together: their indices, the metric's readout, and their clean runs."""
+
+    examples: list[int]
+    read: Readout
+    prompts: Prompts
 
 
 @dataclass(frozen=True)
 class Start:
-    """A circuit's runs, which others go on from: its edges, and what each stretch of examples has come to."""
+    """The runs of a circuit that other circuits continue: its edges, and the recorded run of each packed batch."""
 
-    kept: Bool[np.ndarray, "receivers senders"]
+    mask: Bool[np.ndarray, "receivers senders"]
     recorded: list[Recorded]
 
 
 class Evaluator:
     """``evaluate(mask)`` is the metric [examples], float64, of the clean prompts run with the edges in the mask.
 
-    ``whole`` is that of the model itself; ``rounding`` is how far rounding of the logits can move it.
-    ``engine="naive"``: one full forward for each circuit, the reference. Raises InterpError, PromptError or ModelError
-    for bad input.
+    ``whole`` is the metric of the model itself. ``engine="naive"`` runs one full forward for each circuit, as the
+    reference. Raises InterpError, PromptError or ModelError for bad input.
     """
 
     def __init__(
         self,
         model: Model,
-        pairs: PromptPair | Iterable[PromptPair],
+        pairs: Pairs,
         metric: Metric | MetricFn | str,
         using: Ablation,
         seed: int = 0,
@@ -88,133 +97,137 @@ class Evaluator:
     ) -> None:
         if using not in RECIPES:
             raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
-        check_whole(0, seed=seed)
+        check_seed(seed)
         listed = listed_prompts(pairs)
         self.model, self.metric = model, as_metric(metric)
         self.prompts = encode_pairs(listed, model.coder)
         check_metric(self.metric, self.prompts, model)
-        self.wiring = Wiring(model)
+        self.wiring = Wiring.checked(model, self.prompts[0].clean)
         self.graph = self.wiring.graph
-        self.wiring.check(self.prompts[0].clean)
         self.recipe = {
-            **model.provenance(), "prompts": prompt_hash(listed), "n_prompts": len(listed), "created": now(),
-            "metric": self.metric.name, "using": using, "ablation": RECIPES[using], "ablation_seed": seed,
+            **base_provenance(model, listed), "metric": self.metric.name, "using": using,
+            "ablation": RECIPES[using], "ablation_seed": seed,
             "normalisation": "(m(C) − m(∅)) / (m(M) − m(∅)), ratio of means over examples", **provenance_of(pairs),
         }  # fmt: skip
-        sends = sender_hooks(self.wiring)
-        donors = _donors(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
-        fixed = _constants(model, self.prompts, sends, using)
-        self.batches: list[Batch] = []
-        self.whole, self.rounding = np.zeros(len(self.prompts)), np.zeros(len(self.prompts))
-        for batch in token_batches(self.prompts):
-            clean = capture(model, [self.prompts[i].clean for i in batch], [])["logits"]
-            read = readout([self.prompts[i] for i in batch], list(clean))
-            self.batches.append(Batch(batch, read, fixed or capture(model, [donors[i] for i in batch], sends)))
-            self.whole[batch] = self.metric(clean, read).double().cpu().numpy()
-            self.rounding[batch] = rounding(self.metric, clean, read, model.dtype).cpu().numpy()
-        # rows before the first in which the prompts differ are the clean run's, whatever is ablated
-        same = [min(p.first_difference, len(p) - 1) if using == "counterfactual" else 0 for p in self.prompts]
-        self.packed = self._pack(same, engine)
+        self.batches, self.whole = self._batches(using, seed)
+        # positions before the first difference of the prompts are the clean run's in any circuit
+        starts = [min(p.first_difference, len(p) - 1) if using == "counterfactual" else 0 for p in self.prompts]
+        self.packed = self._pack(starts, engine)
         if self.packed is not None:
-            self.batches = []  # what is sent is held once
+            self.batches = []  # packed batches hold the ablated outputs
 
-    def has_gap(self, empty: Float[np.ndarray, " examples"]) -> bool:
-        """Return whether the mean of ``whole`` differs from that of ``empty`` by more than rounding.
-
-        ``empty``: the metric with every edge ablated.
-        """
-        return abs((self.whole - empty).mean()) > self.rounding.mean()
-
-    def __call__(self, kept: Bool[np.ndarray, "receivers senders"]) -> Float[np.ndarray, " examples"]:
-        """The metric by example."""
-        return self.many(kept[None])[0]
+    def __call__(self, mask: Bool[np.ndarray, "receivers senders"]) -> Float[np.ndarray, " examples"]:
+        """The metric by example of the circuit with the edges in ``mask``."""
+        return self.many(mask[None])[0]
 
     def many(
-        self, kept: Bool[np.ndarray, "circuits receivers senders"], since: Start | None = None
+        self, masks: Bool[np.ndarray, "circuits receivers senders"], since: Start | None = None
     ) -> Float[np.ndarray, "circuits examples"]:
-        """The same of several circuits, as many in one forward as `TOKENS` allow.
+        """The metric of several circuits, as many of them in one forward as `TOKENS` allows.
 
-        ``since``: each circuit goes on from this one's runs, from the first layer with a receiver whose edges differ.
+        With ``since``, each circuit continues that circuit's runs from the first layer with a receiver whose edges
+        differ.
         """
-        out, masks = np.zeros((len(kept), len(self.prompts))), torch.from_numpy(kept)
+        values, torch_masks = np.zeros((len(masks), len(self.prompts))), torch.from_numpy(masks)
         if self.packed is None:
-            for i, mask in enumerate(masks):
+            for i, mask in enumerate(torch_masks):
                 for batch in self.batches:
-                    out[i, batch.numbers] = self._metric(self._slowly(batch, mask), batch.read)
-            return self._known(out)
-        layers = np.zeros(len(kept), dtype=int) if since is None else self._layers(kept != since.kept)
-        for number, (numbers, read, prompts) in enumerate(self.packed):
+                    values[i, batch.examples] = self._metric(self._run_reference(batch, mask), batch.read)
+            return self._check_values(values)
+        layers = np.zeros(len(masks), dtype=int) if since is None else self._first_layers(masks != since.mask)
+        for number, batch in enumerate(self.packed):
             recorded = None if since is None else since.recorded[number]
             for layer in np.unique(layers).tolist():
-                some = np.flatnonzero(layers == layer)
-                step = max(1, rows_that_fit(self.wiring, layer, TOKENS) // sum(prompts.lengths))
-                for part in (some[i : i + step] for i in range(0, len(some), step)):
-                    found = run_circuits(self.wiring, prompts, masks[part], recorded, layer)
-                    for i, logits in zip(part, found, strict=True):
-                        out[i, numbers] = self._metric(logits, read)
-        return self._known(out)
+                circuits = np.flatnonzero(layers == layer)
+                step = max(1, rows_that_fit(self.wiring, layer, TOKENS) // sum(batch.prompts.lengths))
+                for part in (circuits[i : i + step] for i in range(0, len(circuits), step)):
+                    logits = run_circuits(self.wiring, batch.prompts, torch_masks[part], recorded, layer)
+                    for i, circuit_logits in zip(part, logits, strict=True):
+                        values[i, batch.examples] = self._metric(circuit_logits, batch.read)
+        return self._check_values(values)
 
-    def start(self, kept: Bool[np.ndarray, "receivers senders"]) -> Start | None:
-        """The runs of a circuit, for `many` to go on from; None where the engine cannot, or they are too large."""
-        rows = sum(sum(prompts.lengths) for _, _, prompts in self.packed or ())
+    def start(self, mask: Bool[np.ndarray, "receivers senders"]) -> Start | None:
+        """Record the runs of a circuit, for `many` to continue.
+
+        None if the engine does not support the model, or if the runs take too much memory.
+        """
+        rows = sum(sum(batch.prompts.lengths) for batch in self.packed or ())
         if self.packed is None or rows > rows_that_fit(self.wiring, 0, rows, STARTS):
             return None
-        return Start(kept.copy(), [record_circuit(self.wiring, p, torch.from_numpy(kept)) for _, _, p in self.packed])
+        torch_mask = torch.from_numpy(mask)
+        return Start(mask.copy(), [record_circuit(self.wiring, b.prompts, torch_mask) for b in self.packed])
 
     @property
     def at_once(self) -> int:
-        """How many circuits a forward takes, of those that go on from late layers."""
-        longest = max(sum(prompts.lengths) for _, _, prompts in self.packed) if self.packed else TOKENS
+        """Number of circuits in one forward, if they continue other runs from late layers."""
+        longest = max(sum(batch.prompts.lengths) for batch in self.packed) if self.packed else TOKENS
         return max(1, TOKENS // longest)
 
-    # ------------------------------------------------------------ one way and the other
+    # ------------------------------------------------------------ preparing both ways to run
 
-    def _pack(self, starts: list[int], engine: EngineKind) -> list[tuple[list[int], Readout, Prompts]] | None:
-        """The examples, as many together as fit, ready for the engine; None where it cannot take them."""
+    def _batches(self, using: Ablation, seed: int) -> tuple[list[Batch], Float[np.ndarray, " examples"]]:
+        """Batches of one length with their ablated outputs, and the metric of the whole model."""
+        names = sender_hooks(self.wiring)
+        sources = _resampled(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
+        constants = _constants(self.model, self.prompts, names, using)
+        batches, whole_metric = [], np.zeros(len(self.prompts))
+        for examples in token_batches(self.prompts):
+            clean = capture(self.model, [self.prompts[i].clean for i in examples], [])["logits"]
+            read = readout([self.prompts[i] for i in examples], list(clean))
+            ablated = constants or capture(self.model, [sources[i] for i in examples], names)
+            batches.append(Batch(examples, read, ablated))
+            whole_metric[examples] = self._metric(clean, read)
+        return batches, whole_metric
+
+    def _pack(self, starts: list[int], engine: EngineKind) -> list[PackedBatch] | None:
+        """Prepare the examples for the engine, as many together as fit; None if it does not support them."""
         rows = [len(p) - start for p, start in zip(self.prompts, starts, strict=True)]
         fit = rows_that_fit(self.wiring, 0, max(TOKENS, *rows))
         if engine == "naive" or max(rows) > fit or Verified.of(self.model).packed_circuits is False:
             return None
-        runner, found = Engine(self.model, engine), []
-        for batch in _stretches(rows, min(TOKENS, fit)):
-            runs = runner.record([self.prompts[i].clean for i in batch], keep_kv=True)
+        runner, packed = Engine(self.model, engine), []
+        for examples in _fill(rows, min(TOKENS, fit)):
+            runs = runner.record([self.prompts[i].clean for i in examples], keep_kv=True)
             if runner.unpackable():
                 return None
-            slimmed = [slim(run, starts[i]) for run, i in zip(runs, batch, strict=True)]
-            read = readout([self.prompts[i] for i in batch], [run.logits for run in runs])
-            ablated = self._ablated(batch, starts)
-            found.append((batch, read, Prompts(slimmed, [starts[i] for i in batch], ablated, runner.frame)))
-        return found if self._agrees(found[0]) else None
+            slimmed = [slim(run, starts[i]) for run, i in zip(runs, examples, strict=True)]
+            read = readout([self.prompts[i] for i in examples], [run.logits for run in runs])
+            ablated = self._ablated_rows(examples, starts)
+            prompts = Prompts(slimmed, [starts[i] for i in examples], ablated, runner.frame)
+            packed.append(PackedBatch(examples, read, prompts))
+        return packed if self._agrees(packed[0]) else None
 
-    def _ablated(self, numbers: list[int], starts: list[int]) -> dict[str, Tensor]:
-        """What senders of some examples send along ablated edges, in the rows that can differ."""
-        home = {i: (batch, row) for batch in self.batches for row, i in enumerate(batch.numbers)}
+    def _ablated_rows(self, examples: list[int], starts: list[int]) -> dict[str, Tensor]:
+        """Ablated outputs of senders in the rows of some examples from ``starts`` on."""
+        home = {i: (batch, row) for batch in self.batches for row, i in enumerate(batch.examples)}
         names = self.batches[0].ablated
         if all(x.ndim < 3 for x in names.values()):
             return names
-        return {n: torch.cat([home[i][0].ablated[n][home[i][1], starts[i] :] for i in numbers]) for n in names}
+        return {n: torch.cat([home[i][0].ablated[n][home[i][1], starts[i] :] for i in examples]) for n in names}
 
-    def _agrees(self, packed: tuple[list[int], Readout, Prompts]) -> bool:
-        """Whether a circuit drawn by lot runs alike both ways, on the first example: tried once for each model."""
+    def _agrees(self, packed: PackedBatch) -> bool:
+        """Whether a random circuit has the same logits both ways on the first example; checked once for each model."""
         if Verified.of(self.model).packed_circuits:
             return True
-        numbers, _, prompts = packed
-        kept = torch.from_numpy(self.graph.allowed & (np.random.default_rng(0).random(self.graph.allowed.shape) < 0.9))
-        batch = next(b for b in self.batches if numbers[0] in b.numbers)
-        slow = self._slowly(batch, kept)[batch.numbers.index(numbers[0])]
-        gap = (run_circuits(self.wiring, prompts, kept[None])[0, 0] - slow).abs().max().item()
-        if not gap <= CHECK_TOLERANCE * max(slow.abs().max().item(), 1.0):
-            log.warning("circuits: one full forward each, because packed ones differ by %.1e on this model", gap)
+        example = packed.examples[0]
+        mask = torch.from_numpy(self.graph.allowed & (np.random.default_rng(0).random(self.graph.allowed.shape) < 0.9))
+        batch = next(b for b in self.batches if example in b.examples)
+        reference = self._run_reference(batch, mask)[batch.examples.index(example)]
+        gap = (run_circuits(self.wiring, packed.prompts, mask[None])[0, 0] - reference).abs().max().item()
+        if not gap <= CHECK_TOLERANCE * max(reference.abs().max().item(), 1.0):
+            log.warning("circuits: one full forward each, because packed runs differ by %.1e on this model", gap)
             Verified.of(self.model).packed_circuits = False
             return False
         Verified.of(self.model).packed_circuits = True
         return True
 
-    def _slowly(self, batch: Batch, kept: Tensor) -> Float[Tensor, "batch vocab"]:
-        return run_circuit(self.wiring, [self.prompts[i].clean for i in batch.numbers], kept, batch.ablated)
+    # ------------------------------------------------------------ details of a run
 
-    def _layers(self, differs: Bool[np.ndarray, "circuits receivers senders"]) -> np.ndarray:
-        """The first layer of each circuit with a receiver whose edges differ; n_layers: that of the logits, if any."""
+    def _run_reference(self, batch: Batch, mask: Tensor) -> Float[Tensor, "batch vocab"]:
+        return run_circuit(self.wiring, [self.prompts[i].clean for i in batch.examples], mask, batch.ablated)
+
+    def _first_layers(self, differs: Bool[np.ndarray, "circuits receivers senders"]) -> np.ndarray:
+        """The first layer of each circuit with a receiver whose edges differ; n_layers if only the logits', or none."""
         last = self.graph.n_layers
         of_row = np.array([last if r == self.graph.output else r.layer for r in self.graph.receivers])
         return np.where(differs.any(2), of_row, last).min(1)
@@ -222,14 +235,15 @@ class Evaluator:
     def _metric(self, logits: Tensor, read: Readout) -> Float[np.ndarray, " examples"]:
         return self.metric(logits, read).double().cpu().numpy()
 
-    def _known(self, values: np.ndarray) -> np.ndarray:
+    def _check_values(self, values: np.ndarray) -> np.ndarray:
+        """The values. Raises InterpError if any is NaN."""
         if np.isnan(values).any():
             raise InterpError(f"metric {self.metric.name!r} returned NaN for {int(np.isnan(values).sum())} examples")
         return values
 
 
-def _stretches(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Numbers, in order, of which as many are taken together as sum up to ``most``."""
+def _fill(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cut the indices of ``sizes``, in order, into batches whose sizes sum up to ``most`` or less."""
     batch: list[int] = []
     for i, size in enumerate(sizes):
         if batch and sum(sizes[j] for j in batch) + size > most:
@@ -239,36 +253,36 @@ def _stretches(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     yield batch
 
 
-def _constants(model: Model, prompts: Sequence[Encoded], sends: Sequence[str], using: Ablation) -> dict[str, Tensor]:
-    """What zero or mean ablation sends, by hook name: the same for every example."""
+def _constants(model: Model, prompts: Sequence[Encoded], names: Sequence[str], using: Ablation) -> dict[str, Tensor]:
+    """Ablated outputs of zero or mean ablation by hook name, the same for every example; empty for other ablations."""
     if using == "zero":
-        return {name: torch.zeros((), device=model.device, dtype=model.dtype) for name in sends}
+        return {name: torch.zeros((), device=model.device, dtype=model.dtype) for name in names}
     if using != "mean":
         return {}
     sites = [Site("resid_pre", 0), *model.sites("z")]
-    sites += [Site("mlp_out", i) for i in range(model.n_layers) if f"blocks.{i}.hook_mlp_out" in sends]
+    sites += [Site("mlp_out", i) for i in range(model.n_layers) if f"blocks.{i}.hook_mlp_out" in names]
     means = Means(Engine(model, "naive"), [p.clean for p in prompts], Sites(sites), "mean")
-    found = {}
+    constants = {}
     for (component, layer), total in means.totals.items():
         mean = total[0] / means.count[0]
-        found[COMPONENTS[component].hook.format(layer=layer)] = mean.to(model.device, model.dtype)
-    return found
+        constants[COMPONENTS[component].hook.format(layer=layer)] = mean.to(model.device, model.dtype)
+    return constants
 
 
-def _donors(prompts: Sequence[Encoded], seed: int) -> list[tuple[int, ...]]:
-    """For each example another one's clean prompt of the same length, each used once."""
+def _resampled(prompts: Sequence[Encoded], seed: int) -> list[tuple[int, ...]]:
+    """For each example, the clean prompt of another example of the same length; each prompt is used once."""
     generator = np.random.default_rng(seed)
-    donors: list[tuple[int, ...]] = [p.clean for p in prompts]
+    resampled: list[tuple[int, ...]] = [p.clean for p in prompts]
     lengths: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         lengths.setdefault(len(prompt), []).append(i)
     for length, members in lengths.items():
         if len(members) < 2:
             raise PromptError(
-                f"using='resample': only one prompt has {length} tokens (pair {members[0]}), so that there is no other "
-                "to draw from: give more pairs of that length, or another ablation"
+                f"using='resample': only one prompt has {length} tokens (pair {members[0]}), so there is no other "
+                "prompt to draw: add pairs of that length, or use another ablation"
             )
         order = generator.permutation(members).tolist()
-        for here, there in zip(order, order[1:] + order[:1], strict=True):
-            donors[here] = prompts[there].clean
-    return donors
+        for i, j in zip(order, order[1:] + order[:1], strict=True):
+            resampled[i] = prompts[j].clean
+    return resampled

@@ -1,16 +1,17 @@
-"""Several circuits run at once on several prompts, by the engine: only rows and layers that can differ are computed.
+"""Run several circuits on several prompts at once with the engine, computing only rows and layers that can differ.
 
-What `interp.circuits.evaluation.ablated_forward` does, with three things saved, each of them exact for causal decoders:
+The computation is that of `interp.circuits.evaluation.ablated_forward`, with three savings, each of them exact for
+causal decoders:
 
-* positions at which clean and ablated activations are the same, before the first token in which the prompts differ, are
-  those of the clean run in any circuit: its keys and values are read, and no rows computed;
-* a circuit with the edges of another into all receivers of the first layers does the same there: it goes on from the
-  first layer in which they differ, from what the other's run has come to (`Recorded`). What earlier senders send is
-  then the same for all such circuits, and is summed once for those that read it alike;
-* all circuits and prompts, of any length, lie packed in one hidden state (`interp.engine.packed_forward`).
+* Before the first token in which the prompts differ, clean and ablated activations are the same, and so are those of
+  any circuit. For these positions the keys and values of the clean run are read, and no rows are computed.
+* Two circuits with the same edges into all receivers of the first layers compute the same there. A circuit can continue
+  the recorded run of another (`Recorded`) from the first layer in which they differ. The outputs of earlier senders are
+  then the same for all such circuits, and are summed once for circuits that read them through the same edges.
+* All circuits and prompts, of any length, are packed in one hidden state (`interp.engine.packed_forward`).
 
-Rows are packed prompt by prompt, and within a prompt circuit by circuit; what senders change is held circuit by
-circuit.
+Rows are packed prompt by prompt, and within a prompt circuit by circuit. The senders' changes (ablated − current) are
+ordered circuit by circuit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.circuits.evaluation import ablated_forward as running
+from interp.circuits.evaluation import ablated_forward
 from interp.circuits.evaluation.ablated_forward import Forward
 from interp.circuits.wiring import Wiring
 from interp.engine import Run
@@ -35,9 +36,9 @@ from interp.model.hooks import hooks
 
 @dataclass(frozen=True)
 class Prompts:
-    """Clean runs of some prompts, and what senders send along ablated edges in their rows from ``starts`` on.
+    """Clean runs of some prompts, and senders' ablated outputs in their rows from ``starts`` on.
 
-    ``ablated``: by hook [rows of all prompts, …], or alike for all rows.
+    ``ablated``: by hook, [rows of all prompts, …], or the same for all rows.
     """
 
     runs: Sequence[Run]
@@ -47,92 +48,96 @@ class Prompts:
 
     @property
     def lengths(self) -> list[int]:
-        """Rows of each prompt that can differ."""
+        """Number of rows of each prompt that can differ."""
         return [len(run) - start for run, start in zip(self.runs, self.starts, strict=True)]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What one circuit's run has come to: ``streams`` enter each block, the last one leaves them; ``held`` is ablated −
-    current of what every sender adds."""
+    """A circuit's run: ``streams``, the inputs of all blocks and the output of the last; every sender's change."""
 
     streams: list[Float[Tensor, "rows d_model"]]
-    held: Float[Tensor, "senders rows*d_model"]
+    changes: Float[Tensor, "senders rows*d_model"]
 
 
 def slim(run: Run, start: int) -> Run:
-    """What is read of a clean run: what enters block 0 from a row on, and keys and values before it."""
-    keys, values = ([x[:, :start].clone() for x in kept] for kept in (run.keys, run.values))
+    """The parts of a clean run that circuits read: block 0's input from a row on, and keys and values before it."""
+    keys, values = ([x[:, :start].clone() for x in by_layer] for by_layer in (run.keys, run.values))
     return replace(run, resid=run.resid[:1, start:].clone(), keys=keys, values=values, acts={})
 
 
 def rows_that_fit(wiring: Wiring, first: int, most: int, times: int = 1) -> int:
-    """How many rows of circuits × prompts go through together from layer ``first`` on: ``most``, or as many as leave
-    what senders change within `HELD_BYTES` (or so many ``times`` that)."""
+    """Number of rows of circuits × prompts that can run together from layer ``first`` on.
+
+    At most ``most``, and as many as keep the senders' changes within ``times`` × `HELD_BYTES`.
+    """
     width = len(wiring.graph.senders) - senders_before(wiring, first)
     size = width * wiring.model.bridge.cfg.d_model * torch.finfo(wiring.model.dtype).bits // 8
-    return min(most, times * running.HELD_BYTES // max(size, 1))
+    return min(most, times * ablated_forward.HELD_BYTES // max(size, 1))
 
 
 def senders_before(wiring: Wiring, layer: int) -> int:
-    """How many senders are computed before a layer; layer n_layers is that of the logits."""
+    """Number of senders that are computed before a layer; layer n_layers stands for the logits."""
     graph = wiring.graph
     return len(graph.senders) if layer == graph.n_layers else graph.columns(layer, "z").start if layer else 0
 
 
 @torch.no_grad()
-def record_circuit(wiring: Wiring, prompts: Prompts, kept: Bool[Tensor, "receivers senders"]) -> Recorded:
-    """A circuit's run, for others to go on from."""
-    forward = _Packed(wiring, prompts, kept[None], None, 0, record=True)
+def record_circuit(wiring: Wiring, prompts: Prompts, mask: Bool[Tensor, "receivers senders"]) -> Recorded:
+    """Run a circuit, and record the run for others to continue."""
+    forward = _PackedForward(wiring, prompts, mask[None], None, 0, record=True)
     forward.logits()
-    assert forward.held is not None
-    return Recorded(forward.streams, forward.held)
+    assert forward.changes is not None
+    return Recorded(forward.block_streams, forward.changes)
 
 
 @torch.no_grad()
 def run_circuits(
     wiring: Wiring,
     prompts: Prompts,
-    kept: Bool[Tensor, "circuits receivers senders"],
+    masks: Bool[Tensor, "circuits receivers senders"],
     since: Recorded | None = None,
     first: int = 0,
 ) -> Float[Tensor, "circuits prompts vocab"]:
-    """`run_circuit` for every circuit in ``kept`` and every prompt, in one forward.
+    """`run_circuit` for every circuit in ``masks`` and every prompt, in one forward.
 
-    ``since``: the run of a circuit that has the same edges into all receivers before layer ``first`` (n_layers: before
-    the logits). Only as many rows as `rows_that_fit` says may be asked for.
+    ``since``: the run of a circuit with the same edges into all receivers before layer ``first`` (n_layers: before the
+    logits). The number of rows must not exceed `rows_that_fit`.
     """
-    return _Packed(wiring, prompts, kept, since, first).logits()
+    return _PackedForward(wiring, prompts, masks, since, first).logits()
 
 
-class _Packed(Forward):
-    """``cut`` and ``kept`` have circuits on their last axis. ``known``: senders whose outputs ``since`` holds."""
+class _PackedForward(Forward):
+    """A `Forward` of several circuits and prompts. ``cut`` and ``uncut`` have circuits on their last axis.
+
+    ``n_recorded``: how many senders come before layer ``first``; their changes are read from ``since``.
+    """
 
     def __init__(
         self,
         wiring: Wiring,
         prompts: Prompts,
-        kept: Bool[Tensor, "circuits receivers senders"],
+        masks: Bool[Tensor, "circuits receivers senders"],
         since: Recorded | None,
         first: int,
         record: bool = False,
     ) -> None:
-        super().__init__(wiring, kept[0], prompts.ablated)
+        super().__init__(wiring, masks[0], prompts.ablated)
         allowed = torch.from_numpy(self.graph.allowed)
-        self.cut, self.kept = ((allowed & mask).permute(1, 2, 0) for mask in (~kept, kept))
+        self.cut, self.uncut = ((allowed & mask).permute(1, 2, 0) for mask in (~masks, masks))
         self.prompts, self.since, self.first, self.record = prompts, since, first, record
-        self.known = 0 if since is None else senders_before(wiring, first)
-        self.n, self.streams = len(kept), []
+        self.n_recorded = 0 if since is None else senders_before(wiring, first)
+        self.n, self.block_streams = len(masks), []
         device = wiring.model.device
         blocks: Iterable[Tensor] = torch.arange(self.n * sum(prompts.lengths), device=device).split(
             [self.n * rows for rows in prompts.lengths]
         )
-        # numbers of packed rows, circuit by circuit; and where each packed row stands there
+        # packed rows in the order circuit by circuit, and the place of each packed row in that order
         self.order: Int[Tensor, " rows"] = torch.cat([b.view(self.n, -1) for b in blocks], 1).flatten()
         self.place = torch.argsort(self.order)
 
     def logits(self) -> Float[Tensor, "circuits prompts vocab"]:
-        """Of the last position."""
+        """Run the forward; logits of the last position."""
         model, last = self.wiring.model, self.graph.n_layers - 1
         lengths = self.prompts.lengths
         if self.since is None:
@@ -145,83 +150,82 @@ class _Packed(Forward):
             for run, start, part in zip(self.prompts.runs, self.prompts.starts, hidden, strict=True)
         ]
         packed = lay_out(pieces)
-        self._hold(packed)
+        self.changes = packed.new_zeros(len(self.graph.senders) - self.n_recorded, packed.numel())
+        self.sum = packed.new_zeros(packed.numel())
         forward = PackedForward(model, self.prompts.runs, (), self.prompts.frame)
         with hooks(model, *self._hooks(range(self.first, last + 1))):
             for layer in range(self.first, last + 1):
                 packed = forward.run_block(layer, pieces, packed, lambda call: forward.attend(call, pieces))
         if self.record:
-            self.streams.append(packed)
-        read = self._logits_read(packed[None])[0]
+            self.block_streams.append(packed)
+        read = self._final_stream(packed[None])[0]
         ends = self.place.new_tensor(lengths).cumsum(0) - 1
         by_circuit = read[self.order].view(self.n, -1, read.shape[-1])[:, ends]
         return compute_final_logits(model, by_circuit.flatten(0, 1)).unflatten(0, (self.n, len(lengths)))
 
-    # ------------------------------------------------------------ what senders send
-
-    def _hold(self, packed: Tensor) -> None:
-        self.held = packed.new_zeros(len(self.graph.senders) - self.known, packed.numel())
-        self.sum = packed.new_zeros(packed.numel())
+    # ------------------------------------------------------------ outputs of senders
 
     def _enter(self, layer: int) -> Any:
-        keep = self._keep("blocks.0.hook_resid_pre", slice(0, 1), None)
+        embed = self._sender("blocks.0.hook_resid_pre", slice(0, 1), None)
 
         def hook(x: Tensor, hook: Any) -> None:
-            if layer == 0 and not self.known:
-                keep(x, hook)
+            if layer == 0 and not self.n_recorded:
+                embed(x, hook)
             if self.record:
-                self.streams.append(x[0])
-            self.now[f"blocks.{layer}.hook_resid_pre"], self.reads, self.sum_before = x, None, self.sum
+                self.block_streams.append(x[0])
+            self.current[f"blocks.{layer}.hook_resid_pre"], self.streams, self.sum_before = x, None, self.sum
 
         return hook
 
-    def _keep(self, name: str, columns: slice, layer: int | None) -> Any:
-        here = slice(columns.start - self.known, columns.stop - self.known)
+    def _sender(self, name: str, columns: slice, layer: int | None) -> Any:
+        own = slice(columns.start - self.n_recorded, columns.stop - self.n_recorded)
 
         def hook(x: Tensor, hook: Any) -> None:
-            self.now[name] = x
-            if self.held is not None and (self.record or self.cut[:, columns].any()):
-                self.held[here] = self._change(name, layer).flatten(1)
-                self.sum = self.sum + self.held[here].sum(0)
+            self.current[name] = x
+            if self.changes is not None and (self.record or self.cut[:, columns].any()):
+                self.changes[own] = self._change(name, layer).flatten(1)
+                self.sum = self.sum + self.changes[own].sum(0)
 
         return hook
 
     def _change(self, name: str, layer: int | None) -> Float[Tensor, "senders circuits rows d_model"]:
-        now = self.now[name][0][self.order]
-        change = self.ablated[name] - now.unflatten(0, (self.n, -1))
+        current = self.current[name][0][self.order]
+        change = self.ablated[name] - current.unflatten(0, (self.n, -1))
         return change[None] if layer is None else self.wiring.contributions(layer, change)
 
-    # ------------------------------------------------------------ what receivers read
+    # ------------------------------------------------------------ inputs of receivers
 
-    def _add(self, x: Tensor, rows: slice, upto: int, total: Tensor) -> Float[Tensor, "rows 1 packed d_model"]:
-        assert self.held is not None
-        stop = 1 if upto < 0 else self.graph.columns(upto, "mlp_out" if self.graph.mlps else "z").stop
-        more = self._of_all(rows, slice(self.known, stop), self.held, total)
-        if self.since is not None and self.known:
-            more = more + self._of_known(rows)
-        by_row = more.view(len(more), len(self.order), -1)[:, self.place]
+    def _add_changes(
+        self, x: Tensor, rows: slice, last_layer: int, total: Tensor
+    ) -> Float[Tensor, "rows 1 packed d_model"]:
+        assert self.changes is not None
+        stop = 1 if last_layer < 0 else self.graph.columns(last_layer, "mlp_out" if self.graph.mlps else "z").stop
+        added = self._sum_own(rows, slice(self.n_recorded, stop), self.changes, total)
+        if self.since is not None and self.n_recorded:
+            added = added + self._sum_recorded(rows)
+        by_row = added.view(len(added), len(self.order), -1)[:, self.place]
         return x + by_row[:, None]
 
-    def _of_all(self, rows: slice, columns: slice, held: Tensor, total: Tensor) -> Float[Tensor, "rows numbers"]:
-        """For each receiver, the sum of what the cut ones among some senders change: ``total`` is that of all."""
+    def _sum_own(self, rows: slice, columns: slice, changes: Tensor, total: Tensor) -> Float[Tensor, "rows numbers"]:
+        """For each receiver, the sum of the changes of its cut senders in this run; ``total``: of all senders."""
         if columns.stop <= columns.start:
             return total.expand(rows.stop - rows.start, -1)
-        here, cut = self.kept[rows, columns], self.cut[rows, columns]
-        some = here.transpose(0, 1).flatten(1).any(1).nonzero()[:, 0]
-        if 2 * len(some) > here.shape[1]:
-            return self._sum(cut, held[: here.shape[1]])
-        if len(some) == 0:
-            return total.expand(len(here), -1)
-        return total - self._sum(here[:, some], held[some.to(held.device)])
+        uncut, cut = self.uncut[rows, columns], self.cut[rows, columns]
+        senders = uncut.transpose(0, 1).flatten(1).any(1).nonzero()[:, 0]
+        if 2 * len(senders) > uncut.shape[1]:
+            return self._sum(cut, changes[: uncut.shape[1]])
+        if len(senders) == 0:
+            return total.expand(len(uncut), -1)
+        return total - self._sum(uncut[:, senders], changes[senders.to(changes.device)])
 
-    def _of_known(self, rows: slice) -> Float[Tensor, "rows numbers"]:
-        """The same of senders before the first layer, which send the same in all circuits."""
+    def _sum_recorded(self, rows: slice) -> Float[Tensor, "rows numbers"]:
+        """The same for the recorded senders, whose outputs are the same in all circuits."""
         assert self.since is not None
-        held, cut = self.since.held[: self.known], self.cut[rows, : self.known]
+        changes, cut = self.since.changes[: self.n_recorded], self.cut[rows, : self.n_recorded]
         if self.n > 1 and bool((cut == cut[..., :1]).all()):
             cut = cut[..., :1]
-        found = cut.transpose(1, 2).flatten(0, 1).to(held) @ held
-        return found.view(len(cut), -1, held.shape[1]).expand(-1, self.n, -1).flatten(1)
+        sums = cut.transpose(1, 2).flatten(0, 1).to(changes) @ changes
+        return sums.view(len(cut), -1, changes.shape[1]).expand(-1, self.n, -1).flatten(1)
 
     def _sum(
         self, cut: Bool[Tensor, "rows senders circuits"], change: Float[Tensor, "senders ..."]

@@ -1,31 +1,32 @@
-"""The scale on which circuits are measured: 0 with every edge ablated, 1 for the whole model; and its intervals."""
+"""The faithfulness scale of circuits, 0 with every edge ablated and 1 for the whole model, with its intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from interp.circuits.choices import Ablation
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluation.evaluator import Ablation, Evaluator
+from interp.circuits.evaluation.evaluator import Evaluator
+from interp.circuits.inputs import Pairs
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn
 from interp.model.model import Model
-from interp.prompts.pairs import PromptPair
 
 N_BOOT = 2000
-Pairs = PromptPair | Iterable[PromptPair]
-Index = np.ndarray  # examples drawn for a bootstrap sample
+ROUNDING = 1e-9  # share of the metric's size below which a difference is rounding: float64 sums of float32 logits
+Index = np.ndarray  # examples of a bootstrap sample
 
 
 class Scale:
-    """Circuits of one model on the same prompts, metric and recipe: m by example, f and its intervals.
+    """Circuits of one model with the same prompts, metric and ablation recipe: m by example, f and its intervals.
 
-    ``whole`` and ``empty`` [examples] are the metric on the model and with every edge ablated: what f is measured
-    between. Raises InterpError where their means are equal, as for a circuit without any path from input to logits;
-    ModelError for a circuit of another model.
+    ``whole`` and ``empty`` [examples] are the metric of the model and with every edge ablated, the two ends of the
+    scale. Raises InterpError if their means are equal, or for a circuit without any path from the input to the logits,
+    and ModelError for a circuit of another model.
     """
 
     def __init__(
@@ -51,19 +52,23 @@ class Scale:
             )
 
     def f(self, values: Float[np.ndarray, " examples"], index: Index | slice = slice(None)) -> float:
-        """A ratio of means over examples."""
-        empty = self.empty[index].mean()
-        return float((values[index].mean() - empty) / (self.whole[index].mean() - empty))
+        """f, a ratio of means over examples."""
+        return float(position_on_scale(values[index].mean(), self.whole[index].mean(), self.empty[index].mean()))
 
     def interval(
         self, values: Float[np.ndarray, " examples"], minus: Float[np.ndarray, " examples"] | None = None
     ) -> tuple[float, float, float]:
-        """f, or the difference of two, with its interval; of both, the same examples are drawn."""
+        """f of ``values``, or its difference to f of ``minus`` (paired: the same examples are drawn), with interval."""
         return with_interval(lambda i: self.f(values, i) - (0 if minus is None else self.f(minus, i)), len(self.whole))
 
     def mask(self) -> Bool[np.ndarray, "receivers senders"]:
         """The circuit's edges."""
         return self.circuit.mask()
+
+
+def position_on_scale(value: Any, whole: Any, empty: Any) -> Any:
+    """(m(C) − m(∅)) / (m(M) − m(∅)), of means of the metric over examples."""
+    return (value - empty) / (whole - empty)
 
 
 def with_interval(statistic: Callable[[Any], float], n: int) -> tuple[float, float, float]:

@@ -44,7 +44,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import COMPONENTS, Site
-from interp.utils.arguments import check_positive, check_whole
+from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import Advance, progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -121,7 +121,7 @@ def interchange_accuracy(
     place = Site.parse(site) if isinstance(site, str) else site
     counts = {"steps": steps, "batch_size": batch_size, "blocks": blocks, "hidden": hidden}
     _check(model, place, rank, counts, {"lr": lr, "nonlinear_lr": nonlinear_lr})
-    check_whole(0, seed=seed)
+    check_seed(seed)
     splits = {name: listed_prompts(pairs) for name, pairs in (("train", train), ("test", test))}
     encoded = {name: encode_pairs(pairs, model.coder) for name, pairs in splits.items()}
     classes = sorted({t for ps in encoded.values() for p in ps for t in _both(p, "train or test")})

@@ -45,7 +45,7 @@ from interp.circuits.learned.next_token import Sample, Text, permuted, samples
 from interp.errors import InterpError, PromptError
 from interp.model.model import Model
 from interp.recipes.inputs import provenance_of
-from interp.utils.arguments import check_positive, check_whole
+from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -236,7 +236,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings of a fit, for its provenance. InterpError for what cannot be."""
     check_whole(1, steps=steps, n_seeds=n_seeds, batch_size=batch_size)
-    check_whole(0, seed=seed)
+    check_seed(seed)
     check_positive(lam=lam, lr=lr, lr_end=lr_end)
     numbers = isinstance(start, Sequence) and len(start) == 2 and all(isinstance(x, int | float) for x in start)
     if not numbers or not 0 <= start[0] < start[1] <= 1:

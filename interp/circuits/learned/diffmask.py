@@ -37,7 +37,7 @@ from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import Site
-from interp.utils.arguments import check_positive, check_whole
+from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -83,7 +83,7 @@ def differential_masks(
     """
     check_whole(1, len(model.attention_layers) * model.n_heads, k=k)  # heads of the model
     check_whole(1, steps=steps, batch_size=batch_size)
-    check_whole(0, seed=seed)
+    check_seed(seed)
     check_positive(lr=lr)
     listed = listed_prompts(pairs)
     prompts = encode_pairs(listed, model.coder)

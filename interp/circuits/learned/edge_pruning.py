@@ -37,7 +37,7 @@ from interp.errors import InterpError
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
-from interp.utils.arguments import check_positive, check_whole
+from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import progress
 from interp.utils.provenance import now, prompt_hash
 
@@ -79,7 +79,7 @@ def prune_edges(
     step, and InterpError if nothing is left.
     """
     check_whole(1, steps=steps, batch_size=batch_size)
-    check_whole(0, seed=seed)
+    check_seed(seed)
     check_positive(lr=lr)
     check_positive(1.2, sparsity=sparsity)
     check_positive(20, start=start)
