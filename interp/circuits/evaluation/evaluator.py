@@ -35,6 +35,7 @@ from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.mean_activations import Means
 from interp.recipes.scoring import readout
 from interp.sites import COMPONENTS, Site, Sites
