@@ -12,8 +12,8 @@ import interp
 from interp import zoo
 from interp.circuits import Circuit, HeadGates, causal_head_gating, contrastive_head_gating
 from interp.circuits.fitting import shuffled_batches
-from interp.circuits.learned.causal_gating import _Fit, _loss
-from interp.circuits.learned.gated_model import Gated
+from interp.circuits.learned.causal_gating import _GateFit, _losses
+from interp.circuits.learned.gated_model import GatedModel
 from interp.circuits.learned.head_gates import HELD
 from interp.circuits.learned.next_token import Unembedding, permuted, samples
 from interp.errors import InterpError, ModelError, PromptError
@@ -49,7 +49,7 @@ def test_gated_log_probs_and_gradients_equal_scaled_z(tiny, kind: str, monkeypat
     tolerance = 1e-6 if model.dtype == torch.float64 else 1e-4
     got, want = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
     with torch.enable_grad():
-        for rows, found in Gated(model).log_probs(data, ours):
+        for rows, found in GatedModel(model).log_probs(data, ours):
             got[:, rows] = found.double()
         for i, sample in enumerate(data):
             want[:, i] = torch.stack([plain(model, sample, g) for g in theirs])
@@ -62,7 +62,7 @@ def test_gated_log_probs_and_gradients_equal_scaled_z(tiny, kind: str, monkeypat
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_gradients_equal_finite_differences(tiny, kind: str) -> None:
     model = tiny(kind)
-    gated, data = Gated(model), samples(TEXTS[:2], model)
+    gated, data = GatedModel(model), samples(TEXTS[:2], model)
     gates = torch.full((1, model.n_layers, model.n_heads), 0.7, dtype=torch.float64)
 
     def total(g):
@@ -141,7 +141,7 @@ def test_every_planted_head_of_longer_chains_is_classified_over_five_seeds(name:
     assert found.classes()[inhibition] == "irrelevant"  # by the paper's count
     at_least = torch.ones(2, 3, 4)
     at_least[0, 1, 2] = 0.08
-    losses = _loss(Gated(known.model), samples(known.pairs(8), known.model), at_least)
+    losses = _losses(GatedModel(known.model), samples(known.pairs(8), known.model), at_least)
     assert losses[0] < losses[1] + 1e-3  # which is right: no more of it is needed
     evidence: Any = found.toggle(known.model, known.pairs(12, seed=1), [inhibition, idle], threshold=HELD)
     assert evidence["confirmed"].tolist() == [True, False] and evidence["difference"][0] < -5
@@ -232,10 +232,10 @@ def test_the_contrastive_loss_stops_at_its_bound(tiny) -> None:
     """Forgetting has no gradient once log P is 5 nats below the retained one's: what is left is the retained part."""
     model = tiny("llama")
     data = samples(TEXTS[:1], model)
-    gated = Gated(model)
+    gated = GatedModel(model)
 
     def moved(bound: float) -> torch.Tensor:
-        fit = _Fit(gated, torch.zeros(1, model.n_layers, model.n_heads, dtype=torch.float64), 1.0, 1.0, 1, 0.0)
+        fit = _GateFit(gated, torch.zeros(1, model.n_layers, model.n_heads, dtype=torch.float64), 1.0, 1.0, 1, 0.0)
         import interp.circuits.learned.causal_gating as module
 
         before, module.MAX_DIFFERENCE = module.MAX_DIFFERENCE, bound
@@ -243,12 +243,12 @@ def test_the_contrastive_loss_stops_at_its_bound(tiny) -> None:
             fit.contrast(data, samples(TEXTS[1:2], model))
         finally:
             module.MAX_DIFFERENCE = before
-        return fit.m.detach()
+        return fit.logits.detach()
 
-    fit = _Fit(gated, torch.zeros(1, model.n_layers, model.n_heads, dtype=torch.float64), 1.0, 1.0, 1, 0.0)
+    fit = _GateFit(gated, torch.zeros(1, model.n_layers, model.n_heads, dtype=torch.float64), 1.0, 1.0, 1, 0.0)
     fit.step(data, "start")
-    torch.testing.assert_close(moved(-1e3), fit.m.detach())  # the bound is above any difference
-    assert not torch.allclose(moved(1e3), fit.m.detach())
+    torch.testing.assert_close(moved(-1e3), fit.logits.detach())  # the bound is above any difference
+    assert not torch.allclose(moved(1e3), fit.logits.detach())
 
 
 def test_bad_input_is_refused_before_work(tiny) -> None:

@@ -14,7 +14,7 @@ from interp.circuits import causal_head_gating, differential_masks, prune_edges,
 from interp.circuits.capture import capture
 from interp.circuits.evaluation.ablated_forward import run_circuit
 from interp.circuits.evaluation.evaluator import Evaluator
-from interp.circuits.learned.diffmask import _Fit, bernoulli_kl
+from interp.circuits.learned.diffmask import _MaskFit, bernoulli_kl
 from interp.circuits.learned.hard_concrete import HardConcrete
 from interp.circuits.learned.soft_forward import run_weighted
 from interp.circuits.wiring import Wiring, sender_hooks
@@ -155,7 +155,7 @@ def test_pruning_refuses_bad_input(tiny) -> None:
 def test_masked_runs_and_their_gradients_equal_mixed_z(tiny, kind: str) -> None:
     """A mask through the kernel equals (1 − m) z + m z' set by a hook at the last token, and so do its gradients."""
     model = tiny(kind)
-    fit = _Fit(model, 2, 1e-3, seed=0)
+    fit = _MaskFit(model, 2, 1e-3, seed=0)
     prompts = encode_pairs(PAIR, model.coder)
     names = [f"blocks.{i}.attn.hook_z" for i in range(model.n_layers)]
     other = capture(model, [prompts[0].corrupt], names)
@@ -176,7 +176,7 @@ def test_masked_runs_and_their_gradients_equal_mixed_z(tiny, kind: str) -> None:
 
     with torch.enable_grad():
         a, b = (draw.clone().requires_grad_() for _ in range(2))
-        ours = fit._run(prompts, a, fit._outputs([prompts[0].corrupt]))
+        ours = fit._run(prompts, a, fit._attention_outputs([prompts[0].corrupt]))
         theirs = by_hooks(b)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         grads = [torch.autograd.grad(x[0, 5] - x[0, 9], y)[0] for x, y in ((ours, a), (theirs, b))]
@@ -211,14 +211,14 @@ def test_masks_of_random_models_flip_no_other_answers() -> None:
         order = [(int(r.layer), int(r.head)) for r in table.itertuples()]
         rng = np.random.default_rng(0)
         sets = [order[:k], *([order[i] for i in rng.permutation(len(order))[:k]] for _ in range(3))]
-        prompts, fit = encode_pairs(pairs[6:], model.coder), _Fit(model, k, 1e-3, seed=0)
+        prompts, fit = encode_pairs(pairs[6:], model.coder), _MaskFit(model, k, 1e-3, seed=0)
         left = []
         with torch.no_grad():
             for heads in sets:
                 mask = torch.zeros(len(prompts), model.n_layers, model.n_heads)
                 for layer, head in heads:
                     mask[:, layer, head] = 1.0
-                logits = fit._run(prompts, mask, fit._outputs([p.corrupt for p in prompts]))
+                logits = fit._run(prompts, mask, fit._attention_outputs([p.corrupt for p in prompts]))
                 left.append([float(row[p.answer] - row[p.foil]) for row, p in zip(logits, prompts, strict=True)])
         return np.mean(left[1:], axis=0) - np.array(left[0])
 

@@ -15,6 +15,7 @@ from interp.circuits.inputs import Pairs
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn
 from interp.model.model import Model
+from interp.results.significance import percentile_interval, resample_examples
 
 N_BOOT = 2000
 ROUNDING = 1e-9  # share of the metric's size below which a difference is rounding: float64 sums of float32 logits
@@ -72,12 +73,11 @@ def position_on_scale(value: Any, whole: Any, empty: Any) -> Any:
 
 
 def with_interval(statistic: Callable[[Any], float], n: int) -> tuple[float, float, float]:
-    """A statistic of examples and its 95% percentile bootstrap interval; NaN with a single example."""
+    """A statistic of examples with its 95% percentile bootstrap interval, which is NaN for a single example."""
     value = float(statistic(slice(None)))
     if n < 2:
         return value, float("nan"), float("nan")
-    generator = np.random.default_rng(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = [statistic(generator.integers(0, n, n)) for _ in range(N_BOOT)]
-    lo, hi = np.nanquantile(drawn, (0.025, 0.975))
+        draws = [float(statistic(examples)) for examples in resample_examples(n, N_BOOT)]
+    lo, hi = percentile_interval(np.array(draws))
     return value, float(lo), float(hi)

@@ -1,1 +1,1 @@
-"""Circuits learned by gradient descent: causal head gating, DiffMask+, edge pruning."""
+"""Learn circuits by gradient descent: causal head gating, DiffMask+, edge pruning."""

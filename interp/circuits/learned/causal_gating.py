@@ -1,31 +1,33 @@
 """Causal Head Gating: one gate per attention head, learned from the next-token loss alone.
 
-Nam et al. 2025 (arXiv 2505.13737). Each query head's output z is multiplied by a gate σ(m) in front of W_O, the model
-stays as it is, and three sets of gates are fitted, one after the other:
+Nam et al. 2025 (arXiv 2505.13737). Each query head's output z is multiplied by a gate σ(m) before W_O. The model's
+weights stay as they are. Three sets of gates are fitted, one after the other:
 
-* ``start``: the loss alone, from m = logit(u), u uniform in a range, (0, 1);
-* ``plus`` (G+): from there, with every gate pushed towards 1 (λ > 0): what is still near 0 interferes;
-* ``minus`` (G−): from the same start, with every gate pushed towards 0 (λ < 0): what is still near 1 facilitates.
+* ``start``: by the loss alone, from m = logit(u), with u uniform in a range, (0, 1);
+* ``plus`` (G+): from there, with every gate pushed towards 1 (λ > 0). Heads that are still near 0 interfere;
+* ``minus`` (G−): from the same start, with every gate pushed towards 0 (λ < 0). Heads that are still near 1 facilitate.
 
-Loss = mean over examples of (mean over the example's targets of −log P) − λ · mean over heads of clip(m, −4, 4): means,
-as in the authors' code; the paper writes sums, so that its λ is another number. Their settings are the defaults: Adam
-with step 1.0, gradients clipped to norm 1, batches of 32, 500 updates a phase, λ = ±0.1. Two things differ. The step
-falls linearly to ``lr_end`` (an option of their code, which leaves it constant), so that gates come to rest. And the
-pulls begin with logits clipped to ±4: where the start fit had carried one further, it would feel no pull, and an idle
-head, which Adam moves by rounding noise alone, would be called by wherever it had drifted.
+Loss = mean over examples of (mean over the example's targets of −log P) − λ · mean over heads of clip(m, −4, 4). These
+are means, as in the authors' code; the paper writes sums, so its λ is a different number. The authors' settings are the
+defaults: Adam with step 1.0, gradients clipped to norm 1, batches of 32, 500 updates per phase, λ = ±0.1. Two things
+differ. The step falls linearly to ``lr_end``, so that gates converge (an option of the authors' code, which leaves it
+constant). And the plus and minus fits start with logits clipped to ±4. If the start fit had moved a logit further, it
+would feel no penalty, and an idle head, which Adam moves by rounding noise alone, would be classified by wherever it
+had drifted.
 
-The start fit must find the behaviour before the minus fit can say what it needs. It should end no worse than the model
-without gates; where it does, for want of a gradient (a head behind another that is closed, a saturated softmax), the
-result names those seeds (`HeadGates.stuck`) and a warning is logged: begin nearer to 1 (``start=(0.9, 0.98)``) and
-take smaller steps.
+The start fit must find the behaviour before the minus fit can show what it needs. It should end no worse than the model
+without gates. If it ends worse for lack of a gradient (a head after another that is closed, a saturated softmax), the
+result names those seeds (`HeadGates.stuck`) and a warning is logged: start nearer to 1 (``start=(0.9, 0.98)``) and take
+smaller steps.
 
-Scores (Table 1 of the paper): facilitation = G−, interference = 1 − G+, irrelevance = G+ (1 − G−). (Its running text
+Scores (Table 1 of the paper): facilitation = G−, interference = 1 − G+, irrelevance = G+ (1 − G−). (The paper's text
 prints G− (1 − G+) for irrelevance, which does not agree with "high G+, low G−".)
 
-Gates fit their data, and those of a random model fit its noise: what a class is worth is tested on other data
-(`HeadGates.toggle`), and against a fit on permuted targets.
+Gates fit their data, and gates of a random model fit its noise. So test a class on other data (`HeadGates.toggle`), and
+against a fit on permuted targets.
 
-Gates go through the attention kernel (`headstats.Edit(gate=)`), a set for each batch row: seeds are fitted together.
+Gates go through the attention kernel (`headstats.Edit(gate=)`), one set for each batch row, so seeds are fitted
+together.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
-from interp.circuits.learned.gated_model import Gated
+from interp.circuits.inputs import base_provenance
+from interp.circuits.learned.gated_model import GatedModel
 from interp.circuits.learned.head_gates import CLAMP, HeadGates
 from interp.circuits.learned.next_token import Sample, Text, permuted, samples
 from interp.errors import InterpError, PromptError
@@ -47,11 +50,10 @@ from interp.model.model import Model
 from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import progress
-from interp.utils.provenance import now, prompt_hash
 
 log = logging.getLogger("interp")
 
-MAX_DIFFERENCE = 5.0  # nats below the retained log-probability at which forgetting ends (contrastive)
+MAX_DIFFERENCE = 5.0  # nats below the retained log-probability, beyond which forgetting is not rewarded (contrastive)
 
 
 def causal_head_gating(
@@ -69,39 +71,44 @@ def causal_head_gating(
     permute_targets: bool = False,
     show_progress: bool | None = None,
 ) -> HeadGates:
-    """Gates of all attention heads by this module's three fits, and what they say of each head.
+    """Learn gates of all attention heads by three fits, and classify each head by them.
+
+        known = interp.zoo.one_head()
+        gates = causal_head_gating(known.model, known.pairs(12), steps=40, n_seeds=2, batch_size=4)
+        print(gates.summary())
 
     ``data``: texts (loss at every token), (prompt, completion) tuples (loss on the completion), PromptPairs (loss on
-    the answer after the clean prompt), or a mixture. ``n_seeds`` sets of gates from different starts are fitted
-    together (redundant heads take turns: the authors fit 10). ``lam``: λ of the plus fit, −λ of the minus fit.
-    ``permute_targets=True`` fits the same on prompts with each other's targets: what it finds is chance. A forward and
-    a backward pass of ``n_seeds`` × ``batch_size`` prompts for each of 3 × ``steps`` updates. Raises InterpError,
-    PromptError or ModelError for bad input before the first of them.
+    the answer after the clean prompt), or a mixture. ``n_seeds`` sets of gates with different starts are fitted
+    together, because redundant heads replace each other from seed to seed (the authors fit 10). ``lam``: λ of the plus
+    fit, −λ of the minus fit. ``permute_targets=True`` fits prompts with each other's targets, as a control: what it
+    finds is chance. Each of the 3 × ``steps`` updates takes a forward and a backward pass of ``n_seeds`` ×
+    ``batch_size`` prompts. The module docstring describes the fits. Raises InterpError, PromptError or ModelError for
+    bad input before the first update.
     """
-    fitted = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
+    settings = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
     encoded = samples(data, model)
     if permute_targets:
         encoded = permuted(encoded, seed)
-    gated = Gated(model)
-    logits = {"start": _starts(gated, n_seeds, seed, start)}
+    gated = GatedModel(model)
+    logits = {"start": _initial_logits(gated, n_seeds, seed, start)}
     with progress("head gates", 3 * steps, show_progress) as advance:
-        for phase, pull in (("start", 0.0), ("plus", lam), ("minus", -lam)):
-            begin = logits["start"].clamp(-CLAMP, CLAMP) if pull else logits["start"].clone()
-            fit = _Fit(gated, begin, lr, lr_end, steps, pull)
+        for phase, penalty in (("start", 0.0), ("plus", lam), ("minus", -lam)):
+            initial = logits["start"].clamp(-CLAMP, CLAMP) if penalty else logits["start"].clone()
+            fit = _GateFit(gated, initial, lr, lr_end, steps, penalty)
             for batch in shuffled_batches(len(encoded), batch_size, steps, seed):
                 fit.step([encoded[i] for i in batch], phase)
                 advance(1)
-            logits[phase] = fit.m.detach()
-    losses = {phase: _loss(gated, encoded, m.sigmoid()) for phase, m in logits.items()}
-    losses["ungated"] = _loss(gated, encoded, torch.ones_like(logits["start"][:1]))
-    made = {"targets": "permuted" if permute_targets else "as given", "losses": losses}
-    found = _result(gated, logits, data, "causal head gating", seed, fitted, made)
-    if found.stuck():
+            logits[phase] = fit.logits.detach()
+    losses = {phase: _losses(gated, encoded, m.sigmoid()) for phase, m in logits.items()}
+    losses["ungated"] = _losses(gated, encoded, torch.ones_like(logits["start"][:1]))
+    details = {"targets": "permuted" if permute_targets else "as given", "losses": losses}
+    gates = _result(gated, logits, data, "causal head gating", seed, settings, details)
+    if gates.stuck():
         log.warning(
-            "the start fit of seeds %s ends worse than the model without gates: their facilitation says nothing. Give "
-            "more steps, start=(0.9, 0.98), or a smaller lr", found.stuck(),
+            "the start fit of seeds %s ends worse than the model without gates: their facilitation says nothing. Use "
+            "more steps, start=(0.9, 0.98), or a smaller lr", gates.stuck(),
         )  # fmt: skip
-    return found
+    return gates
 
 
 def contrastive_head_gating(
@@ -119,95 +126,100 @@ def contrastive_head_gating(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> HeadGates:
-    """Contrastive Causal Head Gating: gates under which one variant of a task is kept and its twin forgotten.
+    """Learn gates under which a model retains one variant of a task and forgets its twin (contrastive gating).
 
-    ``retain[i]`` and ``forget[i]`` are variants of one item. One set of gates ``contrast`` per seed, pushed towards 1:
-    a head whose gate falls serves the forgotten variant and not the retained one. Loss as in the authors' code: −log
-    P(retained) + max(log P(forgotten) − log P(retained), −5), per-example token means, with no gradient through the
-    second log P(retained), − λ · mean of clip(m, −4, 4); and their settings (500 updates, batches of 64, step 0.1 to
-    0.01).
+    ``retain[i]`` and ``forget[i]`` are variants of one item. There is one set of gates ``contrast`` per seed, pushed
+    towards 1. A head whose gate falls serves the forgotten variant and not the retained one. The loss is that of the
+    authors' code: −log P(retained) + max(log P(forgotten) − log P(retained), −5), per-example token means, with no
+    gradient through the second log P(retained), − λ · mean of clip(m, −4, 4). The defaults are their settings (500
+    updates, batches of 64, step 0.1 to 0.01).
     """
-    fitted = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
+    settings = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
     variants = [list(retain), list(forget)]
-    kept_items = [item for variant in variants for item in variant]
+    items = [item for variant in variants for item in variant]
     both = [samples(variant, model) for variant in variants]
     if len(both[0]) != len(both[1]):
-        raise PromptError(f"retain has {len(both[0])} items and forget {len(both[1])}: item i of one is the twin of i")
-    gated = Gated(model)
-    fit = _Fit(gated, _starts(gated, n_seeds, seed, start), lr, lr_end, steps, lam)
+        raise PromptError(
+            f"retain has {len(both[0])} items and forget has {len(both[1])}: expected as many, each with its twin"
+        )
+    gated = GatedModel(model)
+    fit = _GateFit(gated, _initial_logits(gated, n_seeds, seed, start), lr, lr_end, steps, lam)
     with progress("contrastive head gates", steps, show_progress) as advance:
         for batch in shuffled_batches(len(both[0]), batch_size, steps, seed):
             fit.contrast(*([variant[i] for i in batch] for variant in both))
             advance(1)
-    gates = fit.m.detach().sigmoid()
+    gates = fit.logits.detach().sigmoid()
     ones = torch.ones_like(gates[:1])
-    named = zip(("retain", "forget"), both, strict=True)
-    losses = {n: {"gated": _loss(gated, v, gates), "ungated": _loss(gated, v, ones)} for n, v in named}
-    made = {"max_difference": MAX_DIFFERENCE, "losses": losses}
+    by_name = zip(("retain", "forget"), both, strict=True)
+    losses = {n: {"gated": _losses(gated, v, gates), "ungated": _losses(gated, v, ones)} for n, v in by_name}
+    details = {"max_difference": MAX_DIFFERENCE, "losses": losses}
     method = "contrastive causal head gating"
-    return _result(gated, {"contrast": fit.m.detach()}, kept_items, method, seed, fitted, made)
+    return _result(gated, {"contrast": fit.logits.detach()}, items, method, seed, settings, details)
 
 
-class _Fit:
-    """Adam on the logits of some sets of gates, which do not feel each other."""
+class _GateFit:
+    """A fit by Adam of the logits of several sets of gates, which do not influence each other."""
 
-    def __init__(self, gated: Gated, m: Tensor, lr: float, lr_end: float, steps: int, pull: float):
-        self.gated, self.pull = gated, pull
-        self.m = m.requires_grad_()
-        self.optimizer = torch.optim.Adam([self.m], lr=lr)
+    def __init__(self, gated: GatedModel, logits: Tensor, lr: float, lr_end: float, steps: int, penalty: float):
+        self.gated, self.penalty = gated, penalty
+        self.logits = logits.requires_grad_()
+        self.optimizer = torch.optim.Adam([self.logits], lr=lr)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, lr_end / lr, total_iters=steps)
 
     def step(self, batch: Sequence[Sample], phase: str) -> None:
-        """One update on the loss −log P."""
-        gates = self.m.detach().sigmoid().requires_grad_()
+        """Update once on the loss −log P."""
+        gates = self.logits.detach().sigmoid().requires_grad_()
         with torch.enable_grad(), without_weight_gradients(self.gated.model):
-            for _, found in self.gated.log_probs(batch, gates):
-                loss = -found.sum() / len(batch)
+            for _, log_probs in self.gated.log_probs(batch, gates):
+                loss = -log_probs.sum() / len(batch)
                 require_finite(loss, f"the loss of the {phase} fit")
                 loss.backward()
         self._update(gates)
 
     def contrast(self, retain: Sequence[Sample], forget: Sequence[Sample]) -> None:
-        """One update on the contrastive loss."""
-        kept = torch.zeros(len(self.m), len(retain), device=self.m.device, dtype=torch.float64)
-        gates = self.m.detach().sigmoid().requires_grad_()
+        """Update once on the contrastive loss."""
+        retained = torch.zeros(len(self.logits), len(retain), device=self.logits.device, dtype=torch.float64)
+        gates = self.logits.detach().sigmoid().requires_grad_()
         with torch.enable_grad(), without_weight_gradients(self.gated.model):
-            for rows, found in self.gated.log_probs(retain, gates):
-                kept[:, rows] = found.detach().to(kept)
-                loss = -found.sum() / len(retain)
+            for rows, log_probs in self.gated.log_probs(retain, gates):
+                retained[:, rows] = log_probs.detach().to(retained)
+                loss = -log_probs.sum() / len(retain)
                 require_finite(loss, "the contrastive loss")
                 loss.backward()
-            for rows, found in self.gated.log_probs(forget, gates):
-                loss = (found - kept[:, rows].to(found)).clamp(min=-MAX_DIFFERENCE).sum() / len(forget)
+            for rows, log_probs in self.gated.log_probs(forget, gates):
+                difference = log_probs - retained[:, rows].to(log_probs)
+                loss = difference.clamp(min=-MAX_DIFFERENCE).sum() / len(forget)
                 require_finite(loss, "the contrastive loss")
                 loss.backward()
         self._update(gates)
 
     def _update(self, gates: Float[Tensor, "sets layers heads"]) -> None:
-        """One step of Adam, by what the loss says of the gates and by the pull on their logits."""
+        """Take a step of Adam by the gradient of the loss at the gates and by the penalty on their logits."""
         with torch.enable_grad():
-            each = self.m[0].numel()
-            (-self.pull * self.m.clamp(-CLAMP, CLAMP).sum() / each).backward()
-            self.m.sigmoid().backward(gates.grad)
-        assert self.m.grad is not None
-        norm = self.m.grad.flatten(1).norm(dim=1)
-        self.m.grad /= norm.clamp(min=1.0)[:, None, None]  # of each set by itself, as if it were fitted alone
+            n_heads = self.logits[0].numel()
+            (-self.penalty * self.logits.clamp(-CLAMP, CLAMP).sum() / n_heads).backward()
+            self.logits.sigmoid().backward(gates.grad)
+        assert self.logits.grad is not None
+        norm = self.logits.grad.flatten(1).norm(dim=1)
+        self.logits.grad /= norm.clamp(min=1.0)[:, None, None]  # for each set separately, as if it were fitted alone
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
 
 
 @torch.no_grad()
-def _loss(gated: Gated, data: Sequence[Sample], gates: Float[Tensor, "sets layers heads"]) -> list[float]:
+def _losses(gated: GatedModel, data: Sequence[Sample], gates: Float[Tensor, "sets layers heads"]) -> list[float]:
     """−log P over all the data, for each set of gates."""
     total = torch.zeros(len(gates), dtype=torch.float64)
-    for _, found in gated.log_probs(data, gates):
-        total -= found.double().sum(1).cpu()
+    for _, log_probs in gated.log_probs(data, gates):
+        total -= log_probs.double().sum(1).cpu()
     return (total / len(data)).tolist()
 
 
-def _starts(gated: Gated, n_seeds: int, seed: int, within: tuple[float, float]) -> Float[Tensor, "sets layers heads"]:
-    """logit(u), u uniform in a range, float32 (float64 of a float64 model); set i is that of seed + i."""
+def _initial_logits(
+    gated: GatedModel, n_seeds: int, seed: int, within: tuple[float, float]
+) -> Float[Tensor, "sets layers heads"]:
+    """logit(u) with u uniform in a range, float32 (float64 for a float64 model); set i uses seed + i."""
     shape, device = (len(gated.layers), gated.model.n_heads), gated.model.device
     dtype = torch.float64 if gated.model.dtype == torch.float64 else torch.float32
     rows = [torch.rand(shape, generator=torch.Generator().manual_seed(seed + i), dtype=dtype) for i in range(n_seeds)]
@@ -216,15 +228,15 @@ def _starts(gated: Gated, n_seeds: int, seed: int, within: tuple[float, float]) 
 
 
 def _result(
-    gated: Gated, logits: dict[str, Tensor], data: Any, method: str, seed: int, fitted: dict[str, Any],
-    made: dict[str, Any],
+    gated: GatedModel, logits: dict[str, Tensor], data: Any, method: str, seed: int, settings: dict[str, Any],
+    details: dict[str, Any],
 ) -> HeadGates:  # fmt: skip
-    model = gated.model
-    listed = [data] if isinstance(data, str) or hasattr(data, "clean") else list(data)
+    """Gates with the provenance of their fit."""
+    items = [data] if isinstance(data, str) or hasattr(data, "clean") else list(data)
     provenance = {
-        **model.provenance(), "prompts": prompt_hash(listed), "n_prompts": len(listed), "created": now(),
-        "method": method, "seeds": [seed + i for i in range(fitted["n_seeds"])], **fitted,
-        "optimizer": "Adam, gradient norm at most 1 for each seed", "clamp": CLAMP, **made,
+        **base_provenance(gated.model, items),
+        "method": method, "seeds": [seed + i for i in range(settings["n_seeds"])], **settings,
+        "optimizer": "Adam, gradient norm at most 1 for each seed", "clamp": CLAMP, **details,
         "regularisation": "mean over heads, loss = mean over examples of token means", **provenance_of(data),
     }  # fmt: skip
     values = {name: m.sigmoid().double().cpu().numpy() for name, m in logits.items()}
@@ -234,14 +246,14 @@ def _result(
 def settings_of(
     steps: int, n_seeds: int, lam: float, lr: float, lr_end: float, start: Sequence[float], batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """The settings of a fit, for its provenance. InterpError for what cannot be."""
+    """The settings of a fit, for its provenance. Raises InterpError for values that are out of range."""
     check_whole(1, steps=steps, n_seeds=n_seeds, batch_size=batch_size)
     check_seed(seed)
     check_positive(lam=lam, lr=lr, lr_end=lr_end)
-    numbers = isinstance(start, Sequence) and len(start) == 2 and all(isinstance(x, int | float) for x in start)
-    if not numbers or not 0 <= start[0] < start[1] <= 1:
-        raise InterpError(f"start={start!r}: a range within 0 and 1 is expected, like (0.9, 0.98)")
+    is_pair = isinstance(start, Sequence) and len(start) == 2 and all(isinstance(x, int | float) for x in start)
+    if not is_pair or not 0 <= start[0] < start[1] <= 1:
+        raise InterpError(f"start={start!r}: expected a range within 0 and 1, like (0.9, 0.98)")
     if lr_end > lr:
         raise InterpError(f"lr_end={lr_end} is above lr={lr}: the step falls from lr to lr_end")
-    made = {"steps": steps, "n_seeds": n_seeds, "lam": lam, "lr": lr, "lr_end": lr_end, "batch_size": batch_size}
-    return {**made, "start": list(start)}
+    settings = {"steps": steps, "n_seeds": n_seeds, "lam": lam, "lr": lr, "lr_end": lr_end, "batch_size": batch_size}
+    return {**settings, "start": list(start)}

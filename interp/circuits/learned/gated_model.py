@@ -1,9 +1,8 @@
-"""A model whose attention heads are multiplied by gates, inside the attention kernel, with gradients."""
+"""GatedModel: a model whose attention heads are multiplied by gates in the attention kernel, with gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import headstats
 import torch
@@ -15,11 +14,11 @@ from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
 from interp.model.model import Model
 
-TOKENS = 4096  # of all copies of a batch that go through the model together
+TOKENS = 4096  # of a forward, over all copies of a batch
 
 
-class Gated:
-    """A model whose heads are multiplied by gates, a set of them for each batch row."""
+class GatedModel:
+    """A model whose heads are multiplied by gates, one set of gates for each batch row."""
 
     def __init__(self, model: Model):
         self.model, self.unembedding = model, Unembedding(model)
@@ -28,7 +27,7 @@ class Gated:
     def hidden(
         self, ids: Tensor, gates: Float[Tensor, "batch layers heads"]
     ) -> Float[Tensor, "batch position d_model"]:
-        """What enters the unembedding."""
+        """The input of the unembedding."""
         row = {layer: i for i, layer in enumerate(self.layers)}
 
         def gate(call: AttentionCall) -> Tensor:
@@ -41,9 +40,10 @@ class Gated:
     def log_probs(
         self, batch: Sequence[Sample], gates: Float[Tensor, "sets layers heads"], foils: bool = False
     ) -> Iterator[tuple[list[int], Float[Tensor, "sets rows"]]]:
-        """Mean log-probability of each sample's targets (``foils``: less that of its foils) under each set of gates.
+        """Yield the mean log-probability of each sample's targets under each set of gates.
 
-        Some samples of one length at a time, with their numbers.
+        Samples of one length are processed together; their indices come first. With ``foils``, the log-probability of
+        the sample's foils is subtracted.
         """
         lengths: dict[tuple[int, int], list[int]] = {}
         for i, sample in enumerate(batch):
@@ -55,16 +55,17 @@ class Gated:
                 rows = members[start : start + step]
                 ids = torch.tensor([batch[i].ids for i in rows], device=self.model.device)
                 hidden = self.hidden(ids.repeat(sets, 1), gates.repeat_interleave(len(rows), 0))
-                where = torch.tensor([batch[i].positions for i in rows], device=ids.device).repeat(sets, 1)
-                chosen = hidden[torch.arange(len(hidden), device=ids.device)[:, None], where]
-                tokens = [(batch[i].targets, batch[i].foils if foils else ()) for i in rows]
-                wanted = torch.tensor([[t, *f] for t, f in _columns(tokens)], device=ids.device).repeat(sets, 1)
-                found = self.unembedding.log_probs(chosen.flatten(0, 1), wanted)
-                score = found[:, 0] - found[:, 1] if foils else found[:, 0]
+                positions = torch.tensor([batch[i].positions for i in rows], device=ids.device).repeat(sets, 1)
+                at_targets = hidden[torch.arange(len(hidden), device=ids.device)[:, None], positions]
+                columns = [tokens for i in rows for tokens in _tokens_to_read(batch[i], foils)]
+                tokens = torch.tensor(columns, device=ids.device).repeat(sets, 1)
+                log_probs = self.unembedding.log_probs(at_targets.flatten(0, 1), tokens)
+                score = log_probs[:, 0] - log_probs[:, 1] if foils else log_probs[:, 0]
                 yield rows, score.reshape(sets, len(rows), n_targets).mean(-1)
 
 
-def _columns(tokens: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    for targets, foils in tokens:
-        for i, target in enumerate(targets):
-            yield target, tuple(foils[i : i + 1])
+def _tokens_to_read(sample: Sample, foils: bool) -> list[list[int]]:
+    """For each position of a sample: its target, and its foil with ``foils``."""
+    if not foils or sample.foils is None:
+        return [[target] for target in sample.targets]
+    return [[target, foil] for target, foil in zip(sample.targets, sample.foils, strict=True)]

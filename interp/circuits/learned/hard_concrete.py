@@ -1,7 +1,7 @@
-"""Gates that are learned as random variables with mass on 0 and 1, and how many of them are expected to be open.
+"""HardConcrete: learned random gates with probability mass on 0 and 1, and their probability of being open.
 
-Hard concrete (Louizos et al. 2018): z = clip((high − low) σ((logit u + a) / temperature) + low, 0, 1), u uniform in
-(0, 1); P(z > 0) = σ(a − temperature · log(−low / high)). Gradients pass through z to a.
+Hard concrete (Louizos et al. 2018): z = clip((high − low) σ((logit u + a) / temperature) + low, 0, 1), with u uniform
+in (0, 1); P(z > 0) = σ(a − temperature · log(−low / high)). Gradients pass through z to a.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-EDGE = 1e-6  # u keeps this far from 0 and 1
+EDGE = 1e-6  # distance that u keeps from 0 and 1
 
 
 @dataclass(frozen=True)
 class HardConcrete:
-    """One family of gates. Defaults: Edge Pruning's (those of CoFi pruning)."""
+    """A family of gates. The defaults are those of Edge Pruning (and of CoFi pruning)."""
 
     low: float = -0.1
     high: float = 1.1
     temperature: float = 2 / 3
 
     def sample(self, a: Float[Tensor, "*gates"], generator: torch.Generator) -> Float[Tensor, "*gates"]:
-        """One draw of every gate, in [0, 1]."""
+        """Draw every gate once, in [0, 1]."""
         u = torch.rand(a.shape, generator=generator, dtype=a.dtype).clamp(EDGE, 1 - EDGE).to(a.device)
         stretched = (self.high - self.low) * ((u.logit() + a) / self.temperature).sigmoid() + self.low
         return stretched.clamp(0, 1)

@@ -1,6 +1,6 @@
-"""Next-token log-probabilities with gradients, without logits of all positions at one time.
+"""Next-token log-probabilities with gradients, without the logits of all positions in memory.
 
-The model runs up to its unembedding; logits are computed for the positions that are asked for, `LOGIT_BYTES` of them at
+The model runs up to its unembedding. Logits are computed only for the positions that are read, `LOGIT_BYTES` of them at
 a time in float32, and computed again in the backward pass.
 """
 
@@ -23,7 +23,7 @@ from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair, encode_pairs
 
-LOGIT_BYTES = 64 * 2**20  # of logits that exist at one time, in float32
+LOGIT_BYTES = 64 * 2**20  # of float32 logits that exist at one time
 INTO_UNEMBED = "unembed.hook_in"
 
 Text = str | tuple[str, str] | PromptPair
@@ -31,7 +31,7 @@ Text = str | tuple[str, str] | PromptPair
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, and which tokens are to be predicted after which positions. ``foils``: others at the same places."""
+    """Token ids, tokens to predict (targets) after some positions, and other tokens (foils) for the same positions."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -40,25 +40,26 @@ class Sample:
 
 
 def samples(data: Text | Iterable[Text], model: Model) -> list[Sample]:
-    """What is to be predicted, of any mixture of three kinds of data.
+    """Turn any mixture of three kinds of data into samples.
 
-    A string: every token after the first. ``(prompt, completion)``: every token of the completion. A PromptPair: its
-    answer after its clean prompt (the corrupt one is not read). PromptError for what has nothing to predict.
+    The targets of a string are all tokens after the first; of ``(prompt, completion)``, all tokens of the completion;
+    of a PromptPair, its answer after its clean prompt (the corrupt prompt is not read). Raises PromptError for data
+    without targets.
     """
-    lone = isinstance(data, str | PromptPair) or (isinstance(data, tuple) and len(data) == 2)
-    if not isinstance(data, Iterable) and not lone:
-        raise PromptError(f"texts, (prompt, completion) tuples or PromptPairs expected, got {data!r:.80}")
-    listed: list[Any] = [data] if lone else list(data)  # type: ignore[arg-type]
-    if not listed:
-        raise PromptError("there is no data: pass texts, (prompt, completion) tuples, or PromptPairs")
-    return [_sample(i, item, model) for i, item in enumerate(listed)]
+    is_single = isinstance(data, str | PromptPair) or (isinstance(data, tuple) and len(data) == 2)
+    if not isinstance(data, Iterable) and not is_single:
+        raise PromptError(f"expected texts, (prompt, completion) tuples or PromptPairs, got {data!r:.80}")
+    items: list[Any] = [data] if is_single else list(data)  # type: ignore[arg-type]
+    if not items:
+        raise PromptError("no data: pass texts, (prompt, completion) tuples, or PromptPairs")
+    return [_sample(i, item, model) for i, item in enumerate(items)]
 
 
 def _sample(index: int, item: Any, model: Model) -> Sample:
     if isinstance(item, PromptPair):
-        found = encode_pairs(item, model.coder)[0]
-        foils = None if found.foil is None else (found.foil,)
-        return Sample(found.clean, (len(found.clean) - 1,), (found.answer,), foils)
+        pair = encode_pairs(item, model.coder)[0]
+        foils = None if pair.foil is None else (pair.foil,)
+        return Sample(pair.clean, (len(pair.clean) - 1,), (pair.answer,), foils)
     prompt: Any
     prompt, completion = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
     if not all(isinstance(x, str) and x for x in (prompt, completion) if x is not None or completion is not None):
@@ -73,40 +74,40 @@ def _sample(index: int, item: Any, model: Model) -> Sample:
         raise PromptError(f"item {index}: {len(ids)} tokens, more than {model.name}'s context of {model.n_ctx}")
     if len(ids) <= start:
         raise PromptError(
-            f"item {index}: {item!r:.60} is {len(ids)} token(s), and none is left to be predicted: give longer texts, "
+            f"item {index}: {item!r:.60} is {len(ids)} token(s), and none is left to be predicted: use longer texts, "
             "or a (prompt, completion) tuple"
         )
     return Sample(tuple(ids), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:]))
 
 
 def permuted(data: Sequence[Sample], seed: int) -> list[Sample]:
-    """The same prompts with each other's targets: a control in which nothing is to be found.
+    """The same prompts with each other's targets: a control in which there is nothing to learn.
 
-    Targets change places among samples that have equally many. PromptError if no two do.
+    Targets are exchanged among samples with the same number of targets. Raises PromptError if no two samples have that.
     """
     rng, out = np.random.default_rng(seed), list(data)
     groups: dict[int, list[int]] = {}
     for i, s in enumerate(data):
         groups.setdefault(len(s.targets), []).append(i)
     if all(len(g) < 2 for g in groups.values()):
-        raise PromptError("targets cannot be permuted: no two samples have equally many; give more, or PromptPairs")
+        raise PromptError("targets cannot be permuted: no two samples have the same number; use more, or PromptPairs")
     for members in groups.values():
         order = rng.permutation(members)
-        for i, j in zip(order, np.roll(order, 1), strict=True):  # a cycle: nobody keeps its own
+        for i, j in zip(order, np.roll(order, 1), strict=True):  # a cycle, so no sample keeps its own targets
             out[i] = Sample(data[i].ids, data[i].positions, data[j].targets, data[j].foils)
     return out
 
 
 class Unembedding:
-    """Log-probabilities of tokens from what enters a model's unembedding. ModelError for a model that is no decoder."""
+    """Log-probabilities of tokens from the input of a model's unembedding. ModelError unless the model is a decoder."""
 
     def __init__(self, model: Model):
         if model.reads != "text" or model.stacks or model.masked or INTO_UNEMBED not in model.bridge.hook_dict:
             raise ModelError(f"{model.name}: next-token losses are defined for decoders that read text")
         self.model = model
         self.head = module_behind(model.bridge.unembed)
-        takes = inspect.signature(model.bridge.original_model.forward).parameters
-        self.options = {"use_cache": False} if "use_cache" in takes else {}
+        parameters = inspect.signature(model.bridge.original_model.forward).parameters
+        self.options = {"use_cache": False} if "use_cache" in parameters else {}
         config: Any = getattr(model.bridge.original_model, "config", None)
         self.cap = getattr(config, "final_logit_softcapping", None)
         self.factor = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
@@ -114,28 +115,28 @@ class Unembedding:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Compare with the model's own logits. ModelError if something else happens behind its unembedding."""
+        """Compare with the model's own logits. ModelError if the model changes them after its unembedding."""
         ids = torch.tensor([[3, 1, 4, 1, 5]], device=self.model.device).remainder(int(self.model.bridge.cfg.d_vocab))
-        own = self.model.bridge(ids[:, : self.model.n_ctx])[0]
-        mine = self.logits(self.hidden(ids[:, : self.model.n_ctx])[0])
-        gap = float((own.float() - mine).abs().max())
-        if not gap <= 1e-3 * max(1.0, float(own.float().abs().max())):
+        expected = self.model.bridge(ids[:, : self.model.n_ctx])[0]
+        computed = self.logits(self.hidden(ids[:, : self.model.n_ctx])[0])
+        gap = float((expected.float() - computed).abs().max())
+        if not gap <= 1e-3 * max(1.0, float(expected.float().abs().max())):
             raise ModelError(f"{self.model.name}: its logits are not those of its unembedding (gap {gap:.1e})")
 
     def hidden(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
-        """What enters the unembedding, with gradients if they are enabled; only one position goes through it."""
-        kept: list[Tensor] = []
+        """The input of the unembedding, with gradients if they are enabled; only one position is unembedded."""
+        inputs: list[Tensor] = []
 
-        def keep(x: Tensor, hook: Any) -> Tensor:
-            kept.append(x)
+        def record(x: Tensor, hook: Any) -> Tensor:
+            inputs.append(x)
             return x[:, :1]
 
-        with hooks(self.model, (INTO_UNEMBED, keep)):
+        with hooks(self.model, (INTO_UNEMBED, record)):
             self.model.bridge(ids, **self.options)
-        return kept[0]
+        return inputs[0]
 
     def logits(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
-        """Float32 logits (float64 of a float64 model)."""
+        """Logits in float32 (float64 for a float64 model)."""
         out = self.head(hidden) * self.factor
         out = out if out.dtype == torch.float64 else out.float()
         return out if self.cap is None else self.cap * torch.tanh(out / self.cap)
@@ -143,7 +144,7 @@ class Unembedding:
     def log_probs(
         self, hidden: Float[Tensor, " rows d_model"], tokens: Int[Tensor, " rows columns"]
     ) -> Float[Tensor, " rows columns"]:
-        """Log-probabilities of some tokens after each row."""
+        """Log-probabilities of the given tokens after each row."""
         step = max(1, LOGIT_BYTES // (4 * int(self.model.bridge.cfg.d_vocab)))
         parts = [
             checkpoint(self._log_probs, hidden[i : i + step], tokens[i : i + step], use_reentrant=False)

@@ -1,10 +1,10 @@
-"""Run a model with a weight on every edge, with gradients for the weights: what edge pruning learns by.
+"""Run a model with a weight on every edge, with gradients for the weights. Used by edge pruning.
 
-As `interp.circuits.evaluation.ablated_forward`, but an edge of weight z carries z · current + (1 − z) · ablated. What
-is kept for the backward pass are the model's own activations, z of attention and the outputs of MLPs: receivers' inputs
-are computed again, and senders' outputs in d_model numbers exist for one layer at a time, in both passes. The price is
-time: a forward adds, for every layer's receivers, the output projection of every earlier layer, and the backward pass
-adds it three times more, so that cost grows with the square of the number of layers.
+As in `interp.circuits.evaluation.ablated_forward`, except that an edge of weight z carries z · current + (1 − z) ·
+ablated. The backward pass stores only the model's own activations: z of attention and the outputs of MLPs. Receivers'
+inputs are computed again, and senders' outputs, d_model numbers each, exist for one layer at a time in both passes. The
+price is time: for every layer's receivers, a forward adds the output projection of every earlier layer, and the
+backward pass adds it three more times, so cost grows with the square of the number of layers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from interp.model.hooks import hooks
 
 
 @dataclass(frozen=True)
-class Sent:
-    """The columns of some senders, and what they send instead; ``layer``: of heads, whose z it is."""
+class SenderGroup:
+    """The senders at one hook: their columns, their ablated activations, and for heads their layer, else None."""
 
     columns: slice
     ablated: Tensor
@@ -35,31 +35,34 @@ class _Mix(torch.autograd.Function):
     """stream + Σ over senders of (1 − z) (ablated − current), for some receivers."""
 
     @staticmethod
-    def forward(ctx: Any, wiring: Wiring, sent: list[Sent], cut: Tensor, stream: Tensor, *now: Tensor) -> Tensor:
-        ctx.wiring, ctx.sent = wiring, sent
-        ctx.save_for_backward(cut, *now)
+    def forward(
+        ctx: Any, wiring: Wiring, groups: list[SenderGroup], cut: Tensor, stream: Tensor, *current: Tensor
+    ) -> Tensor:
+        ctx.wiring, ctx.groups = wiring, groups
+        ctx.save_for_backward(cut, *current)
         out = stream.expand(len(cut), *stream.shape).clone()
-        for part, x in zip(sent, now, strict=True):
-            out += torch.einsum("rs,s...->r...", cut[:, part.columns], _outputs(wiring, part, x))
+        for group, x in zip(groups, current, strict=True):
+            out += torch.einsum("rs,s...->r...", cut[:, group.columns], _changes(wiring, group, x))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (cut, *now) = grads, ctx.saved_tensors
-        flat, for_cut, for_now = grad.flatten(1), torch.zeros_like(cut), []
-        for part, x in zip(ctx.sent, now, strict=True):
-            for_cut[:, part.columns] = flat @ _outputs(ctx.wiring, part, x).flatten(1).T
-            back = -torch.einsum("rs,r...->s...", cut[:, part.columns], grad)
-            if part.layer is None:
-                for_now.append(back[0])
+        (grad,), (cut, *current) = grads, ctx.saved_tensors
+        flat, cut_grad, current_grads = grad.flatten(1), torch.zeros_like(cut), []
+        for group, x in zip(ctx.groups, current, strict=True):
+            cut_grad[:, group.columns] = flat @ _changes(ctx.wiring, group, x).flatten(1).T
+            back = -torch.einsum("rs,r...->s...", cut[:, group.columns], grad)
+            if group.layer is None:
+                current_grads.append(back[0])
             else:
-                for_now.append(torch.einsum("h...d,hde->...he", back, ctx.wiring.writes(part.layer)))
-        return None, None, for_cut, grad.sum(0), *for_now
+                current_grads.append(torch.einsum("h...d,hde->...he", back, ctx.wiring.writes(group.layer)))
+        return None, None, cut_grad, grad.sum(0), *current_grads
 
 
-def _outputs(wiring: Wiring, part: Sent, now: Tensor) -> Float[Tensor, "senders batch position d_model"]:
-    change = part.ablated - now
-    return change[None] if part.layer is None else wiring.contributions(part.layer, change)
+def _changes(wiring: Wiring, group: SenderGroup, current: Tensor) -> Float[Tensor, "senders batch position d_model"]:
+    """Ablated − current of what each sender of a group adds to the residual stream."""
+    change = group.ablated - current
+    return change[None] if group.layer is None else wiring.contributions(group.layer, change)
 
 
 def run_weighted(
@@ -68,38 +71,45 @@ def run_weighted(
     weights: Float[Tensor, "receivers senders"],
     ablated: dict[str, Tensor],
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of prompts of one length, with gradients for ``weights`` (those where there is no edge are not read).
+    """Logits of prompts of one length, with gradients for ``weights``. Weights without an edge are not read.
 
-    ``ablated``: by `sender_hooks`, what senders send along edges of weight 0.
+    ``ablated``: by `sender_hooks`, the senders' activations on edges of weight 0.
     """
-    return _Forward(wiring, weights, ablated)(ids)
+    return _WeightedForward(wiring, weights, ablated)(ids)
 
 
-class _Forward:
+class _WeightedForward:
+    """One forward of prompts of one length with weights on edges."""
+
     def __init__(self, wiring: Wiring, weights: Tensor, ablated: dict[str, Tensor]):
         self.wiring, self.graph, self.ablated = wiring, wiring.graph, ablated
         allowed = torch.from_numpy(self.graph.allowed).to(weights.device)
         self.cut = torch.where(allowed, 1 - weights, torch.zeros_like(weights)).to(wiring.model.dtype)
-        self.now: dict[str, Tensor] = {}
+        self.current: dict[str, Tensor] = {}  # activations of this run, by hook name
         self.projected: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> Tensor:
         model, pairs = self.wiring.model, []
         for layer in range(self.graph.n_layers):
             at = f"blocks.{layer}."
-            pairs += [(at + name, self._keep(at + name)) for name in ("hook_resid_pre", "attn.hook_z", "hook_attn_out")]
+            pairs += [(at + n, self._store(at + n)) for n in ("hook_resid_pre", "attn.hook_z", "hook_attn_out")]
             pairs += [(f"{at}attn.hook_{c}", self._project(layer, c)) for c in "qkv"]
             if self.graph.mlps:
                 pairs.append((at + "mlp.hook_in", self._mlp(layer)))
-                pairs.append((at + "hook_mlp_out", self._keep(at + "hook_mlp_out")))
+                pairs.append((at + "hook_mlp_out", self._store(at + "hook_mlp_out")))
         pairs.append((f"blocks.{self.graph.n_layers - 1}.hook_resid_post", self._final))
         with hooks(model, *pairs):
             return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
 
-    def _keep(self, name: str) -> Any:
-        return lambda x, hook: self.now.__setitem__(name, x)
+    def _store(self, name: str) -> Any:
+        def hook(x: Tensor, hook: Any) -> None:
+            self.current[name] = x
+
+        return hook
 
     def _project(self, layer: int, component: str) -> Any:
+        """The hook that computes q, k or v of a layer from its receivers' inputs."""
+
         def hook(x: Tensor, hook: Any) -> Tensor:
             if layer not in self.projected:  # q, k and v of a layer together
                 self.projected[layer] = self._projections(layer)
@@ -115,38 +125,42 @@ class _Forward:
             parts = zip("qkv", mixed.split(sizes), strict=True)
             return tuple(self.wiring.project(layer, c, x) for c, x in parts)
 
-        found = self._again(rows, layer - 1, self.now[f"blocks.{layer}.hook_resid_pre"], project)
-        return dict(zip("qkv", found, strict=True))
+        projections = self._mix(rows, layer - 1, self.current[f"blocks.{layer}.hook_resid_pre"], project)
+        return dict(zip("qkv", projections, strict=True))
 
     def _mlp(self, layer: int) -> Any:
         def hook(x: Tensor, hook: Any) -> Tensor:
-            stream = self.now[f"blocks.{layer}.hook_resid_pre"]
+            stream = self.current[f"blocks.{layer}.hook_resid_pre"]
             if not self.graph.parallel:
-                stream = stream + self.now[f"blocks.{layer}.hook_attn_out"]
-            rows, upto, norm = self.graph.rows(layer, "mlp_out"), layer, self.wiring.norm(layer, "mlp")
-            return self._again(rows, upto, stream, lambda mixed: norm(mixed[0]))
+                stream = stream + self.current[f"blocks.{layer}.hook_attn_out"]
+            rows, norm = self.graph.rows(layer, "mlp_out"), self.wiring.norm(layer, "mlp")
+            return self._mix(rows, layer, stream, lambda mixed: norm(mixed[0]))
 
         return hook
 
     def _final(self, x: Tensor, hook: Any) -> Tensor:
         last = self.graph.n_layers - 1
-        return self._again(self.graph.rows(last, "resid_post"), last, x, lambda mixed: mixed[0])
+        return self._mix(self.graph.rows(last, "resid_post"), last, x, lambda mixed: mixed[0])
 
-    def _again(self, rows: slice, upto: int, stream: Tensor, then: Any) -> Any:
-        """``then`` of the mixed inputs of some receivers, of which nothing is kept for the backward pass."""
-        sent, now = self._sent(rows, upto)
+    def _mix(self, rows: slice, last_layer: int, stream: Tensor, function: Any) -> Any:
+        """``function`` of the mixed inputs of some receivers; both are computed again in the backward pass."""
+        groups, current = self._senders_before(rows, last_layer)
 
-        def compute(cut: Tensor, stream: Tensor, *now: Tensor) -> Any:
-            return then(_Mix.apply(self.wiring, sent, cut, stream, *now))
+        def compute(cut: Tensor, stream: Tensor, *current: Tensor) -> Any:
+            return function(_Mix.apply(self.wiring, groups, cut, stream, *current))
 
-        return checkpoint(compute, self.cut[rows], stream, *now, use_reentrant=False)
+        return checkpoint(compute, self.cut[rows], stream, *current, use_reentrant=False)
 
-    def _sent(self, rows: slice, upto: int) -> tuple[list[Sent], list[Tensor]]:
-        """All that may reach some receivers of a layer: the input, and heads and MLPs of layers up to ``upto``."""
+    def _senders_before(self, rows: slice, last_layer: int) -> tuple[list[SenderGroup], list[Tensor]]:
+        """The senders that some receivers may read, with their activations.
+
+        These are the input, and heads and MLPs of layers up to ``last_layer``.
+        """
         places: list[tuple[slice, str, int | None]] = [(slice(0, 1), "blocks.0.hook_resid_pre", None)]
-        for layer in range(upto + 1):
+        for layer in range(last_layer + 1):
             places.append((self.graph.columns(layer, "z"), f"blocks.{layer}.attn.hook_z", layer))
             if self.graph.mlps:
                 places.append((self.graph.columns(layer, "mlp_out"), f"blocks.{layer}.hook_mlp_out", None))
-        reached = [p for p in places if self.graph.allowed[rows, p[0]].any()]
-        return [Sent(c, self.ablated[n], i) for c, n, i in reached], [self.now[n] for _, n, _ in reached]
+        readable = [p for p in places if self.graph.allowed[rows, p[0]].any()]
+        groups = [SenderGroup(columns, self.ablated[name], layer) for columns, name, layer in readable]
+        return groups, [self.current[name] for _, name, _ in readable]
