@@ -12,7 +12,7 @@ from slow_circuits import activations
 from interp import zoo
 from interp.circuits import Channels, WeightCircuits, attention_channels
 from interp.circuits.weights.channels import smallest_prefix
-from interp.circuits.weights.composition import _pairs
+from interp.circuits.weights.composition import _pair_scores
 from interp.errors import InterpError, ModelError, PromptError, SiteError
 from interp.model.hooks import hooks
 
@@ -114,7 +114,7 @@ def test_the_baseline_has_the_moments_of_random_turnings() -> None:
     b = torch.randn(1, d, 3, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(torch.randn(4000, d, d, generator=generator, dtype=torch.float64))
     turned = a @ (q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
-    found: Any = _pairs(turned, b, d)
+    found: Any = _pair_scores(turned, b, d)
     scores, z = found["score"].to_numpy(), found["z"].to_numpy()
     assert np.mean(scores**2) == pytest.approx(1 / d, rel=0.02)
     assert abs(z.mean()) < 0.06 and z.std() == pytest.approx(1, rel=0.05)

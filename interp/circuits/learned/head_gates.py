@@ -166,7 +166,8 @@ class HeadGates:
 
     def toggle(
         self, model: Model, data: Text | Iterable[Text], heads: Iterable[Site] | None = None, *,
-        seed: int | None = None, contrast: bool | None = None, threshold: float = THRESHOLD, show_progress: bool | None = None,
+        seed: int | None = None, contrast: bool | None = None, threshold: float = THRESHOLD,
+        show_progress: bool | None = None,
     ) -> pd.DataFrame:  # fmt: skip
         """Validate the classes on other data: set each head's gate to 0 and to 1 under G+, and compare log P.
 

@@ -1,1 +1,1 @@
-"""Circuits read from the weights: QK and OV products, composition, attention channels."""
+"""Circuits in a model's weights: QK and OV products, composition, attention channels."""
