@@ -1,4 +1,4 @@
-"""Invertible maps of activations in which a variable of a causal model may sit: linear and not."""
+"""Invertible non-linear maps of activations (RevNet), and the exchange of their first coordinates."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class Coupling(nn.Module):
-    """One RevNet block: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), with F and G of one hidden ReLU layer; exactly invertible.
+    """An exactly invertible RevNet block: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), F and G with one hidden ReLU layer.
 
-    x₁ is the first half of the numbers (of an odd count: the smaller half).
+    x₁ is the first half of the coordinates (for an odd number, the smaller half).
     """
 
     def __init__(self, width: int, hidden: int):
@@ -21,35 +21,37 @@ class Coupling(nn.Module):
         self.g = nn.Sequential(nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, second))
 
     def forward(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
-        """Into the coordinates in which halves are exchanged."""
+        """Map x to y."""
         a = x[:, : self.split] + self.f(x[:, self.split :])
         return torch.cat([a, x[:, self.split :] + self.g(a)], dim=1)
 
     def inverse(self, y: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
-        """Back."""
+        """Map y to x."""
         b = y[:, self.split :] - self.g(y[:, : self.split])
         return torch.cat([y[:, : self.split] - self.f(b), b], dim=1)
 
 
 class RevNet(nn.Module):
-    """Couplings one after the other, as in the released code of "The Non-Linear Representation Dilemma", on activations
-    divided by a fixed number that brings them to unit size."""
+    """A sequence of couplings φ, as in the released code of "The Non-Linear Representation Dilemma".
+
+    Activations are first divided by ``scale``, a fixed number that brings them to unit size.
+    """
 
     def __init__(self, width: int, blocks: int, hidden: int, scale: float):
         super().__init__()
         if width < 2:
-            raise ValueError("a coupling needs at least two numbers")
+            raise ValueError("a coupling needs at least two coordinates")
         self.layers, self.scale = nn.ModuleList(Coupling(width, hidden) for _ in range(blocks)), scale
 
     def forward(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
-        """φ."""
+        """Map x to φ(x)."""
         x = x / self.scale
         for layer in self.layers:
             x = layer(x)
         return x
 
     def inverse(self, y: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
-        """φ⁻¹."""
+        """Map y to φ⁻¹(y)."""
         for layer in list(self.layers)[::-1]:
             assert isinstance(layer, Coupling)
             y = layer.inverse(y)
@@ -57,7 +59,7 @@ class RevNet(nn.Module):
 
 
 class Exchange(nn.Module):
-    """φ⁻¹ of (φ(source) in the first ``rank`` coordinates, φ(base) in the others)."""
+    """φ⁻¹ of a vector with φ(source) in the first ``rank`` coordinates and φ(base) in the others."""
 
     def __init__(self, bijection: RevNet, rank: int):
         super().__init__()
@@ -66,6 +68,6 @@ class Exchange(nn.Module):
     def forward(
         self, base: Float[Tensor, "batch width"], source: Float[Tensor, "batch width"]
     ) -> Float[Tensor, "batch width"]:
-        """New base activations."""
-        at, there = self.bijection(base), self.bijection(source)
-        return self.bijection.inverse(torch.cat([there[:, : self.rank], at[:, self.rank :]], dim=1))
+        """The base activations after the exchange."""
+        mapped_base, mapped_source = self.bijection(base), self.bijection(source)
+        return self.bijection.inverse(torch.cat([mapped_source[:, : self.rank], mapped_base[:, self.rank :]], dim=1))

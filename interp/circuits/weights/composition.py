@@ -143,8 +143,8 @@ class WeightCircuits:
         self._check(layer, head)
         if offset is None and self.rotations.rotates(layer):
             raise SiteError(
-                f"layer {layer} of {self.model.name} rotates queries and keys (RoPE), so their product depends on their "
-                "distance: pass offset= (0: the token itself, 1: the one before it, …)"
+                f"layer {layer} of {self.model.name} rotates queries and keys (RoPE), so their product depends on "
+                "their distance: pass offset= (0: the token itself, 1: the one before it, …)"
             )
         (w_q, b_q), (w_k, b_k) = (self.read(c, layer, head) for c in "qk")
         turn_q, turn_k = self.rotations.at(layer, offset or 0)
