@@ -116,14 +116,14 @@ class Architecture:
 
     def place(self, edge: Edge) -> tuple[int, int]:
         """Row and column of an edge. Raises SiteError, with the reason, if this architecture does not have it."""
-        where = f"this model ({self.describe()})"
+        model_text = f"this model ({self.describe()})"
         if edge.sender not in self.sender_number:
             raise SiteError(
-                f"edge {edge}: {edge.sender} is no sender of {where}; senders are {_first_and_last(self.senders)}"
+                f"edge {edge}: {edge.sender} is no sender of {model_text}; senders are {_first_and_last(self.senders)}"
             )
         if edge.receiver not in self.receiver_number:
             raise SiteError(
-                f"edge {edge}: {edge.receiver} is no receiver of {where}; "
+                f"edge {edge}: {edge.receiver} is no receiver of {model_text}; "
                 f"receivers are {_first_and_last(self.receivers)}"
             )
         place = self.receiver_number[edge.receiver], self.sender_number[edge.sender]
@@ -134,7 +134,7 @@ class Architecture:
                 if self.parallel and same and edge.sender.component == "z"
                 else "the receiver is computed before the sender, or with it"
             )
-            raise SiteError(f"there is no edge {edge} in {where}: {why}")
+            raise SiteError(f"there is no edge {edge} in {model_text}: {why}")
         return place
 
     def fed_by(self, receiver: Site) -> tuple[Site, ...]:

@@ -30,7 +30,7 @@ class Wiring:
     def __init__(self, model: Model):
         self.model = model
         self.graph: Architecture = architecture(model)
-        self.checked = False
+        self._is_checked = False
         self._blocks = [_block_modules(model, layer) for layer in range(model.n_layers)]
 
     @classmethod
@@ -84,12 +84,12 @@ class Wiring:
     @torch.no_grad()
     def check(self, ids: Sequence[int]) -> None:
         """Compare with the model's activations on one prompt, in the first call only. ModelError if they differ."""
-        if self.checked:
+        if self._is_checked:
             return
         acts = capture(self.model, [ids[:CHECK_TOKENS]], self.hook_names())
         for layer in range(self.graph.n_layers):
             self._check_layer(layer, acts)
-        self.checked = True
+        self._is_checked = True
 
     def hook_names(self) -> list[str]:
         """The hooks that `check` reads."""
@@ -146,16 +146,16 @@ def tolerance(dtype: torch.dtype) -> float:
 def _block_modules(model: Model, layer: int) -> dict[str, Any]:
     """The torch modules of one block: the norms ``"attn"`` and ``"mlp"``, and the projections q, k, v and o."""
     block = model.bridge.blocks[layer]
-    where = f"{model.name}, layer {layer}"
+    place = f"{model.name}, layer {layer}"
     norms = {name: module_behind(getattr(block, name, None)) for name in ("ln1", "ln2")}
     if norms["ln1"] is None:
-        raise ModelError(f"{where} has no norm in front of its attention (ln1), so its edges are not defined")
+        raise ModelError(f"{place} has no norm in front of its attention (ln1), so its edges are not defined")
     modules = {"attn": norms["ln1"], "mlp": norms["ln2"] or norms["ln1"]}
     for c in "qkvo":
         linear = module_behind(getattr(block.attn, c, None))
         weight = getattr(linear, "weight", None)
         if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-            raise ModelError(f"{where}: its attention has no plain {c} projection, so its edges are not defined")
+            raise ModelError(f"{place}: its attention has no plain {c} projection, so its edges are not defined")
         modules[c] = linear
     return modules
 

@@ -61,7 +61,7 @@ def test_qk_and_ov_give_the_model_s_scores_and_outputs(tiny, kind: str) -> None:
                 score = found[f"blocks.{layer}.attn.hook_attn_scores"][head, query, key]
                 if score > -1e30:  # else outside the window
                     torch.testing.assert_close(mine, score, atol=2e-4, rtol=1e-4)
-        bias = getattr(weights.wiring._linears[layer]["o"], "bias", None)
+        bias = weights.wiring.output_bias(layer)
         want = found[f"blocks.{layer}.hook_attn_out"] - (0 if bias is None else bias.detach().double())
         torch.testing.assert_close(out, want, atol=2e-4, rtol=1e-4)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.attribution.gradients import Received, through_norm
+from interp.circuits.attribution.gradients import LayerGradients, through_norm
 from interp.circuits.wiring import Wiring
 
 WAITING_BYTES = 384 * 2**20  # of gradients, per head and layer, that wait to be contracted
@@ -32,9 +32,9 @@ class Contraction:
         self.sent = {name: x.flatten(0, 1) for name, x in sent.items()}
         self.tokens = len(self.sent["blocks.0.hook_resid_pre"])
         self.total = torch.zeros(self.graph.allowed.shape, dtype=torch.float64)
-        self.waiting: list[Received] = []
+        self.waiting: list[LayerGradients] = []
 
-    def receive(self, received: Received) -> None:
+    def receive(self, received: LayerGradients) -> None:
         """Accept one layer's gradients; contract all waiting gradients once they exceed `WAITING_BYTES`."""
         self.waiting.append(received)
         if sum(r.bytes for r in self.waiting) > WAITING_BYTES:
@@ -74,7 +74,7 @@ class Contraction:
         return torch.cat(parts)
 
     def _receiving(
-        self, tokens: slice, group: Sequence[Received]
+        self, tokens: slice, group: Sequence[LayerGradients]
     ) -> tuple[slice, Float[Tensor, "receivers tokens d_model"]]:
         """Rows of the receivers of some layers, and gradients at the residual streams that they read, before norms."""
         parts: list[Tensor] = []

@@ -73,17 +73,17 @@ def attribute_edges(
         raise InterpError(f"method={method!r}, mode={mode!r}: expected one of {methods}, and 'noise' or 'denoise'")
     check_whole(1, steps=steps)
     metric = as_metric(metric)
-    listed = listed_prompts(pairs)
-    prompts = encode_pairs(listed, model.coder)
+    pair_list = listed_prompts(pairs)
+    prompts = encode_pairs(pair_list, model.coder)
     check_metric(metric, prompts, model)
     wiring = Wiring.checked(model, prompts[0].clean)
     totals = torch.zeros(wiring.graph.allowed.shape, dtype=torch.float64)
     with progress(f"attribute edges ({method})", len(prompts), show_progress) as advance:
         for batch in token_batches(prompts):
-            totals += _Batch(wiring, [prompts[i] for i in batch], metric, mode, method).scores(method, steps)
+            totals += _EdgeBatch(wiring, [prompts[i] for i in batch], metric, mode, method).scores(method, steps)
             advance(len(batch))
     provenance = {
-        **base_provenance(model, listed),
+        **base_provenance(model, pair_list),
         "method": method, "mode": mode, "metric": metric.name, "metric_direction": metric.direction,
         "steps": steps if "-ig-" in method else None,
         "evidence": "estimate by gradients", **provenance_of(pairs),
@@ -91,7 +91,7 @@ def attribute_edges(
     return EdgeScores(wiring.graph, (totals / len(prompts)).numpy(), provenance)
 
 
-class _Batch:
+class _EdgeBatch:
     """Pairs of one length: senders' outputs in both runs, and the runs in which gradients are taken."""
 
     def __init__(self, wiring: Wiring, prompts: Sequence[Encoded], metric: Metric, mode: Mode, method: EdgeMethod):

@@ -50,14 +50,14 @@ def flow_scores(model: Model, pairs: Pairs) -> EdgeScores:
 
     Raises ModelError if the model's edges are not defined, and PromptError for bad prompts.
     """
-    listed = listed_prompts(pairs)
-    prompts = encode_pairs(listed, model.coder)
+    pair_list = listed_prompts(pairs)
+    prompts = encode_pairs(pair_list, model.coder)
     wiring = Wiring.checked(model, prompts[0].clean)
     total = torch.zeros(wiring.graph.allowed.shape, dtype=torch.float64)
     for batch in token_batches(prompts):
         total += _edge_sums(wiring, [prompts[i].clean for i in batch])
     recipe = {"method": "information flow routes", "evidence": "share of size, without intervention"}
-    return EdgeScores(wiring.graph, (total / len(prompts)).numpy(), {**base_provenance(model, listed), **recipe})
+    return EdgeScores(wiring.graph, (total / len(prompts)).numpy(), {**base_provenance(model, pair_list), **recipe})
 
 
 def _edge_sums(wiring: Wiring, ids: list[Any]) -> Float[Tensor, "receivers senders"]:

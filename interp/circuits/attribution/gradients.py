@@ -26,7 +26,7 @@ Override = tuple[str, Any]  # a hook that sets an activation
 
 
 @dataclass
-class Received:
+class LayerGradients:
     """Gradients at one layer's receivers, with the residual streams that its norms read.
 
     ``grads``: "q", "k", "v" [batch, position, heads, d_head] and "mlp" [batch, position, d_model], after the norms.
@@ -50,7 +50,7 @@ def stream_gradients(
     metric: Metric,
     read: Readout,
     override: Override | None,
-    receive: Callable[[Received], None],
+    receive: Callable[[LayerGradients], None],
 ) -> None:
     """Pass each layer's gradients of the metric, summed over prompts of one length, to ``receive``.
 
@@ -78,7 +78,7 @@ class _Backward:
         ids: Sequence[Sequence[int]],
         metric: Metric,
         read: Readout,
-        receive: Callable[[Received], None],
+        receive: Callable[[LayerGradients], None],
     ) -> None:
         n = self.graph.n_layers
         with ExitStack() as stack:
@@ -94,14 +94,14 @@ class _Backward:
             assert self.final is not None and len(self.calls) == n, "some blocks were not run"
             (leaving,) = torch.autograd.grad(total, self.final)
             del logits, total
-            receive(Received(n, {"logits": leaving}, {}))
+            receive(LayerGradients(n, {"logits": leaving}, {}))
             self.recomputing, after = True, self.final.detach()
             self.final = None
             for layer in reversed(range(n)):
                 leaving, after = self._back(layer, leaving, after, receive)
 
     def _back(
-        self, layer: int, leaving: Tensor, after: Tensor, receive: Callable[[Received], None]
+        self, layer: int, leaving: Tensor, after: Tensor, receive: Callable[[LayerGradients], None]
     ) -> tuple[Tensor, Tensor]:
         """Carry the gradient at a block's output back to its input; return it with that input."""
         args, kwargs = self.calls.pop()
@@ -117,7 +117,7 @@ class _Backward:
         entered, streams = _hidden(args, kwargs), self.streams
         self.leaf, self.copies, self.streams = None, {}, {}
         del out, copies, inputs, maybe_grads
-        receive(Received(layer, dict(zip(names, grads[1:], strict=True)), streams))
+        receive(LayerGradients(layer, dict(zip(names, grads[1:], strict=True)), streams))
         return grads[0], entered
 
     def _check_recomputed(self, got: Tensor, want: Tensor, layer: int) -> None:

@@ -88,12 +88,12 @@ def attribute_sites(
     """
     if method not in METHODS:
         raise InterpError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    job = _Job(model, pairs, sites, metric, mode, steps)
+    job = _SiteAttribution(model, pairs, sites, metric, mode, steps)
     rows = EffectRows(METHODS[method], mode, job.metric)
     for e in job.estimates(method):
         rows.add(e.example, e.site, e.prompt, e.clean, e.corrupt, e.base + float(e.changes[0]))
     recipe = {"method": method, "steps": steps if method.startswith("ig") else None, **provenance_of(pairs)}
-    return rows.effects(model, job.listed, engine="backward passes", evidence="estimate", **recipe)
+    return rows.effects(model, job.pairs, engine="backward passes", evidence="estimate", **recipe)
 
 
 def atp_star(
@@ -119,7 +119,7 @@ def atp_star(
     """
     if qk_fix not in ("carried", "nodes", True, False):
         raise InterpError(f"qk_fix={qk_fix!r}: expected 'carried', 'nodes' or False")
-    job = _Job(model, pairs, sites, metric, mode, 1)
+    job = _SiteAttribution(model, pairs, sites, metric, mode, 1)
     method: NodeMethod = "atp-carried" if qk_fix == "carried" else "atp-qk" if qk_fix else "atp"
     keys, scores, signed = [], [], []
     for e in job.estimates(method, grad_drop):
@@ -128,7 +128,7 @@ def atp_star(
         own_layer = grad_drop and e.site.layer is not None and not e.site.component.startswith("resid")
         scores.append(np.abs(e.changes).sum() / (len(e.changes) - own_layer))
     table = pd.DataFrame(keys, columns=pd.Index(SITE_COLUMNS)).assign(score=scores, estimate=signed)
-    ranked = by_site(table, len(job.listed), {"score": ("score", "mean"), "estimate": ("estimate", "mean")})
+    ranked = by_site(table, len(job.pairs), {"score": ("score", "mean"), "estimate": ("estimate", "mean")})
     ranked.attrs.update(model.provenance(), method="AtP*", qk_fix=qk_fix, grad_drop=grad_drop, mode=mode)
     return ranked.sort_values("score", ascending=False, ignore_index=True, kind="stable")
 
@@ -161,7 +161,7 @@ class Estimate:
     changes: Float[np.ndarray, " drops"]
 
 
-class _Job:
+class _SiteAttribution:
     """The checked arguments of an attribution, and its estimates."""
 
     def __init__(
@@ -172,8 +172,8 @@ class _Job:
             raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
         check_whole(1, steps=steps)
         self.model, self.metric, self.mode, self.steps = model, as_metric(metric), mode, steps
-        self.listed = listed_prompts(pairs)
-        self.prompts = encode_pairs(self.listed, model.coder)
+        self.pairs = listed_prompts(pairs)
+        self.prompts = encode_pairs(self.pairs, model.coder)
         check_metric(self.metric, self.prompts, model)
         self.sites: Sites = model.sites("z") if sites is None else as_sites(sites)
         Engine(model, "naive").check_sites(self.sites)
@@ -193,7 +193,7 @@ class _Job:
             check_heads_apart(self.model, self.prompts[0].clean, fixed)
         for members in token_batches(self.prompts, TOKENS):
             prompts = [self.prompts[i] for i in members]
-            batch = _Batch(self, prompts, fixed, method == "atp-carried", grad_drop)
+            batch = _SiteBatch(self, prompts, fixed, method == "atp-carried", grad_drop)
             for row, (i, prompt) in enumerate(zip(members, prompts, strict=True)):
                 clean, corrupt = batch.scores["clean"][row], batch.scores["corrupt"][row]
                 base = clean if self.mode == "noise" else corrupt
@@ -207,11 +207,11 @@ class _Job:
         return sorted({s.component for s in self.sites} & {"q", "k"}) if method == "atp-qk" else []
 
 
-class _Batch:
+class _SiteBatch:
     """Prompts of one length: activations of both runs, and the estimates of all sites."""
 
     def __init__(
-        self, job: _Job, prompts: Sequence[Encoded], fixed: Sequence[str], carried: bool, grad_drop: bool
+        self, job: _SiteAttribution, prompts: Sequence[Encoded], fixed: Sequence[str], carried: bool, grad_drop: bool
     ) -> None:
         self.job, self.model, self.fixed, self.grad_drop = job, job.model, fixed, grad_drop
         self.prompts = prompts

@@ -53,13 +53,13 @@ def screen(
         raise InterpError(f"unknown method {method!r}: choose one of {', '.join(get_args(ScreenMethod))}")
     if not 0 < confidence < 1:
         raise InterpError(f"confidence={confidence!r}: expected a share between 0 and 1")
-    listed = listed_prompts(pairs)
-    table = _ranked_sites(model, listed, sites, metric, mode, method)
+    pair_list = listed_prompts(pairs)
+    table = _ranked_sites(model, pair_list, sites, metric, mode, method)
     beyond = np.arange(min(k, len(table)), len(table))
     drawn = np.random.default_rng(seed).permutation(beyond)[:sample]
     verified = [*range(len(table) - len(beyond)), *sorted(drawn.tolist())]
     verified_sites = Sites(_site(row) for row in table.iloc[verified].itertuples())
-    exact: Any = patch(model, listed, verified_sites, metric, mode, show_progress=False).summary()
+    exact: Any = patch(model, pair_list, verified_sites, metric, mode, show_progress=False).summary()
     exact = exact[[*SITE_COLUMNS, "raw", "raw_lo", "raw_hi"]]
     exact = exact.rename(columns={"raw": "exact", "raw_lo": "lo", "raw_hi": "hi"})
     table = table.merge(exact, on=list(SITE_COLUMNS), how="left")

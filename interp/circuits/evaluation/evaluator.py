@@ -20,7 +20,7 @@ from interp.circuits.choices import Ablation
 from interp.circuits.evaluation.ablated_forward import run_circuit
 from interp.circuits.evaluation.packed_forward import (
     Prompts,
-    Recorded,
+    RecordedRun,
     record_circuit,
     rows_that_fit,
     run_circuits,
@@ -52,7 +52,7 @@ log = logging.getLogger("interp")
 
 
 @dataclass(frozen=True)
-class Batch:
+class ExampleBatch:
     """Examples that run together: their indices, the metric's readout, and senders' ablated outputs.
 
     ``ablated``: by hook, [batch, position, …], or the same for all examples.
@@ -77,7 +77,7 @@ class Start:
     """The runs of a circuit that other circuits continue: its edges, and the recorded run of each packed batch."""
 
     mask: Bool[np.ndarray, "receivers senders"]
-    recorded: list[Recorded]
+    recorded: list[RecordedRun]
 
 
 class Evaluator:
@@ -99,14 +99,14 @@ class Evaluator:
         if using not in RECIPES:
             raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
         check_seed(seed)
-        listed = listed_prompts(pairs)
+        pair_list = listed_prompts(pairs)
         self.model, self.metric = model, as_metric(metric)
-        self.prompts = encode_pairs(listed, model.coder)
+        self.prompts = encode_pairs(pair_list, model.coder)
         check_metric(self.metric, self.prompts, model)
         self.wiring = Wiring.checked(model, self.prompts[0].clean)
         self.graph = self.wiring.graph
         self.recipe = {
-            **base_provenance(model, listed), "metric": self.metric.name, "using": using,
+            **base_provenance(model, pair_list), "metric": self.metric.name, "using": using,
             "ablation": RECIPES[using], "ablation_seed": seed,
             "normalisation": "(m(C) − m(∅)) / (m(M) − m(∅)), ratio of means over examples", **provenance_of(pairs),
         }  # fmt: skip
@@ -166,7 +166,7 @@ class Evaluator:
 
     # ------------------------------------------------------------ preparing both ways to run
 
-    def _batches(self, using: Ablation, seed: int) -> tuple[list[Batch], Float[np.ndarray, " examples"]]:
+    def _batches(self, using: Ablation, seed: int) -> tuple[list[ExampleBatch], Float[np.ndarray, " examples"]]:
         """Batches of one length with their ablated outputs, and the metric of the whole model."""
         names = sender_hooks(self.wiring)
         sources = _resampled(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
@@ -176,7 +176,7 @@ class Evaluator:
             clean = capture(self.model, [self.prompts[i].clean for i in examples], [])["logits"]
             read = readout([self.prompts[i] for i in examples], list(clean))
             ablated = constants or capture(self.model, [sources[i] for i in examples], names)
-            batches.append(Batch(examples, read, ablated))
+            batches.append(ExampleBatch(examples, read, ablated))
             whole_metric[examples] = self._metric(clean, read)
         return batches, whole_metric
 
@@ -224,7 +224,7 @@ class Evaluator:
 
     # ------------------------------------------------------------ details of a run
 
-    def _run_reference(self, batch: Batch, mask: Tensor) -> Float[Tensor, "batch vocab"]:
+    def _run_reference(self, batch: ExampleBatch, mask: Tensor) -> Float[Tensor, "batch vocab"]:
         return run_circuit(self.wiring, [self.prompts[i].clean for i in batch.examples], mask, batch.ablated)
 
     def _first_layers(self, differs: Bool[np.ndarray, "circuits receivers senders"]) -> np.ndarray:

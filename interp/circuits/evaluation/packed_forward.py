@@ -6,8 +6,8 @@ causal decoders:
 * Before the first token in which the prompts differ, clean and ablated activations are the same, and so are those of
   any circuit. For these positions the keys and values of the clean run are read, and no rows are computed.
 * Two circuits with the same edges into all receivers of the first layers compute the same there. A circuit can continue
-  the recorded run of another (`Recorded`) from the first layer in which they differ. The outputs of earlier senders are
-  then the same for all such circuits, and are summed once for circuits that read them through the same edges.
+  the recorded run of another (`RecordedRun`) from the first layer in which they differ. The outputs of earlier senders
+  are then the same for all such circuits, and are summed once for circuits that read them through the same edges.
 * All circuits and prompts, of any length, are packed in one hidden state (`interp.engine.packed_forward`).
 
 Rows are packed prompt by prompt, and within a prompt circuit by circuit. The senders' changes (ablated − current) are
@@ -53,7 +53,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRun:
     """A circuit's run: ``streams``, the inputs of all blocks and the output of the last; every sender's change."""
 
     streams: list[Float[Tensor, "rows d_model"]]
@@ -83,12 +83,12 @@ def senders_before(wiring: Wiring, layer: int) -> int:
 
 
 @torch.no_grad()
-def record_circuit(wiring: Wiring, prompts: Prompts, mask: Bool[Tensor, "receivers senders"]) -> Recorded:
+def record_circuit(wiring: Wiring, prompts: Prompts, mask: Bool[Tensor, "receivers senders"]) -> RecordedRun:
     """Run a circuit, and record the run for others to continue."""
     forward = _PackedForward(wiring, prompts, mask[None], None, 0, record=True)
     forward.logits()
     assert forward.changes is not None
-    return Recorded(forward.block_streams, forward.changes)
+    return RecordedRun(forward.block_streams, forward.changes)
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def run_circuits(
     wiring: Wiring,
     prompts: Prompts,
     masks: Bool[Tensor, "circuits receivers senders"],
-    since: Recorded | None = None,
+    since: RecordedRun | None = None,
     first: int = 0,
 ) -> Float[Tensor, "circuits prompts vocab"]:
     """`run_circuit` for every circuit in ``masks`` and every prompt, in one forward.
@@ -118,7 +118,7 @@ class _PackedForward(Forward):
         wiring: Wiring,
         prompts: Prompts,
         masks: Bool[Tensor, "circuits receivers senders"],
-        since: Recorded | None,
+        since: RecordedRun | None,
         first: int,
         record: bool = False,
     ) -> None:
@@ -178,13 +178,13 @@ class _PackedForward(Forward):
         return hook
 
     def _sender(self, name: str, columns: slice, layer: int | None) -> Any:
-        own = slice(columns.start - self.n_recorded, columns.stop - self.n_recorded)
+        shifted = slice(columns.start - self.n_recorded, columns.stop - self.n_recorded)
 
         def hook(x: Tensor, hook: Any) -> None:
             self.current[name] = x
             if self.changes is not None and (self.record or self.cut[:, columns].any()):
-                self.changes[own] = self._change(name, layer).flatten(1)
-                self.sum = self.sum + self.changes[own].sum(0)
+                self.changes[shifted] = self._change(name, layer).flatten(1)
+                self.sum = self.sum + self.changes[shifted].sum(0)
 
         return hook
 

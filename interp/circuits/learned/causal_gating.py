@@ -137,20 +137,20 @@ def contrastive_head_gating(
     settings = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
     variants = [list(retain), list(forget)]
     items = [item for variant in variants for item in variant]
-    both = [samples(variant, model) for variant in variants]
-    if len(both[0]) != len(both[1]):
+    encoded = [samples(variant, model) for variant in variants]
+    if len(encoded[0]) != len(encoded[1]):
         raise PromptError(
-            f"retain has {len(both[0])} items and forget has {len(both[1])}: expected as many, each with its twin"
+            f"retain has {len(encoded[0])} items and forget has {len(encoded[1])}: expected as many, each with its twin"
         )
     gated = GatedModel(model)
     fit = _GateFit(gated, _initial_logits(gated, n_seeds, seed, start), lr, lr_end, steps, lam)
     with progress("contrastive head gates", steps, show_progress) as advance:
-        for batch in shuffled_batches(len(both[0]), batch_size, steps, seed):
-            fit.contrast(*([variant[i] for i in batch] for variant in both))
+        for batch in shuffled_batches(len(encoded[0]), batch_size, steps, seed):
+            fit.contrast(*([variant[i] for i in batch] for variant in encoded))
             advance(1)
     gates = fit.logits.detach().sigmoid()
     ones = torch.ones_like(gates[:1])
-    by_name = zip(("retain", "forget"), both, strict=True)
+    by_name = zip(("retain", "forget"), encoded, strict=True)
     losses = {n: {"gated": _losses(gated, v, gates), "ungated": _losses(gated, v, ones)} for n, v in by_name}
     details = {"max_difference": MAX_DIFFERENCE, "losses": losses}
     method = "contrastive causal head gating"

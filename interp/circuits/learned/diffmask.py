@@ -85,8 +85,8 @@ def differential_masks(
     check_whole(1, steps=steps, batch_size=batch_size)
     check_seed(seed)
     check_positive(lr=lr)
-    listed = listed_prompts(pairs)
-    prompts = encode_pairs(listed, model.coder)
+    pair_list = listed_prompts(pairs)
+    prompts = encode_pairs(pair_list, model.coder)
     if any(p.foil is None for p in prompts):
         raise PromptError("every pair needs a foil: masks are fitted to make the model predict it, not the answer")
     if all(p.clean == p.corrupt for p in prompts):
@@ -98,7 +98,7 @@ def differential_masks(
             fit.step([prompts[i] for i in batch])
             advance(1)
     provenance = {
-        **base_provenance(model, listed),
+        **base_provenance(model, pair_list),
         "method": "differential masking of heads (DiffMask+)", "k": k, "steps": steps, "lr": lr, "seed": seed,
         "batch_size": batch_size, "lambda": float(fit.penalty.detach()), "loss": fit.loss, "position": "last",
         "expected_masked": float(fit.masked().sum()), **provenance_of(pairs),

@@ -85,8 +85,8 @@ def prune_edges(
     check_positive(lr=lr)
     check_positive(1.2, sparsity=sparsity)
     check_positive(20, start=start)
-    listed = listed_prompts(pairs)
-    prompts = encode_pairs(listed, model.coder)
+    pair_list = listed_prompts(pairs)
+    prompts = encode_pairs(pair_list, model.coder)
     if all(p.clean == p.corrupt for p in prompts):
         raise InterpError("clean and corrupt prompts are all the same, so closing an edge changes nothing")
     wiring = Wiring.checked(model, prompts[0].clean)
@@ -96,7 +96,7 @@ def prune_edges(
             fit.step([prompts[i] for i in batch])
             advance(1)
     provenance = {
-        **base_provenance(model, listed),
+        **base_provenance(model, pair_list),
         "method": "edge pruning", "evidence": "gates fitted to these prompts", "sparsity": sparsity,
         "steps": steps, "lr": lr, "start": start, "batch_size": batch_size, "seed": seed,
         "loss": "KL(model ‖ circuit) after the last token", "ablation": "counterfactual",

@@ -118,10 +118,10 @@ def attention_channels(
     head fires.
     """
     check_positive(1, coverage=coverage, upstream=upstream)
-    listed = [prompts] if isinstance(prompts, str | PromptPair) else list(prompts)
-    if not listed:
+    prompt_list = [prompts] if isinstance(prompts, str | PromptPair) else list(prompts)
+    if not prompt_list:
         raise PromptError("no prompts: pass at least one text")
-    ids = [model.coder.encode(p.clean if isinstance(p, PromptPair) else p) for p in listed]
+    ids = [model.coder.encode(p.clean if isinstance(p, PromptPair) else p) for p in prompt_list]
     weights = WeightCircuits(model)
     sites = _head_sites(model, heads)
     trace, rows = _Trace(weights, coverage, upstream), []
@@ -135,7 +135,7 @@ def attention_channels(
             "score above 0: there is nothing to decompose"
         )
     provenance = {
-        **base_provenance(model, listed),
+        **base_provenance(model, prompt_list),
         "method": "sparse attention decomposition", "firing": FIRING, "coverage": coverage, "upstream": upstream,
     }  # fmt: skip
     return Channels(pd.DataFrame(rows), provenance)
