@@ -32,7 +32,7 @@ from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
 from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
-from interp.metrics import Metric, MetricFn, Readout, as_metric
+from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.inputs import check_metric, provenance_of
@@ -83,8 +83,9 @@ class Start:
 class Evaluator:
     """``evaluate(mask)`` is the metric [examples], float64, of the clean prompts run with the edges in the mask.
 
-    ``whole`` is the metric of the model itself. ``engine="naive"`` runs one full forward for each circuit, as the
-    reference. Raises InterpError, PromptError or ModelError for bad input.
+    ``whole`` is the metric of the model itself, and ``rounding`` is how far rounding of the logits can move it.
+    ``engine="naive"`` runs one full forward for each circuit, as the reference. Raises InterpError, PromptError or
+    ModelError for bad input.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Evaluator:
             "ablation": RECIPES[using], "ablation_seed": seed,
             "normalisation": "(m(C) − m(∅)) / (m(M) − m(∅)), ratio of means over examples", **provenance_of(pairs),
         }  # fmt: skip
-        self.batches, self.whole = self._batches(using, seed)
+        self.whole, self.rounding = np.zeros(len(self.prompts)), np.zeros(len(self.prompts))
+        self.batches = self._run_whole_model(using, seed)
         # positions before the first difference of the prompts are the clean run's in any circuit
         starts = [min(p.first_difference, len(p) - 1) if using == "counterfactual" else 0 for p in self.prompts]
         self.packed = self._pack(starts, engine)
@@ -158,6 +160,13 @@ class Evaluator:
         torch_mask = torch.from_numpy(mask)
         return Start(mask.copy(), [record_circuit(self.wiring, b.prompts, torch_mask) for b in self.packed])
 
+    def has_gap(self, empty: Float[np.ndarray, " examples"]) -> bool:
+        """Return whether the mean of ``whole`` differs from that of ``empty`` by more than rounding.
+
+        ``empty``: the metric with every edge ablated.
+        """
+        return abs((self.whole - empty).mean()) > self.rounding.mean()
+
     @property
     def at_once(self) -> int:
         """Number of circuits in one forward, if they continue other runs from late layers."""
@@ -166,19 +175,20 @@ class Evaluator:
 
     # ------------------------------------------------------------ preparing both ways to run
 
-    def _batches(self, using: Ablation, seed: int) -> tuple[list[ExampleBatch], Float[np.ndarray, " examples"]]:
-        """Batches of one length with their ablated outputs, and the metric of the whole model."""
+    def _run_whole_model(self, using: Ablation, seed: int) -> list[ExampleBatch]:
+        """Set the metric of the whole model; return batches of one length with their ablated outputs."""
         names = sender_hooks(self.wiring)
         sources = _resampled(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
         constants = _constants(self.model, self.prompts, names, using)
-        batches, whole_metric = [], np.zeros(len(self.prompts))
+        batches = []
         for examples in token_batches(self.prompts):
             clean = capture(self.model, [self.prompts[i].clean for i in examples], [])["logits"]
             read = readout([self.prompts[i] for i in examples], list(clean))
             ablated = constants or capture(self.model, [sources[i] for i in examples], names)
             batches.append(ExampleBatch(examples, read, ablated))
-            whole_metric[examples] = self._metric(clean, read)
-        return batches, whole_metric
+            self.whole[examples] = self._metric(clean, read)
+            self.rounding[examples] = rounding(self.metric, clean, read, self.model.dtype).cpu().numpy()
+        return batches
 
     def _pack(self, starts: list[int], engine: EngineKind) -> list[PackedBatch] | None:
         """Prepare the examples for the engine, as many together as fit; None if it does not support them."""

@@ -18,7 +18,6 @@ from interp.model.model import Model
 from interp.results.significance import percentile_interval, resample_examples
 
 N_BOOT = 2000
-ROUNDING = 1e-9  # share of the metric's size below which a difference is rounding: float64 sums of float32 logits
 Index = np.ndarray  # examples of a bootstrap sample
 
 
