@@ -1,4 +1,4 @@
-"""Circuits: find the edges of a model that carry a behaviour, and measure how much of it they carry alone."""
+"""Circuits: find the edges that carry a behaviour, and measure what they carry."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""ACDC: remove edges one at a time if the metric does not get worse (Conmy et al. 2023, arXiv 2304.14997).
+"""ACDC: remove edges one at a time if the metric does not get worse.
 
-Receivers are visited from the logits backwards (``order="backward"``, as published) or from the input forwards. At each
-receiver, its edges are tried sender by sender. An edge is removed if the metric, with all earlier removals in place,
-gets worse by less than the threshold. The result depends on both orders, as with the published algorithm: of two edges
-that do the same work, the one that is tried first is removed, and the other stays.
+Method: Conmy et al. 2023 (arXiv 2304.14997). Receivers are visited from the logits backwards (``order="backward"``, as
+published) or from the input forwards. At each receiver, its edges are tried sender by sender. An edge is removed if the
+metric, with all earlier removals in place, gets worse by less than the threshold. The result depends on both orders, as
+with the published algorithm: of two edges that do the same work, the one that is tried first is removed, and the other
+stays.
 
 Every decision is exact and the same as if edges were tried one by one. To save time, one forward tries a chain of
 removals (the next edge; the next two; …), across receivers, because most edges are removed. The trials after the first
@@ -51,15 +52,15 @@ def acdc(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> Circuit:
-    """Find a circuit by ACDC. The score of an edge is how much the metric got worse when its removal was tried.
+    """Find a circuit by ACDC.
 
-    ``threshold`` is in the unit of the metric, whose mean over pairs is compared. ``metric``: KL from the whole model,
-    as published, or any other; a metric gets worse against its direction. ``absolute``: an edge also stays if the
-    metric gets better by the threshold. ``using``: what removed edges carry (`faithfulness`). ``parents``: which sender
-    is tried first at a receiver: the one computed last, the one computed first, or a random one by ``seed``.
-    ``start``: a circuit to start from instead of all edges, e.g. the best edges by `attribute_edges`; a model of 30
-    layers has some 65,000 edges, and each of them takes a forward. ``prune`` keeps the edges on paths from the input to
-    the logits.
+    The score of an edge is how much the metric got worse when its removal was tried. ``threshold`` is in the unit of
+    the metric, whose mean over pairs is compared. ``metric``: KL from the whole model, as published, or any other; a
+    metric gets worse against its direction. ``absolute``: an edge also stays if the metric gets better by the
+    threshold. ``using``: what removed edges carry (`faithfulness`). ``parents``: which sender is tried first at a
+    receiver: the one computed last, the one computed first, or a random one by ``seed``. ``start``: a circuit to start
+    from instead of all edges, e.g. the best edges by `attribute_edges`; a model of 30 layers has some 65,000 edges, and
+    each of them takes a forward. ``prune`` keeps the edges on paths from the input to the logits.
 
     Raises InterpError if the threshold removes every edge or none, if no path is left, if ``start`` has no path, or if
     the metric is the same for the whole model and the empty circuit.
@@ -93,8 +94,9 @@ def acdc_sweep(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> EdgeScores:
-    """Run ACDC at several thresholds: an edge's score is the largest at which it stays, 0 if it never does.
+    """Run ACDC at several thresholds.
 
+    The score of an edge is the largest threshold at which it stays, or 0 if it never does.
     ``scores.provenance["sweep"]`` holds the threshold, number of edges (before pruning) and metric of each circuit. The
     other arguments are those of `acdc`. Every run of ACDC starts from the beginning, so an edge that is removed at one
     threshold may stay at a larger one.
@@ -122,7 +124,10 @@ def _check_threshold(threshold: float) -> None:
 
 @dataclass(frozen=True)
 class _Removal:
-    """A trial: an edge, the circuit without it and all edges removed before, and the position after the trial."""
+    """A trial: an edge, the circuit without it, and the position after the trial.
+
+    The edges of all earlier trials are also removed from the circuit.
+    """
 
     row: int
     column: int
@@ -132,7 +137,7 @@ class _Removal:
 
 @dataclass(frozen=True)
 class _Position:
-    """How far a search has come: receivers that are done, and edges tried at the next receiver."""
+    """Progress of a search: receivers done, and edges tried at the next receiver."""
 
     receivers: int = 0
     edges: int = 0
@@ -140,7 +145,10 @@ class _Position:
 
 @dataclass(frozen=True)
 class _SearchResult:
-    """The edges that stay, how much worse the metric got when each was tried (NaN: not tried), the final metric."""
+    """The edges that stay, the damage of each removal, and the final metric.
+
+    ``damage``: how much worse the metric got when the removal of each edge was tried (NaN: not tried).
+    """
 
     mask: Bool[np.ndarray, "receivers senders"]
     damage: Float[np.ndarray, "receivers senders"]
@@ -148,14 +156,14 @@ class _SearchResult:
 
 
 def _without(mask: np.ndarray, *place: int) -> np.ndarray:
-    """A copy of a mask without one edge (row, column), or without all edges of a receiver (row)."""
+    """A copy of a mask without one edge (row, column) or one receiver's edges (row)."""
     mask = mask.copy()
     mask[place] = False
     return mask
 
 
 class _Search:
-    """Removal of edges from one starting circuit, on the same prompts, metric and ablation."""
+    """Removal of edges from one circuit, with fixed prompts, metric and ablation."""
 
     def __init__(
         self, model: Model, pairs: Pairs, metric: Metric | MetricFn | str, using: Ablation, order: Order,
@@ -216,7 +224,7 @@ class _Search:
         return _SearchResult(mask, damage, value)
 
     def _removals(self, mask: np.ndarray, position: _Position) -> Iterator[_Removal]:
-        """The trials from a position on, each with the edges of all earlier trials removed."""
+        """Trials from a position on, each with the edges of all earlier ones removed."""
         for done in range(position.receivers, len(self.rows)):
             row = self.rows[done]
             tried = position.edges if done == position.receivers else 0
@@ -247,7 +255,10 @@ class _Search:
         return int(self.first[self.rows[: position.receivers]].sum()) + position.edges
 
     def _is_idle(self, mask: np.ndarray, row: int) -> bool:
-        """Whether a receiver's node no longer sends anything. Always False in forward order: not yet decided there."""
+        """Whether a receiver's node no longer sends anything.
+
+        Always False in forward order: not yet decided there.
+        """
         receiver = self.graph.receivers[row]
         if self.order == "forward" or receiver == self.graph.output:
             return False

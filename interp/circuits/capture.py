@@ -18,9 +18,10 @@ from interp.model.model import Model
 
 
 def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Run prompts of one length; return activations by hook name, and ``"logits"`` [batch, vocab].
+    """Run prompts of one length, and return activations by hook name.
 
-    Raises ModelError if the model lacks a hook or the hook did not fire.
+    The key ``"logits"`` holds the logits [batch, vocab]. Raises ModelError if the model lacks a hook or the hook did
+    not fire.
     """
     acts: dict[str, Tensor] = {}
 
@@ -43,7 +44,10 @@ def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]
 
 @contextmanager
 def capture_calls(model: Model) -> Iterator[dict[int, AttentionCall]]:
-    """Inside the block, the latest attention call of each layer is stored by layer, without gradients."""
+    """Inside the block, store the latest attention call of each layer, by layer.
+
+    Tensors are stored without gradients.
+    """
     calls: dict[int, AttentionCall] = {}
 
     def record(call: AttentionCall) -> Tensor:

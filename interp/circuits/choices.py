@@ -1,4 +1,7 @@
-"""The choices that circuit functions offer, each written once. Imports nothing heavy, so that commands can read it."""
+"""The choices that circuit functions offer, each written once.
+
+Imports nothing heavy, so that commands can read it.
+"""
 
 from __future__ import annotations
 

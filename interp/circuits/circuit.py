@@ -1,4 +1,4 @@
-"""Circuit: a set of edges of a model, with scores, roles of nodes, and provenance."""
+"""Circuit: a set of edges of a model, with scores, roles and provenance."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ class Circuit:
         self._check_sites()
 
     def _check_sites(self) -> None:
-        """Raise InterpError unless roles and evidence belong to nodes, and neuron scores to layers, of the model."""
+        """Raise InterpError for roles, evidence or neuron scores of unknown sites.
+
+        Roles and evidence belong to nodes of the model, and neuron scores to its layers.
+        """
         layers = range(self.graph.n_layers)
         bad_neuron = next((s for s in self.neurons if s.layer not in layers), None)
         if bad_neuron is not None:
@@ -72,7 +75,7 @@ class Circuit:
 
     @classmethod
     def of(cls, model: Model, edges: Mapping[Edge, float] | Iterable[Edge | str], **more: Any) -> Circuit:
-        """Make a circuit of a model from edges: ``Circuit.of(model, ["z.L0H1 -> k.L1H2", …])``."""
+        """Make a circuit of a model: ``Circuit.of(model, ["z.L0H1 -> k.L1H2", …])``."""
         return cls(architecture(model), edges, provenance={"weights": model.fingerprint(), "model": model.name}, **more)
 
     @classmethod
@@ -128,7 +131,7 @@ class Circuit:
         return mask
 
     def frame(self) -> pd.DataFrame:
-        """Table with one row per edge: sender, receiver, score, and the roles of both ends."""
+        """Table with one row per edge: sender, receiver, score, roles of both ends."""
         role = {str(site): text for site, text in self.roles.items()}
         rows = [
             {
@@ -196,7 +199,7 @@ class Circuit:
         return self._with({e: x for e, x in self.edges.items() if e not in other.edges}, joined=other, how="-")
 
     def overlap(self, other: Circuit) -> pd.DataFrame:
-        """Table of how much two circuits of one model share: one row for nodes, one for edges.
+        """Table of how much two circuits share: one row for nodes, one for edges.
 
         ``shared``, ``here`` and ``there`` are counts: in both circuits, in this one, in the other. ``of_here`` and
         ``of_there`` divide ``shared`` by each circuit's size (Merullo et al. 2024, arXiv 2310.08744, report this
@@ -236,7 +239,10 @@ class Circuit:
         evidence: Mapping[Site, Mapping[str, Any]] | None = None,
         neurons: Mapping[Site, float] | None = None,
     ) -> Circuit:
-        """A copy in which roles, evidence or neurons are replaced by those passed. None leaves them as they are."""
+        """A copy in which roles, evidence or neurons are replaced by those passed.
+
+        None leaves them as they are.
+        """
         return Circuit(
             self.graph,
             self.edges,
@@ -249,7 +255,10 @@ class Circuit:
     # ------------------------------------------------------------ files
 
     def write(self, path: str | Path) -> Path:
-        """Save as JSON, whole or not at all. Raises InterpError if the file cannot be written."""
+        """Save as JSON, whole or not at all.
+
+        Raises InterpError if the file cannot be written.
+        """
         facts = {k: getattr(self.graph, k) for k in ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")}
         data = {
             "format": "interp.Circuit", "schema": SCHEMA_VERSION, "architecture": facts,
@@ -309,7 +318,10 @@ class Circuit:
         return cls(graph, edges, roles, data["provenance"], evidence, {s: _score(x) for s, x in neurons.items()})
 
     def check(self, model: Model) -> None:
-        """Raise ModelError unless architecture and weights (if the provenance names any) are those of ``model``."""
+        """Raise ModelError unless architecture and weights are those of ``model``.
+
+        Weights are compared only if the provenance names any.
+        """
         if self.graph != architecture(model):
             mine, its = self.graph.describe(), architecture(model).describe()
             raise ModelError(f"the circuit is of a model with {mine}; {model.name} has {its}")

@@ -1,4 +1,7 @@
-"""Helpers of fits by gradient descent: weights without gradients, shuffled batches, checks of losses."""
+"""Helpers of fits by gradient descent.
+
+Weights without gradients, shuffled batches, and checks of losses.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ def without_weight_gradients(model: Model) -> Iterator[None]:
 
 
 def shuffled_batches(n: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` batches of shuffled indices below n; every index is used before any is repeated."""
+    """``steps`` batches of shuffled indices below n.
+
+    Every index is used before any is repeated.
+    """
     rng, queue = np.random.default_rng(seed), []
     for _ in range(steps):
         if len(queue) < min(batch, n):
@@ -36,7 +42,10 @@ def shuffled_batches(n: int, batch: int, steps: int, seed: int) -> Iterator[list
 
 
 def require_finite(value: Tensor, what: str, advice: str = "") -> float:
-    """The value as a float. Raises InterpError, with ``advice`` (default: try float32), if it is NaN or infinite."""
+    """The value as a float.
+
+    Raises InterpError, with ``advice`` (default: try float32), if it is NaN or infinite.
+    """
     number = float(value.detach())
     if not np.isfinite(number):
         advice = advice or "the model gives no finite probabilities on this data (try dtype='float32')"

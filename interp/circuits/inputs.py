@@ -1,4 +1,4 @@
-"""What circuit methods do with their prompts first: batches of one length, and the provenance of a result."""
+"""Inputs of circuit methods: batches of one length, and base provenance."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ Pairs = PromptPair | Iterable[PromptPair]
 
 
 def token_batches(prompts: Sequence[Encoded], tokens: int = TOKENS) -> Iterator[list[int]]:
-    """Indices of prompts of one length, at most ``tokens`` tokens in a batch (and at least one prompt)."""
+    """Batches of indices of prompts of one length.
+
+    A batch has at most ``tokens`` tokens, and at least one prompt.
+    """
     for batch in equal_length_batches([p.clean for p in prompts]):
         step = max(1, tokens // len(prompts[batch[0]]))
         yield from (batch[i : i + step] for i in range(0, len(batch), step))
 
 
 def base_provenance(model: Model, prompts: Sequence[Any]) -> dict[str, Any]:
-    """The facts that every result notes: the model, a hash and the number of its prompts, and the time."""
+    """The facts that every result stores: model, prompts and time.
+
+    Of the prompts, a hash and their number are stored.
+    """
     return {**model.provenance(), "prompts": prompt_hash(prompts), "n_prompts": len(prompts), "created": now()}

@@ -1,4 +1,4 @@
-"""Name the heads of a circuit by evidence: where a head attends, and how it affects the metric.
+"""Name the heads of a circuit by evidence: their attention and their effects.
 
 A head gets a role only if two conditions hold: at least the share ``attention`` of its attention is on the tokens that
 the role is about, and its exact effect is at least the share ``effect`` of the whole model's. The first rule that holds
@@ -81,7 +81,7 @@ def name_roles(
     effect: float = 0.05,
     heads: Sequence[Site | str] | None = None,
 ) -> Circuit:
-    """Return the circuit with roles, and their evidence, for its heads or for ``heads``.
+    """Return the circuit with roles and evidence for its heads, or for ``heads``.
 
     The module docstring lists the rules. ``evidence[site]`` holds the attention shares, the effects, the thresholds and
     the number of ``pairs``. Roles that the circuit already has for these heads are replaced. Raises InterpError for
@@ -106,7 +106,10 @@ def name_roles(
 
 
 def _heads_to_name(circuit: Circuit, heads: Sequence[Site | str] | None) -> list[Site]:
-    """The heads passed by the caller, or all heads of the circuit. InterpError for other sites, or if there is none."""
+    """The heads passed by the caller, or all heads of the circuit.
+
+    Raises InterpError for other sites, or if there is none.
+    """
     if heads is None:
         sites = [s for s in circuit.nodes() if s.component == "z"]
     else:
@@ -132,9 +135,10 @@ def _role(shares: dict[str, float], effects: dict[str, float], attention: float,
 
 
 def attention_shares(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, dict[str, float]]:
-    """Mean attention of heads on each kind of target key, over the queries of the clean prompts that have such keys.
+    """Mean attention of heads on each kind of target key.
 
-    NaN if no query has one. The kernel rebuilds patterns from q and k, `ROWS` queries of a layer at a time.
+    The mean is over the queries of the clean prompts that have such keys. NaN if no query has one. The kernel rebuilds
+    patterns from q and k, `ROWS` queries of a layer at a time.
     """
     total = {site: dict.fromkeys(_targets((0, 0), 0), 0.0) for site in heads}
     count = dict.fromkeys(_targets((0, 0), 0), 0)
@@ -160,7 +164,10 @@ def _add_shares(
     total: dict[Site, dict[str, float]], heads: Sequence[Site], call: AttentionCall,
     targets: Sequence[dict[str, Bool[Tensor, "n n"]]], n: int,
 ) -> None:  # fmt: skip
-    """Add to ``total`` the attention of heads of one layer, in a batch of prompts of n tokens."""
+    """Add the attention of heads of one layer to ``total``.
+
+    The batch has prompts of n tokens.
+    """
     for start in range(0, n, ROWS):
         rows = torch.arange(start, min(start + ROWS, n), device=call.q.device)
         pattern = pattern_rows(
@@ -174,7 +181,10 @@ def _add_shares(
 
 
 def _targets(ids: Sequence[int], answer: int) -> dict[str, Bool[Tensor, "n n"]]:
-    """Masks [query, key] of each kind of target. The first token is the sink, and no target of any other kind."""
+    """Masks [query, key] of each kind of target.
+
+    The first token is the sink, and no target of any other kind.
+    """
     tokens, n = torch.tensor(list(ids)), len(ids)
     before = torch.ones(n, n, dtype=torch.bool).tril(-1)
     real = torch.arange(n) > 0
@@ -197,10 +207,11 @@ def _targets(ids: Sequence[int], answer: int) -> dict[str, Bool[Tensor, "n n"]]:
 
 
 def effects_by_route(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, dict[str, float]]:
-    """Exact effects of heads' edges, of all (``total``) and by destination, as shares of m(M) − m(∅).
+    """Exact effects of heads' edges, in total and by destination.
 
-    ``direct``: edges to the logits; ``via_q``, ``via_k``, ``via_v``: into heads' queries, keys, values; ``via_mlp``:
-    into MLPs. Each set of edges carries the corrupt activation in a separate run. InterpError if m(M) = m(∅).
+    Effects are shares of m(M) − m(∅); ``total`` is that of all edges. ``direct``: edges to the logits; ``via_q``,
+    ``via_k``, ``via_v``: into heads' queries, keys, values; ``via_mlp``: into MLPs. Each set of edges carries the
+    corrupt activation in a separate run. InterpError if m(M) = m(∅).
     """
     graph, no_edges = evaluate.graph, np.zeros(evaluate.graph.allowed.shape, dtype=bool)
     empty = evaluate(no_edges)
@@ -239,12 +250,12 @@ def score_neurons(
     k: int = 20,
     method: NodeMethod = "atp",
 ) -> Circuit:
-    """Return the circuit with scores of the ``k`` neurons of its MLPs that have the largest attribution.
+    """Return the circuit with scores of the ``k`` most important MLP neurons.
 
-    ``circuit.neurons[site]`` is the mean over pairs of the estimate by `attribute_sites` with mode "noise": the change
-    of the metric when the neuron is corrupted. Edges start and end at whole MLPs. Neuron scores only show what matters
-    within an MLP; they have no influence when the model is run as the circuit. Raises InterpError for a circuit without
-    MLPs.
+    They are the neurons of the circuit's MLPs with the largest attribution. ``circuit.neurons[site]`` is the mean over
+    pairs of the estimate by `attribute_sites` with mode "noise": the change of the metric when the neuron is corrupted.
+    Edges start and end at whole MLPs. Neuron scores only show what matters within an MLP; they have no influence when
+    the model is run as the circuit. Raises InterpError for a circuit without MLPs.
     """
     circuit.check(model)
     layers = [s.layer for s in circuit.nodes() if s.component == "mlp_out"]

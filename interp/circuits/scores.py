@@ -1,4 +1,4 @@
-"""EdgeScores: one number for every edge of a model, and the circuits selected by them."""
+"""EdgeScores: one number for every edge, and the circuits selected by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from interp.sites import Edge, Site
 
 
 class EdgeScores:
-    """Scores of all edges: ``matrix`` [receivers, senders], NaN where the model has no edge, with provenance."""
+    """Scores of all edges of a model, with provenance.
+
+    ``matrix`` is [receivers, senders], NaN where the model has no edge.
+    """
 
     def __init__(
         self, graph: Architecture, matrix: Float[np.ndarray, "receivers senders"], provenance: dict[str, Any]
@@ -55,10 +58,11 @@ class EdgeScores:
         return dict(zip(self.graph.senders, np.nansum(self.matrix, axis=0).tolist(), strict=True))
 
     def top(self, n: int, *, absolute: bool = True, prune: bool = True) -> Circuit:
-        """Circuit of the ``n`` edges of largest |score| (``absolute=False``: of largest score).
+        """Circuit of the ``n`` edges of largest |score|.
 
-        ``prune`` then drops the edges that are not on a path from the input to the logits. Raises InterpError if n is
-        not between 1 and the number of edges, or if no path is left: try a larger n, or `greedy`.
+        ``absolute=False``: of largest score. ``prune`` then drops the edges that are not on a path from the input to
+        the logits. Raises InterpError if n is not between 1 and the number of edges, or if no path is left: try a
+        larger n, or `greedy`.
         """
         self._check(n)
         values = self._ranking_values(absolute)
@@ -108,7 +112,7 @@ class EdgeScores:
         return self._circuit(mask, prune, f"greedy {n} by {'|score|' if absolute else 'score'}")
 
     def helpful(self) -> EdgeScores:
-        """The same scores with the sign that is positive where an edge helps the metric, in the metric's direction.
+        """The same scores, positive where an edge helps the metric in its direction.
 
         Scores of ``mode="noise"`` measure what corrupting an edge does, so their sign is reversed.
         """

@@ -1,4 +1,4 @@
-"""The edges of a model: which nodes write to the residual stream, and which read it.
+"""The edges of a model: nodes that write to the residual stream or read it.
 
 Senders add to the residual stream: the input of block 0 (the site resid_pre.L0), every head (z), every MLP (mlp_out).
 Receivers read it: a head's query (q), the keys and values of a KV head (k, v: one each per KV head, shared by its
@@ -24,7 +24,10 @@ MAX_HEADS = 20_000  # in a model that a file describes; the largest published mo
 
 @dataclass(frozen=True)
 class Architecture:
-    """The nodes and edges of a model. ``parallel``: an MLP reads the same stream as its layer's attention."""
+    """The nodes and edges of a model.
+
+    ``parallel``: an MLP reads the same stream as its layer's attention.
+    """
 
     n_layers: int
     n_heads: int
@@ -33,7 +36,10 @@ class Architecture:
     parallel: bool
 
     def check(self) -> None:
-        """Raise ValueError unless a model can have these sizes. For values read from a file."""
+        """Raise ValueError unless a model can have these sizes.
+
+        For values read from a file.
+        """
         sizes = (self.n_layers, self.n_heads, self.n_kv_heads)
         if any(type(x) is not int or x < 1 for x in sizes) or self.n_heads % self.n_kv_heads:
             raise ValueError(
@@ -56,7 +62,10 @@ class Architecture:
 
     @cached_property
     def receivers(self) -> tuple[Site, ...]:
-        """The sites that read, in order of computation: in each layer q, k, v by head, then the MLP."""
+        """The sites that read, in order of computation.
+
+        In each layer, these are q, k and v by head, then the MLP.
+        """
         sites: list[Site] = []
         for layer in range(self.n_layers):
             for component, n in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
@@ -115,7 +124,10 @@ class Architecture:
             yield Edge(self.senders[column], self.receivers[row])
 
     def place(self, edge: Edge) -> tuple[int, int]:
-        """Row and column of an edge. Raises SiteError, with the reason, if this architecture does not have it."""
+        """Row and column of an edge.
+
+        Raises SiteError, with the reason, if this architecture does not have it.
+        """
         model_text = f"this model ({self.describe()})"
         if edge.sender not in self.sender_number:
             raise SiteError(
@@ -138,7 +150,10 @@ class Architecture:
         return place
 
     def fed_by(self, receiver: Site) -> tuple[Site, ...]:
-        """The senders that a receiver feeds: the heads of its group, or its MLP; none for the logits."""
+        """The senders that a receiver feeds.
+
+        These are the heads of its group, or its MLP; none for the logits.
+        """
         if receiver.component == "q":
             return (Site("z", receiver.layer, receiver.head),)
         if receiver.component in ("k", "v"):
@@ -148,7 +163,7 @@ class Architecture:
         return () if receiver == self.output else (receiver,)
 
     def receivers_of(self, sender: Site) -> Bool[np.ndarray, " receivers"]:
-        """True for the receivers of a sender's node: a head's q, k and v, or the MLP's input."""
+        """True for the receivers of a sender's node: a head's q, k and v, or the MLP."""
         mask = np.zeros(len(self.receivers), dtype=bool)
         if sender.component == "mlp_out":
             mask[self.receiver_number[sender]] = True

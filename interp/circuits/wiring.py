@@ -1,4 +1,4 @@
-"""Norms and matrices by which a model's blocks read and write the residual stream.
+"""Norms and matrices by which blocks read and write the residual stream.
 
 A receiver reads ``W · norm(x) + b``. A head adds ``W_O · z`` to the stream; the output bias belongs to no head. Before
 edges are computed, `Wiring.check` compares both equations with the model's own activations. It raises ModelError for a
@@ -25,7 +25,10 @@ CHECK_TOKENS = 64  # tokens of a prompt that suffice for `Wiring.check`
 
 
 class Wiring:
-    """Norms and matrices of one model. Raises ModelError if its edges are not defined."""
+    """Norms and matrices of one model.
+
+    Raises ModelError if its edges are not defined.
+    """
 
     def __init__(self, model: Model):
         self.model = model
@@ -68,7 +71,10 @@ class Wiring:
     def project(
         self, layer: int, component: str, x: Float[Tensor, "#heads *rows d_model"]
     ) -> Float[Tensor, "*rows heads d_head"]:
-        """q, k or v of a layer, for one residual stream per head (or one for all heads: #heads = 1)."""
+        """q, k or v of a layer, for one residual stream per head, or one for all.
+
+        One for all: #heads = 1.
+        """
         normed, matrix = self.norm(layer, "attn")(x), self.reads(layer, component)
         if x.shape[0] == 1:
             out = torch.einsum("...d,hed->...he", normed[0], matrix)
@@ -83,7 +89,10 @@ class Wiring:
 
     @torch.no_grad()
     def check(self, ids: Sequence[int]) -> None:
-        """Compare with the model's activations on one prompt, in the first call only. ModelError if they differ."""
+        """Compare with the model's activations on one prompt, in the first call only.
+
+        Raises ModelError if they differ.
+        """
         if self._is_checked:
             return
         acts = capture(self.model, [ids[:CHECK_TOKENS]], self.hook_names())
@@ -130,7 +139,10 @@ class Wiring:
 
 
 def sender_hooks(wiring: Wiring) -> list[str]:
-    """The hooks that carry the senders' outputs: the input of block 0, z of every layer, the output of every MLP."""
+    """The hooks that carry the senders' outputs.
+
+    These are the input of block 0, z of every layer, and the output of every MLP.
+    """
     layers = range(wiring.graph.n_layers)
     names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.attn.hook_z" for i in layers)]
     if wiring.graph.mlps:
@@ -139,12 +151,18 @@ def sender_hooks(wiring: Wiring) -> list[str]:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Share of their scale by which activations of a dtype may differ when computed in another order."""
+    """Relative tolerance of activations that are computed in another order.
+
+    It depends on their dtype, and is a share of their scale.
+    """
     return max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
 
 
 def _block_modules(model: Model, layer: int) -> dict[str, Any]:
-    """The torch modules of one block: the norms ``"attn"`` and ``"mlp"``, and the projections q, k, v and o."""
+    """The torch modules of one block that read and write the stream.
+
+    The norms are ``"attn"`` and ``"mlp"``; the projections are q, k, v and o.
+    """
     block = model.bridge.blocks[layer]
     place = f"{model.name}, layer {layer}"
     norms = {name: module_behind(getattr(block, name, None)) for name in ("ln1", "ln2")}
@@ -168,6 +186,9 @@ def module_behind(bridge: Any) -> Any:
 
 
 def _matrix(linear: Any) -> Float[Tensor, "out in"]:
-    """A projection's matrix [out, in]; transformers' Conv1D (GPT-2) stores its transpose."""
+    """A projection's matrix [out, in].
+
+    transformers' Conv1D (GPT-2) stores its transpose.
+    """
     weight = linear.weight.detach()
     return weight if isinstance(linear, nn.Linear) else weight.T

@@ -70,7 +70,7 @@ def test_rotations_depend_on_the_distance_alone(tiny) -> None:
     weights = WeightCircuits(tiny("llama"))
     turns = weights.rotations
     turns._measure(6)
-    q, k = (turns._turns[1, c].double() for c in "qk")
+    q, k = (turns._matrices[1, c].double() for c in "qk")
     torch.testing.assert_close(q[5] @ k[2].T, q[3] @ k[0].T, atol=1e-6, rtol=0)
     with pytest.raises(SiteError, match="offset="):
         weights.qk(0, 0)
@@ -82,7 +82,7 @@ def test_rotations_depend_on_the_distance_alone(tiny) -> None:
 
 
 def test_models_without_such_circuits_are_refused(tiny) -> None:
-    with pytest.raises(ModelError, match="normed behind projection"):
+    with pytest.raises(ModelError, match="normed after projection"):
         WeightCircuits(tiny("qwen3")).qk(0, 0, 1)
     for kind in ("gemma2", "bert", "t5", "deepseek_v2"):
         with pytest.raises(ModelError):

@@ -1,1 +1,4 @@
-"""Scores of edges and sites, by gradients, by information flow or at random; screening of sites by scores."""
+"""Scores of edges and sites, and screening of sites by scores.
+
+Scores are by gradients, by information flow or at random.
+"""

@@ -1,4 +1,7 @@
-"""Baseline scores that an attribution method has to beat: random numbers, and the size of senders' outputs."""
+"""Baseline scores of edges: random numbers, and the size of senders' outputs.
+
+An attribution method has to beat them.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ def random_scores(model: Model, seed: int = 0) -> EdgeScores:
 
 
 def magnitude_scores(model: Model, pairs: Pairs, seed: int = 0) -> EdgeScores:
-    """Score edges by how much the sender's output differs between the two prompts, without gradients.
+    """Score edges by how much the sender's output differs between the prompts.
 
-    The score is the mean over examples of the Euclidean norm over [positions × d_model] of clean − corrupt. It is the
-    same for all edges of a sender; ``seed`` draws the order among them.
+    No gradients are used. The score is the mean over examples of the Euclidean norm over [positions × d_model] of clean
+    − corrupt. It is the same for all edges of a sender; ``seed`` draws the order among them.
     """
     pairs = listed_prompts(pairs)
     prompts = encode_pairs(pairs, model.coder)
@@ -50,5 +53,8 @@ def magnitude_scores(model: Model, pairs: Pairs, seed: int = 0) -> EdgeScores:
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:
-    """Per sender, the sum over the batch of norms over position and d_model; float64 on the CPU."""
+    """Per sender, the sum over the batch of norms over position and d_model.
+
+    Float64, on the CPU.
+    """
     return x.flatten(2).double().norm(dim=2).sum(1).cpu()

@@ -1,7 +1,8 @@
-"""Scores of all edges: products of senders' outputs and gradients at receivers' inputs, summed over tokens.
+"""Scores of all edges: senders' outputs times gradients, summed over tokens.
 
-Both factors have d_model numbers per node and token. They never exist for all nodes and tokens at the same time: the
-product is computed for a chunk of tokens (`CHUNK_BYTES`), all senders, and the receivers of a few layers at a time.
+Gradients are those at the receivers' inputs. Both factors have d_model numbers per node and token. They never exist for
+all nodes and tokens at the same time: the product is computed for a chunk of tokens (`CHUNK_BYTES`), all senders, and
+the receivers of a few layers at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ LAYERS = 8  # whose receivers are contracted together: products are large enough
 
 
 class Contraction:
-    """``total`` [receivers, senders], float64: sender's output · gradient at the receiver, summed over all tokens.
+    """The scores of all edges, accumulated over layers.
 
+    ``total`` [receivers, senders], float64, is sender's output · gradient at the receiver, summed over all tokens.
     ``sent`` holds activations by sender hook: z [batch, position, heads, d_head], the others [batch, position,
     d_model].
     """
@@ -35,7 +37,10 @@ class Contraction:
         self.waiting: list[LayerGradients] = []
 
     def receive(self, received: LayerGradients) -> None:
-        """Accept one layer's gradients; contract all waiting gradients once they exceed `WAITING_BYTES`."""
+        """Accept one layer's gradients.
+
+        Contract all waiting gradients once they exceed `WAITING_BYTES`.
+        """
         self.waiting.append(received)
         if sum(r.bytes for r in self.waiting) > WAITING_BYTES:
             self.flush()
@@ -76,7 +81,10 @@ class Contraction:
     def _receiving(
         self, tokens: slice, group: Sequence[LayerGradients]
     ) -> tuple[slice, Float[Tensor, "receivers tokens d_model"]]:
-        """Rows of the receivers of some layers, and gradients at the residual streams that they read, before norms."""
+        """Rows of the receivers of some layers, and gradients at the streams they read.
+
+        The streams are those before the norms.
+        """
         parts: list[Tensor] = []
         for received in group:
             grads = {name: g.flatten(0, 1)[tokens] for name, g in received.grads.items()}

@@ -92,7 +92,7 @@ def attribute_edges(
 
 
 class _EdgeBatch:
-    """Pairs of one length: senders' outputs in both runs, and the runs in which gradients are taken."""
+    """Pairs of one length: senders' outputs, and the runs that take gradients."""
 
     def __init__(self, wiring: Wiring, prompts: Sequence[Encoded], metric: Metric, mode: Mode, method: EdgeMethod):
         self.wiring, self.model, self.graph, self.metric = wiring, wiring.model, wiring.graph, metric
@@ -117,7 +117,10 @@ class _EdgeBatch:
         return contraction.total * ((-1 if self.base == "clean" else 1) / len(runs))
 
     def _gradient_runs(self, method: EdgeMethod, steps: int) -> Iterator[tuple[str, Override | None]]:
-        """The runs in which gradients are taken: "clean" or "corrupt" prompts, and an activation to override."""
+        """The runs in which gradients are taken.
+
+        Each is "clean" or "corrupt" prompts, with an activation to override.
+        """
         if method == "eap":
             yield self.base, None
         elif method == "clean-corrupted":

@@ -1,6 +1,7 @@
-"""Information-flow routes: each sender's share in a node's input, without gradients or a second prompt.
+"""Information-flow routes: each sender's share in a node's input.
 
-Ferrando and Voita 2024 (arXiv 2403.00824). In a vector w that is a sum of parts, part p has
+They take neither gradients nor a second prompt. Ferrando and Voita 2024 (arXiv 2403.00824). In a vector w that is a sum
+of parts, part p has
 
     proximity(p) = max(‖w‖₁ − ‖w − p‖₁, ε),    importance(p) = proximity(p) / Σ proximity
 
@@ -46,9 +47,10 @@ PART_BYTES = 64 * 2**20  # of parts, d_model numbers each, that exist at one tim
 
 @torch.no_grad()
 def flow_scores(model: Model, pairs: Pairs) -> EdgeScores:
-    """Score every edge by its importance in the clean prompts, between 0 and 1: see the module docstring.
+    """Score every edge by its importance in the clean prompts, between 0 and 1.
 
-    Raises ModelError if the model's edges are not defined, and PromptError for bad prompts.
+    The module docstring defines importance. Raises ModelError if the model's edges are not defined, and PromptError for
+    bad prompts.
     """
     pair_list = listed_prompts(pairs)
     prompts = encode_pairs(pair_list, model.coder)
@@ -105,7 +107,10 @@ def _streams(
 def _parts(
     wiring: Wiring, acts: dict[str, Tensor], is_read: np.ndarray
 ) -> Iterator[tuple[slice, Float[Tensor, "senders batch position d_model"]]]:
-    """The outputs of the senders that are read, with their columns: all heads of a layer together."""
+    """The outputs of the senders that are read, with their columns.
+
+    All heads of a layer come together.
+    """
     graph = wiring.graph
     for sender, column in graph.sender_number.items():
         if not is_read[column] or (sender.component == "z" and sender.head):
@@ -137,13 +142,14 @@ def _proximity(
 
 @torch.no_grad()
 def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = -1) -> pd.DataFrame:
-    """Trace the published graph of one prompt: edges above ``threshold`` that lead to one position of the last layer.
+    """Trace the published graph of one prompt back from one position.
 
-    Table with one row per edge, from the last layer down: ``layer``, ``kind`` ("attention", "attention skip", "mlp",
-    "mlp skip"), ``source`` and ``target`` (positions), ``importance`` (for attention: summed over heads) and ``head``,
-    the head that contributes most (missing for other kinds). An attention edge starts at the stream before the layer's
-    attention at position ``source``. The threshold has no default because we know of no published one; the authors'
-    tool lets its users move it.
+    The result has the edges above ``threshold`` that lead to this position of the last layer. Table with one row per
+    edge, from the last layer down: ``layer``, ``kind`` ("attention", "attention skip", "mlp", "mlp skip"), ``source``
+    and ``target`` (positions), ``importance`` (for attention: summed over heads) and ``head``, the head that
+    contributes most (missing for other kinds). An attention edge starts at the stream before the layer's attention at
+    position ``source``. The threshold has no default because we know of no published one; the authors' tool lets its
+    users move it.
 
     Raises InterpError for a threshold outside [0, 1) or one that keeps no edge, ModelError if the model's edges are not
     defined, and InterpError if attention and MLP are parallel (in the published graph they follow one another).
@@ -177,7 +183,10 @@ def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = 
 def _through_mlp(
     acts: dict[str, Tensor], layer: int, reached: set[int], threshold: float, rows: list[dict[str, Any]]
 ) -> set[int]:
-    """Follow the routes at ``reached`` positions back through an MLP; append edges and return the positions left."""
+    """Follow the routes at ``reached`` positions back through an MLP.
+
+    Appends edges to ``rows``, and returns the positions that are left.
+    """
     out = acts[f"blocks.{layer}.hook_mlp_out"][0]
     before = (acts[f"blocks.{layer}.hook_resid_pre"] + acts[f"blocks.{layer}.hook_attn_out"])[0]
     proximity = _proximity(before + out, torch.stack([out, before]), EPSILON)
@@ -195,7 +204,10 @@ def _through_attention(
     wiring: Wiring, call: AttentionCall, acts: dict[str, Tensor], layer: int, reached: set[int], threshold: float,
     rows: list[dict[str, Any]],
 ) -> set[int]:  # fmt: skip
-    """Follow the routes at ``reached`` positions back through attention, as `_through_mlp`."""
+    """Follow the routes at ``reached`` positions back through attention.
+
+    Otherwise as `_through_mlp`.
+    """
     before = acts[f"blocks.{layer}.hook_resid_pre"][0]
     whole, left = before + acts[f"blocks.{layer}.hook_attn_out"][0], set()
     bias = wiring.output_bias(layer)
@@ -218,7 +230,10 @@ def _through_attention(
 def attention_parts(
     wiring: Wiring, call: AttentionCall, layer: int, whole: Float[Tensor, "position d_model"], i: int
 ) -> Float[Tensor, "heads keys"]:
-    """Proximity of what each head moves to token ``i`` from each token; keys in chunks of `PART_BYTES`."""
+    """Proximity of what each head moves to token ``i`` from each token.
+
+    Keys are processed in chunks of `PART_BYTES`.
+    """
     weights = _row(call, i)[0]  # [heads, keys]
     group, n = wiring.graph.n_heads // wiring.graph.n_kv_heads, weights.shape[1]
     values = call.v[0].repeat_interleave(group, 0)  # [heads, keys, d_head]
@@ -232,7 +247,10 @@ def attention_parts(
 
 
 def _row(call: AttentionCall, i: int) -> Float[Tensor, "batch heads keys"]:
-    """One query's attention, from the kernel's logsumexp, without forming the whole pattern."""
+    """One query's attention, computed by the kernel without the whole pattern.
+
+    It uses the kernel's logsumexp.
+    """
     pattern = pattern_rows(
         call.q, call.k, None, torch.tensor([i], device=call.q.device),
         causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,

@@ -1,8 +1,9 @@
-"""Gradients of a metric at every receiver's input, layer by layer from the last to the first.
+"""Gradients of a metric at every receiver's input.
 
-A forward pass stores the input of each block, and no graph. Then each block is computed again, alone and with a graph,
-and the gradient at its output is carried back to its input. All q, k, v and MLP inputs take one backward pass, at the
-price of a second forward. Besides residual streams, only one block's activations exist at a time.
+Layers are processed from the last to the first. A forward pass stores the input of each block, and no graph. Then each
+block is computed again, alone and with a graph, and the gradient at its output is carried back to its input. All q, k,
+v and MLP inputs take one backward pass, at the price of a second forward. Besides residual streams, only one block's
+activations exist at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Override = tuple[str, Any]  # a hook that sets an activation
 
 @dataclass
 class LayerGradients:
-    """Gradients at one layer's receivers, with the residual streams that its norms read.
+    """Gradients at one layer's receivers, with the streams that its norms read.
 
     ``grads``: "q", "k", "v" [batch, position, heads, d_head] and "mlp" [batch, position, d_model], after the norms.
     ``streams``: "attn" and "mlp" [batch, position, d_model]. The logits count as a separate layer after the last one,
@@ -52,17 +53,20 @@ def stream_gradients(
     override: Override | None,
     receive: Callable[[LayerGradients], None],
 ) -> None:
-    """Pass each layer's gradients of the metric, summed over prompts of one length, to ``receive``.
+    """Pass each layer's gradients of the metric to ``receive``.
 
-    The logits come first, then the layers from the last to the first. ``override`` is a hook that sets an activation in
-    both passes. Raises InterpError for a metric without a gradient.
+    Gradients are summed over prompts of one length. The logits come first, then the layers from the last to the first.
+    ``override`` is a hook that sets an activation in both passes. Raises InterpError for a metric without a gradient.
     """
     with without_weight_gradients(wiring.model), torch.enable_grad():
         _Backward(wiring, override)(ids, metric, read, receive)
 
 
 class _Backward:
-    """One forward and the block-by-block backward pass; attributes hold the state of the current block."""
+    """One forward and the block-by-block backward pass.
+
+    Attributes hold the state of the current block.
+    """
 
     def __init__(self, wiring: Wiring, override: Override | None):
         self.wiring, self.model, self.graph, self.override = wiring, wiring.model, wiring.graph, override
@@ -103,7 +107,7 @@ class _Backward:
     def _back(
         self, layer: int, leaving: Tensor, after: Tensor, receive: Callable[[LayerGradients], None]
     ) -> tuple[Tensor, Tensor]:
-        """Carry the gradient at a block's output back to its input; return it with that input."""
+        """Carry the gradient at a block's output back to its input; return both."""
         args, kwargs = self.calls.pop()
         out = self.model.bridge.blocks[layer](*args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
@@ -162,7 +166,7 @@ class _Backward:
             self.streams["mlp"] = x.detach()
 
     def _branch(self, name: str) -> Any:
-        """A hook that passes on a copy for its reader alone, so that the copy's gradient is that reader's."""
+        """A hook that passes on a copy, whose gradient is that of its reader alone."""
 
         def hook(x: Tensor, hook: Any) -> Tensor | None:
             if not self.recomputing:

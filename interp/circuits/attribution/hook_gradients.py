@@ -34,11 +34,12 @@ def hook_gradients(
     drops: Sequence[int] = (),
     secants: Secants | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield gradients of the metric, summed over a batch of prompts of one length, by hook name.
+    """Yield gradients of the metric by hook name.
 
-    The plain gradients come first. Then, for each layer in ``drops``, come the gradients without the part that flows
-    through the layer's attention and MLP outputs. ``override`` is a hook that sets an activation; ``secants`` replaces
-    slopes by secants during the backward pass. Raises InterpError for a metric without a gradient.
+    They are summed over a batch of prompts of one length. The plain gradients come first. Then, for each layer in
+    ``drops``, come the gradients without the part that flows through the layer's attention and MLP outputs.
+    ``override`` is a hook that sets an activation; ``secants`` replaces slopes by secants during the backward pass.
+    Raises InterpError for a metric without a gradient.
     """
     inputs: dict[str, Tensor] = {}
     dropped: list[int] = []
@@ -63,7 +64,10 @@ def hook_gradients(
 
 
 def _copy_into(copies: dict[str, Tensor], name: str) -> Any:
-    """A hook that replaces the activation by a copy, stored under ``name``, at which gradients are taken."""
+    """A hook that replaces the activation by a copy, for gradients at the copy.
+
+    The copy is stored in ``copies`` under ``name``.
+    """
 
     def hook(x: Tensor, hook: Any) -> Tensor:
         copies[name] = x.clone()
@@ -86,7 +90,10 @@ def _gradient_gate(layer: int, dropped: Sequence[int]) -> Any:
 
 
 def _output_hooks(model: Model, layer: int) -> list[str]:
-    """The hooks of a layer's attention and MLP outputs. Raises ModelError if it has neither."""
+    """The hooks of a layer's attention and MLP outputs.
+
+    Raises ModelError if it has neither.
+    """
     names = [f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_mlp_out"]
     names = [name for name in names if name in model.bridge.hook_dict]
     if not names:

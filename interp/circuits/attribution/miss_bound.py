@@ -1,8 +1,9 @@
-"""Bound on the sites with an effect that a screen missed, from a random sample of its unverified sites.
+"""Bound on the number of sites with an effect that a screen missed.
 
-A screen ranks N sites by an estimate and leaves M of them unverified. Draw m of those M uniformly, without replacement,
-and measure their exact effects. If D of the M have an |effect| above τ, the number of those in the sample is
-hypergeometric, however good or bad the estimates are. So, if the sample has x of them,
+It is computed from a random sample of the unverified sites. A screen ranks N sites by an estimate and leaves M of them
+unverified. Draw m of those M uniformly, without replacement, and measure their exact effects. If D of the M have an
+|effect| above τ, the number of those in the sample is hypergeometric, however good or bad the estimates are. So, if the
+sample has x of them,
 
     D ≤ max{d : P(Hypergeometric(M, d, m) ≤ x) > 1 − confidence}
 
@@ -61,10 +62,10 @@ class Missed:
 def missed(
     effects: Float[np.ndarray, " sampled"], population: int, threshold: float, confidence: float = 0.95
 ) -> Missed:
-    """Compute the bound from the exact effects of a uniform sample of ``population`` sites.
+    """Compute the bound from exact effects of a uniform sample of sites.
 
-    ``threshold`` is in the effects' unit and must be chosen without looking at the sample. Raises InterpError for
-    impossible numbers.
+    ``population`` is the number of sites that the sample was drawn from. ``threshold`` is in the effects' unit and must
+    be chosen without looking at the sample. Raises InterpError for impossible numbers.
     """
     size = np.abs(np.asarray(effects, dtype=float))
     if not 0 < confidence < 1 or not threshold >= 0:
@@ -85,9 +86,10 @@ def missed(
 
 
 def at_most(population: int, sampled: int, found: int, confidence: float = 0.95) -> int:
-    """Upper confidence bound on the number of marked sites in a population, given ``found`` in a sample.
+    """Upper confidence bound on the number of marked sites in a population.
 
-    That is max{d : P(Hypergeometric(population, d, sampled) ≤ found) > 1 − confidence}.
+    ``found`` sites of a sample are marked. That is max{d : P(Hypergeometric(population, d, sampled) ≤ found) > 1 −
+    confidence}.
     """
     low, high = found, population - (sampled - found)  # bisection, since the probability falls with d
     while low < high:

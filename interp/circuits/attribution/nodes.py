@@ -1,4 +1,4 @@
-"""Attribution of nodes: residual streams, layers' outputs, heads, queries, keys, values, and single neurons.
+"""Attribution of nodes: streams, layers' outputs, heads, q, k, v, and neurons.
 
 The effect of patching a site is estimated as (source − base) · gradient of the metric at the site:
 
@@ -79,7 +79,7 @@ def attribute_sites(
     method: NodeMethod = "atp",
     steps: int = 10,
 ) -> Effects:
-    """Estimate by gradients the effects that `interp.patch` would measure at every site.
+    """Estimate by gradients the effects that `interp.patch` would measure.
 
     The module docstring describes the methods. Sites (default: every head) and modes are those of `interp.patch`; a
     neuron is a site of ``mlp_post``. ``patched`` is the base run's metric plus the estimate. ``steps`` is the number of
@@ -106,14 +106,14 @@ def atp_star(
     qk_fix: Literal["carried", "nodes"] | bool = "carried",
     grad_drop: bool = True,
 ) -> pd.DataFrame:
-    """Rank sites by AtP* (Kramár et al. 2024, arXiv 2403.00745), with the QK fix and GradDrop.
+    """Rank sites by AtP*, with the QK fix and GradDrop.
 
-    Table with one row per site, best first. ``score`` is the mean over pairs of |estimate|; with GradDrop, of the mean
-    of |estimate| with nothing dropped and with each layer dropped except the site's own. ``estimate`` is the mean of
-    the signed estimate without GradDrop. Both are in the metric's unit. ``qk_fix="nodes"`` (or True) is the published
-    fix, of queries and keys alone; ``"carried"`` extends it to the nodes that they are computed from, as the module
-    docstring says. GradDrop takes one backward pass per layer. It helps where the estimates of a single pair cancel;
-    over many pairs it matters little.
+    Method: Kramár et al. 2024 (arXiv 2403.00745). Table with one row per site, best first. ``score`` is the mean over
+    pairs of |estimate|; with GradDrop, of the mean of |estimate| with nothing dropped and with each layer dropped
+    except the site's own. ``estimate`` is the mean of the signed estimate without GradDrop. Both are in the metric's
+    unit. ``qk_fix="nodes"`` (or True) is the published fix, of queries and keys alone; ``"carried"`` extends it to the
+    nodes that they are computed from, as the module docstring says. GradDrop takes one backward pass per layer. It
+    helps where the estimates of a single pair cancel; over many pairs it matters little.
 
     Raises the errors of `attribute_sites`, and InterpError for named spans or positions that are not in every prompt.
     """
@@ -134,7 +134,10 @@ def atp_star(
 
 
 def by_site(table: Any, n_prompts: int, columns: dict[str, tuple[str, str]]) -> Any:
-    """Aggregate a table of (prompt, site) rows by site. InterpError if sites differ between prompts."""
+    """Aggregate a table of (prompt, site) rows by site.
+
+    Raises InterpError if sites differ between prompts.
+    """
     if pd.Series([isinstance(p, str) for p in table["position"]]).any():
         raise InterpError(SPANS)
     numbers = {c: table[c].astype("Int64") for c in ("layer", "head", "position")}
@@ -147,9 +150,10 @@ def by_site(table: Any, n_prompts: int, columns: dict[str, tuple[str, str]]) -> 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One site on one prompt. ``clean``, ``corrupt``, ``base``: the metric of these runs.
+    """One site on one prompt.
 
-    ``changes``: the estimate, then (with GradDrop) the estimates with each layer's contribution dropped.
+    ``clean``, ``corrupt``, ``base``: the metric of these runs. ``changes``: the estimate, then (with GradDrop) the
+    estimates with each layer's contribution dropped.
     """
 
     example: int
@@ -208,7 +212,7 @@ class _SiteAttribution:
 
 
 class _SiteBatch:
-    """Prompts of one length: activations of both runs, and the estimates of all sites."""
+    """Prompts of one length: activations of both runs, and all sites' estimates."""
 
     def __init__(
         self, job: _SiteAttribution, prompts: Sequence[Encoded], fixed: Sequence[str], carried: bool, grad_drop: bool
@@ -247,9 +251,9 @@ class _SiteBatch:
             yield site, products.sum(1).numpy()
 
     def _products(self, method: NodeMethod) -> dict[tuple[str, str], Tensor]:
-        """By hook and reach: estimates [drops, batch, position, (heads or neurons)], float64 on the CPU.
+        """Estimates by hook and reach, float64 on the CPU.
 
-        Positions that are all patched at once are already summed.
+        Each is [drops, batch, position, (heads or neurons)]. Positions that are all patched at once are already summed.
         """
         reaches = list(dict.fromkeys((s.hook_name, _reach(s)) for s in self.job.sites))
         products: dict[tuple[str, str], list[Tensor]] = {r: [] for r in reaches}
@@ -270,7 +274,7 @@ class _SiteBatch:
         return product.sum(1, keepdim=True) if reach == "all" else product
 
     def _through_softmax(self, component: str, layer: int, reach: str, grads: Tensor) -> Tensor:
-        """Estimates for queries or keys [batch, position, heads], given the gradient at z."""
+        """Estimates for q or k [batch, position, heads], given the gradient at z."""
         assert self.rerun is not None
         if component == "q":
             return (self.rerun.queries(layer) * grads).sum(-1)
@@ -289,7 +293,10 @@ class _SiteBatch:
         return out
 
     def _gradients(self, method: NodeMethod) -> Iterator[dict[str, Tensor]]:
-        """Yield gradients by hook; then, with GradDrop, those with each layer's contribution dropped."""
+        """Yield gradients by hook.
+
+        With GradDrop, the gradients with each layer's contribution dropped follow.
+        """
         names = list(dict.fromkeys([*self.names, *self.z_names]))
         steps = self.job.steps
         shares = [(k - 0.5) / steps for k in range(1, steps + 1)]
@@ -328,7 +335,10 @@ def _mean(runs: Iterable[dict[str, Tensor]], n: int) -> dict[str, Tensor]:
 
 
 def _reach(site: Site) -> str:
-    """The positions that a site covers: ``"all"``, ``"each"`` (a single one), or the name of a span."""
+    """The positions that a site covers.
+
+    ``"all"``, ``"each"`` (a single one), or the name of a span.
+    """
     return "all" if site.position is None else site.position if isinstance(site.position, str) else "each"
 
 

@@ -1,8 +1,9 @@
-"""The QK fix: exact effects of queries and keys on their head's output z, through the softmax instead of its slope.
+"""The QK fix: exact effects of queries and keys on z, through the softmax.
 
-Kramár et al. 2024 (arXiv 2403.00745): saturated attention has no gradient in q and k. Plain attribution patching then
-calls a query or key unimportant although replacing it would move all of its head's attention. The fix recomputes the
-attention and is linear only after it: effect = Σ (A′ − A)[row] · ∂metric/∂A[row] = Σ (z′ − z) · ∂metric/∂z.
+They replace estimates by the softmax's slope. Kramár et al. 2024 (arXiv 2403.00745): saturated attention has no
+gradient in q and k. Plain attribution patching then calls a query or key unimportant although replacing it would move
+all of its head's attention. The fix recomputes the attention and is linear only after it: effect = Σ (A′ − A)[row] ·
+∂metric/∂A[row] = Σ (z′ − z) · ∂metric/∂z.
 
 * A query changes only its own row: z′ is one call of the kernel with the source run's queries; no pattern is formed.
 * All keys of a span together: the same, with the source run's keys in that span.
@@ -39,7 +40,10 @@ Change = Float[Tensor, "batch position heads dim"]
 
 
 class Rerun:
-    """Attention of a batch's base run with queries or keys of its source run. ``base``, ``source``: calls by layer."""
+    """Attention of a batch's base run with queries or keys of its source run.
+
+    ``base``, ``source``: calls by layer.
+    """
 
     def __init__(self, backend: str, base: dict[int, AttentionCall], source: dict[int, AttentionCall]):
         self.backend, self.base, self.source = backend, base, source
@@ -49,7 +53,10 @@ class Rerun:
         return self._change(self.base[layer], q=self.source[layer].q)
 
     def keys(self, layer: int, start: int, stop: int, row: int | None = None) -> Change:
-        """Change of z when the keys in [start, stop) are the source run's; ``row``: for one prompt of the batch."""
+        """Change of z when the keys in [start, stop) are the source run's.
+
+        ``row``: for one prompt of the batch.
+        """
         base, source_k = self.base[layer], self.source[layer].k
         if row is not None:
             base, source_k = _one_prompt(base, row), source_k[row : row + 1]
@@ -62,7 +69,10 @@ class Rerun:
         return (new - old).transpose(1, 2)
 
     def each_key(self, layer: int, grads: Change) -> Float[Tensor, "batch position kv_heads"]:
-        """Effect of replacing each key alone, given ∂metric/∂z, summed over the rows and query heads that read it."""
+        """Effect of replacing each key alone, given ∂metric/∂z.
+
+        It is summed over the rows and query heads that read the key.
+        """
         call, source_k = self.base[layer], self.source[layer].k
         n, kv_heads = call.k.shape[2], call.k.shape[1]
         total = torch.zeros(len(grads), kv_heads, n, device=grads.device, dtype=_wide(grads))
@@ -77,9 +87,10 @@ class Rerun:
 
 
 class Secants:
-    """Hooks that make the gradients of queries and keys, in a backward pass, agree with their exact effects.
+    """Hooks that make gradients of queries and keys agree with their exact effects.
 
-    ``change``: source − base of q and k, by hook name. See ``"atp-carried"`` in `interp.circuits.attribution.nodes`.
+    They act during a backward pass. ``change``: source − base of q and k, by hook name. See ``"atp-carried"`` in
+    `interp.circuits.attribution.nodes`.
     """
 
     def __init__(self, rerun: Rerun, change: dict[str, Change]):
@@ -138,7 +149,10 @@ class Secants:
 def _one_key(
     s: Float[Tensor, "*rows n"], new: Float[Tensor, "*rows n"], slope: Float[Tensor, "*rows n"], sink: Tensor | None
 ) -> Float[Tensor, "*rows n"]:
-    """For each key, the change of Σ softmax(s) · slope when its score becomes ``new``. Hidden keys have s = −inf."""
+    """For each key, the change of Σ softmax(s) · slope if its score becomes ``new``.
+
+    Hidden keys have s = −inf.
+    """
     lse = _lse(s, sink)
     p = (s - lse[..., None]).exp()
     mean = (p * slope).sum(-1, keepdim=True)
@@ -159,12 +173,18 @@ def _lse(s: Float[Tensor, "*rows n"], sink: Tensor | None) -> Float[Tensor, "*ro
 
 
 def _sinks(call: AttentionCall, like: Tensor) -> Tensor | None:
-    """Learned sink scores, which receive attention and add nothing to the output, [1, kv_heads, group, 1]."""
+    """Learned sink scores, [1, kv_heads, group, 1].
+
+    A sink receives attention and adds nothing to the output.
+    """
     return None if call.sinks is None else call.sinks.to(like).reshape(1, call.k.shape[1], -1, 1)
 
 
 def _scores(call: AttentionCall, k: Tensor, rows: range) -> Float[Tensor, "batch kv_heads group rows n"]:
-    """Scores of a range of queries, −inf where hidden, as `dense_attention` passes them to its softmax."""
+    """Scores of a range of queries, −inf where hidden.
+
+    They are what `dense_attention` passes to its softmax.
+    """
     kv_heads, n = k.shape[1], k.shape[2]
     q = call.q[:, :, rows.start : rows.stop].unflatten(1, (kv_heads, -1))
     s = torch.einsum("bkgmd,bknd->bkgmn", q.to(_wide(q)), k.to(_wide(k))) * call.scale
@@ -195,9 +215,10 @@ def _one_prompt(call: AttentionCall, row: int) -> AttentionCall:
 
 @torch.no_grad()
 def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str]) -> None:
-    """Raise ModelError unless a head's q and k, as hooks carry them, reach that head's attention alone.
+    """Raise ModelError unless a head's q and k reach that head's attention alone.
 
-    Takes one forward per component, which changes head 0 of the first layer: no other head's attention may change.
+    q and k are the activations that the hooks carry. Takes one forward per component, which changes head 0 of the first
+    layer: no other head's attention may change.
     """
     layer = model.attention_layers[0]
     with capture_calls(model) as calls:

@@ -1,4 +1,4 @@
-"""Screen sites by an estimate, patch the best exactly, and bound the effects of the others."""
+"""Screen sites by an estimate, patch the best, and bound the others' effects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def screen(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Attribute all sites, then patch the ``k`` best and a random sample exactly; return one table.
+    """Attribute all sites, then patch the ``k`` best and a random sample exactly.
 
     One row per site, in order of the screen: ``estimate`` (mean raw change of the metric), ``screened`` (the ranking:
     mean over pairs of |estimate|, or the AtP* score), ``exact`` with ``lo`` and ``hi`` (95% interval over examples; NaN

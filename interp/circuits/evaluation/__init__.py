@@ -1,1 +1,1 @@
-"""Run a model as a circuit: faithfulness, completeness, minimality, faithfulness curves."""
+"""Run a model as a circuit: faithfulness, completeness, minimality, curves."""

@@ -1,9 +1,10 @@
-"""Run a model as a circuit: every edge outside the circuit carries an ablated activation, exactly.
+"""Run a model as a circuit, with ablated activations on all other edges.
 
-A receiver reads the residual stream of the current run plus (ablated − current) of the output of each sender whose edge
-into it is cut. Every sender's current output is itself computed by the circuit. This takes one full forward per batch,
-through hooks. The changes (ablated − current) of the senders, d_model numbers each, are held in memory if they are
-small (`HELD_BYTES`). Otherwise, for long prompts, they are computed again for the receivers of each layer.
+The computation is exact. A receiver reads the residual stream of the current run plus (ablated − current) of the output
+of each sender whose edge into it is cut. Every sender's current output is itself computed by the circuit. This takes
+one full forward per batch, through hooks. The changes (ablated − current) of the senders, d_model numbers each, are
+held in memory if they are small (`HELD_BYTES`). Otherwise, for long prompts, they are computed again for the receivers
+of each layer.
 
 This is the slow, direct way, which works for any model with edges. `interp.circuits.evaluation.packed_forward` is the
 engine's way.
@@ -40,9 +41,9 @@ def run_circuit(
 
 
 class Forward:
-    """One forward of prompts of one length with cut edges: ``forward(ids)`` is its logits.
+    """A forward with cut edges: ``forward(ids)`` is the logits of the prompts.
 
-    A sender's change is ablated − current of its contribution to the residual stream.
+    The prompts have one length. A sender's change is ablated − current of its contribution to the residual stream.
     """
 
     def __init__(self, wiring: Wiring, mask: Bool[Tensor, "receivers senders"], ablated: dict[str, Tensor]):
@@ -101,7 +102,10 @@ class Forward:
         return hook
 
     def _sender(self, name: str, columns: slice, layer: int | None) -> Any:
-        """The hook at senders' outputs: stores them, and their changes. ``layer``: of heads; None for other senders."""
+        """The hook at senders' outputs: stores them, and their changes.
+
+        ``layer``: of heads; None for other senders.
+        """
 
         def hook(x: Tensor, hook: Any) -> None:
             self.current[name] = x
@@ -112,7 +116,10 @@ class Forward:
         return hook
 
     def _change(self, name: str, layer: int | None) -> Float[Tensor, "senders batch position d_model"]:
-        """The changes of the senders at one hook. ``layer``: of heads; None for other senders."""
+        """The changes of the senders at one hook.
+
+        ``layer``: of heads; None for other senders.
+        """
         change = self.ablated[name] - self.current[name]
         return change[None] if layer is None else self.wiring.contributions(layer, change)
 
@@ -156,9 +163,10 @@ class Forward:
     def _add_changes(
         self, x: Tensor, rows: slice, last_layer: int, total: Tensor
     ) -> Float[Tensor, "rows batch position d_model"]:
-        """x plus the changes along the cut edges into ``rows``, of senders in layers ≤ ``last_layer``.
+        """x plus the changes along the cut edges into ``rows``.
 
-        ``total``: the sum of all changes that ``rows`` can read. If few edges are uncut, theirs are subtracted from it.
+        Changes are those of senders in layers ≤ ``last_layer``. ``total``: the sum of all changes that ``rows`` can
+        read. If few edges are uncut, theirs are subtracted from it.
         """
         if self.changes is None:
             return self._add_recomputed(x, rows, last_layer)
@@ -174,7 +182,10 @@ class Forward:
         return (x + total.view(x.shape)) - uncut_sum.view(out.shape)
 
     def _add_recomputed(self, x: Tensor, rows: slice, last_layer: int) -> Float[Tensor, "rows batch position d_model"]:
-        """`_add_changes` with changes that are computed again, because they are too large to hold."""
+        """`_add_changes` with changes that are computed again.
+
+        It is used if the changes are too large to hold.
+        """
         out = x.expand(rows.stop - rows.start, *x.shape).clone()
         self._add_from(out, self.cut[rows, :1], "blocks.0.hook_resid_pre", None)
         for layer in range(last_layer + 1):
@@ -185,12 +196,12 @@ class Forward:
         return out
 
     def _add_from(self, out: Tensor, cut: Bool[Tensor, "rows senders"], name: str, layer: int | None) -> None:
-        """Add the changes of the senders at one hook to ``out``, along the edges in ``cut``."""
+        """Add the changes of senders at one hook to ``out``, along edges in ``cut``."""
         if cut.any():
             out += self._sum(cut, self._change(name, layer)).view(out.shape)
 
     def _sum(
         self, cut: Bool[Tensor, "rows senders"], change: Float[Tensor, "senders ..."]
     ) -> Float[Tensor, "rows numbers"]:
-        """For each row, the sum of the changes of the senders whose edge into it is in ``cut``."""
+        """For each row, the sum of the changes of senders with an edge in ``cut``."""
         return cut.to(change) @ change.flatten(1)

@@ -1,4 +1,7 @@
-"""Faithfulness over circuit size, with its integrals CPR and CMD (MIB: Mueller et al. 2025, arXiv 2504.13151)."""
+"""Faithfulness over circuit size, with its integrals CPR and CMD.
+
+Both are those of MIB (Mueller et al. 2025, arXiv 2504.13151).
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,13 @@ def curve(
     sizes: Sequence[float] = MIB_SIZES,
     seed: int = 0,
 ) -> Curve:
-    """Measure f of the circuits that scores select at several sizes, and its integrals CPR and CMD.
+    """Measure f of the circuits that scores select at several sizes.
 
-    ``sizes`` are shares of all edges. Each circuit consists of the int(size × edges) best edges, and is then pruned to
-    the paths from the input to the logits. A circuit with no edge left has f = 0, that of ∅. ``ranking``:
-    ``"absolute"``, by |score|, as MIB does for CMD, or ``"signed"``, most helpful first, as MIB does for CPR; `mib`
-    returns both as published. Raises ModelError for scores of another model and InterpError for bad input, before any
-    run.
+    The result has the integrals CPR and CMD. ``sizes`` are shares of all edges. Each circuit consists of the int(size ×
+    edges) best edges, and is then pruned to the paths from the input to the logits. A circuit with no edge left has f =
+    0, that of ∅. ``ranking``: ``"absolute"``, by |score|, as MIB does for CMD, or ``"signed"``, most helpful first, as
+    MIB does for CPR; `mib` returns both as published. Raises ModelError for scores of another model and InterpError for
+    bad input, before any run.
     """
     shares = np.asarray(sizes, dtype=float)
     if len(shares) < 2 or (np.diff(shares) <= 0).any() or shares[0] < 0 or shares[-1] > 1:
@@ -113,18 +116,19 @@ class Curve:
 
     @property
     def cpr(self) -> tuple[float, float, float]:
-        """Integrated circuit performance ratio: ∫ f dk by the trapezoid rule over the sizes, on a linear scale.
+        """Integrated circuit performance ratio, ∫ f dk.
 
-        The integral runs from the smallest size to the largest, as in MIB, so a constant f = 1 gives 0.999 with
-        `MIB_SIZES`. Published figures use ``ranking="signed"``.
+        It is computed by the trapezoid rule over the sizes, on a linear scale. The integral runs from the smallest size
+        to the largest, as in MIB, so a constant f = 1 gives 0.999 with `MIB_SIZES`. Published figures use
+        ``ranking="signed"``.
         """
         return with_interval(lambda i: integrate(self.sizes, self.faithfulness(i)), len(self.whole))
 
     @property
     def cmd(self) -> tuple[float, float, float]:
-        """Integrated circuit–model distance: ∫ |1 − f| dk, integrated as in `cpr`; 0 is best.
+        """Integrated circuit–model distance, ∫ |1 − f| dk; 0 is best.
 
-        Published figures use ``ranking="absolute"``.
+        It is integrated as in `cpr`. Published figures use ``ranking="absolute"``.
         """
         return with_interval(lambda i: integrate(self.sizes, np.abs(1 - self.faithfulness(i))), len(self.whole))
 

@@ -1,7 +1,8 @@
-"""Evaluate the metric of many circuits on the same prompts under one ablation recipe.
+"""Evaluate the metric of many circuits on one set of prompts.
 
-The engine runs circuits (`interp.circuits.evaluation.packed_forward`) if it supports the model's blocks. Otherwise each
-circuit takes one full forward (`interp.circuits.evaluation.ablated_forward`), which is the reference.
+All circuits share one ablation recipe. The engine runs circuits (`interp.circuits.evaluation.packed_forward`) if it
+supports the model's blocks. Otherwise each circuit takes one full forward
+(`interp.circuits.evaluation.ablated_forward`), which is the reference.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ log = logging.getLogger("interp")
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """Examples that run together: their indices, the metric's readout, and senders' ablated outputs.
+    """Examples that run together: indices, readout, senders' ablated outputs.
 
     ``ablated``: by hook, [batch, position, …], or the same for all examples.
     """
@@ -65,7 +66,7 @@ class ExampleBatch:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Examples that the engine runs together: their indices, the metric's readout, and their clean runs."""
+    """Examples that the engine runs together: indices, readout, clean runs."""
 
     examples: list[int]
     read: Readout
@@ -74,18 +75,21 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Start:
-    """The runs of a circuit that other circuits continue: its edges, and the recorded run of each packed batch."""
+    """The recorded runs of a circuit, which other circuits continue.
+
+    ``mask``: its edges; ``recorded``: the run of each packed batch.
+    """
 
     mask: Bool[np.ndarray, "receivers senders"]
     recorded: list[RecordedRun]
 
 
 class Evaluator:
-    """``evaluate(mask)`` is the metric [examples], float64, of the clean prompts run with the edges in the mask.
+    """``evaluate(mask)`` is the metric of the circuit with the edges in the mask.
 
-    ``whole`` is the metric of the model itself, and ``rounding`` is how far rounding of the logits can move it.
-    ``engine="naive"`` runs one full forward for each circuit, as the reference. Raises InterpError, PromptError or
-    ModelError for bad input.
+    It has one value per example, float64, for the clean prompts. ``whole`` is the metric of the model itself, and
+    ``rounding`` is how far rounding of the logits can move it. ``engine="naive"`` runs one full forward for each
+    circuit, as the reference. Raises InterpError, PromptError or ModelError for bad input.
     """
 
     def __init__(
@@ -126,10 +130,10 @@ class Evaluator:
     def many(
         self, masks: Bool[np.ndarray, "circuits receivers senders"], since: Start | None = None
     ) -> Float[np.ndarray, "circuits examples"]:
-        """The metric of several circuits, as many of them in one forward as `TOKENS` allows.
+        """The metric of several circuits.
 
-        With ``since``, each circuit continues that circuit's runs from the first layer with a receiver whose edges
-        differ.
+        As many of them run in one forward as `TOKENS` allows. With ``since``, each circuit continues that circuit's
+        runs from the first layer with a receiver whose edges differ.
         """
         values, torch_masks = np.zeros((len(masks), len(self.prompts))), torch.from_numpy(masks)
         if self.packed is None:
@@ -161,7 +165,7 @@ class Evaluator:
         return Start(mask.copy(), [record_circuit(self.wiring, b.prompts, torch_mask) for b in self.packed])
 
     def has_gap(self, empty: Float[np.ndarray, " examples"]) -> bool:
-        """Return whether the mean of ``whole`` differs from that of ``empty`` by more than rounding.
+        """Whether the means of ``whole`` and ``empty`` differ by more than rounding.
 
         ``empty``: the metric with every edge ablated.
         """
@@ -169,14 +173,17 @@ class Evaluator:
 
     @property
     def at_once(self) -> int:
-        """Number of circuits in one forward, if they continue other runs from late layers."""
+        """Number of circuits in one forward, if they continue runs from late layers."""
         longest = max(sum(batch.prompts.lengths) for batch in self.packed) if self.packed else TOKENS
         return max(1, TOKENS // longest)
 
     # ------------------------------------------------------------ preparing both ways to run
 
     def _run_whole_model(self, using: Ablation, seed: int) -> list[ExampleBatch]:
-        """Set the metric of the whole model; return batches of one length with their ablated outputs."""
+        """Set the metric of the whole model, and return batches of one length.
+
+        The batches have their ablated outputs.
+        """
         names = sender_hooks(self.wiring)
         sources = _resampled(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
         constants = _constants(self.model, self.prompts, names, using)
@@ -191,7 +198,10 @@ class Evaluator:
         return batches
 
     def _pack(self, starts: list[int], engine: EngineKind) -> list[PackedBatch] | None:
-        """Prepare the examples for the engine, as many together as fit; None if it does not support them."""
+        """Prepare the examples for the engine, as many together as fit.
+
+        None if the engine does not support them.
+        """
         rows = [len(p) - start for p, start in zip(self.prompts, starts, strict=True)]
         fit = rows_that_fit(self.wiring, 0, max(TOKENS, *rows))
         if engine == "naive" or max(rows) > fit or Verified.of(self.model).packed_circuits is False:
@@ -217,7 +227,10 @@ class Evaluator:
         return {n: torch.cat([home[i][0].ablated[n][home[i][1], starts[i] :] for i in examples]) for n in names}
 
     def _agrees(self, packed: PackedBatch) -> bool:
-        """Whether a random circuit has the same logits both ways on the first example; checked once for each model."""
+        """Whether a random circuit has the same logits both ways on the first example.
+
+        This is checked once for each model.
+        """
         if Verified.of(self.model).packed_circuits:
             return True
         example = packed.examples[0]
@@ -238,7 +251,10 @@ class Evaluator:
         return run_circuit(self.wiring, [self.prompts[i].clean for i in batch.examples], mask, batch.ablated)
 
     def _first_layers(self, differs: Bool[np.ndarray, "circuits receivers senders"]) -> np.ndarray:
-        """The first layer of each circuit with a receiver whose edges differ; n_layers if only the logits', or none."""
+        """The first layer of each circuit with a receiver whose edges differ.
+
+        It is n_layers if only the edges into the logits differ, or none.
+        """
         last = self.graph.n_layers
         of_row = np.array([last if r == self.graph.output else r.layer for r in self.graph.receivers])
         return np.where(differs.any(2), of_row, last).min(1)
@@ -254,7 +270,7 @@ class Evaluator:
 
 
 def _fill(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cut the indices of ``sizes``, in order, into batches whose sizes sum up to ``most`` or less."""
+    """Cut indices, in order, into batches whose sizes sum up to at most ``most``."""
     batch: list[int] = []
     for i, size in enumerate(sizes):
         if batch and sum(sizes[j] for j in batch) + size > most:
@@ -265,7 +281,10 @@ def _fill(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def _constants(model: Model, prompts: Sequence[Encoded], names: Sequence[str], using: Ablation) -> dict[str, Tensor]:
-    """Ablated outputs of zero or mean ablation by hook name, the same for every example; empty for other ablations."""
+    """Ablated outputs by hook name that are the same for every example.
+
+    They are those of zero or mean ablation; empty for other ablations.
+    """
     if using == "zero":
         return {name: torch.zeros((), device=model.device, dtype=model.dtype) for name in names}
     if using != "mean":
@@ -281,7 +300,10 @@ def _constants(model: Model, prompts: Sequence[Encoded], names: Sequence[str], u
 
 
 def _resampled(prompts: Sequence[Encoded], seed: int) -> list[tuple[int, ...]]:
-    """For each example, the clean prompt of another example of the same length; each prompt is used once."""
+    """For each example, the clean prompt of another example of the same length.
+
+    Each prompt is used once.
+    """
     generator = np.random.default_rng(seed)
     resampled: list[tuple[int, ...]] = [p.clean for p in prompts]
     lengths: dict[int, list[int]] = {}

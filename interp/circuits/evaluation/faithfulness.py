@@ -1,7 +1,8 @@
-"""Faithfulness, completeness and minimality: how much of a behaviour a circuit carries alone.
+"""Faithfulness, completeness and minimality of circuits.
 
-All edges outside the circuit carry an ablated activation (`interp.circuits.evaluation.ablated_forward`). With m the
-metric's mean over examples, M the whole model and ∅ the model with every edge ablated *by the same recipe*,
+They measure how much of a behaviour a circuit carries alone. All edges outside the circuit carry an ablated activation
+(`interp.circuits.evaluation.ablated_forward`). With m the metric's mean over examples, M the whole model and ∅ the
+model with every edge ablated *by the same recipe*,
 
     f(C) = (m(C) − m(∅)) / (m(M) − m(∅)),
 
@@ -43,7 +44,9 @@ def faithfulness(
     chance: Chance = "paths",
     seed: int = 0,
 ) -> Faithfulness:
-    """Measure f(C) with a 95% bootstrap interval over examples, and f of ``n_random`` random circuits of equal size.
+    """Measure f(C) with a 95% bootstrap interval over examples.
+
+    The result also has f of ``n_random`` random circuits of equal size.
 
         known = interp.zoo.induction()
         result = faithfulness(known.model, known.pairs(16), known.circuit, n_random=10)
@@ -78,11 +81,11 @@ def minimality(
     *,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Measure what each node adds to a circuit: f(C) − f(C without the node), with a 95% interval (paired bootstrap).
+    """Measure what each node adds to a circuit: f(C) − f(C without the node).
 
-    This is the minimality criterion of Wang et al. 2022 with K = ∅. A node whose work another node of the circuit can
-    do scores 0 here; a larger K would show its effect. One row per node, largest change first. Removing the last edges
-    of a circuit leaves f = 0.
+    Each change has a 95% interval (paired bootstrap). This is the minimality criterion of Wang et al. 2022 with K = ∅.
+    A node whose work another node of the circuit can do scores 0 here; a larger K would show its effect. One row per
+    node, largest change first. Removing the last edges of a circuit leaves f = 0.
     """
     scale = Scale(model, pairs, circuit, metric, using, seed)
     with_all = scale.evaluate(scale.mask())
@@ -106,11 +109,11 @@ def completeness(
     n_random: int = 10,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare circuit and model under knock-outs: f(C∖K), f(M∖K) and their gap, for sets K of the circuit's nodes.
+    """Compare circuit and model under knock-outs of sets K of the circuit's nodes.
 
-    Wang et al. 2022: a complete circuit has a small |f(C∖K) − f(M∖K)| for every K ⊆ C. The sets K are: none, each node
-    alone, ``n_random`` random halves, and all nodes (f(M∖C): the model without the circuit). The edges from and into K
-    are ablated in both. One row per K.
+    The result has f(C∖K), f(M∖K) and their gap. Wang et al. 2022: a complete circuit has a small |f(C∖K) − f(M∖K)| for
+    every K ⊆ C. The sets K are: none, each node alone, ``n_random`` random halves, and all nodes (f(M∖C): the model
+    without the circuit). The edges from and into K are ablated in both. One row per K.
     """
     check_whole(0, n_random=n_random)
     scale, nodes = Scale(model, pairs, circuit, metric, using, seed), circuit.nodes()
@@ -139,9 +142,10 @@ def _knock_out_sets(nodes: Sequence[Site], n_random: int, seed: int) -> Iterator
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """f(C) with its 95% interval, the metric by example, f of random circuits of the same size, and the recipe.
+    """f(C) with its 95% interval, f of random circuits, and the recipe.
 
-    ``circuit``, ``whole`` and ``empty`` are the metric of the circuit, the whole model and the empty circuit.
+    Random circuits have the same size as the circuit. ``circuit``, ``whole`` and ``empty`` are the metric of the
+    circuit, the whole model and the empty circuit.
     """
 
     value: float
@@ -155,7 +159,10 @@ class Faithfulness:
 
     @property
     def p(self) -> float:
-        """Share of random circuits that are at least as faithful, (1 + hits) / (1 + n); NaN without random circuits."""
+        """Share of random circuits that are at least as faithful.
+
+        (1 + hits) / (1 + n); NaN without random circuits.
+        """
         n = len(self.random)
         return (1 + int((self.random >= self.value).sum())) / (1 + n) if n else float("nan")
 
@@ -163,7 +170,7 @@ class Faithfulness:
 def random_circuit(
     graph: Architecture, n: int, generator: np.random.Generator
 ) -> Bool[np.ndarray, "receivers senders"]:
-    """A mask of ``n`` edges that consists of random paths from the input to the logits.
+    """A mask of ``n`` edges on random paths from the input to the logits.
 
     A path is drawn from the logits backwards: a sender that the receiver reads, one of that node's receivers (a head's
     q, k or v), and so on until the input. A path that would exceed n edges is discarded. The missing edges are then

@@ -1,7 +1,7 @@
-"""Run several circuits on several prompts at once with the engine, computing only rows and layers that can differ.
+"""Run several circuits on several prompts at once, with the engine.
 
-The computation is that of `interp.circuits.evaluation.ablated_forward`, with three savings, each of them exact for
-causal decoders:
+Only the rows and layers that can differ are computed. The computation is that of
+`interp.circuits.evaluation.ablated_forward`, with three savings, each of them exact for causal decoders:
 
 * Before the first token in which the prompts differ, clean and ablated activations are the same, and so are those of
   any circuit. For these positions the keys and values of the clean run are read, and no rows are computed.
@@ -36,9 +36,9 @@ from interp.model.hooks import hooks
 
 @dataclass(frozen=True)
 class Prompts:
-    """Clean runs of some prompts, and senders' ablated outputs in their rows from ``starts`` on.
+    """Clean runs of prompts, and senders' ablated outputs in their rows.
 
-    ``ablated``: by hook, [rows of all prompts, …], or the same for all rows.
+    The rows are those from ``starts`` on. ``ablated``: by hook, [rows of all prompts, …], or the same for all rows.
     """
 
     runs: Sequence[Run]
@@ -54,22 +54,29 @@ class Prompts:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A circuit's run: ``streams``, the inputs of all blocks and the output of the last; every sender's change."""
+    """The run of one circuit, which others can continue.
+
+    ``streams``: the inputs of all blocks and the output of the last; ``changes``: those of every sender.
+    """
 
     streams: list[Float[Tensor, "rows d_model"]]
     changes: Float[Tensor, "senders rows*d_model"]
 
 
 def slim(run: Run, start: int) -> Run:
-    """The parts of a clean run that circuits read: block 0's input from a row on, and keys and values before it."""
+    """The parts of a clean run that circuits read.
+
+    These are block 0's input from a row on, and keys and values before that row.
+    """
     keys, values = ([x[:, :start].clone() for x in by_layer] for by_layer in (run.keys, run.values))
     return replace(run, resid=run.resid[:1, start:].clone(), keys=keys, values=values, acts={})
 
 
 def rows_that_fit(wiring: Wiring, first: int, most: int, times: int = 1) -> int:
-    """Number of rows of circuits × prompts that can run together from layer ``first`` on.
+    """Number of rows of circuits × prompts that can run together.
 
-    At most ``most``, and as many as keep the senders' changes within ``times`` × `HELD_BYTES`.
+    ``first``: the layer from which on they run. At most ``most``, and as many as keep the senders' changes within
+    ``times`` × `HELD_BYTES`.
     """
     width = len(wiring.graph.senders) - senders_before(wiring, first)
     size = width * wiring.model.bridge.cfg.d_model * torch.finfo(wiring.model.dtype).bits // 8
@@ -77,7 +84,10 @@ def rows_that_fit(wiring: Wiring, first: int, most: int, times: int = 1) -> int:
 
 
 def senders_before(wiring: Wiring, layer: int) -> int:
-    """Number of senders that are computed before a layer; layer n_layers stands for the logits."""
+    """Number of senders that are computed before a layer.
+
+    Layer n_layers stands for the logits.
+    """
     graph = wiring.graph
     return len(graph.senders) if layer == graph.n_layers else graph.columns(layer, "z").start if layer else 0
 
@@ -108,9 +118,10 @@ def run_circuits(
 
 
 class _PackedForward(Forward):
-    """A `Forward` of several circuits and prompts. ``cut`` and ``uncut`` have circuits on their last axis.
+    """A `Forward` of several circuits and prompts.
 
-    ``n_recorded``: how many senders come before layer ``first``; their changes are read from ``since``.
+    ``cut`` and ``uncut`` have circuits on their last axis. ``n_recorded``: how many senders come before layer
+    ``first``; their changes are read from ``since``.
     """
 
     def __init__(
@@ -207,7 +218,10 @@ class _PackedForward(Forward):
         return x + by_row[:, None]
 
     def _sum_own(self, rows: slice, columns: slice, changes: Tensor, total: Tensor) -> Float[Tensor, "rows numbers"]:
-        """For each receiver, the sum of the changes of its cut senders in this run; ``total``: of all senders."""
+        """For each receiver, the sum of the changes of its cut senders in this run.
+
+        ``total``: the sum for all senders.
+        """
         if columns.stop <= columns.start:
             return total.expand(rows.stop - rows.start, -1)
         uncut, cut = self.uncut[rows, columns], self.cut[rows, columns]

@@ -1,4 +1,7 @@
-"""The faithfulness scale of circuits, 0 with every edge ablated and 1 for the whole model, with its intervals."""
+"""The faithfulness scale of circuits, with bootstrap intervals.
+
+It is 0 with every edge ablated and 1 for the whole model.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,12 @@ Index = np.ndarray  # examples of a bootstrap sample
 
 
 class Scale:
-    """Circuits of one model with the same prompts, metric and ablation recipe: m by example, f and its intervals.
+    """The faithfulness scale for one model, set of prompts, metric and ablation.
 
-    ``whole`` and ``empty`` [examples] are the metric of the model and with every edge ablated, the two ends of the
-    scale. Raises InterpError if their means are equal, or for a circuit without any path from the input to the logits,
-    and ModelError for a circuit of another model.
+    It measures m by example, f, and f's intervals, for any circuit of the model. ``whole`` and ``empty`` [examples] are
+    the metric of the model and with every edge ablated, the two ends of the scale. Raises InterpError if their means
+    are equal, or for a circuit without any path from the input to the logits, and ModelError for a circuit of another
+    model.
     """
 
     def __init__(
@@ -58,7 +62,10 @@ class Scale:
     def interval(
         self, values: Float[np.ndarray, " examples"], minus: Float[np.ndarray, " examples"] | None = None
     ) -> tuple[float, float, float]:
-        """f of ``values``, or its difference to f of ``minus`` (paired: the same examples are drawn), with interval."""
+        """f of ``values``, or its difference to f of ``minus``, with an interval.
+
+        The difference is paired: the same examples are drawn for both.
+        """
         return with_interval(lambda i: self.f(values, i) - (0 if minus is None else self.f(minus, i)), len(self.whole))
 
     def mask(self) -> Bool[np.ndarray, "receivers senders"]:
@@ -72,7 +79,10 @@ def position_on_scale(value: Any, whole: Any, empty: Any) -> Any:
 
 
 def with_interval(statistic: Callable[[Any], float], n: int) -> tuple[float, float, float]:
-    """A statistic of examples with its 95% percentile bootstrap interval, which is NaN for a single example."""
+    """A statistic of examples with its 95% percentile bootstrap interval.
+
+    The interval is NaN for a single example.
+    """
     value = float(statistic(slice(None)))
     if n < 2:
         return value, float("nan"), float("nan")

@@ -1,1 +1,4 @@
-"""Interchange interventions on learned subspaces (DAS) and through learned bijections."""
+"""Interchange interventions on learned subspaces and through bijections.
+
+Subspaces are learned by DAS.
+"""

@@ -1,4 +1,4 @@
-"""Invertible non-linear maps of activations (RevNet), and the exchange of their first coordinates."""
+"""RevNet, an invertible non-linear map, and the exchange of its coordinates."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class Coupling(nn.Module):
-    """An exactly invertible RevNet block: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), F and G with one hidden ReLU layer.
+    """An exactly invertible RevNet block: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁).
 
-    x₁ is the first half of the coordinates (for an odd number, the smaller half).
+    F and G have one hidden ReLU layer. x₁ is the first half of the coordinates (for an odd number, the smaller half).
     """
 
     def __init__(self, width: int, hidden: int):
@@ -32,9 +32,10 @@ class Coupling(nn.Module):
 
 
 class RevNet(nn.Module):
-    """A sequence of couplings φ, as in the released code of "The Non-Linear Representation Dilemma".
+    """A sequence of couplings φ.
 
-    Activations are first divided by ``scale``, a fixed number that brings them to unit size.
+    It follows the released code of "The Non-Linear Representation Dilemma". Activations are first divided by ``scale``,
+    a fixed number that brings them to unit size.
     """
 
     def __init__(self, width: int, blocks: int, hidden: int, scale: float):
@@ -59,7 +60,10 @@ class RevNet(nn.Module):
 
 
 class Exchange(nn.Module):
-    """φ⁻¹ of a vector with φ(source) in the first ``rank`` coordinates and φ(base) in the others."""
+    """φ⁻¹ of φ(source) in the first coordinates and φ(base) in the others.
+
+    ``rank``: the number of first coordinates.
+    """
 
     def __init__(self, bijection: RevNet, rank: int):
         super().__init__()

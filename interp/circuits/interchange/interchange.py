@@ -1,10 +1,10 @@
-"""Interchange interventions: test whether a site holds a variable of a causal model, with the needed controls.
+"""Interchange interventions: test whether a site holds a causal variable.
 
-At one site, some coordinates of a learned map φ in the base run are replaced by those of the source run: h =
-φ⁻¹(φ(source) in the variable's coordinates, φ(base) in the others). If the model then answers as the causal model does
-with the variable from the source, the variable can be read and written at this site. Interchange intervention accuracy
-(IIA) is the share of pairs in which the model answers so. φ is a rotation (DAS: Geiger et al. 2024; TransformerLens'
-`fit_das`), or a RevNet.
+The test includes the controls that it needs. At one site, some coordinates of a learned map φ in the base run are
+replaced by those of the source run: h = φ⁻¹(φ(source) in the variable's coordinates, φ(base) in the others). If the
+model then answers as the causal model does with the variable from the source, the variable can be read and written at
+this site. Interchange intervention accuracy (IIA) is the share of pairs in which the model answers so. φ is a rotation
+(DAS: Geiger et al. 2024; TransformerLens' `fit_das`), or a RevNet.
 
 One number is not enough (Sutter et al. 2025, The Non-Linear Representation Dilemma, arXiv 2507.08802): with
 sufficiently flexible maps, almost any network maps onto almost any algorithm. RevNets reach 100% IIA on IOI in models
@@ -78,7 +78,10 @@ class Interchange:
         return float(row["iia"].iloc[0])
 
     def verdict(self) -> str:
-        """The conclusion from the held-out numbers, by whether intervals of model and random weights overlap."""
+        """The conclusion that the held-out numbers support.
+
+        It depends on whether the intervals of model and random weights overlap.
+        """
         test: Any = self.table[self.table["split"] == "test"].set_index(["weights", "map"])
         is_above = {m: test.loc[("model", m), "lo"] > test.loc[("random", m), "hi"] for m in get_args(Map)}
         linear = (
@@ -110,16 +113,16 @@ def interchange_accuracy(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> Interchange:
-    """Measure IIA of a linear and a non-linear map, on the model and on random weights, with held-out pairs.
+    """Measure interchange accuracy (IIA) of a linear and a non-linear map.
 
-    Every pair is used in both directions, and needs a foil: with base = corrupt prompt and source = clean prompt, the
-    expected prediction is the answer; with base = clean and source = corrupt, it is the foil. ``site``: resid_pre,
-    resid_post, attn_out or mlp_out of a layer, at a position (negative positions count from the end), like
-    "resid_post.L3@-1". ``rank``: number of coordinates of the variable, the same for both maps (the paper uses half of
-    them). ``steps`` of Adam, with ``batch_size`` base–source pairs each. ``lr`` is TransformerLens' step for the linear
-    map, and ``nonlinear_lr`` the paper's for the RevNet (of ``blocks`` couplings with ``hidden`` units). The model's
-    prediction is the largest logit among all answers and foils. Raises InterpError, PromptError, SiteError or
-    ModelError for bad input.
+    Both are fitted on the model and on random weights, and tested on held-out pairs. Every pair is used in both
+    directions, and needs a foil: with base = corrupt prompt and source = clean prompt, the expected prediction is the
+    answer; with base = clean and source = corrupt, it is the foil. ``site``: resid_pre, resid_post, attn_out or mlp_out
+    of a layer, at a position (negative positions count from the end), like "resid_post.L3@-1". ``rank``: number of
+    coordinates of the variable, the same for both maps (the paper uses half of them). ``steps`` of Adam, with
+    ``batch_size`` base–source pairs each. ``lr`` is TransformerLens' step for the linear map, and ``nonlinear_lr`` the
+    paper's for the RevNet (of ``blocks`` couplings with ``hidden`` units). The model's prediction is the largest logit
+    among all answers and foils. Raises InterpError, PromptError, SiteError or ModelError for bad input.
     """
     site = Site.parse(site) if isinstance(site, str) else site
     counts = {"steps": steps, "batch_size": batch_size, "blocks": blocks, "hidden": hidden}
@@ -178,7 +181,10 @@ class _MapFits:
         return self.model.last_logits(inputs)[:, self.data["train"].classes].float()
 
     def linear(self, steps: int, lr: float, advance: Advance) -> tl.SubspaceInterchange:
-        """Fit DAS by TransformerLens, with the number of epochs that comes closest to ``steps``."""
+        """Fit DAS by TransformerLens.
+
+        The number of epochs is the one that comes closest to ``steps``.
+        """
         cases = self.data["train"]
         epochs = max(1, round(steps * min(self.batch_size, len(cases.base)) / len(cases.base)))
         fit = tl.fit_das(
@@ -242,9 +248,10 @@ class _MapFits:
 
 @contextmanager
 def random_weights(model: Model, seed: int = 0) -> Iterator[None]:
-    """Inside the block, every matrix of the model is drawn from a normal with its own mean and standard deviation.
+    """Inside the block, the model has random weights.
 
-    Vectors stay as they are. Afterwards the weights are restored from a copy, which is held in memory meanwhile.
+    Every matrix is drawn from a normal distribution with its own mean and standard deviation. Vectors stay as they are.
+    Afterwards the weights are restored from a copy, which is held in memory meanwhile.
     """
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for p in model.bridge.original_model.parameters() if p.ndim >= 2]

@@ -1,1 +1,1 @@
-"""Learn circuits by gradient descent: causal head gating, DiffMask+, edge pruning."""
+"""Learn circuits by gradient descent: head gates, DiffMask+, edge pruning."""

@@ -1,4 +1,4 @@
-"""Causal Head Gating: one gate per attention head, learned from the next-token loss alone.
+"""Causal Head Gating: one gate per head, learned from the next-token loss.
 
 Nam et al. 2025 (arXiv 2505.13737). Each query head's output z is multiplied by a gate σ(m) before W_O. The model's
 weights stay as they are. Three sets of gates are fitted, one after the other:
@@ -71,7 +71,7 @@ def causal_head_gating(
     permute_targets: bool = False,
     show_progress: bool | None = None,
 ) -> HeadGates:
-    """Learn gates of all attention heads by three fits, and classify each head by them.
+    """Learn gates of all heads by three fits, and classify each head by them.
 
         known = interp.zoo.one_head()
         gates = causal_head_gating(known.model, known.pairs(12), steps=40, n_seeds=2, batch_size=4)
@@ -126,7 +126,7 @@ def contrastive_head_gating(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> HeadGates:
-    """Learn gates under which a model retains one variant of a task and forgets its twin (contrastive gating).
+    """Learn gates that retain one variant of a task and forget its twin.
 
     ``retain[i]`` and ``forget[i]`` are variants of one item. There is one set of gates ``contrast`` per seed, pushed
     towards 1. A head whose gate falls serves the forgotten variant and not the retained one. The loss is that of the
@@ -158,7 +158,7 @@ def contrastive_head_gating(
 
 
 class _GateFit:
-    """A fit by Adam of the logits of several sets of gates, which do not influence each other."""
+    """A fit by Adam of the logits of several independent sets of gates."""
 
     def __init__(self, gated: GatedModel, logits: Tensor, lr: float, lr_end: float, steps: int, penalty: float):
         self.gated, self.penalty = gated, penalty
@@ -194,7 +194,7 @@ class _GateFit:
         self._update(gates)
 
     def _update(self, gates: Float[Tensor, "sets layers heads"]) -> None:
-        """Take a step of Adam by the gradient of the loss at the gates and by the penalty on their logits."""
+        """Take a step of Adam by the loss's gradient at the gates and the penalty."""
         with torch.enable_grad():
             n_heads = self.logits[0].numel()
             (-self.penalty * self.logits.clamp(-CLAMP, CLAMP).sum() / n_heads).backward()
@@ -219,7 +219,10 @@ def _losses(gated: GatedModel, data: Sequence[Sample], gates: Float[Tensor, "set
 def _initial_logits(
     gated: GatedModel, n_seeds: int, seed: int, within: tuple[float, float]
 ) -> Float[Tensor, "sets layers heads"]:
-    """logit(u) with u uniform in a range, float32 (float64 for a float64 model); set i uses seed + i."""
+    """logit(u) with u uniform in a range; set i uses seed + i.
+
+    Float32, or float64 for a float64 model.
+    """
     shape, device = (len(gated.layers), gated.model.n_heads), gated.model.device
     dtype = torch.float64 if gated.model.dtype == torch.float64 else torch.float32
     rows = [torch.rand(shape, generator=torch.Generator().manual_seed(seed + i), dtype=dtype) for i in range(n_seeds)]
@@ -246,7 +249,10 @@ def _result(
 def settings_of(
     steps: int, n_seeds: int, lam: float, lr: float, lr_end: float, start: Sequence[float], batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """The settings of a fit, for its provenance. Raises InterpError for values that are out of range."""
+    """The settings of a fit, for its provenance.
+
+    Raises InterpError for values that are out of range.
+    """
     check_whole(1, steps=steps, n_seeds=n_seeds, batch_size=batch_size)
     check_seed(seed)
     check_positive(lam=lam, lr=lr, lr_end=lr_end)

@@ -1,8 +1,9 @@
-"""Differential masking of heads (DiffMask+): find K heads that flip an answer when set to their counterfactual state.
+"""Differential masking of heads (DiffMask+): find K heads that flip an answer.
 
-Chintam et al. 2023 (arXiv 2310.12611), after De Cao et al. At the last token, the output of head i becomes (1 − m_i) ·
-its output + m_i · its output in the pair's corrupt run. m is a stretched binary concrete gate (−0.2 to 1, temperature
-0.2), drawn for every example. As in the authors' code, the loss is the sum of three terms:
+The heads flip it when they are set to their counterfactual state. Chintam et al. 2023 (arXiv 2310.12611), after De Cao
+et al. At the last token, the output of head i becomes (1 − m_i) · its output + m_i · its output in the pair's corrupt
+run. m is a stretched binary concrete gate (−0.2 to 1, temperature 0.2), drawn for every example. As in the authors'
+code, the loss is the sum of three terms:
 
 * the mean over the vocabulary of KL(Bernoulli(σ(clean logits)) ‖ Bernoulli(σ(masked logits))), to change little else;
 * P_clean(answer) / P_masked(foil), to predict the foil instead of the answer;
@@ -46,7 +47,10 @@ SMALL = 1e-5  # added to probabilities within logarithms, as in the authors' cod
 
 @dataclass(frozen=True)
 class HeadMasks:
-    """P(masked) of every head, [layers, heads], with provenance; ``layers``: the numbers of the layers."""
+    """P(masked) of every head, [layers, heads], with provenance.
+
+    ``layers``: the numbers of the layers.
+    """
 
     masked: Float[np.ndarray, "layers heads"]
     layers: list[int]
@@ -59,7 +63,7 @@ class HeadMasks:
         return table.sort_values("masked", ascending=False, kind="stable").reset_index(drop=True)
 
     def chosen(self, threshold: float = 0.5) -> list[Site]:
-        """Heads that are masked with at least probability ``threshold``, most masked first."""
+        """Heads masked with at least probability ``threshold``, most masked first."""
         rows: Any = self.frame()
         return [Site("z", int(r.layer), int(r.head)) for r in rows.itertuples() if r.masked >= threshold]
 
@@ -75,11 +79,11 @@ def differential_masks(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> HeadMasks:
-    """Find ``k`` heads that flip the answer to the foil when, at the last token, they are as in the corrupt run.
+    """Find ``k`` heads that flip the answer to the foil.
 
-    ``steps`` is the number of updates (authors: 200 epochs). At the authors' step of 0.001, gates converge slowly, so a
-    fit of hundreds of steps needs a larger ``lr``. Raises InterpError, PromptError or ModelError for bad input before
-    the first update.
+    They do so when, at the last token, they are as in the corrupt run. ``steps`` is the number of updates (authors: 200
+    epochs). At the authors' step of 0.001, gates converge slowly, so a fit of hundreds of steps needs a larger ``lr``.
+    Raises InterpError, PromptError or ModelError for bad input before the first update.
     """
     check_whole(1, len(model.attention_layers) * model.n_heads, k=k)  # heads of the model
     check_whole(1, steps=steps, batch_size=batch_size)
@@ -189,7 +193,10 @@ class _MaskFit:
 def bernoulli_kl(
     clean: Float[Tensor, "*rows vocab"], masked: Float[Tensor, "*rows vocab"]
 ) -> Float[Tensor, "*rows vocab"]:
-    """KL between the Bernoulli variables of two sets of logits, separately for each entry of the vocabulary."""
+    """KL between the Bernoulli variables of two sets of logits.
+
+    It is computed separately for each entry of the vocabulary.
+    """
     p, q = clean.sigmoid(), masked.sigmoid()
     if_one = p * ((p + SMALL).log() - (q + SMALL).log())
     return if_one + (1 - p) * ((1 - p + SMALL).log() - (1 - q + SMALL).log())

@@ -1,11 +1,11 @@
-"""Edge pruning: find a circuit of a target size by gradient descent on gates of all edges together.
+"""Edge pruning: find a circuit of a target size by gates on all edges.
 
-Bhaskar et al. 2024 (arXiv 2406.16778). Every edge has a hard-concrete gate z: it carries z · current + (1 − z) · the
-activation of the pair's corrupt run. The loss is KL(model ‖ circuit) over next tokens, plus λ₁ (s − t) + λ₂ (s − t)².
-Here s is the sparsity of the drawn gates. The target t rises linearly from their sparsity at the start during the first
-five sixths of the steps. λ₁ and λ₂ start at 0 and rise by gradient ascent. As in the authors' GPT-2 scripts: Adam, step
-0.8 for gates and λ (warmed up over a fifteenth of the steps, then falling linearly to 0), batches of 32, a = 10 at the
-start, 3000 steps, no gates on nodes.
+The gates are fitted together by gradient descent. Bhaskar et al. 2024 (arXiv 2406.16778). Every edge has a
+hard-concrete gate z: it carries z · current + (1 − z) · the activation of the pair's corrupt run. The loss is KL(model
+‖ circuit) over next tokens, plus λ₁ (s − t) + λ₂ (s − t)². Here s is the sparsity of the drawn gates. The target t
+rises linearly from their sparsity at the start during the first five sixths of the steps. λ₁ and λ₂ start at 0 and rise
+by gradient ascent. As in the authors' GPT-2 scripts: Adam, step 0.8 for gates and λ (warmed up over a fifteenth of the
+steps, then falling linearly to 0), batches of 32, a = 10 at the start, 3000 steps, no gates on nodes.
 
 The authors' target is the sparsity of the drawn gates and not that of the result, which is often less sparse; they use
 targets beyond 1. At the end, as many edges are kept as are expected to be open: those with the largest a. The authors'
@@ -169,7 +169,7 @@ class _PruningFit:
         return (of_model.exp() * (of_model - of_circuit)).sum()
 
     def result(self, provenance: dict[str, Any], prune: bool) -> Pruned:
-        """The circuit of as many edges as are expected to be open: those with the largest a."""
+        """The circuit of as many edges as are expected to be open, by largest a."""
         a = self.a.detach()
         n = round(float(self.gates.alive(a)[self.allowed].sum()))
         scores = EdgeScores(self.graph, a.double().cpu().numpy(), provenance)

@@ -1,4 +1,7 @@
-"""GatedModel: a model whose attention heads are multiplied by gates in the attention kernel, with gradients."""
+"""GatedModel: a model whose attention heads are multiplied by gates.
+
+Gates act in the attention kernel, and have gradients.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ TOKENS = 4096  # of a forward, over all copies of a batch
 
 
 class GatedModel:
-    """A model whose heads are multiplied by gates, one set of gates for each batch row."""
+    """A model with gated heads, with one set of gates for each batch row."""
 
     def __init__(self, model: Model):
         self.model, self.unembedding = model, Unembedding(model)
@@ -40,7 +43,7 @@ class GatedModel:
     def log_probs(
         self, batch: Sequence[Sample], gates: Float[Tensor, "sets layers heads"], foils: bool = False
     ) -> Iterator[tuple[list[int], Float[Tensor, "sets rows"]]]:
-        """Yield the mean log-probability of each sample's targets under each set of gates.
+        """Yield each sample's mean log-probability of its targets, per set of gates.
 
         Samples of one length are processed together; their indices come first. With ``foils``, the log-probability of
         the sample's foils is subtracted.

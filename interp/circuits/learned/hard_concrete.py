@@ -1,7 +1,8 @@
-"""HardConcrete: learned random gates with probability mass on 0 and 1, and their probability of being open.
+"""HardConcrete: learned random gates with probability mass on 0 and 1.
 
-Hard concrete (Louizos et al. 2018): z = clip((high − low) σ((logit u + a) / temperature) + low, 0, 1), with u uniform
-in (0, 1); P(z > 0) = σ(a − temperature · log(−low / high)). Gradients pass through z to a.
+`HardConcrete.alive` is their probability of being open. Hard concrete (Louizos et al. 2018): z = clip((high − low)
+σ((logit u + a) / temperature) + low, 0, 1), with u uniform in (0, 1); P(z > 0) = σ(a − temperature · log(−low / high)).
+Gradients pass through z to a.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ EDGE = 1e-6  # distance that u keeps from 0 and 1
 
 @dataclass(frozen=True)
 class HardConcrete:
-    """A family of gates. The defaults are those of Edge Pruning (and of CoFi pruning)."""
+    """A family of gates.
+
+    The defaults are those of Edge Pruning (and of CoFi pruning).
+    """
 
     low: float = -0.1
     high: float = 1.1

@@ -1,4 +1,7 @@
-"""HeadGates: learned gates of attention heads, scores and classes of heads, and their test on other data."""
+"""HeadGates: learned gates of heads, with scores and classes of heads.
+
+The classes can be tested on other data.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,10 @@ HELD = 1 / (1 + math.exp(CLAMP - 1))  # a gate above it is held open by the loss
 
 
 class HeadGates:
-    """Gates in [0, 1] by fit (start, plus, minus; or contrast), each [seeds, layers, heads], with provenance.
+    """Gates in [0, 1] by fit, each [seeds, layers, heads], with provenance.
 
-    ``layers`` are the numbers of the attention layers (all layers, except in hybrid models).
+    The fits are start, plus and minus, or contrast. ``layers`` are the numbers of the attention layers (all layers,
+    except in hybrid models).
     """
 
     def __init__(
@@ -52,14 +56,20 @@ class HeadGates:
         return "contrast" in self.values
 
     def scores(self) -> dict[str, Float[np.ndarray, "seeds layers heads"]]:
-        """Facilitation G−, interference 1 − G+ and irrelevance G+ (1 − G−). InterpError for a contrastive fit."""
+        """Facilitation G−, interference 1 − G+ and irrelevance G+ (1 − G−).
+
+        Raises InterpError for a contrastive fit.
+        """
         if self.contrastive:
             raise InterpError("contrastive gates have no facilitation scores: a low gate serves the forgotten variant")
         plus, minus = self.values["plus"], self.values["minus"]
         return dict(zip(SCORES, (minus, 1 - plus, plus * (1 - minus)), strict=True))
 
     def frame(self) -> pd.DataFrame:
-        """Table with one row per seed and head: seed, layer, head, gates and (unless contrastive) the three scores."""
+        """Table with one row per seed and head: seed, layer, head, gates and scores.
+
+        Contrastive gates have no scores.
+        """
         table = {**self.values, **({} if self.contrastive else self.scores())}
         seeds, layers, heads = next(iter(table.values())).shape
         s, i, h = np.meshgrid(self._seeds(seeds), self.layers, np.arange(heads), indexing="ij")
@@ -112,9 +122,10 @@ class HeadGates:
         return {Site("z", int(r.layer), int(r.head)): r[-1] for r in table.itertuples(index=False)}
 
     def stuck(self) -> list[int]:
-        """Seeds whose start fit ended more than `STUCK` nats worse than the model without gates.
+        """Seeds whose start fit ended clearly worse than the model without gates.
 
-        The start fit of these seeds did not find the behaviour, so their facilitation says nothing.
+        The limit is `STUCK` nats. The start fit of these seeds did not find the behaviour, so their facilitation says
+        nothing.
         """
         losses = self.provenance.get("losses", {})
         if "start" not in losses:
@@ -137,7 +148,7 @@ class HeadGates:
     # ------------------------------------------------------------ a circuit
 
     def circuit(self, model: Model, threshold: float = THRESHOLD) -> Circuit:
-        """Circuit of all edges among the heads that facilitate, the input, the MLPs and the logits.
+        """Circuit of all edges among facilitating heads, input, MLPs and logits.
 
         An edge's score is the mean facilitation of the head that it starts from (NaN if it starts from the input or an
         MLP, which have no gate). The heads' classes are their roles. With grouped queries, edges into the keys and
@@ -169,14 +180,14 @@ class HeadGates:
         seed: int | None = None, contrast: bool | None = None, threshold: float = THRESHOLD,
         show_progress: bool | None = None,
     ) -> pd.DataFrame:  # fmt: skip
-        """Validate the classes on other data: set each head's gate to 0 and to 1 under G+, and compare log P.
+        """Test the classes on other data: compare log P with each gate at 0 and at 1.
 
-        This is the paper's validation. Use data that the gates were not fitted on. Table with one row per head:
-        ``difference`` = log P of the targets with gate 0 − with gate 1, averaged over examples, with ``lo`` and ``hi``
-        (95%, bootstrap over examples). It is below zero for a head that facilitates, above zero for one that
-        interferes, and near zero for an irrelevant one. ``p`` is from a sign-flip test over examples, ``q`` is its
-        Benjamini–Hochberg rate over these heads, and ``confirmed`` is True if q ≤ 0.05 and the sign is that of the
-        head's ``class``.
+        The other gates stay at G+. This is the paper's validation. Use data that the gates were not fitted on. Table
+        with one row per head: ``difference`` = log P of the targets with gate 0 − with gate 1, averaged over examples,
+        with ``lo`` and ``hi`` (95%, bootstrap over examples). It is below zero for a head that facilitates, above zero
+        for one that interferes, and near zero for an irrelevant one. ``p`` is from a sign-flip test over examples,
+        ``q`` is its Benjamini–Hochberg rate over these heads, and ``confirmed`` is True if q ≤ 0.05 and the sign is
+        that of the head's ``class``.
 
         One head is toggled at a time, with the others at G+ (the paper toggles in the order of a score; whether
         cumulatively is unknown). ``contrast``: log P(answer) − log P(foil) instead of log P (default: if every item
@@ -207,7 +218,7 @@ class HeadGates:
     # ------------------------------------------------------------ files
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write one Parquet file: the table of `frame`, with the provenance in its metadata."""
+        """Write the table of `frame` to one Parquet file, with provenance as metadata."""
         import pyarrow as pa
 
         table = pa.Table.from_pandas(self.frame(), preserve_index=False)
@@ -232,7 +243,10 @@ def _is_edge_among(graph: Architecture, edge: Edge, heads: set[Site]) -> bool:
 
 
 def _evidence(frame: pd.DataFrame, changes: Float[np.ndarray, "heads examples"], draws: int = 2000) -> pd.DataFrame:
-    """Add means over examples, 95% bootstrap intervals (NaN for a single example), p, q and ``confirmed``."""
+    """Add means over examples, intervals, p, q and ``confirmed``.
+
+    Intervals are 95% bootstrap intervals (NaN for a single example).
+    """
     n = changes.shape[1]
     frame["difference"] = changes.mean(1)
     if n > 1:

@@ -1,7 +1,7 @@
-"""Next-token log-probabilities with gradients, without the logits of all positions in memory.
+"""Next-token log-probabilities with gradients, in bounded memory.
 
-The model runs up to its unembedding. Logits are computed only for the positions that are read, `LOGIT_BYTES` of them at
-a time in float32, and computed again in the backward pass.
+The logits of all positions never exist together. The model runs up to its unembedding. Logits are computed only for the
+positions that are read, `LOGIT_BYTES` of them at a time in float32, and computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ Text = str | tuple[str, str] | PromptPair
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, tokens to predict (targets) after some positions, and other tokens (foils) for the same positions."""
+    """Token ids, and tokens to predict (targets) after some positions.
+
+    ``foils``: other tokens for the same positions.
+    """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -81,7 +84,7 @@ def _sample(index: int, item: Any, model: Model) -> Sample:
 
 
 def permuted(data: Sequence[Sample], seed: int) -> list[Sample]:
-    """The same prompts with each other's targets: a control in which there is nothing to learn.
+    """The same prompts with each other's targets: a control with nothing to learn.
 
     Targets are exchanged among samples with the same number of targets. Raises PromptError if no two samples have that.
     """
@@ -99,7 +102,10 @@ def permuted(data: Sequence[Sample], seed: int) -> list[Sample]:
 
 
 class Unembedding:
-    """Log-probabilities of tokens from the input of a model's unembedding. ModelError unless the model is a decoder."""
+    """Log-probabilities of tokens from the input of a model's unembedding.
+
+    Raises ModelError unless the model is a decoder.
+    """
 
     def __init__(self, model: Model):
         if model.reads != "text" or model.stacks or model.masked or INTO_UNEMBED not in model.bridge.hook_dict:
@@ -115,7 +121,10 @@ class Unembedding:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Compare with the model's own logits. ModelError if the model changes them after its unembedding."""
+        """Compare with the model's own logits.
+
+        Raises ModelError if the model changes them after its unembedding.
+        """
         ids = torch.tensor([[3, 1, 4, 1, 5]], device=self.model.device).remainder(int(self.model.bridge.cfg.d_vocab))
         expected = self.model.bridge(ids[:, : self.model.n_ctx])[0]
         computed = self.logits(self.hidden(ids[:, : self.model.n_ctx])[0])
@@ -124,7 +133,10 @@ class Unembedding:
             raise ModelError(f"{self.model.name}: its logits are not those of its unembedding (gap {gap:.1e})")
 
     def hidden(self, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_model"]:
-        """The input of the unembedding, with gradients if they are enabled; only one position is unembedded."""
+        """The input of the unembedding, with gradients if they are enabled.
+
+        Only one position is unembedded.
+        """
         inputs: list[Tensor] = []
 
         def record(x: Tensor, hook: Any) -> Tensor:

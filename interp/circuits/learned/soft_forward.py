@@ -1,10 +1,10 @@
-"""Run a model with a weight on every edge, with gradients for the weights. Used by edge pruning.
+"""Run a model with a weight on every edge, with gradients for the weights.
 
-As in `interp.circuits.evaluation.ablated_forward`, except that an edge of weight z carries z · current + (1 − z) ·
-ablated. The backward pass stores only the model's own activations: z of attention and the outputs of MLPs. Receivers'
-inputs are computed again, and senders' outputs, d_model numbers each, exist for one layer at a time in both passes. The
-price is time: for every layer's receivers, a forward adds the output projection of every earlier layer, and the
-backward pass adds it three more times, so cost grows with the square of the number of layers.
+Used by edge pruning. As in `interp.circuits.evaluation.ablated_forward`, except that an edge of weight z carries z ·
+current + (1 − z) · ablated. The backward pass stores only the model's own activations: z of attention and the outputs
+of MLPs. Receivers' inputs are computed again, and senders' outputs, d_model numbers each, exist for one layer at a time
+in both passes. The price is time: for every layer's receivers, a forward adds the output projection of every earlier
+layer, and the backward pass adds it three more times, so cost grows with the square of the number of layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from interp.model.hooks import hooks
 
 @dataclass(frozen=True)
 class SenderGroup:
-    """The senders at one hook: their columns, their ablated activations, and for heads their layer, else None."""
+    """The senders at one hook: columns, ablated activations, and layer.
+
+    ``layer`` is None except for heads.
+    """
 
     columns: slice
     ablated: Tensor
@@ -71,9 +74,9 @@ def run_weighted(
     weights: Float[Tensor, "receivers senders"],
     ablated: dict[str, Tensor],
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of prompts of one length, with gradients for ``weights``. Weights without an edge are not read.
+    """Logits of prompts of one length, with gradients for ``weights``.
 
-    ``ablated``: by `sender_hooks`, the senders' activations on edges of weight 0.
+    Weights without an edge are not read. ``ablated``: by `sender_hooks`, the senders' activations on edges of weight 0.
     """
     return _WeightedForward(wiring, weights, ablated)(ids)
 
@@ -143,7 +146,10 @@ class _WeightedForward:
         return self._mix(self.graph.rows(last, "resid_post"), last, x, lambda mixed: mixed[0])
 
     def _mix(self, rows: slice, last_layer: int, stream: Tensor, function: Any) -> Any:
-        """``function`` of the mixed inputs of some receivers; both are computed again in the backward pass."""
+        """``function`` of the mixed inputs of some receivers.
+
+        Both are computed again in the backward pass.
+        """
         groups, current = self._senders_before(rows, last_layer)
 
         def compute(cut: Tensor, stream: Tensor, *current: Tensor) -> Any:

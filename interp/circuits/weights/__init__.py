@@ -1,1 +1,1 @@
-"""Circuits in a model's weights: QK and OV products, composition, attention channels."""
+"""Circuits in a model's weights: QK and OV, composition, attention channels."""

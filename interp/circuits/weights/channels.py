@@ -1,11 +1,12 @@
-"""Sparse Attention Decomposition: the few directions that decide a head's attention, traced to their senders.
+"""Sparse Attention Decomposition: directions that decide a head's attention.
 
-Franco & Crovella 2024 (arXiv 2410.00340). A head *fires* if it puts more than half of a query's attention on one key
-(not the first token) with a score above 0. The score is x̃_i Ω x̃_jᵀ with x̃ = [x̂, 1], x̂ the normed stream, and Ω the
-QK circuit with its biases. Ω = Σ_k s_k u_k v_kᵀ splits the score into terms s_k (x̃_i·u_k)(x̃_j·v_k). The largest terms
-are kept until they reach the whole score (``coverage``; later terms are often negative). On either side, the stream is
-the sum of the outputs of earlier heads and MLPs, and so are the kept terms: ``contribution`` is each sender's part of
-them, in units of the score, with the norm's scale held fixed.
+Each direction is traced to the senders that wrote it. Franco & Crovella 2024 (arXiv 2410.00340). A head *fires* if it
+puts more than half of a query's attention on one key (not the first token) with a score above 0. The score is x̃_i Ω
+x̃_jᵀ with x̃ = [x̂, 1], x̂ the normed stream, and Ω the QK circuit with its biases. Ω = Σ_k s_k u_k v_kᵀ splits the
+score into terms s_k (x̃_i·u_k)(x̃_j·v_k). The largest terms are kept until they reach the whole score (``coverage``;
+later terms are often negative). On either side, the stream is the sum of the outputs of earlier heads and MLPs, and so
+are the kept terms: ``contribution`` is each sender's part of them, in units of the score, with the norm's scale held
+fixed.
 
 Extensions of the published method: for rotated queries and keys (RoPE), Ω is computed at each firing's distance. The
 model's own scale is part of the score (theirs is unscaled), which changes no share. MLPs, the input and the constant of
@@ -46,7 +47,10 @@ CONSTANT = "constant"  # the name of the sender that stands for biases
 
 @dataclass(frozen=True)
 class Channels:
-    """The result of `attention_channels`: ``table``, one row per firing, side and sender, with provenance."""
+    """The result of `attention_channels`, with provenance.
+
+    ``table`` has one row per firing, side and sender.
+    """
 
     table: pd.DataFrame
     provenance: dict[str, Any]
@@ -110,12 +114,12 @@ def attention_channels(
     upstream: float = 0.7,
     show_progress: bool | None = None,
 ) -> Channels:
-    """Decompose every firing of heads (default: all) on prompts (of pairs: the clean ones) into directions and senders.
+    """Decompose every firing of heads on prompts into directions and senders.
 
-    ``coverage``: the share of the score that the kept directions must reach (1 in the authors' code; their paper also
-    mentions 70%). ``upstream``: senders are ``kept``, largest first, until they reach this share of the kept terms' sum
-    (0.7 as published). Raises InterpError, PromptError, SiteError or ModelError for bad input, and InterpError if no
-    head fires.
+    By default all heads are decomposed; of pairs, the clean prompts are used. ``coverage``: the share of the score that
+    the kept directions must reach (1 in the authors' code; their paper also mentions 70%). ``upstream``: senders are
+    ``kept``, largest first, until they reach this share of the kept terms' sum (0.7 as published). Raises InterpError,
+    PromptError, SiteError or ModelError for bad input, and InterpError if no head fires.
     """
     check_positive(1, coverage=coverage, upstream=upstream)
     prompt_list = [prompts] if isinstance(prompts, str | PromptPair) else list(prompts)
@@ -142,7 +146,10 @@ def attention_channels(
 
 
 def _head_sites(model: Model, heads: Iterable[Site | str] | Site | str | None) -> list[Site]:
-    """The sites of ``heads``, or of all heads. InterpError for a site that is not a head of the model."""
+    """The sites of ``heads``, or of all heads.
+
+    Raises InterpError for a site that is not a head of the model.
+    """
     all_heads = [Site("z", i, h) for i in range(model.n_layers) for h in range(model.n_heads)]
     if heads is None:
         return all_heads
@@ -155,7 +162,7 @@ def _head_sites(model: Model, heads: Iterable[Site | str] | Site | str | None) -
 
 
 class _Trace:
-    """The decomposition of firings, with its settings and a cache of decomposed QK circuits."""
+    """The decomposition of firings, with a cache of decomposed QK circuits."""
 
     def __init__(self, weights: WeightCircuits, coverage: float, upstream: float):
         self.weights, self.coverage, self.upstream = weights, coverage, upstream
@@ -195,7 +202,10 @@ class _Trace:
         return acts, stats
 
     def _decompose(self, layer: int, head: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """U, s and V of the QK circuit with its biases: [d_model + 1, d_head], [d_head], [d_model + 1, d_head]."""
+        """U, s and V of the QK circuit with its biases.
+
+        Shapes: [d_model + 1, d_head], [d_head], [d_model + 1, d_head].
+        """
         offset = offset if self.weights.rotations.rotates(layer) else 0
         if (layer, head, offset) not in self._decompositions:
             if len(self._decompositions) >= CACHE_SIZE:
@@ -231,7 +241,10 @@ class _Trace:
         self, layer: int, position: int, directions: Float[Tensor, "d_model_1 2"], stream: Tensor,
         acts: dict[str, Tensor],
     ) -> dict[str, list[float]]:  # fmt: skip
-        """By sender: what its output at this position adds along the two directions, exact and published."""
+        """By sender: what its output at a position adds along the two directions.
+
+        The two are the exact and the published direction.
+        """
         w, names = directions[:-1], ["resid_pre.L0"]
         parts = [acts["blocks.0.hook_resid_pre"][position].to(w) @ w]
         for i in range(layer):
@@ -260,7 +273,10 @@ class _Trace:
 
 
 def smallest_prefix(terms: Float[Tensor, " terms"], coverage: float) -> list[int]:
-    """Indices of the largest terms, until their sum reaches a share of the sum of all (which is not negative)."""
+    """Indices of the largest terms, until they reach a share of the sum of all.
+
+    That sum must not be negative.
+    """
     order = terms.argsort(descending=True)
     reached = terms[order].cumsum(0) >= coverage * terms.sum() - 1e-6 * terms.abs().sum()
     return order[: int(reached.int().argmax()) + 1].tolist()

@@ -1,4 +1,4 @@
-"""Weight circuits: the computation of heads as matrices on the residual stream, without any prompt.
+"""Weight circuits: heads as matrices on the residual stream, without prompts.
 
 For a query head and its key/value head (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits), with
 row vectors, and x̂ the normalised stream before the norm's weight is applied:
@@ -38,10 +38,10 @@ KINDS = ("q", "k", "v")
 
 
 class FoldedNorm:
-    """A norm as x ↦ x̂ · γ + β, with x̂ centred first if ``centred`` (LayerNorm). γ and β in at least float32.
+    """A norm as x ↦ x̂ · γ + β, with γ and β in at least float32.
 
-    The kind of norm is determined by running the module, whatever its class. Raises ModelError unless it is a
-    LayerNorm, an RMS norm or the identity.
+    x̂ is centred first if ``centred`` (LayerNorm). The kind of norm is determined by running the module, whatever its
+    class. Raises ModelError unless it is a LayerNorm, an RMS norm or the identity.
     """
 
     def __init__(self, norm: Any, like: Tensor, where: str):
@@ -76,7 +76,10 @@ class FoldedNorm:
         return (x - x.mean(-1, keepdim=True) if self.centred else x) / self.scale(x)
 
     def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
-        """The divisor of x: √(mean square + the norm's small constant), of the centred x for a LayerNorm."""
+        """The divisor of x: √(mean square + the norm's small constant).
+
+        For a LayerNorm, it is that of the centred x.
+        """
         if self.kind == "none":
             return torch.ones_like(x[..., :1])
         x = x - x.mean(-1, keepdim=True) if self.centred else x
@@ -95,7 +98,10 @@ class FoldedNorm:
 
 
 class WeightCircuits:
-    """The QK and OV circuits of a model's heads. ModelError unless blocks read and write by a norm and matrices."""
+    """The QK and OV circuits of a model's heads.
+
+    Raises ModelError unless blocks read and write by a norm and matrices.
+    """
 
     def __init__(self, model: Model):
         self.model, self.wiring = model, Wiring(model)
@@ -113,7 +119,10 @@ class WeightCircuits:
     def read(
         self, component: str, layer: int, head: int
     ) -> tuple[Float[Tensor, "d_model d_head"], Float[Tensor, " d_head"]]:
-        """W and b such that a query head's q, k or v is x̂ W + b (k and v: of the KV head that it shares)."""
+        """W and b such that a query head's q, k or v is x̂ W + b.
+
+        k and v are those of the KV head that it shares.
+        """
         self._check(layer, head)
         index = head if component == "q" else head // (self.graph.n_heads // self.graph.n_kv_heads)
         bias = self.wiring.bias(layer, component)
@@ -127,19 +136,26 @@ class WeightCircuits:
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def ov(self, layer: int, head: int) -> FactoredMatrix:
-        """Map from x̂ of a token to the addition to the stream of attention to it alone, without the value's bias."""
+        """Map from x̂ of a token to what attention to it alone adds to the stream.
+
+        The constant of the value's bias is left out.
+        """
         return FactoredMatrix(self.read("v", layer, head)[0], self.written(layer, head))
 
     def qk(self, layer: int, head: int, offset: int | None = None) -> FactoredMatrix:
-        """Bilinear form of x̂ of query and key: their score without bias terms, for a key ``offset`` positions back.
+        """Bilinear form from x̂ of query and key to their score.
 
-        ``offset`` is required if the layer rotates queries and keys, and has no effect if it does not.
+        Bias terms are left out. The key lies ``offset`` positions before the query. ``offset`` is required if the layer
+        rotates queries and keys, and has no effect if it does not.
         """
         w_q, w_k = self.rotated(layer, head, offset)
         return FactoredMatrix(w_q[0], w_k[0].T)
 
     def rotated(self, layer: int, head: int, offset: int | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(W_Q, b_Q) and (W_K, b_K) whose plain product is the score, scale and rotation over ``offset`` included."""
+        """(W_Q, b_Q) and (W_K, b_K) whose plain product is the score.
+
+        Scale and rotation over ``offset`` are included.
+        """
         self._check(layer, head)
         if offset is None and self.rotations.rotates(layer):
             raise SiteError(
@@ -161,16 +177,16 @@ class WeightCircuits:
     def composition(
         self, kinds: Iterable[str] = KINDS, *, offset: int = 0, layers: Iterable[int] | None = None
     ) -> pd.DataFrame:
-        """Score how much of an earlier head's output a later head's q, k or v reads, for all pairs, strongest first.
+        """Score how much of an earlier head's output a later head reads.
 
-        One row per pair and kind. ``score`` = ‖OV₁ · X₂‖ / (‖OV₁‖ ‖X₂‖) in Frobenius norms, where X₂ is QK for ``q``,
-        QKᵀ for ``k`` and OV for ``v`` (Elhage et al. 2021). ``baseline`` = 1/√d_model is its root mean square if the
-        singular vectors of OV₁ on the residual stream are rotated at random (exactly, for any singular values).
-        ``excess`` = score − baseline. ``z``: how many standard deviations score² lies above its mean under such a
-        rotation (exact moments for a Haar-random rotation). If layers rotate queries and keys, ``offset`` is the
-        distance at which QK is computed. ``layers``: those of the later head; default all. Norms weigh all directions
-        alike: a composition that is only a small part of what a head reads (inhibition → name mover in
-        `interp.zoo.ioi`) does not stand out.
+        The table has all pairs of heads and the later head's q, k and v, strongest first. One row per pair and kind.
+        ``score`` = ‖OV₁ · X₂‖ / (‖OV₁‖ ‖X₂‖) in Frobenius norms, where X₂ is QK for ``q``, QKᵀ for ``k`` and OV for
+        ``v`` (Elhage et al. 2021). ``baseline`` = 1/√d_model is its root mean square if the singular vectors of OV₁ on
+        the residual stream are rotated at random (exactly, for any singular values). ``excess`` = score − baseline.
+        ``z``: how many standard deviations score² lies above its mean under such a rotation (exact moments for a
+        Haar-random rotation). If layers rotate queries and keys, ``offset`` is the distance at which QK is computed.
+        ``layers``: those of the later head; default all. Norms weigh all directions alike: a composition that is only a
+        small part of what a head reads (inhibition → name mover in `interp.zoo.ioi`) does not stand out.
         """
         kinds, d = tuple(kinds), self.model.d_model
         if not kinds or set(kinds) - set(KINDS):
@@ -190,7 +206,10 @@ class WeightCircuits:
         return table[order].sort_values("z", ascending=False, kind="stable").reset_index(drop=True)
 
     def _output_factors(self, layer: int) -> Float[Tensor, "heads d_head d_model"]:
-        """OV of each head without the orthogonal factor on its left, which does not affect norms of products."""
+        """OV of each head without the orthogonal factor on its left.
+
+        That factor does not affect norms of products.
+        """
         matrices = [self.ov(layer, h) for h in range(self.graph.n_heads)]
         return torch.stack([torch.linalg.qr(m.A, mode="r")[1] @ m.B for m in matrices])
 
@@ -204,7 +223,10 @@ class WeightCircuits:
 
     @cached_property
     def _unembed_embed(self) -> Float[Tensor, "d_model d_model"]:
-        """W_U W_E with the final norm's weight: map from the stream to logits, and from tokens back to the stream."""
+        """W_U W_E with the final norm's weight.
+
+        It maps from the stream to logits, and from tokens back to the stream.
+        """
         bridge: Any = self.model.bridge
         embed, unembed = (module_behind(getattr(bridge, name, None)) for name in ("embed", "unembed"))
         d = self.model.d_model
@@ -219,7 +241,7 @@ class WeightCircuits:
         return product - product.mean(0) if norm.centred else product
 
     def copying(self) -> pd.DataFrame:
-        """Score whether heads raise the logit of the token that they attend to, by their OV circuits.
+        """Score by OV circuits whether heads raise the logit of the attended token.
 
         One row per head: ``copying`` = Σ Re λ / Σ |λ| over the eigenvalues of the token-to-token matrix W_E · OV · W_U
         (Elhage et al. 2021). It is 1 if the head only copies, −1 if it only lowers the attended token, and near 0 for a
@@ -240,7 +262,7 @@ class WeightCircuits:
 def _pair_scores(
     outputs: Float[Tensor, "senders d_head d_model"], inputs: Float[Tensor, "heads d_model d_head"], d: int
 ) -> pd.DataFrame:
-    """Scores of every sender with every reader, with the moments under random rotations."""
+    """Scores of every sender with every reader, with moments under random rotation."""
     squares = torch.stack([(s @ inputs).double().pow(2).sum((1, 2)) for s in outputs])  # one sender at a time
     sent, read = outputs.double(), inputs.double()
     norms = [x.pow(2).sum((1, 2)) for x in (sent, read)]  # tr P and tr Q of the Gram matrices on the stream

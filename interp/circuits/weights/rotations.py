@@ -1,8 +1,9 @@
-"""Rotation by position and scale, which a model applies to queries and keys between projection and product.
+"""Rotation and scale that a model applies to queries and keys.
 
-Both are measured on the model: queries and keys are replaced by basis vectors, and the input of attention is recorded.
-So partial and interleaved rotations, rescaled frequencies and layers without rotation need no special case. Functions
-that are not linear (norms of queries and keys) are detected, and raise ModelError.
+They act between projection and product; rotations depend on position. Both are measured on the model: queries and keys
+are replaced by basis vectors, and the input of attention is recorded. So partial and interleaved rotations, rescaled
+frequencies and layers without rotation need no special case. Functions that are not linear (norms of queries and keys)
+are detected, and raise ModelError.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ RotationMatrices = Float[Tensor, "position d_head d_head"]
 
 
 class Rotations:
-    """By layer and position, the matrices M of q ↦ q M and k ↦ k M (row vectors), and the score's scale.
+    """Rotation matrices of queries and keys by layer and position, and the scale.
 
-    They are measured on first use, up to the position needed, by one forward of d_head + 1 prompts of that many tokens,
-    which is expensive for large offsets.
+    A matrix M acts as q ↦ q M and k ↦ k M, on row vectors. They are measured on first use, up to the position needed,
+    by one forward of d_head + 1 prompts of that many tokens, which is expensive for large offsets.
     """
 
     def __init__(self, model: Model):
@@ -68,7 +69,10 @@ class Rotations:
 
     @torch.no_grad()
     def _measure(self, positions: int) -> None:
-        """Measure the matrices of at least so many positions, and test on a random vector that they are linear."""
+        """Measure the matrices of at least ``positions`` positions.
+
+        A random vector tests that they are linear.
+        """
         positions = min(max(positions, 2), self.model.n_ctx)
         if positions <= self._n_measured:
             return
