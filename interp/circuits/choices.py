@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-Mode = Literal["denoise", "noise"]
 EdgeMethod = Literal["eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations"]
 NodeMethod = Literal["atp", "atp-qk", "atp-carried", "ig-inputs", "ig-activations"]
 ScreenMethod = Literal[NodeMethod, "atp*"]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from interp.circuits.choices import EdgeMethod, Selection
 from interp.cli.options import RunOptions
 from interp.errors import InterpError
 from interp.metrics import METRICS as ALL_METRICS
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from interp.model.model import Model
 
 METRICS = tuple(name for name, metric in ALL_METRICS.items() if metric.differentiable)
-METHODS = ("eap", "clean-corrupted", "eap-ig-inputs", "eap-ig-activations", "flow", "acdc")
+METHODS = (*get_args(EdgeMethod), "flow", "acdc")
 
 
 def circuit(
@@ -51,7 +52,7 @@ def circuit(
     Prints the strongest edges, and the circuit's faithfulness (edges outside carry the corrupt prompt's activation)
     next to that of random circuits of its size, on the prompts on which the circuit was found.
     """
-    if method not in METHODS or selection not in ("top", "greedy"):
+    if method not in METHODS or selection not in get_args(Selection):
         raise InterpError(f"--method {method} --selection {selection}: one of {', '.join(METHODS)}; top or greedy")
     if metric not in METRICS:
         raise InterpError(f"--metric {metric}: one of {', '.join(METRICS)}; attribution needs a gradient")

@@ -32,7 +32,7 @@ from torch import Tensor
 from interp.circuits.attribution.contraction import Contraction
 from interp.circuits.attribution.gradients import Override, stream_gradients
 from interp.circuits.capture import capture
-from interp.circuits.choices import EdgeMethod, Mode
+from interp.circuits.choices import EdgeMethod
 from interp.circuits.inputs import Pairs, base_provenance, token_batches
 from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
@@ -40,7 +40,9 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.recipes.choices import MODES
 from interp.recipes.inputs import check_metric, provenance_of
+from interp.recipes.patching import Mode
 from interp.recipes.scoring import readout
 from interp.utils.arguments import check_whole
 from interp.utils.progress import progress
@@ -68,7 +70,7 @@ def attribute_edges(
     steps of integrated gradients (5 in the MIB benchmark). Raises InterpError or PromptError for bad input, and
     ModelError if the model's edges are not defined, before any backward pass.
     """
-    if method not in get_args(EdgeMethod) or mode not in get_args(Mode):
+    if method not in get_args(EdgeMethod) or mode not in MODES:
         methods = ", ".join(get_args(EdgeMethod))
         raise InterpError(f"method={method!r}, mode={mode!r}: expected one of {methods}, and 'noise' or 'denoise'")
     check_whole(1, steps=steps)

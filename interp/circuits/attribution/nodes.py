@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ from torch import Tensor
 from interp.circuits.attribution.hook_gradients import Override, first_hook, hook_gradients
 from interp.circuits.attribution.qk_fix import Rerun, Secants, check_heads_apart
 from interp.circuits.capture import capture, capture_calls
-from interp.circuits.choices import Mode, NodeMethod
+from interp.circuits.choices import NodeMethod
 from interp.circuits.inputs import TOKENS, Pairs, token_batches
 from interp.engine import Engine
 from interp.engine.cells import rows_of
@@ -50,7 +50,9 @@ from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.recipes.choices import MODES
 from interp.recipes.inputs import check_metric, expand_sites, provenance_of
+from interp.recipes.patching import Mode
 from interp.recipes.rows import EffectRows
 from interp.recipes.scoring import readout
 from interp.recipes.targets import as_sites
@@ -172,7 +174,7 @@ class _SiteAttribution:
         self, model: Model, pairs: Pairs, sites: SiteList | None, metric: Metric | MetricFn | str, mode: Mode,
         steps: int,
     ) -> None:  # fmt: skip
-        if mode not in get_args(Mode):
+        if mode not in MODES:
             raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
         check_whole(1, steps=steps)
         self.model, self.metric, self.mode, self.steps = model, as_metric(metric), mode, steps

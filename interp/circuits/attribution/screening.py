@@ -9,13 +9,13 @@ import pandas as pd
 
 from interp.circuits.attribution.miss_bound import missed
 from interp.circuits.attribution.nodes import SPANS, SiteList, atp_star, attribute_sites, by_site
-from interp.circuits.choices import Mode, ScreenMethod
+from interp.circuits.choices import ScreenMethod
 from interp.circuits.inputs import Pairs
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair, listed_prompts
-from interp.recipes.patching import patch
+from interp.recipes.patching import Mode, patch
 from interp.results.effects import SITE_COLUMNS
 from interp.sites import Site, Sites
 from interp.utils.arguments import check_whole

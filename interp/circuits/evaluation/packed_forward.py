@@ -95,7 +95,7 @@ def senders_before(wiring: Wiring, layer: int) -> int:
 @torch.no_grad()
 def record_circuit(wiring: Wiring, prompts: Prompts, mask: Bool[Tensor, "receivers senders"]) -> RecordedRun:
     """Run a circuit, and record the run for others to continue."""
-    forward = _PackedForward(wiring, prompts, mask[None], None, 0, record=True)
+    forward = _CircuitsForward(wiring, prompts, mask[None], None, 0, record=True)
     forward.logits()
     assert forward.changes is not None
     return RecordedRun(forward.block_streams, forward.changes)
@@ -114,10 +114,10 @@ def run_circuits(
     ``since``: the run of a circuit with the same edges into all receivers before layer ``first`` (n_layers: before the
     logits). The number of rows must not exceed `rows_that_fit`.
     """
-    return _PackedForward(wiring, prompts, masks, since, first).logits()
+    return _CircuitsForward(wiring, prompts, masks, since, first).logits()
 
 
-class _PackedForward(Forward):
+class _CircuitsForward(Forward):
     """A `Forward` of several circuits and prompts.
 
     ``cut`` and ``uncut`` have circuits on their last axis. ``n_recorded``: how many senders come before layer
