@@ -40,7 +40,7 @@ MOST_EXAMPLES = 100_000  # of a part, which is held in memory
 
 
 @dataclass(frozen=True)
-class Part:
+class SweepPart:
     """The unit that is computed and stored together: some examples of one combination."""
 
     number: int
@@ -110,11 +110,11 @@ class Config:
         return hashlib.blake2b(json.dumps(self.document, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SweepPart]:
         """All parts, in order; the parts of one model are consecutive."""
         return list(self._parts())
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[SweepPart]:
         tasks, sites = {t.name: t for t in self.tasks}, {s.name: s for s in self.sites}
         number = 0
         for model in self.models:
@@ -127,7 +127,7 @@ class Config:
                             for start in range(0, task.n, self.examples_per_part):
                                 examples = range(start, min(start + self.examples_per_part, task.n))
                                 swept = sites[label] if label is not None else None
-                                yield Part(number, model, tasks[task.name], recipe, swept, seed, examples)
+                                yield SweepPart(number, model, tasks[task.name], recipe, swept, seed, examples)
                                 number += 1
 
     def file_of(self, task: TaskSpec) -> Path:

@@ -16,7 +16,7 @@ from interp.errors import InterpError, ModelError, SiteError
 from interp.jobs.job import PartResult, RunFiles
 from interp.recipes.registry import RECIPES
 from interp.sweep import prompt_sets
-from interp.sweep.config import Config, ModelSpec, Part, parse
+from interp.sweep.config import Config, ModelSpec, SweepPart, parse
 from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, file_name, make_set
 from interp.sweep.table import failed_rows, table_of
 from interp.utils.out_of_memory import free_memory, is_out_of_memory
@@ -30,9 +30,9 @@ class EffectsJob:
     ``models``: model objects to use instead of loading, by name.
     """
 
-    def __init__(self, document: dict[str, Any], shelf: RunFiles, models: dict[str, Any] | None = None):
+    def __init__(self, document: dict[str, Any], files: RunFiles, models: dict[str, Any] | None = None):
         self.config: Config = parse(document)
-        self.shelf, self.given_models = shelf, models or {}
+        self.files, self.given_models = files, models or {}
         self.loaded: tuple[str, Any] | None = None
         self.warmed_up_for: tuple[str, str, int] | None = None
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
@@ -75,7 +75,7 @@ class EffectsJob:
             self.loaded = spec.name, load(spec.load, **spec.options)
         return self.loaded[1]
 
-    def prompts(self, part: Part, model: Any) -> PromptSet:
+    def prompts(self, part: SweepPart, model: Any) -> PromptSet:
         """Return the part's frozen prompts, and make them if the run does not have them yet.
 
         Raises ModelError if the model has other weights than the one that they were made for.
@@ -83,18 +83,18 @@ class EffectsJob:
         key = part.model.name, part.task.name, part.seed
         if key not in self.sets:
             name = frozen_name(part)
-            content = self.shelf.get(name)
+            content = self.files.get(name)
             if content is None:
                 file = None
                 if part.task.pairs is not None:
-                    file = self.shelf.get(f"inputs/{input_name(part.task)}")
+                    file = self.files.get(f"inputs/{input_name(part.task)}")
                     if file is None or prompt_sets.digest_of(file) != part.task.pairs_digest:
                         raise InterpError(
                             f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew"
                         )
                 self.warmed_up_for = None
                 new_set = make_set(model, part.task, part.seed, file, partial(self._check_task, model, part)).encoded()
-                content = self.shelf.keep(name, new_set)
+                content = self.files.keep(name, new_set)
                 self.warmed_up_for = key if content == new_set else None
             prompt_set = PromptSet.decoded(content)
             if prompt_set.weights != model.fingerprint():
@@ -109,7 +109,7 @@ class EffectsJob:
                 self.warm_up(model, [self.sets[key].prompts[i] for i in self.sets[key].usable])
         return self.sets[key]
 
-    def _check_task(self, model: Any, part: Part, prompts: Prompts) -> str:
+    def _check_task(self, model: Any, part: SweepPart, prompts: Prompts) -> str:
         """Return how well a model does a task; the engine is then warmed up for these prompts."""
         from interp.sweep.task_check import BaseRuns, check_task
 
@@ -124,7 +124,7 @@ class EffectsJob:
         warm_up(model, prompts, self.config.engine, self.config.memory, anew)
 
 
-def frozen_name(part: Part) -> str:
+def frozen_name(part: SweepPart) -> str:
     """Return the name of the file that holds the part's prompts in the run."""
     return f"prompts/{file_name(part.model.name, part.task.name, part.seed)}"
 
@@ -139,7 +139,7 @@ def input_name(task: Any) -> str:
 class _PartMeasurement:
     """Measures one part as a whole; after an error, example by example."""
 
-    def __init__(self, job: EffectsJob, part: Part, model: Any, prompts: PromptSet):
+    def __init__(self, job: EffectsJob, part: SweepPart, model: Any, prompts: PromptSet):
         self.job, self.part, self.model, self.prompts = job, part, model, prompts
         self.recipe = RECIPES[part.recipe.recipe]
         self.usable = prompts.usable
@@ -214,7 +214,7 @@ class _PartMeasurement:
         return frame
 
 
-def call_of(config: Config, part: Part, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+def call_of(config: Config, part: SweepPart, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Return the recipe's function and its keyword arguments besides model and prompts."""
     spec, recipe = part.recipe, RECIPES[part.recipe.recipe]
     arguments = recipe.arguments(model, spec.options)

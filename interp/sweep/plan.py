@@ -13,7 +13,7 @@ from typing import Any
 
 from interp.errors import InterpError
 from interp.jobs.status import duration
-from interp.sweep.config import Config, Part
+from interp.sweep.config import Config, SweepPart
 from interp.sweep.effects_job import EffectsJob, call_of, input_name
 from interp.sweep.prompt_sets import as_task
 from interp.utils.files import inside
@@ -124,7 +124,7 @@ def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None)
     try:
         with tempfile.TemporaryDirectory() as folder:
             job = EffectsJob(config.document, _PlannedFiles(config, Path(folder)), models)
-            grouped: dict[tuple[str, ...], list[Part]] = {}
+            grouped: dict[tuple[str, ...], list[SweepPart]] = {}
             for part in config.parts:
                 grouped.setdefault(part.combination[:4], []).append(part)
             for parts in grouped.values():
@@ -138,7 +138,7 @@ def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None)
     return SweepPlan(config.name, rows, weights, workers)
 
 
-def _plan_combination(job: EffectsJob, config: Config, parts: list[Part]) -> CombinationPlan:
+def _plan_combination(job: EffectsJob, config: Config, parts: list[SweepPart]) -> CombinationPlan:
     """Estimate the cost of a combination from one of its parts."""
     first, names = parts[0], parts[0].combination[:4]
     examples = sum(len(p.examples) for p in parts)
@@ -164,7 +164,7 @@ def _plan_combination(job: EffectsJob, config: Config, parts: list[Part]) -> Com
     return CombinationPlan(*names, len(parts), round(cells * share), flops, seconds, memory)
 
 
-def _has_noise(part: Part) -> bool:
+def _has_noise(part: SweepPart) -> bool:
     """Return whether the part repeats its cells over noise samples."""
     return part.recipe.recipe == "trace" and part.task.facts
 
