@@ -67,7 +67,7 @@ export function attentionView(result, strongest) {
       [runOf(e, run()).received, runOf(e, run()).entropy].map((m) => marginal(m, h, newEdges.length - 1)))));
     if (mine !== latest) return; // the reader selected something else meanwhile
     edges = newEdges;
-    keepFocus(controls, () => controls.replaceChildren(...controlRow()));
+    keepFocus(controls, () => controls.replaceChildren(patternControls(result, example(), run())));
     explanation.textContent = explain(heads);
     const signed = run() === "difference";
     const top = squares.reduce((a, s) => Math.max(a, largest(s, state.mute)), 0) || 1;
@@ -81,30 +81,13 @@ export function attentionView(result, strongest) {
     drawTokens(e);
     await follow();
   };
-  const controlRow = () => {
-    const e = example();
-    const prompts = result.examples.map((x, i) => ({ value: String(i), text: `prompt ${i}: ${x.runs.clean.labels.slice(0, 40).join("").replaceAll("\u00b7", " ").trim().slice(0, 56)}` }));
-    return [el("div", { class: "controls" },
-      ...some(switcher("detail", [{ value: "blocks", text: "segments" }, { value: "map", text: "map" }, { value: "rows", text: "one query" }], state.zoom, (v) => set({ zoom: /** @type {any} */ (v) }))),
-      ...(e.runs.corrupt ? some(switcher("run", ["clean", "corrupt", "difference"].map((v) => ({ value: v, text: v })), run(), (v) => set({ run: /** @type {any} */ (v) }))) : []),
-      ...(run() === "difference" ? [] : some(switcher("colour by", Object.entries(SCALES).map(([value, text]) => ({ value, text })), state.scale, (v) => set({ scale: /** @type {any} */ (v) })))),
-      tick("mute the first token", state.mute, (mute) => set({ mute })),
-      ...some(chooser("prompt", prompts, String(Math.min(state.ex, prompts.length - 1)), (v) => { set({ ex: Number(v), q: null }); })))];
-  };
   const explain = (/** @type {string[]} */ heads) => {
-    const e = example();
-    const bins = edges.length - 1;
-    const ratio = Math.ceil(e.tokens / bins);
-    const pooled = e.tokens > bins || e.coarse > 1;
-    const n = e.tokens.toLocaleString("en");
-    const others = result.exact.length ? ` of heads other than ${result.exact.join(", ")}` : "";
-    const map = !pooled ? `All ${n} × ${n} weights; √p is stored in 8 bits${e.levels < 256 ? `, and in ${e.levels} levels${others}, to keep the page small` : ""}.`
-      : e.tokens === bins ? `${n} × ${n} weights: each cell is the largest of ${e.coarse} × ${e.coarse} neighbours${others}, to keep the page small.`
-      : `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${e.coarse > 1 ? ` (of heads without exact rows ${ratio * e.coarse} × ${ratio * e.coarse}, to keep the page small)` : e.levels < 256 ? `, in ${e.levels} levels of √p for heads without exact rows (to keep the page small)` : ""}. `
-        + (result.exact.length && runOf(e, run()).top.index.shape[2] ? `The view “one query” shows exact values: the largest weights of every query of ${result.exact.join(", ")}.`
-          : "This page contains no exact rows of single queries.");
-    const detail = { map, blocks: "Share of the attention of each query segment that each key segment receives; rows sum to 1.", rows: "One query at a time. Point at a token below, or click it to pin it." }[state.zoom];
     const all = selectedHeads().length;
+    const detail = {
+      map: describeMap(result, example(), run(), edges.length - 1),
+      blocks: "Share of the attention of each query segment that each key segment receives; rows sum to 1.",
+      rows: "One query at a time. Point at a token below, or click it to pin it.",
+    }[state.zoom];
     return [detail, all > heads.length ? `${heads.length} of ${all} selected heads are drawn.` : "",
       state.mute ? "The first token’s column is grey and does not set the scale; other weights are unchanged." : "",
       result.examples.length < result.n ? `This page contains ${result.examples.length} of ${result.n} prompts.` : ""].filter(Boolean).join(" ");
@@ -192,6 +175,51 @@ export function attentionView(result, strongest) {
   on("q pins", () => follow());
   draw();
   box.append(el("h3", {}, "What the selected heads read"), controls, explanation, figures, line, strips,
-    el("p", { class: "hint" }, "Point at a token to see what it reads; click to pin it. · is a space, ⏎ a line break; tokens with dotted lines are bytes of a character."));
+    el("p", { class: "hint" }, "Point at a token to see what it reads; click to pin it. · is a space, ⏎ a line break; a dotted underline marks bytes of a character."));
   return box;
+}
+
+/**
+ * The selectors of detail, run, scale and prompt.
+ * @param {PatternResult} result
+ * @param {PatternExample} example
+ * @param {string} run
+ */
+function patternControls(result, example, run) {
+  const prompts = result.examples.map((e, i) => ({ value: String(i),
+    text: `prompt ${i}: ${e.runs.clean.labels.slice(0, 40).join("").replaceAll("\u00b7", " ").trim().slice(0, 56)}` }));
+  const details = [{ value: "blocks", text: "segments" }, { value: "map", text: "map" }, { value: "rows", text: "one query" }];
+  const runs = ["clean", "corrupt", "difference"].map((v) => ({ value: v, text: v }));
+  const scales = Object.entries(SCALES).map(([value, text]) => ({ value, text }));
+  return el("div", { class: "controls" },
+    ...some(switcher("detail", details, state.zoom, (v) => set({ zoom: /** @type {any} */ (v) }))),
+    ...(example.runs.corrupt ? some(switcher("run", runs, run, (v) => set({ run: /** @type {any} */ (v) }))) : []),
+    ...(run === "difference" ? [] : some(switcher("colour by", scales, state.scale, (v) => set({ scale: /** @type {any} */ (v) })))),
+    tick("mute the first token", state.mute, (mute) => set({ mute })),
+    ...some(chooser("prompt", prompts, String(Math.min(state.ex, prompts.length - 1)), (v) => { set({ ex: Number(v), q: null }); })));
+}
+
+/**
+ * What a map shows of the weights, and how exact it is.
+ * @param {PatternResult} result
+ * @param {PatternExample} example
+ * @param {string} run
+ * @param {number} bins
+ */
+function describeMap(result, example, run, bins) {
+  const { tokens, coarse, levels } = example;
+  const n = tokens.toLocaleString("en");
+  const others = result.exact.length ? ` of heads other than ${result.exact.join(", ")}` : "";
+  if (tokens <= bins && coarse === 1) {
+    const reduced = levels < 256 ? `, and in ${levels} levels${others}, to keep the page small` : "";
+    return `All ${n} × ${n} weights; √p is stored in 8 bits${reduced}.`;
+  }
+  if (tokens === bins) return `${n} × ${n} weights: each cell is the largest of ${coarse} × ${coarse} neighbours${others}, to keep the page small.`;
+  const ratio = Math.ceil(tokens / bins);
+  const reduced = coarse > 1 ? ` (of heads without exact rows ${ratio * coarse} × ${ratio * coarse}, to keep the page small)`
+    : levels < 256 ? `, in ${levels} levels of √p for heads without exact rows (to keep the page small)` : "";
+  const exact = result.exact.length && runOf(example, run).top.index.shape[2]
+    ? `The view “one query” shows exact values: the largest weights of every query of ${result.exact.join(", ")}.`
+    : "This page contains no exact rows of single queries.";
+  return `${n} tokens in ${bins} bins: each cell is the largest of about ${ratio} × ${ratio} weights${reduced}. ${exact}`;
 }
