@@ -13,7 +13,7 @@ from interp.cli import main as cli
 from interp.errors import InterpError
 from interp.jobs.store import differences
 from interp.sweep.config import parse, parse_toml, read_config
-from interp.sweep.template import TEMPLATE
+from interp.sweep.template import sweep_template
 from interp.sweep.toml_lines import key_lines
 
 SMALL = """\
@@ -43,11 +43,11 @@ layers = "2-3"
 
 
 def test_the_template_is_a_config_and_its_frozen_form_reads_back() -> None:
-    config = parse_toml(TEMPLATE)
+    config = parse_toml(sweep_template())
     assert str(config.parts[0]) == "part 0 (smollm2 × ioi × patch × heads, seed 0, examples 0–7)"
     again = parse(json.loads(json.dumps(config.document)))
     assert again.digest == config.digest and again.parts == config.parts
-    assert parse_toml(TEMPLATE.replace("# ", "#  ")).digest == config.digest  # comments decide nothing
+    assert parse_toml(sweep_template().replace("# ", "#  ")).digest == config.digest  # comments decide nothing
 
 
 def test_a_model_takes_any_backend_of_headstats() -> None:
@@ -210,4 +210,4 @@ def test_init_writes_once(tmp_path, monkeypatch, capsys) -> None:
         assert int(ended.value.code or 0) == code
         caught = capsys.readouterr()
         assert words in caught.out + caught.err
-    assert (tmp_path / "s.toml").read_text() == TEMPLATE
+    assert (tmp_path / "s.toml").read_text() == sweep_template()
