@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from headstats import reference
 from headstats.call import Call
 from headstats.cpu import build, library
-from headstats.cpu.arguments import CallArguments
+from headstats.cpu.arguments import COMPUTED, CallArguments
 from headstats.spec import StatSpec
 from headstats.stats import Result, tensors
 
@@ -19,13 +19,14 @@ M, N = 9, 21
 
 
 def small_case(dtype: torch.dtype) -> Call:
-    """Return a small call with many options and every statistic.
+    """Return a small call with many options and every statistic that the library computes.
 
     It has grouped heads, a window, softcap, padding, a bias and a sink.
     """
     x = torch.linspace(-3, 3, 2 * 4 * N * 20, dtype=torch.float64).mul(17).sin().view(2, 4, N, 20).to(dtype)
     by_segment = dict.fromkeys(("segments", "segment_value_norms", "segment_outputs"), True)
-    spec = replace(StatSpec.all(), **by_segment, targets=False, key_features=False)
+    not_computed = dict.fromkeys(StatSpec.all().requested().keys() - set(COMPUTED), False)
+    spec = replace(StatSpec.all(), **by_segment, **not_computed, targets=False, key_features=False)
     return Call(
         q=x[:, :, :M], k=x[:, 1:3], v=x[:, 2:, :, :13], causal=True, window=17, softcap=2.0, scale=0.5, spec=spec,
         bias=x[:1, :, :M, :1], sinks=x[0, :, 0, 0], key_padding=(torch.arange(N) > 2).expand(2, N),
