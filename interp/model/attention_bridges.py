@@ -1,7 +1,7 @@
-"""Subclasses of TransformerLens' attention bridges that keep their hooks and hand attention to the instrument.
+"""Subclasses of TransformerLens' attention bridges that keep their hooks and pass attention to the instrument.
 
-`adapt` swaps the class of one bridge object. Bridges that merely wrap a Hugging Face module need nothing:
-the module itself calls our registered function.
+`adapt` replaces the class of one bridge object. Bridges that only wrap a Hugging Face module need no change: the
+module itself calls our registered function.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from interp.model.attention_call import AttentionCall
 from interp.model.instrument import LINK
 from interp.model.masks import read_mask
 
-_LENGTH = "_interp_length"  # positions in the running forward of the original module; None outside one
+_LENGTH = "_interp_length"  # attribute: positions in the current forward of the original module; None outside one
 
 
 def adapt(attn: Any) -> None:
-    """Give one attention bridge (or the native module in it) a forward that goes through its link.
+    """Give one attention bridge (or the native module in it) a forward that computes attention through its link.
 
-    Raises ModelError for a bridge that computes attention in a way of its own (e.g. DeepSeek's sparse attention).
+    Raises ModelError for a bridge that computes attention in its own way (e.g. DeepSeek's sparse attention).
     """
     from transformer_lens.model_bridge.generalized_components import alibi_joint_qkv_attention as alibi
     from transformer_lens.model_bridge.generalized_components import bloom_attention as bloom
@@ -43,7 +43,7 @@ def adapt(attn: Any) -> None:
         return
     kind = type(attn)
     if issubclass(kind, rope.PositionEmbeddingsAttentionBridge):
-        # Subclasses adapt TransformerLens' re-implementation (NoPE layers, norms); the original module knows them.
+        # Subclasses adapt TransformerLens' implementation (NoPE layers, norms); the original module handles these too.
         attn.__class__ = _subclass(kind, "forward", _rope_forward)
         _hook_norms(attn)
         if hasattr(attn, "hook_q_gate"):
@@ -55,8 +55,8 @@ def adapt(attn: Any) -> None:
         return
     plain = (joint.JointQKVAttentionBridge, joint_rope.JointQKVPositionEmbeddingsAttentionBridge)
     linear_bias = (alibi.ALiBiJointQKVAttentionBridge, bloom.BloomAttentionBridge, mpt.MPTALiBiAttentionBridge)
-    own = getattr(kind, "_reconstruct_attention", None)
-    if any(own is base._reconstruct_attention for base in (*plain, *linear_bias)):
+    reconstruct = getattr(kind, "_reconstruct_attention", None)
+    if any(reconstruct is base._reconstruct_attention for base in (*plain, *linear_bias)):
         attn.__class__ = _subclass(kind, "_reconstruct_attention", _joint_reconstruct)
     elif kind.forward is not AttentionBridge.forward:
         raise ModelError(
@@ -69,43 +69,44 @@ def adapt(attn: Any) -> None:
 
 @cache
 def _subclass(base: type, method: str, function: Any) -> type:
-    """One generated subclass per (class, method), so that isinstance checks and pickling of state still work."""
+    """Generate one subclass per (class, method), so that isinstance checks and pickling of state still work."""
     return type(f"Instrumented{base.__name__}", (base,), {method: function, "__module__": __name__})
 
 
 def _hook_norms(attn: Any) -> None:
     """Fire ``hook_q_normed``/``hook_k_normed`` when the original module calls its query and key norms.
 
-    TransformerLens shows per-head norms as [batch, heads, position, d_head]. Some models (Qwen 3) norm before
-    they transpose; there the norm is given TransformerLens' layout and its output turned back.
+    TransformerLens shows per-head norms as [batch, heads, position, d_head]. Some models (Qwen 3) apply the norm
+    before they transpose. There the norm's input is transposed to TransformerLens' layout, and its output back.
     """
     for name in ("q", "k"):
         norm, hook = getattr(attn, f"{name}_norm", None), getattr(attn, f"hook_{name}_normed", None)
         if norm is None or hook is None:
             continue
-        turned: list[bool] = []
+        transposed: list[bool] = []
 
-        def before(module: Any, args: Any, turned: list[bool] = turned) -> Any:
+        def before(module: Any, args: Any, transposed: list[bool] = transposed) -> Any:
             length = attn.__dict__.get(_LENGTH)
             x = args[0]
-            early = length is not None and x.ndim == 4 and x.shape[1] == length
-            # With as many heads as positions the shape does not tell; a transposed view is not contiguous.
-            turned.append(bool(early and (x.shape[2] != length or x.is_contiguous()) and not attn._qk_norm_per_head))
-            return (x.transpose(1, 2), *args[1:]) if turned[-1] else None
+            positions_first = length is not None and x.ndim == 4 and x.shape[1] == length
+            # With as many heads as positions the shape is ambiguous; a transposed view is not contiguous.
+            positions_first = positions_first and (x.shape[2] != length or x.is_contiguous())
+            transposed.append(bool(positions_first and not attn._qk_norm_per_head))
+            return (x.transpose(1, 2), *args[1:]) if transposed[-1] else None
 
-        def after(module: Any, args: Any, out: Any, turned: list[bool] = turned, hook: Any = hook) -> Any:
-            was_turned = turned.pop()
+        def after(module: Any, args: Any, out: Any, transposed: list[bool] = transposed, hook: Any = hook) -> Any:
+            was_transposed = transposed.pop()
             if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
                 return None
             out = hook(out)
-            return out.transpose(1, 2) if was_turned else out
+            return out.transpose(1, 2) if was_transposed else out
 
         norm.register_forward_pre_hook(before)
         norm.register_forward_hook(after)
 
 
 def _gate_hook(attn: Any) -> Any:
-    """Fire ``hook_q_gate`` where a query projection gives, for each head, its query and then an output gate."""
+    """Make a hook that fires ``hook_q_gate``: the query projection gives each head's query, then its output gate."""
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor | None:
         if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
@@ -118,7 +119,7 @@ def _gate_hook(attn: Any) -> Any:
 
 
 def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
-    """Run the original module, letting the norm hooks know that it is running and on how many positions."""
+    """Run the original module; the norm hooks can see that it runs, and on how many positions."""
     self.__dict__[_LENGTH] = hidden.shape[1]
     try:
         return self.original_component(hidden, *args, **kwargs)
@@ -126,8 +127,8 @@ def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
         self.__dict__[_LENGTH] = None
 
 
-def _entered(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
-    """What attention reads, and the arguments after it, once their hooks have fired."""
+def _fire_inputs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+    """Fire the hooks of attention's inputs; return its hidden states and the remaining arguments."""
     if "hidden_states" in kwargs:
         hidden = kwargs.pop("hidden_states")
     else:
@@ -141,13 +142,13 @@ def _entered(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Delegate to the Hugging Face forward, whose projections are TransformerLens' hooked linears.
 
-    With per-head input hooks on (``use_split_qkv_input``, ``use_attn_in``) the projections differ per
-    head; then TransformerLens' own dense forward runs, and the layer is reported as dense.
+    While per-head input hooks are on (``use_split_qkv_input``, ``use_attn_in``), projections differ between heads.
+    Then TransformerLens' own dense forward runs, and the layer is reported as dense.
     """
     config = self.config
     if getattr(config, "use_split_qkv_input", False) or getattr(config, "use_attn_in", False):
         return _tl_forward(self, args, kwargs)
-    hidden, args = _entered(self, args, kwargs)
+    hidden, args = _fire_inputs(self, args, kwargs)
     if getattr(config, "use_attn_result", False):
         return self.hook_out(_with_result(self, hidden, args, kwargs)), None
     out = _delegate(self, hidden, args, kwargs)
@@ -155,18 +156,18 @@ def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _hook_latents(attn: Any) -> None:
-    """Fire ``hook_q_latent``/``hook_kv_latent`` on what the original module's compressing projections give."""
+    """Fire ``hook_q_latent``/``hook_kv_latent`` on the outputs of the original module's compressing projections."""
     for norm, hook in (("q_a_layernorm", attn.hook_q_latent), ("kv_a_layernorm", attn.hook_kv_latent)):
         module = getattr(attn.original_component, norm, None)  # queries are not always compressed
         if module is not None:
             module.register_forward_hook(lambda _module, _args, out, hook=hook: hook(out))
-    # transformers gives the latent a head axis for its cache; the projection's hooks show it without
+    # transformers adds a head axis to the latent for its cache; the projection's hooks show it without that axis
     attn.original_component.kv_b_proj.register_forward_pre_hook(lambda _module, args: (args[0].squeeze(1),))
 
 
 def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Multi-head latent attention (DeepSeek): delegate to the Hugging Face forward, which decompresses keys."""
-    hidden, args = _entered(self, args, kwargs)
+    hidden, args = _fire_inputs(self, args, kwargs)
     kwargs["past_key_values"] = _HookedCache(self, kwargs.get("past_key_values"))
     if getattr(self.config, "use_attn_result", False):
         return self.hook_out(_with_result(self, hidden, args, kwargs)), None
@@ -175,10 +176,10 @@ def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _HookedCache:
-    """A latent attention's KV cache (or none), which fires the hook of the rotated key on its way in.
+    """Wraps a latent attention's KV cache (or none) and fires the hook of the rotated key before it is stored.
 
-    The cache holds the latent and one rotated key for all heads; per-head keys and values are made anew from
-    them at every step.
+    The cache holds the latent and one rotated key for all heads; per-head keys and values are computed from them again
+    at every step.
     """
 
     def __init__(self, attn: Any, cache: Any):
@@ -188,26 +189,30 @@ class _HookedCache:
         return getattr(self.cache, name)
 
     def update(self, latent: Tensor, rotated: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What the module then reads: everything so far."""
+        """Store this step's latent and rotated key; return those of all positions so far."""
         rotated = self.attn.hook_rot_k(rotated)
         return (latent, rotated) if self.cache is None else self.cache.update(latent, rotated, *args, **kwargs)
 
 
 def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Attention output as the sum of hooked per-head results: needs z as the output projection receives it."""
-    received: list[Tensor] = []
-    handle = self.o.original_component.register_forward_pre_hook(lambda _m, inputs: received.append(inputs[0]))
+    """Compute the attention output as the sum of hooked per-head results, from the output projection's input z."""
+    z_inputs: list[Tensor] = []
+
+    def keep(_module: Any, inputs: Any) -> None:
+        z_inputs.append(inputs[0])
+
+    handle = self.o.original_component.register_forward_pre_hook(keep)
     try:
         _delegate(self, hidden, args, kwargs)
     finally:
         handle.remove()
     n_heads = int(self.config.n_heads)
-    z = received[0].unflatten(-1, (n_heads, -1))
+    z = z_inputs[0].unflatten(-1, (n_heads, -1))
     return self._compute_per_head_result(z, n_heads, z.shape[-1])
 
 
 def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
-    """TransformerLens' dense forward, with the mask that it expects."""
+    """Run TransformerLens' dense forward, with the mask in the form that it expects."""
     link = self.__dict__[LINK]
     record = link.instrument.record(link.layer)
     record.calls += 1
@@ -228,9 +233,9 @@ def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """Attention of fused-QKV models after TransformerLens has split and hooked q, k, v.
+    """Compute attention of fused-QKV models after TransformerLens has split and hooked q, k and v.
 
-    GPT-2, GPT-NeoX, Phi-3; Bloom, MPT and Falcon with their linear biases (ALiBi).
+    For GPT-2, GPT-NeoX and Phi-3; and for Bloom, MPT and Falcon with their linear biases (ALiBi).
     """
     config = self.config
     n_heads = int(config.n_heads)
@@ -261,10 +266,10 @@ def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any
 
 
 def _linear_bias(self: Any, kwargs: Any, n_heads: int, n_keys: int, scale: float) -> Tensor | None:
-    """ALiBi as an additive bias [batch or 1, heads, 1, keys], which softmax knows only up to a constant per row.
+    """ALiBi as an additive bias [batch or 1, heads, 1, keys]; softmax ignores a constant per row.
 
-    Bloom and Falcon hand over [batch · heads, 1, keys] in ``alibi`` (Falcon scales it with the scores), MPT
-    [heads, 1, max_keys] in ``position_bias``, counted from the last key back.
+    Bloom and Falcon pass [batch · heads, 1, keys] in ``alibi`` (Falcon scales it with the scores). MPT passes
+    [heads, 1, max_keys] in ``position_bias``, counted backwards from the last key.
     """
     from transformer_lens.model_bridge.generalized_components.alibi_joint_qkv_attention import (
         ALiBiJointQKVAttentionBridge,
@@ -292,9 +297,9 @@ def _inner_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The ``_attn`` method of GPT-J, CodeGen and GPT-Neo modules: [B, H, M, D] in and out.
+    """Replace the ``_attn`` method of GPT-J, CodeGen and GPT-Neo modules: [B, H, M, D] in and out.
 
-    GPT-Neo does not scale its scores, and alternates global layers with local ones.
+    GPT-Neo does not scale its scores, and alternates between global and local layers.
     """
     link = self.__dict__[LINK]
     masks = read_mask(attention_mask)
@@ -313,7 +318,7 @@ def _native_forward(
     pattern_fn: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """TransformerLens' native attention; ``pattern_fn`` is its pattern hook, which the dense path fires itself."""
+    """Compute TransformerLens' native attention; the dense path itself fires the pattern hook, ``pattern_fn``."""
     from interp.model.instrument import LINK
 
     heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
@@ -326,7 +331,7 @@ def _native_forward(
     if attention_mask is not None and attention_mask.ndim == 2:
         masks["key_padding"] = attention_mask.bool()
     elif attention_mask is not None:
-        # Native convention: a 4D bool mask is True where HIDDEN; an additive one hides below −1.
+        # Native convention: a 4D bool mask is True where HIDDEN; an additive mask hides values below −1.
         hidden = attention_mask if attention_mask.dtype == torch.bool else attention_mask < -1.0
         masks["bias"] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
     link = self.__dict__[LINK]

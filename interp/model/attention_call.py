@@ -1,7 +1,8 @@
-"""The dense attention path: materialises one layer's n×n scores so that user hooks can read and edit them.
+"""AttentionCall, one layer's attention as arguments, and its dense computation.
 
-Used only for a layer whose ``hook_attn_scores`` or ``hook_pattern`` carries hooks; every other layer
-stays on the kernel. `Model.backend_report` names the layers that came through here.
+The dense path builds one layer's n×n scores so that user hooks can read and edit them. It is used only for a layer
+whose ``hook_attn_scores`` or ``hook_pattern`` has hooks; every other layer stays on the kernel. `Model.backend_report`
+names the layers that took the dense path.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention, after projection and rotation, in headstats' vocabulary.
+    """One layer's attention after projection and rotation, as headstats takes it.
 
-    q [B, H, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]; ``causal`` is aligned bottom-right; ``window``
-    counts the query itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is additive and
-    broadcastable to [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H].
+    q [B, H, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]; ``causal`` is aligned bottom-right; ``window`` counts the query
+    itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is added to the scores and broadcastable to
+    [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H].
     """
 
     layer: int
@@ -36,20 +37,20 @@ class AttentionCall:
     sinks: Float[Tensor, " heads"] | None = None
 
     def visible(self) -> Bool[Tensor, "#batch 1 query key"] | None:
-        """Which keys each query may see, or None if all (bias aside)."""
+        """Which keys each query may see, without regard to the bias; None if all."""
         m, n = self.q.shape[2], self.k.shape[2]
-        shown: Tensor | None = None
+        visible: Tensor | None = None
         if self.causal or self.window is not None:
-            behind = torch.arange(m, device=self.q.device)[:, None] + (n - m)
-            behind = behind - torch.arange(n, device=self.q.device)
-            shown = behind >= 0 if self.causal else torch.ones_like(behind, dtype=torch.bool)
+            distance = torch.arange(m, device=self.q.device)[:, None] + (n - m)
+            distance = distance - torch.arange(n, device=self.q.device)
+            visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
             if self.window is not None:
-                shown = shown & (behind.abs() < self.window)
-            shown = shown[None, None]
+                visible = visible & (distance.abs() < self.window)
+            visible = visible[None, None]
         if self.key_padding is not None:
-            real = self.key_padding[:, None, None, :]
-            shown = real if shown is None else shown & real
-        return shown
+            is_real = self.key_padding[:, None, None, :]
+            visible = is_real if visible is None else visible & is_real
+        return visible
 
 
 Hook = Callable[[Tensor], Tensor]
@@ -58,10 +59,10 @@ Hook = Callable[[Tensor], Tensor]
 def dense_attention(
     call: AttentionCall, hook_scores: Hook = lambda x: x, hook_pattern: Hook = lambda x: x
 ) -> Float[Tensor, "batch heads query dim_v"]:
-    """softmax(q kᵀ · scale + masks) v, with hooks before and after the softmax, as TransformerLens has them.
+    """Compute softmax(q kᵀ · scale + masks) v, with TransformerLens' hooks before and after the softmax.
 
-    Masked scores carry the dtype's minimum when the hook sees them (TransformerLens' convention). A query
-    that sees no key (padding) gives a zero row, as the kernel does. Softmax runs in at least float32.
+    When the hook sees them, masked scores hold the dtype's minimum (TransformerLens' convention). A query that sees no
+    key (padding) gives a zero row, as in the kernel. Softmax runs in at least float32.
     """
     groups = call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))

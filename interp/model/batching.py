@@ -1,4 +1,4 @@
-"""Prompts that can go through a model together, and the tensors of such a batch."""
+"""Batches of prompts that can go through a model together, and their tensors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ TOKENS_PER_FORWARD = 2048  # batches of full forwards are cut so that logits sta
 
 
 def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of prompts grouped by length and cut to `TOKENS_PER_FORWARD`: batches without padding.
+    """Group the indices of prompts of equal length into batches of at most `TOKENS_PER_FORWARD`, without padding.
 
-    Prompts with images also need images of the same size.
+    Prompts with images must also have images of the same size.
     """
-    alike: dict[Any, list[int]] = {}
+    by_shape: dict[Any, list[int]] = {}
     for i, row in enumerate(ids):
-        alike.setdefault((len(row), row.shapes if isinstance(row, ModelInput) else ()), []).append(i)
+        by_shape.setdefault((len(row), row.shapes if isinstance(row, ModelInput) else ()), []).append(i)
     batches = []
-    for (length, _), members in alike.items():
+    for (length, _), members in by_shape.items():
         step = max(1, TOKENS_PER_FORWARD // length)
         batches += [members[i : i + step] for i in range(0, len(members), step)]
     return batches
 
 
 def collate(prompts: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of one of `equal_length_batches` as the inputs of a Hugging Face forward; pixels in the model's dtype."""
+    """Join one of `equal_length_batches` into the inputs of a Hugging Face forward; pixels in the model's dtype."""
     first = prompts[0]
     inputs: dict[str, Tensor] = {}
     if not isinstance(first, ModelInput) or first.has_token_ids:

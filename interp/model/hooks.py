@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
-    """Temporary TransformerLens forward hooks: (hook name, fn(tensor, hook) -> tensor or None)."""
+    """Add TransformerLens forward hooks inside the block: (hook name, fn(tensor, hook) -> tensor or None)."""
     handles = []
-    known = model.bridge.hook_dict if pairs else {}  # a property that looks through the whole model
+    points = model.bridge.hook_dict if pairs else {}  # a property that searches the whole model
     try:
         for name, function in pairs:
-            point = known[name]
+            point = points[name]
             heads_first = getattr(point, "pos_dim", 1) == 2
             handles.append((point, point.add_hook(_positions_first(function) if heads_first else function)))
         yield
@@ -30,10 +30,10 @@ def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
 
 
 def _positions_first(function: Any) -> Any:
-    """For hooks that carry [batch, heads, position, d] (latent attention): the function sees positions before heads."""
+    """Wrap a hook on [batch, heads, position, d] (latent attention) so that it sees positions before heads."""
 
-    def turned(x: Tensor, hook: Any) -> Tensor | None:
+    def transposed(x: Tensor, hook: Any) -> Tensor | None:
         out = function(x.transpose(1, 2), hook)
         return None if out is None else out.transpose(1, 2)
 
-    return turned
+    return transposed

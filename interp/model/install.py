@@ -1,4 +1,4 @@
-"""Send the attention of every layer of a TransformerBridge to its instrument."""
+"""Route the attention of every layer of a TransformerBridge to its instrument."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _hf_attention(
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The function that transformers' attention modules call: [B, H, M, D] in, [B, M, H, Dv] out."""
+    """Compute attention for transformers' attention modules: [B, H, M, D] in, [B, M, H, Dv] out."""
     if dropout and module.training:
         raise ModelError("attention dropout is active: call model.eval() (interp runs models in evaluation mode)")
     link = module.__dict__.get(LINK)
@@ -41,16 +41,16 @@ def _hf_attention(
 
 
 def stacks(bridge: Bridge) -> dict[str, dict[int, Any]]:
-    """Attention bridges by stack and layer: one nameless stack, or an encoder's, a decoder's and the cross-attention's.
+    """Attention bridges by stack and layer.
 
-    In a hybrid model only some layers are there. A vision–language model also has "vision", where the inside of its
-    vision tower is bridged.
+    A model has one stack, named "", or an "encoder", a "decoder" and "cross" (the cross-attention). A hybrid model has
+    bridges in some layers only. A vision–language model also has "vision" if the inside of its vision tower is bridged.
     """
     if not hasattr(bridge, "encoder_blocks"):
         layers = {i: getattr(block, "attn", None) for i, block in enumerate(bridge.blocks)}
         tower = getattr(getattr(bridge, "vision_encoder", None), "encoder_layers", None)
-        seeing = {} if tower is None else {"vision": {i: block.attn for i, block in enumerate(tower)}}
-        return {"": {i: attn for i, attn in layers.items() if attn is not None}, **seeing}
+        vision = {} if tower is None else {"vision": {i: block.attn for i, block in enumerate(tower)}}
+        return {"": {i: attn for i, attn in layers.items() if attn is not None}, **vision}
     encoder, decoder = bridge.encoder_blocks, bridge.decoder_blocks
     return {
         "encoder": {i: block.attn for i, block in enumerate(encoder)},
@@ -60,9 +60,9 @@ def stacks(bridge: Bridge) -> dict[str, dict[int, Any]]:
 
 
 def install(bridge: Bridge, instruments: dict[str, Instrument]) -> None:
-    """Send every layer's attention of a TransformerBridge through its stack's instrument.
+    """Route every layer's attention of a TransformerBridge through the instrument of its stack.
 
-    Raises ModelError, naming the class, for attention that cannot be intercepted.
+    Raises ModelError, which names the class, for attention that cannot be intercepted.
     """
     from transformer_lens.model_bridge.sources.native.model import NativeAttention
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -86,10 +86,10 @@ def install(bridge: Bridge, instruments: dict[str, Instrument]) -> None:
 
 
 def _select(hf: Any) -> None:
-    """Make a Hugging Face model's attention and masks go to our functions.
+    """Make a Hugging Face model call our functions for attention and masks.
 
-    Models that predate the attention interface refuse the switch, but still build their masks by the
-    config's word; their modules are then reached through their bridges.
+    Models that predate the attention interface refuse the switch, but still build their masks as their config says;
+    their attention modules are then reached through their bridges.
     """
     with suppress(ValueError, NotImplementedError):
         hf.set_attn_implementation(IMPLEMENTATION)

@@ -1,14 +1,14 @@
-"""Route a TransformerBridge's attention through headstats, and keep TransformerLens hooks working.
+"""Instrument: computes a model's attention through headstats, and keeps TransformerLens hooks working.
 
-How attention is intercepted, by kind of bridge:
+How attention is intercepted depends on the kind of bridge:
 
-* Hugging Face modules call whatever function is registered under ``config._attn_implementation``. We
-  register ours, with a mask function that hands over padding, causality and window instead of an n×n mask.
-* TransformerLens' bridges for rotary and fused-QKV models re-implement attention densely. Each such
-  object gets a generated subclass that keeps every hook and computes attention here.
-* TransformerLens' own small models ("native") get the same treatment.
+* Hugging Face modules call the function that is registered under ``config._attn_implementation``. `install` registers
+  ours, together with a mask function that passes on padding, causality and window instead of an n×n mask (`masks`).
+* TransformerLens' bridges for rotary and fused-QKV models implement attention again, densely. Each such object gets a
+  generated subclass that keeps every hook and computes attention here (`attention_bridges`).
+* TransformerLens' own small models ("native") are treated in the same way.
 
-Everything ends in `Instrument.__call__`, the one place where a layer's attention is computed.
+All of them end in `Instrument.__call__`, the only place where a layer's attention is computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Handler = Callable[[AttentionCall], Tensor]
 
 @dataclass
 class LayerRecord:
-    """What happened in one layer since the last reset."""
+    """How one layer's attention was computed since the last reset."""
 
     calls: int = 0
     backends: Counter[str] = field(default_factory=Counter)
@@ -42,10 +42,10 @@ class LayerRecord:
 
 
 class Instrument:
-    """Computes attention for every layer of one model, and remembers how.
+    """Computes attention for every layer of one model, and records how.
 
-    ``handler``, when set, replaces the computation (the engine uses it to pack many runs into one
-    forward); ``spec`` asks the kernel for statistics, which collect in ``collected[layer]``.
+    ``handler``, when set, replaces the computation; the engine uses it to pack many runs into one forward. ``spec``,
+    when set, requests statistics from the kernel, which are stored in ``collected[layer]``.
     """
 
     def __init__(self, backend: str = "auto"):
@@ -56,17 +56,17 @@ class Instrument:
         self.layers: dict[int, LayerRecord] = {}
 
     def record(self, layer: int) -> LayerRecord:
-        """The record of a layer, created on first use."""
+        """The record of a layer, created at the first call."""
         return self.layers.setdefault(layer, LayerRecord())
 
     def __call__(self, call: AttentionCall, bridge: AttentionLayer) -> Tensor:
-        """Attention output [B, H, M, Dv] of one layer; dense if that layer's scores or pattern are hooked."""
+        """Compute attention output [B, H, M, Dv] of one layer; densely if that layer's scores or pattern are hooked."""
         record = self.record(call.layer)
         record.calls += 1
-        hooked = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
-        if hooked and self.spec is None and self.handler is None:
+        hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
+        if hook_names and self.spec is None and self.handler is None:
             record.backends["dense"] += 1
-            record.dense_because = " and ".join(hooked) + " hooked"
+            record.dense_because = " and ".join(hook_names) + " hooked"
             return dense_attention(call, bridge.hook_attn_scores, bridge.hook_pattern)
         if self.handler is not None:
             return self.handler(call)
@@ -116,7 +116,7 @@ def _has_hooks(bridge: AttentionLayer, name: str) -> bool:
 
 @dataclass
 class Link:
-    """A plain attribute on an attention module that leads back to its bridge (not a submodule)."""
+    """Points from an attention module back to its bridge; a plain attribute of the module, not a submodule."""
 
     instrument: Instrument
     bridge: AttentionLayer
@@ -133,9 +133,9 @@ class Link:
 
 
 def fire_latent(attn: Any, call: AttentionCall) -> AttentionCall:
-    """Fire a latent attention's hooks on queries, and on the keys and values of this step's own positions.
+    """Fire a latent attention's hooks on queries, and on keys and values of the positions of this step.
 
-    An edit of earlier positions' keys is not kept for later steps of decoding; one of the latent is.
+    In decoding, an edit of earlier positions' keys does not persist in later steps; an edit of the latent does.
     """
     rope, m = attn.original_component.qk_rope_head_dim, call.q.shape[2]
     q = attn.hook_q(torch.cat([call.q[..., :-rope], attn.hook_rot_q(call.q[..., -rope:])], dim=-1))

@@ -13,7 +13,7 @@ from interp.errors import ModelError
 
 @dataclass(frozen=True)
 class MaskNote:
-    """What a Hugging Face mask means, attached to the 2D padding tensor that our mask function returns."""
+    """The meaning of a Hugging Face mask, attached to the 2D padding tensor that `compact_mask` returns."""
 
     causal: bool
     window: int | None
@@ -24,14 +24,14 @@ def compact_mask(
     mask_function: Any = None, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True,
     local_size: int | None = None, device: Any = "cpu", **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """A transformers mask function: 2D padding plus a note for plain masks, a dense 4D mask for all others."""
+    """Mask function for transformers: 2D padding plus a note for plain masks, a dense 4D mask for all others."""
     from transformers import masking_utils as mu
 
     kind = _mask_kind(mask_function, mu)
-    everywhere = kind is not None and not kind.causal and kind.window is None  # cross-attention: no position counts
-    aligned = everywhere or q_offset + q_length == kv_offset + kv_length
+    is_full = kind is not None and not kind.causal and kind.window is None  # cross-attention: positions do not matter
+    is_aligned = is_full or q_offset + q_length == kv_offset + kv_length
     padding_fits = attention_mask is None or attention_mask.shape[1] >= kv_length
-    if kind is None or not aligned or not padding_fits or kwargs.get("use_vmap"):
+    if kind is None or not is_aligned or not padding_fits or kwargs.get("use_vmap"):
         return mu.eager_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs
         )
@@ -39,13 +39,13 @@ def compact_mask(
         padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
         padding = attention_mask[:, -kv_length:].bool()
-    padding = padding.clone()  # the note must not leak onto the caller's tensor
+    padding = padding.clone()  # the note must not end up on the caller's tensor
     padding.interp_note = kind  # type: ignore[attr-defined]
     return padding
 
 
 def _mask_kind(function: Any, mu: Any) -> MaskNote | None:
-    """Recognise transformers' plain causal, sliding-window and bidirectional masks; None for anything else."""
+    """Recognise transformers' plain causal, sliding-window and bidirectional masks; None for any other."""
     if function is mu.causal_mask_function:
         return MaskNote(causal=True, window=None)
     if function is mu.bidirectional_mask_function:
@@ -58,24 +58,25 @@ def _mask_kind(function: Any, mu: Any) -> MaskNote | None:
     if len(parts) == 2 and parts[1] is mu.bidirectional_mask_function:
         window = _closure_of(parts[0], "inner_mask").get("sliding_window")
         if isinstance(window, int) and parts[0].__qualname__.startswith("sliding_window_bidirectional_overlay"):
-            return MaskNote(causal=False, window=window + 1)  # theirs does not count the query's own position
+            return MaskNote(causal=False, window=window + 1)  # transformers does not count the query itself
     return None
 
 
 def _closure_of(function: Any, name: str) -> dict[str, Any]:
+    """The closure variables of ``function`` if it is called ``name``; else an empty dict."""
     if getattr(function, "__name__", "") != name or not function.__closure__:
         return {}
     return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
 
 
 def read_mask(mask: Tensor | None) -> dict[str, Any]:
-    """Mask as handed to an attention module → the mask fields of an AttentionCall."""
-    if mask is None:  # no mask function ran: transformers' eager attention would then show every key
+    """Convert the mask that an attention module received into the mask fields of an AttentionCall."""
+    if mask is None:  # no mask function ran: transformers' eager attention then shows every key
         return {"causal": False}
     note: MaskNote | None = getattr(mask, "interp_note", None)
     if note is not None:
         return {"causal": note.causal, "window": note.window, "key_padding": None if bool(mask.all()) else mask}
-    if mask.ndim == 4:  # a dense mask, the model's or the user's own: authoritative as it stands
+    if mask.ndim == 4:  # a dense mask of the model or the user: taken as it is
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
         else:
