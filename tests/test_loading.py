@@ -106,7 +106,7 @@ def test_device_map_places_the_weights_and_changes_no_logit(folder: Path) -> Non
     ("options", "words"),
     [
         ({"device": "cpu", "device_map": "auto"}, "device= .* or device_map= .*not both"),
-        ({"quantize": "2bit"}, "quantize='2bit': one of '8bit', '4bit' expected"),
+        ({"quantize": "2bit"}, "quantize='2bit': one of '8bit', '4bit' is expected"),
         ({"dtype": "float33"}, "dtype must be a floating torch dtype"),
     ],
 )

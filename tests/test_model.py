@@ -187,7 +187,7 @@ def test_per_head_results_sum_to_the_attention_output(tiny, kind: str) -> None:
 
 def test_default_cache_leaves_the_square_tensors_out_and_says_so_once(tiny, caplog) -> None:
     model = tiny("llama")
-    model._told_about_cache = False
+    model._has_warned_about_cache = False
     model.instrument.layers.clear()
     with caplog.at_level(logging.WARNING, "interp"):
         _, cache = model.run_with_cache(tokens())

@@ -1,4 +1,4 @@
-"""Loading models and routing their attention through headstats; the only package that knows transformer_lens."""
+"""Load models and route their attention through headstats; the only package that imports transformer_lens."""
 
 from __future__ import annotations
 

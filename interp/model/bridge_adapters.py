@@ -1,7 +1,7 @@
-"""TransformerLens adapters for architectures that it lacks or reads wrongly, and repairs of transformers' own models.
+"""TransformerLens adapters for architectures that it lacks or reads wrongly, and repairs of transformers' models.
 
-`register` hands the adapters to TransformerLens by its own registry; `repair` corrects a Hugging Face model
-object. Both are called before a bridge is built.
+`register` adds the adapters to TransformerLens' own registry; `repair` corrects a Hugging Face model object. Both are
+called before a bridge is built.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# transformers' class -> the class under which TransformerLens knows the same architecture
+# transformers' class -> the class by which TransformerLens recognises the same architecture
 SAME_AS = {
     "PhimoeForCausalLM": "PhiMoEForCausalLM",
     "SmolVLMForConditionalGeneration": "Idefics3ForConditionalGeneration",
@@ -21,7 +21,7 @@ SAME_AS = {
 
 @cache
 def register() -> None:
-    """Add to TransformerLens' registry of architectures; done once."""
+    """Add interp's adapters to TransformerLens' registry of architectures, once in a process."""
     from transformer_lens.factories import architecture_adapter_factory as factory
 
     from interp.model.vision_adapters import image_adapters
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def _falcon() -> type:
-    """Falcon with grouped keys: TransformerLens counts one key head and cuts the fused weight in three runs."""
+    """Adapter for Falcon with grouped keys: TransformerLens assumes one key head and three contiguous parts."""
     from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
 
     class Falcon(FalconArchitectureAdapter):
@@ -65,7 +65,7 @@ def _falcon() -> type:
 
 
 def _headless(masked: type) -> type:
-    """An encoder without its language-model head: the adapter of the whole model, with shorter paths."""
+    """Adapter for an encoder without its language-model head: that of the whole model, with shorter paths."""
 
     class Headless(masked):
         def prepare_model(self, hf_model: Any) -> None:
@@ -80,7 +80,7 @@ def _headless(masked: type) -> type:
 
 
 def _modernbert() -> type:
-    """ModernBERT: fused projections, rotary positions, local and global layers by turns."""
+    """Adapter for ModernBERT: fused projections, rotary positions, alternating local and global layers."""
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -102,7 +102,9 @@ def _modernbert() -> type:
                 split_qkv_matrix=lambda module: split_in_thirds(module.Wqkv),
                 submodules={"qkv": parts.LinearBridge(name="Wqkv"), "o": parts.LinearBridge(name="Wo")},
             )
-            attention.is_causal = False  # else TransformerLens' own attention hides the right where there is no mask
+            attention.is_causal = (
+                False  # else TransformerLens' own attention hides later positions where there is no mask
+            )
             block = {
                 "ln1": self._norm("attn_norm"),
                 "attn": attention,
@@ -127,7 +129,7 @@ def _modernbert() -> type:
 
 
 def _whisper() -> type:
-    """Whisper: BART's blocks with norms in front, on frames of sound instead of tokens."""
+    """Adapter for Whisper: BART's blocks with norms before them, on frames of sound instead of tokens."""
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.supported_architectures.bart import BartFamilyArchitectureAdapter
 
@@ -145,7 +147,7 @@ def _whisper() -> type:
 
 
 def split_in_thirds(fused: Any) -> list[torch.nn.Linear]:
-    """A fused projection whose rows are all queries, then all keys, then all values."""
+    """Split a fused projection whose rows are all queries, then all keys, then all values."""
     return [
         _linear(weight.clone(), None if fused.bias is None else fused.bias.detach().chunk(3)[i].clone())
         for i, weight in enumerate(fused.weight.detach().chunk(3))
@@ -161,7 +163,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
 
 
 def split_by_group(fused: Any, n_groups: int, d_head: int) -> list[torch.nn.Linear]:
-    """A fused projection whose rows are, for each key head, its query heads, then its key, then its value."""
+    """Split a fused projection whose rows are, for each key head, its query heads, its key and its value."""
     rows = fused.weight.detach().unflatten(0, (n_groups, -1, d_head))
     bias = None if fused.bias is None else fused.bias.detach().unflatten(0, (n_groups, -1, d_head))
     runs = (slice(0, -2), slice(-2, -1), slice(-1, None))
@@ -172,14 +174,14 @@ def split_by_group(fused: Any, n_groups: int, d_head: int) -> list[torch.nn.Line
 
 
 def repair(hf: Any) -> None:
-    """Correct a model object in place where transformers' eager attention is not the model's."""
+    """Correct a model object in place where transformers' eager attention computes something else than the model."""
     if type(hf).__name__.startswith("Falcon") and getattr(hf.config, "alibi", False):
         for block in hf.transformer.h:
             block.register_forward_pre_hook(_alibi_once, with_kwargs=True)
 
 
 def _alibi_once(block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Falcon's dense mask already holds ALiBi, and its eager attention adds it again; its SDPA path does not."""
+    """Zero Falcon's ALiBi: its dense mask already holds it, and its eager attention (unlike SDPA) adds it again."""
     mask: Tensor | None = kwargs.get("attention_mask")
     if mask is not None and mask.ndim == 4 and kwargs.get("alibi") is not None:
         kwargs["alibi"] = torch.zeros_like(kwargs["alibi"])

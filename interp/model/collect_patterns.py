@@ -1,4 +1,4 @@
-"""Attention patterns of prompts, collected while a model runs on them: rebuilt tile by tile, never n×n."""
+"""Collect attention patterns of prompts while a model runs on them, tile by tile and never n×n."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ MOST_SEGMENTS = 64
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to keep of every layer's attention."""
+class PatternRequest:
+    """What to store of every layer's attention.
+
+    ``heads``: whose maps. ``exact``: heads with ``topk`` weights per query and ``rows`` whole rows as well.
+    """
 
     heads: list[Head]
     exact: list[Head]
@@ -52,42 +55,43 @@ class Wanted:
 def prompt_patterns(
     model: LoadedModel, prompts: Any, heads: Any, exact: Any, resolution: int, topk: int, rows: int
 ) -> AttentionPatterns:
-    """Patterns of chosen heads; see `Model.attention_patterns`."""
+    """Collect patterns of some heads; see `Model.attention_patterns`."""
     if model.stacks or model.reads != "text":
-        raise PromptError(f"{model.name}: attention patterns are collected of models of one stack that read text")
+        raise PromptError(f"{model.name}: attention patterns need a model with one stack that reads text")
     if min(resolution, topk) < 1 or rows < 0:
-        raise PromptError(f"resolution={resolution}, topk={topk}, rows={rows}: at least 1, 1 and 0 expected")
-    listed = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
-    every = [(layer, head) for layer in model.attention_layers for head in range(model.n_heads)]
-    chosen = every if heads is None else _heads(heads, every)
-    sharp = _heads(exact, every)
-    wanted = Wanted(list(dict.fromkeys([*chosen, *sharp])), sharp, resolution, topk, rows)
-    texts_of(listed)  # refuses what is no text
-    examples = [_example(model, prompt, wanted) for prompt in listed]
+        raise PromptError(f"resolution={resolution}, topk={topk}, rows={rows}: at least 1, 1 and 0 are expected")
+    several = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
+    all_heads = [(layer, head) for layer in model.attention_layers for head in range(model.n_heads)]
+    map_heads = all_heads if heads is None else _parse_heads(heads, all_heads)
+    exact_heads = _parse_heads(exact, all_heads)
+    request = PatternRequest(list(dict.fromkeys([*map_heads, *exact_heads])), exact_heads, resolution, topk, rows)
+    texts_of(several)  # raises for prompts that are not text
+    examples = [_example(model, prompt, request) for prompt in several]
     provenance = {
-        **model.provenance(), "prompts": prompt_hash([getattr(p, "text", p) for p in listed]), "created": now(),
+        **model.provenance(), "prompts": prompt_hash([getattr(p, "text", p) for p in several]), "created": now(),
         "pooling": f"largest weight of each cell, at most {resolution} × {resolution} cells",
     }  # fmt: skip
-    return AttentionPatterns(wanted.heads, sharp, model.n_layers, model.n_heads, examples, provenance)
+    return AttentionPatterns(request.heads, exact_heads, model.n_layers, model.n_heads, examples, provenance)
 
 
-def _heads(heads: Iterable[Any], every: Sequence[Head]) -> list[Head]:
-    """Heads given as (layer, head), ``"L9H6"``, a Site or its text."""
-    found: list[Head] = []
+def _parse_heads(heads: Iterable[Any], all_heads: Sequence[Head]) -> list[Head]:
+    """Read heads written as (layer, head), ``"L9H6"``, a Site or its text; SiteError for one that does not exist."""
+    parsed: list[Head] = []
     for item in [heads] if isinstance(heads, str | Site) else heads:
         text = str(item)
         match = re.search(r"L(\d+)H(\d+)", text)
-        given = (match[1], match[2]) if match else item
-        head = (int(given[0]), int(given[1])) if isinstance(given, tuple | list) and len(given) == 2 else (-1, -1)
-        if head not in every:
+        numbers = (match[1], match[2]) if match else item
+        is_pair = isinstance(numbers, tuple | list) and len(numbers) == 2
+        head = (int(numbers[0]), int(numbers[1])) if is_pair else (-1, -1)
+        if head not in all_heads:
             raise SiteError(f"{text!r} is no head of this model: write (9, 6), 'L9H6' or a site of z, up to "
-                            f"{head_name(every[-1])}")  # fmt: skip
-        found.append(head)
-    return list(dict.fromkeys(found))
+                            f"{head_name(all_heads[-1])}")  # fmt: skip
+        parsed.append(head)
+    return list(dict.fromkeys(parsed))
 
 
-def _example(model: LoadedModel, prompt: Any, wanted: Wanted) -> PatternExample:
-    """Runs of one prompt."""
+def _example(model: LoadedModel, prompt: Any, request: PatternRequest) -> PatternExample:
+    """Collect the patterns of one prompt, or of both prompts of a pair."""
     coder = model.coder
     if isinstance(prompt, PromptPair):
         encoded = encode_pairs(prompt, coder)[0]
@@ -104,101 +108,109 @@ def _example(model: LoadedModel, prompt: Any, wanted: Wanted) -> PatternExample:
     segments = partition(spans, n) if spans else chunked(n)
     if len(segments) > MOST_SEGMENTS:
         segments = chunked(n)
-    bins = min(wanted.resolution, n)
-    width, longer = divmod(n, bins)
-    edges = np.concatenate([[0], np.cumsum(width + (np.arange(bins) < longer))])
-    runs = {name: _run(model, list(row), segments, edges, wanted) for name, row in ids.items()}
+    bins = min(request.resolution, n)
+    width, n_longer = divmod(n, bins)
+    edges = np.concatenate([[0], np.cumsum(width + (np.arange(bins) < n_longer))])
+    runs = {name: _run(model, list(row), segments, edges, request) for name, row in ids.items()}
     return PatternExample(segments, edges, runs)
 
 
-def _run(model: LoadedModel, ids: list[int], segments: list[Segment], edges: np.ndarray, wanted: Wanted) -> PatternRun:
-    """One forward, in which every layer's attention is computed as ever and then looked at."""
+def _run(
+    model: LoadedModel, ids: list[int], segments: list[Segment], edges: np.ndarray, request: PatternRequest
+) -> PatternRun:
+    """Run one forward in which every layer's attention is computed as usual, and its patterns collected."""
     n = len(ids)
     numbers = torch.empty(n, dtype=torch.int64, device=model.device)
     for i, (_, start, stop) in enumerate(segments):
         numbers[start:stop] = i
-    pooled = len(edges) - 1 < n
-    queries = _spread(n, wanted.rows) if pooled else np.zeros(0, dtype=np.int64)
-    collect = _Collector(wanted, numbers, edges, queries, pooled, model.instrument.backend)
+    is_pooled = len(edges) - 1 < n
+    queries = _spread(n, request.rows) if is_pooled else np.zeros(0, dtype=np.int64)
+    collect = _Collector(request, numbers, edges, queries, is_pooled, model.instrument.backend)
     with model.instrument.handled_by(collect):
         model.forward([ids])
-    sharp = wanted.exact if pooled else []  # of a short prompt the maps are exact
-    found = collect.found
+    exact_heads = request.exact if is_pooled else []  # the maps of a short prompt are exact already
+    arrays = collect.arrays
 
     def stacked(name: str, heads: list[Head], shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        parts = [found[h][name] for h in heads]
+        parts = [arrays[h][name] for h in heads]
         return np.stack(parts).astype(dtype) if parts else np.zeros((0, *shape), dtype=dtype)
 
     return PatternRun(
         model.coder.texts(ids),
-        stacked("map", wanted.heads, (0, 0), np.uint8),
-        stacked("blocks", wanted.heads, (0, 0), np.float32),
-        stacked("received", wanted.heads, (0,), np.float32),
-        stacked("entropy", wanted.heads, (0,), np.float32),
-        stacked("top_index", sharp, (n, wanted.topk), np.int32),
-        stacked("top_value", sharp, (n, wanted.topk), np.float32),
+        stacked("map", request.heads, (0, 0), np.uint8),
+        stacked("blocks", request.heads, (0, 0), np.float32),
+        stacked("received", request.heads, (0,), np.float32),
+        stacked("entropy", request.heads, (0,), np.float32),
+        stacked("top_index", exact_heads, (n, request.topk), np.int32),
+        stacked("top_value", exact_heads, (n, request.topk), np.float32),
         queries,
-        stacked("rows", sharp, (len(queries), n), np.uint8),
+        stacked("rows", exact_heads, (len(queries), n), np.uint8),
     )  # fmt: skip
 
 
 def _spread(n: int, rows: int) -> np.ndarray:
-    """Queries whose rows are kept: evenly spaced, the last always among them."""
-    return (
-        np.unique(np.linspace(n - 1, 0, min(rows, n) + 1)[:-1].round().astype(np.int64)) if rows else np.zeros(0, int)
-    )
+    """Queries whose rows are stored: evenly spaced, the last one always included."""
+    if not rows:
+        return np.zeros(0, int)
+    return np.unique(np.linspace(n - 1, 0, min(rows, n) + 1)[:-1].round().astype(np.int64))
 
 
 class _Collector:
-    """Stands in for a model's attention: computes it, and keeps what is wanted of it."""
+    """Handler of a model's attention: computes it, and stores what is requested of its patterns."""
 
     def __init__(
-        self, wanted: Wanted, numbers: Tensor, edges: np.ndarray, queries: np.ndarray, pooled: bool, backend: str
+        self,
+        request: PatternRequest,
+        numbers: Tensor,
+        edges: np.ndarray,
+        queries: np.ndarray,
+        is_pooled: bool,
+        backend: str,
     ) -> None:
-        self.wanted, self.numbers, self.edges, self.queries = wanted, numbers, edges, queries
-        self.pooled, self.backend = pooled, backend
-        self.found: dict[Head, dict[str, np.ndarray]] = {}
+        self.request, self.numbers, self.edges, self.queries = request, numbers, edges, queries
+        self.is_pooled, self.backend = is_pooled, backend
+        self.arrays: dict[Head, dict[str, np.ndarray]] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        done = attend(call, spec=headstats.StatSpec.none(), backend=self.backend)
-        here = [h for layer, h in self.wanted.heads if layer == call.layer]
-        if here:
-            self._maps(call, here)
-        sharp = [h for layer, h in self.wanted.exact if layer == call.layer and self.pooled]
-        if sharp:
-            self._exact(call, sharp)
-        return done.out
+        result = attend(call, spec=headstats.StatSpec.none(), backend=self.backend)
+        map_heads = [h for layer, h in self.request.heads if layer == call.layer]
+        if map_heads:
+            self._store_maps(call, map_heads)
+        exact_heads = [h for layer, h in self.request.exact if layer == call.layer and self.is_pooled]
+        if exact_heads:
+            self._store_exact(call, exact_heads)
+        return result.out
 
-    def _maps(self, call: AttentionCall, heads: list[int]) -> None:
-        part, how = _of_heads(call, heads)
+    def _store_maps(self, call: AttentionCall, heads: list[int]) -> None:
+        part, options = _of_heads(call, heads)
         spec = replace(headstats.StatSpec.none(), received=True, entropy=True)
         stats = attend(part, spec=spec, backend=self.backend)
         size = (len(self.edges) - 1, len(self.edges) - 1)
-        seen = pooled_pattern(part.q, part.k, stats.lse, resolution=size, reduce="max", **how)
+        pooled = pooled_pattern(part.q, part.k, stats.lse, resolution=size, reduce="max", **options)
         received, entropy = stats.stats.received, stats.stats.entropy
-        assert received is not None and entropy is not None  # asked for above
-        mass = segment_mass(part.q, part.k, stats.lse, self.numbers, self.numbers, **how)
+        assert received is not None and entropy is not None  # requested above
+        mass = segment_mass(part.q, part.k, stats.lse, self.numbers, self.numbers, **options)
         for i, head in enumerate(heads):
-            self.found[call.layer, head] = {
-                "map": roots(_numpy(seen.values[0, i])),
+            self.arrays[call.layer, head] = {
+                "map": roots(_numpy(pooled.values[0, i])),
                 "blocks": _numpy(mass[0, i]),
                 "received": self._binned(_numpy(received[0, i])),
                 "entropy": self._binned(_numpy(entropy[0, i])),
             }
 
-    def _exact(self, call: AttentionCall, heads: list[int]) -> None:
-        part, how = _of_heads(call, heads)
-        spec = replace(headstats.StatSpec.none(), topk=min(self.wanted.topk, part.k.shape[2]))
+    def _store_exact(self, call: AttentionCall, heads: list[int]) -> None:
+        part, options = _of_heads(call, heads)
+        spec = replace(headstats.StatSpec.none(), topk=min(self.request.topk, part.k.shape[2]))
         stats = attend(part, spec=spec, backend=self.backend)
-        assert stats.stats.topk is not None  # asked for above
+        assert stats.stats.topk is not None  # requested above
         values, indices = stats.stats.topk
-        chosen = torch.from_numpy(self.queries).to(part.q.device)
-        rows = pattern_rows(part.q, part.k, stats.lse, chosen, **how) if len(chosen) else None
+        queries = torch.from_numpy(self.queries).to(part.q.device)
+        rows = pattern_rows(part.q, part.k, stats.lse, queries, **options) if len(queries) else None
         for i, head in enumerate(heads):
-            kept = self.found[call.layer, head]
-            kept["top_index"], kept["top_value"] = _numpy(indices[0, i]), _numpy(values[0, i])
+            arrays = self.arrays[call.layer, head]
+            arrays["top_index"], arrays["top_value"] = _numpy(indices[0, i]), _numpy(values[0, i])
             n = part.k.shape[2]
-            kept["rows"] = np.zeros((0, n), np.uint8) if rows is None else roots(_numpy(rows[0, i]))
+            arrays["rows"] = np.zeros((0, n), np.uint8) if rows is None else roots(_numpy(rows[0, i]))
 
     def _binned(self, values: np.ndarray) -> np.ndarray:
         """Means over the tokens of each bin."""
@@ -206,14 +218,14 @@ class _Collector:
 
 
 def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dict[str, Any]]:
-    """The same attention of some query heads alone, each with its own key head; and what shapes its weights."""
+    """Restrict attention to some query heads, each with its own key head; also returns the options of its weights."""
     groups = call.q.shape[1] // call.k.shape[1]
-    own = [h // groups for h in heads]
+    key_heads = [h // groups for h in heads]
     bias = call.bias
     if bias is not None and bias.ndim == 4 and bias.shape[1] > 1:
         bias = bias[:, heads]
     sinks = None if call.sinks is None else call.sinks[heads]
-    part = replace(call, q=call.q[:, heads], k=call.k[:, own], v=call.v[:, own], bias=bias, sinks=sinks)
+    part = replace(call, q=call.q[:, heads], k=call.k[:, key_heads], v=call.v[:, key_heads], bias=bias, sinks=sinks)
     names = ("causal", "window", "softcap", "scale", "bias", "sinks", "key_padding")
     return part, {name: getattr(part, name) for name in names}
 

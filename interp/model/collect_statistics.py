@@ -1,4 +1,4 @@
-"""Per-head attention statistics of prompts, collected while a model runs on them."""
+"""Collect per-head attention statistics of prompts while a model runs on them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ from interp.utils.provenance import now, prompt_hash
 
 @torch.no_grad()
 def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
-    """Statistics of every layer and head of a model of one stack; see `Model.attention_stats`."""
-    if model.pictures is not None:
-        asked = model.pictures.prompts(prompts)
-    else:
-        asked = texts_of(prompts)
+    """Compute statistics of every layer and head of a model with one stack; see `Model.attention_stats`."""
+    inputs = texts_of(prompts) if model.pictures is None else model.pictures.prompts(prompts)
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
-    ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in asked]
+    ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in inputs]
     values: dict[str, list[Any]] = {}
     for batch in equal_length_batches(ids):
         with model.instrument.collecting(spec) as collected:
@@ -40,7 +37,7 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
                 rows[i] = row
     backends = {i: ", ".join(model.instrument.record(i).backends) for i in range(model.n_layers)}
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
-    hashed = [p if isinstance(p, str) else [list(p), p.digest.hex()] for p in asked]
+    hashed = [p if isinstance(p, str) else [list(p), p.digest.hex()] for p in inputs]
     provenance = {
         **model.provenance(), "prompts": prompt_hash(hashed), "created": now(), "definitions": definitions,
         "left_out": left_out,
@@ -51,15 +48,15 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
 
 @torch.no_grad()
 def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
-    """Statistics of a vision–language model's vision tower: an example for each image (or tile) of each prompt."""
+    """Compute statistics of a vision–language model's vision tower: one example for each image (or tile)."""
     instrument = model.instruments["vision"]
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     values: dict[str, list[Any]] = {}
     assert model.pictures is not None  # the model has a vision tower
-    asked = [p for p in model.pictures.prompts(prompts) if isinstance(p, ModelInput)]
-    if not asked:
+    inputs = [p for p in model.pictures.prompts(prompts) if isinstance(p, ModelInput)]
+    if not inputs:
         raise PromptError("the vision tower reads images, and no prompt holds one")
-    for prompt in asked:
+    for prompt in inputs:
         with instrument.collecting(spec) as collected:
             model.forward([prompt])
         for name, stacked in stack_layers(collected, len(collected)).items():
@@ -69,7 +66,7 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
     tokens = [layout.texts(*layout.size) for layout in layouts]
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     provenance = {
-        **model.provenance(), "prompts": prompt_hash([[list(p), p.digest.hex()] for p in asked]), "created": now(),
+        **model.provenance(), "prompts": prompt_hash([[list(p), p.digest.hex()] for p in inputs]), "created": now(),
         "definitions": definitions, "left_out": left_out,
     }  # fmt: skip
     backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
@@ -77,10 +74,10 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
 
 
 def texts_of(prompts: Any) -> list[str]:
-    """The texts of prompts in any form; PromptError if there are none, or something is not text."""
-    listed = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
-    listed = [p.text if isinstance(p, Prompt) else p for p in listed]
-    texts = [p.clean if isinstance(p, PromptPair) else getattr(p, "prompt", p) for p in listed]
+    """The texts of prompts in any form; PromptError if there are none, or if one is not text."""
+    several = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
+    several = [p.text if isinstance(p, Prompt) else p for p in several]
+    texts = [p.clean if isinstance(p, PromptPair) else getattr(p, "prompt", p) for p in several]
     if not texts:
         raise PromptError("there are no prompts: pass a string, a PromptPair or a list of them")
     wrong = next((t for t in texts if not isinstance(t, str)), None)
@@ -91,24 +88,24 @@ def texts_of(prompts: Any) -> list[str]:
 
 
 def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[str]]:
-    """The spec without the statistics that are not one number for a position, and their names."""
+    """Return the spec without statistics that are not one number per position, and the names of these."""
     if not isinstance(spec, headstats.StatSpec):
-        raise PromptError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
+        raise PromptError(f"spec={spec!r}: a headstats.StatSpec is expected, e.g. StatSpec(entropy=True, sink=4)")
     shapes = {s.name: s.shape for s in headstats.STATISTICS}
     left_out = [name for name in spec.requested() if shapes[name] not in ("B H M", "B H N")]
-    kept = dataclasses.replace(spec, **dict.fromkeys(left_out, False))
-    if not kept.requested():
+    reduced = dataclasses.replace(spec, **dict.fromkeys(left_out, False))
+    if not reduced.requested():
         raise PromptError(
             f"spec asks for {', '.join(left_out) or 'nothing'}: attention_stats keeps statistics with one number for a "
             "position; the others come from headstats.attend"
         )
-    return kept, left_out
+    return reduced, left_out
 
 
 def stack_layers(collected: dict[int, headstats.AttentionStats], n_layers: int) -> dict[str, Any]:
-    """Per-layer kernel statistics → {name: array [batch, layers, heads, position]}."""
-    found = {i: {n: tensors(x)[0] for n, x in stats.as_dict().items()} for i, stats in collected.items()}
-    like = next(iter(found.values()))
-    none = {n: torch.full_like(x, float("nan") if x.is_floating_point() else -1) for n, x in like.items()}
-    layers = [found.get(i, none) for i in range(n_layers)]
+    """Stack the kernel's statistics of all layers: {name: array [batch, layers, heads, position]}."""
+    by_layer = {i: {n: tensors(x)[0] for n, x in stats.as_dict().items()} for i, stats in collected.items()}
+    like = next(iter(by_layer.values()))
+    missing = {n: torch.full_like(x, float("nan") if x.is_floating_point() else -1) for n, x in like.items()}
+    layers = [by_layer.get(i, missing) for i in range(n_layers)]
     return {n: torch.stack([layer[n] for layer in layers], dim=1).cpu().numpy() for n in like}

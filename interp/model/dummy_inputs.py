@@ -1,4 +1,4 @@
-"""Inputs of no meaning on which a model that reads images can be tried: the same every time, no processor needed."""
+"""Dummy inputs for testing models; deterministic, no processor needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS_BEFORE, WORDS_AFTER = 3, 8
 
 
 def images(hf: Any, batch: int = 1, seed: int = 0) -> Tensor:
-    """Images [batch, channel, height, width] of the size that a vision encoder was made for; float64."""
+    """Random images [batch, channel, height, width] of the size that a vision encoder was made for; float64."""
     config = getattr(hf.config, "vision_config", None) or hf.config
     size, channels = config.image_size, getattr(config, "num_channels", 3)
     height, width = (size, size) if isinstance(size, int) else size
@@ -25,9 +25,9 @@ def _noise(seed: int, *shape: int) -> Tensor:
 
 
 def image_prompt(hf: Any, seed: int = 0, words: int = WORDS_AFTER) -> dict[str, Tensor]:
-    """A prompt with one image for a vision–language model: some tokens, the image's, some tokens; a batch of one.
+    """A prompt with one image for a vision–language model: tokens, the image's tokens, tokens; a batch of one.
 
-    ``seed`` tells the picture, not the tokens. Raises NotImplementedError for a family whose prompts are not known.
+    ``seed`` determines the image, not the tokens. Raises NotImplementedError for a family whose prompts are unknown.
     """
     config = hf.config
     inputs = _pixels(hf, seed)
@@ -37,15 +37,15 @@ def image_prompt(hf: Any, seed: int = 0, words: int = WORDS_AFTER) -> dict[str, 
     around = [i for i in range(11, vocab) if i not in _reserved(config)][: WORDS_BEFORE + words]
     ids = [*around[:WORDS_BEFORE], *[token] * _n_tokens(hf, inputs), *around[WORDS_BEFORE:]]
     inputs["input_ids"] = torch.tensor([ids])
-    if "qwen2" in config.model_type:  # which tokens take part in its rotary positions as an image
+    if "qwen2" in config.model_type:  # marks the tokens whose rotary positions are those of an image
         inputs["mm_token_type_ids"] = torch.tensor([[int(i == token) for i in ids]])
-    if config.model_type == "paligemma":  # all a prefix, read in both directions
+    if config.model_type == "paligemma":  # the whole prompt is a prefix, read in both directions
         inputs["token_type_ids"] = torch.zeros(1, len(ids), dtype=torch.long)
     return inputs
 
 
 def _reserved(config: Any) -> set[int]:
-    """Tokens that mean something to a vision–language model."""
+    """Tokens with a special meaning for a vision–language model."""
     names = [n for n in vars(config) if n.endswith(("_token_id", "_token_index"))]
     return {v for n in names if isinstance(v := getattr(config, n, None), int)}
 
@@ -56,24 +56,24 @@ def _pixels(hf: Any, seed: int) -> dict[str, Tensor]:
         grid = torch.tensor([[1, 2 * vision.spatial_merge_size, 2 * vision.spatial_merge_size]])
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return {"pixel_values": _noise(seed, int(grid.prod()), width), "image_grid_thw": grid}
-    picture = images(hf, 1, seed)
+    image = images(hf, 1, seed)
     if config.model_type in ("idefics3", "smolvlm"):
-        return {"pixel_values": picture[None]}
+        return {"pixel_values": image[None]}
     if config.model_type == "llava_next":
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         size = config.image_grid_pinpoints[0]
         tiles = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size)
-        pixels = torch.cat([images(hf, tiles - 1, seed + 1), picture])[None]
+        pixels = torch.cat([images(hf, tiles - 1, seed + 1), image])[None]
         return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
     if config.model_type in ("llava", "paligemma", "blip-2"):
-        return {"pixel_values": picture}
-    raise NotImplementedError(f"no made-up image prompt for {config.model_type}")
+        return {"pixel_values": image}
+    raise NotImplementedError(f"no dummy image prompt for {config.model_type}")
 
 
 @torch.no_grad()
 def _n_tokens(hf: Any, inputs: dict[str, Tensor]) -> int:
-    """How many tokens the model makes of the image: asked of the model itself."""
+    """How many tokens the image becomes, according to the model itself."""
     if hf.config.model_type == "blip-2":
         return int(hf.config.num_query_tokens)
     first = next(hf.parameters())
@@ -83,21 +83,21 @@ def _n_tokens(hf: Any, inputs: dict[str, Tensor]) -> int:
 
 
 def placed(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs on a device, floats in a model's dtype."""
+    """Move inputs to a device, floats also to a model's dtype."""
     return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
 
 def probe_inputs(hf: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Inputs of no meaning: token rows for both sides, or input features for a speech model's encoder."""
+    """Dummy inputs of an encoder–decoder: tokens for both sides, or input features for a speech model's encoder."""
     decoder = {"decoder_input_ids": tokens.flip(1)[:, :7]}
     if hf.main_input_name != "input_features":
         return {"input_ids": tokens, **decoder}
-    frames = 2 * hf.config.max_source_positions  # its first convolutions halve them
+    frames = 2 * hf.config.max_source_positions  # the first convolutions halve their number
     wave = torch.linspace(0, 20, hf.config.num_mel_bins * frames).sin()
     return {"input_features": wave.reshape(1, -1, frames).expand(len(tokens), -1, -1), **decoder}
 
 
 def probe_logits(model: LoadedModel, tokens: Tensor) -> Tensor:
-    """Logits of `probe_inputs`."""
+    """Logits of an encoder–decoder on `probe_inputs`."""
     inputs = placed(probe_inputs(model.bridge.original_model, tokens), model.device, model.dtype)
     return model.bridge.original_model(**inputs, use_cache=False).logits

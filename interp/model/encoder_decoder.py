@@ -1,4 +1,4 @@
-"""Encoder–decoder models: what their heads do in each stack, and what decoder heads read of the source."""
+"""Attention statistics of encoder–decoder models: encoder, decoder, and what decoder heads read of the source."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from interp.utils.provenance import now, prompt_hash
 def stack_stats(
     model: LoadedModel, sources: Any, targets: Any, stack: str | None, spec: headstats.StatSpec
 ) -> AttentionStats:
-    """Per-head statistics of one stack, for pairs of a source and a target; see `Model.attention_stats`.
+    """Compute per-head statistics of one stack for pairs of source and target; see `Model.attention_stats`.
 
-    Raises PromptError if the model has one stack only, or sources and targets do not pair up.
+    Raises PromptError if the model has one stack only, or if the numbers of sources and targets differ.
     """
     stack = stack or "cross"
     if stack not in model.stacks:
-        known = ", ".join(map(repr, model.stacks)) or "none: it is not an encoder–decoder; leave out stack= and target="
-        raise PromptError(f"stack={stack!r}: {model.name} has the stacks {known}")
+        names = ", ".join(map(repr, model.stacks)) or "none: it is not an encoder–decoder; leave out stack= and target="
+        raise PromptError(f"stack={stack!r}: {model.name} has the stacks {names}")
     pairs = _pairs(model, sources, targets)
-    crossing = stack == "cross"
-    left_out = [n for n in KEY_STATISTICS if crossing and getattr(spec, n)]  # one number for a key, not for a query
+    left_out = [n for n in KEY_STATISTICS if stack == "cross" and getattr(spec, n)]  # one number per key, not per query
     shapes = {s.name: s.shape for s in headstats.STATISTICS}
     left_out += [n for n in spec.requested() if shapes[n] not in ("B H M", "B H N")]
     spec = dataclasses.replace(spec, **dict.fromkeys(left_out, False))
@@ -42,10 +41,10 @@ def stack_stats(
         layers = [collected[i].as_dict() for i in sorted(collected)]
         for name in layers[0]:
             values.setdefault(name, []).append(torch.stack([x[name][0] for x in layers]).cpu().numpy())
-        read = _texts(model, source)
-        written = [model.tokenizer.decode([i]) for i in target[0].tolist()]
-        tokens.append(read if stack == "encoder" else written)
-        keys.append(written if stack == "decoder" else read)
+        source_texts = _texts(model, source)
+        target_texts = [model.tokenizer.decode([i]) for i in target[0].tolist()]
+        tokens.append(source_texts if stack == "encoder" else target_texts)
+        keys.append(target_texts if stack == "decoder" else source_texts)
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     provenance = {
         **model.provenance(), "prompts": prompt_hash([repr(k) + repr(t) for k, t in zip(keys, tokens, strict=True)]),
@@ -56,28 +55,28 @@ def stack_stats(
 
 
 def _pairs(model: LoadedModel, sources: Any, targets: Any) -> list[tuple[dict[str, Tensor], Tensor]]:
-    listed = [sources] if isinstance(sources, str | Tensor) else list(sources)
-    wanted = [targets] if isinstance(targets, str) else list(targets or [])
-    if not listed or len(listed) != len(wanted):
+    all_sources = [sources] if isinstance(sources, str | Tensor) else list(sources)
+    all_targets = [targets] if isinstance(targets, str) else list(targets or [])
+    if not all_sources or len(all_sources) != len(all_targets):
         raise PromptError(
-            f"{len(listed)} source(s) and {len(wanted)} target(s) were given; an encoder–decoder is run on pairs: pass "
-            "as many of target= as of sources"
+            f"{len(all_sources)} source(s) and {len(all_targets)} target(s) were given; an encoder–decoder is run on "
+            "pairs: pass as many of target= as of sources"
         )
-    return [(_source(model, s), _target(model, t)) for s, t in zip(listed, wanted, strict=True)]
+    return [(_source(model, s), _target(model, t)) for s, t in zip(all_sources, all_targets, strict=True)]
 
 
 def _source(model: LoadedModel, source: str | Tensor) -> dict[str, Tensor]:
-    features = model.bridge.original_model.main_input_name == "input_features"
-    if features and isinstance(source, Tensor) and source.ndim == 2:
+    reads_features = model.bridge.original_model.main_input_name == "input_features"
+    if reads_features and isinstance(source, Tensor) and source.ndim == 2:
         return {"input_features": source[None].to(model.device, model.dtype)}
-    if not features and isinstance(source, str) and source:
+    if not reads_features and isinstance(source, str) and source:
         return {"input_ids": torch.tensor([model.tokenizer(source)["input_ids"]], device=model.device)}
-    takes = "input features, a tensor [mel bins, frames]" if features else "text, a non-empty string"
-    raise PromptError(f"{model.name} takes as its source {takes}; got {type(source).__name__}")
+    expected = "input features, a tensor [mel bins, frames]" if reads_features else "text, a non-empty string"
+    raise PromptError(f"{model.name} takes as its source {expected}; got {type(source).__name__}")
 
 
 def _target(model: LoadedModel, target: Sequence[str] | str) -> Tensor:
-    """The decoder's input: its start token, then the target's tokens (special tokens: none)."""
+    """The decoder's input: its start token, then the target's tokens without special tokens."""
     if not isinstance(target, str) or not target:
         raise PromptError(f"a target must be a non-empty string, got {target!r}")
     start = model.bridge.original_model.config.decoder_start_token_id
@@ -86,7 +85,7 @@ def _target(model: LoadedModel, target: Sequence[str] | str) -> Tensor:
 
 
 def _texts(model: LoadedModel, source: dict[str, Tensor]) -> list[str]:
-    """One string for each position of the encoder; frames of sound have numbers."""
+    """One string for each position of the encoder; frames of sound are numbered."""
     if "input_ids" in source:
         return [model.tokenizer.decode([i]) for i in source["input_ids"][0].tolist()]
     return [f"frame {i}" for i in range(model.bridge.original_model.config.max_source_positions)]

@@ -1,4 +1,4 @@
-"""Refusals of weights and inputs that would give wrong numbers without an error: NaN, images, lengths, devices."""
+"""Checks of weights and inputs that would otherwise give wrong numbers without an error."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "input_features")
 
 
 def refuse_nan_weights(model: torch.nn.Module) -> None:
-    """ModelError if a weight is NaN or infinite, naming it."""
+    """Raise ModelError, which names the weight, if a weight is NaN or infinite."""
     for name, weight in model.named_parameters():
-        # A sum is several times quicker than isfinite, and finite only if every weight is; if it overflows, look again.
+        # A sum is several times faster than isfinite, and finite only if every weight is. It may overflow: check again.
         if weight.is_floating_point() and not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-            bad = int((~torch.isfinite(weight)).sum())
+            n_bad = int((~torch.isfinite(weight)).sum())
             raise ModelError(
-                f"weight {name} {tuple(weight.shape)} holds {bad} NaN or infinite value(s): the checkpoint is "
+                f"weight {name} {tuple(weight.shape)} holds {n_bad} NaN or infinite value(s): the checkpoint is "
                 "damaged, and every number made from it would be wrong. Fetch it again."
             )
 
 
 def refuse_images(prompt: Any) -> None:
-    """PromptError if a prompt of text is an image (an array of two or three dimensions, or a picture object)."""
+    """Raise PromptError if a text prompt is an image (an array of two or three dimensions, or an image object)."""
     if hasattr(prompt, "convert") or len(getattr(prompt, "shape", ())) >= 2:
         raise PromptError(
             f"a prompt is text, but this is an image ({type(prompt).__name__}): a vision-language model gets it "
@@ -36,22 +36,22 @@ def refuse_images(prompt: Any) -> None:
 
 
 def needs_images(model: LoadedModel) -> bool:
-    """Whether a model runs on images alone, or never without one."""
+    """Whether a model reads images alone, or cannot run without an image."""
     pixels = inspect.signature(model.bridge.original_model.forward).parameters.get("pixel_values")
     return pixels is not None and (model.reads == "images" or pixels.default is inspect.Parameter.empty)
 
 
 def refuse_text(name: str, text: str) -> NoReturn:
-    """PromptError for a prompt of text alone, of a model that `needs_images`."""
+    """Raise PromptError for a prompt of text alone, for a model that `needs_images`."""
     raise PromptError(
         f"{name} reads an image with every prompt, got the text {text!r:.60}: give interp.ImagePair prompts"
     )
 
 
 def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]) -> None:
-    """PromptError for what a forward of an `interp.Model` would silently ignore, or fail on far from the cause."""
-    takes = inspect.signature(model.bridge.original_model.forward).parameters
-    unread = [name for name in IMAGES if options.get(name) is not None and name not in takes]
+    """Raise PromptError for inputs that a forward would silently ignore, or on which it would fail obscurely."""
+    parameters = inspect.signature(model.bridge.original_model.forward).parameters
+    unread = [name for name in IMAGES if options.get(name) is not None and name not in parameters]
     if unread:  # transformers' text models swallow unknown keyword arguments
         raise PromptError(
             f"{unread[0]} was given to {model.name}, a {type(model.bridge.original_model).__name__}, which reads no "
@@ -72,15 +72,15 @@ def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]
 
 
 def mask_positions(model: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Where the mask token stands in each row of ``tokens`` [batch, position]; PromptError unless it does once."""
+    """Position of the mask token in each row of ``tokens`` [batch, position]; PromptError unless it occurs once."""
     mask = getattr(model.tokenizer, "mask_token_id", None)
     if mask is None:
         raise PromptError(f"{model.name} is a masked language model, but its tokenizer has no mask token")
-    found = tokens == mask
-    counts = found.sum(-1)
+    is_mask = tokens == mask
+    counts = is_mask.sum(-1)
     if (counts != 1).any():
         raise PromptError(
             f"{model.name} is a masked language model, read at its mask token: a prompt must hold "
             f"{model.tokenizer.mask_token!r} exactly once, but one holds it {int(counts[counts != 1][0])} times"
         )
-    return found.int().argmax(-1)
+    return is_mask.int().argmax(-1)

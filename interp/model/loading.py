@@ -1,4 +1,4 @@
-"""From a name, a folder, a GGUF file or a model object to a TransformerBridge; nothing installed, nothing executed."""
+"""Make a TransformerBridge from a name, a folder, a GGUF file or a model object, without installing anything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BUILDING = threading.RLock()  # one bridge is built at a time: TransformerLens'
 
 @dataclass(frozen=True)
 class Weights:
-    """A Hugging Face model that nothing has wrapped yet, its tokenizer, and the name results will carry."""
+    """A Hugging Face model before it is wrapped, its tokenizer, and its name in results."""
 
     name: str
     model: Any
@@ -34,7 +34,7 @@ class Weights:
 
 
 def boot(source: Any, **options: Any) -> tuple[Any, str]:
-    """A TransformerBridge and a name for it; options as in `read`. Raises ModelError with one clear message."""
+    """Make a TransformerBridge and a name for it; options as for `read`. Raises ModelError with one clear message."""
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(source, TransformerBridge):
@@ -56,7 +56,7 @@ def read(
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
 ) -> Weights:
-    """Weights and tokenizer of a name, a folder, a GGUF file or a model object. Raises ModelError."""
+    """Read weights and tokenizer of a name, a folder, a GGUF file or a model object. Raises ModelError."""
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     hub |= {"revision": revision} if revision else {}
     hub |= _placement(device, device_map, quantize)
@@ -73,10 +73,10 @@ def read(
     if name.lower() in EMBEDDED:
         from interp.model.embedded import embedded_model
 
-        name, where = "SmolLM2-135M-Instruct", embedded_model()
-        if tokenizer is None:  # as TransformerLens wants it, which would else read it again
-            tokenizer = _tokenizer_at(name, where, {"add_bos_token": True})
-        return _from_pretrained(name, where, dtype, device, tokenizer, hub)
+        name, location = "SmolLM2-135M-Instruct", embedded_model()
+        if tokenizer is None:  # with the option that TransformerLens needs; else it would read the tokenizer again
+            tokenizer = _tokenizer_at(name, location, {"add_bos_token": True})
+        return _from_pretrained(name, location, dtype, device, tokenizer, hub)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" or path.exists():
         return _from_path(path, dtype, device, tokenizer, hub)
@@ -86,17 +86,17 @@ def read(
 
 
 def _placement(device: Any, device_map: Any, quantize: str | None) -> dict[str, Any]:
-    """transformers' options for spreading weights over devices and for 8- or 4-bit weights, checked first."""
+    """Check ``device_map`` and ``quantize``, and return them as transformers' options."""
     options: dict[str, Any] = {}
     if device_map is not None:
         if device is not None:
             raise ModelError("give device= (one device) or device_map= (several), not both")
-        _need("accelerate", "device_map=")
+        _require("accelerate", "device_map=")
         options["device_map"] = device_map
     if quantize is not None:
         if quantize not in QUANTIZED:
-            raise ModelError(f"quantize={quantize!r}: one of {', '.join(map(repr, QUANTIZED))} expected")
-        _need("bitsandbytes", f"quantize={quantize!r}")
+            raise ModelError(f"quantize={quantize!r}: one of {', '.join(map(repr, QUANTIZED))} is expected")
+        _require("bitsandbytes", f"quantize={quantize!r}")
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(
@@ -105,7 +105,8 @@ def _placement(device: Any, device_map: Any, quantize: str | None) -> dict[str, 
     return options
 
 
-def _need(package: str, what: str) -> None:
+def _require(package: str, what: str) -> None:
+    """Raise ModelError unless a package is installed."""
     if importlib.util.find_spec(package) is None:
         raise ModelError(f"{what} needs the package {package}, which is not installed: pip install {package}")
 
@@ -125,53 +126,53 @@ def _from_path(path: Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[st
 
 
 def _from_pretrained(
-    name: str, where: str | Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]
+    name: str, location: str | Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]
 ) -> Weights:
     # Safetensors (or GGUF) only: pickled checkpoints can execute code when they are opened.
     safe = {} if "gguf_file" in hub else {"use_safetensors": True}
     try:
         with _quiet():
-            loaded: Any = _auto_class(where, hub).from_pretrained(
-                where, dtype=dtype or torch.float32, output_loading_info=True, **safe, **hub
+            model_and_info: Any = _auto_class(location, hub).from_pretrained(
+                location, dtype=dtype or torch.float32, output_loading_info=True, **safe, **hub
             )
     except Exception as error:
         raise ModelError(_why_not(name, error)) from error
-    model, info = loaded
+    model, info = model_and_info
     _refuse_mismatch(name, model, info)
     if tokenizer is None and not towers.reads_images_alone(model):
-        tokenizer = _tokenizer_at(name, where, hub)
+        tokenizer = _tokenizer_at(name, location, hub)
     if device is not None:
         model = model.to(device)
     return Weights(name, model, tokenizer)
 
 
-def _auto_class(where: str | Path, hub: dict[str, Any]) -> Any:
-    """Which of transformers' classes opens a checkpoint: by what its config says it is."""
+def _auto_class(location: str | Path, hub: dict[str, Any]) -> Any:
+    """The class of transformers that opens a checkpoint, according to its config."""
     import transformers as tf
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     if "gguf_file" in hub:
         return tf.AutoModelForCausalLM
-    known = {key: hub[key] for key in ("trust_remote_code", "revision") if key in hub}
-    config = tf.AutoConfig.from_pretrained(where, **known)
+    options = {key: hub[key] for key in ("trust_remote_code", "revision") if key in hub}
+    config = tf.AutoConfig.from_pretrained(location, **options)
     if (for_images := towers.class_for_images(config)) is not None:
         return for_images
-    made_for = (getattr(config, "architectures", None) or [""])[0]
+    architecture = (getattr(config, "architectures", None) or [""])[0]
     if config.model_type in MASKED and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
-        return tf.AutoModel if made_for.endswith("Model") else tf.AutoModelForMaskedLM
+        return tf.AutoModel if architecture.endswith("Model") else tf.AutoModelForMaskedLM
     if config.is_encoder_decoder:
-        speech = type(config) in tf.AutoModelForSpeechSeq2Seq._model_mapping
-        return tf.AutoModelForSpeechSeq2Seq if speech else tf.AutoModelForSeq2SeqLM
+        is_speech = type(config) in tf.AutoModelForSpeechSeq2Seq._model_mapping
+        return tf.AutoModelForSpeechSeq2Seq if is_speech else tf.AutoModelForSeq2SeqLM
     return tf.AutoModelForCausalLM
 
 
-def _tokenizer_at(name: str, where: str | Path, hub: dict[str, Any]) -> Any:
+def _tokenizer_at(name: str, location: str | Path, hub: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    known = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file", "add_bos_token") if key in hub}
+    options = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file", "add_bos_token") if key in hub}
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(where, **known)
+            return AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
         raise ModelError(
             f"{name} has weights, but no tokenizer that can be read ({_first_line(error)}): pass tokenizer=…"
@@ -179,7 +180,10 @@ def _tokenizer_at(name: str, where: str | Path, hub: dict[str, Any]) -> Any:
 
 
 def _refuse_mismatch(name: str, model: Any, info: dict[str, Any]) -> None:
-    """transformers fills weights that a checkpoint lacks with random numbers, and drops those it does not know."""
+    """Raise ModelError if a checkpoint and its config differ.
+
+    transformers fills weights that a checkpoint lacks with random numbers, and drops those that it does not know.
+    """
     for what, keys, meaning in (
         ("lacks", info["missing_keys"], "would be random numbers"),
         ("holds other shapes for", info["mismatched_keys"], "would be random numbers"),
@@ -212,7 +216,7 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights
 
 
 def _tokenizer_of(name: str) -> Any:
-    """The tokenizer beside a model object's weights; ModelError if it cannot be found."""
+    """Read the tokenizer stored with a model object's weights; ModelError if there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -227,7 +231,7 @@ def _tokenizer_of(name: str) -> Any:
 
 
 def wrap(weights: Weights) -> tuple[Any, str]:
-    """A TransformerBridge around a Hugging Face model, and its name."""
+    """Build a TransformerBridge around a Hugging Face model; returns it and its name."""
     from transformer_lens.model_bridge import TransformerBridge
 
     name, model, tokenizer = weights.name, towers.vision_tower(weights.model), weights.tokenizer
@@ -235,10 +239,10 @@ def wrap(weights: Weights) -> tuple[Any, str]:
     adapters.register()
     adapters.repair(model)
     if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
-        # Made in memory: TransformerLens would look it up on the hub to switch BOS on. It prepends BOS itself.
+        # Made in memory: TransformerLens would search the hub for it in order to turn BOS on. It prepends BOS itself.
         tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
     if not getattr(model.config, "architectures", None):
-        model.config.architectures = [type(model).__name__]  # a model made from a config alone does not say
+        model.config.architectures = [type(model).__name__]  # missing in a model made from a config alone
     first = next(model.parameters())
     try:
         with _quiet(), _without_installing():
@@ -253,22 +257,22 @@ def wrap(weights: Weights) -> tuple[Any, str]:
 
 
 def _refuse_scattered(name: str, model: Any) -> None:
-    """Weights must be in memory, and on one device unless accelerate moves activations between several."""
-    places = sorted({str(p.device) for p in model.parameters()})
-    if "meta" in places:
+    """Raise ModelError unless weights are in memory, and on one device unless accelerate moves activations."""
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if "meta" in devices:
         raise ModelError(
             f"{name}: some weights are not in memory (offloaded to the CPU or disk by device_map, or never loaded). "
             "interp hooks and fingerprints weights where they are: use fewer bits, more devices or a smaller model."
         )
-    if len(places) > 1 and not getattr(model, "hf_device_map", None):
+    if len(devices) > 1 and not getattr(model, "hf_device_map", None):
         raise ModelError(
-            f"{name}: weights lie on {', '.join(places)}, and nothing moves activations between them: move the model "
+            f"{name}: weights lie on {', '.join(devices)}, and nothing moves activations between them: move the model "
             "to one device with model.to(…), or load it by name with device_map='auto'"
         )
 
 
 def _why_not(name: str, error: Exception) -> str:
-    """One readable sentence for the usual ways in which loading fails."""
+    """Explain the usual ways in which loading fails in one readable sentence."""
     text = str(error)
     if isinstance(error, InterpError):
         return text
@@ -323,7 +327,7 @@ def _without_installing() -> Iterator[None]:
 
 
 def check_device(device: Any) -> None:
-    """Raise ModelError for a device that torch does not know or that is not here."""
+    """Raise ModelError for a device that torch does not know or that this machine lacks."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
@@ -333,10 +337,10 @@ def check_device(device: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keep transformers' progress bars and info lines out of notebooks and logs while weights load."""
+    """Suppress transformers' progress bars and info lines while weights load."""
     from transformers.utils import logging as hf_logging
 
-    shown = hf_logging.is_progress_bar_enabled()
+    has_progress_bar = hf_logging.is_progress_bar_enabled()
     level = logging.getLogger("transformers").level
     hf_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -345,5 +349,5 @@ def _quiet() -> Any:
             yield
     finally:
         logging.getLogger("transformers").setLevel(level)
-        if shown:
+        if has_progress_bar:
             hf_logging.enable_progress_bar()

