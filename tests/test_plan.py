@@ -73,7 +73,7 @@ def test_the_flops_of_a_plan_are_those_that_run(tiny, monkeypatch, lean: bool) -
     """Counted by torch's own counter: matrix products of the packed forwards, within the rotary and norm rest."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(products, "onednn_pays", lambda threads: False)  # the counter does not know its operators
+    monkeypatch.setattr(products, "is_onednn_faster", lambda threads: False)  # the counter does not know its operators
     model = tiny("llama")
     monkeypatch.setitem(VERIFIED, model, Verified())  # as it was loaded
     if not lean:

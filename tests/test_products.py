@@ -11,7 +11,7 @@ from interp.engine import Engine
 from interp.engine import matmul as products
 from interp.engine import packed_forward as packed
 from interp.engine.base_runs import record_with_plain_blocks
-from interp.engine.matmul import ONEDNN, PLAIN, filled_rows
+from interp.engine.matmul import ONEDNN, PLAIN, round_up_rows
 from interp.engine.plain_blocks import WRITABLE, read_plain_blocks
 from interp.engine.runs import record
 from interp.engine.verified import Verified
@@ -25,7 +25,7 @@ def onednn(monkeypatch):
     """oneDNN, whether it pays here or not."""
     if not HAS_ONEDNN:
         pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(products, "onednn_pays", lambda threads: True)
+    monkeypatch.setattr(products, "is_onednn_faster", lambda threads: True)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 129])
@@ -48,16 +48,16 @@ def test_a_models_own_products_are_redirected_and_others_left_alone(onednn, monk
     real = products.OneDNN.linear
     monkeypatch.setattr(products.OneDNN, "linear", lambda self, *a: seen.append(a[0].dtype) or real(self, *a))
     x, weight, bias = torch.randn(1, 5, 8), torch.randn(6, 8), torch.randn(6)
-    with torch.no_grad(), products.redirected(torch.float32, torch.device("cpu")):
+    with torch.no_grad(), products.redirect_products(torch.float32, torch.device("cpu")):
         linear = torch.nn.functional.linear(x, weight, bias)
         conv = torch.addmm(bias, x[0], weight.t().contiguous())
         torch.testing.assert_close(linear[0], conv)
         torch.nn.functional.linear(x.double(), weight.double())
         torch.addmm(torch.zeros(5, 6), x[0], weight.t())  # a matrix is added, not a bias
     assert seen == [torch.float32] * 2
-    with products.redirected(torch.float32, torch.device("cpu")):  # autograd is on
+    with products.redirect_products(torch.float32, torch.device("cpu")):  # autograd is on
         torch.nn.functional.linear(x, weight)
-    with torch.no_grad(), products.redirected(torch.float64, torch.device("cpu")):
+    with torch.no_grad(), products.redirect_products(torch.float64, torch.device("cpu")):
         torch.nn.functional.linear(x.double(), weight.double())
     assert len(seen) == 2
 
@@ -176,7 +176,7 @@ def test_logits_that_no_metric_reads_are_not_computed(tiny, monkeypatch) -> None
 
 def test_few_numbers_of_rows_are_compiled_for() -> None:
     """Each costs a megabyte or two for as long as the process lives, and a sweep meets thousands."""
-    filled = [filled_rows(n) for n in range(1, 4097)]
+    filled = [round_up_rows(n) for n in range(1, 4097)]
     assert len(set(filled)) <= 28 and all(f >= n for n, f in enumerate(filled, 1))
     assert max(f / n for n, f in enumerate(filled, 1) if n > 128) < 1.25
 

@@ -134,7 +134,7 @@ def test_executors_agree_to_the_bit_and_in_float32_nearly(folder, tmp_path, mode
     assert run(first).code == 0
     assert run(second, executor="local", workers=2, shard=(0, 2)).code == 0
     assert run(second, shard=(1, 2)).code == 0
-    monkeypatch.setattr(products, "onednn_pays", lambda threads: False)
+    monkeypatch.setattr(products, "is_onednn_faster", lambda threads: False)
     assert run(third, threads=2).code == 0  # another number of threads, and perhaps another library's products
     tables = [as_frame(one.dataset().to_table()) for one in (first, second, third)]
     half = len(tables[0]) // 2

@@ -15,7 +15,7 @@ import torch
 
 from interp.bench.cases import NAMES, SweepCase, Workbench, cases
 from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
-from interp.engine.matmul import PLAIN, Products, products_for
+from interp.engine.matmul import PLAIN, Products, choose_products
 from interp.errors import InterpError
 from interp.utils.files import result_file
 from interp.utils.provenance import now, versions
@@ -162,7 +162,7 @@ def rates(d_model: int) -> dict[str, float]:
         times = sorted(_timed(lambda: products.linear(x, weight))[0] for _ in range(15))
         return 2 * x.shape[0] * weight.numel() / times[len(times) // 2] / 1e9
 
-    return {"torch": rate(PLAIN), "engine": rate(products_for(x.dtype, x.device))}
+    return {"torch": rate(PLAIN), "engine": rate(choose_products(x.dtype, x.device))}
 
 
 def _rates(peaks: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from interp.engine import packed_forward as packed
 from interp.engine.base_runs import record_with_plain_blocks
 from interp.engine.budget import Budget, as_bytes
 from interp.engine.cells import Cell, Write
-from interp.engine.matmul import redirected
+from interp.engine.matmul import redirect_products
 from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, read_plain_blocks
 from interp.engine.planner import PLANNING
 from interp.engine.runs import Frame, Run, record
@@ -149,7 +149,7 @@ class Engine:
         with self._extra_hooks(components):
             if self.kind == "naive":
                 return record(self.model, prompts, components, noise, self.frame, keep_kv)
-            with redirected(self.model.dtype, self.model.device):
+            with redirect_products(self.model.dtype, self.model.device):
                 runs = record(self.model, prompts, components, noise, self.frame)
         if self.fast:
             self._decide(packed.why_not_packed(self.model, self.frame))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from interp.engine.cells import Cell, cut_table
-from interp.engine.matmul import products_for, redirected
+from interp.engine.matmul import choose_products, redirect_products
 from interp.engine.packed_attention import packed_attention
 from interp.engine.packing import Changes, Group, Piece, lay_out, positions, unpack
 from interp.engine.plain_blocks import PlainBlock, WriterOf, rotation
@@ -94,7 +94,7 @@ class PackedForward:
         self.table: tuple[Tensor, Tensor] | None = None  # the cosines of the frame, and the rotary table made of them
         self.rotated: tuple[list[Piece], Tensor] | None = None  # pieces, and the rotary table of their rows
         # plain blocks take rows padded to a suitable number; the model's own blocks take the rows as they are
-        self.layout = int if plain_blocks is None else products_for(model.dtype, model.device).rows
+        self.layout = int if plain_blocks is None else choose_products(model.dtype, model.device).rows
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
@@ -234,7 +234,7 @@ class PackedForward:
         with ExitStack() as stack:
             stack.enter_context(hooks(self.model, *self._write_hooks(layer, pieces, packed)))
             stack.enter_context(self.model.instrument.handled_by(handler))
-            stack.enter_context(redirected(packed.dtype, packed.device))
+            stack.enter_context(redirect_products(packed.dtype, packed.device))
             out = self.model.bridge.blocks[layer](packed, **kwargs)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
@@ -320,7 +320,7 @@ def compute_final_logits(
     if config is not None and model.pictures is not None:
         config = config.get_text_config()
     unembed = getattr(bridge.unembed, "original_component", None)
-    with redirected(rows.dtype, rows.device):
+    with redirect_products(rows.dtype, rows.device):
         normed = bridge.ln_final(rows[None])
         if columns is not None and type(unembed) is torch.nn.Linear:
             logits = torch.einsum("rd,rkd->rk", normed[0], unembed.weight[columns])

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interp.engine.matmul import products_for
+from interp.engine.matmul import choose_products
 from interp.model.model import Model
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
@@ -79,7 +79,7 @@ class PlainBlock:
         writer_of: WriterOf,
     ) -> list[Heads]:
         """Compute those of q, k and v that ``names`` contains, apply their writes, and rotate q and k."""
-        product, normed, out = products_for(x.dtype, x.device), self.ln1(x), []
+        product, normed, out = choose_products(x.dtype, x.device), self.ln1(x), []
         for name in names:
             layer: nn.Linear = getattr(self, name)
             heads = product.linear(normed, layer.weight, layer.bias).unflatten(-1, (-1, self.d_head))
@@ -90,7 +90,7 @@ class PlainBlock:
 
     def finish(self, x: Float[Tensor, "rows d_model"], z: Heads, writer_of: WriterOf) -> None:
         """Compute the block from attention's output to its end, in place: ``x`` holds its input, then its output."""
-        product = products_for(x.dtype, x.device)
+        product = choose_products(x.dtype, x.device)
         if (writer := writer_of("z")) is not None:
             writer.put_(z, headed=True)
         z = z.flatten(1)

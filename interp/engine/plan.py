@@ -13,7 +13,7 @@ import torch
 from interp.engine.cells import Cell
 from interp.engine.core import Engine
 from interp.engine.cost import EFFICIENCY, BlockCost
-from interp.engine.matmul import products_for
+from interp.engine.matmul import choose_products
 from interp.engine.planner import PLANNING, Planner
 from interp.errors import InterpError
 
@@ -145,7 +145,7 @@ class Plan:
         w = torch.randn(4 * model.d_model, model.d_model, device=model.device, dtype=model.dtype)
         times = []
         with torch.no_grad():
-            product = products_for(model.dtype, model.device)
+            product = choose_products(model.dtype, model.device)
         for _ in range(5):
             start = time.perf_counter()
             product.linear(x, w)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.circuits.wiring import Wiring
-from interp.engine.matmul import redirected
+from interp.engine.matmul import redirect_products
 from interp.model.hooks import hooks
 
 HELD_BYTES = 256 * 2**20  # of senders' changes, d_model numbers per sender and token
@@ -60,7 +60,7 @@ class Forward:
         """Logits of the last position."""
         model, last = self.wiring.model, self.graph.n_layers - 1
         final = f"blocks.{last}.hook_resid_post", lambda x, hook: self._final_stream(x)
-        with hooks(model, *self._hooks(range(last + 1)), final), redirected(model.dtype, model.device):
+        with hooks(model, *self._hooks(range(last + 1)), final), redirect_products(model.dtype, model.device):
             return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
 
     def _hooks(self, layers: range) -> list[tuple[str, Any]]:
