@@ -199,11 +199,11 @@ class Sites(Sequence[Site]):
         return f"Sites({'; '.join(parts) or 'empty'})"
 
 
-def _check_indices(what: str, wanted: Iterable[int] | int | None, n: int) -> list[int]:
+def _check_indices(what: str, numbers: Iterable[int] | int | None, n: int) -> list[int]:
     """Validate indices of layers, heads or neurons; None means all, negative ones count from the end."""
-    if wanted is None:
+    if numbers is None:
         return list(range(n))
-    indices = [_as_plain(i, what) for i in (wanted if isinstance(wanted, Iterable) else [wanted])]
+    indices = [_as_plain(i, what) for i in (numbers if isinstance(numbers, Iterable) else [numbers])]
     for i in indices:
         if not isinstance(i, int) or not -n <= i < n:
             raise SiteError(f"{what} {i!r} is out of range: this model has {n} {what}s, 0 to {n - 1}")

@@ -48,9 +48,9 @@ class Probe:
         layer: int,
         delta: Float[Tensor, "cells rows d_model"],
         attention: Float[Tensor, "cells rows d_model"],
-        wanted: set[str],
+        components: set[str],
     ) -> dict[str, Float[Tensor, "cells rows ..."]]:
-        """Compute those of q, k, v and mlp_out of one block that are ``wanted``.
+        """Compute those of q, k, v and mlp_out of one block that are in ``components``.
 
         ``delta``: added to the block's input.  ``attention``: added to the base run's attention output, which is
         otherwise frozen.
@@ -58,14 +58,14 @@ class Probe:
         frozen = self.run.acts["attn_out"][layer][self.start :] + attention
         site, n = Site("attn_out", layer), len(self.run)
         cells = [Cell(0, (Write(site, self.start, n, x),)) for x in frozen]
-        return self._run(layer, cells, self.run.resid[layer][self.start :] + delta, wanted)
+        return self._run(layer, cells, self.run.resid[layer][self.start :] + delta, components)
 
     def attention(self, layer: int, cells: Sequence[Cell]) -> Float[Tensor, "cells rows d_model"]:
         """Compute the attention output of one block on the base run's input, with each cell's writes to z."""
         hidden = self.run.resid[layer][self.start :].expand(len(cells), -1, -1)
         return self._run(layer, cells, hidden, {"attn_out"})["attn_out"]
 
-    def _run(self, layer: int, cells: Sequence[Cell], hidden: Tensor, wanted: set[str]) -> dict[str, Tensor]:
+    def _run(self, layer: int, cells: Sequence[Cell], hidden: Tensor, components: set[str]) -> dict[str, Tensor]:
         forward = PackedForward(self.model, [self.run], (), self.frame)
         forward.changes = Changes(cells)
         piece = Piece(Group(self.run, self.start), list(range(len(cells))), self.start, len(self.run), [hidden])
@@ -74,11 +74,11 @@ class Probe:
         def keep(component: str):
             def hook(x: Tensor, hook: object) -> None:
                 outputs[component] = x[0].unflatten(0, (len(cells), piece.rows))
-                if wanted <= set(outputs):
+                if components <= set(outputs):
                     raise StopForward
 
             return COMPONENTS[component].hook.format(layer=layer), hook
 
-        with suppress(StopForward), hooks(self.model, *map(keep, sorted(wanted))):
+        with suppress(StopForward), hooks(self.model, *map(keep, sorted(components))):
             forward.run_block(layer, [piece], lay_out([piece]), lambda call: forward.attend(call, [piece]))
         return outputs

@@ -203,10 +203,10 @@ class Engine:
         runs: Sequence[Run],
         cells: Sequence[Cell],
         score: Score,
-        done: Callable[[int], None],
+        advance: Callable[[int], None],
         columns: Int[Tensor, "runs k"] | None = None,
     ) -> Tensor:
-        """Compute ``score`` of every cell's last-position logits, in order; calls ``done(n)`` as cells finish.
+        """Compute ``score`` of every cell's last-position logits, in order; calls ``advance(n)`` as cells finish.
 
         ``columns``: for each run, the token ids of the only logits that ``score`` reads; it then receives only those.
         """
@@ -220,12 +220,12 @@ class Engine:
                 self._check(runs, cells)
             for batch in self.batches(runs, cells, None if columns is None else columns.shape[1]):
                 values[batch] = self._run(runs, cells, batch, score, columns)
-                done(len(batch))
+                advance(len(batch))
         return values
 
     @torch.no_grad()
     def score_prompts(
-        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, done: Callable[[int], None]
+        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Callable[[int], None]
     ) -> Tensor:
         """Compute ``score`` of prompts that are cells by themselves, in order; each takes a full forward.
 
@@ -238,7 +238,7 @@ class Engine:
             return values.zero_()
         for batch in self.prompt_batches([len(p) for p in prompts]):
             values[batch] = score(self.model.last_logits([prompts[i] for i in batch]), batch).cpu().double()
-            done(len(batch))
+            advance(len(batch))
         return values
 
     def prompt_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

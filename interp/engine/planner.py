@@ -30,8 +30,8 @@ class Planner:
         for cell in cells:
             writes = tuple(replace(w, value=None) for w in cell.writes)
             self.cells.append(replace(cell, run=cell.run + first, writes=writes))
-        held = sum(x.numel() * x.element_size() for r in runs for x in r.tensors())
-        self.runs_bytes = max(self.runs_bytes, held)
+        n_bytes = sum(x.numel() * x.element_size() for r in runs for x in r.tensors())
+        self.runs_bytes = max(self.runs_bytes, n_bytes)
 
 
 PLANNING: ContextVar[Planner | None] = ContextVar("planning", default=None)

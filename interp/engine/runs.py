@@ -114,8 +114,8 @@ def record(
     out: list[Run | None] = [None] * len(prompts)
     for batch in equal_length_batches(prompts):
         recorder = _Recorder(model, components, keep_kv, frame)
-        added = _stack_noise([noises[i] for i in batch])
-        with recorder.attached(added):
+        batch_noise = _stack_noise([noises[i] for i in batch])
+        with recorder.attached(batch_noise):
             logits = model.last_logits([prompts[i] for i in batch])
         for row, i in enumerate(batch):
             out[i] = recorder.run(row, as_hashable(prompts[i]), logits[row], noises[i])

@@ -26,14 +26,17 @@ def register() -> None:
 
     from interp.model.vision_adapters import image_adapters
 
-    known = factory.SUPPORTED_ARCHITECTURES
-    ours = {name: known[same] for name, same in SAME_AS.items()} | {"FalconForCausalLM": _falcon()}
-    ours |= {"BertModel": _headless(known["BertForMaskedLM"]), "RobertaModel": _headless(known["RobertaForMaskedLM"])}
+    registry = factory.SUPPORTED_ARCHITECTURES
+    ours = {name: registry[same] for name, same in SAME_AS.items()} | {"FalconForCausalLM": _falcon()}
+    ours |= {
+        "BertModel": _headless(registry["BertForMaskedLM"]),
+        "RobertaModel": _headless(registry["RobertaForMaskedLM"]),
+    }
     ours |= {"WhisperForConditionalGeneration": _whisper()}
     ours |= {"ModernBertForMaskedLM": _modernbert(), "ModernBertModel": _headless(_modernbert())}
     ours |= image_adapters()
     for name, adapter in ours.items():
-        known[name] = adapter  # where configs are recognised
+        registry[name] = adapter  # where configs are recognised
         factory.ArchitectureAdapterFactory.register_adapter(name, adapter)  # where adapters are made
 
 

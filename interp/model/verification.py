@@ -105,12 +105,12 @@ def count_hooks(bridge: Bridge) -> int:
     bridge's blocks capture inputs in order to show them at hook points.
     """
     observers = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
-    count, todo, seen = 0, [bridge], set()
+    count, todo, visited = 0, [bridge], set()
     while todo:  # like bridge.modules(), but much faster: every sweep calls this
         module = todo.pop()
-        if module is None or id(module) in seen:
+        if module is None or id(module) in visited:
             continue
-        seen.add(id(module))
+        visited.add(id(module))
         attributes = module.__dict__
         todo += attributes["_modules"].values()
         for hook in (*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()):
