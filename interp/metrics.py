@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Readout:
-    """What a metric may read besides the logits: per row, the token ids and the clean run's logits."""
+    """What a metric may read besides logits: token ids and the clean run's logits.
+
+    One of each per row.
+    """
 
     answer: Int[Tensor, " batch"]
     foil: Int[Tensor, " batch"] | None = None
@@ -134,13 +137,13 @@ def as_metric(metric: Metric | str | MetricFn) -> Metric:
 def rounding(
     metric: Metric, logits: Float[Tensor, "batch vocab"], readout: Readout, dtype: torch.dtype
 ) -> Float[Tensor, " batch"]:
-    """Return how far rounding of the logits can move the metric: two scores closer than that are the same.
+    """Return how far rounding of the logits can move the metric.
 
-    The same prompt gives logits that differ in their last bits when it is run in another batch. The bound is the
-    largest change of the metric when every logit moves by 2 · ``eps`` · max|logit|: once the answer up and all others
-    down, once the answer up, the foil down, and the others up and down in turn. ``eps`` is the machine epsilon of
-    ``dtype``, in which the model computes (of float32 for quantised weights). The metric is computed in the logits'
-    own dtype, so that its own rounding is part of the bound.
+    Two scores closer than that are the same. The same prompt gives logits that differ in their last bits when it is run
+    in another batch. The bound is the largest change of the metric when every logit moves by 2 · ``eps`` · max|logit|:
+    once the answer up and all others down, once the answer up, the foil down, and the others up and down in turn.
+    ``eps`` is the machine epsilon of ``dtype``, in which the model computes (of float32 for quantised weights). The
+    metric is computed in the logits' own dtype, so that its own rounding is part of the bound.
     """
     import torch
 
@@ -166,7 +169,7 @@ def recovery(
     mode: str,
     no_gap: Bool[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Return the recovery scale: the share of the clean–corrupt gap that a patch carries over.
+    """Return recovery: the share of the clean–corrupt gap that a patch carries over.
 
     Denoising (patch clean into the corrupt run): (patched − corrupt)/(clean − corrupt). Noising (patch corrupt into
     the clean run): (patched − clean)/(corrupt − clean). NaN where the gap is zero, or within rounding (``no_gap``).

@@ -1,6 +1,6 @@
-"""Addresses of activations: `Site`, and the ordered collections of sites that recipes sweep over.
+"""Addresses of activations: `Site`, and ordered collections of sites.
 
-Component names are TransformerLens names. A site's ``position`` is one of
+Recipes sweep over these collections. Component names are TransformerLens names. A site's ``position`` is one of
 
 * an int (negative counts from the end of the prompt),
 * ``None``: every position at once, as one cell (written ``"all"`` in text, ``z.L9H6@all``, and for `model.sites`),
@@ -95,7 +95,10 @@ class Site:
 
     @property
     def hook_name(self) -> str:
-        """The TransformerLens hook that carries this activation, e.g. ``blocks.9.attn.hook_z``."""
+        """The TransformerLens hook that carries this activation, e.g.
+
+        ``blocks.9.attn.hook_z``.
+        """
         return self.spec.hook.format(layer=self.layer)
 
     def at(self, position: int | str | None) -> Site:
@@ -116,7 +119,10 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read ``resid_pre.L3@-1``, ``z.L9H6@S2`` or ``mlp_post.L9N130``. Raises SiteError for anything else."""
+        """Read ``resid_pre.L3@-1``, ``z.L9H6@S2`` or ``mlp_post.L9N130``.
+
+        Raises SiteError for anything else.
+        """
         match = re.fullmatch(r"(\w+?)(?:\.L(\d+)(?:([HN])(\d+))?)?(?:@(.+))?", text.strip())
         if not match:
             raise SiteError(f"cannot read {text!r} as a site; write e.g. 'z.L9H6' or 'resid_pre.L3@-1'")
@@ -132,7 +138,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Edge:
-    """The path from a sender's output to a receiver's input. ``str(edge)`` reads ``z.L3H1 → q.L5H0``."""
+    """The path from a sender's output to a receiver's input.
+
+    ``str(edge)`` reads ``z.L3H1 → q.L5H0``.
+    """
 
     sender: Site
     receiver: Site
@@ -150,7 +159,10 @@ class Edge:
 
 
 def _as_plain(number: Any, what: str) -> int | str | None:
-    """Convert an index of numpy, pandas or torch to Python's int; strings and None stay as they are."""
+    """Convert an index of numpy, pandas or torch to Python's int.
+
+    Strings and None stay as they are.
+    """
     if number is None or isinstance(number, str):
         return number
     try:
@@ -168,7 +180,10 @@ def _as_site(site: Site | str) -> Site:
 
 
 class Sites(Sequence[Site]):
-    """An ordered set of sites; ``a | b`` joins two, keeps their order and drops repeats."""
+    """An ordered set of sites.
+
+    ``a | b`` joins two, keeps their order and drops repeats.
+    """
 
     def __init__(self, sites: Iterable[Site | str]):
         self._sites = tuple(dict.fromkeys(map(_as_site, sites)))
@@ -200,7 +215,10 @@ class Sites(Sequence[Site]):
 
 
 def _check_indices(what: str, numbers: Iterable[int] | int | None, n: int) -> list[int]:
-    """Validate indices of layers, heads or neurons; None means all, negative ones count from the end."""
+    """Validate indices of layers, heads or neurons.
+
+    None means all, negative ones count from the end.
+    """
     if numbers is None:
         return list(range(n))
     indices = [_as_plain(i, what) for i in (numbers if isinstance(numbers, Iterable) else [numbers])]
@@ -223,11 +241,11 @@ def enumerate_sites(
     heads: Iterable[int] | int | None = None,
     positions: Iterable[int | str] | int | str | None = None,
 ) -> Sites:
-    """Enumerate all sites of one component: layers × heads × positions (for mlp_post ``heads`` are neurons).
+    """Enumerate all sites of one component: layers × heads × positions.
 
-    ``positions=None`` is the component's default: residual-stream components sweep every position (``"each"``), head
-    components (q, k, v, z, result) take all positions at once. Pass ``positions="each"`` or ``positions="all"`` to
-    choose. Raises SiteError for anything that the model lacks.
+    For mlp_post, ``heads`` are neurons. ``positions=None`` is the component's default: residual-stream components sweep
+    every position (``"each"``), head components (q, k, v, z, result) take all positions at once. Pass
+    ``positions="each"`` or ``positions="all"`` to choose. Raises SiteError for anything that the model lacks.
     """
     if component not in COMPONENTS:
         raise SiteError(f"unknown component {component!r}; known components: {', '.join(COMPONENTS)}")

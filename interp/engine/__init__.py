@@ -1,4 +1,7 @@
-"""The engine: records base runs, writes activations into them, and reads a metric. Sweeps run forwards only here."""
+"""The engine: records base runs, writes activations into them, reads a metric.
+
+Sweeps run forwards only here.
+"""
 
 from interp.engine.cells import Cell, Cut, Write
 from interp.engine.core import Engine

@@ -1,4 +1,4 @@
-"""Base runs computed by plain blocks: prompts of all lengths as rows of one packed state."""
+"""Base runs by plain blocks: prompts of all lengths in one packed state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record_with_plain_blocks(
     components: Sequence[str] = (),
     noise: Sequence[Tensor | None] | None = None,
 ) -> list[Run]:
-    """Record base runs as `interp.engine.runs.record` does, for models that have plain blocks.
+    """Record base runs with plain blocks, as `interp.engine.runs.record` does.
 
     ``frame``: recorded on prompts at least as long.  ``components``: some of `interp.engine.plain_blocks.WRITABLE`.
     """
@@ -106,7 +106,10 @@ def _pieces(model: Model, prompts: Sequence[tuple[tuple[int, ...], Tensor | None
 
 
 class _ComponentStore:
-    """Takes the place of the writes of a plain block, and stores the activations that it is shown."""
+    """Stores the activations that a plain block shows to its writers.
+
+    It takes the place of writes.
+    """
 
     def __init__(self, components: Sequence[str]):
         self.activations: dict[str, dict[int, Float[Tensor, "rows ..."]]] = {
@@ -128,5 +131,8 @@ class _StoringWriter:
         self.by_layer, self.layer = by_layer, layer
 
     def put_(self, x: Tensor, headed: bool) -> None:
-        """Store ``x``; what is not ``headed`` is copied, since the block may add to it in place."""
+        """Store ``x``.
+
+        What is not ``headed`` is copied, since the block may add to it in place.
+        """
         self.by_layer[self.layer] = x if headed else x.clone()

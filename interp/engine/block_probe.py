@@ -1,4 +1,7 @@
-"""Probe: what single blocks of a base run would compute on other inputs, as path patching needs it."""
+"""Probe: what single blocks of a base run would compute on other inputs.
+
+Path patching uses it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Probe:
         self.model, self.frame, self.run, self.start = model, frame, run, start
 
     def check_sums(self) -> None:
-        """Raise InterpError for a model whose residual stream is not the plain sum of its layers' outputs."""
+        """Raise InterpError unless the residual stream is the sum of the layers' outputs."""
         total, acts = self.run.resid, self.run.acts
         layers = range(self.model.n_layers)
         parts = [acts[c] for c in ("attn_out", "mlp_out") if c in acts]
@@ -61,7 +64,10 @@ class Probe:
         return self._run(layer, cells, self.run.resid[layer][self.start :] + delta, components)
 
     def attention(self, layer: int, cells: Sequence[Cell]) -> Float[Tensor, "cells rows d_model"]:
-        """Compute the attention output of one block on the base run's input, with each cell's writes to z."""
+        """Compute one block's attention output with each cell's writes to z.
+
+        The block's input is the base run's.
+        """
         hidden = self.run.resid[layer][self.start :].expand(len(cells), -1, -1)
         return self._run(layer, cells, hidden, {"attn_out"})["attn_out"]
 

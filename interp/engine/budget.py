@@ -1,4 +1,4 @@
-"""The memory that a sweep may take besides the model's weights, and the batches that fit into it."""
+"""The memory that a sweep may take besides the weights, and what fits into it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ LOGIT_COPIES = 3  # a batch's logits as they are, in float32, and the intermedia
 
 
 def as_bytes(memory: int | float | str | None) -> int | None:
-    """Read ``4 * 2**30``, ``"4GiB"`` or ``"500 MB"`` as bytes; None stays None. Raises InterpError for other values."""
+    """Read ``4 * 2**30``, ``"4GiB"`` or ``"500 MB"`` as bytes; None stays None.
+
+    Raises InterpError for other values.
+    """
     if memory is None:
         return None
     number: float | None = None
@@ -49,7 +52,7 @@ def component_width(model: Model, component: str) -> int:
 
 
 class Budget:
-    """Bytes besides the weights, by calculation: base runs, rows of a packed forward, and logits."""
+    """Bytes besides the weights, calculated: base runs, packed rows, and logits."""
 
     def __init__(self, model: Model, limit: int | None):
         self.limit = limit
@@ -71,7 +74,7 @@ class Budget:
         return length * self.row + LOGIT_COPIES * self.logits
 
     def check(self, length: int, held: float) -> None:
-        """Raise InterpError if not even one cell fits next to ``held`` bytes of base runs."""
+        """Raise InterpError if no cell fits next to ``held`` bytes of base runs."""
         need = held + self.cell(length)
         if self.limit is not None and need > self.limit:
             raise InterpError(
@@ -81,7 +84,10 @@ class Budget:
             )
 
     def batch(self, held: float, rows: int, cells: int) -> tuple[int, int]:
-        """How many rows and cells one forward may have next to ``held`` bytes: at most ``rows`` and ``cells``."""
+        """How many rows and cells one forward may have next to ``held`` bytes.
+
+        The result is at most ``rows`` and ``cells``.
+        """
         if self.limit is None:
             return rows, cells
         free = max(self.limit - held, 0)

@@ -1,4 +1,4 @@
-"""Cells: each asks what a run's answer would be if some of its activations were different."""
+"""Cells: what a run's answer would be if some activations were different."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_post",
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """Set the activation at ``site`` in token rows [start, stop) to ``value``, or add ``value`` to it.
+    """Set the activation at ``site`` to ``value``, or add ``value`` to it.
 
-    ``value`` is broadcast over rows; it is None only in cells that are planned and not run. ``site.position`` is
-    ignored: `rows_of` has resolved it to rows.
+    It acts on token rows [start, stop). ``value`` is broadcast over rows; it is None only in cells that are planned and
+    not run. ``site.position`` is ignored: `rows_of` has resolved it to rows.
     """
 
     site: Site
@@ -39,9 +39,10 @@ class Write:
 
 @dataclass(frozen=True)
 class Cut:
-    """Hide ``keys`` (token rows) from queries in rows [start, stop) of one layer's attention, before the softmax.
+    """Hide keys from queries in one layer's attention, before the softmax.
 
-    ``heads``: the query heads that are cut; None for all.
+    ``keys``: token rows, hidden from queries in rows [start, stop). ``heads``: the query heads that are cut; None for
+    all.
     """
 
     layer: int
@@ -66,12 +67,18 @@ class Cell:
 
     @property
     def first_row(self) -> int:
-        """The first changed position; under causal attention nothing before it can change."""
+        """The first changed position.
+
+        Under causal attention nothing before it can change.
+        """
         return min(c.start for c in self.changes)
 
     @property
     def first_layer(self) -> int:
-        """The first block that must run (resid_post of layer l is the input of block l + 1)."""
+        """The first block that must run.
+
+        resid_post of layer l is the input of block l + 1.
+        """
         return min(c.layer for c in self.changes)
 
     def entry_stop(self, length: int) -> int:
@@ -86,7 +93,10 @@ class Cell:
         return length
 
     def cannot_reach_logits(self, n_layers: int, length: int) -> bool:
-        """Whether the last position's logits cannot depend on this cell: nothing reads the rows that it changes."""
+        """Whether the last position's logits cannot depend on this cell.
+
+        This is so if nothing reads the rows that it changes.
+        """
         if self.first_layer >= n_layers:
             return max(c.stop for c in self.changes) < length
         return self.first_layer == n_layers - 1 and self._late_stop(n_layers, length) < length
@@ -104,9 +114,10 @@ def entry_layer(site: Site) -> int:
 
 
 def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
-    """Token rows [start, stop) of a site's position in one prompt. Raises PromptError if the prompt lacks it.
+    """Token rows [start, stop) of a site's position in one prompt.
 
-    ``"name:first"`` and ``"name:last"`` are the first and last token of the span ``name``.
+    Raises PromptError if the prompt lacks it. ``"name:first"`` and ``"name:last"`` are the first and last token of the
+    span ``name``.
     """
     position, n = site.position, len(prompt)
     if position is None:
@@ -126,9 +137,9 @@ def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
 
 
 def write_into(activation: Tensor, write: Write, value: Tensor | None = None) -> Tensor:
-    """Return a copy of ``activation`` [1, position, (head,) width] with the write applied.
+    """Return a copy of ``activation`` with the write applied.
 
-    ``value``: used in place of the write's own.
+    ``activation``: [1, position, (head,) width]. ``value``: used in place of the write's own.
     """
     value = write.value if value is None else value
     assert value is not None  # the cell is being run
@@ -159,7 +170,7 @@ def cut_table(cuts: list[list[Cut]], n_heads: int, rows: tuple[int, int], keys: 
 
 
 def _segments(cuts: list[Cut], n_heads: int, rows: tuple[int, int], keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the segment of every query and key of one cell, and which pairs are cut [heads, Sq, Sk]."""
+    """Return one cell's query and key segments, and the cut pairs [heads, Sq, Sk]."""
     columns = max(1, len(cuts))
     query_in_cut, key_in_cut = torch.zeros(rows[1] - rows[0], columns), torch.zeros(keys, columns)
     head_in_cut = torch.zeros(n_heads, columns)
@@ -173,7 +184,7 @@ def _segments(cuts: list[Cut], n_heads: int, rows: tuple[int, int], keys: int) -
 
 
 def cut_mask(cuts: list[Cut], n_heads: int, length: int) -> Bool[Tensor, "heads length length"]:
-    """Express the cuts of one cell in one layer as a mask of the pattern: True where attention is cut."""
+    """Express one cell's cuts in one layer as a mask: True where attention is cut."""
     mask = torch.zeros(n_heads, length, length, dtype=torch.bool)
     for cut in cuts:
         heads = range(n_heads) if cut.heads is None else cut.heads

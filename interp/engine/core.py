@@ -1,4 +1,7 @@
-"""Engine: cuts a sweep's cells into batches, runs them packed or one by one, and checks itself first."""
+"""Engine: runs a sweep's cells in batches, packed or one by one.
+
+It checks itself first.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +77,18 @@ class Engine:
         return "packed, exact" if self.fast else f"one full forward per cell ({self.reason})"
 
     def count_answered(self, n: int) -> int:
-        """Count cells that a recipe answers from base runs by itself; returns their number."""
+        """Count cells that a recipe answers from base runs by itself.
+
+        Returns their number.
+        """
         if self.planner is not None:
             self.planner.unasked += n
         return n
 
     def fit_batches_to_memory(self, longest: int, held: float) -> None:
-        """Limit batches to the budget, next to ``held`` bytes of base runs whose longest has ``longest`` tokens.
+        """Limit batches to the budget, next to ``held`` bytes of base runs.
 
-        Raises InterpError if not even one cell fits.
+        ``longest``: tokens of the longest base run. Raises InterpError if not even one cell fits.
         """
         self.budget.check(longest, held)
         self.rows_per_batch, self.cells_per_batch = self.budget.batch(held, ROWS_PER_BATCH, LOGITS_PER_BATCH)
@@ -122,7 +128,10 @@ class Engine:
             self._decide("what lies between the embedding and block 0 (norms, scales) is run only by full forwards")
 
     def _attention_alone(self, layer: int) -> bool:
-        """Whether resid_mid is the sum of resid_pre and the attention's output, by which it is set."""
+        """Whether resid_mid is the sum of resid_pre and the attention's output.
+
+        It is set through that output.
+        """
         return (
             f"blocks.{layer}.hook_attn_out" in self.model.bridge.hook_dict
             and packed.find_other_mixer(self.model, layer) is None
@@ -136,7 +145,7 @@ class Engine:
         noise: Sequence[Tensor | None] | None = None,
         keep_kv: bool = False,
     ) -> list[Run]:
-        """Record base runs of the prompts, with the components whose values will be needed.
+        """Record base runs of the prompts, with the components that are needed.
 
         ``keep_kv``: store keys and values even where cells are full forwards, which do not need them.
         """
@@ -158,7 +167,10 @@ class Engine:
         return runs
 
     def _obstacle(self) -> str | None:
-        """Why the model's current state, not its structure, rules out packed forwards; None if it does not."""
+        """Why the model's current state, not its structure, rules out packed forwards.
+
+        Returns None if it does not.
+        """
         if self.model.hooks_added():
             return "hooks were added to the model, which may read or change other positions"
         if self.model.bridge.training:
@@ -166,13 +178,19 @@ class Engine:
         return None
 
     def unpackable(self) -> str | None:
-        """Why this model cannot be run packed, whether or not it would be (final after a `record`); None if it can."""
+        """Why this model cannot be run packed; None if it can.
+
+        The answer does not depend on ``kind``; it is final after a `record`.
+        """
         if self.kind != "naive":
             return self.reason
         return self._obstacle() or packed.why_not_packed(self.model, self.frame)
 
     def _can_use_plain_runs(self, longest: int, components: Sequence[str]) -> bool:
-        """Whether plain blocks can compute base runs: verified on this model, with a frame of prompts as long."""
+        """Whether plain blocks can compute base runs.
+
+        They can if they were verified on this model with a frame of prompts as long.
+        """
         verified = Verified.of(self.model).plain_base_runs
         if verified is None or verified.setting != self._setting() or verified.frame.length < longest:
             return False
@@ -185,7 +203,10 @@ class Engine:
         return f"{model.device} {model.dtype} {vars(model.bridge.original_model.config)}"
 
     def _check_base(self, run: Run) -> None:
-        """Allow plain blocks for later base runs if they reproduce this one, which the model itself computed."""
+        """Allow plain blocks for later base runs if they reproduce this one.
+
+        The model itself has computed ``run``.
+        """
         assert self.plain_blocks is not None
         if not has_fixed_rotary(self.model):
             return
@@ -206,9 +227,10 @@ class Engine:
         advance: Callable[[int], None],
         columns: Int[Tensor, "runs k"] | None = None,
     ) -> Tensor:
-        """Compute ``score`` of every cell's last-position logits, in order; calls ``advance(n)`` as cells finish.
+        """Compute ``score`` of every cell's last-position logits, in order.
 
-        ``columns``: for each run, the token ids of the only logits that ``score`` reads; it then receives only those.
+        Calls ``advance(n)`` as cells finish. ``columns``: for each run, the token ids of the only logits that ``score``
+        reads; it then receives only those.
         """
         if self.planner is not None:
             self.planner.add(self, runs, cells, None if columns is None else columns.shape[1])
@@ -227,9 +249,9 @@ class Engine:
     def score_prompts(
         self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Callable[[int], None]
     ) -> Tensor:
-        """Compute ``score`` of prompts that are cells by themselves, in order; each takes a full forward.
+        """Compute ``score`` of prompts that are cells by themselves, in order.
 
-        ``runs``: the base runs with which they are compared.
+        Each takes a full forward. ``runs``: the base runs with which they are compared.
         """
         values = torch.full((len(prompts),), float("nan"), dtype=torch.float64)
         if self.planner is not None:
@@ -242,7 +264,10 @@ class Engine:
         return values
 
     def prompt_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of prompts of one length that go through the model together, unpadded, within the budget."""
+        """Cut prompts of equal length into batches, unpadded, within the budget.
+
+        Yields the prompts' numbers.
+        """
         by_length: dict[int, list[int]] = {}
         for i, n in enumerate(lengths):
             by_length.setdefault(n, []).append(i)
@@ -281,7 +306,7 @@ class Engine:
         return torch.cat([self._run(runs, cells, part, score, columns) for part in (batch[:half], batch[half:])])
 
     def cannot_reach_logits(self, runs: Sequence[Sized], cell: Cell) -> bool:
-        """Whether a cell provably changes nothing that is read, so that the base run answers it."""
+        """Whether a cell changes nothing that is read, so that the base run answers it."""
         return self.fast and cell.cannot_reach_logits(self.model.n_layers, len(runs[cell.run]))
 
     def _forward(self, runs: Sequence[Run], cells: Sequence[Cell]) -> packed.PackedForward:
@@ -289,10 +314,10 @@ class Engine:
         return packed.PackedForward(self.model, runs, cells, self.frame, self.plain_blocks if is_writable else None)
 
     def batches(self, runs: Sequence[Sized], cells: Sequence[Cell], columns: int | None = None) -> Iterator[list[int]]:
-        """Cut the cells into batches: in order of (run, start), within the limits on rows and logits.
+        """Cut the cells into batches within the limits on rows and logits.
 
-        ``columns``: how many logits of a cell are read; None: all. Cells that cannot change anything come first,
-        together: the base runs answer them.
+        Cells are in order of (run, start). ``columns``: how many logits of a cell are read; None: all. Cells that
+        cannot change anything come first, together: the base runs answer them.
         """
         most_cells = self.cells_per_batch if columns is None else len(cells)
         changing = [i for i in range(len(cells)) if not self.cannot_reach_logits(runs, cells[i])]
@@ -315,10 +340,11 @@ class Engine:
             yield batch
 
     def _check(self, runs: Sequence[Run], cells: Sequence[Cell]) -> None:
-        """Compare an unpatched run and two cells with the naive path before a sweep; turn packing off if they differ.
+        """Compare an unpatched run and two cells with the naive path before a sweep.
 
-        Done once for each model and set of components. What makes the packed path exact is the model's structure.
-        A prompt of a few tokens shows all of that structure, a prompt of a single token shows nothing.
+        Packing is turned off if they differ. This is done once for each model and set of components. What makes the
+        packed path exact is the model's structure. A prompt of a few tokens shows all of that structure, a prompt of a
+        single token shows nothing.
         """
         components = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
         kind = frozenset(components)
@@ -358,7 +384,7 @@ class Engine:
 
 
 class _ResultHooks:
-    """Turns on TransformerLens' per-head results inside the block when a 'result' site needs them."""
+    """Turns on TransformerLens' per-head results while a 'result' site needs them."""
 
     def __init__(self, model: Model, needed: bool):
         self.bridge, self.needed = model.bridge, needed

@@ -22,7 +22,10 @@ ROWS, WIDTH = 256, 768  # size of the product that is timed to choose between th
 
 
 class Products:
-    """x weightᵀ + bias, and operations fused with it; here computed by PyTorch's default library."""
+    """x weightᵀ + bias, and operations fused with it.
+
+    This class uses PyTorch's default library.
+    """
 
     def rows(self, n: int) -> int:
         """Number of rows to allocate for ``n`` rows; padding costs less than it saves."""
@@ -44,10 +47,10 @@ class Products:
 
 
 class OneDNN(Products):
-    """Products by the operators that torch.compile puts into its CPU code; float32, without autograd.
+    """Products by the operators that torch.compile puts into its CPU code.
 
-    oneDNN compiles code for every number of rows and keeps it, a megabyte or two each. Rows are padded so that few
-    numbers of rows occur: here for each product, unless its rows are padded already.
+    They are float32, without autograd. oneDNN compiles code for every number of rows and keeps it, a megabyte or two
+    each. Rows are padded so that few numbers of rows occur: here for each product, unless its rows are padded already.
     """
 
     def rows(self, n: int) -> int:
@@ -69,7 +72,10 @@ class OneDNN(Products):
 
 
 def round_up_rows(rows: int) -> int:
-    """The next number of rows for which code is compiled: four for each power of two, or multiples of 16."""
+    """Round up to the next number of rows for which code is compiled.
+
+    There are four such numbers for each power of two, or multiples of 16.
+    """
     step = max(16, (1 << max(0, rows - 1).bit_length()) // 8)
     return -(-rows // step) * step
 
@@ -89,7 +95,10 @@ PLAIN, ONEDNN = Products(), OneDNN()
 
 @cache
 def is_onednn_faster(threads: int) -> bool:
-    """Whether oneDNN is available, correct and faster on this many threads: tested once per process."""
+    """Whether oneDNN is available, correct and faster on this many threads.
+
+    This is tested once per process.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight, other = (torch.randn(n, WIDTH, generator=generator) for n in (ROWS, WIDTH, ROWS))
     bias = weight[0]
@@ -103,14 +112,20 @@ def is_onednn_faster(threads: int) -> bool:
 
 
 def choose_products(dtype: torch.dtype, device: torch.device) -> Products:
-    """Choose the faster implementation for this dtype and device; while autograd is on, PyTorch's default."""
+    """Choose the faster implementation for this dtype and device.
+
+    While autograd is on, this is PyTorch's default.
+    """
     if torch.is_grad_enabled() or not onednn.is_allowed(dtype, device):
         return PLAIN
     return ONEDNN if is_onednn_faster(torch.get_num_threads()) else PLAIN
 
 
 def redirect_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Compute a model's own products (F.linear, and addmm in Hugging Face's Conv1D) the faster way inside the block."""
+    """Compute a model's own matrix products the faster way inside the block.
+
+    These are F.linear, and addmm in Hugging Face's Conv1D.
+    """
     return nullcontext() if choose_products(dtype, device) is PLAIN else _OneDNNProducts()
 
 

@@ -1,4 +1,7 @@
-"""The oracle: one full forward per cell, through TransformerLens hooks. Slow, simple, and the reference in tests."""
+"""The oracle: one full forward per cell, through TransformerLens hooks.
+
+It is slow and simple, and the reference in tests.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from interp.model.model import Model
 
 
 def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
-    """Compute the last-position logits of ``run`` with the cell's changes, by one forward over the whole prompt."""
+    """Compute the last-position logits of ``run`` with the cell's changes.
+
+    This takes one forward over the whole prompt.
+    """
     pairs: list[tuple[str, Any]] = []
     if run.noise is not None:
         noise = run.noise
@@ -31,10 +37,11 @@ def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
 
 
 def _cut_hooks(layer: int, mask: Tensor) -> list[tuple[str, Any]]:
-    """Hooks that cut attention where ``mask`` is True. They make the layer dense: its scores are lowered.
+    """Hooks that cut attention where ``mask`` is True.
 
-    A row that is cut from every key reads nothing: its pattern, which softmax made uniform, is set to zero where it
-    was cut and where the model's own mask (causal or not) lowered the score.
+    They make the layer dense: its scores are lowered. A row that is cut from every key reads nothing: its pattern,
+    which softmax made uniform, is set to zero where it was cut and where the model's own mask (causal or not) lowered
+    the score.
     """
     hidden: list[Tensor] = []
 

@@ -1,4 +1,7 @@
-"""Attention of packed cells: each cell's rows after its base run's prefix, with many cells in one call."""
+"""Attention of packed cells, with many cells in one call.
+
+Each cell's rows come after its base run's prefix.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def packed_attention(
 
 
 def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: CutArguments) -> list[list[int]]:
-    """Group the numbers of pieces that go into one call: short ones with as many keys and about as many rows."""
+    """Group the numbers of pieces that go into one call.
+
+    These are short ones with as many keys and about as many rows.
+    """
     joint: dict[int, list[int]] = defaultdict(list)
     out: list[list[int]] = []
     for i, (piece, key_piece) in enumerate(zip(queries, keys, strict=True)):
@@ -86,7 +92,10 @@ def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: CutArguments
 
 
 def _right_aligned(x: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """Lay rows out as [cells, most rows, ...]; a cell with fewer rows has zeros before them."""
+    """Lay rows out as [cells, most rows, ...].
+
+    A cell with fewer rows has zeros before them.
+    """
     rows = max(p.rows for p in pieces)
     needs_padding = any(p.rows < rows for p in pieces)
     make = x.new_zeros if needs_padding else x.new_empty
@@ -100,7 +109,10 @@ def _right_aligned(x: Tensor, pieces: Sequence[Piece]) -> Tensor:
 
 
 def _joint_keys(layer: int, pieces: Sequence[Piece], k: Tensor, v: Tensor) -> list[Tensor]:
-    """Keys and values of all cells, each [cells, all keys, heads, d], with a copy of the prefix for every cell."""
+    """Keys and values of all cells, each [cells, all keys, heads, d].
+
+    Every cell has its own copy of the prefix.
+    """
     keys_and_values = []
     for x, kind in ((k, "keys"), (v, "values")):
         filled = x.new_empty(sum(len(p.cells) for p in pieces), pieces[0].stop, *x.shape[1:])
@@ -117,7 +129,10 @@ def _joint_keys(layer: int, pieces: Sequence[Piece], k: Tensor, v: Tensor) -> li
 
 
 def _single_keys(layer: int, piece: Piece, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Keys and values of one piece; its prefix is shared between cells if that is faster."""
+    """Keys and values of one piece.
+
+    Its prefix is shared between cells if that is faster.
+    """
     start, run = piece.group.start, piece.group.run
     if start and start * len(piece.cells) < SHARED_KEYS:
         k_part, v_part = _joint_keys(layer, [piece], k, v)

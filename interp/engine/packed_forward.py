@@ -1,4 +1,4 @@
-"""The fast path: all cells of a batch go through the blocks together, and only what can change is computed.
+"""The fast path: a batch's cells run together, computing only what can change.
 
 It is exact for causal decoders, for these reasons:
 
@@ -45,7 +45,10 @@ MIXERS = (torch.nn.Conv1d, torch.nn.RNNBase)  # modules of state-space branches 
 
 
 def find_other_mixer(model: Model, layer: int) -> str | None:
-    """Class name of a module that mixes positions in a block besides softmax attention; None if there is none."""
+    """Class name of a module besides softmax attention that mixes positions.
+
+    Returns None if the block has none.
+    """
     return next((type(m).__name__ for m in model.bridge.blocks[layer].modules() if isinstance(m, MIXERS)), None)
 
 
@@ -76,11 +79,14 @@ def why_not_packed(model: Model, frame: Frame) -> str | None:
 
 
 class StopForward(Exception):
-    """Raised to leave a block once everything that is needed from it has been computed."""
+    """Raised to leave a block once everything needed has been computed."""
 
 
 class PackedForward:
-    """One batch of cells, run block by block; with ``plain_blocks`` by these instead of the model's own blocks."""
+    """One batch of cells, run block by block.
+
+    With ``plain_blocks``, these run instead of the model's own blocks.
+    """
 
     def __init__(
         self,
@@ -103,7 +109,10 @@ class PackedForward:
         self.groups = list(groups.values())
 
     def logits(self, columns: Int[Tensor, "cells k"] | None = None) -> Float[Tensor, "cells vocab"]:
-        """Compute last-position logits of every cell, in order; with ``columns``, only these token ids' [cells, k]."""
+        """Compute last-position logits of every cell, in order.
+
+        With ``columns``, only the logits of these token ids [cells, k] are computed.
+        """
         n = self.model.n_layers
         for layer in range(n):
             pieces = self._enter(layer)
@@ -123,7 +132,10 @@ class PackedForward:
     # ------------------------------------------------------------ which rows
 
     def _enter(self, layer: int) -> list[Piece]:
-        """The pieces that go through a block: those of earlier blocks, and the cells whose first block it is."""
+        """The pieces that go through a block.
+
+        These are pieces of earlier blocks, and the cells whose first block it is.
+        """
         pieces = []
         for group in self.groups:
             n, resid = len(group.run), group.run.resid[layer]
@@ -167,7 +179,7 @@ class PackedForward:
                 group.admit(piece.cells, whole)
 
     def _last_block(self, layer: int, pieces: list[Piece]) -> None:
-        """Run the last block: keys and values for all rows, everything else for the last row of each cell."""
+        """Run the last block, with everything but keys and values for last rows only."""
         unpack(packed := lay_out(pieces), pieces)
         self._write_residual(layer, pieces, packed)
         wide = [p for p in pieces if not p.narrow]
@@ -183,7 +195,7 @@ class PackedForward:
                 piece.group.admit(piece.cells, base.expand(len(piece.cells), -1, -1))
 
     def _last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
-        """Compute the block's output in the last row of every cell, by the model's own block."""
+        """Compute the block's output in each cell's last row, by the model's own block."""
         kv: dict[str, Tensor] = {}
 
         def keep(call: AttentionCall) -> Tensor:
@@ -239,7 +251,10 @@ class PackedForward:
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     def _kwargs(self, layer: int, pieces: list[Piece]) -> dict[str, Any]:
-        """The block's keyword arguments for packed rows: per-position tensors gathered, masks and caches dropped."""
+        """The block's keyword arguments for packed rows.
+
+        Per-position tensors are gathered, masks and caches dropped.
+        """
         row_positions = positions(pieces, self.model.device)
 
         def gather(value: Any) -> Any:
@@ -262,7 +277,10 @@ class PackedForward:
         return kwargs
 
     def _write_hooks(self, layer: int, pieces: list[Piece], packed: Tensor) -> Iterator[tuple[str, Any]]:
-        """Hooks that apply this layer's writes inside the block (all components except the residual inputs)."""
+        """Hooks that apply this layer's writes inside the block.
+
+        These are the writes to all components except the residual inputs.
+        """
         # resid_mid last, since it replaces the output of attention
         for component in sorted(self.changes.components(layer), key=lambda c: c == "resid_mid"):
             rows = self.changes.rows(layer, component, pieces, packed.device)
@@ -284,7 +302,7 @@ class PackedForward:
     def attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, queries: list[Piece], keys: list[Piece]
     ) -> Float[Tensor, "rows heads d_value"]:
-        """Compute attention of packed rows, each group's rows after the base run's shared prefix."""
+        """Compute attention of packed rows, each after its base run's shared prefix."""
         like, backend = self.frame.calls[layer], self.model.instrument.backend
         return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._cuts(layer, piece))
 
@@ -312,9 +330,10 @@ def heads_first(x: Tensor) -> Tensor:
 def compute_final_logits(
     model: Model, rows: Float[Tensor, "rows d_model"], columns: Int[Tensor, "rows k"] | None = None
 ) -> Float[Tensor, "rows vocab"]:
-    """Apply the final norm and the unembedding to residual rows, and the scalings that some architectures add.
+    """Apply the final norm and the unembedding to residual rows.
 
-    ``columns``: for each row, the token ids of the only logits that are needed; the result is then [rows, k].
+    It also applies the scalings that some architectures add. ``columns``: for each row, the token ids of the only
+    logits that are needed; the result is then [rows, k].
     """
     bridge, config = model.bridge, getattr(model.bridge.original_model, "config", None)
     if config is not None and model.pictures is not None:

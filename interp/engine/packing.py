@@ -16,10 +16,11 @@ from interp.engine.runs import Run
 
 @dataclass
 class Group:
-    """Cells of one run whose first changed position is the same: they share the prefix keys and values of the run.
+    """Cells of one run whose first changed position is the same.
 
-    ``parts``, each [cells, rows from ``start``, d_model], hold the rows of the cells that have entered, in the order
-    of ``active``. A part may be a view of a base run: `lay_out` makes a copy, and only that copy is ever written to.
+    They share the prefix keys and values of the run. ``parts``, each [cells, rows from ``start``, d_model], hold the
+    rows of the cells that have entered, in the order of ``active``. A part may be a view of a base run: `lay_out` makes
+    a copy, and only that copy is ever written to.
     """
 
     run: Run
@@ -36,9 +37,10 @@ class Group:
 
 @dataclass
 class Piece:
-    """Rows [start, stop) of some cells of one group, which are stored in the packed state from ``offset`` on.
+    """Rows [start, stop) of some cells of one group.
 
-    ``narrow``: this is the cells' first block, in which only these rows change; the other rows are the base run's.
+    They are stored in the packed state from ``offset`` on. ``narrow``: this is the cells' first block, in which only
+    these rows change; the other rows are the base run's.
     """
 
     group: Group
@@ -69,9 +71,10 @@ class Piece:
 
 
 def lay_out(pieces: Sequence[Piece], layout: Callable[[int], int] = int) -> Float[Tensor, "rows d_model"]:
-    """Set the pieces' offsets and return the packed hidden state, a copy that may be written to.
+    """Set the pieces' offsets and return the packed hidden state.
 
-    ``layout``: maps the number of rows to the number to allocate; additional rows are zero and belong to no piece.
+    It is a copy that may be written to. ``layout``: maps the number of rows to the number to allocate; additional rows
+    are zero and belong to no piece.
     """
     like = pieces[0].parts[0]
     used = sum(len(p.cells) * p.rows for p in pieces)
@@ -110,7 +113,10 @@ class RowWrites:
     add: Tensor | None  # bool [R, 1]; None if all are set
 
     def put(self, x: Tensor, headed: bool) -> Tensor:
-        """Return a copy of x [1, rows, (heads,) width] with the writes applied; neurons are heads of width 1."""
+        """Return a copy of x [1, rows, (heads,) width] with the writes applied.
+
+        Neurons are heads of width 1.
+        """
         changed = x.clone()
         self.put_(changed[0, ..., None] if headed and x.ndim == 3 else changed[0], headed)
         return changed

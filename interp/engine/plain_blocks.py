@@ -1,8 +1,9 @@
-"""Plain blocks: transformer blocks as bare matrix products, for architectures that are exactly known.
+"""Plain blocks: transformer blocks as bare matrix products.
 
-They compute the same numbers as the model's own blocks, without hooks and wrappers. Covered are Llama's block and its
-copies: root-mean-square norm, rotary positions, SiLU-gated MLP. Weights are used where they are and never copied. The
-engine checks plain blocks, like everything else, against full forwards.
+They exist for architectures that are exactly known. They compute the same numbers as the model's own blocks, without
+hooks and wrappers. Covered are Llama's block and its copies: root-mean-square norm, rotary positions, SiLU-gated MLP.
+Weights are used where they are and never copied. The engine checks plain blocks, like everything else, against full
+forwards.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ class PlainBlock:
         rotation: Float[Tensor, "rows 2 d_head"],
         writer_of: WriterOf,
     ) -> list[Heads]:
-        """Compute those of q, k and v that ``names`` contains, apply their writes, and rotate q and k."""
+        """Compute those of q, k and v that ``names`` contains.
+
+        Applies their writes, and rotates q and k.
+        """
         product, normed, out = choose_products(x.dtype, x.device), self.ln1(x), []
         for name in names:
             layer: nn.Linear = getattr(self, name)
@@ -89,7 +93,10 @@ class PlainBlock:
         return out
 
     def finish(self, x: Float[Tensor, "rows d_model"], z: Heads, writer_of: WriterOf) -> None:
-        """Compute the block from attention's output to its end, in place: ``x`` holds its input, then its output."""
+        """Compute the block from attention's output to its end, in place.
+
+        ``x`` holds the block's input, then its output.
+        """
         product = choose_products(x.dtype, x.device)
         if (writer := writer_of("z")) is not None:
             writer.put_(z, headed=True)
@@ -108,7 +115,10 @@ class PlainBlock:
 
     @staticmethod
     def _add(x: Tensor, compute: Callable[[slice], Tensor], writer: RowWriter | None) -> None:
-        """Add what ``compute`` returns to x, some rows at a time; all rows at once if there is a writer."""
+        """Add what ``compute`` returns to x, some rows at a time.
+
+        All rows at once if there is a writer.
+        """
         if writer is not None:
             out = torch.cat([compute(part) for part in _parts(len(x))])
             writer.put_(out, headed=False)
@@ -123,13 +133,19 @@ def _parts(rows: int) -> list[slice]:
 
 
 def _rotate(heads: Heads, cos: Tensor, sin: Tensor) -> Heads:
-    """Compute x · cos + (−second half, first half) · sin; ``sin`` already holds the minus sign (see `rotation`)."""
+    """Compute x · cos + (−second half, first half) · sin.
+
+    ``sin`` already holds the minus sign (see `rotation`).
+    """
     turned = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return torch.addcmul(heads * cos[:, None], turned, sin[:, None])
 
 
 def rotation(cos: Tensor, sin: Tensor) -> Float[Tensor, "positions 2 d_head"]:
-    """Stack rotary tables [1, positions, d_head] into one, with the minus sign of the first half moved into sin."""
+    """Stack rotary tables [1, positions, d_head] into one.
+
+    The minus sign of the first half moves into sin.
+    """
     first, second = sin[0].chunk(2, dim=-1)
     return torch.stack([cos[0], torch.cat([-first, second], dim=-1)], dim=1)
 
@@ -157,7 +173,10 @@ def _inner(module: Any) -> Any:
 
 
 def _block(bridge: Any, d_head: int) -> PlainBlock | None:
-    """Read one block from its bridge; None if its classes are not those of a known family."""
+    """Read one block from its bridge.
+
+    Returns None if its classes are not those of a known family.
+    """
     layer = _inner(bridge)
     name = type(layer).__name__
     family = name.removesuffix("DecoderLayer")

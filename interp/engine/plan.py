@@ -1,4 +1,7 @@
-"""Plan: what a sweep will cost, and how much each saving contributes, before anything runs."""
+"""Plan: what a sweep will cost, and what each saving contributes.
+
+It is made before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Extent:
-    """What runs for a cell: blocks from ``layer`` on, in them token rows from ``row`` on.
+    """What runs for a cell: blocks from ``layer`` on, rows from ``row`` on.
 
     ``stop``: the first block runs only rows before this one. ``last_only``: the last block runs one row, except for
     keys and values.
@@ -48,12 +51,12 @@ def _extents(cell: Cell, length: int) -> tuple[Extent, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep before it runs, as `interp.explain` returns it; ``print(plan)`` describes its cost.
+    """A sweep before it runs, as `interp.explain` returns it.
 
-    ``lengths``: tokens of each base run.  ``cells``: without their values.  ``unasked``: number of cells
-    that the recipe answers from base runs by itself.  ``runs_bytes``: bytes of the base runs that are held at one time.
-    ``columns``: how many logits of a cell are computed, if not all.  ``whole``: tokens of each prompt that is a cell by
-    itself, which takes a full forward.
+    ``print(plan)`` describes its cost. ``lengths``: tokens of each base run.  ``cells``: without their values.
+    ``unasked``: number of cells that the recipe answers from base runs by itself.  ``runs_bytes``: bytes of the base
+    runs that are held at one time. ``columns``: how many logits of a cell are computed, if not all.  ``whole``: tokens
+    of each prompt that is a cell by itself, which takes a full forward.
     """
 
     engine: Engine
@@ -71,7 +74,10 @@ class Plan:
 
     @cached_property
     def batches(self) -> list[list[int]]:
-        """Cells that will go through the model together; on the naive path each takes a full forward."""
+        """Cells that will go through the model together.
+
+        On the naive path each takes a full forward.
+        """
         runs = [range(n) for n in self.lengths]
         cut = self.engine.batches(runs, self.cells, self.columns)
         return [b for b in cut if not self.engine.cannot_reach_logits(runs, self.cells[b[0]])]
@@ -83,12 +89,12 @@ class Plan:
 
     @property
     def n_answered(self) -> int:
-        """Number of cells that provably change nothing, so that the base run answers them."""
+        """Number of cells that change nothing, so that the base run answers them."""
         return self.n_cells - sum(map(len, self.batches)) - len(self.whole)
 
     @cached_property
     def steps(self) -> dict[str, float]:
-        """FLOPs of the sweep: first with one full forward per cell, then with one saving after the other added."""
+        """FLOPs of the sweep with one full forward per cell, then after each saving."""
         model = self.engine.model
         unembed = 2 * model.d_model * int(model.bridge.cfg.d_vocab)
         full = self.n_cells * unembed + sum(self._rows(c, Extent()) for c in self.cells)

@@ -11,7 +11,7 @@ from interp.engine.runs import Run
 
 
 class Planner:
-    """Collects the cells that a recipe lets an engine score, without running any of them."""
+    """Collects the cells that an engine would score, without running any."""
 
     def __init__(self) -> None:
         self.engine: object = None  # the one that was used last
@@ -23,7 +23,10 @@ class Planner:
         self.whole: list[int] = []  # tokens of prompts that are cells of their own
 
     def add(self, engine: object, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
-        """Add cells on some runs. ``columns``: how many logits of each cell are read; None: all."""
+        """Add cells on some runs.
+
+        ``columns``: how many logits of each cell are read; None: all.
+        """
         self.columns = columns
         first, self.engine = len(self.lengths), engine
         self.lengths += [len(r) for r in runs]

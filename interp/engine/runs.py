@@ -1,4 +1,7 @@
-"""Base runs: one recorded forward per prompt, into which patches write and from which they take values."""
+"""Base runs: one recorded forward per prompt.
+
+Patches write into base runs, and take values from them.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,11 @@ from interp.sites import COMPONENTS, Site
 
 @dataclass
 class Run:
-    """One prompt's forward. ``resid[l]`` enters block l; ``resid[n_layers]`` leaves the last one.
+    """One prompt's forward.
 
-    ``keys`` and ``values`` are those that attention used (rotated), per layer. ``acts[component][layer]`` holds the
-    requested components, with heads as the last axis but one. ``noise`` was added to the token embeddings.
+    ``resid[l]`` enters block l, and ``resid[n_layers]`` leaves the last one. ``keys`` and ``values`` are those that
+    attention used (rotated), per layer. ``acts[component][layer]`` holds the requested components, with heads as the
+    last axis but one. ``noise`` was added to the token embeddings.
     """
 
     ids: tuple[int, ...]
@@ -61,13 +65,16 @@ class Run:
 
 
 def is_change(write: Write, run: Run) -> bool:
-    """Whether a write changes any value of ``run``, which holds the write's component."""
+    """Whether a write changes any value of ``run``.
+
+    The run holds the write's component.
+    """
     return write.value is None or not torch.equal(write.value, run.value(write.site, write.start, write.stop))
 
 
 @dataclass
 class Frame:
-    """The arguments of each block, from which the arguments of a packed forward are rebuilt.
+    """The arguments of each block, to rebuild those of a packed forward.
 
     ``kwargs``: the keyword arguments of each block in the longest recorded batch, which has ``length`` tokens.
     ``calls``: the layers' attention calls without their tensors (causality, window, scale, …).
@@ -81,7 +88,7 @@ class Frame:
     positions_differ: bool = False
 
     def compare_positions(self, kwargs: dict[str, Any], earlier: dict[str, Any]) -> None:
-        """Set ``positions_differ`` if a block's rotary positions differ from those of an ``earlier`` batch."""
+        """Set ``positions_differ`` if rotary positions differ from an earlier batch's."""
         for table, earlier_table in zip(_rotary_tables(kwargs), _rotary_tables(earlier), strict=True):
             n = min(table.shape[1], earlier_table.shape[1])
             self.positions_differ |= not bool((table[:, :n] == earlier_table[:1, :n]).all())
@@ -100,10 +107,10 @@ def record(
     frame: Frame | None = None,
     keep_kv: bool = True,
 ) -> list[Run]:
-    """Run every prompt once (batched by length, unpadded) and store what a sweep needs.
+    """Run every prompt once and store what a sweep needs.
 
-    ``noise[i]`` [position, d_model] is added to prompt i's token embeddings. Without noise, equal prompts share a run.
-    ``frame``: filled with the blocks' arguments.
+    Prompts are batched by length, unpadded. ``noise[i]`` [position, d_model] is added to prompt i's token embeddings.
+    Without noise, equal prompts share a run. ``frame``: filled with the blocks' arguments.
     """
     if noise is None:
         distinct = list(dict.fromkeys(map(as_hashable, prompts)))

@@ -1,4 +1,4 @@
-"""What has been verified about a model, so that each check is made once for each model."""
+"""What has been verified about a model, so that checks are made once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from interp.model.model import Model
 
 @dataclass(frozen=True)
 class VerifiedFrame:
-    """A recorded frame on which base runs by plain blocks agreed with the model's own.
+    """A frame on which base runs by plain blocks agreed with the model's own.
 
     ``setting``: the device, dtype and config on which the frame depends.
     """
@@ -22,7 +22,10 @@ class VerifiedFrame:
 
 @dataclass
 class Verified:
-    """What has been verified about one model; `Verified.of` returns the model's instance."""
+    """What has been verified about one model.
+
+    `Verified.of` returns the model's instance.
+    """
 
     packed_changes: set[frozenset[str]] = field(default_factory=set)
     """Sets of components (and ``"cut"``) whose packed cells agreed with full forwards."""
@@ -38,7 +41,7 @@ class Verified:
 
     @classmethod
     def of(cls, model: Model) -> Verified:
-        """The facts about a model: an empty instance on the first call, afterwards the same one."""
+        """The model's instance: empty at the first call, the same one afterwards."""
         return VERIFIED.setdefault(model, cls())
 
     @staticmethod

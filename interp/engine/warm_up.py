@@ -1,4 +1,4 @@
-"""Bring the engine's knowledge of a model into a state that does not depend on earlier work."""
+"""Make what the engine knows about a model independent of earlier work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def warm_up(
     memory: int | str | None = None,
     anew: bool = False,
 ) -> None:
-    """Record the longest prompt, so that later results do not depend on what was computed before.
+    """Record the longest prompt, so that results do not depend on earlier work.
 
     Which matrix products compute a base run depends on what was recorded before, and with it the last bits of the
     result. This is no longer so once the longest prompt has been recorded. That packed cells agree with full forwards

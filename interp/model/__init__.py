@@ -1,4 +1,7 @@
-"""Load models and route their attention through headstats; the only package that imports transformer_lens."""
+"""Load models and route their attention through headstats.
+
+This is the only package that imports transformer_lens.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Subclasses of TransformerLens' attention bridges that keep their hooks and pass attention to the instrument.
+"""Subclasses of TransformerLens' attention bridges that call the instrument.
 
-`adapt` replaces the class of one bridge object. Bridges that only wrap a Hugging Face module need no change: the
-module itself calls our registered function.
+They keep all hooks. `adapt` replaces the class of one bridge object. Bridges that only wrap a Hugging Face module need
+no change: the module itself calls our registered function.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _LENGTH = "_interp_length"  # attribute: positions in the current forward of the
 
 
 def adapt(attn: Any) -> None:
-    """Give one attention bridge (or the native module in it) a forward that computes attention through its link.
+    """Make one attention bridge compute attention through its link.
 
-    Raises ModelError for a bridge that computes attention in its own way (e.g. DeepSeek's sparse attention).
+    Changes the native module instead, if there is one. Raises ModelError for a bridge that computes attention in its
+    own way (e.g. DeepSeek's sparse attention).
     """
     from transformer_lens.model_bridge.generalized_components import alibi_joint_qkv_attention as alibi
     from transformer_lens.model_bridge.generalized_components import bloom_attention as bloom
@@ -69,15 +70,19 @@ def adapt(attn: Any) -> None:
 
 @cache
 def _subclass(base: type, method: str, function: Any) -> type:
-    """Generate one subclass per (class, method), so that isinstance checks and pickling of state still work."""
+    """Generate one subclass per (class, method).
+
+    Instances still pass isinstance checks, and their state can be pickled.
+    """
     return type(f"Instrumented{base.__name__}", (base,), {method: function, "__module__": __name__})
 
 
 def _hook_norms(attn: Any) -> None:
-    """Fire ``hook_q_normed``/``hook_k_normed`` when the original module calls its query and key norms.
+    """Fire ``hook_q_normed`` and ``hook_k_normed`` in the original module.
 
-    TransformerLens shows per-head norms as [batch, heads, position, d_head]. Some models (Qwen 3) apply the norm
-    before they transpose. There the norm's input is transposed to TransformerLens' layout, and its output back.
+    They see its query and key norms. TransformerLens shows per-head norms as [batch, heads, position, d_head]. Some
+    models (Qwen 3) apply the norm before they transpose. There the norm's input is transposed to TransformerLens'
+    layout, and its output back.
     """
     for name in ("q", "k"):
         norm, hook = getattr(attn, f"{name}_norm", None), getattr(attn, f"hook_{name}_normed", None)
@@ -106,7 +111,10 @@ def _hook_norms(attn: Any) -> None:
 
 
 def _gate_hook(attn: Any) -> Any:
-    """Make a hook that fires ``hook_q_gate``: the query projection gives each head's query, then its output gate."""
+    """Make a hook that fires ``hook_q_gate``.
+
+    The query projection gives each head's query, then its output gate.
+    """
 
     def after(module: Any, args: Any, out: Tensor) -> Tensor | None:
         if attn.__dict__.get(_LENGTH) is None:  # TransformerLens' own forward fires the hook itself
@@ -119,7 +127,10 @@ def _gate_hook(attn: Any) -> Any:
 
 
 def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
-    """Run the original module; the norm hooks can see that it runs, and on how many positions."""
+    """Run the original module.
+
+    The norm hooks can see that it runs, and on how many positions.
+    """
     self.__dict__[_LENGTH] = hidden.shape[1]
     try:
         return self.original_component(hidden, *args, **kwargs)
@@ -128,7 +139,10 @@ def _delegate(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
 
 
 def _fire_inputs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
-    """Fire the hooks of attention's inputs; return its hidden states and the remaining arguments."""
+    """Fire the hooks of attention's inputs.
+
+    Return its hidden states and the remaining arguments.
+    """
     if "hidden_states" in kwargs:
         hidden = kwargs.pop("hidden_states")
     else:
@@ -140,10 +154,11 @@ def _fire_inputs(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Delegate to the Hugging Face forward, whose projections are TransformerLens' hooked linears.
+    """Delegate to the Hugging Face forward.
 
-    While per-head input hooks are on (``use_split_qkv_input``, ``use_attn_in``), projections differ between heads.
-    Then TransformerLens' own dense forward runs, and the layer is reported as dense.
+    Its projections are TransformerLens' hooked linears. While per-head input hooks are on (``use_split_qkv_input``,
+    ``use_attn_in``), projections differ between heads. Then TransformerLens' own dense forward runs, and the layer is
+    reported as dense.
     """
     config = self.config
     if getattr(config, "use_split_qkv_input", False) or getattr(config, "use_attn_in", False):
@@ -156,7 +171,10 @@ def _rope_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _hook_latents(attn: Any) -> None:
-    """Fire ``hook_q_latent``/``hook_kv_latent`` on the outputs of the original module's compressing projections."""
+    """Fire ``hook_q_latent`` and ``hook_kv_latent`` in the original module.
+
+    They see the outputs of its compressing projections.
+    """
     for norm, hook in (("q_a_layernorm", attn.hook_q_latent), ("kv_a_layernorm", attn.hook_kv_latent)):
         module = getattr(attn.original_component, norm, None)  # queries are not always compressed
         if module is not None:
@@ -166,7 +184,10 @@ def _hook_latents(attn: Any) -> None:
 
 
 def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Multi-head latent attention (DeepSeek): delegate to the Hugging Face forward, which decompresses keys."""
+    """Delegate multi-head latent attention (DeepSeek) to the Hugging Face forward.
+
+    That forward decompresses keys.
+    """
     hidden, args = _fire_inputs(self, args, kwargs)
     kwargs["past_key_values"] = _HookedCache(self, kwargs.get("past_key_values"))
     if getattr(self.config, "use_attn_result", False):
@@ -176,10 +197,10 @@ def _latent_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _HookedCache:
-    """Wraps a latent attention's KV cache (or none) and fires the hook of the rotated key before it is stored.
+    """Wraps a latent attention's KV cache (or none).
 
-    The cache holds the latent and one rotated key for all heads; per-head keys and values are computed from them again
-    at every step.
+    It fires the hook of the rotated key before the key is stored. The cache holds the latent and one rotated key for
+    all heads; per-head keys and values are computed from them again at every step.
     """
 
     def __init__(self, attn: Any, cache: Any):
@@ -195,7 +216,10 @@ class _HookedCache:
 
 
 def _with_result(self: Any, hidden: Tensor, args: Any, kwargs: Any) -> Tensor:
-    """Compute the attention output as the sum of hooked per-head results, from the output projection's input z."""
+    """Compute the attention output as the sum of hooked per-head results.
+
+    These are computed from the output projection's input, z.
+    """
     z_inputs: list[Tensor] = []
 
     def keep(_module: Any, inputs: Any) -> None:
@@ -233,9 +257,10 @@ def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """Compute attention of fused-QKV models after TransformerLens has split and hooked q, k and v.
+    """Compute attention of fused-QKV models from hooked q, k and v.
 
-    For GPT-2, GPT-NeoX and Phi-3; and for Bloom, MPT and Falcon with their linear biases (ALiBi).
+    TransformerLens has split and hooked these. For GPT-2, GPT-NeoX and Phi-3; and for Bloom, MPT and Falcon with their
+    linear biases (ALiBi).
     """
     config = self.config
     n_heads = int(config.n_heads)
@@ -266,10 +291,10 @@ def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any
 
 
 def _linear_bias(self: Any, kwargs: Any, n_heads: int, n_keys: int, scale: float) -> Tensor | None:
-    """ALiBi as an additive bias [batch or 1, heads, 1, keys]; softmax ignores a constant per row.
+    """ALiBi as an additive bias [batch or 1, heads, 1, keys].
 
-    Bloom and Falcon pass [batch · heads, 1, keys] in ``alibi`` (Falcon scales it with the scores). MPT passes
-    [heads, 1, max_keys] in ``position_bias``, counted backwards from the last key.
+    Softmax ignores a constant per row. Bloom and Falcon pass [batch · heads, 1, keys] in ``alibi`` (Falcon scales it
+    with the scores). MPT passes [heads, 1, max_keys] in ``position_bias``, counted backwards from the last key.
     """
     from transformer_lens.model_bridge.generalized_components.alibi_joint_qkv_attention import (
         ALiBiJointQKVAttentionBridge,
@@ -297,9 +322,10 @@ def _inner_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Replace the ``_attn`` method of GPT-J, CodeGen and GPT-Neo modules: [B, H, M, D] in and out.
+    """Replace the ``_attn`` method of GPT-J, CodeGen and GPT-Neo modules.
 
-    GPT-Neo does not scale its scores, and alternates between global and local layers.
+    Tensors are [B, H, M, D], in and out. GPT-Neo does not scale its scores, and alternates between global and local
+    layers.
     """
     link = self.__dict__[LINK]
     masks = read_mask(attention_mask)
@@ -318,7 +344,10 @@ def _native_forward(
     pattern_fn: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute TransformerLens' native attention; the dense path itself fires the pattern hook, ``pattern_fn``."""
+    """Compute TransformerLens' native attention.
+
+    The dense path itself fires the pattern hook, ``pattern_fn``.
+    """
     from interp.model.instrument import LINK
 
     heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}

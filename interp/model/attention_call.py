@@ -59,10 +59,11 @@ Hook = Callable[[Tensor], Tensor]
 def dense_attention(
     call: AttentionCall, hook_scores: Hook = lambda x: x, hook_pattern: Hook = lambda x: x
 ) -> Float[Tensor, "batch heads query dim_v"]:
-    """Compute softmax(q kᵀ · scale + masks) v, with TransformerLens' hooks before and after the softmax.
+    """Compute softmax(q kᵀ · scale + masks) v with TransformerLens' hooks.
 
-    When the hook sees them, masked scores hold the dtype's minimum (TransformerLens' convention). A query that sees no
-    key (padding) gives a zero row, as in the kernel. Softmax runs in at least float32.
+    One hook is before the softmax, one after it. When the hook sees them, masked scores hold the dtype's minimum
+    (TransformerLens' convention). A query that sees no key (padding) gives a zero row, as in the kernel. Softmax runs
+    in at least float32.
     """
     groups = call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))

@@ -14,9 +14,10 @@ TOKENS_PER_FORWARD = 2048  # batches of full forwards are cut so that logits sta
 
 
 def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Group the indices of prompts of equal length into batches of at most `TOKENS_PER_FORWARD`, without padding.
+    """Group prompts of equal length into batches without padding.
 
-    Prompts with images must also have images of the same size.
+    Returns their indices; a batch has at most `TOKENS_PER_FORWARD` tokens. Prompts with images must also have images of
+    the same size.
     """
     by_shape: dict[Any, list[int]] = {}
     for i, row in enumerate(ids):
@@ -29,7 +30,10 @@ def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def collate(prompts: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Join one of `equal_length_batches` into the inputs of a Hugging Face forward; pixels in the model's dtype."""
+    """Join one of `equal_length_batches` into the inputs of a Hugging Face forward.
+
+    Pixels in the model's dtype.
+    """
     first = prompts[0]
     inputs: dict[str, Tensor] = {}
     if not isinstance(first, ModelInput) or first.has_token_ids:

@@ -1,7 +1,7 @@
-"""TransformerLens adapters for architectures that it lacks or reads wrongly, and repairs of transformers' models.
+"""TransformerLens adapters, and repairs of transformers' models.
 
-`register` adds the adapters to TransformerLens' own registry; `repair` corrects a Hugging Face model object. Both are
-called before a bridge is built.
+They cover architectures that TransformerLens lacks or reads wrongly. `register` adds the adapters to TransformerLens'
+own registry; `repair` corrects a Hugging Face model object. Both are called before a bridge is built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAME_AS = {
 
 @cache
 def register() -> None:
-    """Add interp's adapters to TransformerLens' registry of architectures, once in a process."""
+    """Add interp's adapters to TransformerLens' registry, once in a process."""
     from transformer_lens.factories import architecture_adapter_factory as factory
 
     from interp.model.vision_adapters import image_adapters
@@ -41,7 +41,10 @@ def register() -> None:
 
 
 def _falcon() -> type:
-    """Adapter for Falcon with grouped keys: TransformerLens assumes one key head and three contiguous parts."""
+    """Adapter for Falcon with grouped keys.
+
+    TransformerLens assumes one key head and three contiguous parts of the fused weight.
+    """
     from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
 
     class Falcon(FalconArchitectureAdapter):
@@ -68,7 +71,10 @@ def _falcon() -> type:
 
 
 def _headless(masked: type) -> type:
-    """Adapter for an encoder without its language-model head: that of the whole model, with shorter paths."""
+    """Adapter for an encoder without its language-model head.
+
+    It is that of the whole model, with shorter paths.
+    """
 
     class Headless(masked):
         def prepare_model(self, hf_model: Any) -> None:
@@ -83,7 +89,10 @@ def _headless(masked: type) -> type:
 
 
 def _modernbert() -> type:
-    """Adapter for ModernBERT: fused projections, rotary positions, alternating local and global layers."""
+    """Adapter for ModernBERT: fused projections, rotary positions.
+
+    Local and global layers alternate.
+    """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -132,7 +141,10 @@ def _modernbert() -> type:
 
 
 def _whisper() -> type:
-    """Adapter for Whisper: BART's blocks with norms before them, on frames of sound instead of tokens."""
+    """Adapter for Whisper: BART's blocks with norms before them.
+
+    It reads frames of sound instead of tokens.
+    """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.supported_architectures.bart import BartFamilyArchitectureAdapter
 
@@ -150,7 +162,7 @@ def _whisper() -> type:
 
 
 def split_in_thirds(fused: Any) -> list[torch.nn.Linear]:
-    """Split a fused projection whose rows are all queries, then all keys, then all values."""
+    """Split a fused projection with rows of all queries, all keys, all values."""
     return [
         _linear(weight.clone(), None if fused.bias is None else fused.bias.detach().chunk(3)[i].clone())
         for i, weight in enumerate(fused.weight.detach().chunk(3))
@@ -166,7 +178,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
 
 
 def split_by_group(fused: Any, n_groups: int, d_head: int) -> list[torch.nn.Linear]:
-    """Split a fused projection whose rows are, for each key head, its query heads, its key and its value."""
+    """Split a fused projection with rows of queries, key and value per key head.
+
+    For each key head these are its query heads, its key and its value.
+    """
     rows = fused.weight.detach().unflatten(0, (n_groups, -1, d_head))
     bias = None if fused.bias is None else fused.bias.detach().unflatten(0, (n_groups, -1, d_head))
     runs = (slice(0, -2), slice(-2, -1), slice(-1, None))
@@ -177,14 +192,20 @@ def split_by_group(fused: Any, n_groups: int, d_head: int) -> list[torch.nn.Line
 
 
 def repair(hf: Any) -> None:
-    """Correct a model object in place where transformers' eager attention computes something else than the model."""
+    """Correct a model object whose eager attention in transformers is wrong.
+
+    It is changed in place.
+    """
     if type(hf).__name__.startswith("Falcon") and getattr(hf.config, "alibi", False):
         for block in hf.transformer.h:
             block.register_forward_pre_hook(_alibi_once, with_kwargs=True)
 
 
 def _alibi_once(block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Zero Falcon's ALiBi: its dense mask already holds it, and its eager attention (unlike SDPA) adds it again."""
+    """Zero Falcon's ALiBi, which its dense mask already holds.
+
+    Its eager attention, unlike SDPA, would add it again.
+    """
     mask: Tensor | None = kwargs.get("attention_mask")
     if mask is not None and mask.ndim == 4 and kwargs.get("alibi") is not None:
         kwargs["alibi"] = torch.zeros_like(kwargs["alibi"])

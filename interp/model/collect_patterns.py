@@ -1,4 +1,7 @@
-"""Collect attention patterns of prompts while a model runs on them, tile by tile and never n×n."""
+"""Collect attention patterns of prompts, tile by tile and never n×n.
+
+They are collected while the model runs.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def prompt_patterns(
 
 
 def _parse_heads(heads: Iterable[Any], all_heads: Sequence[Head]) -> list[Head]:
-    """Read heads written as (layer, head), ``"L9H6"``, a Site or its text; SiteError for one that does not exist."""
+    """Read heads written as (layer, head), ``"L9H6"``, a Site or its text.
+
+    SiteError for one that does not exist.
+    """
     parsed: list[Head] = []
     for item in [heads] if isinstance(heads, str | Site) else heads:
         text = str(item)
@@ -118,7 +124,10 @@ def _example(model: LoadedModel, prompt: Any, request: PatternRequest) -> Patter
 def _run(
     model: LoadedModel, ids: list[int], segments: list[Segment], edges: np.ndarray, request: PatternRequest
 ) -> PatternRun:
-    """Run one forward in which every layer's attention is computed as usual, and its patterns collected."""
+    """Run one forward and collect the patterns of every layer's attention.
+
+    Attention itself is computed as usual.
+    """
     n = len(ids)
     numbers = torch.empty(n, dtype=torch.int64, device=model.device)
     for i, (_, start, stop) in enumerate(segments):
@@ -156,7 +165,7 @@ def _spread(n: int, rows: int) -> np.ndarray:
 
 
 class _Collector:
-    """Handler of a model's attention: computes it, and stores what is requested of its patterns."""
+    """Handler that computes attention and stores what is requested of its patterns."""
 
     def __init__(
         self,
@@ -218,7 +227,10 @@ class _Collector:
 
 
 def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dict[str, Any]]:
-    """Restrict attention to some query heads, each with its own key head; also returns the options of its weights."""
+    """Restrict attention to some query heads, each with its own key head.
+
+    Also returns the options of its weights.
+    """
     groups = call.q.shape[1] // call.k.shape[1]
     key_heads = [h // groups for h in heads]
     bias = call.bias

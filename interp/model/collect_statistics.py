@@ -23,7 +23,10 @@ from interp.utils.provenance import now, prompt_hash
 
 @torch.no_grad()
 def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
-    """Compute statistics of every layer and head of a model with one stack; see `Model.attention_stats`."""
+    """Compute statistics of every layer and head of a model with one stack.
+
+    See `Model.attention_stats`.
+    """
     inputs = texts_of(prompts) if model.pictures is None else model.pictures.prompts(prompts)
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in inputs]
@@ -48,7 +51,10 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
 
 @torch.no_grad()
 def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
-    """Compute statistics of a vision–language model's vision tower: one example for each image (or tile)."""
+    """Compute statistics of a vision–language model's vision tower.
+
+    There is one example for each image (or tile) of each prompt.
+    """
     instrument = model.instruments["vision"]
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     values: dict[str, list[Any]] = {}
@@ -74,7 +80,10 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
 
 
 def texts_of(prompts: Any) -> list[str]:
-    """The texts of prompts in any form; PromptError if there are none, or if one is not text."""
+    """The texts of prompts in any form.
+
+    PromptError if there are none, or if one is not text.
+    """
     several = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
     several = [p.text if isinstance(p, Prompt) else p for p in several]
     texts = [p.clean if isinstance(p, PromptPair) else getattr(p, "prompt", p) for p in several]
@@ -88,7 +97,10 @@ def texts_of(prompts: Any) -> list[str]:
 
 
 def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[str]]:
-    """Return the spec without statistics that are not one number per position, and the names of these."""
+    """Return the spec with only one-number statistics, and the omitted names.
+
+    Omitted are statistics with more than one number per position.
+    """
     if not isinstance(spec, headstats.StatSpec):
         raise PromptError(f"spec={spec!r}: a headstats.StatSpec is expected, e.g. StatSpec(entropy=True, sink=4)")
     shapes = {s.name: s.shape for s in headstats.STATISTICS}
@@ -103,7 +115,10 @@ def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[
 
 
 def stack_layers(collected: dict[int, headstats.AttentionStats], n_layers: int) -> dict[str, Any]:
-    """Stack the kernel's statistics of all layers: {name: array [batch, layers, heads, position]}."""
+    """Stack the kernel's statistics of all layers.
+
+    Returns {name: array [batch, layers, heads, position]}.
+    """
     by_layer = {i: {n: tensors(x)[0] for n, x in stats.as_dict().items()} for i, stats in collected.items()}
     like = next(iter(by_layer.values()))
     missing = {n: torch.full_like(x, float("nan") if x.is_floating_point() else -1) for n, x in like.items()}

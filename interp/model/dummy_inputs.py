@@ -13,7 +13,10 @@ WORDS_BEFORE, WORDS_AFTER = 3, 8
 
 
 def images(hf: Any, batch: int = 1, seed: int = 0) -> Tensor:
-    """Random images [batch, channel, height, width] of the size that a vision encoder was made for; float64."""
+    """Random images [batch, channel, height, width] for a vision encoder.
+
+    They have the size that it was made for, in float64.
+    """
     config = getattr(hf.config, "vision_config", None) or hf.config
     size, channels = config.image_size, getattr(config, "num_channels", 3)
     height, width = (size, size) if isinstance(size, int) else size
@@ -25,9 +28,10 @@ def _noise(seed: int, *shape: int) -> Tensor:
 
 
 def image_prompt(hf: Any, seed: int = 0, words: int = WORDS_AFTER) -> dict[str, Tensor]:
-    """A prompt with one image for a vision–language model: tokens, the image's tokens, tokens; a batch of one.
+    """Dummy prompt with one image for a vision–language model; a batch of one.
 
-    ``seed`` determines the image, not the tokens. Raises NotImplementedError for a family whose prompts are unknown.
+    It has some tokens, the image's tokens, and some tokens again. ``seed`` determines the image, not the tokens. Raises
+    NotImplementedError for a family whose prompts are unknown.
     """
     config = hf.config
     inputs = _pixels(hf, seed)
@@ -88,7 +92,10 @@ def placed(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) 
 
 
 def probe_inputs(hf: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Dummy inputs of an encoder–decoder: tokens for both sides, or input features for a speech model's encoder."""
+    """Dummy inputs of an encoder–decoder.
+
+    Tokens for both sides, or input features for a speech model's encoder.
+    """
     decoder = {"decoder_input_ids": tokens.flip(1)[:, :7]}
     if hf.main_input_name != "input_features":
         return {"input_ids": tokens, **decoder}

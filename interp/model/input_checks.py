@@ -1,4 +1,4 @@
-"""Checks of weights and inputs that would otherwise give wrong numbers without an error."""
+"""Checks of weights and inputs that would give wrong numbers without an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def refuse_nan_weights(model: torch.nn.Module) -> None:
 
 
 def refuse_images(prompt: Any) -> None:
-    """Raise PromptError if a text prompt is an image (an array of two or three dimensions, or an image object)."""
+    """Raise PromptError if a text prompt is an image.
+
+    An image is an array of two or three dimensions, or an image object.
+    """
     if hasattr(prompt, "convert") or len(getattr(prompt, "shape", ())) >= 2:
         raise PromptError(
             f"a prompt is text, but this is an image ({type(prompt).__name__}): a vision-language model gets it "
@@ -49,7 +52,10 @@ def refuse_text(name: str, text: str) -> NoReturn:
 
 
 def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]) -> None:
-    """Raise PromptError for inputs that a forward would silently ignore, or on which it would fail obscurely."""
+    """Raise PromptError for inputs that the model would silently ignore.
+
+    It is also raised for inputs on which the model would fail with an obscure error.
+    """
     parameters = inspect.signature(model.bridge.original_model.forward).parameters
     unread = [name for name in IMAGES if options.get(name) is not None and name not in parameters]
     if unread:  # transformers' text models swallow unknown keyword arguments
@@ -72,7 +78,10 @@ def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]
 
 
 def mask_positions(model: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Position of the mask token in each row of ``tokens`` [batch, position]; PromptError unless it occurs once."""
+    """Position of the mask token in each row of ``tokens`` [batch, position].
+
+    Raises PromptError unless it occurs once.
+    """
     mask = getattr(model.tokenizer, "mask_token_id", None)
     if mask is None:
         raise PromptError(f"{model.name} is a masked language model, but its tokenizer has no mask token")

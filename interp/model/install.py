@@ -22,7 +22,10 @@ def _hf_attention(
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Compute attention for transformers' attention modules: [B, H, M, D] in, [B, M, H, Dv] out."""
+    """Compute attention for transformers' attention modules.
+
+    Inputs are [B, H, M, D], the output is [B, M, H, Dv].
+    """
     if dropout and module.training:
         raise ModelError("attention dropout is active: call model.eval() (interp runs models in evaluation mode)")
     link = module.__dict__.get(LINK)
@@ -60,7 +63,7 @@ def stacks(bridge: Bridge) -> dict[str, dict[int, Any]]:
 
 
 def install(bridge: Bridge, instruments: dict[str, Instrument]) -> None:
-    """Route every layer's attention of a TransformerBridge through the instrument of its stack.
+    """Route every layer's attention of a bridge through its stack's instrument.
 
     Raises ModelError, which names the class, for attention that cannot be intercepted.
     """

@@ -1,6 +1,6 @@
-"""Instrument: computes a model's attention through headstats, and keeps TransformerLens hooks working.
+"""Instrument: computes a model's attention through headstats.
 
-How attention is intercepted depends on the kind of bridge:
+TransformerLens' hooks keep working. How attention is intercepted depends on the kind of bridge:
 
 * Hugging Face modules call the function that is registered under ``config._attn_implementation``. `install` registers
   ours, together with a mask function that passes on padding, causality and window instead of an n×n mask (`masks`).
@@ -60,7 +60,10 @@ class Instrument:
         return self.layers.setdefault(layer, LayerRecord())
 
     def __call__(self, call: AttentionCall, bridge: AttentionLayer) -> Tensor:
-        """Compute attention output [B, H, M, Dv] of one layer; densely if that layer's scores or pattern are hooked."""
+        """Compute attention output [B, H, M, Dv] of one layer.
+
+        It is computed densely if that layer's scores or pattern are hooked.
+        """
         record = self.record(call.layer)
         record.calls += 1
         hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
@@ -100,7 +103,10 @@ class Instrument:
 def attend(
     call: AttentionCall, *, spec: headstats.StatSpec | None = None, backend: str = "auto", **more: Any
 ) -> headstats.Attended:
-    """Run a layer's attention through headstats. ``more``: further arguments of `headstats.attend`."""
+    """Run a layer's attention through headstats.
+
+    ``more``: further arguments of `headstats.attend`.
+    """
     return headstats.attend(
         call.q, call.k, call.v,
         causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
@@ -116,7 +122,10 @@ def _has_hooks(bridge: AttentionLayer, name: str) -> bool:
 
 @dataclass
 class Link:
-    """Points from an attention module back to its bridge; a plain attribute of the module, not a submodule."""
+    """Points from an attention module back to its bridge.
+
+    It is a plain attribute of the module, not a submodule.
+    """
 
     instrument: Instrument
     bridge: AttentionLayer
@@ -133,9 +142,10 @@ class Link:
 
 
 def fire_latent(attn: Any, call: AttentionCall) -> AttentionCall:
-    """Fire a latent attention's hooks on queries, and on keys and values of the positions of this step.
+    """Fire a latent attention's hooks on queries, keys and values.
 
-    In decoding, an edit of earlier positions' keys does not persist in later steps; an edit of the latent does.
+    Keys and values are those of the positions of this step. In decoding, an edit of earlier positions' keys does not
+    persist in later steps; an edit of the latent does.
     """
     rope, m = attn.original_component.qk_rope_head_dim, call.q.shape[2]
     q = attn.hook_q(torch.cat([call.q[..., :-rope], attn.hook_rot_q(call.q[..., -rope:])], dim=-1))

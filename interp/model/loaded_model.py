@@ -1,4 +1,7 @@
-"""What the modules that `interp.model.model` imports use of its `Model`; everywhere else annotate `Model` itself."""
+"""What the modules that `interp.model.model` imports use of its `Model`.
+
+Everywhere else annotate `Model` itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Make a TransformerBridge from a name, a folder, a GGUF file or a model object, without installing anything."""
+"""Make a TransformerBridge from a name, a folder, a GGUF file or a model object.
+
+Nothing is installed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ _BUILDING = threading.RLock()  # one bridge is built at a time: TransformerLens'
 
 @dataclass(frozen=True)
 class Weights:
-    """A Hugging Face model before it is wrapped, its tokenizer, and its name in results."""
+    """A Hugging Face model before it is wrapped, its tokenizer, and its name.
+
+    Results carry this name.
+    """
 
     name: str
     model: Any
@@ -34,7 +40,10 @@ class Weights:
 
 
 def boot(source: Any, **options: Any) -> tuple[Any, str]:
-    """Make a TransformerBridge and a name for it; options as for `read`. Raises ModelError with one clear message."""
+    """Make a TransformerBridge and a name for it; options as for `read`.
+
+    Raises ModelError with one clear message.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(source, TransformerBridge):
@@ -56,7 +65,10 @@ def read(
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
 ) -> Weights:
-    """Read weights and tokenizer of a name, a folder, a GGUF file or a model object. Raises ModelError."""
+    """Read weights and tokenizer of a name, a folder, a GGUF file or a model object.
+
+    Raises ModelError for anything that cannot be read.
+    """
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     hub |= {"revision": revision} if revision else {}
     hub |= _placement(device, device_map, quantize)
@@ -86,7 +98,7 @@ def read(
 
 
 def _placement(device: Any, device_map: Any, quantize: str | None) -> dict[str, Any]:
-    """Check ``device_map`` and ``quantize``, and return them as transformers' options."""
+    """Check ``device_map`` and ``quantize``; return them as transformers' options."""
     options: dict[str, Any] = {}
     if device_map is not None:
         if device is not None:
@@ -216,7 +228,10 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights
 
 
 def _tokenizer_of(name: str) -> Any:
-    """Read the tokenizer stored with a model object's weights; ModelError if there is none."""
+    """Read the tokenizer stored with a model object's weights.
+
+    Raises ModelError if there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -257,7 +272,10 @@ def wrap(weights: Weights) -> tuple[Any, str]:
 
 
 def _refuse_scattered(name: str, model: Any) -> None:
-    """Raise ModelError unless weights are in memory, and on one device unless accelerate moves activations."""
+    """Raise ModelError unless weights are in memory, and on one device.
+
+    They may be on several if accelerate moves activations between these.
+    """
     devices = sorted({str(p.device) for p in model.parameters()})
     if "meta" in devices:
         raise ModelError(
@@ -308,10 +326,11 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_installing() -> Iterator[None]:
-    """Replace two functions of TransformerLens while it builds a bridge; afterwards they are its own again.
+    """Replace two functions of TransformerLens while it builds a bridge.
 
-    For a model that reads images TransformerLens would request a processor from the hub and pip-install torchvision.
-    That torchvision would bring another torch with it, and a model object need not be on any hub.
+    Afterwards they are its own again. For a model that reads images TransformerLens would request a processor from the
+    hub and pip-install torchvision. That torchvision would bring another torch with it, and a model object need not be
+    on any hub.
     """
     from transformer_lens.model_bridge.sources.transformers import helpers, source
 
@@ -327,7 +346,7 @@ def _without_installing() -> Iterator[None]:
 
 
 def check_device(device: Any) -> None:
-    """Raise ModelError for a device that torch does not know or that this machine lacks."""
+    """Raise ModelError for a device that is unknown or that this machine lacks."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:

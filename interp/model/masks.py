@@ -1,4 +1,7 @@
-"""Attention masks without the n×n matrix: padding, causality and window of a Hugging Face mask."""
+"""Attention masks without the n×n matrix.
+
+They are represented by padding, causality and window.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from interp.errors import ModelError
 
 @dataclass(frozen=True)
 class MaskNote:
-    """The meaning of a Hugging Face mask, attached to the 2D padding tensor that `compact_mask` returns."""
+    """The meaning of a Hugging Face mask.
+
+    It is attached to the 2D padding tensor that `compact_mask` returns.
+    """
 
     causal: bool
     window: int | None
@@ -24,7 +30,10 @@ def compact_mask(
     mask_function: Any = None, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True,
     local_size: int | None = None, device: Any = "cpu", **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """Mask function for transformers: 2D padding plus a note for plain masks, a dense 4D mask for all others."""
+    """Mask function for transformers that avoids n×n masks.
+
+    Returns 2D padding plus a note for plain masks, a dense 4D mask for all others.
+    """
     from transformers import masking_utils as mu
 
     kind = _mask_kind(mask_function, mu)
@@ -45,7 +54,10 @@ def compact_mask(
 
 
 def _mask_kind(function: Any, mu: Any) -> MaskNote | None:
-    """Recognise transformers' plain causal, sliding-window and bidirectional masks; None for any other."""
+    """Recognise transformers' plain causal, sliding-window and bidirectional masks.
+
+    Returns None for any other mask.
+    """
     if function is mu.causal_mask_function:
         return MaskNote(causal=True, window=None)
     if function is mu.bidirectional_mask_function:
@@ -63,14 +75,14 @@ def _mask_kind(function: Any, mu: Any) -> MaskNote | None:
 
 
 def _closure_of(function: Any, name: str) -> dict[str, Any]:
-    """The closure variables of ``function`` if it is called ``name``; else an empty dict."""
+    """The closure variables of a function called ``name``; empty for any other."""
     if getattr(function, "__name__", "") != name or not function.__closure__:
         return {}
     return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
 
 
 def read_mask(mask: Tensor | None) -> dict[str, Any]:
-    """Convert the mask that an attention module received into the mask fields of an AttentionCall."""
+    """Convert the mask of an attention module into fields of an AttentionCall."""
     if mask is None:  # no mask function ran: transformers' eager attention then shows every key
         return {"causal": False}
     note: MaskNote | None = getattr(mask, "interp_note", None)

@@ -1,4 +1,4 @@
-"""Model: a language or vision model whose attention goes through headstats; and `load`."""
+"""`load`, and Model: a model whose attention goes through headstats."""
 
 from __future__ import annotations
 
@@ -138,13 +138,19 @@ class Model:
 
     @property
     def attention_layers(self) -> list[int]:
-        """The layers that have softmax attention: all of them, except in hybrid models (Jamba, Qwen3-Next, …)."""
+        """The layers that have softmax attention.
+
+        These are all layers, except in hybrid models (Jamba, Qwen3-Next, …).
+        """
         by_stack = stacks(self.bridge)
         return list(by_stack.get("") or by_stack["decoder"])
 
     @property
     def stacks(self) -> list[str]:
-        """Names of an encoder–decoder model's stacks: encoder, decoder, cross; empty for a model with one stack."""
+        """Names of an encoder–decoder model's stacks: encoder, decoder, cross.
+
+        The list is empty for a model with one stack.
+        """
         return list(self.instruments) if "decoder" in self.instruments else []
 
     @property
@@ -154,12 +160,18 @@ class Model:
 
     @property
     def n_kv_heads(self) -> int:
-        """Number of key/value heads per layer (fewer than ``n_heads`` under grouped-query attention)."""
+        """Number of key/value heads per layer.
+
+        It is smaller than ``n_heads`` under grouped-query attention.
+        """
         return int(getattr(self.bridge.cfg, "n_key_value_heads", None) or self.n_heads)
 
     @property
     def n_neurons(self) -> int:
-        """Number of neurons of each MLP (mlp_post); 0 if there are none to address: no MLPs, or experts."""
+        """Number of neurons of each MLP (mlp_post).
+
+        It is 0 if there are none to address: no MLPs, or experts.
+        """
         widths = []
         for block in getattr(self.bridge, "blocks", ()):
             # the hook of mlp_post is on the input of the output projection (for experts it is on their output)
@@ -230,7 +242,10 @@ class Model:
         )  # fmt: skip
 
     def backend_report(self) -> pd.DataFrame:
-        """One row per layer: the backends that computed its attention since loading, how often, and why if dense."""
+        """One row per layer: which backends computed its attention.
+
+        Further columns hold how many calls there were since loading, and why the layer was dense if it was.
+        """
         rows = []
         for stack, attentions in stacks(self.bridge).items():
             for layer in range(self.n_layers if not stack else len(attentions)):
@@ -247,14 +262,20 @@ class Model:
         return pd.DataFrame(rows)
 
     def fingerprint(self) -> str:
-        """A short hash over every weight's name, shape and up to 4,096 evenly spaced values."""
+        """A short hash over every weight's name, shape and values.
+
+        Up to 4,096 evenly spaced values of each weight are used.
+        """
         return weights_hash(self.bridge.original_model.named_parameters())
 
     # ------------------------------------------------------------ text
 
     @property
     def coder(self) -> Coder:
-        """Converts prompts into tokens (with the special tokens that TransformerLens' ``to_tokens`` adds)."""
+        """Converts prompts into tokens.
+
+        It adds the same special tokens as TransformerLens' ``to_tokens``.
+        """
         if self.tokenizer is None and self.pictures is None:
             raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
         text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
@@ -285,10 +306,10 @@ class Model:
         return self.bridge(tokens, **kwargs)
 
     def run_with_cache(self, tokens: Any, **kwargs: Any) -> Any:
-        """Run TransformerLens' ``run_with_cache``, by default without attention scores and patterns.
+        """Run TransformerLens' ``run_with_cache``.
 
-        Caching those two makes a layer dense. Request them with ``names_filter``; then only the layers that it names
-        leave the kernel.
+        By default scores and patterns of attention are not cached. Caching those two makes a layer dense. Request them
+        with ``names_filter``; then only the layers that it names leave the kernel.
         """
         refuse_wrong_inputs(self, tokens, kwargs)
         if kwargs.get("names_filter") is None:
@@ -304,7 +325,10 @@ class Model:
 
     @torch.no_grad()
     def next_token_logits(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompts vocab"]:
-        """Logits after the last token of each prompt, float32 on the CPU; lengths may differ (no padding is used)."""
+        """Logits after the last token of each prompt, float32 on the CPU.
+
+        Lengths may differ (no padding is used).
+        """
         out: list[Tensor | None] = [None] * len(ids)
         for batch in equal_length_batches(ids):
             for i, row in zip(batch, self.last_logits([ids[i] for i in batch]), strict=True):
@@ -328,13 +352,19 @@ class Model:
 
     @property
     def headless(self) -> bool:
-        """Whether this is a language model without its head (BertModel): its outputs are hidden states, not logits."""
+        """Whether this is a language model without its head (BertModel).
+
+        Its outputs are then hidden states, not logits.
+        """
         head = getattr(self.bridge.original_model, "get_output_embeddings", lambda: None)()
         return self.reads == "text" and head is None and not hasattr(self.bridge, "unembed")
 
     @property
     def masked(self) -> bool:
-        """Whether this is a masked language model (BERT, RoBERTa, ModernBERT): it fills in its mask token."""
+        """Whether this is a masked language model, which fills in its mask token.
+
+        For example BERT, RoBERTa, ModernBERT.
+        """
         return type(self.bridge.original_model).__name__.endswith("ForMaskedLM")
 
     def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -351,7 +381,10 @@ class Model:
         return output_of(output) if self.reads == "images" else output.logits
 
     def _forward_options(self) -> dict[str, Any]:
-        """Options that avoid building the KV cache and earlier positions' logits, where the model supports them."""
+        """Options that avoid a KV cache and logits of earlier positions.
+
+        Options that the model does not support are left out.
+        """
         accepted = inspect.signature(self.bridge.original_model.forward).parameters
         return {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in accepted}
 
@@ -365,7 +398,9 @@ class Model:
         target: str | Sequence[str] | None = None,
         stack: str | None = None,
     ) -> AttentionStats:
-        """Per-head attention statistics of one prompt or several (for a pair: of its clean prompt).
+        """Per-head attention statistics of one prompt or several.
+
+        Of a pair, the clean prompt is used.
 
             stats = model.attention_stats("When Mary and John went to the store, John gave a drink to")
             stats.frame()      # example, layer, head, position, one column per statistic
@@ -400,19 +435,23 @@ class Model:
         topk: int = 8,
         rows: int = 8,
     ) -> AttentionPatterns:
-        """Attention maps of one prompt or a few, for viewing: see `AttentionPatterns`. No n×n pattern is built.
+        """Attention maps of one prompt or a few, for viewing: see `AttentionPatterns`.
 
-        ``heads``: the heads whose maps are stored, as (layer, head), ``"L9H6"`` or sites (default: all). ``exact``:
-        heads for which, on a prompt longer than ``resolution`` tokens, every query's ``topk`` largest weights and
-        ``rows`` whole rows are stored as well. For a pair both prompts are run. Segments are the prompt's named spans,
-        else its sentences, else stretches of equal length. Raises PromptError or SiteError before any forward.
+        No n×n pattern is built. ``heads``: the heads whose maps are stored, as (layer, head), ``"L9H6"`` or sites
+        (default: all). ``exact``: heads for which, on a prompt longer than ``resolution`` tokens, every query's
+        ``topk`` largest weights and ``rows`` whole rows are stored as well. For a pair both prompts are run. Segments
+        are the prompt's named spans, else its sentences, else stretches of equal length. Raises PromptError or
+        SiteError before any forward.
         """
         from interp.model.collect_patterns import prompt_patterns
 
         return prompt_patterns(self, prompts, heads, exact, resolution, topk, rows)
 
     def provenance(self) -> dict[str, Any]:
-        """What reproducing a result requires: model, weights, dtype, device, backend, package versions."""
+        """What reproducing a result requires.
+
+        The keys are model, weights, dtype, device, backend and package versions.
+        """
         return {
             "model": self.name,
             "weights": self.fingerprint(),
@@ -425,5 +464,8 @@ class Model:
     # ------------------------------------------------------------ trust
 
     def hooks_added(self) -> bool:
-        """Whether modules have other forward hooks than when the model was loaded; what these do is unknown."""
+        """Whether modules have other forward hooks than when the model was loaded.
+
+        What these do is unknown.
+        """
         return count_hooks(self.bridge) != self._n_hooks_at_load

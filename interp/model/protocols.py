@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class HookPoint(Protocol):
-    """A TransformerLens hook: called with an activation, returns it or what its hooks make of it."""
+    """A TransformerLens hook: returns the activation, or what its hooks make of it."""
 
     fwd_hooks: list[Any]
 
@@ -28,7 +28,10 @@ class HookPoint(Protocol):
 
 
 class AttentionLayer(Protocol):
-    """TransformerLens' bridge around one attention module; which other hooks it has depends on its class."""
+    """TransformerLens' bridge around one attention module.
+
+    Which other hooks it has depends on its class.
+    """
 
     hook_attn_scores: HookPoint
     hook_pattern: HookPoint

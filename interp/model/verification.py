@@ -1,4 +1,7 @@
-"""Check, when a model is loaded, that its outputs through headstats are those that it had before."""
+"""Check that a model's outputs through headstats are those that it had before.
+
+This is done whenever a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ PROBE_TOKENS = 8  # in each of two rows; few, since loading waits for two such f
 
 
 def reads_of(hf: Any) -> str:
-    """What a Hugging Face model reads: "text", "images", "images and text", or "pairs" (an encoder–decoder)."""
+    """What a Hugging Face model reads.
+
+    One of "text", "images", "images and text", or "pairs" (an encoder–decoder).
+    """
     config, parameters = getattr(hf, "config", None), inspect.signature(hf.forward).parameters
     if getattr(config, "is_encoder_decoder", False):
         return "pairs"
@@ -30,9 +36,10 @@ def reads_of(hf: Any) -> str:
 
 @torch.no_grad()
 def probe(model: LoadedModel) -> tuple[Tensor, int]:
-    """Run the model on fixed inputs; returns its outputs and how many positions entered block 0.
+    """Run the model on fixed inputs.
 
-    Before installation this uses TransformerLens' own eager attention. Raises ModelError if the forward fails.
+    Returns its outputs and how many positions entered block 0. Before installation this uses TransformerLens' own eager
+    attention. Raises ModelError if the forward fails.
     """
     vocab = int(model.bridge.cfg.d_vocab)
     length = min(PROBE_TOKENS, model.n_ctx)
@@ -63,7 +70,10 @@ def probe(model: LoadedModel) -> tuple[Tensor, int]:
 
 
 def _with_image(model: LoadedModel) -> Tensor:
-    """Logits of a prompt with an image; ModelError for a family whose prompts are unknown."""
+    """Logits of a prompt with an image.
+
+    Raises ModelError for a family whose prompts are unknown.
+    """
     hf = model.bridge.original_model
     try:
         inputs = dummy_inputs.image_prompt(hf)
@@ -76,7 +86,10 @@ def _with_image(model: LoadedModel) -> Tensor:
 
 
 def verify(model: LoadedModel, before: Tensor) -> None:
-    """Raise ModelError if a model bypasses headstats in any layer, or if its outputs differ from ``before``."""
+    """Raise ModelError if a layer bypasses headstats, or outputs have changed.
+
+    ``before``: outputs of `probe` before installation.
+    """
     after, _ = probe(model)
     architecture = type(model.bridge.original_model).__name__
     attentions = [(stack, i) for stack, layers in stacks(model.bridge).items() for i in layers]
@@ -99,10 +112,11 @@ def verify(model: LoadedModel, before: Tensor) -> None:
 
 
 def count_hooks(bridge: Bridge) -> int:
-    """Count the hooks that a user may have added, without those that the libraries add in order to observe.
+    """Count the hooks that a user may have added.
 
-    transformers adds hooks that record attentions and hidden states at the first forward that requests them, and a
-    bridge's blocks capture inputs in order to show them at hook points.
+    Hooks by which the libraries only observe are not counted. transformers adds hooks that record attentions and hidden
+    states at the first forward that requests them, and a bridge's blocks capture inputs in order to show them at hook
+    points.
     """
     observers = ("transformers.utils.output_capturing", "transformer_lens.model_bridge.")
     count, todo, visited = 0, [bridge], set()

@@ -1,8 +1,8 @@
-"""TransformerLens adapters for models that read images and that TransformerLens does not cover.
+"""TransformerLens adapters for models that read images.
 
-Vision encoders: CLIP, SigLIP, DINOv2. Vision–language models: Qwen2-VL, PaliGemma, BLIP-2, and Qwen2.5-VL, for which
-TransformerLens has an adapter that requires torchvision. Adapters only map names; what the modules compute stays
-Hugging Face's.
+They cover models that TransformerLens does not cover. Vision encoders: CLIP, SigLIP, DINOv2. Vision–language models:
+Qwen2-VL, PaliGemma, BLIP-2, and Qwen2.5-VL, for which TransformerLens has an adapter that requires torchvision.
+Adapters only map names; what the modules compute stays Hugging Face's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def image_adapters() -> dict[str, type]:
 
 
 def _vision_encoder(architecture: str) -> type:
-    """Adapter for pre-norm blocks over patches; with DINO's layer scale, attn_out and mlp_out are scaled outputs."""
+    """Adapter for pre-norm blocks over patches.
+
+    With DINO's layer scale, attn_out and mlp_out are scaled outputs.
+    """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -112,9 +115,9 @@ def _vision_encoder(architecture: str) -> type:
 
 
 def _qwen_vl() -> tuple[type, type]:
-    """Adapters for Qwen2-VL and Qwen2.5-VL, which have the same text model; Qwen2-VL's vision tower is not bridged.
+    """Adapters for Qwen2-VL and Qwen2.5-VL, which have the same text model.
 
-    TransformerLens requires torchvision, which only their processors need.
+    Qwen2-VL's vision tower is not bridged. TransformerLens requires torchvision, which only their processors need.
     """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -134,7 +137,10 @@ def _qwen_vl() -> tuple[type, type]:
 
 
 def _paligemma() -> type:
-    """Adapter for PaliGemma: a Gemma that reads its whole prompt in both directions, after SigLIP."""
+    """Adapter for PaliGemma: Gemma after SigLIP.
+
+    It reads its whole prompt in both directions.
+    """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -179,7 +185,10 @@ def _paligemma() -> type:
 
 
 def _blip2() -> type:
-    """Adapter for BLIP-2 with OPT; its vision tower and its Q-Former are not bridged inside."""
+    """Adapter for BLIP-2 with OPT.
+
+    Its vision tower and its Q-Former are not bridged inside.
+    """
     from transformer_lens.model_bridge import generalized_components as parts
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.supported_architectures.opt import OptArchitectureAdapter

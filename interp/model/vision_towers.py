@@ -1,4 +1,4 @@
-"""Models that read images: which class of transformers opens them, and which part of them is used."""
+"""Models that read images: the class that opens them, and the part that is used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from interp.errors import ModelError
 
 
 def class_for_images(config: Any) -> Any | None:
-    """The class that a checkpoint of a model that reads images was made for; None if it reads no images."""
+    """The class that a checkpoint of a model that reads images was made for.
+
+    None if it reads no images.
+    """
     import transformers as tf
 
     from interp.model.vision_adapters import ENCODERS
@@ -35,10 +38,10 @@ def _is_pair_of_towers(model: Any) -> bool:
 
 
 def vision_tower(model: Any) -> Any:
-    """The vision encoder of a CLIP or SigLIP model, which shares its weights; any other model as it is.
+    """The vision encoder of a CLIP or SigLIP model, which shares its weights.
 
-    CLIP's encoder returns the embedding that is compared with texts (before it is normalised), SigLIP's the pooled
-    state.
+    Any other model as it is. CLIP's encoder returns the embedding that is compared with texts (before it is
+    normalised), SigLIP's the pooled state.
     """
     import torch
     import transformers as tf
