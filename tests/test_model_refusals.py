@@ -120,16 +120,32 @@ def test_local_folders_bridges_and_models_load(tmp_path, word_tokenizer) -> None
     assert model.name == tmp_path.name and "2 KV" in repr(model)
 
 
-def test_nothing_is_installed_behind_the_users_back() -> None:
-    """TransformerLens would pip-install torchvision when some models boot; loading must disarm that."""
-    import importlib.util
+def test_nothing_is_installed_behind_the_users_back(word_tokenizer, monkeypatch) -> None:
+    """TransformerLens would pip-install torchvision when some models boot; loading must prevent that.
 
+    Its own function is never called here: outside a boot it is TransformerLens' again, and would install.
+    """
+    import importlib.util
+    import subprocess
+
+    from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.sources.transformers import helpers
 
-    with pytest.raises(ModelError):
-        interp.load(3)
-    assert helpers._ensure_torchvision() is (importlib.util.find_spec("torchvision") is not None)
-    assert "pip" not in helpers._ensure_torchvision.__code__.co_consts
+    def install(*args: object, **_: object) -> None:
+        raise AssertionError(f"loading a model ran {args}")
+
+    monkeypatch.setattr(subprocess, "check_call", install)
+    boot, boots = TransformerBridge.boot_transformers, []
+
+    def boot_transformers(*args: object, **options: object) -> object:
+        assert "pip" not in helpers._ensure_torchvision.__code__.co_consts
+        assert helpers._ensure_torchvision() is (importlib.util.find_spec("torchvision") is not None)
+        boots.append(args)
+        return boot(*args, **options)
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", staticmethod(boot_transformers))
+    interp.load(tiny_hf("llama"), tokenizer=word_tokenizer)
+    assert len(boots) == 1
 
 
 def test_prompts_beyond_the_context_and_empty_sets_are_refused(tiny) -> None:
