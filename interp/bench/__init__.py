@@ -1,1 +1,1 @@
-"""Measurements of interp next to other libraries, on this machine: `interp bench sweeps`."""
+"""Measurements of interp next to other libraries: `interp bench sweeps`."""

@@ -1,4 +1,4 @@
-"""The measured sweeps, their prompts, and the sample of cells that slower libraries run."""
+"""The measured sweeps, their prompts, and the cells that slower libraries run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ ALL_PEERS = (TransformerLens, HuggingFace, NNsight, Pyvene)
 
 @dataclass(frozen=True)
 class PeerShare:
-    """The cells that a peer runs: a job, and the rows of our result to compare (means of ``samples`` cells each)."""
+    """The cells that a peer runs.
+
+    ``job``: its cells; ``rows``: the rows of interp's result to compare with (means of ``samples`` cells each).
+    """
 
     job: PeerJob
     rows: Sequence[int]
@@ -44,7 +47,10 @@ class PeerShare:
 
 @dataclass(frozen=True)
 class SweepCase:
-    """One sweep. ``differ``: first token at which clean and corrupt differ. ``targets``: required speed-up by peer."""
+    """One sweep to measure.
+
+    ``differ``: first token at which clean and corrupt differ. ``targets``: required speed-up by peer.
+    """
 
     name: str
     tokens: str
@@ -69,7 +75,7 @@ class Workbench:
     seed: int = 0
 
     def sample(self, n: int, most: int | None) -> list[int]:
-        """Draw ``most`` of the numbers below ``n`` by the seed; all of them if ``most`` is None."""
+        """Draw ``most`` of the numbers below ``n`` by the seed, or all for None."""
         if most is None or most >= n:
             return list(range(n))
         return sorted(np.random.default_rng(self.seed).choice(n, most, replace=False).tolist())
@@ -83,7 +89,10 @@ class Workbench:
     def patching(
         self, name: str, pair: PromptPair, sites: Sequence[Site], most: int | None, **targets: float
     ) -> SweepCase:
-        """Patch sites of one pair; peers run ``most`` of them. ``targets``: by the keywords ``loop`` and ``hf``."""
+        """Patch sites of one pair.
+
+        Peers run ``most`` of them. ``targets``: by the keywords ``loop`` and ``hf``.
+        """
         prompt, sample = self.encode(pair), self.sample(len(sites), most)
         sampled_sites = [sites[i] for i in sample]
 
@@ -122,7 +131,10 @@ class Workbench:
     # ------------------------------------------------------------ ablation, tracing, paths
 
     def ablation(self, name: str, pairs: Sequence[PromptPair], shared: int, most: int, **targets: float) -> SweepCase:
-        """Set every head to zero; peers run ``most`` heads for each of the first ``shared`` pairs."""
+        """Set every head to zero.
+
+        Peers run ``most`` heads for each of the first ``shared`` pairs.
+        """
         sites, prompts = list(self.model.sites("z")), encode_pairs(list(pairs), self.model.coder)
         sample = self.sample(len(sites), most)
         parts = []
@@ -141,7 +153,10 @@ class Workbench:
         )  # fmt: skip
 
     def tracing(self, name: str, fact: Fact, samples: int, most: int, **targets: float) -> SweepCase:
-        """Restore one state of one fact at a time; peers run ``most`` sites with all their noise samples."""
+        """Restore one state of one fact at a time.
+
+        Peers run ``most`` sites with all their noise samples.
+        """
         (prompt,) = encode_facts([fact], self.model.coder)
         sites = [s.at(p) for s in self.model.sites("resid_post", positions="each") for p in range(len(prompt))]
         sample = self.sample(len(sites), most)
@@ -169,7 +184,10 @@ class Workbench:
         self, name: str, pair: PromptPair, heads: Sequence[int], most: int,
         peers: tuple[type, ...] = (TransformerLens, OneByOne, HuggingFace), **targets: float,
     ) -> SweepCase:  # fmt: skip
-        """Patch direct paths from every head to q, k and v of some heads; peers run ``most``, one forward each."""
+        """Patch direct paths from every head to q, k and v of some heads.
+
+        Peers run ``most``, one forward each.
+        """
         prompt, model = self.encode(pair), self.model
         receivers = Sites(s for c in "qkv" for s in model.sites(c) if s.head in heads)
         every = [(s, r) for r in receivers for s in model.sites("z") if (s.layer or 0) < (r.layer or 0)]
@@ -194,7 +212,7 @@ class Workbench:
 
     @torch.no_grad()
     def _edge(self, sender: Site, receiver: Site, base: Record, source: Record) -> PeerCell:
-        """The receiver's projection when only the sender's output comes from the other run."""
+        """The receiver's projection with only the sender's output from the other run."""
         assert sender.layer is not None and receiver.layer is not None
         columns = _head(sender.head, self.d_head)
         change = (source["z", sender.layer] - base["z", sender.layer])[:, columns]

@@ -1,7 +1,8 @@
-"""The same sweeps as users of other libraries write them: TransformerLens' loop, Hugging Face hooks, nnsight.
+"""The same sweeps as users of other libraries write them.
 
-Each returns one number per cell of a `PeerJob`, so that a time counts only if the numbers agree. All of them need
-models of Llama's layout, which the embedded model has.
+They use TransformerLens' loop, Hugging Face hooks, nnsight and pyvene. Each returns one number per cell of a `PeerJob`,
+so that a time counts only if the numbers agree. All of them need models of Llama's layout, which the embedded model
+has.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Record = dict[tuple[str, int], Tensor]  # (component, layer) -> activation [posi
 
 @dataclass(frozen=True, eq=False)
 class PeerCell:
-    """One forward: ``site``'s activation becomes ``value`` in token rows [start, stop)."""
+    """One forward in which ``site`` has ``value`` in token rows [start, stop)."""
 
     site: Site
     start: int
@@ -69,9 +70,9 @@ class PeerJob:
 
 @dataclass(frozen=True)
 class Loop:
-    """Arguments of `transformer_lens.patching.generic_activation_patch`: one row of ``index`` for each cell.
+    """Arguments of `transformer_lens.patching.generic_activation_patch`.
 
-    ``source``: ids whose cache is patched in; None patches in zeros.
+    ``index`` has one row for each cell. ``source``: ids whose cache is patched in; None patches in zeros.
     """
 
     component: str
@@ -81,7 +82,10 @@ class Loop:
 
 
 class HuggingFace:
-    """Forward hooks on the plain model with SDPA attention, with as many cells per forward as fill it."""
+    """Forward hooks on the plain model with SDPA attention.
+
+    Each forward holds as many cells as fill it.
+    """
 
     name = "Hugging Face hooks, batched"
 
@@ -179,7 +183,10 @@ class OneByOne(HuggingFace):
 
 @dataclass
 class TransformerLens:
-    """`transformer_lens.patching` on a bridge as booted; a loop written by hand if it has none for a job."""
+    """`transformer_lens.patching` on a bridge as booted.
+
+    A job without such a loop runs in one written by hand.
+    """
 
     bridge: Bridge
     hf: HuggingFace  # records activations for loops written by hand
@@ -219,7 +226,10 @@ class TransformerLens:
 
 
 class NNsight:
-    """nnsight's batched invokes, with as many cells per trace as the Hugging Face sweep has per forward."""
+    """nnsight's batched invokes.
+
+    A trace has as many cells as a forward of the Hugging Face sweep.
+    """
 
     name = "nnsight invokes, batched"
 
@@ -261,7 +271,10 @@ class NNsight:
 
 
 class Pyvene:
-    """pyvene's interventions, one forward per cell: one intervention is the same for a whole batch."""
+    """pyvene's interventions, one forward per cell.
+
+    One intervention is the same for a whole batch.
+    """
 
     name = "pyvene, a forward a cell"
 

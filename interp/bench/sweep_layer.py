@@ -1,4 +1,7 @@
-"""Measure the sweep layer: cost over the engine; scaling in workers, rows, parts and documents."""
+"""Measure the sweep layer.
+
+The cases are its cost over the engine, and its scaling in workers, rows, parts and documents.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,13 @@ PARTS = 10_000
 
 
 def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
-    """Compare the sweep of `interp sweep init` with its recipes called by hand on the same pairs; one thread.
+    """Compare the sweep of `interp sweep init` with its recipes called by hand.
 
-    Both sides make the pairs, and start with a loaded model that the engine has checked. The sweep's side includes all
-    that its users get: the check that the model does the task, the run directory, every part synced. The calls by hand
-    run before and after the sweep; their mean counts. Reported separately: the seconds before the first part, which a
-    run spends once, and the share of a part's time outside its recipe.
+    Both use the same pairs and one thread. Both sides make the pairs, and start with a loaded model that the engine has
+    checked. The sweep's side includes all that its users get: the check that the model does the task, the run
+    directory, every part synced. The calls by hand run before and after the sweep; their mean counts. Reported
+    separately: the seconds before the first part, which a run spends once, and the share of a part's time outside its
+    recipe.
     """
     import tomllib
 
@@ -100,7 +104,7 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
 
 @contextmanager
 def _recipes_timed(spans: list[tuple[float, float]]) -> Iterator[None]:
-    """Append to ``spans`` when each recipe call of the sweeps inside the block began and ended."""
+    """Append the start and end of each recipe call in the block to ``spans``."""
     from interp.sweep import effects_job
 
     call_of = effects_job.call_of
@@ -124,7 +128,10 @@ def _recipes_timed(spans: list[tuple[float, float]]) -> Iterator[None]:
 
 
 def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]:
-    """Run the same sweep with one worker of one thread and with two, from the first part's start to the end."""
+    """Run the same sweep with one worker of one thread and with two.
+
+    The time is from the first part's start to the end.
+    """
     from interp.sweep.api import Sweep
 
     rates: dict[str, Any] = {}
@@ -153,7 +160,10 @@ def workers(say: Say, executor: str = "local", parts: int = 8) -> dict[str, Any]
 
 
 def rows(say: Say) -> dict[str, Any]:
-    """Write ten million rows of a sweep's shape as parts: bytes on disk, and the time of a layer × head table."""
+    """Write ten million rows of a sweep's shape as parts.
+
+    Measures bytes on disk and the time of a layer × head table.
+    """
     from interp.sweep.api import Sweep
     from interp.sweep.table import table_of
 
@@ -183,7 +193,7 @@ def rows(say: Say) -> dict[str, Any]:
 
 
 def _synthetic_cells(rng: np.random.Generator, example: int) -> pd.DataFrame:
-    """Synthetic cells of one example, like a float32 model's: z, layer × head × position."""
+    """Synthetic cells of one example: z, layer × head × position, in float32."""
     at = np.arange(ROWS_PER_PART)
     clean, corrupt = rng.normal(4, 1), rng.normal(-4, 1)
     patched = (corrupt + rng.normal(0, 0.3, ROWS_PER_PART)).astype(np.float32).astype(float)
@@ -211,7 +221,10 @@ class _EmptyJob:
 
 
 def resume(say: Say) -> dict[str, Any]:
-    """Resume a run of 10,000 parts without ten of them: seconds from the driver's start to the first part."""
+    """Resume a run of 10,000 parts without ten of them.
+
+    Measures seconds from the driver's start to the first part.
+    """
     from interp.jobs import work
     from interp.jobs.driver import Options, drive
     from interp.jobs.store import Store
@@ -236,10 +249,11 @@ def resume(say: Say) -> dict[str, Any]:
 
 
 def corpus(say: Say) -> dict[str, Any]:
-    """Measure the memory of statistics over 1, 100 and 10,000 documents of 200 tokens, with a tiny random model.
+    """Measure the memory of statistics over 1, 100 and 10,000 documents.
 
-    Each runs in a separate process that has processed a few documents before, so that the memory of loading and imports
-    does not hide that of the stream: the peak since then, less what was resident then.
+    Documents have 200 tokens, and the model is tiny and random. Each runs in a separate process that has processed a
+    few documents before, so that the memory of loading and imports does not hide that of the stream: the peak since
+    then, less what was resident then.
     """
     by_documents: dict[str, Any] = {}
     for n in (1, 100, 10_000):
@@ -293,7 +307,10 @@ CASES: dict[str, Callable[[Say], dict[str, Any]]] = {
 
 
 def run(names: Sequence[str], json_file: Path | None, say: Say = print) -> dict[str, Any]:
-    """Measure the named cases; report each with ``say`` and write all to ``json_file``, whose other cases stay."""
+    """Measure the named cases.
+
+    Reports each with ``say`` and writes all to ``json_file``, whose other cases stay.
+    """
     if wrong := set(names) - set(CASES):
         raise InterpError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(CASES)}")
     result: dict[str, Any] = {}

@@ -1,4 +1,7 @@
-"""Time interp's sweeps next to other libraries': seconds per cell, alternating in one process, if numbers agree."""
+"""Time interp's sweeps next to other libraries'.
+
+Measured are seconds per cell, alternating in one process, once the numbers agree.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ Say = Callable[[str], None]
 
 
 def workbench(seed: int = 0) -> tuple[Workbench, Any]:
-    """Load the embedded model three times (interp's, plain, TransformerLens'), and its tokenizer."""
+    """Load the embedded model three times, and its tokenizer.
+
+    The three are interp's Model, the plain model and TransformerLens' bridge.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from interp.model.embedded import embedded_model
@@ -47,7 +53,10 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
 def run(
     names: Sequence[str] = NAMES, rounds: int = 3, threads: int = 2, json: Path | None = None, say: Say = print
 ) -> dict[str, Any]:
-    """Measure the named cases; report each with ``say`` and write all to ``json`` as they finish."""
+    """Measure the named cases.
+
+    Reports each with ``say`` and writes all to ``json`` as they finish.
+    """
     if wrong := set(names) - set(NAMES):
         raise InterpError(f"no such cases: {', '.join(sorted(wrong))}; there are {', '.join(NAMES)}")
     if rounds < 1 or threads < 1:
@@ -91,7 +100,10 @@ def peers_of(bench: Workbench, tokenizer: Any) -> dict[type, Any]:
 
 
 def measure(case: SweepCase, peers: dict[type, Any], rounds: int, peaks: dict[str, float]) -> dict[str, Any]:
-    """Time one case; InterpError if a library's numbers differ from interp's by more than `TOLERANCE`."""
+    """Time one case.
+
+    Raises InterpError if a library's numbers differ from interp's by more than `TOLERANCE`.
+    """
     plan, before = case.plan(), _memory("VmRSS", reset=True)
     first, frame = _timed(case.ours)  # includes the engine's check, once per model
     ours, rss = case.order(frame), {"before": before, "peak": _memory("VmHWM")}
@@ -137,7 +149,10 @@ def measure(case: SweepCase, peers: dict[type, Any], rounds: int, peaks: dict[st
 
 
 def _memory(field: str, reset: bool = False) -> float | None:
-    """Linux' figure of this process's memory in MB: VmRSS (now) or VmHWM (the maximum since ``reset``)."""
+    """Linux' figure of this process's memory in MB.
+
+    ``field``: VmRSS (now) or VmHWM (the maximum since ``reset``).
+    """
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -155,7 +170,7 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 @torch.no_grad()
 def rates(d_model: int) -> dict[str, float]:
-    """GFLOP/s of a large float32 product: PyTorch's own, and the one that the engine uses."""
+    """GFLOP/s of a large float32 product: PyTorch's own and the engine's."""
     x, weight = torch.randn(2048, d_model), torch.randn(4 * d_model, d_model)
 
     def rate(products: Products) -> float:

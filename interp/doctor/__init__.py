@@ -1,4 +1,4 @@
-"""Check that interp runs a model correctly: one model examined, or the matrix of architectures."""
+"""Check that interp runs a model, or the matrix of architectures, correctly."""
 
 from __future__ import annotations
 

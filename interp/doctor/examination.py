@@ -1,4 +1,4 @@
-"""Examine one model: its logits as interp runs it, its backends and sites, and its costs.
+"""Examine one model: its logits, backends, sites and costs.
 
 `examine` checks a model against Hugging Face's eager attention and measures everything else: which backend computes
 each layer, which sites can be read and patched, what half precision changes, how much memory a context needs.
@@ -170,7 +170,10 @@ def _decode(model: Model, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _calls(model: Model) -> list[AttentionCall]:
-    """Record each layer's attention call; a second, plain forward leaves the record of the backends used."""
+    """Record each layer's attention call.
+
+    A second, plain forward leaves the record of the backends used.
+    """
     calls: list[AttentionCall] = []
 
     def record(call: AttentionCall) -> Tensor:
@@ -215,7 +218,10 @@ def _layers(model: Model) -> Iterator[Finding]:
 
 
 def _sites(model: Model) -> Iterator[Finding]:
-    """Read and patch every component at every layer, on one prompt; report the reason if that fails."""
+    """Read and patch every component at every layer, on one prompt.
+
+    Reports the reason if that fails.
+    """
     if model.stacks:
         yield Finding(
             "sites", "all", None, "not available: sites address one stack, and an encoder–decoder has three; use hooks"
@@ -231,9 +237,9 @@ def _sites(model: Model) -> Iterator[Finding]:
 
 
 def _patch_every_layer(model: Model, component: str) -> str:
-    """Set a component (its head 0) to zero at each layer: the logits must change, and both engines must agree.
+    """Set a component (its head 0) to zero at each layer.
 
-    Neuron 0 is set to one, since it may be zero already.
+    The logits must change, and both engines must agree. Neuron 0 is set to one, since it may be zero already.
     """
     heads = {"heads": 0} if COMPONENTS[component].heads else {}
     sites: list[Site] = [s.at(None) for s in model.sites(component, **heads)]
@@ -265,7 +271,7 @@ def _patch_every_layer(model: Model, component: str) -> str:
 
 
 def _precision(model: Model) -> Iterator[Finding]:
-    """Measure what changes with weights and activations in 16 bits, and on the machine's accelerator."""
+    """Measure what changes in 16 bits and on the machine's accelerator."""
     section = "numbers that change"
     device_type = model.device.type
     yield from _stored(model, section)
@@ -312,7 +318,10 @@ def _consequences(rounded: Tensor, exact: Tensor) -> str:
 
 @contextmanager
 def _moved(model: Model, dtype: torch.dtype, device: str) -> Iterator[None]:
-    """Hold the model's weights in another dtype or on another device inside the block; restore them after it."""
+    """Hold the weights in another dtype or on another device inside the block.
+
+    They are restored after it.
+    """
     bridge = model.bridge
     parameters = {id(p): p for p in [*bridge.parameters(), *bridge.original_model.parameters()]}.values()
     buffers = {id(b): b for b in [*bridge.buffers(), *bridge.original_model.buffers()]}.values()

@@ -1,4 +1,7 @@
-"""Memory that a context length needs: weights, key/value cache, activations, and dense attention for comparison."""
+"""Memory that a context length needs.
+
+It covers weights, key/value cache, activations, and dense attention for comparison.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ PATTERN_BYTES = 4  # softmax is taken in float32
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count the bytes of tensors that are alive inside the block and were not before; ``peak`` is the maximum.
+    """Count the bytes of tensors that are new inside the block and still alive.
 
-    Memory that a compiled kernel allocates outside PyTorch tensors is not counted.
+    ``peak`` is the maximum. Memory that a compiled kernel allocates outside PyTorch tensors is not counted.
     """
 
     def __init__(self, before: list[Tensor]):
@@ -51,7 +54,7 @@ class PeakMemory(TorchDispatchMode):
 
 @torch.no_grad()
 def forward_peak(model: Model, length: int) -> int:
-    """Bytes that one forward of ``length`` tokens needs at its peak, besides the weights."""
+    """Peak bytes of one forward of ``length`` tokens, besides the weights."""
     tokens = torch.arange(length, device=model.device).remainder(int(model.bridge.cfg.d_vocab))[None]
     present = [*model.bridge.parameters(), *model.bridge.buffers(), tokens]
     with PeakMemory(present) as meter:
@@ -60,7 +63,10 @@ def forward_peak(model: Model, length: int) -> int:
 
 
 def memory_needs(model: Model, calls: list[AttentionCall], context: int) -> dict[str, tuple[int, str]]:
-    """Bytes by purpose and how they were determined, for one prompt of ``context`` tokens; one call per layer."""
+    """Bytes by purpose, and how they were determined.
+
+    They are for one prompt of ``context`` tokens; ``calls`` has one call per layer.
+    """
     tensors = {id(t): t for t in [*model.bridge.parameters(), *model.bridge.buffers()]}
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
     cache = dense = 0

@@ -1,4 +1,7 @@
-"""Inputs on which the doctor tests a model (prompts, padded batches, dummy images), and the outputs it compares."""
+"""Inputs on which the doctor tests a model, and the outputs it compares.
+
+The inputs are prompts, padded batches and dummy images.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ def _text_batches(tokenizer: Any) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def outputs(hf: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Run a batch; return logits (or the output in their place) at positions that are not padding."""
+    """Run a batch and return its outputs at positions that are not padding.
+
+    These are logits, or the output in their place.
+    """
     output = hf(**batch)
     if "input_ids" not in batch and "decoder_input_ids" not in batch:
         return output_of(output)
@@ -66,7 +72,10 @@ def outputs(hf: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def prompt(model: Model) -> Sequence[int]:
-    """One prompt as the engine takes it: text (with the mask token for a masked model), or text with an image."""
+    """One prompt as the engine takes it: text, or text with an image.
+
+    For a masked model the text has the mask token.
+    """
     if model.pictures is not None:
         hf = model.bridge.original_model
         inputs = dummy_inputs.images(hf)[0] if model.reads == "images" else dummy_inputs.image_prompt(hf)

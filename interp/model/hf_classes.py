@@ -1,6 +1,6 @@
 """Build Hugging Face configs, models, tokenizers and caches.
 
-Transformers is imported on the first call.
+The first call imports transformers.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def hf_config(class_name: str, **fields: Any) -> Any:
-    """The transformers config of this class, for example ``hf_config("LlamaConfig", hidden_size=32)``."""
+    """Build a transformers config: ``hf_config("LlamaConfig", hidden_size=32)``."""
     import transformers
 
     return getattr(transformers, class_name)(**fields)
 
 
 def hf_model(class_name: str, config: Any, **options: Any) -> PreTrainedModel:
-    """A model with random weights, of a model class or an Auto class.
+    """Build a model with random weights, of a model class or an Auto class.
 
-    ``options`` as ``from_config`` takes them.
+    ``options`` are those of ``from_config``.
     """
     import transformers
 
@@ -33,9 +33,9 @@ def hf_model(class_name: str, config: Any, **options: Any) -> PreTrainedModel:
 
 
 def fast_tokenizer(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of the tokenizers library as transformers' fast tokenizer.
+    """Wrap a tokenizer of the tokenizers library as transformers' fast tokenizer.
 
-    ``options`` as its constructor's.
+    ``options`` are those of its constructor.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,7 @@
-"""Build TransformerLens' native models from a config: no download, no Hugging Face model behind them."""
+"""Build TransformerLens' native models from a config.
+
+They need no download and no Hugging Face model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs of models: prompts, pairs of prompts, facts, images, named spans, prompt files."""
+"""Inputs of models: prompts, pairs, facts, images, named spans, prompt files."""
 
 from __future__ import annotations
 

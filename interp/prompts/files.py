@@ -1,4 +1,7 @@
-"""Read prompts from files: pairs and facts as CSV or JSON lines, plain texts one per line."""
+"""Read prompts from files.
+
+Pairs and facts are CSV or JSON lines, plain texts one per line.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,12 @@ FACT = ("prompt", "subject", "answer")
 
 
 def read_prompts(path: str | Path) -> list[PromptPair | Fact]:
-    """Read pairs (columns clean, corrupt, answer and optionally foil) or facts (prompt, subject, answer).
+    """Read prompt pairs or facts from a CSV or JSON-lines file.
 
-    A ``.csv`` file has these names as its header. A ``.jsonl`` (or ``.json``) file has one JSON object per line, which
-    for pairs may name spans by their words in the clean prompt: ``"spans": {"subject": "Mary"}``. Answers keep their
-    leading space. Raises PromptError, naming the line, for prompts that cannot be read.
+    Pairs have columns clean, corrupt, answer and optionally foil; facts have prompt, subject, answer. A ``.csv`` file
+    has these names as its header. A ``.jsonl`` (or ``.json``) file has one JSON object per line, which for pairs may
+    name spans by their words in the clean prompt: ``"spans": {"subject": "Mary"}``. Answers keep their leading space.
+    Raises PromptError, naming the line, for prompts that cannot be read.
     """
     path = Path(path)
     read_rows = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}.get(path.suffix.lower())

@@ -1,4 +1,7 @@
-"""Images as prompts: alone for a vision encoder, or among tokens for a vision–language model."""
+"""Images as prompts.
+
+They stand alone for a vision encoder, or among tokens for a vision–language model.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,19 @@ class ImagePair(PromptPair):
     foil: Any = None
 
     def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
-        """Raise PromptError: spans come from the tokens (``image`` and ``text``, or ``cls`` and ``patches``)."""
+        """Raise PromptError: an ImagePair finds its spans from the tokens.
+
+        They are ``image`` and ``text``, or ``cls`` and ``patches``.
+        """
         raise PromptError("an ImagePair finds its own spans: image and text, or cls and patches")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a vision encoder divides an image: ``prefix`` positions (CLS, registers), then patches row by row."""
+    """How a vision encoder divides an image into positions.
+
+    The first ``prefix`` positions are CLS and registers; patches follow row by row.
+    """
 
     channels: int
     size: tuple[int, int]
@@ -58,7 +67,7 @@ class Layout:
         return [*names, *(f"patch {r},{c}" for r in range(rows) for c in range(columns))]
 
     def spans(self, height: int, width: int) -> dict[str, Span]:
-        """The spans ``cls``, ``registers`` and ``patches``, as far as the encoder has them."""
+        """The spans ``cls``, ``registers`` and ``patches`` that the encoder has."""
         n = self.prefix + self.grid(height, width)[0] * self.grid(height, width)[1]
         spans = {"cls": (0, 1), "registers": (1, self.prefix), "patches": (self.prefix, n)}
         return {
@@ -67,7 +76,10 @@ class Layout:
 
 
 def layout_of(config: Any, positions: int) -> Layout:
-    """The layout of an encoder of this config, whose blocks get ``positions`` at the config's image size."""
+    """The layout of an encoder of this config.
+
+    Its blocks get ``positions`` at the config's image size.
+    """
     config = getattr(config, "vision_config", None) or config
     size, patch = _pair(config.image_size), _pair(config.patch_size)
     patches = (size[0] // patch[0]) * (size[1] // patch[1])
@@ -80,7 +92,10 @@ def _pair(x: Any) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images for one model; ``layout`` is None for a vision–language model, whose images become tokens."""
+    """Reads images for one model.
+
+    ``layout`` is None for a vision–language model, whose images become tokens.
+    """
 
     name: str
     hf: Any
@@ -89,7 +104,10 @@ class ImageReader:
     n_ctx: int
 
     def prompts(self, items: Any) -> list[ModelInput | str]:
-        """Split an argument of ``Model.attention_stats`` into prompts: images or processor outputs; text unchanged."""
+        """Split an argument of ``Model.attention_stats`` into prompts.
+
+        Prompts are images or processor outputs; text stays unchanged.
+        """
         if self.layout is not None and isinstance(items, Mapping):
             items = items.get("pixel_values", items)
         if self.layout is not None and isinstance(items, Tensor) and items.ndim == 4:
@@ -101,7 +119,10 @@ class ImageReader:
         return [p if isinstance(p, str) and self.layout is None else self.read(p) for p in prompts]
 
     def read(self, item: Any) -> ModelInput:
-        """Read one prompt with its image; PromptError for an input that the model cannot read."""
+        """Read one prompt with its image.
+
+        Raises PromptError for an input that the model cannot read.
+        """
         return self._read_image(item) if self.layout is not None else self._read_among_tokens(item)
 
     def _read_image(self, item: Any) -> ModelInput:
@@ -155,7 +176,10 @@ class ImageReader:
         return ModelInput(tokens, extra_inputs, texts=texts, spans=self.spans_of(tokens))
 
     def spans_of(self, ids: Sequence[int]) -> dict[str, Span]:
-        """Spans ``image`` (first to last image token), ``image_1``, … if in pieces, and ``text`` (what follows)."""
+        """Spans of the images and of the text after them.
+
+        ``image`` (first to last image token), ``image_1``, … if in pieces, and ``text`` (what follows).
+        """
         config = self.hf.config
         token = getattr(config, "image_token_id", None)
         token = getattr(config, "image_token_index", None) if token is None else token
@@ -167,7 +191,10 @@ class ImageReader:
         return {**spans, "text": (stop, len(ids))} if stop < len(ids) else spans
 
     def encode_pair(self, index: int, pair: PromptPair) -> Encoded:
-        """Encode an ImagePair for the engine; PromptError if its prompts cannot be compared."""
+        """Encode an ImagePair for the engine.
+
+        Raises PromptError if its prompts cannot be compared.
+        """
         clean, corrupt = self.read(pair.clean), self.read(pair.corrupt)
         if len(clean) != len(corrupt) or clean.shapes != corrupt.shapes:
             raise PromptError(
@@ -199,7 +226,10 @@ class ImageReader:
 
 
 def output_of(output: Any) -> Tensor:
-    """The part of a vision encoder's output that metrics read [batch, features]: logits, embedding or pooled state."""
+    """The part of a vision encoder's output that metrics read [batch, features].
+
+    These are class logits, the embedding or the pooled state.
+    """
     for name in ("logits", "image_embeds", "pooler_output"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""A prompt with more inputs than token ids: further tensors, and names for its positions."""
+"""A prompt with further inputs, and with names for its positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from interp.utils.provenance import tensor_bytes
 
 
 class ModelInput(tuple[int, ...]):
-    """Token ids, or the numbers of an image's patches, with the other inputs of a forward.
+    """Token ids or patch numbers, with the other inputs of a forward.
 
     ``extra_inputs``: tensors by the name that the model's forward has for them (``pixel_values``, ``image_grid_thw``,
     …); those of several prompts are concatenated along the first axis. ``has_token_ids``: whether the ids are tokens,

@@ -1,4 +1,4 @@
-"""Prompts that can be compared: token-aligned clean/corrupt pairs, facts with a subject, named spans.
+"""Prompts that can be compared: pairs, facts with a subject, named spans.
 
 `PromptPair` and `Fact` hold plain text. `encode_pairs` and `encode_facts` turn them into aligned token ids for one
 tokenizer; they raise PromptError, with an explanation, for prompts that cannot be compared.
@@ -18,7 +18,10 @@ Span = tuple[int, int]  # [start, stop) in characters of the text, or in tokens 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text with named spans by character range. `interp.spans` makes them from chats and sentences."""
+    """One text with named spans by character range.
+
+    `interp.spans` makes them from chats and sentences.
+    """
 
     text: str
     spans: Mapping[str, Span] = field(default_factory=dict)
@@ -34,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A clean and a corrupt prompt of equal token length, the clean answer, and (optionally) a foil.
+    """A clean and a corrupt prompt of equal token length, answer and foil.
 
         pair = interp.PromptPair("Paris is in", "Rome is in", " France", " Italy")
         pair = pair.span("city", "Paris")
@@ -56,7 +59,10 @@ class PromptPair:
         return card("PromptPair", {**facts, "spans": spans or "–"})
 
     def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
-        """Return a copy in which ``words`` (default: the name itself) of the clean text is a named span."""
+        """Return a copy in which ``words`` of the clean text are a named span.
+
+        ``words`` defaults to the name itself.
+        """
         return PromptPair(
             self.clean, self.corrupt, self.answer, self.foil,
             {**self.spans, name: find_span(self.clean, words or name, occurrence)},
@@ -65,7 +71,10 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class Fact:
-    """A prompt that a fact completes, for causal tracing: ``Fact("… Paris is in", "Paris", " France")``."""
+    """A prompt that a fact completes, for causal tracing.
+
+    For example ``Fact("… Paris is in", "Paris", " France")``.
+    """
 
     prompt: str
     subject: str
@@ -78,7 +87,10 @@ class Fact:
 
 
 def find_span(text: str, words: str, occurrence: int = 0) -> Span:
-    """Find the character range of an occurrence of ``words``; PromptError if it does not exist."""
+    """Find the character range of an occurrence of ``words``.
+
+    Raises PromptError if it does not exist.
+    """
     start = -1
     for _ in range(occurrence + 1):
         start = text.find(words, start + 1)
@@ -88,7 +100,7 @@ def find_span(text: str, words: str, occurrence: int = 0) -> Span:
 
 
 class PairSet(Sequence[PromptPair]):
-    """An immutable list of PromptPairs, with the name and seed of the task that made it."""
+    """An immutable list of PromptPairs, with its task's name and seed."""
 
     def __init__(self, pairs: Iterable[PromptPair], *, task: str = "custom", seed: int | None = None):
         self._pairs = tuple(pairs)
@@ -136,7 +148,10 @@ class Encoded:
 
     @property
     def first_difference(self) -> int:
-        """First position at which clean and corrupt differ; the length if they are the same."""
+        """First position at which clean and corrupt differ.
+
+        Returns their length if they are the same.
+        """
         first = first_difference(self.clean, self.corrupt)
         return first if self.changed_from is None else min(first, self.changed_from)
 
@@ -147,7 +162,10 @@ class Encoded:
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """First index at which two equally long rows of token ids differ; their length if they are the same."""
+    """First index at which two equally long rows of token ids differ.
+
+    Returns their length if they are the same.
+    """
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
@@ -180,7 +198,10 @@ def listed_prompts(prompts: Any) -> list[Any]:
 
 
 def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
-    """Tokenise and check every pair; a PromptError names the pair and shows both tokenisations."""
+    """Tokenise and check every pair.
+
+    A PromptError names the pair and shows both tokenisations.
+    """
     pair_list = listed_prompts(pairs)
     if not pair_list:
         raise PromptError("there are no prompt pairs: pass at least one PromptPair")
@@ -225,7 +246,10 @@ def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
 
 
 def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list[Encoded], bool]:
-    """Tokenise pairs or facts; return also whether they are pairs. PromptError for a mixture."""
+    """Tokenise pairs or facts.
+
+    Returns also whether they are pairs. Raises PromptError for a mixture.
+    """
     facts = [p for p in prompts if isinstance(p, Fact)]
     if facts and len(facts) < len(prompts):
         raise PromptError("give PromptPairs or Facts, not both in one call")
@@ -233,7 +257,10 @@ def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list
 
 
 def single_token(text: str, coder: Coder, what: str) -> int:
-    """Return the id of a continuation that must be exactly one token; PromptError otherwise."""
+    """Return the id of a continuation that must be exactly one token.
+
+    Raises PromptError otherwise.
+    """
     ids = coder.continuation(text) if isinstance(text, str) else []
     if ids == [coder.unknown] and coder.texts(ids) != [text]:
         raise PromptError(f"{what} {text!r} is not in the model's vocabulary: choose another word")
@@ -249,7 +276,10 @@ def single_token(text: str, coder: Coder, what: str) -> int:
 
 
 def token_spans(spans: Mapping[str, Span], offsets: Sequence[Span]) -> dict[str, Span]:
-    """Convert character ranges to token ranges: every token that overlaps the characters."""
+    """Convert character ranges to token ranges.
+
+    A range includes every token that overlaps its characters.
+    """
     ranges: dict[str, Span] = {}
     for name, (start, stop) in spans.items():
         if not isinstance(start, int) or not isinstance(stop, int):

@@ -1,4 +1,4 @@
-"""Find named spans: the messages of a chat, the sentences of a text, the images among tokens."""
+"""Find named spans: messages of a chat, sentences of a text, images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n+")
 
 
 def sentence_spans(text: str) -> dict[str, Span]:
-    """Character ranges ``sentence_1``, ``sentence_2``, …, without the space between; line ends divide too.
+    """Character ranges ``sentence_1``, ``sentence_2``, …, of the sentences.
 
-    A full stop after a common abbreviation, a single initial or a list number does not end a sentence.
+    They leave out the space between; line ends divide too. A full stop after a common abbreviation, a single initial or
+    a list number does not end a sentence.
     """
     ranges: list[Span] = []
     start = 0
@@ -46,16 +47,20 @@ def _abbreviates(before: str) -> bool:
 
 
 def with_sentences(prompt: P) -> P:
-    """Copy a Prompt or PromptPair with every sentence (of the clean text) as a named span."""
+    """Copy a Prompt or PromptPair with every sentence as a named span.
+
+    For a PromptPair these are the sentences of the clean text.
+    """
     text = prompt.clean if isinstance(prompt, PromptPair) else prompt.text
     return replace(prompt, spans={**prompt.spans, **sentence_spans(text)})
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool = True) -> Prompt:
-    """Write a conversation by the tokenizer's chat template; each message's content is a span named by role.
+    """Write a conversation by the tokenizer's chat template.
 
-    A role that occurs more than once is numbered: ``user_1``, ``user_2``. ``answering`` opens the assistant's next
-    turn. Raises PromptError if the tokenizer has no template, or if it drops or rewrites a message.
+    Each message's content is a span named by role. A role that occurs more than once is numbered: ``user_1``,
+    ``user_2``. ``answering`` opens the assistant's next turn. Raises PromptError if the tokenizer has no template, or
+    if it drops or rewrites a message.
     """
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -82,16 +87,19 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool 
 def chat_pair(
     tokenizer: Any, clean: Sequence[Message], corrupt: Sequence[Message], answer: str, foil: str | None = None
 ) -> PromptPair:
-    """Make a PromptPair of two conversations awaiting the assistant's answer, with the clean one's spans."""
+    """Make a PromptPair of two conversations awaiting the assistant's answer.
+
+    It has the clean conversation's spans.
+    """
     first, second = chat_prompt(tokenizer, clean), chat_prompt(tokenizer, corrupt)
     return PromptPair(first.text, second.text, answer, foil, first.spans)
 
 
 def image_spans(ids: Sequence[int], image_token: int) -> dict[str, Span]:
-    """Token ranges of images: runs of the placeholder token that a processor inserts for an image.
+    """Token ranges of images.
 
-    ``image`` for a single one, else ``image_1``, ``image_2``, … (adjacent images count as one). Raises PromptError
-    without any.
+    Each is a run of the placeholder token that a processor inserts for an image: ``image`` for a single one, else
+    ``image_1``, ``image_2``, … (adjacent images count as one). Raises PromptError without any.
     """
     runs: list[Span] = []
     for i, token in enumerate(ids):

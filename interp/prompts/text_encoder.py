@@ -1,4 +1,7 @@
-"""Convert text to a model's tokens and back: special tokens, character ranges, continuations."""
+"""Convert text to a model's tokens and back.
+
+This includes special tokens, character ranges and continuations.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ class TokenBridge(Protocol):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encodes text for one model, with the special tokens that TransformerLens' ``to_tokens`` adds."""
+    """Encodes text for one model.
+
+    It adds the special tokens that TransformerLens' ``to_tokens`` adds.
+    """
 
     name: str
     bridge: TokenBridge
@@ -34,13 +40,19 @@ class TextEncoder:
 
     @property
     def unknown(self) -> int | None:
-        """The id of words outside the vocabulary; None if that token has another use, as in GPT-2."""
+        """The id of words outside the vocabulary.
+
+        It is None if that token has another use, as in GPT-2.
+        """
         t = self.tokenizer
         unknown = getattr(t, "unk_token_id", None)
         return None if unknown is None or unknown in (t.bos_token_id, t.eos_token_id) else unknown
 
     def encode(self, text: str) -> list[int]:
-        """Encode with the model's special tokens; PromptError beyond its context length or its vocabulary."""
+        """Encode with the model's special tokens.
+
+        Raises PromptError beyond its context length or its vocabulary.
+        """
         if self.tokenizer is None:
             raise PromptError(f"{self.name} has no tokenizer and reads no text, so prompts cannot be strings")
         ids = self.bridge.to_tokens(text, truncate=False)[0].tolist()
@@ -65,7 +77,10 @@ class TextEncoder:
             )
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """One string for each token; a token that is not a whole character shows its bytes."""
+        """One string for each token.
+
+        A token that is not a whole character shows its bytes.
+        """
         return [label(self.tokenizer, i) for i in ids]
 
     def offsets(self, text: str) -> list[Span]:

@@ -1,4 +1,4 @@
-"""Bytes and characters of a token, also if a character is split over several tokens.
+"""Bytes and characters of a token, also of part of a character.
 
 Byte-level vocabularies split rare characters into tokens that are not text by themselves; decoding one gives "\ufffd".
 In this module such a token keeps its bytes: its label shows them, and its range is that of the character it belongs to.
@@ -17,14 +17,20 @@ REPLACEMENT = "\ufffd"
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The printable character by which byte-level vocabularies write each byte (Radford et al. 2019, GPT-2)."""
+    """The printable characters that stand for bytes in byte-level vocabularies.
+
+    The mapping is GPT-2's (Radford et al. 2019).
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """The bytes of text that a token stands for; for a special token, those of its name."""
+    """The bytes of text that a token stands for.
+
+    A special token stands for the bytes of its name.
+    """
     text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     if REPLACEMENT not in text or token_id in tokenizer.all_special_ids:
         return text.encode()
@@ -41,9 +47,10 @@ def label(tokenizer: Any, token_id: int) -> str:
 
 
 def offsets_by_bytes(text: str, pieces: Sequence[bytes]) -> list[Span] | None:
-    """Character range of each piece of a text; a split character counts for every piece with a part of it.
+    """Character range of each piece of a text.
 
-    None if the pieces do not spell the text (a tokenizer that changes case, spaces or accents).
+    A split character counts for every piece with a part of it. None if the pieces do not spell the text (a tokenizer
+    that changes case, spaces or accents).
     """
     if b"".join(pieces) != text.encode():
         return None

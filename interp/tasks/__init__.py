@@ -1,4 +1,4 @@
-"""Tasks: seeded prompts with a known right answer, and the check that a model does them at all.
+"""Tasks: seeded prompts with a known answer, and the check of a model on them.
 
 >>> pairs = interp.tasks.ioi(model, n=64, seed=0)  # doctest: +SKIP
 >>> interp.tasks.check(model, pairs).require()  # doctest: +SKIP

@@ -1,4 +1,7 @@
-"""Subject–verb agreement across an attractor: "The keys near the cabinet" → " are" (Linzen et al. 2016)."""
+"""Subject–verb agreement across an attractor (Linzen et al. 2016).
+
+For example "The keys near the cabinet" → " are".
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ def agreement(
     attractor: Literal["opposite", "same"] = "opposite",
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` pairs, half of them with a singular subject; the foil is the verb in the other number.
+    """Make ``n`` pairs, half of them with a singular subject.
 
-    Between subject and verb stands another noun, in the ``"opposite"`` number or the ``"same"`` one. In the corrupt
-    prompt the subject has the other number, so that the foil is right. Spans: ``subject``, ``attractor``, ``END``.
-    ``split``: "train" and "test" share no noun. Raises TaskError if the tokenizer cannot align ``n`` pairs: the two
-    forms of a noun must have equally many tokens.
+    The foil is the verb in the other number. Between subject and verb stands another noun, in the ``"opposite"`` number
+    or the ``"same"`` one. In the corrupt prompt the subject has the other number, so that the foil is right. Spans:
+    ``subject``, ``attractor``, ``END``. ``split``: "train" and "test" share no noun. Raises TaskError if the tokenizer
+    cannot align ``n`` pairs: the two forms of a noun must have equally many tokens.
     """
     check_split(split, "agreement")
     check_choice(attractor, ("opposite", "same"), "attractor", "agreement")

@@ -1,4 +1,4 @@
-"""Measure whether a model does a task, before anything is explained about how it does it."""
+"""Measure whether a model does a task, before explaining how it does it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Behaviour:
         )
 
     def require(self, min_accuracy: float = 0.8) -> Behaviour:
-        """Return self if the model does the task; TaskError with the numbers if it does not."""
+        """Return self if the model does the task.
+
+        Raises TaskError with the numbers if it does not.
+        """
         if self.accuracy >= min_accuracy:
             return self
         lo, hi = self.interval
@@ -50,9 +53,10 @@ class Behaviour:
 
 
 def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | Iterable[Fact]) -> Behaviour:
-    """Run the clean prompts and compare each answer with its foil, or without one with every other token.
+    """Run the clean prompts and compare each answer with its foil.
 
-    Raises PromptError for prompts that cannot be encoded, before anything runs.
+    Without a foil, compare it with every other token. Raises PromptError for prompts that cannot be encoded, before
+    anything runs.
     """
     task = getattr(prompts, "task", "these prompts")
     listed: list[Any] = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
@@ -66,7 +70,10 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
 
 
 def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
-    """Answer logit minus foil logit, or minus the best other logit, of each clean prompt [prompts]."""
+    """Answer logit minus foil logit of each clean prompt [prompts].
+
+    Without a foil, the best other logit takes its place.
+    """
     logits = model.next_token_logits([e.clean for e in encoded])
     out = np.empty(len(encoded))
     for i, (row, e) in enumerate(zip(logits.double().cpu().numpy(), encoded, strict=True)):
@@ -76,7 +83,10 @@ def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, n_boot: int = 2000, tail: float = 0.025) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean; its seed is fixed, so equal values give equal intervals."""
+    """Percentile bootstrap interval of the mean.
+
+    Its seed is fixed, so equal values give equal intervals.
+    """
     if len(values) < 2:
         return float("nan"), float("nan")
     draws = np.random.default_rng(0).integers(len(values), size=(n_boot, len(values)))

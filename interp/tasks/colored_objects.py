@@ -35,13 +35,14 @@ def colored_objects(
     shots: int = 1,
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` pairs about the color of one of three things; the foil is the color of another one.
+    """Make ``n`` pairs about the color of one of three things.
 
-    ``corruption="object"``: the question is about the other thing. ``"color"``: the two things exchange their colors.
-    Either way answer and foil change roles. ``shots`` (0 to 8) solved examples of the same template come first, the
-    same in both prompts. Spans: ``object`` and ``color`` (of the thing in the question, in the list), ``foil`` (the
-    other color), ``asked`` (the thing in the question), ``END``. ``split``: "train" and "test" share no object and no
-    template. Raises TaskError if the tokenizer lacks colors, or cannot align ``n`` pairs.
+    The foil is the color of another one. ``corruption="object"``: the question is about the other thing. ``"color"``:
+    the two things exchange their colors. Either way answer and foil change roles. ``shots`` (0 to 8) solved examples of
+    the same template come first, the same in both prompts. Spans: ``object`` and ``color`` (of the thing in the
+    question, in the list), ``foil`` (the other color), ``asked`` (the thing in the question), ``END``. ``split``:
+    "train" and "test" share no object and no template. Raises TaskError if the tokenizer lacks colors, or cannot align
+    ``n`` pairs.
     """
     check_split(split, "colored_objects")
     check_choice(corruption, ("object", "color"), "corruption", "colored_objects")

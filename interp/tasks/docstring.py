@@ -1,4 +1,7 @@
-"""The next argument in a docstring, after Heimersheim and Janiak (2023): documentation keeps the order of arguments."""
+"""The next argument in a docstring, after Heimersheim and Janiak (2023).
+
+Documentation keeps the order of arguments.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ FEWEST, MOST = 44, 3000  # words of the tokenizer: a prompt needs 11, also from 
 
 
 def docstring(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
-    """Make ``n`` Python functions with five arguments whose docstring describes two: the third is next.
+    """Make ``n`` Python functions whose docstring describes two of five arguments.
 
-    All names are random words that are single tokens. In the corrupt prompt the third and a later argument have changed
-    places in the definition, so that the foil is right. Spans: ``A``, ``B`` (the described arguments, in the
-    definition), ``C`` (the answer there), ``D`` (the foil there), ``A_doc``, ``B_doc`` (in the docstring), ``END``.
-    ``split``: "train" and "test" share no word. Raises TaskError if the tokenizer has too few words.
+    The third argument is next. All names are random words that are single tokens. In the corrupt prompt the third and a
+    later argument have changed places in the definition, so that the foil is right. Spans: ``A``, ``B`` (the described
+    arguments, in the definition), ``C`` (the answer there), ``D`` (the foil there), ``A_doc``, ``B_doc`` (in the
+    docstring), ``END``. ``split``: "train" and "test" share no word. Raises TaskError if the tokenizer has too few
+    words.
     """
     check_split(split, "docstring")
     words, coder = items_of_split(words_of_tokenizer(model, fewest=FEWEST, most=MOST), split), model.coder
@@ -50,6 +54,9 @@ def docstring(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | No
 
 
 def _after_space(word: str, text: str, start: int) -> tuple[int, int]:
-    """Character range of a word between a space and punctuation, so that it is not part of another word."""
+    """Character range of a word between a space and punctuation.
+
+    It is then not part of another word.
+    """
     space = min(i for end in ",):" if (i := text.find(f" {word}{end}", start)) >= 0)
     return span_of(word, text, space + 1)

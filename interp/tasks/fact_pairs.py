@@ -17,11 +17,11 @@ from interp.tasks.vocabulary import TaskModel, TaskPairs, check_count
 
 
 def fact_pairs(model: TaskModel, n: int = 32, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
-    """Make ``n`` pairs of known facts of one relation, with equally long prompts and different answers.
+    """Make ``n`` pairs of known facts of one relation.
 
-    Clean: "The capital of France is the city of" → " Paris"; corrupt: the same of Italy, so the foil is " Rome".
-    The clean subject is the span ``subject``, the prompt's last word ``END``. Each ordered pair of facts occurs at
-    most once. ``split``: "train" and "test" share no fact.
+    They have equally long prompts and different answers. Clean: "The capital of France is the city of" → " Paris";
+    corrupt: the same of Italy, so the foil is " Rome". The clean subject is the span ``subject``, the prompt's last
+    word ``END``. Each ordered pair of facts occurs at most once. ``split``: "train" and "test" share no fact.
 
     Raises TaskError if the known facts do not make ``n`` such pairs.
     """

@@ -1,6 +1,7 @@
-"""Professions and pronouns, after Vig et al. (2020), arXiv 2004.12265: "The nurse said that" → " she", not " he".
+"""Professions and pronouns, after Vig et al. (2020), arXiv 2004.12265.
 
-The "answer" is what a stereotype expects: a model that scores high here is biased, not good.
+For example "The nurse said that" → " she", not " he". The "answer" is what a stereotype expects: a model that scores
+high here is biased, not good.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def gender_bias(
     corruption: Literal["profession", "word"] = "profession",
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` pairs, half with professions that stereotypes give to women; answer and foil are the pronouns.
+    """Make ``n`` pairs, half with professions that stereotypes give to women.
 
-    ``corruption="profession"``: a profession of the other stereotype takes its place. ``"word"``: "man" or "woman"
-    takes its place, the opposite of the stereotype (the set-gender intervention of the paper). Spans: ``profession``,
-    ``END``. ``split``: "train" and "test" share no profession and no template. Raises TaskError if the tokenizer lacks
-    the pronouns, or cannot align ``n`` pairs.
+    Answer and foil are the pronouns. ``corruption="profession"``: a profession of the other stereotype takes its place.
+    ``"word"``: "man" or "woman" takes its place, the opposite of the stereotype (the set-gender intervention of the
+    paper). Spans: ``profession``, ``END``. ``split``: "train" and "test" share no profession and no template. Raises
+    TaskError if the tokenizer lacks the pronouns, or cannot align ``n`` pairs.
     """
     check_split(split, "gender_bias")
     check_choice(corruption, ("profession", "word"), "corruption", "gender_bias")

@@ -1,7 +1,8 @@
-"""Generate the pairs of a task: draw by seed, check each pair with one tokenizer, split into training and test.
+"""Generate the pairs of a task.
 
-A pair is kept if clean and corrupt differ and have equally many tokens, if answer and foil are single tokens and
-differ, and if the set does not have its clean prompt yet. The result's ``refused`` counts the other draws by reason.
+They are drawn by seed, checked with one tokenizer, and split into training and test. A pair is kept if clean and
+corrupt differ and have equally many tokens, if answer and foil are single tokens and differ, and if the set does not
+have its clean prompt yet. The result's ``refused`` counts the other draws by reason.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def make_pairs(
     dropped: Sequence[str] = (),
     rng: Random | None = None,
 ) -> TaskPairs:
-    """Draw ``n`` different pairs that the tokenizer aligns, each by ``draw(rng, number of pairs so far)``.
+    """Draw ``n`` different pairs that the tokenizer aligns.
 
-    ``rng``: by default a generator seeded with task, seed and split.
+    Each is a result of ``draw(rng, number of pairs so far)``. ``rng``: by default a generator seeded with task, seed
+    and split.
 
     Raises TaskError, with the reasons, if not that many can be drawn.
     """
@@ -106,7 +108,10 @@ def check_choice(value: Any, allowed: Sequence[Any], what: str, task: str) -> No
 
 
 def items_of_split(items: Sequence[T], split: Split | None) -> list[T]:
-    """Select the items of a split: every fourth for the test, the others for training, all of them for None."""
+    """Select the items of a split.
+
+    Every fourth belongs to the test, the others to training; None selects all.
+    """
     if split is None:
         return list(items)
     return [x for i, x in enumerate(items) if (i % EVERY == EVERY - 1) == (split == "test")]
@@ -122,7 +127,10 @@ def word_lists(task: str) -> dict[str, Any]:
 def usable_words(
     words: Sequence[str], model: TaskModel, task: str, *, fewest: int, what: str, split: Split | None = None
 ) -> tuple[list[str], list[str]]:
-    """Divide the words of a split into single tokens after a space and others; TaskError for too few of the first."""
+    """Divide the words of a split into single tokens after a space and others.
+
+    Raises TaskError for too few of the first.
+    """
     single, dropped = single_tokens(items_of_split(words, split), model.coder)
     if len(single) < fewest:
         side = f" of the split {split!r}" if split else ""
@@ -135,7 +143,10 @@ def usable_words(
 
 
 def fill(template: str, slots: dict[str, str]) -> tuple[str, dict[str, Span]]:
-    """Fill ``{slots}``; return the text and each filling's character range (of its last occurrence)."""
+    """Fill ``{slots}`` of a template.
+
+    Returns the text and each filling's character range (of its last occurrence).
+    """
     text, spans = "", {}
     for literal, slot, _, _ in Formatter().parse(template):
         text += literal
@@ -151,6 +162,6 @@ def end_of(text: str, coder: Coder) -> Span:
 
 
 def span_of(words: str, text: str, after: int = 0) -> Span:
-    """Character range of the first occurrence of ``words`` in ``text`` at or after the character ``after``."""
+    """Character range of the first ``words`` in ``text``, from ``after`` on."""
     start = text.index(words, after)
     return start, start + len(words)

@@ -1,7 +1,7 @@
-"""Indirect object identification (IOI, Wang et al. 2022): of two people one acts, the other receives.
+"""Indirect object identification (IOI, Wang et al. 2022).
 
-"After Anna and Tom arrived at the park, Tom handed a ball to" → " Anna". The answer is the indirect object
-(IO), the foil the subject (S), who is named twice.
+Of two people one acts, and the other receives: "After Anna and Tom arrived at the park, Tom handed a ball to" →
+" Anna". The answer is the indirect object (IO), the foil the subject (S), who is named twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Corruption = Literal["swap", "abc", "names"]
 def ioi(
     model: TaskModel, n: int = 64, seed: int = 0, *, corruption: Corruption = "swap", split: Split | None = None
 ) -> TaskPairs:
-    """Make ``n`` IOI pairs for a model's tokenizer, half of them ABBA (the receiver is named first), half BABA.
+    """Make ``n`` IOI pairs for a model's tokenizer.
+
+    Half of them are ABBA (the receiver is named first), half BABA.
 
         pairs = interp.tasks.ioi(model, n=64, seed=0)
         interp.tasks.check(model, pairs).require()  # does the model do the task?

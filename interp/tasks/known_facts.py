@@ -1,6 +1,7 @@
-"""Facts that a model knows, for causal tracing (Meng et al. 2022): "The capital of France is the city of" → " Paris".
+"""Facts that a model knows, for causal tracing (Meng et al. 2022).
 
-`facts.toml` lists common knowledge; which of these facts a model knows is measured, not assumed.
+For example "The capital of France is the city of" → " Paris". `facts.toml` lists common knowledge; which of these facts
+a model knows is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ NOT_A_TOKEN, NOT_KNOWN = "answer is not a single token", "not the model's first 
 
 
 class Facts(list[Fact]):
-    """Facts that a model knows; ``dropped`` gives, by prompt, the reason why each other fact was left out."""
+    """Facts that a model knows.
+
+    ``dropped`` gives, by prompt, the reason why each other fact was left out.
+    """
 
     task = "facts"
 
@@ -55,10 +59,11 @@ def all_facts() -> list[Fact]:
 
 
 def facts(model: TaskModel, n: int | None = None, seed: int = 0) -> Facts:
-    """Collect facts that the model completes correctly: the answer is one token and the model's first choice.
+    """Collect facts that the model completes correctly.
 
-    ``n``: how many, drawn at random with ``seed`` (default: all that the model knows, in the list's order). The
-    result's ``dropped`` says why each other fact was left out; a log line counts them.
+    The answer is one token and the model's first choice. ``n``: how many, drawn at random with ``seed`` (default: all
+    that the model knows, in the list's order). The result's ``dropped`` says why each other fact was left out; a log
+    line counts them.
 
     Raises TaskError if the model knows fewer than ``n``, or none.
     """

@@ -32,13 +32,14 @@ def multiple_choice(
     corruption: Literal["order", "labels"] = "order",
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` questions of common knowledge with 2 to 10 ``options`` in random order; the answer is a letter.
+    """Make ``n`` multiple-choice questions of common knowledge.
 
-    ``labels="alphabet"``: A, B, C, …; ``"random"``: random letters in random order. ``corruption="order"``: the right
-    option and the foil's option exchange their texts; ``"labels"``: they exchange their letters, and each text stays.
-    Either way the right letter becomes the foil. Spans: ``question``, ``right`` and ``wrong`` (the texts of these two
-    options), ``label`` (the answer's letter), ``END``. ``split``: "train" and "test" share no question. Raises
-    TaskError if the tokenizer lacks letters, or cannot align ``n`` pairs.
+    They have 2 to 10 ``options`` in random order; the answer is a letter. ``labels="alphabet"``: A, B, C, …;
+    ``"random"``: random letters in random order. ``corruption="order"``: the right option and the foil's option
+    exchange their texts; ``"labels"``: they exchange their letters, and each text stays. Either way the right letter
+    becomes the foil. Spans: ``question``, ``right`` and ``wrong`` (the texts of these two options), ``label`` (the
+    answer's letter), ``END``. ``split``: "train" and "test" share no question. Raises TaskError if the tokenizer lacks
+    letters, or cannot align ``n`` pairs.
     """
     check_split(split, "multiple_choice")
     check_choice(options, range(2, 11), "options", "multiple_choice")

@@ -1,8 +1,8 @@
-"""Numbers: comparison, sums and differences, for tokenizers that split numbers into digits and those that do not.
+"""Numbers: comparison, sums and differences.
 
-Most recent tokenizers have a token for each digit and none for longer numbers; others (GPT-2's) have tokens for numbers
-of two digits too. The tasks test the tokenizer, and then let the model predict the next *digit* or the next *number*;
-``style`` fixes one of them.
+They work with tokenizers that split numbers into digits and with those that do not. Most recent tokenizers have a token
+for each digit and none for longer numbers; others (GPT-2's) have tokens for numbers of two digits too. The tasks test
+the tokenizer, and then let the model predict the next *digit* or the next *number*; ``style`` fixes one of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ SAMPLE = ("27", "46", "83")
 
 
 def number_style(model: TaskModel, style: Style | None, task: str) -> Style:
-    """Test how the tokenizer writes two-digit numbers; TaskError if in neither style, or not in ``style``."""
+    """Test how the tokenizer writes two-digit numbers.
+
+    Raises TaskError if in neither style, or not in ``style``.
+    """
     check_choice(style, STYLES, "style", task)
     coder = model.coder
     split = [coder.continuation(number) for number in SAMPLE]
@@ -58,7 +61,10 @@ def _is_spelled(ids: list[int], text: str, coder: Coder) -> bool:
 
 
 def _glue(number: str, coder: Coder) -> str | None:
-    """The text before a number written as a single token: a space or nothing; None if it is several tokens."""
+    """The text before a number written as a single token: a space or nothing.
+
+    None if the number is several tokens.
+    """
     for glue in (" ", ""):
         ids = coder.continuation(glue + number)
         if len(ids) == 1 and _is_spelled(ids, number, coder):
@@ -81,14 +87,14 @@ def greater_than(
     style: Style | None = None,
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` pairs after Hanna et al. (2023), arXiv 2305.00586: an event ends in a later year than it began.
+    """Make ``n`` pairs after Hanna et al. (2023), arXiv 2305.00586.
 
-    With numbers as tokens: "The war lasted from the year 1732 to the year 17" → a number above 32. With digits: "… 1732
-    to the year 173" → a digit above 2. ``answer`` is one of those above, ``foil`` one of those not above, both at
-    random. ``corruption="low"``: the war begins in 01 (or 0), so that answer and foil are both possible, as published;
-    ``"high"``: it begins so late that neither is. Spans: ``century`` and ``start`` (what is compared, in the first
-    year), ``END``. ``split``: "train" and "test" share no event and no template. Raises TaskError for a tokenizer that
-    writes numbers in neither way.
+    An event ends in a later year than it began. With numbers as tokens: "The war lasted from the year 1732 to the year
+    17" → a number above 32. With digits: "… 1732 to the year 173" → a digit above 2. ``answer`` is one of those above,
+    ``foil`` one of those not above, both at random. ``corruption="low"``: the war begins in 01 (or 0), so that answer
+    and foil are both possible, as published; ``"high"``: it begins so late that neither is. Spans: ``century`` and
+    ``start`` (what is compared, in the first year), ``END``. ``split``: "train" and "test" share no event and no
+    template. Raises TaskError for a tokenizer that writes numbers in neither way.
     """
     check_split(split, "greater_than")
     check_choice(corruption, ("low", "high"), "corruption", "greater_than")
@@ -135,12 +141,13 @@ def addition(
     style: Style | None = None,
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` sums below 100 of two-digit numbers, after ``shots`` (0 to 16) solved ones: "34 + 25 =" → " 59".
+    """Make ``n`` sums below 100 of two-digit numbers: "34 + 25 =" → " 59".
 
-    With digits as tokens the answer is a digit: ``digit="tens"`` (the default), or ``"units"``, for which the prompt
-    contains the tens. In the corrupt prompt one of the two numbers differs, so that another answer is right: the foil
-    (for units: with the same tens). Spans: ``a``, ``b``, ``END``. ``style`` as in `greater_than`. ``split``: "train"
-    and "test" share no sum, solved ones included. Raises TaskError for a tokenizer that writes numbers in neither way.
+    ``shots`` (0 to 16) solved sums come first. With digits as tokens the answer is a digit: ``digit="tens"`` (the
+    default), or ``"units"``, for which the prompt contains the tens. In the corrupt prompt one of the two numbers
+    differs, so that another answer is right: the foil (for units: with the same tens). Spans: ``a``, ``b``, ``END``.
+    ``style`` as in `greater_than`. ``split``: "train" and "test" share no sum, solved ones included. Raises TaskError
+    for a tokenizer that writes numbers in neither way.
     """
     return _arithmetic(model, n, seed, "+", lambda a, b: a + b, shots, digit, style, split)
 
@@ -155,7 +162,10 @@ def subtraction(
     style: Style | None = None,
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` differences, at least 10, of two-digit numbers: "59 - 25 =" → " 34". See `addition`."""
+    """Make ``n`` differences, at least 10, of two-digit numbers: "59 - 25 =" → " 34".
+
+    See `addition`.
+    """
     return _arithmetic(model, n, seed, "-", lambda a, b: a - b, shots, digit, style, split)
 
 
@@ -220,13 +230,16 @@ def _side(a: int, b: int, split: Split | None) -> bool:
 
 
 def _has_own_tokens(span: Span, text: str, coder: Coder) -> bool:
-    """Whether token boundaries coincide with the span's, or the first with the space before it."""
+    """Whether tokens begin and end where the span does.
+
+    The first may begin with the space before it.
+    """
     starts, stops = zip(*coder.offsets(text), strict=True)
     return (span[0] in starts or span[0] - 1 in starts) and span[1] in stops
 
 
 def _checking_tokens(draw: Draw, coder: Coder) -> Draw:
-    """Refuse pairs whose answer, written after the prompt, is a different token than alone."""
+    """Refuse pairs whose answer is a different token after the prompt than alone."""
 
     def checked(rng: Random, i: int) -> PromptPair | str:
         pair = draw(rng, i)

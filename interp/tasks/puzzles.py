@@ -1,7 +1,8 @@
-"""Small puzzles of two kinds: solved by recalling a fact, or by reasoning from what the prompt says.
+"""Small puzzles of two kinds.
 
-For studies that compare recall with reasoning (arXiv 2510.03366; only its abstract was available, so these puzzles are
-not the paper's). Both kinds are short stories about people with a question at the end.
+One is solved by recalling a fact, the other by reasoning from the prompt. For studies that compare recall with
+reasoning (arXiv 2510.03366; only its abstract was available, so these puzzles are not the paper's). Both kinds are
+short stories about people with a question at the end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The table of tasks by name, which `interp.tasks`, the command line and sweeps read.
+"""The table of tasks by name.
 
-To add a task, write its module and add its import, its name in ``__all__`` and its row in `TASKS` here.
+`interp.tasks`, the command line and sweeps read it. To add a task, write its module and add its import, its name in
+``__all__`` and its row in `TASKS` here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Task:
-    """A task: ``task(model, n)`` makes its pairs; ``options`` are passed to the function ``make``."""
+    """A task: ``task(model, n)`` makes its pairs.
+
+    ``options`` are passed to the function ``make``.
+    """
 
     make: Callable[..., TaskPairs]
     about: str
@@ -71,9 +75,10 @@ ALIASES = {"fact_pairs": "facts"}
 
 
 def task(text: str) -> Task:
-    """Look up a task by its name, with options after a colon: ``"ioi"``, ``"needle:tokens=2048,depth=0.5"``.
+    """Look up a task by its name, with options after a colon.
 
-    ``fact_pairs`` is another name of ``facts``, which gives pairs wherever two prompts are compared.
+    For example ``"ioi"``, ``"needle:tokens=2048,depth=0.5"``. ``fact_pairs`` is another name of ``facts``, which gives
+    pairs wherever two prompts are compared.
 
     Raises TaskError for an unknown task, and for an option that the task does not have.
     """

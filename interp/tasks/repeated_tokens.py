@@ -1,4 +1,7 @@
-"""Induction on random words: when a stretch of text is repeated, it should continue as it did before."""
+"""Induction on random words.
+
+When a stretch of text is repeated, it should continue as it did before.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ FEWEST, MOST = 24, 5000  # words of the tokenizer to draw from
 
 
 def induction(model: TaskModel, n: int = 64, seed: int = 0, *, split: Split | None = None) -> TaskPairs:
-    """Make ``n`` prompts "… A B … C D … A" → " B" of random words that are single tokens.
+    """Make ``n`` prompts "… A B … C D … A" → " B" of random words.
 
-    The first part is twelve different random words; then a stretch of it is repeated and ends with A. C and
-    D are two neighbours outside that stretch. In the corrupt prompt A and C have changed places in the first
-    part: same words, same length, but now A was followed by D. So the answer B and the foil D swap roles,
-    and the component that ties B to its predecessor (a previous-token head) is corrupted together with the one
-    that looks it up (an induction head). The repeated words before A still point to where A used to be, so a model that
-    matches several words at once prefers D less clearly than it prefers B in the clean prompt.
+    The words are single tokens. The first part is twelve different random words; then a stretch of it is repeated and
+    ends with A. C and D are two neighbours outside that stretch. In the corrupt prompt A and C have changed places in
+    the first part: same words, same length, but now A was followed by D. So the answer B and the foil D swap roles, and
+    the component that ties B to its predecessor (a previous-token head) is corrupted together with the one that looks
+    it up (an induction head). The repeated words before A still point to where A used to be, so a model that matches
+    several words at once prefers D less clearly than it prefers B in the clean prompt.
 
     All prompts have 17 words. Spans: ``A1``, ``B1``, ``C1``, ``D1`` (first part) and ``A2`` (the last word).
     ``split``: "train" and "test" share no word.

@@ -1,4 +1,7 @@
-"""Finding something in the context: a needle in 500 to 8,000 tokens of prose, or the value of a key in a list."""
+"""Retrieval tasks: find something in the context.
+
+A needle in 500 to 8,000 tokens of prose, or the value of a key in a list.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,15 @@ def needle(
     depth: float | None = None,
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` prompts of at most ``tokens`` tokens, at most a sentence shorter, in which one sentence matters.
+    """Make ``n`` long prompts in which one sentence matters.
 
-    Two sentences, "The secret word of Anna is apple." and another person's, stand in random prose; the question at the
-    end is about Anna's word. The needle stands at the share ``depth`` of the prose (0: first, 1: last; default:
-    anywhere), the other person's sentence anywhere. In the corrupt prompt the two have exchanged their words, so that
-    answer and foil change roles. Spans: ``needle`` (the sentence), ``value`` (its word), ``foil`` (the other's word),
-    ``question``, ``END``. ``split``: "train" and "test" share no secret word and no person. Raises TaskError for tokens
-    below 100 or beyond the model's context, and for a tokenizer without the words.
+    They have at most ``tokens`` tokens, and at most a sentence less. Two sentences, "The secret word of Anna is apple."
+    and another person's, stand in random prose; the question at the end is about Anna's word. The needle stands at the
+    share ``depth`` of the prose (0: first, 1: last; default: anywhere), the other person's sentence anywhere. In the
+    corrupt prompt the two have exchanged their words, so that answer and foil change roles. Spans: ``needle`` (the
+    sentence), ``value`` (its word), ``foil`` (the other's word), ``question``, ``END``. ``split``: "train" and "test"
+    share no secret word and no person. Raises TaskError for tokens below 100 or beyond the model's context, and for a
+    tokenizer without the words.
     """
     check_split(split, "needle")
     if depth is not None and not (isinstance(depth, int | float) and 0 <= depth <= 1):
@@ -86,7 +90,10 @@ def needle(
 
 
 def _prose(rng: Random, tokens: int, rest: str, coder: Coder) -> list[str]:
-    """Draw sentences until one more would exceed ``tokens`` tokens together with ``rest``."""
+    """Draw sentences until one more would exceed the limit.
+
+    The limit is ``tokens`` tokens together with ``rest``.
+    """
     words, sentences = word_lists("retrieval"), []
     while True:
         left = tokens - len(coder.encode(" ".join([*sentences, rest])))
@@ -114,12 +121,12 @@ def key_value(
     corruption: Literal["query", "values"] = "query",
     split: Split | None = None,
 ) -> TaskPairs:
-    """Make ``n`` lists of ``keys`` (2 to 16) people with a thing each, "Anna: apple", then one of the people again.
+    """Make ``n`` lists of people with a thing each, then one of them again.
 
-    ``corruption="query"``: another person of the list stands at the end. ``"values"``: these two people exchange their
-    things. Either way answer and foil change roles. Spans: ``key``, ``value`` (of the person at the end), ``foil`` (the
-    other's thing), ``query``, ``END``. ``split``: "train" and "test" share no thing. Raises TaskError if the tokenizer
-    lacks names or things.
+    A list has ``keys`` (2 to 16) people: "Anna: apple". ``corruption="query"``: another person of the list stands at
+    the end. ``"values"``: these two people exchange their things. Either way answer and foil change roles. Spans:
+    ``key``, ``value`` (of the person at the end), ``foil`` (the other's thing), ``query``, ``END``. ``split``: "train"
+    and "test" share no thing. Raises TaskError if the tokenizer lacks names or things.
     """
     check_split(split, "key_value")
     check_choice(keys, range(2, MOST_KEYS + 1), "keys", "key_value")

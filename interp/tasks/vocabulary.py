@@ -1,4 +1,4 @@
-"""What tasks need of a model, and which words its tokenizer writes as single tokens."""
+"""What tasks need of a model, and the single-token words of its tokenizer."""
 
 from __future__ import annotations
 
@@ -59,14 +59,17 @@ class TaskPairs(PairSet):
 
 
 def token_of(word: str, coder: Coder) -> int | None:
-    """The one token of ``word`` after a space, or None if it is several tokens or unknown."""
+    """The one token of ``word`` after a space; None if several or unknown."""
     ids = coder.continuation(f" {word}")
     # The text is compared too: an unknown word can be a single token, namely <unk>.
     return ids[0] if len(ids) == 1 and coder.texts(ids)[0].strip() == word else None
 
 
 def single_tokens(words: Iterable[str], coder: Coder) -> tuple[list[str], list[str]]:
-    """Divide words into those that are one token after a space and the rest, each in their order."""
+    """Divide words into those that are one token after a space, and the rest.
+
+    Each list keeps their order.
+    """
     single: list[str] = []
     dropped: list[str] = []
     for word in words:
@@ -75,11 +78,11 @@ def single_tokens(words: Iterable[str], coder: Coder) -> tuple[list[str], list[s
 
 
 def words_of_tokenizer(model: TaskModel, *, fewest: int, most: int) -> list[str]:
-    """List lower-case words, each one token after a space, from the start of the tokenizer's vocabulary.
+    """List lower-case words that are one token after a space.
 
-    Vocabularies are roughly ordered by frequency, so these are common words. Up to ``most`` words of three letters
-    or more; if fewer than ``fewest`` of these exist, shorter ones too. TaskError if the total is still below
-    ``fewest``.
+    They come from the start of the tokenizer's vocabulary. Vocabularies are roughly ordered by frequency, so these are
+    common words. Up to ``most`` words of three letters or more; if fewer than ``fewest`` of these exist, shorter ones
+    too. Raises TaskError if the total is still below ``fewest``.
     """
     coder = model.coder
     long: list[str] = []

@@ -1,4 +1,6 @@
-"""Models for learning and testing: the embedded default, and small ones whose circuit is known.
+"""Models for learning and testing, most with a known circuit.
+
+They are the embedded default, and small models whose circuit is known.
 
 >>> from interp import zoo
 >>> known = zoo.induction()

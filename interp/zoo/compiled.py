@@ -1,7 +1,8 @@
-"""A model compiled by Tracr (Lindner et al. 2023, arXiv 2301.05062) from a program in RASP.
+"""A model compiled by Tracr from a program in RASP.
 
-The program, in ``experiments/compile_tracr.py``, is induction: which token followed the previous occurrence of this
-one? TransformerLens converted the weights; only token ids were renumbered. Using it needs neither Tracr nor JAX.
+Tracr: Lindner et al. 2023, arXiv 2301.05062. The program, in ``experiments/compile_tracr.py``, is induction: which
+token followed the previous occurrence of this one? TransformerLens converted the weights; only token ids were
+renumbered. Using it needs neither Tracr nor JAX.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ LENGTH = 11  # words of a prompt: the maximum that the program was compiled for
 
 
 def tracr_induction(*, folder: Path | None = None) -> Known:
-    """Load the Tracr model: "… a b … a" → " b" for letters, two layers of one head, MLPs left empty.
+    """Load the Tracr model: "… a b … a" → " b" for letters.
 
-    L0H0 copies the previous token. L1H0 attends to the position whose previous token is the present one, and copies the
-    token there, with a logit of 1; if no position matches, it attends to ``<bos>``. In the corrupt prompt the first "a"
-    is another letter.
+    It has two layers of one head, with MLPs that the program leaves empty. L0H0 copies the previous token. L1H0 attends
+    to the position whose previous token is the present one, and copies the token there, with a logit of 1; if no
+    position matches, it attends to ``<bos>``. In the corrupt prompt the first "a" is another letter.
     """
     bridge, _ = shipped.load("tracr_induction", LETTERS, folder)
     return Known(

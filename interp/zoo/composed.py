@@ -1,7 +1,7 @@
-"""Hand-set models whose heads read each other: indirect objects, two-hop lookup, comparison of numbers.
+"""Hand-set models whose heads read each other.
 
-Besides the planted parts, every layer has inert heads and MLP neurons: they read everything, but write only where
-nothing reads, and to all logits alike.
+They do indirect objects, two-hop lookup and comparison of numbers. Besides the planted parts, every layer has inert
+heads and MLP neurons: they read everything, but write only where nothing reads, and to all logits alike.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ _NUMBER = 3  # position of the tens; the units follow
 
 
 def ioi(*, corruption: Literal["swap", "abc"] = "swap", dtype: torch.dtype | None = None) -> Known:
-    """Build a small circuit for indirect object identification (Wang et al. 2022): "… A … B … A … ?" → " B".
+    """Build a circuit for indirect object identification (Wang et al. 2022).
 
-    Three layers of four heads with MLPs. L0H1 (*duplicate token*), at a name, attends to an earlier occurrence of it
-    and writes which name occurs twice. L1H2 (*inhibition*), at the end, attends to the position of a repeated name (k)
-    and copies which name that is (v). L2H0 (*name mover*), at the end, attends to the names of the first clause except
-    the one that inhibition marks in its query as to be avoided (q), and copies the name. Names are upper-case.
+    It answers "… A … B … A … ?" → " B". Three layers of four heads with MLPs. L0H1 (*duplicate token*), at a name,
+    attends to an earlier occurrence of it and writes which name occurs twice. L1H2 (*inhibition*), at the end, attends
+    to the position of a repeated name (k) and copies which name that is (v). L2H0 (*name mover*), at the end, attends
+    to the names of the first clause except the one that inhibition marks in its query as to be avoided (q), and copies
+    the name. Names are upper-case.
 
     ``corruption="swap"``: the second mention becomes the other person's name, so that answer and foil change roles; one
     chain of edges carries that, and each has effect 1 in both directions. ``"abc"``: it becomes a third name, and the
@@ -94,7 +95,7 @@ def ioi(*, corruption: Literal["swap", "abc"] = "swap", dtype: torch.dtype | Non
 
 
 def _ioi_pairs(n: int, rng: Random, corruption: str) -> list[PromptPair]:
-    """Six words with two names among them, three words with one, the question mark: "… A … B … A … ?"."""
+    """Six words with two names, three words with one: "… A … B … A … ?"."""
     pairs = []
     for i, (receiver, actor) in enumerate(answers_and_foils(_NAMES, n, rng)):
         words = [*rng.sample(_PLAIN, _CLAUSE + 3), _END]
@@ -127,14 +128,14 @@ def _ioi_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
 
 
 def two_hop(*, dtype: torch.dtype | None = None) -> Known:
-    """Build a two-hop lookup with grouped queries: facts "x y", "y z" among others, then "x" → " z".
+    """Build a two-hop lookup with grouped queries.
 
-    Three layers of four heads (two key/value heads) with MLPs. L0H1 (*previous token*), at the second word of each
-    fact, writes its first. L1H2 (*first hop*), at the end, finds the fact of the last word and copies its second word,
-    y. L2H1 (*second hop*) looks up y in turn and copies z. The other head of each group shares keys and values with the
-    planted one, and is inert. In the corrupt prompt a word that occurs nowhere else replaces one word, in turn from
-    pair to pair: x at the end, x or y in the first fact, y or z in the second; the model is then undecided. At most 48
-    pairs.
+    It reads facts "x y", "y z" among others, then answers "x" → " z". Three layers of four heads (two key/value heads)
+    with MLPs. L0H1 (*previous token*), at the second word of each fact, writes its first. L1H2 (*first hop*), at the
+    end, finds the fact of the last word and copies its second word, y. L2H1 (*second hop*) looks up y in turn and
+    copies z. The other head of each group shares keys and values with the planted one, and is inert. In the corrupt
+    prompt a word that occurs nowhere else replaces one word, in turn from pair to pair: x at the end, x or y in the
+    first fact, y or z in the second; the model is then undecided. At most 48 pairs.
     """
     import torch
 
@@ -222,14 +223,14 @@ def _two_hop_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
 
 
 def greater_than(*, dtype: torch.dtype | None = None) -> Known:
-    """Build a comparison of numbers digit by digit: "… 4 7 … 4" → " 8" or " 9", and no digit below.
+    """Build a comparison of numbers digit by digit.
 
-    Three layers of four heads with MLPs. At the end, L0H1 (*tens*) attends to the tens of the earlier number if they
-    equal the present digit, and writes that they are equal; L0H2 (*units*) copies the units. L1's MLP gives each
-    allowed digit 20 logits: those above the units if the tens are equal, all of them if not. The answer is above the
-    units, the foil is not. The corrupt prompt changes, in turn from pair to pair, the units (to the answer or above
-    it), the present tens (q of L0H1) or the earlier tens (k); the model then has no preference between answer and
-    foil.
+    It answers "… 4 7 … 4" → " 8" or " 9", and no digit below. Three layers of four heads with MLPs. At the end, L0H1
+    (*tens*) attends to the tens of the earlier number if they equal the present digit, and writes that they are equal;
+    L0H2 (*units*) copies the units. L1's MLP gives each allowed digit 20 logits: those above the units if the tens are
+    equal, all of them if not. The answer is above the units, the foil is not. The corrupt prompt changes, in turn from
+    pair to pair, the units (to the answer or above it), the present tens (q of L0H1) or the earlier tens (k); the model
+    then has no preference between answer and foil.
     """
     import torch
 

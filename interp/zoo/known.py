@@ -1,8 +1,8 @@
-"""Small models with a circuit set by hand, so that it is exactly known. Built in under a second, no download.
+"""Small models with a circuit set by hand, so that it is exactly known.
 
-They are the ground truth for every recipe: `Known.truth` and `Known.truth_resid` say where an effect must exist;
-everywhere else it must be zero. Their prompts are strings of words, one token per word, after ``<bos>``: position 0 is
-``<bos>``, position 1 the first word.
+They are built in under a second, without a download. They are the ground truth for every recipe: `Known.truth` and
+`Known.truth_resid` say where an effect must exist; everywhere else it must be zero. Their prompts are strings of words,
+one token per word, after ``<bos>``: position 0 is ``<bos>``, position 1 the first word.
 
 How the pair sets make ablation exact. An effect of ablation is (ablated − clean)/(corrupt − clean) in logit
 difference, so it is 1 when the ablated model is as undecided as the corrupt run, whose logit difference is 0:
@@ -87,12 +87,18 @@ class Known:
 
     @cached_property
     def circuit(self) -> Circuit:
-        """Ground truth for methods that compare clean and corrupt, with roles. TaskError for the random model."""
+        """Ground truth for methods that compare clean and corrupt, with roles.
+
+        Raises TaskError for the random model.
+        """
         return self._circuit(self.carries)
 
     @cached_property
     def mechanism(self) -> Circuit:
-        """`circuit` and the edges that carry what is equal in clean and corrupt. TaskError for the random model."""
+        """`circuit` and the edges that carry what is equal in clean and corrupt.
+
+        Raises TaskError for the random model.
+        """
         return self._circuit([*self.carries, *self.holds])
 
     def _circuit(self, edges: Sequence[str]) -> Circuit:
@@ -105,19 +111,23 @@ class Known:
         return circuit
 
     def pairs(self, n: int = 32, seed: int = 0) -> PairSet:
-        """Make ``n`` pairs, the same ones for the same seed. TaskError if ``n`` is not possible."""
+        """Make ``n`` pairs, the same ones for the same seed.
+
+        Raises TaskError if ``n`` is not possible.
+        """
         if n < 1 or (self._max_pairs is not None and n > self._max_pairs):
             most = f" and at most {self._max_pairs} (its answers must differ)" if self._max_pairs else ""
             raise TaskError(f"zoo.{self.name}: a set has at least 1 pair{most}; n={n} was asked for")
         return PairSet(self._pairs(n, Random(f"{self.name}/{seed}")), task=f"zoo.{self.name}", seed=seed)
 
     def facts(self, n: int = 32, seed: int = 0) -> list[Fact]:
-        """Make the clean prompts of `pairs` as facts; the subject is the first word that the corrupt prompt changes.
+        """Make the clean prompts of `pairs` as facts.
 
-        For causal tracing, read the *pooled* effect by role: noise of three standard deviations on a
-        one-hot embedding breaks only some of the runs. Much stronger noise reaches every channel of the
-        residual stream, and the subject's own position then matters beyond what `truth_resid` says. TaskError if that
-        word also occurs earlier in the prompt, so that a subject does not identify it.
+        The subject is the first word that the corrupt prompt changes. For causal tracing, read the *pooled* effect by
+        role: noise of three standard deviations on a one-hot embedding breaks only some of the runs. Much stronger
+        noise reaches every channel of the residual stream, and the subject's own position then matters beyond what
+        `truth_resid` says. Raises TaskError if that word also occurs earlier in the prompt, so that a subject does not
+        identify it.
         """
         facts = []
         for pair in self.pairs(n, seed):
@@ -133,7 +143,10 @@ class Known:
         return self._resid(pair)
 
     def attends(self, pair: PromptPair) -> Mapping[Site, list[int]]:
-        """Key position (0 = ``<bos>``) that each query position attends to, for each planted head."""
+        """Key position that each query position attends to, for each planted head.
+
+        ``<bos>`` is 0.
+        """
         return self._attends(pair)
 
 
@@ -182,10 +195,10 @@ def induction(*, dtype: torch.dtype | None = None) -> Known:
 
 
 def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
-    """Nine words: trigger at an odd position and answer after it, foil at another odd one, trigger last.
+    """Nine words: trigger, answer after it, foil, and the trigger last.
 
-    No two pairs share both trigger and position, and triggers have no other use. So the output of the previous-token
-    head in another example never directs the induction head to answer or foil.
+    Trigger and foil are at odd positions. No two pairs share both trigger and position, and triggers have no other use.
+    So the output of the previous-token head in another example never directs the induction head to answer or foil.
     """
     answers = rng.sample(_CONTENT, n)
     places = rng.sample([(t, p) for t in _TRIGGERS for p in (1, 3, 5)], n)
@@ -208,7 +221,10 @@ def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
 
 
 def _first_trigger(pair: PromptPair) -> tuple[int, int]:
-    """Positions (with <bos> as 0) of the first occurrence of the last word, and of the last word."""
+    """Positions of the first occurrence of the last word, and of the last word.
+
+    ``<bos>`` is 0.
+    """
     words = pair.clean.split()
     return words.index(words[-1]) + 1, len(words)
 
@@ -295,15 +311,15 @@ def _one_head_attends(pair: PromptPair) -> Mapping[Site, list[int]]:
 
 
 def random(seed: int = 0, *, dtype: torch.dtype | None = None) -> Known:
-    """Build a randomly initialised transformer, four layers of eight heads with MLPs: the null control.
+    """Build a randomly initialised transformer: the null control.
 
-    Its pairs differ in one to three random words; answer and foil are drawn independently of the prompts
-    and of the weights. Answer and foil swapped are then equally likely, and the swap flips the sign of every raw
-    change in logit difference. So the *raw* mean effect of each site has expectation exactly zero, and its
-    interval covers zero as often as its level says. This does not hold on the recovery scale: the swap flips its
-    numerator and denominator together, and a head of any model passes on some share of any difference.
-    The pooled ratio (mean raw change over mean gap) has a zero-mean numerator, but its denominator
-    is zero-mean noise too: read its interval as "undetermined", and test the null on ``raw``.
+    It has four layers of eight heads with MLPs. Its pairs differ in one to three random words; answer and foil are
+    drawn independently of the prompts and of the weights. Answer and foil swapped are then equally likely, and the swap
+    flips the sign of every raw change in logit difference. So the *raw* mean effect of each site has expectation
+    exactly zero, and its interval covers zero as often as its level says. This does not hold on the recovery scale: the
+    swap flips its numerator and denominator together, and a head of any model passes on some share of any difference.
+    The pooled ratio (mean raw change over mean gap) has a zero-mean numerator, but its denominator is zero-mean noise
+    too: read its interval as "undetermined", and test the null on ``raw``.
     """
     from interp.zoo.planted import word_level_bridge
 
@@ -329,7 +345,10 @@ def _random_pairs(n: int, rng: Random) -> list[PromptPair]:
 
 
 def answers_and_foils(words: Sequence[str], n: int, rng: Random) -> list[tuple[str, str]]:
-    """Draw ``n`` different answers; each foil is the next answer, so that both weigh the same in a mean."""
+    """Draw ``n`` different answers.
+
+    Each foil is the next answer, so that both weigh the same in a mean.
+    """
     answers = rng.sample(words, n)
     if n == 1:
         return [(answers[0], rng.choice([w for w in words if w != answers[0]]))]
@@ -337,7 +356,10 @@ def answers_and_foils(words: Sequence[str], n: int, rng: Random) -> list[tuple[s
 
 
 def positions_of(path: Sequence[int]) -> Sites:
-    """Residual-stream sites of a difference, from its position before each layer and after the last."""
+    """Residual-stream sites of a difference, given its position layer by layer.
+
+    ``path``: its position before each layer and after the last.
+    """
     layers = range(len(path) - 1)
     return Sites([
         *(Site("resid_pre", layer, position=path[layer]) for layer in layers),
@@ -346,7 +368,10 @@ def positions_of(path: Sequence[int]) -> Sites:
 
 
 def spans_of(words: Sequence[str], positions: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Character ranges in " ".join(words) of single words, by position (``<bos>`` is 0)."""
+    """Character ranges in " ".join(words) of single words, by position.
+
+    ``<bos>`` is position 0.
+    """
     spans = {}
     for name, position in positions.items():
         start = sum(len(w) + 1 for w in words[: position - 1])

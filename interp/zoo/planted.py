@@ -1,7 +1,8 @@
-"""Set heads and neurons by hand, as readers and writers of named channels of the residual stream.
+"""Set heads and neurons by hand.
 
-The residual stream is divided into channels (token, position, …) with one dimension per token or position, so
-that a planted head's scores and values are exact: there is no interference to average out.
+They read and write named channels of the residual stream. The residual stream is divided into channels (token,
+position, …) with one dimension per token or position, so that a planted head's scores and values are exact: there is no
+interference to average out.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ SOFT_SINK = 30.0
 
 
 class Planted:
-    """A model under construction: zero except for planted parts. It has MLPs (ReLU) if ``d_mlp`` is set.
+    """A model under construction: zero except for planted parts.
 
-    ``channels`` maps channel names to widths. ``tok`` and ``pos`` hold the embeddings; the unembedding reads ``out``;
-    inert heads and MLPs write to ``junk``, which no part that matters reads. ``shift``, if it exists, is added to every
-    logit alike: inert parts write there too, and it changes no probability.
+    It has MLPs (ReLU) if ``d_mlp`` is set. ``channels`` maps channel names to widths. ``tok`` and ``pos`` hold the
+    embeddings; the unembedding reads ``out``; inert heads and MLPs write to ``junk``, which no part that matters reads.
+    ``shift``, if it exists, is added to every logit alike: inert parts write there too, and it changes no probability.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class Planted:
                 plain_module(model.head).weight[:, self.channels["shift"]] = 1.0
 
     def _weights(self, layer: int, head: int) -> dict[str, Tensor]:
-        """Views of one head's weights: q, k, v [d_head, d_model], o [d_model, d_head], q_bias [d_head].
+        """Views of one head's weights.
 
-        Heads of one group of grouped queries share k and v.
+        They are q, k, v [d_head, d_model], o [d_model, d_head] and q_bias [d_head]. Heads of one group of grouped
+        queries share k and v.
         """
         model: Any = self.bridge.original_model
         attn = plain_module(plain_module(model.layers[layer]).attn)
@@ -131,9 +133,9 @@ class Planted:
 
     def plant_neurons(self, layer: int, first: int, *, reads: Mapping[str, Tensor], bias: Tensor,
                       writes: Mapping[str, Tensor]) -> None:  # fmt: skip
-        """Set neurons ``first``, ``first`` + 1, … of an MLP: relu(Σ reads·x + bias), and their outputs.
+        """Set neurons ``first``, ``first`` + 1, … of an MLP, and their outputs.
 
-        Matrices are [neurons, channel width], ``bias`` [neurons].
+        They compute relu(Σ reads·x + bias). Matrices are [neurons, channel width], ``bias`` [neurons].
         """
         import torch
 
@@ -147,9 +149,10 @@ class Planted:
                 fc_out.weight[self.channels[channel], rows] = matrix.T.to(self.dtype)
 
     def fill(self, neurons: Mapping[int, int] | None = None) -> None:
-        """Make all other heads inert, and all neurons from number ``neurons[layer]`` on (default: all).
+        """Make all heads that are not planted inert, and neurons too.
 
-        Inert parts read everything and are active, but write only where nothing reads.
+        Neurons of MLPs from number ``neurons[layer]`` on (default: all). Inert parts read everything and are active,
+        but write only where nothing reads.
         """
         import torch
 
@@ -162,9 +165,10 @@ class Planted:
                 self._inert_neurons(layer, (neurons or {}).get(layer, 0), generator)
 
     def plant_inert(self, layer: int, head: int, generator: torch.Generator) -> None:
-        """Set a head that attends and moves information at random, only into ``junk`` and ``shift``.
+        """Set a head that attends and moves information at random.
 
-        If a planted head of its group has set keys and values, it reads those.
+        It writes only into the channels ``junk`` and ``shift``. If a planted head of its group has set keys and values,
+        it reads those.
         """
         import torch
 
@@ -185,7 +189,10 @@ class Planted:
             self._write_junk(fc_out.weight[:, first:], generator)
 
     def _write_junk(self, matrix: Tensor, generator: torch.Generator) -> None:
-        """Fill an output matrix [d_model, inputs] with vectors of norm about 1, like an embedding."""
+        """Fill an output matrix [d_model, inputs] at random.
+
+        Its vectors have norm about 1, like an embedding.
+        """
         for channel in ("junk", "shift"):
             if channel in self.channels:
                 rows = self.channels[channel]
@@ -206,7 +213,10 @@ class Planted:
 def word_level_bridge(
     name: str, config: dict[str, Any], words: Sequence[str], dtype: torch.dtype | None
 ) -> TransformerBridge:
-    """Build a native TransformerLens model (no hub, no download) with a word-level tokenizer."""
+    """Build a native TransformerLens model with a word-level tokenizer.
+
+    It needs no hub and no download.
+    """
     import torch
 
     return native_bridge(config, name=f"zoo.{name}", tokenizer=word_tokenizer(words), dtype=dtype or torch.float32)

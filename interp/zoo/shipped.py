@@ -1,4 +1,7 @@
-"""Weights shipped with the package: safetensors next to a JSON file with config, measurements and checksum."""
+"""Weights shipped with the package.
+
+Each model is a safetensors file next to a JSON file with config, measurements and checksum.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load(name: str, words: Sequence[str], folder: Path | None = None) -> tuple[TransformerBridge, dict[str, Any]]:
-    """Load a shipped model and its JSON file; ModelError if a file is missing or differs from the shipped one."""
+    """Load a shipped model and its JSON file.
+
+    Raises ModelError if a file is missing or differs from the shipped one.
+    """
     import torch
     from safetensors.torch import load as read_tensors
 

@@ -26,11 +26,11 @@ _LENGTH = 9
 
 
 def previous_token(*, dtype: torch.dtype | None = None) -> Known:
-    """Build a model with a previous-token head: three layers of four heads with MLPs, only L1H1 matters.
+    """Build a model with a previous-token head, L1H1.
 
-    It attends to the previous token and copies it, so that the answer to "a b … y z" is " y". In the corrupt prompt
-    another word, neither answer nor foil, takes that place. At most 48 pairs. ``dtype``: torch.float32 (default) or
-    torch.float64.
+    Three layers of four heads with MLPs; the other heads are inert. L1H1 attends to the previous token and copies it,
+    so that the answer to "a b … y z" is " y". In the corrupt prompt another word, neither answer nor foil, takes that
+    place. At most 48 pairs. ``dtype``: torch.float32 (default) or torch.float64.
     """
     import torch
 
@@ -72,13 +72,13 @@ def _previous_resid(pair: PromptPair) -> Sites:
 
 
 def duplicate_token(*, dtype: torch.dtype | None = None) -> Known:
-    """Build a model with a duplicate-token head, L1H3: does the last word occur earlier in the prompt?
+    """Build a model with a duplicate-token head, L1H3.
 
-    Three layers of four heads with MLPs; the others are inert. L1H3 attends to an earlier occurrence of the present
-    token, never to the token itself, and writes " YES"; without one it attends to ``<bos>`` and writes " NO". Pairs
-    alternate: the answer is one or the other, and the corrupt prompt differs from the clean one in the last word (the
-    word to look for, q) or in an earlier one (the word to match, k). ``dtype``: torch.float32 (default) or
-    torch.float64.
+    Does the last word occur earlier in the prompt? Three layers of four heads with MLPs; the others are inert. L1H3
+    attends to an earlier occurrence of the present token, never to the token itself, and writes " YES"; without one it
+    attends to ``<bos>`` and writes " NO". Pairs alternate: the answer is one or the other, and the corrupt prompt
+    differs from the clean one in the last word (the word to look for, q) or in an earlier one (the word to match, k).
+    ``dtype``: torch.float32 (default) or torch.float64.
     """
     import torch
 

@@ -1,4 +1,7 @@
-"""Word-level tokenizers built in memory: every word between spaces is one token, so prompts stay readable."""
+"""Word-level tokenizers built in memory.
+
+Every word between spaces is one token, so that prompts stay readable.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ SYLLABLES = tuple(c + v for v in "aeiou" for c in "bcdfghjklmnpqrstvwxyz")  # 10
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Build a fast tokenizer with the four special tokens (ids 0 to 3), then ``words``.
+    """Build a fast tokenizer of the four special tokens, then ``words``.
 
-    Text is split at whitespace; an unknown word becomes ``<unk>``. Every text encoded with special tokens begins with
-    ``<bos>``, as TransformerLens expects of a model that was trained with one.
+    The special tokens have ids 0 to 3. Text is split at whitespace; an unknown word becomes ``<unk>``. Every text
+    encoded with special tokens begins with ``<bos>``, as TransformerLens expects of a model that was trained with one.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

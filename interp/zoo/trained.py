@@ -1,9 +1,9 @@
-"""Small trained models, shipped with the package: their behaviour was learned, their mechanism measured.
+"""Small trained models, shipped with the package.
 
-``experiments/train_zoo.py`` trained them (seeded, minutes on two cores) and measured `Trained.measured`;
-`Trained.measure` measures it again. Nothing was set by hand, so the ground truth is of another kind than that of the
-hand-set models: heads are named by their attention *and* by the cost of their ablation, frequencies by their share of
-the weights *and* by the accuracy that remains without them.
+Their behaviour was learned, their mechanism measured. ``experiments/train_zoo.py`` trained them (seeded, minutes on two
+cores) and measured `Trained.measured`; `Trained.measure` measures it again. Nothing was set by hand, so the ground
+truth is of another kind than that of the hand-set models: heads are named by their attention *and* by the cost of their
+ablation, frequencies by their share of the weights *and* by the accuracy that remains without them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ PERIOD = 20  # words of the repeated stretch on which heads are measured
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model: ``pairs(n, seed)`` it solves, ``measured`` results, and the ``roles`` that they give its heads.
+    """A trained model with measured ground truth.
 
-    ``roles`` is empty for the model of modular addition, whose heads share one job.
+    ``pairs(n, seed)`` makes pairs that it solves; ``measured`` has the measurements, and ``roles`` the roles of heads
+    by these. ``roles`` is empty for the model of modular addition, whose heads share one job.
     """
 
     name: str
@@ -69,25 +70,26 @@ class Trained:
 
 
 def trained_induction(*, folder: Path | None = None) -> Trained:
-    """Load an attention-only model, two layers of four heads with layer norm, that learned induction.
+    """Load an attention-only model that learned induction.
 
-    It was trained on two kinds of sequences of 124 words: random stretches that repeat, and "texts" in which each word
-    has four possible successors. ``measured``, on fresh repeated stretches of 20 words: the loss (nats a token) on the
-    first pass and on the second, the scores of each head (mean attention to the token after the previous occurrence,
-    ``induction``, and to the previous token, ``previous``), and by how much the second pass' loss rises if the head's
-    output is replaced by its mean (``ablated``). ``roles`` names heads whose score is above 0.4 and whose ablation
-    costs more than 0.1 nats.
+    It has two layers of four heads with layer norm. It was trained on two kinds of sequences of 124 words: random
+    stretches that repeat, and "texts" in which each word has four possible successors. ``measured``, on fresh repeated
+    stretches of 20 words: the loss (nats a token) on the first pass and on the second, the scores of each head (mean
+    attention to the token after the previous occurrence, ``induction``, and to the previous token, ``previous``), and
+    by how much the second pass' loss rises if the head's output is replaced by its mean (``ablated``). ``roles`` names
+    heads whose score is above 0.4 and whose ablation costs more than 0.1 nats.
     """
     return _load("trained_induction", INDUCTION_WORDS, _induction_pairs, _measure_induction, folder)
 
 
 def modular_addition(*, folder: Path | None = None) -> Trained:
-    """Load a model of modular addition, "a b =" → (a + b) mod 53: one layer, four heads, 256 ReLU neurons, no norms.
+    """Load a model of modular addition, "a b =" → (a + b) mod 53.
 
-    Trained on half of the 2809 sums until it answered the others too ("grokking"), after Nanda et al. (2023), arXiv
-    2301.05217. ``measured``: the accuracy on all sums; the key frequencies k, by the share of the embedding's variance
-    over numbers that cos and sin of 2πka/53 hold (``power``); the accuracy with the embedding of numbers projected onto
-    its mean and the key frequencies (``only_key``), and with the key frequencies removed (``without_key``).
+    It has one layer of four heads and 256 ReLU neurons, without norms. Trained on half of the 2809 sums until it
+    answered the others too ("grokking"), after Nanda et al. (2023), arXiv 2301.05217. ``measured``: the accuracy on all
+    sums; the key frequencies k, by the share of the embedding's variance over numbers that cos and sin of 2πka/53 hold
+    (``power``); the accuracy with the embedding of numbers projected onto its mean and the key frequencies
+    (``only_key``), and with the key frequencies removed (``without_key``).
     """
     return _load("modular_addition", (*NUMBERS, EQUALS), _addition_pairs, _measure_addition, folder)
 
@@ -118,9 +120,10 @@ def _load(
 
 
 def _induction_pairs(n: int, rng: Random) -> list[PromptPair]:
-    """Sixteen random words, then the first of them again up to a word A; the answer B is the word that followed A.
+    """Sixteen random words, then the first of them again up to a word A.
 
-    In the corrupt prompt A and another word C have changed places in the first part, so that the foil follows A.
+    The answer B is the word that followed A. In the corrupt prompt A and another word C have changed places in the
+    first part, so that the foil follows A.
     """
     pairs = []
     for _ in range(n):
@@ -195,7 +198,10 @@ def _without(trained: Trained, layer: int, head: int, z: Tensor, ids: Tensor, qu
 
 
 def _addition_pairs(n: int, rng: Random) -> list[PromptPair]:
-    """Sums; the corrupt prompt changes the first or the second number in turn, so that the foil is right."""
+    """Sums; the corrupt prompt changes the first or the second number in turn.
+
+    The foil is the right answer of the corrupt prompt.
+    """
     pairs = []
     for i in range(n):
         a, b = rng.randrange(MODULUS), rng.randrange(MODULUS)
@@ -209,7 +215,10 @@ def _addition_pairs(n: int, rng: Random) -> list[PromptPair]:
 
 
 def fourier(numbers: Float[Tensor, "p d"]) -> Float[Tensor, "frequencies 2 d"]:
-    """Compute coefficients of cos(2πka/p) and sin(2πka/p), both of norm 1 over a, for k = 1 … (p − 1)/2."""
+    """Compute coefficients of cos(2πka/p) and sin(2πka/p) for k = 1 … (p − 1)/2.
+
+    Both waves have norm 1 over a.
+    """
     return _waves(len(numbers)).to(numbers) @ numbers
 
 

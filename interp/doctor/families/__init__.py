@@ -1,1 +1,4 @@
-"""Tiny random models of every architecture family that the matrix checks, built on demand."""
+"""Tiny random models of every architecture family that the matrix checks.
+
+They are built on demand.
+"""

@@ -1,4 +1,7 @@
-"""Tiny random-weight models of the architectures that researchers use, for `interp doctor --architectures`."""
+"""Tiny random-weight models for `interp doctor --architectures`.
+
+They have the architectures that researchers use.
+"""
 
 from __future__ import annotations
 
@@ -163,10 +166,10 @@ def config(family: str) -> Any:
 
 
 def tiny_hf(kind: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Build a Hugging Face model with large random weights, so that attention is far from uniform.
+    """Build a tiny Hugging Face model with large random weights.
 
-    In float64 by default if the family supports it. The same family gives the same weights every time; the global
-    generator is left as it was.
+    Attention is then far from uniform. The default dtype is float64 if the family supports it. The same family gives
+    the same weights every time; the global generator is left as it was.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The architecture matrix: a model routed through headstats must equal Hugging Face's model.
+"""The architecture matrix: routed through headstats, a model stays the same.
 
 Each check runs one tiny random-weight family of `interp.doctor.families.text` three ways: through headstats, with
 Hugging Face's eager attention, and by TransformerLens' own path. It returns the largest difference, relative to the

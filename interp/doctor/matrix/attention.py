@@ -1,4 +1,4 @@
-"""Checks of attention itself: hooks, edits, gradients, statistics, and that every layer uses headstats."""
+"""Checks of attention: hooks, edits, gradients, statistics, kernel calls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def _hook_values(case: FamilyCase, bridge: Bridge) -> dict[str, Any]:
 
 @torch.no_grad()
 def hooks(case: FamilyCase) -> float:
-    """Every hook that TransformerLens fires on its own path fires, with the same value; pattern and scores too."""
+    """Every hook that TransformerLens fires has the same value.
+
+    Scores and pattern are included.
+    """
     expected, got = _hook_values(case, case.theirs), _hook_values(case, case.ours.bridge)
     if silent := sorted(set(expected) - set(got)):
         raise InterpError(f"{len(silent)} hooks do not fire: {', '.join(silent[:3])}")
@@ -69,7 +72,7 @@ def hooks(case: FamilyCase) -> float:
 
 @torch.no_grad()
 def edits(case: FamilyCase) -> float:
-    """Edits of scores, pattern, z and v change the logits as they do in TransformerLens."""
+    """Edits of scores, pattern, z and v act as in TransformerLens."""
     plain = {"ours": case.run(case.ours), "theirs": case.run(case.theirs)}
     # Halving a head's scores equals halving its queries; halving its pattern equals halving its output.
     equivalent = {"attn_scores": "q", "pattern": "z", "z": "z", "v": "v"}
@@ -98,7 +101,7 @@ def _edited(case: FamilyCase, bridge: Bridge, name: str, edit: Any) -> Tensor:
 
 
 def _softened(case: FamilyCase, prefix: str) -> Tensor:
-    """TransformerLens' output with head 1's scores halved, computed as the resulting change of its z.
+    """TransformerLens' output with head 1's scores halved, by a change of its z.
 
     Its pattern becomes its square root, normalised to sum to 1. (Halving its queries is not the same if a bias is
     added to the scores.)
@@ -121,7 +124,7 @@ def _softened(case: FamilyCase, prefix: str) -> Tensor:
 
 
 def _loss(output: Tensor) -> Tensor:
-    """A scalar that depends on all outputs; for a decoder, on those of the last position."""
+    """A scalar that depends on all outputs (of a decoder: on the last position's)."""
     return (output[:, -1] if output.ndim == 3 else output).logsumexp(-1).sum()
 
 
@@ -152,7 +155,10 @@ def gradients(case: FamilyCase) -> float:
 
 @torch.no_grad()
 def statistics(case: FamilyCase) -> float:
-    """Every statistic equals the float64 reference on the dense pattern that hook_pattern shows."""
+    """Every statistic equals the float64 reference on the dense pattern.
+
+    That pattern must be the one that hook_pattern shows.
+    """
     model, spec = case.ours, headstats.StatSpec.all()
     calls, patterns = case.stack_calls(), {}
     names = {f"{prefix}.hook_pattern": prefix for prefix in case.attentions()}
@@ -187,7 +193,10 @@ def _tensors(statistic: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def calls(case: FamilyCase) -> float:
-    """Each layer calls the kernel exactly once per forward; only a hooked layer is computed densely."""
+    """Each layer calls the kernel exactly once per forward.
+
+    Only a hooked layer is computed densely.
+    """
     model, attentions = case.ours, case.attentions()
     for hooked in (None, next(p for p, (_, layer) in attentions.items() if layer == 1)):
         for instrument in model.instruments.values():

@@ -1,4 +1,4 @@
-"""One family's tiny models, the inputs on which they are compared, and the measure of a difference."""
+"""One family's tiny models, their inputs, and the measure of a difference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class FamilyCase:
 
     @cached_property
     def eager32(self) -> Any:
-        """The same in float32: with padding, transformers' eager float64 mask overflows its float32 softmax."""
+        """The same in float32, for padding.
+
+        With padding, transformers' eager float64 mask overflows its float32 softmax.
+        """
         return tiny_hf(self.family, torch.float32)
 
     @cached_property
@@ -93,7 +96,10 @@ class FamilyCase:
         return {"input_features": torch.randn(shape, generator=generator, dtype=torch.float64), **decoder}
 
     def run(self, model: Any, inputs: dict[str, Tensor] | None = None, **options: Any) -> Tensor:
-        """Logits, or the output in their place, of a Hugging Face model, a bridge or a Model."""
+        """Run a Hugging Face model, a bridge or a Model.
+
+        Returns logits, or the output in their place.
+        """
         inputs = self.inputs() if inputs is None else inputs
         if self.kind in DECODERS and not options and list(inputs) == ["input_ids"]:
             output = model(inputs["input_ids"])
@@ -108,7 +114,10 @@ class FamilyCase:
     # ------------------------------------------------------------ kinds of attention
 
     def attentions(self) -> dict[str, tuple[str, int]]:
-        """The hook prefix of every attention, with its stack and layer; e.g. ``blocks.1.attn``: "", 1."""
+        """The hook prefix of every attention, with its stack and layer.
+
+        For example ``blocks.1.attn``: "", 1.
+        """
         blocks = stacks(self.ours.bridge)
         return {PREFIXES[stack].format(i): (stack, i) for stack, layers in blocks.items() for i in layers}
 
@@ -127,7 +136,10 @@ class FamilyCase:
         return [call for calls in self.stack_calls().values() for call in calls]
 
     def features(self) -> list[str]:
-        """This family's attention features besides plain causal softmax, which negative controls can break."""
+        """This family's attention features besides plain causal softmax.
+
+        Negative controls can break these.
+        """
         by_stack, calls = self.stack_calls(), self.calls()
         main = by_stack.get("") or calls
         has = {
@@ -154,13 +166,19 @@ def _recording(calls: list[AttentionCall]) -> Callable[[AttentionCall], Tensor]:
 
 
 def _sees_right(call: AttentionCall) -> bool:
-    """Whether the first query may read the last key (a causal mask can come as a bias)."""
+    """Whether the first query may attend to the last key.
+
+    A causal mask can come as a bias.
+    """
     hidden = call.bias is not None and bool((call.bias[..., 0, -1] < -1e30).any())
     return not call.causal and not hidden
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference relative to the largest value of ``theirs``; infinite for NaN or another shape."""
+    """Largest difference relative to the largest value of ``theirs``.
+
+    It is infinite for NaN or another shape.
+    """
     if ours.shape != theirs.shape:
         return float("inf")
     ours, theirs = ours.detach().double(), theirs.detach().double()

@@ -1,4 +1,4 @@
-"""Checks of what comes out: logits of batches, padding, packed rows, steps with a cache, generation."""
+"""Checks of outputs: logits, padding, packed rows, cached steps, generation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def right_padding(case: FamilyCase) -> float:
 
 @torch.no_grad()
 def _padding(case: FamilyCase, side: str) -> float:
-    """Compare logits of a padded batch; for an encoder–decoder the source is padded and all logits count."""
+    """Compare logits of a padded batch.
+
+    For an encoder–decoder the source is padded and all logits count.
+    """
     inputs = case.inputs()
     if "input_ids" not in inputs:
         raise DoesNotApply("it reads no tokens that could be padded")
@@ -70,7 +73,7 @@ def _padded(inputs: dict[str, Tensor], side: str, pad: int = 4) -> dict[str, Ten
 
 @torch.no_grad()
 def packed(case: FamilyCase) -> float:
-    """Several sequences in one row, separated by position_ids alone, do not attend to each other."""
+    """Sequences in one row, separated by position_ids, do not see each other."""
     if case.kind not in DECODERS:
         raise DoesNotApply("only decoders pack sequences by position_ids")
     tokens, lengths = case.tokens(1), (4, 2, 5)
@@ -122,7 +125,7 @@ def _steps_of_decoder(case: FamilyCase, model: Model) -> Tensor:
 
 
 def _steps_after_image(case: FamilyCase, model: Any) -> Tensor:
-    """Logits of a prompt with an image and of three tokens after it, decoded one at a time."""
+    """Logits of a prompt with an image and of three tokens decoded after it."""
     hf = getattr(getattr(model, "bridge", model), "original_model", model)
     first = next(hf.parameters())
     inputs = dummy_inputs.placed(case.inputs(), first.device, first.dtype)
@@ -142,7 +145,10 @@ def _steps_after_image(case: FamilyCase, model: Any) -> Tensor:
 
 
 def halve_head(x: Tensor, hook: Any) -> Tensor:
-    """A hook on q, v or z [batch, position, heads, d_head] that halves head 1 (of v with one head: that one)."""
+    """A hook on q, v or z that halves head 1.
+
+    Shape [batch, position, heads, d_head]; of v with a single head it halves that one.
+    """
     x = x.clone()
     x[:, :, min(1, x.shape[2] - 1)] *= 0.5
     return x
@@ -202,7 +208,10 @@ def _generated_otherwise(case: FamilyCase) -> float:
 
 @contextmanager
 def _halved_by_hand(case: FamilyCase, prefix: str) -> Iterator[None]:
-    """Halve head 1's part of the input of an eager attention's output projection inside the block."""
+    """Halve head 1's part of an eager attention's output inside the block.
+
+    It changes the input of the output projection.
+    """
     stack, layer, attn = prefix.split(".")
     blocks = case.ours32.bridge.adapter.component_mapping[stack]
     part = blocks.submodules[attn]

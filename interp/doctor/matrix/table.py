@@ -1,4 +1,7 @@
-"""Verdicts on families, and the table that `interp doctor --architectures` prints and docs/models.md shows."""
+"""Verdicts on families, and their table.
+
+`interp doctor --architectures` prints it, and docs/models.md shows it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ CHECKS: dict[str, Callable[[FamilyCase], float]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of one check. ``gap``: largest relative difference; ``note``: why it failed or does not apply."""
+    """Result of one check.
+
+    ``gap``: largest relative difference; ``note``: why it failed or does not apply.
+    """
 
     check: str
     gap: float = 0.0
@@ -46,7 +52,10 @@ class Verdict:
 
 
 def run_check(case: FamilyCase, name: str) -> Verdict:
-    """Run one check of one family; any exception in it becomes a failed verdict with its message."""
+    """Run one check of one family.
+
+    Any exception in it becomes a failed verdict with its message.
+    """
     try:
         return Verdict(name, CHECKS[name](case))
     except DoesNotApply as reason:
@@ -94,7 +103,10 @@ class Matrix:
         return all(row.passed for row in self.rows)
 
     def frame(self) -> pd.DataFrame:
-        """One row per family and check: passed, applies, the largest relative difference, and a note."""
+        """One row per family and check: passed, applies, gap and note.
+
+        ``gap`` is the largest relative difference.
+        """
         return pd.DataFrame(
             {"family": r.family, "model": r.model, "check": v.check, "passed": v.passed, "applies": v.applies,
              "gap": v.gap, "note": v.note}
@@ -128,7 +140,10 @@ def header() -> list[str]:
 
 
 def architectures(families: Iterable[str] | None = None, say: Callable[[str], object] | None = None) -> Matrix:
-    """Examine the families named (default: all), one after the other; ``say`` is called after each."""
+    """Examine the named families (default: all).
+
+    ``say`` is called after each.
+    """
     rows = []
     for family in FAMILIES if families is None else families:
         if family not in FAMILIES:
