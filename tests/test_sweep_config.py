@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 import pytest
-from headstats.api import BACKENDS
+from headstats.backends import BACKENDS
 
 from interp.cli import main as cli
 from interp.errors import InterpError

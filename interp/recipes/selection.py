@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError, SiteError
 from interp.recipes.choices import LOGITS
+from interp.utils.arguments import is_whole
 from interp.utils.checks import text
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def receivers_text(value: Any) -> str:
 
 def position(value: Any) -> int | str:
     """Check a position: a number, or the name of a span."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_whole(value):
         return value
     return int(value) if text(value).lstrip("-").isdigit() else value
 

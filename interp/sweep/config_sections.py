@@ -17,6 +17,7 @@ from interp.recipes.options import RECEIVERS, SITE, SITES, Option
 from interp.recipes.registry import RECIPES, Recipe
 from interp.recipes.selection import layers_text, sites_text
 from interp.sweep.config_table import REQUIRED, Table
+from interp.utils.arguments import is_whole
 from interp.utils.checks import Check, flag, list_of, name, number, one_of, text, whole, without_none
 from interp.utils.files import PICKLES
 
@@ -106,11 +107,7 @@ def _backend(value: Any) -> str:
 
 
 def _device_map(value: Any) -> Any:
-    if (
-        isinstance(value, dict)
-        and value
-        and all(isinstance(v, int | str) and not isinstance(v, bool) for v in value.values())
-    ):
+    if isinstance(value, dict) and value and all(is_whole(v) or isinstance(v, str) for v in value.values()):
         return value
     return text(value)
 
