@@ -1,4 +1,4 @@
-"""Compile the program of zoo.tracr_induction with Tracr, and convert it with TransformerLens.
+"""Compile zoo.tracr_induction with Tracr, and convert it with TransformerLens.
 
 Run: python experiments/compile_tracr.py [FOLDER] (default: interp/zoo/weights). It takes seconds. It needs Tracr
 installed next to interp, in a separate environment: pip install tracr-pypi.
@@ -25,7 +25,10 @@ OUTPUT = "induction"
 
 
 def program() -> rasp.SOp:
-    """Return the RASP program: the token that followed the previous occurrence of the current token."""
+    """Return the RASP program of induction.
+
+    It outputs the token that followed the previous occurrence of the current token.
+    """
     back = rasp.Select(rasp.indices, rasp.indices, lambda key, query: key == query - 1)
     previous = rasp.Aggregate(back, rasp.tokens, default=None).named("previous")
     same = rasp.Select(previous, rasp.tokens, rasp.Comparison.EQ)
@@ -33,7 +36,9 @@ def program() -> rasp.SOp:
 
 
 def renumber(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """Reorder embedding and output rows to the ids of our tokenizer: special tokens, then letters.
+    """Reorder embedding and output rows to the token ids of the zoo's tokenizer.
+
+    These are special tokens, then letters.
 
     Only <bos> among the special tokens has a meaning for this model.
     """
@@ -49,7 +54,7 @@ def renumber(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Te
 
 
 def main(folder: Path) -> None:
-    """Compile, convert, renumber and save; then compare with the answers of Tracr's model."""
+    """Compile, convert, renumber and save; compare with the answers of Tracr's model."""
     model = compiling.compile_rasp_to_model(
         program(), vocab=set(LETTERS), max_seq_len=compiled.LENGTH, causal=True, compiler_bos="BOS"
     )
@@ -66,11 +71,11 @@ def main(folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in weights.items()}, path)
     about = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "config": config}
     path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    known = compiled.tracr_induction(folder=folder)
-    for pair in known.pairs(20):
+    zoo_model = compiled.tracr_induction(folder=folder)
+    for pair in zoo_model.pairs(20):
         tracr_answer = model.apply(["BOS", *pair.clean.split()]).decoded[-1]
-        logits = known.bridge(known.bridge.to_tokens(pair.clean))[0, -1]
-        our_answer = known.bridge.tokenizer.decode([int(logits.argmax())])
+        logits = zoo_model.bridge(zoo_model.bridge.to_tokens(pair.clean))[0, -1]
+        our_answer = zoo_model.bridge.tokenizer.decode([int(logits.argmax())])
         assert tracr_answer == our_answer == pair.answer.strip(), (pair, tracr_answer, our_answer)
     print(f"wrote {path}, which answers as Tracr's model does")
 

@@ -53,7 +53,7 @@ def picture(width: int, height: int, title: str, parts: list[str]) -> str:
 
 
 def directions() -> str:
-    """Draw denoising and noising: the run an activation is read from, and the run it is written into."""
+    """Draw denoising and noising: the runs that are read from and written into."""
     parts = []
     for x, mode, source, into in ((30, "denoising", "clean", "corrupt"), (440, "noising", "corrupt", "clean")):
         colours = {"clean": CLEAN, "corrupt": CORRUPT}
@@ -118,7 +118,7 @@ def sites() -> str:
 
 
 def edges() -> str:
-    """Draw what a patch changes: a node everything after it, an edge what one receiver reads."""
+    """Draw what a patch changes: all after a node, or what one receiver reads."""
     parts = []
     for x, title, direct in (
         (30, "patching a head: everything after it", False),

@@ -1,4 +1,6 @@
-"""Draw kernels/headstats/statistics.svg: each statistic of headstats on one small pattern.
+"""Draw each statistic of headstats on one small pattern.
+
+The picture is kernels/headstats/statistics.svg.
 
 Run: python experiments/draw_statistics.py [FILE]. All numbers in the picture come from headstats.attend.
 """
@@ -20,7 +22,7 @@ SEGMENTS = ("#dbeafe", "#fde68a", "#dcfce7")
 
 
 def pattern() -> tuple[torch.Tensor, headstats.AttentionStats]:
-    """Compute a pattern with a sink, weight on the previous token, and a second peak that moves with the query."""
+    """Compute a pattern with a sink, a previous-token diagonal and a second diagonal."""
     logits = torch.randn(N, N, generator=torch.Generator().manual_seed(3)) * 0.5
     logits[:, 0] += 2.0
     logits.diagonal(-1).add_(1.6)

@@ -1,4 +1,4 @@
-"""Measure edge attribution: seconds and memory on the embedded model, and next to TransformerLens.
+"""Measure seconds and memory of edge attribution, also against TransformerLens.
 
 Run: python experiments/edge_attribution.py [CASE …] [--json experiments/results/edge_attribution.json]
 
@@ -60,7 +60,7 @@ def long() -> dict[str, Any]:
 
 
 def peer() -> dict[str, Any]:
-    """Run EAP of both libraries in turn on prompts of 16 tokens, and compare scores and times."""
+    """Compare scores and times of EAP in both libraries, on prompts of 16 tokens."""
     from transformer_lens.tools.analysis import attribution_patching as tl
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -112,7 +112,7 @@ def peer() -> dict[str, Any]:
 
 
 def last_logit_difference(logits: torch.Tensor, answer: int, foil: int) -> torch.Tensor:
-    """Return the logit of the answer minus that of the foil at the last position of the first row."""
+    """Return the logit difference at the last position of the first row."""
     return logits[0, -1, answer] - logits[0, -1, foil]
 
 

@@ -1,4 +1,4 @@
-"""Causal tracing of facts: which states, MLPs and attention layers restore a fact with a noised subject.
+"""Causal tracing: what restores a fact whose subject is noised.
 
     python experiments/facts_tracing.py [RUN]
 

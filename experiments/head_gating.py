@@ -1,4 +1,4 @@
-"""Causal head gating on IOI, compared with exact ablation and with toggling on other data.
+"""Causal head gating on IOI, against exact ablation and toggling on other data.
 
 Run: python experiments/head_gating.py [--json experiments/results/head_gating.json] [--steps 30] [--seeds 2]
 
@@ -62,7 +62,7 @@ def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def ablation_harm(model: interp.Model, pairs: Any) -> np.ndarray:
-    """Return by how much the logit difference falls when each head alone is ablated, for all heads in order."""
+    """Return the fall of the logit difference when each head alone is ablated."""
     summary: Any = interp.ablate(model, pairs, model.sites("z"), using="zero", show_progress=False).summary()
     return -summary.sort_values(["layer", "head"])["raw"].to_numpy()
 

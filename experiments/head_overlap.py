@@ -49,7 +49,7 @@ def count_shared(a: pd.Series, b: pd.Series) -> int:
 
 
 def overlap_of_halves(frame: pd.DataFrame) -> float:
-    """Return the mean overlap of two halves of the prompts of a task, over twenty random splits."""
+    """Return the mean overlap of two halves of a task over twenty random splits."""
     numbers, rng = frame["example"].unique(), np.random.default_rng(0)
     overlaps = []
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Head statistics by context length: entropy, sink mass and distance at 512 to 8,192 tokens.
+"""Head statistics by context length, from 512 to 8,192 tokens.
 
     python experiments/head_statistics.py [RUNS]
 

@@ -1,4 +1,4 @@
-"""Edge attribution on induction: whether it finds the induction head and the previous-token heads it needs.
+"""Edge attribution on induction: does it find the heads that are known to matter?
 
 Run: python experiments/induction_circuit.py [--json experiments/results/induction_circuit.json] [--pairs 16]
 
@@ -62,7 +62,7 @@ def attention_roles(model: interp.Model, pairs: Any) -> dict[str, np.ndarray]:
 
 
 def rank_heads(scores: EdgeScores) -> list[interp.Site]:
-    """Return the heads in order of the largest |score| of their outgoing edges, best first."""
+    """Return the heads by the largest |score| of their outgoing edges, best first."""
     best = dict(zip(scores.graph.senders, np.nanmax(np.abs(scores.matrix), axis=0), strict=True))
     return sorted((s for s in best if s.component == "z"), key=lambda s: -best[s])
 
@@ -79,7 +79,7 @@ def smallest_size(scores: EdgeScores, site: interp.Site) -> int | None:
 
 
 def induction_circuit(model: interp.Model, pairs: Any) -> dict[str, Any]:
-    """Score all edges, and report the ranks of the induction head and of the previous-token heads."""
+    """Report the ranks of the induction head and of the previous-token heads."""
     with ResourceMeter() as meter:
         scores = attribute_edges(model, pairs, steps=5, show_progress=False)
     attends = attention_roles(model, pairs)
@@ -112,7 +112,7 @@ def induction_circuit(model: interp.Model, pairs: Any) -> dict[str, Any]:
 
 
 def null(seed: int, tokenizer: Any) -> dict[str, Any]:
-    """Return the gain of the best circuit of a random model, on the scored pairs and on other pairs."""
+    """Return the gain of a random model's best circuit, on scored and on other pairs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Composition and channels: from the induction head to previous-token heads by weights and by directions.
+"""Composition and channels from an induction head to previous-token heads.
 
 Run: python experiments/induction_weights.py [--json experiments/results/induction_weights.json] [--pairs 8]
 
@@ -47,7 +47,10 @@ OFFSETS = (4, 8, 12)
 
 
 def composition(weights: WeightCircuits, layer: int) -> np.ndarray:
-    """Return z of the composition of every earlier head with the keys of a layer, [heads, earlier layers, heads]."""
+    """Return z of the composition of every earlier head with the keys of a layer.
+
+    The shape is [heads, earlier layers, heads].
+    """
     total = 0.0
     for offset in OFFSETS:
         table: Any = weights.composition("k", offset=offset, layers=[layer])
@@ -62,7 +65,7 @@ def rank(values: np.ndarray, site: tuple[int, int]) -> int:
 
 
 def median_directions(model: interp.Model, weights: WeightCircuits, pairs: Any, firings: Any) -> dict[str, Any]:
-    """Return how many directions carry the scores: singular ones, and those of random bases of the same space."""
+    """Return how many directions carry the scores, in the singular and random bases."""
     norm, generator = weights.norms[LAYER], torch.Generator().manual_seed(0)
     counts: dict[str, list[int]] = {"singular": [], "random": []}
     for row in firings.itertuples():
@@ -87,7 +90,7 @@ def median_directions(model: interp.Model, weights: WeightCircuits, pairs: Any, 
 
 
 def main() -> None:
-    """Compute composition and channels, compare them with the baselines, print and write the results."""
+    """Compute composition and channels and their baselines, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pairs", type=int, default=8)

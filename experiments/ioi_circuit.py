@@ -1,4 +1,4 @@
-"""Circuit methods compared on IOI: which method ranks the edges of the embedded model best.
+"""Circuit methods compared on IOI: which method ranks edges best.
 
     python experiments/ioi_circuit.py run [METHOD …] [--seconds 280]     run methods one after the other, resumable
     python experiments/ioi_circuit.py table                              write results/ioi_circuit.json and .md
@@ -74,7 +74,7 @@ def by_gradients(method: Any) -> Scorer:
 
 
 def by_nodes(method: Any) -> Scorer:
-    """Return scores of edges from scores of nodes: an edge scores as the weaker of its two ends.
+    """Return scores of edges from scores of nodes: the weaker of both ends.
 
     The best n edges are then the edges among the best nodes.
     """
@@ -98,7 +98,9 @@ def by_nodes(method: Any) -> Scorer:
 
 
 def by_path_patching(model: Any, pairs: Any) -> EdgeScores:
-    """Score every edge exactly: patch the corrupt activation of its sender along this edge alone in the clean run.
+    """Score every edge exactly, by path patching.
+
+    The corrupt activation of the sender is patched along this edge alone in the clean run.
 
     `interp.path_patch` takes heads and MLPs as senders. Edges from the input are removed in the model run as a circuit.
     """
@@ -127,7 +129,7 @@ THRESHOLDS = (0.001, 0.003, 0.01)
 
 
 def by_acdc(model: Any, pairs: Any) -> EdgeScores:
-    """Run ACDC at several thresholds, starting from the `SCREENED` best edges of EAP-IG.
+    """Run ACDC at several thresholds from the `SCREENED` best edges of EAP-IG.
 
     An edge scores the largest threshold at which it stays. Ties, and the edges that never stay, are ranked by EAP-IG.
     """
@@ -173,7 +175,10 @@ METHODS: dict[str, Method] = {
 
 
 def load_pairs(model: interp.Model) -> tuple[list[Any], list[Any]]:
-    """Return pairs to score on, shortest first, and other pairs to measure on. No prompt is in both."""
+    """Return pairs to score on, shortest first, and other pairs to measure on.
+
+    No prompt is in both.
+    """
     train, test = (list(interp.tasks.ioi(model, n=n, seed=s)) for n, s in ((TRAIN, 1), (TEST, 2)))
     seen = {p.clean for p in train} | {p.corrupt for p in train}
     assert not seen & ({p.clean for p in test} | {p.corrupt for p in test}), "a prompt is in both splits"
@@ -223,7 +228,10 @@ def mean_scores(model: interp.Model, work: Path) -> EdgeScores:
 
 
 def run(names: list[str], root: Path, only: str, seconds: float | None) -> None:
-    """Run the unfinished pieces of some methods whose names begin with ``only``, each in its own process."""
+    """Run the unfinished pieces of some methods, each in its own process.
+
+    Only pieces whose names begin with ``only`` are run.
+    """
     begun = time.monotonic()
     for name in names:
         work = root / name
@@ -244,7 +252,10 @@ def run(names: list[str], root: Path, only: str, seconds: float | None) -> None:
 
 
 def table_row(name: str, work: Path) -> dict[str, Any] | None:
-    """Return the results of one method, without unfinished curves; None if its scores are not finished."""
+    """Return the results of one method, without unfinished curves.
+
+    None if its scores are not finished.
+    """
     finished = {w: json.loads((work / f"{w}.json").read_text()) for w in pieces(name) if (work / f"{w}.json").exists()}
     scores = [x for what, x in finished.items() if what.startswith("score")]
     if len(scores) < sum(what.startswith("score") for what in pieces(name)):
@@ -291,7 +302,7 @@ def markdown(result: dict[str, Any]) -> str:
         return "not run" if x is None else f"{x[0]:.3f} [{x[1]:.3f}, {x[2]:.3f}]"
 
     def busy(r: dict[str, Any]) -> str:
-        """Return a mark if the machine did other work, by its load in the minute in which scoring ended."""
+        """Return a mark if the machine did other work when scoring ended."""
         return r"\*" if r["load"] > THREADS + 0.5 else ""
 
     def at(r: dict[str, Any], size: float) -> str:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run or resume the sweep, write the table, and print the heads with the largest indirect effects."""
+    """Run or resume the sweep, write the table, and print the strongest mediators."""
     sweep = interp.Sweep(HERE / "ioi_mediation.toml", *sys.argv[1:2])
     print(outcome := sweep.run())
     (effects,) = sweep.effects().values()

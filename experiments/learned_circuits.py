@@ -1,4 +1,4 @@
-"""Edge pruning against EAP-IG: faithfulness of circuits of the same size on held-out pairs.
+"""Edge pruning against EAP-IG: faithfulness on held-out pairs by size.
 
 Run: python experiments/learned_circuits.py [--json experiments/results/learned_circuits.json] [--minutes 12]
 
@@ -56,7 +56,7 @@ def fit_gates(model: interp.Model, pairs: Any, minutes: float) -> tuple[Any, dic
 
 
 def judge(model: interp.Model, pairs: Any, scores: Any, absolute: bool, sizes: Any) -> list[dict[str, Any]]:
-    """Measure the faithfulness of the best edges of a ranking, by size, and of random circuits of as many edges."""
+    """Measure faithfulness by size, of the best edges and of random circuits."""
     rows = []
     for size in sizes:
         try:

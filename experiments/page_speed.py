@@ -1,4 +1,4 @@
-"""Measure the report page in headless Chromium: time to open, time to switch heads, and memory of the tab.
+"""Measure speed and memory of the report page in headless Chromium.
 
     python experiments/page_speed.py [report.html] [--rounds 5] [--json results/page_speed.json]
 
@@ -37,8 +37,8 @@ EXACT = ["L17H4", "L20H0", "L23H3", "L29H1"]
 VISITED = 40  # heads that are chosen in turn: more than a reader looks at in one session
 PAINT = """() => new Promise((done) => {
   const read = () => {
-    const found = performance.getEntriesByName("first-contentful-paint")[0];
-    if (found) done(found.startTime); else setTimeout(read, 10);
+    const entry = performance.getEntriesByName("first-contentful-paint")[0];
+    if (entry) done(entry.startTime); else setTimeout(read, 10);
   };
   read();
 })"""
@@ -56,7 +56,10 @@ BUSY = "() => { const end = performance.now() + 400; while (performance.now() < 
 
 
 def renderer(browser: Browser, page: Page) -> int:
-    """Return the process id of the page's renderer: the process that uses CPU time while the page's script runs."""
+    """Return the process id of the page's renderer.
+
+    It is the process that uses CPU time while the page's script runs.
+    """
     session = browser.new_browser_cdp_session()
 
     def seconds() -> dict[int, float]:
@@ -132,7 +135,10 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def long_report(tokens: int) -> Path:
-    """Make the report of the embedded model on a long prompt; the patterns are computed once and saved."""
+    """Make the report of the embedded model on a long prompt.
+
+    The patterns are computed once and saved.
+    """
     import interp
     from interp.results.attention_patterns import AttentionPatterns
 

@@ -16,7 +16,10 @@ def resident() -> float:
 
 
 class ResourceMeter:
-    """Measure the seconds spent in a ``with`` block and its peak resident memory, sampled every 5 ms."""
+    """Measure seconds and peak resident memory of a ``with`` block.
+
+    Memory is sampled every 5 ms.
+    """
 
     def __enter__(self) -> ResourceMeter:
         self.before = self.peak = resident()
@@ -36,6 +39,6 @@ class ResourceMeter:
         self.thread.join()
 
     def facts(self) -> dict[str, float]:
-        """Return the measurements as a JSON object, with the load of the machine in the last minute."""
+        """Return the measurements for JSON, with the machine's load in the last minute."""
         load = os.getloadavg()[0]
         return {"seconds": self.seconds, "peak_mib": self.peak, "loaded_mib": self.before, "load": load}

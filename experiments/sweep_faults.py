@@ -1,4 +1,4 @@
-"""Kill a real sweep fifty times at random instants, and compare the resumed run with an undisturbed run.
+"""Kill a sweep fifty times at random, and compare it with an undisturbed run.
 
     python experiments/sweep_faults.py [--kills 50] [--seed 0] [--out experiments/results/sweep_faults.json]
 
@@ -95,7 +95,7 @@ def parts(root: Path) -> dict[str, bytes]:
 def kill_at_random(
     disturbed: interp.Sweep, config: Path, kills: int, dice: random.Random
 ) -> tuple[list[str], list[int]]:
-    """Start and kill a run repeatedly; return each target, and the number of parts after each kill."""
+    """Start and kill a run repeatedly; return targets and numbers of parts."""
     folder = config.parent / "disturbed"
     targets: list[str] = []
     parts_after: list[int] = []
@@ -139,7 +139,7 @@ def processes_to_kill(driver: int, target: str, dice: random.Random) -> list[int
 
 
 def main() -> None:
-    """Run the sweep undisturbed and disturbed, compare the bytes, and write the result."""
+    """Run the sweep undisturbed and disturbed, and compare the bytes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--examples", type=int, default=60)

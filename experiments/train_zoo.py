@@ -1,4 +1,4 @@
-"""Train the small models that interp.zoo ships: zoo.trained_induction and zoo.modular_addition.
+"""Train zoo.trained_induction and zoo.modular_addition, which interp ships.
 
 Run: python experiments/train_zoo.py induction|addition [FOLDER]. Training is seeded and takes a few minutes on two
 cores for each model. Writes NAME.safetensors and NAME.json (configuration, checksum, measurements) into FOLDER
@@ -41,7 +41,7 @@ def build(config: dict[str, Any]) -> NativeModel:
 
 
 def induction() -> tuple[NativeModel, dict[str, Any]]:
-    """Train on sequences of which half repeat a random segment and half follow a fixed table of successors."""
+    """Train on repeated random segments and on texts of a fixed successor table."""
     n = len(trained.INDUCTION_WORDS)
     config = {
         "d_model": 64, "d_head": 16, "n_heads": 4, "n_layers": 2, "n_ctx": N_CTX, "d_vocab": len(SPECIALS) + n,
@@ -63,14 +63,20 @@ def induction() -> tuple[NativeModel, dict[str, Any]]:
 
 
 def repeated_words(rows: int, n: int, draw: Tensor | Any) -> Tensor:
-    """Return random words [rows, n_ctx − 1]; each row repeats with its own period of 5 to 30 words."""
+    """Return random words [rows, n_ctx − 1] that repeat.
+
+    Each row has its own period of 5 to 30 words.
+    """
     words = torch.randint(n, (rows, N_CTX - 1), generator=draw)
     periods = torch.randint(5, 31, (rows, 1), generator=draw)
     return words.gather(1, torch.arange(N_CTX - 1)[None] % periods)
 
 
 def successor_texts(rows: int, successors: Tensor, draw: Any) -> Tensor:
-    """Return words [rows, n_ctx − 1]; each word is one of four successors of the previous word."""
+    """Return words [rows, n_ctx − 1].
+
+    Each word is one of four successors of the previous word.
+    """
     ids = [torch.randint(len(successors), (rows,), generator=draw)]
     for _ in range(N_CTX - 2):
         ids.append(successors[ids[-1], torch.randint(4, (rows,), generator=draw)])

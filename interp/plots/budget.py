@@ -1,4 +1,6 @@
-"""Fit a page into its size: add examples until the budget is used, and state on the page what was left out.
+"""Fit a page into its size by adding examples until the budget is used.
+
+The page states what was left out.
 
 Means, intervals, tables of effects and circuits are always complete. Attention makes a page large: statistics of every
 head at every token, and patterns. The page contains a few examples of these; the result files contain all.
@@ -33,7 +35,7 @@ def default_bytes(results: list[Any]) -> int:
 
 
 def add_examples(results: list[Any], encoded: list[dict[str, Any]], n_bytes: int) -> None:
-    """Fill ``examples`` of encoded results in turns while they fit; each result gets at least one example."""
+    """Fill ``examples`` of encoded results in turns while they fit, at least one each."""
     attention = [
         (r, d) for r, d in zip(results, encoded, strict=True) if isinstance(r, AttentionStats | AttentionPatterns)
     ]

@@ -45,7 +45,7 @@ ARCHITECTURE = ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")
 
 
 def encode_circuit(circuit: CircuitLike, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Encode nodes with their place in the model, and edges with the nodes that they feed."""
+    """Encode nodes with their place in the model, and edges with the nodes they feed."""
     graph, senders = circuit.graph, {e.sender for e in circuit.edges}
     nodes = [*circuit.nodes(), graph.output]
     number = {site: i for i, site in enumerate(nodes)}
@@ -95,7 +95,7 @@ def decode_circuit(data: dict[str, Any]) -> Any:
 
 
 def encode_curve(curve: CurveLike, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Encode faithfulness at each size with its interval, and the two areas (CPR and CMD)."""
+    """Encode faithfulness by size with its interval, and the areas CPR and CMD."""
     frame = curve.frame()
     measured = {c: [_number(x) for x in frame[c]] for c in ("size", "edges", "faithfulness", "lo", "hi")}
     areas = {name: [_number(x) for x in getattr(curve, name)] for name in ("cpr", "cmd")}

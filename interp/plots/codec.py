@@ -22,7 +22,7 @@ STORES = ("uint8", "uint16", "int32", "float32", "float64")  # types that a brow
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
-    """Encode a numeric array so that `unpack` gives back the same values, shape and dtype."""
+    """Encode a numeric array; `unpack` returns the same values, shape and dtype."""
     store = next((s for s in STORES if _is_exact(array, s)), None)
     if store is None:
         raise InterpError(f"cannot store {array.dtype} values exactly in a report; convert them to float64 first")
@@ -58,7 +58,10 @@ def unpack(packed: dict[str, Any]) -> np.ndarray:
 
 
 def pack_dictionary(values: Sequence[Any] | pd.Series) -> dict[str, Any]:
-    """Encode a column with few distinct values (strings, integers, missing) as a list and indices into it."""
+    """Encode a column with few distinct values as a list and indices into it.
+
+    Values are strings, integers or missing.
+    """
     codes, distinct = pd.factorize(pd.Series(values), use_na_sentinel=False)
     values_list = [None if pd.isna(v) else v.item() if isinstance(v, np.generic) else v for v in distinct]
     return {"values": values_list, "index": pack(np.asarray(codes))}

@@ -32,7 +32,9 @@ def heatmap(
     title: str | None = None,
     **conditions: Any,
 ) -> go.Figure:
-    """Draw a layer × head or layer × position map of effects: red above zero, blue below, symmetric limits.
+    """Draw a layer × head or layer × position map of effects.
+
+    Red is above zero, blue below, with symmetric limits.
 
         from interp.plots import heatmap
         effects = interp.patch(model, pairs, model.sites("z"))
@@ -72,7 +74,7 @@ def heatmap(
 
 
 def heads(stats: AttentionStats, statistic: str, *, skip_first: bool = True, title: str | None = None) -> go.Figure:
-    """Draw a layer × head map of an attention statistic, averaged over positions and examples."""
+    """Draw the mean of an attention statistic over positions and examples, by head."""
     if len(stats) == 0:
         raise InterpError("there are no prompts in these attention statistics, so there is nothing to draw")
     z = stats.per_head(statistic, skip_first=skip_first)
@@ -93,7 +95,7 @@ def bars(
     effects: Effects, top: int = 15, *, value: str = "effect", by: str | None = None,
     title: str | None = None, **conditions: Any,
 ) -> go.Figure:  # fmt: skip
-    """Draw the ``top`` strongest sites (largest absolute mean) with 95% intervals, strongest on top."""
+    """Draw the ``top`` sites with the largest absolute means, with 95% intervals."""
     panel, variant = _only(effects, by, None, conditions)
     _check_value(value)
     if top < 1:
@@ -139,7 +141,10 @@ def site_label(panel: Panel, row: int, column: int) -> str:
 
 
 def _only(effects: Effects, by: str | None, example: int | None, conditions: dict[str, Any]) -> tuple[Panel, Variant]:
-    """Return the single panel and variant that meets the conditions, or raise an error that says how to select one."""
+    """Return the single panel and variant that meets the conditions.
+
+    If there are several, the InterpError says how to select one.
+    """
     selected = effects.where(**conditions) if conditions else effects
     if len(selected) == 0:
         raise InterpError(f"no effects are left after {conditions or 'reading an empty table'}; nothing to draw")
@@ -198,7 +203,10 @@ def _hover(panel: Panel, cells: dict[str, np.ndarray], value: str, row: int, col
 
 
 def _frame(figure: go.Figure, title: str, rows: Axis, columns: Axis) -> None:
-    """Set a local theme and labelled axes; ticks are numeric, so that equal tokens stay separate."""
+    """Set a local theme and labelled axes.
+
+    Ticks are numeric, so that equal tokens stay separate.
+    """
     figure.update_layout(
         template="plotly_white", font={"family": FONT, "size": 12}, title={"text": escape(visible_title(title))},
         width=max(420, 180 + 34 * len(columns.values)), height=max(320, 190 + 15 * len(rows.values)),

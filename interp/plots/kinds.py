@@ -83,7 +83,10 @@ def provenance_of(result: Result) -> dict[str, Any]:
 
 
 def encode(result: Result) -> dict[str, Any]:
-    """Encode one result as JSON, without its examples (`interp.plots.budget` adds as many as fit)."""
+    """Encode one result as JSON, without its examples.
+
+    `interp.plots.budget` adds as many examples as fit.
+    """
     kind = kind_of(result)
     if kind is None:
         raise InterpError(f"a report cannot show a {type(result).__name__}")

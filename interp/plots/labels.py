@@ -11,7 +11,9 @@ _NAMED = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡", "\u20
 
 
 def visible(token: str | None, limit: int = 24) -> str:
-    """Return a token as a label of at most ``limit`` characters: ``" John\\n"`` → ``"·John⏎"``.
+    """Return a token as a visible label: ``" John\\n"`` → ``"·John⏎"``.
+
+    A label has at most ``limit`` characters.
 
     Control characters and characters that change the text direction are written as their code points, so that no token
     can hide, reorder or break the text around it. The zero-width joiner stays, because emoji need it.

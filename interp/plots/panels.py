@@ -1,4 +1,4 @@
-"""Split a long table of effects into grids to draw: panels, their variants, rows and columns.
+"""Split a long table of effects into panels: grids to draw.
 
 Both the plotly figures and the page draw `Panel`s. One panel contains the sites of one component that share their axes.
 Its variants are the interventions, modes and metrics that were measured at these sites.
@@ -66,7 +66,10 @@ class Variant:
 
     @cached_property
     def undefined(self) -> int:
-        """Number of examples whose recovery is undefined, because clean and corrupt score the same."""
+        """Number of examples in which clean and corrupt score the same.
+
+        Their recovery is undefined.
+        """
         f: Any = self.effects.frame()
         return int(f.loc[f["effect"].isna() & f["raw"].notna(), "example"].nunique())
 
@@ -120,7 +123,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Panel:
-    """The sites of one component that share axes: layers down, ``columns`` across, ``slices`` by selector.
+    """The sites of one component that share axes.
+
+    Layers are the rows; ``columns`` are across; a selector chooses one of the ``slices``.
 
     ``slices`` is a third axis: the head of a layer × position map of heads, or the span of a layer × head map measured
     at named spans.
@@ -139,7 +144,7 @@ class Panel:
 
     @property
     def averages_positions(self) -> bool:
-        """Whether sites of single tokens are averaged by span. (A site can also *be* a span.)"""
+        """Whether sites of single tokens are averaged by span; a site can also be a span."""
         single = any(bool(v.effects.frame()["position"].notna().any()) for v in self.variants)
         return self.columns.kind == "role" and single
 
@@ -149,7 +154,10 @@ class Panel:
         return [a.kind for a in axes if a is not None and a.kind != "all"]
 
     def cells(self, variant: Variant) -> dict[str, np.ndarray]:
-        """Return `Effects.summary` of a variant as dense arrays [slices, rows, columns]; NaN: not measured."""
+        """Return `Effects.summary` of a variant as arrays [slices, rows, columns].
+
+        NaN means not measured.
+        """
         axes = [a for a in (self.slices, self.rows, self.columns) if a is not None]
         shape = tuple(len(a.values) for a in axes)
         summary: Any = variant.effects.summary(by=self.keys())
@@ -211,7 +219,10 @@ class EdgePanel(Panel):
 
 
 def edge_ends(f: Any, one_receiver: bool) -> tuple[pd.Series, pd.Series]:
-    """Return row and column of each edge: sender and receiver, or layer and head of the sender."""
+    """Return row and column of each edge.
+
+    These are sender and receiver, or layer and head of the sender if there is one receiver.
+    """
     if one_receiver:
         sites = [Site.parse(s) for s in f["sender"]]
         return pd.Series([s.layer for s in sites]), pd.Series([s.head for s in sites])
@@ -274,7 +285,7 @@ def split(effects: Effects, by: str | None = None) -> list[Panel]:
 
 # Tables have type Any below, because the types of pandas cannot express that a column is a Series.
 def _geometry(f: Any) -> list[pd.Series]:
-    """Return for each row the axis of the columns, and the axis of the selector (empty if there is none)."""
+    """Return for each row the axis of the columns, and that of the selector (or "")."""
     heads, positions, spans = f["head"].notna(), f["position"].notna(), f["role"] != ""
     across = np.select([positions, heads, spans], ["position", "head", "role"], "all")
     sliced = np.select([positions & heads, ~positions & heads & spans], ["head", "role"], "")
@@ -282,7 +293,10 @@ def _geometry(f: Any) -> list[pd.Series]:
 
 
 def _averaged_kind(part: Any) -> str:
-    """Return ``position`` if all examples agree at each position or there are no spans, else ``role``."""
+    """Return ``role`` if positions differ between examples and spans exist.
+
+    Else return ``position``.
+    """
     if not (part["role"] != "").any():
         return "position"
     tokens = part.drop_duplicates(["example", "position"])
@@ -312,7 +326,7 @@ def _columns(part: Any, kind: str) -> Axis:
 
 
 def _position_labels(part: Any, values: list[int]) -> list[str]:
-    """Label positions by the token if all examples agree on it, else by the role, else by the number."""
+    """Label positions by the token or the role that all examples share, or by number."""
     labels = []
     groups = part.groupby("position")[["token", "role"]].agg(["nunique", "first"])
     for value in values:

@@ -1,4 +1,7 @@
-"""Attention patterns as JSON: maps of √p as grey PNG, marginals in 8 bits, and exact rows of the exact heads."""
+"""Attention patterns as JSON.
+
+Maps of √p are grey PNG images, marginals have 8 bits, and the exact heads have exact rows.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ RECEIVERS = 20  # heads of highest receiver score whose vertical scores are aver
 
 
 def encode_patterns(patterns: AttentionPatterns, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Encode the values that all prompts share; `encode_pattern_example` encodes the prompts one by one."""
+    """Encode the values that all prompts share.
+
+    `encode_pattern_example` encodes the prompts one by one.
+    """
     scores = patterns.receiver_scores()
     return {
         "kind": "patterns",
@@ -77,7 +83,7 @@ def encode_pattern_example(
 
 
 def expected_bytes(patterns: AttentionPatterns, number: int, coarse: int, levels: int, topk: int) -> float:
-    """Estimate the size of an example in the page, from a few of its maps and the number of its largest weights."""
+    """Estimate the bytes of an example from a few of its maps and its largest weights."""
     sample = list(range(0, len(patterns.heads), max(1, len(patterns.heads) // SAMPLED)))
     runs = patterns.examples[number].runs.values()
     map_bytes = sum(len(s) for run in runs for s in _sheets(run.maps[sample], sample, coarse, levels)["sheets"])
@@ -124,7 +130,7 @@ def _vertical(run: PatternRun, example: PatternExample, heads: list[int]) -> lis
 
 
 def decode_patterns(data: dict[str, Any]) -> AttentionPatterns:
-    """Decode the AttentionPatterns of a report; marginals and blocks come back with 8 bits."""
+    """Decode the AttentionPatterns of a report; marginals and blocks have 8 bits."""
     number = {f"L{i}H{j}": (i, j) for i in range(data["layers"]) for j in range(data["heads"])}
     heads, exact = ([number[n] for n in data[k]] for k in ("names", "exact"))
     examples = [_decode_example(e, heads, exact) for e in data["examples"]]

@@ -1,4 +1,4 @@
-"""Effects and attention statistics as JSON that the page draws and `Report.read` opens again.
+"""Effects and attention statistics as JSON, for the page and for `Report.read`.
 
 Means and intervals are plain numbers, so that other programs can read them. The full tables are packed (see `codec`),
 exact to the last bit. Patterns, circuits and curves have their own modules.
@@ -21,7 +21,10 @@ from interp.results.effects import ADDED, COLUMNS, Effects, recovery_columns
 
 
 def clean_json(value: Any) -> Any:
-    """Convert any value to strict JSON: numpy scalars to numbers, NaN and infinity to text, others to str."""
+    """Convert any value to strict JSON.
+
+    Numpy scalars become numbers, NaN and infinity become text, and other types become str.
+    """
     if isinstance(value, dict):
         return {str(k): clean_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):
@@ -42,7 +45,7 @@ def numbers(array: np.ndarray) -> list[float | None]:
 
 
 def encode_effects(effects: Effects, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Encode one Effects as JSON: the panels with their summaries, and the table itself."""
+    """Encode one Effects as JSON: the panels with their summaries, and the table."""
     f: Any = effects.frame()
     table: dict[str, Any] = {}
     derived = recovery_columns(f)  # stored only if the table holds other values
@@ -95,7 +98,7 @@ def _encode_panel(panel: Panel) -> dict[str, Any]:
 
 
 def _row_variants(panels: list[Panel], n_rows: int) -> np.ndarray:
-    """Return the number of the variant that each row of the table belongs to, counted through all panels."""
+    """Return the variant of each row of the table, numbered through all panels."""
     owner = np.zeros(n_rows, dtype=np.int32)
     for i, variant in enumerate(v for panel in panels for v in panel.variants):
         owner[variant.rows] = i
@@ -124,7 +127,7 @@ def _encode_variant(panel: Panel, variant: Variant) -> dict[str, Any]:
 
 
 def _example_titles(f: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the number of every example, and the beginning of its text if the table has its tokens."""
+    """Return number and first words of every example; no words if tokens are missing."""
     tokens = f.dropna(subset=["position"]).drop_duplicates(["example", "position"]).sort_values("position")
     texts = {e: "".join(visible(t, 18) for t in part["token"]) for e, part in tokens.groupby("example")}
     return [
@@ -136,7 +139,10 @@ def _example_titles(f: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def encode_attention(stats: AttentionStats, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Encode attention statistics as JSON with per-head means; the report adds examples one by one."""
+    """Encode attention statistics as JSON with per-head means.
+
+    The report adds examples one by one.
+    """
     return {
         "kind": "attention",
         "provenance": provenance,
@@ -162,7 +168,7 @@ def _encode_statistic(stats: AttentionStats, name: str) -> dict[str, Any]:
 
 
 def encode_example(stats: AttentionStats, i: int, every: int = 1) -> dict[str, Any]:
-    """Encode one prompt: its tokens, and the statistics of every head at every ``every``-th token."""
+    """Encode the tokens of a prompt, with all statistics at every ``every``-th token."""
     tokens = stats.tokens[i][::every]
     return {
         "tokens": tokens,
@@ -201,7 +207,10 @@ def decode_prose(data: dict[str, Any]) -> str:
 
 
 def dump(payload: dict[str, Any]) -> str:
-    """Write JSON that is safe inside ``<script>``: pure ASCII, without the characters that HTML interprets."""
+    """Write JSON that is safe inside ``<script>``.
+
+    It is pure ASCII, without the characters that HTML interprets.
+    """
     text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

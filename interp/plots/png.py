@@ -1,4 +1,4 @@
-"""Eight-bit grey PNG: the image format that browsers decode themselves and that stores numbers exactly."""
+"""Eight-bit grey PNG, which browsers decode and which stores numbers exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def encode(image: UInt8[np.ndarray, "height width"]) -> str:
-    """Encode an image as base64 of a PNG, without PNG filters, which make attention maps larger."""
+    """Encode an image as base64 of a PNG.
+
+    No PNG filters are used, because they make attention maps larger.
+    """
     height, width = image.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     lines = np.concatenate([np.zeros((height, 1), np.uint8), image], axis=1)

@@ -15,7 +15,9 @@ Result = Any  # Effects, AttentionStats, AttentionPatterns or Circuit
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """Read every results file of a folder, or one file, by its name: effects first, then attention and circuits.
+    """Read every results file of a folder, or one file, by its name.
+
+    Effects come first, then attention and circuits.
 
     Within each group the order is that of creation. Raises InterpError if there are no results.
     """
@@ -45,7 +47,10 @@ def _is_circuit(file: Path) -> bool:
 
 
 def _read(file: Path) -> Result:
-    """Read one file as effects, patterns or statistics; InterpError from the last attempt if it is none of these."""
+    """Read one file as effects, patterns or statistics.
+
+    If it is none of these, the InterpError is about statistics.
+    """
     for kind in (Effects, AttentionPatterns):
         try:
             return kind.read(file)

@@ -1,4 +1,4 @@
-"""Plotly figures of relations: a head's pattern, faithfulness by size, estimates against exact effects, layer curves.
+"""Plotly figures of patterns, faithfulness, estimates and layers.
 
 As in `interp.plots.figures`, each figure has its own theme, and plotly's global templates are not changed.
 """
@@ -52,7 +52,10 @@ def attention_map(
 
 
 def faithfulness(curve: CurveLike, *, title: str | None = None) -> go.Figure:
-    """Draw the faithfulness of circuits by size, with its 95% band; the title names the ablation."""
+    """Draw the faithfulness of circuits by size, with its 95% band.
+
+    The title names the ablation.
+    """
     f = curve.frame()
     figure = go.Figure()
     if np.isfinite(f["lo"]).all():
@@ -75,7 +78,7 @@ def faithfulness(curve: CurveLike, *, title: str | None = None) -> go.Figure:
 def exact_against_estimated(
     exact: Effects, estimated: Effects, *, value: str = "raw", title: str | None = None
 ) -> go.Figure:
-    """Draw exact effects against estimated effects, one point for each site, with their correlation.
+    """Draw exact against estimated effects of each site, with their correlation.
 
     Raises InterpError if the tables have no site in common.
     """
@@ -107,7 +110,10 @@ def exact_against_estimated(
 
 
 def layer_curve(effects: Effects, *, value: str = "effect", title: str | None = None) -> go.Figure:
-    """Draw the mean effect of each layer with its 95% interval, one line for each component and intervention."""
+    """Draw the mean effect of each layer with its 95% interval.
+
+    Each component and intervention has its own line.
+    """
     rows: Any = effects.summary(by=["component", "intervention", "mode", "metric", "layer"])
     f = rows.dropna(subset=["layer", value])
     if f.empty:

@@ -31,7 +31,7 @@ DATA_BLOCK = re.compile(r'<script type="application/json" id="interp-report">(.*
 
 
 class Report:
-    """Results in reading order, and the page that shows them. `report` and `Report.read` return one.
+    """Results in reading order, and the page that shows them.
 
     ``sections`` are (name, result) pairs. A result is an Effects, an AttentionStats, an AttentionPatterns, a Circuit, a
     Curve or a string of prose.
@@ -79,13 +79,16 @@ class Report:
         )
 
     def to_plotly(self) -> dict[str, Any]:
-        """Return the maps and curves as plotly figures by name: means over all examples, to change or save."""
+        """Return the maps and curves, means over all examples, as plotly figures by name."""
         from interp.plots.static import figures_of
 
         return figures_of(self.sections)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page, whole or not at all. Raises InterpError if the path cannot be written."""
+        """Write the page, whole or not at all.
+
+        Raises InterpError if the path cannot be written.
+        """
         content = self.html.encode("ascii")
         with result_file(path) as file:
             file.write(content)
@@ -135,7 +138,10 @@ class Report:
         return page
 
     def _check_size(self, encoded: list[dict[str, Any]], bound: int, size: int) -> None:
-        """Raise InterpError if the page is larger than ``max_bytes``; log it if the default bound is exceeded."""
+        """Raise InterpError if the page is larger than ``max_bytes``.
+
+        If the default bound is exceeded, log a warning.
+        """
         if size <= bound:
             return
         largest = ", ".join(f"{what}: {n / 1e6:.1f} MB" for what, n in budget.sizes_of(encoded)[:3])
@@ -176,7 +182,7 @@ def report(
 
 
 def _check(sections: list[tuple[str | None, Result]]) -> None:
-    """Raise InterpError for results that cannot make a page, before anything is computed."""
+    """Raise InterpError for results that cannot make a page."""
     for i, (name, result) in enumerate(sections, start=1):
         label = f"result {i}" + (f" ({name})" if name else "")
         kind = kinds.kind_of(result)

@@ -36,7 +36,7 @@ def fill_template(title: str, data: str) -> str:
 
 @cache
 def _fixed_parts() -> dict[str, str]:
-    """Return template, style and script, with their hashes for the content-security policy."""
+    """Return template, style and script, with hashes for the content-security policy."""
     script, style = joined_script(page_scripts()), _read("page.css")
     return {
         "page": _read("page.html"), "style": style, "style_hash": _csp_hash(style),
@@ -45,7 +45,7 @@ def _fixed_parts() -> dict[str, str]:
 
 
 def page_scripts() -> dict[str, str]:
-    """Return the text of every module that the page uses, by name, each after the modules that it imports."""
+    """Return the text of every module of the page, each after those it imports."""
     scripts: dict[str, str] = {}
 
     def add(name: str) -> None:
@@ -60,7 +60,10 @@ def page_scripts() -> dict[str, str]:
 
 
 def joined_script(modules: dict[str, str]) -> str:
-    """Join modules into one strict script in ASCII, so that the page survives any encoding it is mailed in."""
+    """Join modules into one strict script.
+
+    It is in ASCII, so that the page survives any encoding it is mailed in.
+    """
     bare = (re.sub(r"^export ", "", IMPORT.sub("", text), flags=re.M) for text in modules.values())
     script = '"use strict";\n{\n' + "\n".join(bare) + "\n}\n"
     return re.sub(r"[^\x00-\x7f]", lambda m: json.dumps(m[0])[1:-1], script)
