@@ -257,7 +257,7 @@ class _Search:
     def _is_idle(self, mask: np.ndarray, row: int) -> bool:
         """Whether a receiver's node no longer sends anything.
 
-        Always False in forward order: not yet decided there.
+        Always False in forward order, where later receivers are not decided yet.
         """
         receiver = self.graph.receivers[row]
         if self.order == "forward" or receiver == self.graph.output:

@@ -211,7 +211,7 @@ def effects_by_route(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
 
     Effects are shares of m(M) − m(∅); ``total`` is that of all edges. ``direct``: edges to the logits; ``via_q``,
     ``via_k``, ``via_v``: into heads' queries, keys, values; ``via_mlp``: into MLPs. Each set of edges carries the
-    corrupt activation in a separate run. InterpError if m(M) = m(∅).
+    corrupt activation in a separate run. Raises InterpError if m(M) = m(∅).
     """
     graph, no_edges = evaluate.graph, np.zeros(evaluate.graph.allowed.shape, dtype=bool)
     empty = evaluate(no_edges)

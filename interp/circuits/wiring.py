@@ -73,7 +73,7 @@ class Wiring:
     ) -> Float[Tensor, "*rows heads d_head"]:
         """q, k or v of a layer, for one residual stream per head, or one for all.
 
-        One for all: #heads = 1.
+        A stream for all heads has #heads = 1.
         """
         normed, matrix = self.norm(layer, "attn")(x), self.reads(layer, component)
         if x.shape[0] == 1:

@@ -217,8 +217,8 @@ def _one_prompt(call: AttentionCall, row: int) -> AttentionCall:
 def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str]) -> None:
     """Raise ModelError unless a head's q and k reach that head's attention alone.
 
-    q and k are the activations that the hooks carry. Takes one forward per component, which changes head 0 of the first
-    layer: no other head's attention may change.
+    q and k are the activations that the hooks carry. The check takes one forward per component, which changes head 0 of
+    the first layer: no other head's attention may change.
     """
     layer = model.attention_layers[0]
     with capture_calls(model) as calls:

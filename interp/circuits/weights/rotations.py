@@ -27,8 +27,8 @@ RotationMatrices = Float[Tensor, "position d_head d_head"]
 class Rotations:
     """Rotation matrices of queries and keys by layer and position, and the scale.
 
-    A matrix M acts as q ↦ q M and k ↦ k M, on row vectors. They are measured on first use, up to the position needed,
-    by one forward of d_head + 1 prompts of that many tokens, which is expensive for large offsets.
+    A matrix M acts as q ↦ q M and k ↦ k M, on row vectors. Matrices are measured on first use, up to the position
+    needed, by one forward of d_head + 1 prompts of that many tokens, which is expensive for large offsets.
     """
 
     def __init__(self, model: Model):
