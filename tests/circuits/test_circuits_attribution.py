@@ -149,7 +149,7 @@ def test_a_tokenizer_of_another_model_is_told() -> None:
     model = interp.load(tiny_hf("llama"), tokenizer=word_tokenizer_of([f"w{i}" for i in range(120)]))
     with pytest.raises(interp.errors.PromptError, match="beyond the 100 tokens"):
         attribute_edges(model, interp.PromptPair("w1 w110", "w2 w110", "w3", "w4"))
-    with pytest.raises(ModelError, match="the tokenizer is another model's"):
+    with pytest.raises(ModelError, match="the tokenizer belongs to another model"):
         attribute_edges(model, interp.PromptPair("w1 w2", "w2 w2", "w110", "w4"))
 
 
