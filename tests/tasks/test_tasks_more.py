@@ -273,6 +273,11 @@ def test_words_that_a_tokenizer_does_not_know_are_no_difference():
         tasks.docstring(zoo.trained_induction().model, 4)
 
 
+def test_every_task_of_the_registry_is_a_function_of_the_package():
+    for task in tasks.TASKS.values():
+        assert task.make.__name__ in tasks.__all__ and getattr(tasks, task.make.__name__) is task.make
+
+
 def test_the_command_lists_tasks():
     done = subprocess.run(
         [sys.executable, "-m", "interp.cli.main", "tasks"], capture_output=True, text=True, check=True
