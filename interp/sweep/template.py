@@ -14,7 +14,7 @@ name = "ioi-heads"            # of the run, and of its folder: runs/ioi-heads
 seeds = [0]                   # prompts, donors and noise follow from these
 examples_per_part = 8         # examples computed and stored together: what is lost, at most, when something dies
 # engine = "auto"             # auto, fast, or naive (one full forward per cell: the oracle)
-# memory = "4GiB"             # what a worker may take beside the model's weights
+# memory = "4GiB"             # memory of a worker besides the model's weights
 
 [[models]]
 load = "smollm2"              # embedded; or a hub id, a local folder, a .gguf file
