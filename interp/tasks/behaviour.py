@@ -10,6 +10,7 @@ import numpy as np
 
 from interp.errors import PromptError, TaskError
 from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
+from interp.results.significance import percentile_interval, resample_examples
 from interp.tasks.vocabulary import TaskModel
 
 
@@ -87,8 +88,7 @@ def _interval(values: np.ndarray, n_boot: int = 2000, tail: float = 0.025) -> tu
 
     Its seed is fixed, so equal values give equal intervals.
     """
-    if len(values) < 2:
+    if len(values) < 2 or np.isnan(values).any():
         return float("nan"), float("nan")
-    draws = np.random.default_rng(0).integers(len(values), size=(n_boot, len(values)))
-    lo, hi = np.quantile(values[draws].mean(1), [tail, 1 - tail])
+    lo, hi = percentile_interval(values[resample_examples(len(values), n_boot)].mean(1), tail)
     return float(lo), float(hi)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from interp.errors import TaskError
 from interp.prompts.pairs import Coder, PairSet, PromptPair
+from interp.utils.arguments import is_whole
 
 
 class TaskModel(Protocol):
@@ -104,5 +105,5 @@ def words_of_tokenizer(model: TaskModel, *, fewest: int, most: int) -> list[str]
 
 def check_count(n: int, task: str) -> None:
     """Raise TaskError unless ``n`` is an integer of at least 1."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if not is_whole(n, 1):
         raise TaskError(f"{task}: n must be a whole number of at least 1, got {n!r}")
