@@ -235,7 +235,8 @@ def test_what_is_not_asked_for_is_not_there():
 
 def test_it_computes_every_statistic_and_reads_the_whole_call():
     """What this backend does not do yet stands here, so that a new statistic or field is not forgotten."""
-    assert set(cpu.COMPUTED) == {s.name for s in headstats.STATISTICS}
+    not_computed_yet: set[str] = set()  # names of statistics that the C++ lacks
+    assert set(cpu.COMPUTED) | not_computed_yet == {s.name for s in headstats.STATISTICS}
     assert {f.name for f in fields(Call)} >= cpu.READ
 
 
