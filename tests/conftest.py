@@ -15,6 +15,7 @@ from interp.doctor.families.text import tiny_hf
 LONGEST = ("triton", "test_notebooks.py")  # groups to begin with, so that the two processes end together
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process, and skip a GPU test without a GPU, by name.
 

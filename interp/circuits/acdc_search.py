@@ -185,8 +185,7 @@ class _Search:
         self.rows: list[int] = list(rows[::-1] if order == "backward" else rows)
         self.first_value = float(self.evaluate(self.first).mean())
         empty = float(self.evaluate(np.zeros_like(self.first)).mean())
-        size = abs(self.first_value) + abs(empty)
-        if size < 1e-9 or not abs(self.first_value - empty) > 1e-9 * size:
+        if abs(self.first_value) + abs(empty) < 1e-9 or not self.evaluate.has_gap(self.first_value, empty):
             raise InterpError(
                 f"{self.evaluate.metric.name} is {self.first_value:.4g} with all edges and with none "
                 f"({self.evaluate.recipe['ablation']}): there is no difference that a circuit could explain"

@@ -214,9 +214,9 @@ def effects_by_route(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
     corrupt activation in a separate run. Raises InterpError if m(M) = m(∅).
     """
     graph, no_edges = evaluate.graph, np.zeros(evaluate.graph.allowed.shape, dtype=bool)
-    empty = evaluate(no_edges)
-    gap = evaluate.whole.mean() - empty.mean()
-    if not evaluate.has_gap(empty):
+    whole, empty = float(evaluate.whole.mean()), float(evaluate(no_edges).mean())
+    gap = whole - empty
+    if not evaluate.has_gap(whole, empty):
         raise InterpError("the metric is the same in the clean and the corrupt run: no head can have an effect")
     routes = {"total": None, "direct": "resid_post", "via_q": "q", "via_k": "k", "via_v": "v", "via_mlp": "mlp_out"}
     route_rows = {

@@ -164,14 +164,14 @@ class Evaluator:
         torch_mask = torch.from_numpy(mask)
         return Start(mask.copy(), [record_circuit(self.wiring, b.prompts, torch_mask) for b in self.packed])
 
-    def has_gap(self, empty: Float[np.ndarray, " examples"]) -> bool:
-        """Whether the means of ``whole`` and ``empty`` differ by more than rounding.
+    def has_gap(self, first: float, second: float) -> bool:
+        """Return whether two means of the metric over the examples differ by more than rounding.
 
-        ``empty``: the metric with every edge ablated.
+        Rounding of the logits, and 1e-9 of the metric's own size: sums of many numbers in another order.
         """
-        return abs((self.whole - empty).mean()) > self.rounding.mean()
+        size = abs(first) + abs(second)
+        return abs(first - second) > max(float(self.rounding.mean()), 1e-9 * size)
 
-    @property
     def at_once(self) -> int:
         """Number of circuits in one forward, if they continue runs from late layers."""
         longest = max(sum(batch.prompts.lengths) for batch in self.packed) if self.packed else TOKENS

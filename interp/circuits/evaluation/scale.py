@@ -49,7 +49,7 @@ class Scale:
         self.recipe: dict[str, Any] = self.evaluate.recipe
         self.whole = self.evaluate.whole
         self.empty = self.evaluate(np.zeros(circuit.graph.allowed.shape, dtype=bool))
-        if not self.evaluate.has_gap(self.empty):
+        if not self.evaluate.has_gap(self.whole.mean(), self.empty.mean()):
             raise InterpError(
                 f"the metric is the same on the whole model and with every edge ablated ({self.whole.mean():.4g}, "
                 f"{self.recipe['ablation']}): there is no difference that a circuit could explain"
