@@ -17,7 +17,7 @@ demo: $(STAMP)  ## the main job on the embedded model; results and report.html i
 	$(BIN)/interp demo $(ARGS)
 
 # Two processes of one thread each; the files of tests are shared out among them (see tests/conftest.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test: $(STAMP)  ## all tests that need no GPU (downloads the embedded model on first use)
 	$(PYTEST) $(ARGS)

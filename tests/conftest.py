@@ -12,27 +12,16 @@ import torch
 
 from interp.doctor.families.text import tiny_hf
 
-LONGEST = ("triton", "test_notebooks.py")  # groups to begin with, so that the two processes end together
+# Files to begin with, so that the two processes of `make test` end together.
+LONGEST = ("test_headstats_triton.py", "test_headstats_triton_passes.py", "test_notebooks.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and skip a GPU test without a GPU, by name.
-
-    The tests that share Triton's slow jobs (headstats_jobs.py) are one group, so that each job runs once.
-    """
-    groups = {item: "triton" if "job" in parameters_of(item) else item.path.name for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Skip a GPU test without a GPU, by name, and begin with the longest files."""
+    for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
-
-
-def parameters_of(item: pytest.Item) -> dict[str, object]:
-    """The parameters of a parametrized test."""
-    callspec = getattr(item, "callspec", None)
-    return {} if callspec is None else callspec.params
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:

@@ -46,12 +46,13 @@ def attend_compiled(compiled_library):
     return attend
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def jobs(request, tmp_path_factory):
-    """``jobs[name]``: a finished process of `headstats_jobs`. The first test that asks starts all that were collected,
-    by their parameter ``job``.
+    """``jobs[name]``: a finished process of `headstats_jobs`.
+
+    The first test of a file that asks starts all jobs that the file's collected tests name by their parameter ``job``.
     """
-    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
     wanted = {call.params["job"] for call in calls if call is not None and "job" in call.params}
     running = Jobs(wanted, tmp_path_factory.mktemp("triton"))
     yield running
