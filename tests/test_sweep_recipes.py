@@ -93,3 +93,24 @@ def test_steering_needs_its_texts_and_single_sites(pairs) -> None:
         document = config_of("steer", pairs)
         document["sites"] = [{"name": "movers", "groups": {"a": "resid_pre.L0"}}]
         parse(document, folder=pairs.parent)
+
+
+def test_digits_written_as_text_are_the_name_of_a_span(tiny, tmp_path) -> None:
+    """As in Python: keys = 1 is token 1, keys = "1" a span of that name, whatever characters it has."""
+    model = tiny("llama")
+    for span in ("1", "²", "--1"):
+        pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w4", "w95", "w96").span(span, "w3")
+        (tmp_path / "p.jsonl").write_text(json.dumps(
+            {"clean": pair.clean, "corrupt": pair.corrupt, "answer": "w95", "foil": "w96", "spans": {span: "w3"}}
+        ))  # fmt: skip
+        document = {**config_of("knock_out", tmp_path / "p.jsonl", keys=span), "name": f"span{ord(span[0])}"}
+        sweep = interp.Sweep(document, tmp_path / f"run{ord(span[0])}", models={"tiny": model})
+        assert sweep.run().failed == 0
+        (effects,) = sweep.effects().values()
+        wanted = interp.knock_out(model, pair, span, window=1).frame()
+        np.testing.assert_allclose(effects.frame()["patched"], wanted["patched"], rtol=1e-5)
+
+
+def test_texts_may_repeat(pairs) -> None:
+    document = config_of("steer", pairs, positive=[*UP, UP[0]])
+    assert parse(document, folder=pairs.parent).recipes[0].options["positive"] == [*UP, UP[0]]

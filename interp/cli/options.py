@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from interp.model.model import Model
     from interp.results.effects import Effects
 
+ENGINES = ("auto", "fast", "naive")
 ASK_FROM = 600.0  # predicted seconds from which a run is started only after asking
 
 ModelOption = Annotated[
@@ -30,7 +31,7 @@ TaskOption = Annotated[
     typer.Option(
         "--task",
         help="Prompts of a task (interp tasks lists them), with options after a colon: needle:tokens=2048,split=test. "
-        "Default: ioi; facts for causal tracing.",
+        "Default: ioi; facts for trace and knock-out.",
     ),
 ]
 PairsOption = Annotated[
@@ -87,6 +88,8 @@ class RunOptions:
             raise InterpError(f"--n must be at least 1, got {self.n}")
         if self.seed < 0:
             raise InterpError(f"--seed {self.seed}: a whole number from 0 on is expected")
+        if self.engine not in ENGINES:
+            raise InterpError(f"--engine {self.engine}: one of {', '.join(ENGINES)} expected")
         if self.pairs is not None:
             from interp.prompts.files import read_prompts
 
@@ -98,6 +101,8 @@ class RunOptions:
         if self.out is not None:
             if self.out.suffix != ".parquet":
                 raise InterpError(f"--out {self.out}: the name of a .parquet file expected")
+            if self.out.is_dir():
+                raise InterpError(f"--out {self.out} is a folder: name a file in it")
             existing = next(p for p in (self.out.parent, *self.out.parent.absolute().parents) if p.exists())
             if not existing.is_dir():
                 raise InterpError(f"cannot write to {self.out}: {existing} is not a folder. Choose another with --out")

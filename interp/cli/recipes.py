@@ -95,7 +95,8 @@ def run_recipe(recipe: Recipe, run: RunOptions, typed: dict[str, Any]) -> None:
         raise InterpError(f"{recipe.verb} runs a full forward per cell: leave --engine out")
     options = {o.name: o.checked(typed[o.name]) for o in recipe.options if typed[o.name] not in (None, [])}
     if conflict := recipe.conflict(options):
-        raise InterpError(f"--{conflict[0]}{conflict[1]}")
+        option, value, other, needed = conflict
+        raise InterpError(f"--{option}{'' if value is None else f' {value}'} needs --{other} {needed}")
     sites, layers, groups = None, None, None
     if recipe.sites is not None:
         groups = group_texts(typed.get("group"))

@@ -5,23 +5,26 @@ Importing this module is light: a value becomes what a recipe takes only when th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp.errors import InterpError
+from interp.errors import InterpError, SiteError
 from interp.recipes.selection import (
     layer_list,
     layers_text,
-    position,
+    position_value,
     receivers_of,
     receivers_text,
     sites_of,
     sites_text,
+    typed_position,
 )
 from interp.utils import checks
+from interp.utils.arguments import is_number
 from interp.utils.checks import Check
 
 
@@ -74,6 +77,8 @@ class Option:
         """Return a value from the command line as a config would hold it. Raises InterpError for a bad one."""
         try:
             return self.type.check(self.type.from_command_line(value))
+        except InterpError:
+            raise
         except ValueError as error:
             expected = re.sub(r"'([^']*)'", r"\1", str(error))  # words on the command line have no quotes
             raise InterpError(f"{self.flag} {_shown(value)}: {expected}") from None
@@ -100,13 +105,20 @@ def number(least: float, *, above: bool = False) -> OptionType:
     return OptionType(checks.number(least, above=above), float)
 
 
-def _position_text(value: Any) -> int | str:
-    position(value)
-    return value
-
-
 def _any_number(value: Any) -> float:
-    return checks.number(-1e300)(value)
+    if not is_number(value) or not math.isfinite(value):
+        raise ValueError("a finite number expected")
+    return float(value)
+
+
+def _one_site(value: Any) -> str:
+    from interp.sites import Site
+
+    try:
+        Site.parse(checks.text(value))
+    except SiteError as error:
+        raise ValueError(str(error)) from None
+    return value
 
 
 def _texts_of_file(path: Path) -> list[str]:
@@ -123,7 +135,10 @@ def _words_by_name(items: list[str]) -> dict[str, str]:
     pairs = [item.partition("=") for item in items]
     if any(not name.strip() or not equals for name, equals, _ in pairs):
         raise ValueError("name=words expected")
-    return {name.strip(): words for name, _, words in pairs}
+    words_by_name = {name.strip(): words for name, _, words in pairs}
+    if len(words_by_name) < len(pairs):
+        raise ValueError("each name once expected")
+    return words_by_name
 
 
 def _table_of_texts(value: Any) -> dict[str, str]:
@@ -134,14 +149,16 @@ def _table_of_texts(value: Any) -> dict[str, str]:
 
 ANY_NUMBER = OptionType(_any_number, float)
 LAYERS = OptionType(layers_text, argument=lambda model, value: layer_list(value))
-POSITION = OptionType(_position_text, argument=lambda model, value: position(value))
+POSITION = OptionType(position_value, from_command_line=typed_position)
+# as the only position, a text of digits is a number in a config too
 POSITIONS = OptionType(
-    checks.either(_position_text, checks.list_of(_position_text)),
-    argument=lambda model, value: [position(v) for v in value] if isinstance(value, list) else position(value),
+    checks.either(position_value, checks.list_of(position_value)),
+    from_command_line=typed_position,
+    argument=lambda model, value: typed_position(value) if isinstance(value, str) else value,
 )
-SITE = OptionType(sites_text)
+SITE = OptionType(_one_site)
 SITES = OptionType(sites_text, argument=sites_of)
 RECEIVERS = OptionType(receivers_text, argument=receivers_of)
-TEXTS = OptionType(checks.list_of(checks.text), Path, _texts_of_file)
+TEXTS = OptionType(checks.list_of(checks.text, distinct=False), Path, _texts_of_file)
 NAMES = OptionType(checks.list_of(checks.text), str, _comma_separated)
 WORDS_BY_NAME = OptionType(_table_of_texts, list[str], _words_by_name)

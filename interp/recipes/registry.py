@@ -96,13 +96,12 @@ class Recipe:
         """Return whether another seed gives other numbers for the same prompts."""
         return self.seeded and all(options.get(key) == value for key, value in self.seeded_if.items())
 
-    def conflict(self, options: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Return the option that another one's value rules out, and the message; None if there is none."""
+    def conflict(self, options: Mapping[str, Any]) -> tuple[str, str | None, str, str] | None:
+        """Return a broken rule of ``needs`` as (option, its value or None, other option, the value that it needs)."""
         for name, value, other, allowed in self.needs:
-            given = options.get(name)
-            if given is not None and value in (None, given) and options.get(other) not in allowed:
-                shown = "" if value is None else f" = {value!r}"
-                return name, f"{shown} needs {other} = {next(v for v in allowed if v is not None)!r}"
+            actual = options.get(name)
+            if actual is not None and value in (None, actual) and options.get(other) not in allowed:
+                return name, value, other, next(v for v in allowed if v is not None)
         return None
 
     def arguments(self, model: Any, options: Mapping[str, Any]) -> dict[str, Any]:

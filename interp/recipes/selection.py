@@ -6,6 +6,7 @@ what a recipe takes. Importing this module is light.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def layers_text(value: Any) -> str:
     """Check numbers and ranges: ``0-5,9``."""
     for item in text(value).split(","):
         ends = item.strip().split("-")
-        if len(ends) > 2 or not all(e.isdigit() for e in ends) or int(ends[0]) > int(ends[-1]):
+        if len(ends) > 2 or not all(re.fullmatch("[0-9]+", e) for e in ends) or int(ends[0]) > int(ends[-1]):
             raise ValueError("numbers and ranges like '0-5,9' expected")
     return value
 
@@ -61,11 +62,16 @@ def receivers_text(value: Any) -> str:
     return value
 
 
-def position(value: Any) -> int | str:
-    """Check a position: a number, or the name of a span."""
-    if is_whole(value):
+def position_value(value: Any) -> int | str:
+    """Check a position in a config: a number, or the name of a span (a text of digits is a name)."""
+    if is_whole(value) or (isinstance(value, str) and value.strip()):
         return value
-    return int(value) if text(value).lstrip("-").isdigit() else value
+    raise ValueError("a whole number or the name of a span expected")
+
+
+def typed_position(value: str) -> int | str:
+    """Return a position as typed: digits are a number, everything else is the name of a span."""
+    return int(value) if re.fullmatch(r"-?[0-9]+", value) else value
 
 
 def sites_of(model: Model, value: str, layers: str | None = None) -> Sites:
@@ -77,7 +83,7 @@ def sites_of(model: Model, value: str, layers: str | None = None) -> Sites:
         component, at, where = item.partition("@")
         if component in COMPONENTS:
             numbers = None if layers is None else layer_list(layers)
-            sites |= model.sites(component, layers=numbers, positions=position(where) if at else None)
+            sites |= model.sites(component, layers=numbers, positions=typed_position(where) if at else None)
         else:
             sites |= [Site.parse(item)]
     return sites

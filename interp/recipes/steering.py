@@ -151,6 +151,8 @@ def direction_between(model: Model, arguments: dict[str, Any]) -> dict[str, Any]
     ``arguments``: those of `steer`, with ``positive`` and ``negative`` (texts) and ``at`` (a site as text; default the
     first of ``sites``, at all positions) in place of ``direction``.
     """
+    if not arguments["sites"]:
+        raise SiteError("there are no sites to steer at: name some, e.g. resid_pre@all")
     others = {name: value for name, value in arguments.items() if name not in ("positive", "negative", "at")}
     site = next(iter(arguments["sites"])).at(None) if "at" not in arguments else Site.parse(arguments["at"])
     return {**others, "direction": mean_difference(model, arguments["positive"], arguments["negative"], site)}

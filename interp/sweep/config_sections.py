@@ -243,7 +243,8 @@ def read_recipe(
     label = table.take("name", name, kind)
     table.done()
     if conflict := recipe.conflict(options):
-        raise table.refuse(*conflict)
+        option, value, other, needed = conflict
+        raise table.refuse(option, ("" if value is None else f" = {value!r}") + f" needs {other} = {needed!r}")
     if metric == "logit_diff" and (bare := [t.name for t in tasks if t.facts and t.name in on]):
         raise table.refuse(
             "metric", f" = 'logit_diff' needs a foil, and facts ({bare[0]!r}) have none: use prob or logprob"

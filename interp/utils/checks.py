@@ -96,14 +96,14 @@ def either(*checks: Check) -> Check:
     return check
 
 
-def list_of(check: Check, least: int = 1) -> Check:
-    """Return a check for a list of at least ``least`` different values, each checked."""
+def list_of(check: Check, least: int = 1, *, distinct: bool = True) -> Check:
+    """Return a check for a list of at least ``least`` values (``distinct``: all different), each checked."""
 
     def check_list(value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) < least:
             raise ValueError(f"a list of at least {least} expected")
         values = [check(v) for v in value]
-        if len({repr(v) for v in values}) < len(values):
+        if distinct and len({repr(v) for v in values}) < len(values):
             raise ValueError("the same value twice: its results would be counted twice")
         return values
 

@@ -172,6 +172,7 @@ class Evaluator:
         size = abs(first) + abs(second)
         return abs(first - second) > max(float(self.rounding.mean()), 1e-9 * size)
 
+    @property
     def at_once(self) -> int:
         """Number of circuits in one forward, if they continue runs from late layers."""
         longest = max(sum(batch.prompts.lengths) for batch in self.packed) if self.packed else TOKENS
