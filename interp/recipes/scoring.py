@@ -59,8 +59,8 @@ def warn_if_no_gap(metric: Metric, no_gap: Sequence[bool]) -> None:
     """Warn about pairs whose recovery is undefined because clean and corrupt score the same."""
     if any(no_gap):
         log.warning(
-            "metric %r is the same on the clean and the corrupt prompt of %d of %d pairs: they have no recovery "
-            "(effect is NaN), only raw changes", metric.name, sum(no_gap), len(no_gap),
+            "metric %r is the same on the clean and the corrupt prompt of %d of %d pairs, within rounding: they have "
+            "no recovery (effect is NaN), only raw changes", metric.name, sum(no_gap), len(no_gap),
         )  # fmt: skip
 
 
