@@ -161,6 +161,19 @@ def test_backends_do_not_import_each_other() -> None:
             assert not [t for t in targets if t.startswith(others)], module
 
 
+def recipe_modules() -> set[str]:
+    """The modules of the recipes' functions, as the registry names them."""
+    from interp.recipes.registry import RECIPES
+
+    return {f"interp.recipes.{recipe.function.partition(':')[0]}" for recipe in RECIPES.values()}
+
+
+@pytest.mark.parametrize("module", sorted(recipe_modules()))
+def test_recipes_do_not_import_each_other(module: str) -> None:
+    allowed = {"interp.recipes.patching"} if module == "interp.recipes.mediation" else set()  # patching twice
+    assert set(ARROWS[module]) & (recipe_modules() - {module}) == allowed
+
+
 def imported_libraries(module: str) -> set[str]:
     """Top-level names of everything that a module imports."""
     names: set[str] = set()
