@@ -15,7 +15,16 @@ from interp.circuits.topology import Architecture
 from interp.errors import InterpError
 from interp.plots.report import report
 from interp.results.effects import Effects
-from interp.utils.files import publish_file, result_file, whole_file, write_file
+from interp.utils.files import (
+    NotAFile,
+    check_folder,
+    open_regular,
+    publish_file,
+    read_regular,
+    result_file,
+    whole_file,
+    write_file,
+)
 
 EFFECTS = Effects(
     pd.DataFrame({
@@ -79,3 +88,44 @@ def test_long_names_and_bad_paths(tmp_path: Path) -> None:
         pass
     with pytest.raises(InterpError, match="Choose a writable folder"), result_file(longest / "below"):
         pass
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_regular(tmp_path / "file") == b"12345"
+    with pytest.raises(NotAFile, match="has 5 bytes, more than the 4"):
+        read_regular(tmp_path / "file", most_bytes=4)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (
+        ("link", "is a link"),
+        ("dangling", "is a link"),
+        ("folder", "not a regular"),
+        ("pipe", "not a"),
+    ):
+        for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND):
+            with pytest.raises(NotAFile, match=words):
+                open_regular(tmp_path / name, flags)
+    with pytest.raises(NotAFile, match="not a regular file"):
+        read_regular(Path("/dev/zero"))
+    os.link(tmp_path / "file", tmp_path / "second")
+    assert read_regular(tmp_path / "second") == b"12345"  # reading it does no harm
+    with pytest.raises(NotAFile, match="has another name"):
+        open_regular(tmp_path / "second", os.O_RDWR)
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "absent")
+    os.close(open_regular(tmp_path / "absent", os.O_RDWR | os.O_CREAT))
+
+
+def test_a_link_to_a_folder_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "file").write_bytes(b"")
+    check_folder(tmp_path / "folder")
+    check_folder(tmp_path / "absent")
+    for name, words in (("link", "is a link"), ("file", "is not a folder")):
+        with pytest.raises(NotAFile, match=words):
+            check_folder(tmp_path / name)

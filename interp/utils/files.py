@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ class StorageError(InterpError):
 
     The run stops; finished parts are kept.
     """
+
+
+class NotAFile(InterpError):
+    """A path that should be a regular file is a link, a pipe, a device, a folder, or has another name elsewhere."""
 
 
 def digest_of(content: bytes | memoryview) -> str:
@@ -43,6 +48,59 @@ def inside(root: Path, relative: str) -> Path:
     ):
         raise InterpError(f"{root}: the path {relative!r} leads out of the run directory, and is refused")
     return path
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file. Links, pipes and devices are refused, and never waited for.
+
+        handle = open_regular(run / "leases" / "000003", os.O_RDWR | os.O_CREAT)
+
+    A file that is opened for writing in place must have no second name (hard link): what is written would appear there
+    too. Raises NotAFile, or OSError as `os.open` does. Protects against what somebody else left in a folder, not
+    against a process that changes it at this moment.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _check_regular(path, os.lstat(path), flags)  # before it is opened: a tape rewinds when it is
+    safe = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    handle = os.open(path, flags | safe, 0o666)
+    try:
+        _check_regular(path, os.fstat(handle), flags)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _check_regular(path: Path, entry: os.stat_result, flags: int) -> None:
+    """Raise NotAFile unless an entry is a regular file that may be opened with these flags."""
+    if stat.S_ISLNK(entry.st_mode):
+        raise NotAFile(f"{path} is a link, and is not followed")
+    if not stat.S_ISREG(entry.st_mode):
+        raise NotAFile(f"{path} is not a regular file, and is not opened")
+    if flags & (os.O_WRONLY | os.O_RDWR) and entry.st_nlink > 1:
+        raise NotAFile(f"{path} has another name (a hard link), and is not written to")
+
+
+def read_regular(path: Path, most_bytes: int | None = None) -> bytes:
+    """Return the contents of a regular file; see `open_regular` for what is refused.
+
+    ``most_bytes``: NotAFile for a longer file, before anything is read. Raises OSError if it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if most_bytes is not None and size > most_bytes:
+            raise NotAFile(f"{path} has {size:,} bytes, more than the {most_bytes:,} that such a file may have")
+        return file.read() if most_bytes is None else file.read(most_bytes)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise NotAFile if a path exists and is not a folder itself, such as a link to one."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(folder).st_mode
+        if stat.S_ISLNK(mode):
+            raise NotAFile(f"{folder} is a link, and is not followed: replace it by the folder itself")
+        if not stat.S_ISDIR(mode):
+            raise NotAFile(f"{folder} is not a folder")
 
 
 def sync_folder(folder: Path) -> None:
