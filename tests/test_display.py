@@ -46,3 +46,9 @@ def test_a_notebook_shows_what_matters(make, wanted: list[str]):
 def test_a_model_shows_its_size(tiny):
     html = tiny("llama")._repr_html_()
     assert "Model" in html and "d_model" in html and len(html) < 1000
+
+
+def test_statistics_of_no_prompts_show_themselves():
+    from interp.results.attention_stats import AttentionStats
+
+    assert repr(AttentionStats([], {})) == "AttentionStats(empty)" and "0" in AttentionStats([], {})._repr_html_()

@@ -111,3 +111,51 @@ def test_where_concat_and_errors() -> None:
     ]:
         with pytest.raises(InterpError, match=words):
             bad()
+
+
+def several_layers() -> Effects:
+    """Two examples of three layers, some rows with a position."""
+    values = np.random.default_rng(0).normal(size=(2, 4))
+    parts = [table(values + layer, layer=layer, position=position) for layer in range(3) for position in (None, 3, 4)]
+    return Effects.concat(parts)
+
+
+def test_conditions_take_lists_and_refuse_what_no_row_can_equal() -> None:
+    effects = several_layers()
+    frame = effects.frame()
+    for layers in ([1, 2], range(1, 3), np.array([1, 2]), (1, 2)):
+        assert effects.where(layer=layers).frame().equals(frame[frame["layer"].isin([1, 2])].reset_index(drop=True))
+    either = effects.where(position=[None, 3]).frame()
+    assert len(either) == (frame["position"].isna() | (frame["position"] == 3).fillna(False)).sum()
+    assert len(effects.where(layer=[])) == 0
+    for wrong, words in (
+        ({"layer": "1"}, "holds numbers"), ({"component": 3}, "holds text"), ({"layer": [[1]]}, "holds numbers"),
+        ({"layer": True}, "holds numbers"), ({"lyr": 1}, "no column 'lyr'"), ({"layer": slice(2)}, "holds numbers"),
+    ):  # fmt: skip
+        with pytest.raises(InterpError, match=words):
+            effects.where(**wrong)
+
+
+def test_a_summary_by_example_is_that_examples_mean() -> None:
+    effects = several_layers()
+    summary = effects.summary(by="example").set_index("example").sort_index()
+    frame = effects.frame()
+    np.testing.assert_allclose(summary["raw"], [frame[frame["example"] == i]["raw"].mean() for i in summary.index])
+    assert (summary["n"] == 1).all() and len(summary) == frame["example"].nunique()
+    both = effects.summary(by=["layer", "example", "layer"])
+    assert len(both) == len(frame[["layer", "example"]].drop_duplicates())
+    for wrong in ({"by": []}, {"by": 3}, {"by": [["layer"]]}, {"n_boot": 1.5}, {"seed": -1}, {"level": "a"}):
+        with pytest.raises(InterpError):
+            effects.summary(**wrong)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.html", "x", "x.parquet.gz"])
+def test_a_table_is_written_as_parquet_or_not_at_all(tmp_path, name: str) -> None:
+    effects = several_layers()
+    with pytest.raises(InterpError, match=r"\.parquet file is expected, as in .*to_csv"):
+        effects.write(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert Effects.read(effects.write(tmp_path / "x.parquet")).frame().equals(effects.frame())
+    effects.frame().to_csv(tmp_path / "x.csv", index=False)
+    again = Effects(pd.read_csv(tmp_path / "x.csv")).frame()
+    assert again["patched"].equals(effects.frame()["patched"])

@@ -42,6 +42,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "part": lambda path: publish_file(path, b"x"),
 }
 
+NAMES = {"effects": "result.parquet", "page": "result.html", "circuit": "result.json"}  # others: any name
+
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
@@ -53,9 +55,9 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("kind", WRITERS)
 def test_permissions_are_as_the_umask_says(kind: str, umask: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "umask", None)  # nobody sets it for the whole process, even for a moment
-    WRITERS[kind](tmp_path / "result")
+    WRITERS[kind](tmp_path / NAMES.get(kind, "result"))
     monkeypatch.undo()
-    assert stat.S_IMODE((tmp_path / "result").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / NAMES.get(kind, "result")).stat().st_mode) == 0o666 & ~umask
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_an_interrupted_write_leaves_nothing_behind(kind: str, step: str, tmp_pa
 
     monkeypatch.setattr(os, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        WRITERS[kind](tmp_path / "result")
+        WRITERS[kind](tmp_path / NAMES.get(kind, "result"))
     assert list(tmp_path.iterdir()) == []
 
 

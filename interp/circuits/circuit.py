@@ -15,7 +15,7 @@ from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError
 from interp.model.model import Model
 from interp.sites import Edge, Site
-from interp.utils.files import whole_file
+from interp.utils.files import check_suffix, whole_file
 from interp.utils.html_card import card
 
 SCHEMA_VERSION = 1
@@ -257,8 +257,9 @@ class Circuit:
     def write(self, path: str | Path) -> Path:
         """Save as JSON, whole or not at all.
 
-        Raises InterpError if the file cannot be written.
+        Raises InterpError for a name of another suffix than .json, or if the file cannot be written.
         """
+        check_suffix(path, ".json", "a circuit is written as JSON. For its edges as a table: .frame().to_csv(…)")
         facts = {k: getattr(self.graph, k) for k in ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")}
         data = {
             "format": "interp.Circuit", "schema": SCHEMA_VERSION, "architecture": facts,

@@ -79,8 +79,10 @@ def report(
     """Make one self-contained HTML page from a folder of results."""
     from interp.plots.read_results import read_results
     from interp.plots.report import report as make_report
+    from interp.utils.files import check_suffix
 
     target = out or (run if run.is_dir() else run.parent) / "report.html"
+    check_suffix(target, ".html", "a report is one page of HTML")
     typer.echo(f"wrote {make_report(read_results(run), title=run.stem).write(target)}")
 
 

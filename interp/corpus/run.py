@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ class CorpusStatistics:
     missing.
     """
 
-    table: pd.DataFrame
+    table: pd.DataFrame = field(repr=False)
     documents: int
     tokens: int
-    errors: list[str]
+    errors: list[str] = field(repr=False)
     root: Path
     outcome: Outcome | None = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any, cast
 
 import pandas as pd
@@ -60,6 +61,13 @@ class Examination:
             [(f.section, f.item, f.passed, f.value) for f in self.findings],
             columns=["section", "item", "passed", "value"],
         )
+
+    def __repr__(self) -> str:
+        failed = sum(f.passed is False for f in self.findings)
+        return f"Examination({self.title}: {len(self.findings)} findings, {failed} failed; print it to read them)"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         lines, width = [self.title], max(len(f.item) for f in self.findings)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
@@ -190,6 +191,15 @@ class Plan:
         return "\n".join(lines)
 
     __str__ = explain
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.n_cells} cells on {len(self.lengths)} base run(s), {self.engine.describe()}; "
+            "print(plan) shows what they cost)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.explain())}</pre>"
 
 
 def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:

@@ -5,8 +5,8 @@ They are collected while the model runs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from headstats.patterns import pattern_rows, pooled_pattern, segment_mass
 from torch import Tensor
 
-from interp.errors import PromptError, SiteError
+from interp.errors import InterpError, PromptError, SiteError
 from interp.model.attention_call import AttentionCall
 from interp.model.collect_statistics import texts_of
 from interp.model.instrument import attend
@@ -29,6 +29,7 @@ from interp.results.attention_patterns import (
     PatternExample,
     PatternRun,
     Segment,
+    as_head,
     chunked,
     head_name,
     partition,
@@ -84,13 +85,11 @@ def _parse_heads(heads: Iterable[Any], all_heads: Sequence[Head]) -> list[Head]:
     """
     parsed: list[Head] = []
     for item in [heads] if isinstance(heads, str | Site) else heads:
-        text = str(item)
-        match = re.search(r"L(\d+)H(\d+)", text)
-        numbers = (match[1], match[2]) if match else item
-        is_pair = isinstance(numbers, tuple | list) and len(numbers) == 2
-        head = (int(numbers[0]), int(numbers[1])) if is_pair else (-1, -1)
+        head = (-1, -1)
+        with suppress(InterpError):
+            head = as_head(item)
         if head not in all_heads:
-            raise SiteError(f"{text!r} is no head of this model: write (9, 6), 'L9H6' or a site of z, up to "
+            raise SiteError(f"{str(item)!r} is no head of this model: write (9, 6), 'L9H6' or a site of z, up to "
                             f"{head_name(all_heads[-1])}")  # fmt: skip
         parsed.append(head)
     return list(dict.fromkeys(parsed))

@@ -18,29 +18,28 @@ from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.figures import FONT
 from interp.plots.labels import visible
 from interp.plots.panels import INTERVALS
-from interp.results.attention_patterns import AttentionPatterns, Head, head_name
+from interp.results.attention_patterns import AttentionPatterns, Head, as_head, head_name
 from interp.results.effects import SITE_COLUMNS, Effects
 
 LINE = DIVERGING[2]
 
 
 def attention_map(
-    patterns: AttentionPatterns, head: Head, *, example: int = 0, run: str = "clean", title: str | None = None
+    patterns: AttentionPatterns, head: Head | str, *, example: int = 0, run: str = "clean", title: str | None = None
 ) -> go.Figure:
     """Draw the attention pattern of one head: queries down, keys across, colour by √p.
 
-    In a long prompt each cell shows the largest weight of the tokens in it. Raises InterpError for a head, example or
-    run that was not collected.
+    ``head``: ``(9, 6)`` or ``"L9H6"``. In a long prompt each cell shows the largest weight of the tokens in it. Raises
+    InterpError for a head, example or run that was not collected.
     """
-    if not 0 <= example < len(patterns) or run not in patterns.examples[example].runs:
-        raise InterpError(f"there is no run {run!r} of prompt {example}: {patterns!r}")
     p, prompt = patterns.map(head, example, run), patterns.examples[example]
     figure = go.Figure(
         go.Heatmap(z=np.sqrt(p), customdata=p, colorscale=scale(SEQUENTIAL), zmin=0, zmax=1,
                    hovertemplate="%{y} → %{x}: %{customdata:.3f}<extra></extra>",
                    colorbar={"title": {"text": "√p", "side": "right"}, "thickness": 12})
     )  # fmt: skip
-    figure.update_layout(**_theme(title or f"{head_name(head)}, {run}, prompt {example}"), width=560, height=560)
+    heading = title or f"{head_name(as_head(head))}, {run}, prompt {example}"
+    figure.update_layout(**_theme(heading), width=560, height=560)
     figure.update_yaxes(title_text="query", autorange="reversed", showgrid=False)
     figure.update_xaxes(title_text="key", showgrid=False)
     if not prompt.pooled and prompt.n_tokens <= 60:

@@ -21,7 +21,7 @@ from interp.plots import budget, kinds, payload
 from interp.plots.colors import COLORS
 from interp.plots.kinds import Result
 from interp.plots.template import fill_template
-from interp.utils.files import result_file
+from interp.utils.files import check_suffix, result_file
 
 log = logging.getLogger("interp")
 
@@ -87,8 +87,9 @@ class Report:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page, whole or not at all.
 
-        Raises InterpError if the path cannot be written.
+        Raises InterpError for a name of another suffix than .html, or if the path cannot be written.
         """
+        check_suffix(path, ".html", "a report is one page of HTML")
         content = self.html.encode("ascii")
         with result_file(path) as file:
             file.write(content)

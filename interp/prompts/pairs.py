@@ -181,10 +181,10 @@ class Coder:
     """
 
     encode: Callable[[str], list[int]]
-    texts: Callable[[Sequence[int]], list[str]]
-    offsets: Callable[[str], list[Span]]
-    continuation: Callable[[str], list[int]]
-    encode_image_pair: Callable[[int, PromptPair], Encoded] | None = None
+    texts: Callable[[Sequence[int]], list[str]] = field(repr=False)
+    offsets: Callable[[str], list[Span]] = field(repr=False)
+    continuation: Callable[[str], list[int]] = field(repr=False)
+    encode_image_pair: Callable[[int, PromptPair], Encoded] | None = field(default=None, repr=False)
     unknown: int | None = None
 
 

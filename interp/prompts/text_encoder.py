@@ -6,7 +6,7 @@ This includes special tokens, character ranges and continuations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,8 +34,8 @@ class TextEncoder:
     """
 
     name: str
-    bridge: TokenBridge
-    tokenizer: Any
+    bridge: TokenBridge = field(repr=False)
+    tokenizer: Any = field(repr=False)
     n_ctx: int
 
     @property

@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from jaxtyping import Float, Int, UInt8
 
 from interp.errors import InterpError
 from interp.results.parquet import read_parquet, write_parquet
+from interp.utils.arguments import is_whole
 from interp.utils.html_card import card
 
 Head = tuple[int, int]  # layer, head
@@ -33,6 +36,16 @@ ARRAYS = ("edges", "maps", "blocks", "received", "entropy", "top_index", "top_va
 def head_name(head: Head) -> str:
     """Return the name of a head: ``L9H6``."""
     return f"L{head[0]}H{head[1]}"
+
+
+def as_head(head: Any) -> Head:
+    """Return a head given as ``(9, 6)``, as ``"L9H6"`` or as a site such as ``"z.L9H6"``; InterpError otherwise."""
+    match = re.search(r"\bL(\d+)H(\d+)\b", str(head))
+    if match:
+        return int(match[1]), int(match[2])
+    if isinstance(head, tuple | list) and len(head) == 2 and all(isinstance(x, Integral) for x in head):
+        return int(head[0]), int(head[1])
+    raise InterpError(f"{head!r:.60} names no head: (layer, head) or a name such as 'L9H6' is expected")
 
 
 def roots(weights: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
@@ -68,6 +81,9 @@ class PatternRun:
     queries: Int[np.ndarray, " rows"]  # queries whose exact rows are stored
     rows: UInt8[np.ndarray, "exact rows tokens"]
 
+    def __repr__(self) -> str:
+        return f"PatternRun({len(self.tokens)} tokens, {len(self.maps)} heads, {len(self.top_index)} exact)"
+
 
 @dataclass(frozen=True)
 class PatternExample:
@@ -79,6 +95,10 @@ class PatternExample:
     segments: list[Segment]
     edges: Int[np.ndarray, " bins+1"]  # bin r holds the tokens edges[r] <= i < edges[r + 1]
     runs: dict[str, PatternRun]
+
+    def __repr__(self) -> str:
+        runs = ", ".join(self.runs)
+        return f"PatternExample({self.n_tokens} tokens in {len(self.segments)} segments; runs: {runs})"
 
     @property
     def n_tokens(self) -> int:
@@ -122,11 +142,17 @@ class AttentionPatterns:
         }  # fmt: skip
         return card("AttentionPatterns", facts)
 
-    def map(self, head: Head, example: int = 0, run: str = "clean") -> Float[np.ndarray, "bins bins"]:
-        """Return a head's map: the largest weight of every cell, to 8 bits of its square root."""
-        if head not in self.heads:
-            raise InterpError(f"{head_name(head)} was not collected; collected: {_head_names(self.heads)}")
-        return weights_of(self.examples[example].runs[run].maps[self.heads.index(head)])
+    def map(self, head: Head | str, example: int = 0, run: str = "clean") -> Float[np.ndarray, "bins bins"]:
+        """Return a head's map: the largest weight of every cell, to 8 bits of its square root.
+
+        ``head``: ``(9, 6)`` or ``"L9H6"``. Raises InterpError for a head, example or run that was not collected.
+        """
+        if not is_whole(example, 0, len(self) - 1) or run not in self.examples[example].runs:
+            raise InterpError(f"there is no run {run!r} of prompt {example!r}: {self!r}")
+        key = as_head(head)
+        if key not in self.heads:
+            raise InterpError(f"{head_name(key)} was not collected; collected: {_head_names(self.heads)}")
+        return weights_of(self.examples[example].runs[run].maps[self.heads.index(key)])
 
     def receiver_scores(self, run: str = "clean") -> Float[np.ndarray, " heads"]:
         """Return how strongly each head singles out a few segments.

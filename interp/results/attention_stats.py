@@ -58,6 +58,8 @@ class AttentionStats:
         return len(self.tokens)
 
     def __repr__(self) -> str:
+        if not self.tokens:
+            return "AttentionStats(empty)"
         lengths = [len(t) for t in self.tokens]
         span = f"{min(lengths)}–{max(lengths)}" if min(lengths) != max(lengths) else str(lengths[0])
         return (
@@ -66,6 +68,8 @@ class AttentionStats:
         )
 
     def _repr_html_(self) -> str:
+        if not self.tokens:
+            return card("AttentionStats", {"prompts": 0})
         lengths = [len(t) for t in self.tokens]
         facts = {"prompts": len(self), "tokens": sum(lengths), "layers × heads": f"{self.n_layers} × {self.n_heads}"}
         means = {n: self.per_head(n) for n in self.names if self.values[n][0].dtype.kind == "f"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pandas as pd
 from interp.errors import InterpError
 from interp.results.parquet import read_parquet, write_parquet
 from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
+from interp.utils.arguments import check_seed, check_whole, is_number
 from interp.utils.html_card import card
 
 COLUMNS: dict[str, str] = {
@@ -113,15 +115,16 @@ class Effects:
         return card("Effects", facts, [c for c in top if c not in ("raw_lo", "raw_hi", "pooled_lo", "pooled_hi")], top)
 
     def where(self, **conditions: Any) -> Effects:
-        """Return the rows whose columns equal values; None matches missing values.
+        """Return the rows whose columns equal values; None matches missing values, a list any of its values.
 
         effects.where(component="z", layer=9)
+        effects.where(layer=[8, 9, 10])
         """
         _columns(conditions)
         keep = pd.Series(True, index=self._frame.index)
         for column, value in conditions.items():
-            match = self._frame[column].isna() if value is None else self._frame[column] == value
-            keep &= match.fillna(False).astype(bool)
+            values = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+            keep &= _equals_any(self._frame[column], column, values)
         return Effects(self._frame[keep], self.provenance)
 
     def summary(
@@ -161,14 +164,19 @@ class Effects:
         """
         edges = ["sender"] if self._frame["sender"].notna().any() else []
         keys = [*SITE_COLUMNS, *edges, "intervention", "mode", "metric"] if by is None else _columns(by)
-        if not 0 < level < 1 or n_boot < 1:
-            raise InterpError(f"level={level}, n_boot={n_boot}: expected a share such as 0.95, and a number of draws")
+        if not keys:
+            raise InterpError("by=[]: name at least one column to group by, for example by='metric'")
+        if not is_number(level) or not 0 < level < 1:
+            raise InterpError(f"level={level!r}: a share such as 0.95 is expected")
+        check_whole(n_boot=n_boot)
+        check_seed(seed)
         f: Any = self._frame
         if f.empty:
             raise InterpError("there are no effects to summarise: the table is empty")
         f = f.assign(gap=np.where(f["mode"] == "denoise", f["clean"] - f["corrupt"], f["corrupt"] - f["clean"]))
-        per_example: Any = f.groupby([*keys, "example"], dropna=False, observed=True)[["effect", "raw", "gap"]].mean()
-        wide: Any = per_example.unstack("example")
+        f["unit"] = f["example"]  # `by` may name the column example itself
+        per_example: Any = f.groupby([*keys, "unit"], dropna=False, observed=True)[["effect", "raw", "gap"]].mean()
+        wide: Any = per_example.unstack("unit")
         out = wide.index.to_frame(index=False)
         table = {c: wide[c].to_numpy(dtype=float) for c in ("effect", "raw", "gap")}
         out["n"] = np.isfinite(table["raw"]).sum(1)
@@ -183,7 +191,8 @@ class Effects:
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write one Parquet file, whole or not at all; return its path.
 
-        The provenance is in its metadata.
+        The provenance is in its metadata. Raises InterpError for a name of another suffix; for the rows alone there is
+        ``effects.frame().to_csv("heads.csv", index=False)``, which keeps every digit.
 
         effects = interp.patch(model, pair, model.sites("z"))
         effects.write("results/heads.parquet")
@@ -219,15 +228,26 @@ class Effects:
 
 
 def _columns(names: Iterable[str]) -> list[str]:
-    """Return names of columns as a list.
+    """Return names of columns as a list, each once.
 
     Raises InterpError for a column that does not exist.
     """
-    columns = [names] if isinstance(names, str) else list(names)
-    unknown = [c for c in columns if c not in COLUMNS]
+    columns = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    unknown = [c for c in columns if not isinstance(c, str) or c not in COLUMNS]
     if unknown:
         raise InterpError(f"no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
-    return columns
+    return list(dict.fromkeys(columns))
+
+
+def _equals_any(column: Any, name: str, values: list[Any]) -> Any:
+    """Return for each row whether a column equals one of some values; InterpError for a value of the wrong type."""
+    kind, type_name = (str, "text") if COLUMNS[name] == "string" else (Real, "numbers")
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise InterpError(f"{name}={value!r:.60}: the column {name} holds {type_name}")
+    present = [v for v in values if v is not None]
+    match = column.isin(present) if present else pd.Series(False, index=column.index)
+    return match.fillna(False).astype(bool) | (column.isna() if None in values else False)
 
 
 def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from interp.errors import InterpError
-from interp.utils.files import result_file
+from interp.utils.files import check_suffix, result_file
 
 SCHEMA_VERSION = 1
 
@@ -18,11 +18,14 @@ SCHEMA_VERSION = 1
 def write_parquet(table: Any, path: str | os.PathLike[str], *, kind: str, provenance: dict[str, Any]) -> Path:
     """Write a pyarrow table, whole or not at all; return its path.
 
-    Raises InterpError if it cannot be written.
+    Raises InterpError for a name of another suffix than .parquet, or if it cannot be written.
 
     ``kind``: what the table holds, which `read_parquet` checks.
     """
     import pyarrow.parquet as pq
+
+    rows_alone = "" if kind == "attention_patterns" else ". For the rows alone: .frame().to_csv(…)"
+    check_suffix(path, ".parquet", f"Parquet keeps the provenance{rows_alone}")
 
     header = {"interp": json.dumps({"kind": kind, "schema": SCHEMA_VERSION, "provenance": provenance})}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **header})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SweepPlan:
     """
 
     name: str
-    rows: list[CombinationPlan]
+    rows: list[CombinationPlan] = field(repr=False)
     weights: float
     workers: int
 

@@ -103,6 +103,17 @@ def check_folder(folder: Path) -> None:
             raise NotAFile(f"{folder} is not a folder")
 
 
+def check_suffix(path: str | os.PathLike[str], suffix: str, why: str) -> None:
+    """Raise InterpError unless a file's name ends with ``suffix``; the message says why, and names such a file."""
+    try:
+        name = Path(path)
+    except TypeError:
+        raise InterpError(f"cannot write {path!r:.60}: the name of a {suffix} file is expected") from None
+    if name.suffix.lower() != suffix:
+        raise InterpError(f"cannot write {name}: the name of a {suffix} file is expected, as in "
+                          f"{name.with_suffix(suffix) if name.name else 'result' + suffix}; {why}")  # fmt: skip
+
+
 def sync_folder(folder: Path) -> None:
     """Make names in a folder survive a power cut, where the platform supports it."""
     if os.name != "posix":

@@ -137,3 +137,8 @@ def test_maps_curves_and_comparisons_carry_their_numbers():
         exact_against_estimated(effects, synthetic.position_effects(2))
     with pytest.raises(InterpError, match="no run 'corrupted'"):
         attention_map(patterns, (0, 0), run="corrupted")
+    for name in ("L1H0", "z.L1H0", [1, 0], np.array([1, 0]).tolist()):
+        np.testing.assert_array_equal(attention_map(patterns, name, run="corrupt").data[0].customdata, trace.customdata)
+    for name, words in (("L9H9", "^L9H9 was not collected"), ("LLH1", "'LLH1' names no head"), (3, "3 names no head")):
+        with pytest.raises(InterpError, match=words):
+            attention_map(patterns, name)

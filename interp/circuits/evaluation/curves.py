@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from interp.circuits.choices import Ablation, Ranking, Selection
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluation.scale import Index, Scale, position_on_scale, with_interval
+from interp.circuits.evaluation.scale import Index, Scale, position_on_scale, recipe_text, with_interval
 from interp.circuits.inputs import Pairs
 from interp.circuits.scores import EdgeScores
 from interp.errors import InterpError
@@ -110,6 +110,11 @@ class Curve:
     empty: Float[np.ndarray, " examples"] = field(repr=False)
     recipe: dict[str, Any] = field(repr=False)
 
+    def __repr__(self) -> str:
+        f, n = self.faithfulness(), len(self.whole)
+        ends = f"{f[0]:.3f} at {self.edges[0]} edges to {f[-1]:.3f} at {self.edges[-1]}" if len(f) else "empty"
+        return f"Curve({len(f)} sizes, f from {ends}; {recipe_text(self.recipe, n)})"
+
     def faithfulness(self, index: Index | slice = slice(None)) -> Float[np.ndarray, " sizes"]:
         """f at each size, over all examples or those in ``index``."""
         return position_on_scale(self.values[:, index].mean(1), self.whole[index].mean(), self.empty[index].mean())
@@ -153,6 +158,14 @@ class MIB:
     cmd: tuple[float, float, float]
     signed: Curve = field(repr=False)
     absolute: Curve = field(repr=False)
+
+    def __repr__(self) -> str:
+        (cpr, *cpr_ends), (cmd, *cmd_ends) = self.cpr, self.cmd
+        recipe = recipe_text(self.signed.recipe, len(self.signed.whole))
+        return (
+            f"MIB(CPR {cpr:.3f} [{cpr_ends[0]:.3f}, {cpr_ends[1]:.3f}], "
+            f"CMD {cmd:.3f} [{cmd_ends[0]:.3f}, {cmd_ends[1]:.3f}]; {recipe})"
+        )
 
 
 def _selected(

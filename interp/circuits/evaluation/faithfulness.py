@@ -13,7 +13,7 @@ every result stores its recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 
 from interp.circuits.choices import Ablation, Chance
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluation.scale import Scale
+from interp.circuits.evaluation.scale import Scale, recipe_text
 from interp.circuits.inputs import Pairs
 from interp.circuits.topology import Architecture
 from interp.errors import InterpError
@@ -157,6 +157,13 @@ class Faithfulness:
     random: Float[np.ndarray, " circuits"] = field(repr=False)
     recipe: dict[str, Any] = field(repr=False)
 
+    def __repr__(self) -> str:
+        n = len(self.whole)
+        interval = f" [{self.lo:.3f}, {self.hi:.3f}]" if n > 1 else ""
+        recipe = recipe_text(self.recipe, n)
+        chance = f"; random circuits: {random_text(self.random, self.recipe)}" if len(self.random) else ""
+        return f"Faithfulness({self.value:.3f}{interval} of {self.recipe.get('n_edges', '?')} edges; {recipe}{chance})"
+
     @property
     def p(self) -> float:
         """Share of random circuits that are at least as faithful.
@@ -165,6 +172,11 @@ class Faithfulness:
         """
         n = len(self.random)
         return (1 + int((self.random >= self.value).sum())) / (1 + n) if n else float("nan")
+
+
+def random_text(random: Float[np.ndarray, " circuits"], recipe: Mapping[str, Any]) -> str:
+    """Describe f of random circuits, and how they are drawn."""
+    return f"mean {random.mean():.3f}, at most {random.max():.3f} of {len(random)} ({recipe.get('chance', 'paths')})"
 
 
 def random_circuit(

@@ -5,7 +5,7 @@ It is 0 with every edge ablated and 1 for the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,12 @@ class Scale:
     def mask(self) -> Bool[np.ndarray, "receivers senders"]:
         """The circuit's edges."""
         return self.circuit.mask()
+
+
+def recipe_text(recipe: Mapping[str, Any], n: int) -> str:
+    """Describe in words how a faithfulness was measured: metric, what edges outside carry, number of prompts."""
+    metric, ablation = recipe.get("metric", "?"), recipe.get("ablation", recipe.get("using", "?"))
+    return f"{metric}; {ablation}; {n} prompt(s)"
 
 
 def position_on_scale(value: Any, whole: Any, empty: Any) -> Any:

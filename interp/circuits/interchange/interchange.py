@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -59,7 +59,7 @@ class Interchange:
     """The table of `interchange_accuracy`, with provenance."""
 
     table: pd.DataFrame
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(repr=False)
 
     def frame(self) -> pd.DataFrame:
         """Table with one row per weights ("model", "random"), map and split.

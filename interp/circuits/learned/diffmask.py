@@ -16,7 +16,7 @@ the start. Masks go through the attention kernel (`headstats.Edit(gate=, replace
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import headstats
@@ -54,7 +54,11 @@ class HeadMasks:
 
     masked: Float[np.ndarray, "layers heads"]
     layers: list[int]
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        layers, heads = self.masked.shape
+        return f"HeadMasks({len(self.chosen())} of {layers * heads} heads masked; k={self.provenance.get('k', '?')})"
 
     def frame(self) -> pd.DataFrame:
         """Table with one row per head, most masked first: layer, head, masked."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -56,7 +56,7 @@ class Pruned:
 
     scores: EdgeScores
     circuit: Circuit
-    history: pd.DataFrame
+    history: pd.DataFrame = field(repr=False)
 
 
 def prune_edges(

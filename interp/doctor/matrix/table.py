@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from html import escape
 
 import pandas as pd
 
@@ -117,6 +118,12 @@ class Matrix:
     def markdown(self) -> str:
         """The table that docs/models.md shows."""
         return "\n".join([*header(), *(row.markdown() for row in self.rows)])
+
+    def __repr__(self) -> str:
+        return f"Matrix({len(self.rows)} families, {sum(not r.passed for r in self.rows)} failed; print it to read it)"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         width = max([len("family"), *(len(r.family) for r in self.rows)])
