@@ -14,6 +14,8 @@ from interp.cli.sweep import Executor, Show, Threads, Workers, finish, shard_num
 from interp.cli.sweep import Shard as ShardText
 from interp.errors import InterpError
 
+MOST_SHOWN = 20  # documents that were left out
+
 
 def stats(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")],
@@ -39,6 +41,9 @@ def stats(
 
     The corpus can have any length; it is streamed. The same command resumes.
 
+    A document that cannot be read is left out, counted and named; the exit code is then 3. It is 4 if a file changed
+    during the run.
+
     Writes statistics.csv (count, mean, variance, quantiles by layer and head) into the run directory.
     """
     from interp.corpus import statistics as measure
@@ -56,9 +61,14 @@ def stats(
     target = result.root / "statistics.csv"
     with result_file(target) as file:
         file.write(result.frame().to_csv(index=False).encode())
-    typer.echo(f"{result.documents:,} documents, {result.tokens:,} tokens; wrote {target}", err=show == "json")
-    for error in dict.fromkeys(result.errors):
+    left_out = f"; {result.left_out:,} left out" if result.left_out else ""
+    typer.echo(
+        f"{result.documents:,} documents{left_out}, {result.tokens:,} tokens; wrote {target}", err=show == "json"
+    )
+    for error in result.errors[:MOST_SHOWN]:
         typer.echo(f"  left out: {error}", err=True)
+    if result.left_out > MOST_SHOWN:
+        typer.echo(f"  … and {result.left_out - MOST_SHOWN:,} more", err=True)
     assert result.outcome is not None
     finish(result.outcome, result.root, show, "the same command")
 

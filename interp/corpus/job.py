@@ -6,18 +6,27 @@ A part has the mergeable statistics of every head on one byte range of one file.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from interp.corpus.checked import CheckedFile
 from interp.corpus.moments import StreamedMoments, table_of
-from interp.corpus.reading import TOKENS, describe_file, documents
-from interp.errors import InterpError, ModelError, PromptError
+from interp.corpus.reading import TOKENS, Refused, documents
+from interp.errors import InterpError, ModelError
 from interp.jobs.job import PartResult, RunFiles
+from interp.utils.files import digest_of
 from interp.utils.out_of_memory import is_out_of_memory
 
 BUFFER = 8192  # tokens that are collected before they are batched
 WEIGHTS = "prompts/weights.json"
+MOST_REASONS = 100  # of documents that were left out, kept for each part
+
+
+def blocks_name(digest: str) -> str:
+    """Return the name, among the run's inputs, of the checksums of a data file."""
+    return f"{digest}.blocks"
 
 
 def stretches(document: dict[str, Any]) -> list[tuple[dict[str, Any], int, int]]:
@@ -52,6 +61,26 @@ def _off() -> dict[str, Any]:
     return dict.fromkeys(headstats.StatSpec().requested(), False)
 
 
+@dataclass
+class Tally:
+    """What was counted in a part, and which documents were left out and why."""
+
+    documents: int = 0
+    tokens: int = 0
+    left_out: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def leave_out(self, path: Path, unit: str, number: int, reason: str) -> None:
+        """Count a document (or piece) that cannot be used."""
+        self.left_out += 1
+        if len(self.reasons) < MOST_REASONS:
+            self.reasons.append(f"{path}, {unit} {number}: {reason}")
+
+    def counts(self) -> dict[str, int]:
+        """Return the three numbers by name."""
+        return {"documents": self.documents, "tokens": self.tokens, "left_out": self.left_out}
+
+
 class CorpusJob:
     """Computes byte ranges of a corpus.
 
@@ -62,26 +91,37 @@ class CorpusJob:
         self.document, self.files = document, files
         self.model: Any = (models or {}).get("model")
         self.ready = False
-        self.is_same: dict[str, bool] = {}  # files, by path
+
+    @cached_property
+    def _stretches(self) -> list[tuple[dict[str, Any], int, int]]:
+        return stretches(self.document)
+
+    @cached_property
+    def _blocks(self) -> dict[str, bytes]:
+        """The checksums of each data file, by its digest."""
+        blocks = {}
+        for file in self.document["files"]:
+            content = self.files.get(f"inputs/{blocks_name(file['digest'])}")
+            if content is None or digest_of(content) != file["digest"]:
+                raise ModelError(f"the run directory lacks the checksums of {file['path']}: make a new run")
+            blocks[file["digest"]] = content
+        return blocks
 
     def compute(self, part: int) -> PartResult:
         """Compute one part.
 
-        ModelError for a model or a file that is missing or has changed since the run began.
+        ModelError for a model or a file that is missing or has changed since the run began, or for lack of memory. A
+        document that cannot be read is left out, and has a row with the reason.
         """
         model = self._model()
-        file, start, stop = stretches(self.document)[part]
-        self._check_file(file)
+        file, start, stop = self._stretches[part]
         moments: dict[str, StreamedMoments] = {}
-        counts = {"documents": 0, "tokens": 0}
-        try:
-            for batch in _batches(self._windows(Path(file["path"]), start, stop, counts)):
+        tally = Tally()
+        with CheckedFile(Path(file["path"]), file["size"], self._blocks[file["digest"]]) as data:
+            for batch in _batches(self._windows(data, start, stop, tally)):
                 self._add(model, batch, moments)
-        except ModelError:
-            raise
-        except InterpError as error:
-            return PartResult(table_of({}, f"{error}"), 1, {"counts": counts})
-        return PartResult(table_of(moments), 0, {"counts": counts, "provenance": model.provenance()})
+        about = {"counts": tally.counts(), "provenance": model.provenance()}
+        return PartResult(table_of(moments, tally.reasons), len(tally.reasons), about)
 
     def _model(self) -> Any:
         """Return the model, loaded once.
@@ -99,37 +139,32 @@ class CorpusJob:
             self.ready = True
         return self.model
 
-    def _check_file(self, file: dict[str, Any]) -> None:
-        """Raise ModelError unless the file is the one that the run began with."""
-        if file["path"] not in self.is_same:
-            try:
-                self.is_same[file["path"]] = describe_file(Path(file["path"])) == file
-            except InterpError as error:
-                raise ModelError(str(error)) from None
-        if not self.is_same[file["path"]]:
-            raise ModelError(f"{file['path']} is not the file that this run began with: make a new run")
-
-    def _windows(self, path: Path, start: int, stop: int, counts: dict[str, int]) -> Iterator[list[int]]:
+    def _windows(self, file: CheckedFile, start: int, stop: int, tally: Tally) -> Iterator[list[int]]:
         """Yield the token ids of each document, cut to the context.
 
         A remainder of one token is left out.
 
         Every window of a text begins with the special tokens that the model's prompts begin with; token files are read
-        as they are. ``counts`` is updated.
+        as they are. ``tally`` is updated.
         """
-        first: list[int] = [] if path.suffix.lower() in TOKENS else self._first()
+        is_tokens = file.path.suffix.lower() in TOKENS
+        first: list[int] = [] if is_tokens else self._first()
         step = self.document["context"] - len(first)
         d_vocab = int(self.model.bridge.cfg.d_vocab)
-        for text in documents(path, start, stop):
-            ids = text if isinstance(text, list) else list(self._bare(text))
-            if isinstance(text, list) and (min(ids) < 0 or max(ids) >= d_vocab):
-                wrong = next(i for i in ids if not 0 <= i < d_vocab)
-                raise PromptError(f"{path}: {wrong} is not a token of this model: its tokens are 0 to {d_vocab - 1}")
-            counts["documents"] += 1
+        for item in documents(file, start, stop):
+            if isinstance(item, Refused):
+                tally.leave_out(file.path, "line", item.number, item.reason)
+                continue
+            ids = item.content if isinstance(item.content, list) else self._bare(item.content)
+            tally.documents += item.is_first
             for i in range(0, len(ids), step):
                 window = [*first, *ids[i : i + step]]
-                if len(window) > 1:
-                    counts["tokens"] += len(window)
+                if is_tokens and (min(window) < 0 or max(window) >= d_vocab):
+                    at, wrong = next((k, x) for k, x in enumerate(window) if not 0 <= x < d_vocab)
+                    reason = f"{wrong} is not a token of this model (0 to {d_vocab - 1}); its window is left out"
+                    tally.leave_out(file.path, "token", item.number + i + at, reason)
+                elif len(window) > 1:
+                    tally.tokens += len(window)
                     yield window
 
     def _bare(self, text: str) -> list[int]:
@@ -159,7 +194,7 @@ class CorpusJob:
             if not is_out_of_memory(error):
                 raise
             if len(ids) == 1:
-                raise InterpError(
+                raise ModelError(
                     f"a window of {len(ids[0])} tokens does not fit into memory: use a smaller --context"
                 ) from None
             statistics = None

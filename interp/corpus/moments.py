@@ -8,7 +8,7 @@ DataSketches. The same parts, merged in the same order, give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasketches
@@ -19,6 +19,7 @@ from jaxtyping import Float
 TDigest: Any = datasketches.tdigest_double  # type: ignore[attr-defined]
 
 COMPRESSION = 100
+MOST_ERRORS = 1000
 SCHEMA = pa.schema([
     ("layer", pa.int32()), ("head", pa.int32()), ("statistic", pa.string()), ("count", pa.int64()),
     ("mean", pa.float64()), ("m2", pa.float64()), ("min", pa.float64()), ("max", pa.float64()),
@@ -78,31 +79,31 @@ class StreamedMoments:
             self.sketch[layer][head].merge(TDigest.deserialize(row["sketch"]))
 
 
-def table_of(moments: dict[str, StreamedMoments], error: str | None = None) -> pa.Table:
+def table_of(moments: dict[str, StreamedMoments], errors: Sequence[str] = ()) -> pa.Table:
     """Return a part's statistics as a table, one row per statistic and head.
 
-    An error is a separate row.
+    Each of ``errors``, the reasons why documents were left out, is a separate row.
     """
     columns: dict[str, list] = {name: [] for name in SCHEMA.names}
     for statistic, of_heads in moments.items():
         for name, values in of_heads.rows(statistic).items():
             columns[name] += values
-    if error is not None:
-        for name in columns:
-            columns[name].append(error if name == "error" else None)
+    for name in columns:
+        columns[name] += errors if name == "error" else [None] * len(errors)
     return pa.table(columns, schema=SCHEMA)
 
 
 def merge_tables(tables: Iterable[pa.Table]) -> tuple[dict[str, StreamedMoments], list[str]]:
     """Merge the tables of all parts.
 
-    Returns the moments by statistic, and the errors of parts that failed. Holds one part in memory at a time.
+    Returns the moments by statistic, and why documents were left out (at most `MOST_ERRORS` reasons). Holds one part in
+    memory at a time.
     """
     moments: dict[str, StreamedMoments] = {}
     errors = []
     for table in tables:
         rows = table.to_pylist()
-        errors += [r["error"] for r in rows if r["error"] is not None]
+        errors += [r["error"] for r in rows if r["error"] is not None][: MOST_ERRORS - len(errors)]
         rows = [r for r in rows if r["error"] is None]
         if not rows:
             continue

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from interp.corpus.job import spec_of, stretches
+from interp.corpus.job import blocks_name, spec_of, stretches
 from interp.corpus.moments import merge_tables
 from interp.corpus.reading import describe_file
 from interp.errors import InterpError
@@ -29,9 +29,9 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 class CorpusStatistics:
     """Statistics of every head over a corpus.
 
-    ``outcome``: how the run ended. ``root``: its run directory. ``documents``, ``tokens``: how many were counted; a
-    text longer than a piece of 256 Ki characters counts once per piece. ``errors``: why parts of the corpus are
-    missing.
+    ``outcome``: how the run ended. ``root``: its run directory. ``documents``, ``tokens``: how many were counted; of
+    token ids, every 32,768 count as a document. ``left_out``: how many documents (or pieces of long ones, or windows of
+    token ids) could not be read and are in no statistic. ``errors``: which, and why; at most the first 1,000.
     """
 
     table: pd.DataFrame = field(repr=False)
@@ -40,6 +40,7 @@ class CorpusStatistics:
     errors: list[str] = field(repr=False)
     root: Path
     outcome: Outcome | None = None
+    left_out: int = 0
 
     def frame(self) -> pd.DataFrame:
         """Return one row per layer, head and statistic.
@@ -74,8 +75,8 @@ class CorpusStatistics:
         table = (
             pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"layer": [], "head": [], "statistic": []})
         )
-        documents, tokens = (sum(c.get(k, 0) for c in counts) for k in ("documents", "tokens"))
-        return cls(table, documents, tokens, errors, Path(root), outcome)
+        documents, tokens, left_out = (sum(c.get(k, 0) for c in counts) for k in ("documents", "tokens", "left_out"))
+        return cls(table, documents, tokens, errors, Path(root), outcome, left_out)
 
 
 def statistics(
@@ -101,7 +102,10 @@ def statistics(
     with one number per position. ``options``: as for `interp.Sweep.run` (executor, workers, threads, shard).
 
     The run directory is ``out`` (default ``runs/stats-…``); the same call resumes it. Memory does not grow with the
-    corpus. Raises InterpError for bad input, or a run directory of another call.
+    corpus. A document that cannot be read costs itself alone: it is in no statistic, and ``left_out`` and ``errors``
+    count and name it. Every file is read once at the start, for its checksums, and what a part reads is compared with
+    them: if a file is changed, truncated or replaced meanwhile, the remaining parts are left undone and
+    ``outcome.code`` is 4. Raises InterpError for bad input, or a run directory of another call.
     """
     paths = [Path(p) for p in ([data] if isinstance(data, str | Path) else data)]
     if not paths:
@@ -117,14 +121,16 @@ def statistics(
     if model_object is None and load.lower().endswith(PICKLES):
         raise InterpError(f"{load}: pickled weights can run code when they are read, and are refused")
     load_options = {key: value for key, value in (("dtype", dtype), ("device", device)) if value}
+    records = [describe_file(p) for p in paths]
     document = {
         "name": f"stats-{Path(load).name}", "load": load, "options": load_options,
-        "files": [describe_file(p) for p in paths], "context": context, "statistics": statistics,
+        "files": [r.entry for r in records], "context": context, "statistics": statistics,
         "bytes_per_part": bytes_per_part,
     }  # fmt: skip
     short = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=4).hexdigest()
     root = Path(out) if out is not None else Path("runs") / f"{document['name']}-{short}"
-    store = Store.create(root, "corpus", document, len(stretches(document)), {}, "")
+    inputs = {blocks_name(r.entry["digest"]): r.blocks for r in records}
+    store = Store.create(root, "corpus", document, len(stretches(document)), inputs, "")
     if store.kind != "corpus" or store.document != document:
         changed = "\n".join(differences(store.document, document))
         raise InterpError(f"{root} is another run. What differs:\n{changed}\nChoose another folder")
