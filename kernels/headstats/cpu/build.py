@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from headstats.cpu import trust
 
 COMMAND = "python -m headstats.cpu"
 SOURCE = Path(__file__).parent / "source"
@@ -55,24 +56,9 @@ def library_path() -> Path:
     It depends on the sources, and on the version of torch, Python and the kind of machine.
     """
     parts = [torch.__version__, sysconfig.get_config_var("SOABI") or sys.version, sys.platform, platform.machine()]
-    parts += [repr((COMMON, VARIANTS)), *(f"{p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()))]
+    parts += [repr((COMMON, VARIANTS, trust.MARK)), *(f"{p.name}\n{p.read_text()}" for p in sorted(SOURCE.iterdir()))]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return cache_root() / f"cpu-{key}" / LIBRARY
-
-
-def owners() -> tuple[int, ...]:
-    """Return the users whose files are trusted: this user and root."""
-    return (os.getuid(), 0)
-
-
-def untrusted(path: Path) -> str | None:
-    """Return why another user could have changed a file or folder, or None."""
-    status = path.stat()
-    if status.st_uid not in owners():
-        return f"{path} belongs to user {status.st_uid}, neither to this one nor to root"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{path} can be written by other users (chmod go-w {path})"
-    return None
 
 
 def compiler() -> str:
@@ -99,8 +85,9 @@ def build(say: Callable[[str], None] = print, time_limit: float = TIME_LIMIT) ->
     root = to.parent.parent
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if reason := untrusted(root):
-            raise BuildError(f"{reason}. Choose another folder with HEADSTATS_CACHE")
+        for folder in (root.resolve(), to.parent):
+            if os.path.lexists(folder) and (reason := trust.untrusted(folder)):
+                raise BuildError(f"{reason}. Choose another folder with HEADSTATS_CACHE")
         _remove_abandoned(root)
         work = Path(tempfile.mkdtemp(prefix=".building-", dir=root))
     except OSError as error:
@@ -109,6 +96,7 @@ def build(say: Callable[[str], None] = print, time_limit: float = TIME_LIMIT) ->
     say(f"headstats: compiling the CPU backend with {cxx}")
     try:
         library = _compile(cxx, work, time_limit)
+        trust.seal(library)
         library.chmod(0o600)
         to.parent.mkdir(mode=0o700, exist_ok=True)
         library.replace(to)

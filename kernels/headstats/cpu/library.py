@@ -1,15 +1,18 @@
-"""Loading of the compiled library, after a check of who could have written it."""
+"""Loading of the compiled library, after checks that it is whole and that nobody else could have written it."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from ctypes import CDLL, POINTER, Structure, c_char_p, c_double, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from headstats.cpu import build
+from headstats.cpu import build, trust
+
+log = logging.getLogger("headstats")
 
 KINDS = {"i": c_int64, "r": c_double, "p": c_void_p}
 LEVELS = ("portable", "AVX2", "AVX-512")
@@ -40,11 +43,20 @@ class CompiledLibrary:
             raise MemoryError("headstats: the compiled backend ran out of memory")
 
 
-def load(path: Path) -> CompiledLibrary:
-    """Load a library that `build` has installed. Raises OSError or PermissionError."""
-    for place in (path.parent.parent, path.parent, path):
-        if reason := build.untrusted(place):
+def check(path: Path) -> None:
+    """Raise FileNotFoundError, PermissionError or DamagedFile unless a library may be loaded.
+
+    Loading a torn library can end the process (SIGBUS), and a library runs with this user's rights.
+    """
+    for place in (path.parent.parent.resolve(), path.parent, path):
+        if reason := trust.untrusted(place):
             raise PermissionError(reason)
+    trust.check_seal(path)
+
+
+def load(path: Path) -> CompiledLibrary:
+    """Load a library that `build` has installed. Raises OSError, such as PermissionError or DamagedFile."""
+    check(path)
     return CompiledLibrary(path)
 
 
@@ -59,5 +71,9 @@ def find() -> tuple[CompiledLibrary | None, str]:
         return load(path), ""
     except FileNotFoundError:
         return None, f"it is not built ({build.COMMAND} does that; nothing is at {path})"
+    except trust.DamagedFile as error:
+        reason = f"its library is not loaded: {error}; {build.COMMAND} builds it again"
+        log.warning("headstats: the compiled backend is not used, and CPU calls are slower. %s", reason)
+        return None, reason
     except OSError as error:
         return None, f"its library is not loaded: {error}"
