@@ -38,6 +38,7 @@ def test_a_sound_model_passes_every_check(llama) -> None:
     checks = llama.frame().dropna(subset="passed")
     assert list(checks["item"]) == [
         "one prompt", "padded on the left", "padded on the right", "key/value cache", "call count",
+        "q, k, v, z, result",
     ]  # fmt: skip
     assert values(llama, "backend")["layers 0–2"] in ("LlamaAttention: blocked", "LlamaAttention: compiled")
 

@@ -117,6 +117,7 @@ def examine(
     findings = [
         *_logits(model, batches, expected, wrapped),
         *_layers(model),
+        *_heads(model),
         *_sites(model),
         *_precision(model),
         *_memory(model, calls, context),
@@ -218,11 +219,26 @@ def _layers(model: Model) -> Iterator[Finding]:
         place = f"{stack} layers {layers[0]}–{layers[-1]}" if is_range else f"{stack} layers {layers}"
         why = ", ".join(filter(None, rows["dense_because"].unique()))
         yield Finding("backend", place.strip(), None, f"{attention}: {backend}" + (f" (dense: {why})" if why else ""))
-    bypassing = report["layer"][report["calls"] == 0].tolist()
+    has_attention = report["attention"] != "none"
+    bypassing = report["layer"][(report["calls"] == 0) & has_attention].tolist()
     value = "every layer's attention reaches headstats"
+    if not all(has_attention):
+        value = "attention of every layer that has it reaches headstats; the others have none"
     if bypassing:
         value = f"attention of layers {bypassing} never reached headstats"
     yield Finding("backend", "call count", not bypassing, value)
+
+
+def _heads(model: Model) -> Iterator[Finding]:
+    """What the check at load found: whether head h of a component is the model's head h."""
+    axes, section = model.head_axes, "heads"
+    names = "q, k, v, z, result"
+    for (stack, component), fault in axes.faults.items():
+        yield Finding(section, f"{stack} {component}".strip(), False, f"refused: {fault}")
+    if not axes.faults:
+        yield Finding(section, names, True, "head h is head h of the model's own attention and projections")
+    for component in sorted(axes.joint):
+        yield Finding(section, component, None, "a norm over all heads follows: a change of one head scales all")
 
 
 def _sites(model: Model) -> Iterator[Finding]:

@@ -24,11 +24,12 @@ from interp.engine.matmul import redirect_products
 from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, read_plain_blocks
 from interp.engine.planner import PLANNING
 from interp.engine.runs import Frame, Run, record
+from interp.engine.site_checks import ResultHooks, check_sites
 from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
-from interp.sites import COMPONENTS, Site
+from interp.sites import Site
 from interp.utils.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("interp")
@@ -65,6 +66,7 @@ class Engine:
         self.budget = Budget(model, as_bytes(memory))
         self.rows_per_batch, self.cells_per_batch = ROWS_PER_BATCH, LOGITS_PER_BATCH
         self.plain_blocks: list[PlainBlock] | None = None
+        self.written: set[str] = set()  # components that cells have changed
         self.planner = PLANNING.get()  # inside `explain`, cells are recorded instead of run
 
     @property
@@ -75,6 +77,14 @@ class Engine:
     def describe(self) -> str:
         """How cells are run, for provenance."""
         return "packed, exact" if self.fast else f"one full forward per cell ({self.reason})"
+
+    def provenance(self) -> dict[str, str]:
+        """How cells were run, and what a reader must know of the components that they changed."""
+        joint = sorted(self.written & self.model.head_axes.joint)
+        told = {
+            "joint_heads": f"{', '.join(joint)}: a norm over all heads follows, so that one head's change scales all"
+        }
+        return {"engine": self.describe(), **(told if joint else {})}
 
     def count_answered(self, n: int) -> int:
         """Count cells that a recipe answers from base runs by itself.
@@ -95,47 +105,9 @@ class Engine:
 
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Raise SiteError, before any work, for sites that this model lacks."""
-        if not sites:
-            raise SiteError("there are no sites to sweep: pass e.g. model.sites('z')")
-        hook_names = self.model.bridge.hook_dict
-        heads = {"query": self.model.n_heads, "kv": self.model.n_kv_heads}
-        if any(s.spec.heads == "neuron" for s in sites):
-            heads["neuron"] = self.model.n_neurons
-        for site in sites:
-            if site.layer is not None and not 0 <= site.layer < self.model.n_layers:
-                raise SiteError(f"site {site}: the model has layers 0 to {self.model.n_layers - 1}")
-            n = heads.get(COMPONENTS[site.component].heads or "", 0)
-            if site.head is not None and not 0 <= site.head < n:
-                unit = "neuron" if site.spec.heads == "neuron" else "head"
-                has = f"has {unit}s 0 to {n - 1} in this model" if n else f"has no {unit}s in this model"
-                raise SiteError(f"site {site}: {site.component!r} {has}")
-            if site.hook_name not in hook_names:
-                raise SiteError(f"site {site}: {self.model.name} has no {site.component!r} ({site.hook_name})")
-            if site.component == "resid_mid" and site.layer is not None and not self._attention_alone(site.layer):
-                raise SiteError(
-                    f"site {site}: block {site.layer} of {self.model.name} adds more than attention before its MLP, "
-                    "so that 'resid_mid' cannot be set: use 'resid_pre' or 'resid_post'"
-                )
-        try:
-            with self._extra_hooks([s.component for s in sites]):
-                pass
-        except NotImplementedError:
-            raise SiteError(
-                f"TransformerLens has no per-head 'result' of the attention of {self.model.name}: patch 'z', which the "
-                "output projection maps to it"
-            ) from None
+        check_sites(self.model, sites)
         if self.fast and any(s.component == "embed" for s in sites):
             self._decide("what lies between the embedding and block 0 (norms, scales) is run only by full forwards")
-
-    def _attention_alone(self, layer: int) -> bool:
-        """Whether resid_mid is the sum of resid_pre and the attention's output.
-
-        It is set through that output.
-        """
-        return (
-            f"blocks.{layer}.hook_attn_out" in self.model.bridge.hook_dict
-            and packed.find_other_mixer(self.model, layer) is None
-        )
 
     @torch.no_grad()
     def record(
@@ -237,6 +209,7 @@ class Engine:
             return torch.zeros(len(cells), dtype=torch.float64)
         values = torch.full((len(cells),), float("nan"), dtype=torch.float64)
         components = {w.site.component for c in cells for w in c.writes}
+        self.written |= components
         with self._extra_hooks(tuple(components)):
             if self.fast and not all(self.cannot_reach_logits(runs, c) for c in cells):
                 self._check(runs, cells)
@@ -379,21 +352,5 @@ class Engine:
             raise InterpError(f"the fast engine is not exact here: {reason}. Use engine='naive' or 'auto'.")
         log.warning("engine: one full forward per cell, because %s", reason)
 
-    def _extra_hooks(self, components: Sequence[str]) -> _ResultHooks:
-        return _ResultHooks(self.model, "result" in components)
-
-
-class _ResultHooks:
-    """Turns on TransformerLens' per-head results while a 'result' site needs them."""
-
-    def __init__(self, model: Model, needed: bool):
-        self.bridge, self.needed = model.bridge, needed
-        self.before = bool(getattr(model.bridge.cfg, "use_attn_result", False))
-
-    def __enter__(self) -> None:
-        if self.needed and not self.before:
-            self.bridge.set_use_attn_result(True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.needed and not self.before:
-            self.bridge.set_use_attn_result(False)
+    def _extra_hooks(self, components: Sequence[str]) -> ResultHooks:
+        return ResultHooks(self.model, "result" in components)

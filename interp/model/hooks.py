@@ -16,13 +16,22 @@ if TYPE_CHECKING:
 def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
     """Add TransformerLens forward hooks inside the block.
 
-    ``pairs``: (hook name, fn(tensor, hook) -> tensor or None).
+    ``pairs``: (hook name, fn(tensor, hook) -> tensor or None). Raises SiteError for a hook whose heads are not the
+    model's (`interp.model.head_checks`).
     """
-    handles = []
+    for name, _ in pairs:
+        model.check_axes(name.rpartition(".hook_")[2] if ".attn.hook_" in name else "")
     points = model.bridge.hook_dict if pairs else {}  # a property that searches the whole model
+    with hooks_at(*((points[name], function) for name, function in pairs)):
+        yield
+
+
+@contextmanager
+def hooks_at(*pairs: tuple[Any, Any]) -> Iterator[None]:
+    """Add forward hooks to hook points inside the block: (hook point, fn(tensor, hook) -> tensor or None)."""
+    handles = []
     try:
-        for name, function in pairs:
-            point = points[name]
+        for point, function in pairs:
             heads_first = getattr(point, "pos_dim", 1) == 2
             handles.append((point, point.add_hook(_positions_first(function) if heads_first else function)))
         yield

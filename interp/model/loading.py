@@ -21,6 +21,7 @@ import torch
 from interp.errors import InterpError, ModelError
 from interp.model import bridge_adapters as adapters
 from interp.model import vision_towers as towers
+from interp.model.head_layout import correct_heads
 
 EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
 QUANTIZED = ("8bit", "4bit")
@@ -50,6 +51,7 @@ def boot(source: Any, **options: Any) -> tuple[Any, str]:
         move = [options[key] for key in ("device", "dtype") if options.get(key) is not None]
         if move:
             source.to(*move)
+        correct_heads(source)
         return source, str(getattr(source.cfg, "model_name", None) or "bridge")
     return wrap(read(source, **options))
 
@@ -268,6 +270,7 @@ def wrap(weights: Weights) -> tuple[Any, str]:
         raise ModelError(
             f"TransformerLens cannot wrap {name} ({type(model).__name__}): {_first_line(error)}"
         ) from error
+    correct_heads(bridge)
     return bridge, name
 
 

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.errors import ModelError, PromptError
+from interp.errors import ModelError, PromptError, SiteError
 from interp.model.batching import collate, equal_length_batches
 from interp.model.collect_statistics import prompt_stats, tower_stats
 from interp.model.encoder_decoder import stack_stats
+from interp.model.head_checks import check_heads, recorded
 from interp.model.input_checks import (
     mask_positions,
     needs_images,
@@ -117,7 +118,9 @@ class Model:
         self.reads = reads_of(bridge.original_model)
         eager_output, n_positions = probe(self)
         install(bridge, self.instruments)
-        verify(self, eager_output)
+        with recorded(bridge, self.instruments, stacks(bridge)) as replays:
+            verify(self, eager_output)
+        self.head_axes = check_heads(bridge, replays)
         for instrument in self.instruments.values():
             instrument.layers.clear()
         self._has_warned_about_cache = False
@@ -462,6 +465,11 @@ class Model:
         }
 
     # ------------------------------------------------------------ trust
+
+    def check_axes(self, component: str) -> None:
+        """Raise SiteError if heads of ``component`` are not the model's heads, as the check at load has found."""
+        if fault := self.head_axes.fault(component):
+            raise SiteError(f"{component!r} of {self.name} is refused, since its heads are not the model's: {fault}")
 
     def hooks_added(self) -> bool:
         """Whether modules have other forward hooks than when the model was loaded.

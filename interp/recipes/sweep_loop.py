@@ -212,7 +212,7 @@ class SweepLoop:
                         no_gap = batch.no_gap[row.index]
                         table.add(number, row.address, prompt, clean, corrupt, value, row.sender, no_gap)
         return table.effects(
-            self.model, self.items, keep_nan=self.subset.keep_nan, engine=self.runner.describe(), **recipe,
+            self.model, self.items, keep_nan=self.subset.keep_nan, **self.runner.provenance(), **recipe,
             **provenance_of(self.given_prompts),
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from html import escape
 import pandas as pd
 
 from interp.doctor.families.text import FAMILIES
-from interp.doctor.matrix import attention, outputs
+from interp.doctor.matrix import attention, heads, outputs
 from interp.doctor.matrix.case import ALLOWED, DoesNotApply, FamilyCase
 from interp.errors import InterpError
 
@@ -25,6 +25,7 @@ CHECKS: dict[str, Callable[[FamilyCase], float]] = {
     "generate": outputs.generation,
     "hooks": attention.hooks,
     "edits": attention.edits,
+    "heads": heads.heads,
     "gradients": attention.gradients,
     "statistics": attention.statistics,
     "calls": attention.calls,
