@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from interp.model.model import Model
+from interp.model.loaded_model import LoadedModel
 
 
 @contextmanager
-def hooks(model: Model, *pairs: tuple[str, Any]) -> Iterator[None]:
+def hooks(model: LoadedModel, *pairs: tuple[str, Any]) -> Iterator[None]:
     """Add TransformerLens forward hooks inside the block.
 
     ``pairs``: (hook name, fn(tensor, hook) -> tensor or None). Raises SiteError for a hook whose heads are not the

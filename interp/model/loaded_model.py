@@ -90,6 +90,10 @@ class LoadedModel(Protocol):
         """As `Model.forward`."""
         ...
 
+    def check_axes(self, component: str) -> None:
+        """As `Model.check_axes`."""
+        ...
+
     def provenance(self) -> dict[str, Any]:
         """As `Model.provenance`."""
         ...
