@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InterpError(ValueError):
     """Bad input: what was wrong and what to do about it. The CLI prints the message and exits with code 2."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a sweep of which some examples are finished: ``effects`` holds their rows."""
+
+    def __init__(self, effects: Any):
+        super().__init__(f"interrupted; finished: {effects!r}. They are in the exception's .effects")
+        self.effects = effects
 
 
 class SiteError(InterpError):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from interp.errors import InterpError
+from interp.utils.checks import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,8 @@ def as_metric(metric: Metric | str | MetricFn) -> Metric:
         return metric
     if isinstance(metric, str):
         if metric not in METRICS:
-            raise InterpError(f"unknown metric {metric!r}; known metrics: {', '.join(METRICS)}")
+            hint = did_you_mean(metric, METRICS)
+            raise InterpError(f"unknown metric {metric!r}; {hint}known metrics: {', '.join(METRICS)}")
         return METRICS[metric]
     if callable(metric):
         return Metric(getattr(metric, "__name__", "custom"), metric)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from interp.errors import SiteError
+from interp.utils.checks import did_you_mean
 from interp.utils.html_card import card
 
 EACH, ALL = "each", "all"
@@ -76,7 +77,8 @@ class Site:
             if type(value) not in PLAIN_TYPES:
                 object.__setattr__(self, axis, _as_plain(value, axis))
         if self.component not in COMPONENTS:
-            raise SiteError(f"unknown component {self.component!r}; known components: {', '.join(COMPONENTS)}")
+            hint = did_you_mean(self.component, COMPONENTS)
+            raise SiteError(f"unknown component {self.component!r}; {hint}known components: {', '.join(COMPONENTS)}")
         spec = COMPONENTS[self.component]
         if spec.per_layer and self.layer is None:
             raise SiteError(f"a {self.component!r} site needs a layer")
@@ -248,7 +250,8 @@ def enumerate_sites(
     ``positions="each"`` or ``positions="all"`` to choose. Raises SiteError for anything that the model lacks.
     """
     if component not in COMPONENTS:
-        raise SiteError(f"unknown component {component!r}; known components: {', '.join(COMPONENTS)}")
+        hint = did_you_mean(component, COMPONENTS)
+        raise SiteError(f"unknown component {component!r}; {hint}known components: {', '.join(COMPONENTS)}")
     spec = COMPONENTS[component]
     if not spec.per_layer and layers is not None:
         raise SiteError(f"{component!r} comes before the first layer; leave layers=None")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 
 import interp
 from interp.cli import main as cli
+from interp.cli.messages import spoken
 from interp.doctor.families.text import tiny_hf
+from interp.engine.planner import PLANNING
 from interp.errors import InterpError, PromptError
 from interp.prompts.files import read_prompts, read_texts
+from interp.tasks import task
 
 PAIRS = [
     {"clean": "w1 w2 w3 w4", "corrupt": "w1 w9 w3 w4", "answer": "w95", "foil": "w96", "spans": {"name": "w2"}},
@@ -135,12 +140,12 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("steer --model {f}/m --positive {f}/it's.txt --negative {f}/down.txt", "it's.txt"),
         (
             "steer --model {f}/m --pairs {f}/pairs.csv --positive {f}/up.txt --negative {f}/down.txt --sites ,",
-            "no sites",
+            "a component or sites expected",
         ),
         ("leave-out --model {f}/m --pairs {f}/pairs.jsonl --instead name=a --instead name=b", "each name once"),
         ("bench sweeps --cases z,foo", "no such cases: foo; there are"),
         ("bench sweeps --json {f}/pairs.csv", "a new file"),
-        ("bench sweeps --rounds 0", "rounds=0"),
+        ("bench sweeps --rounds 0", "--rounds 0, --threads 2"),
     ],
 )
 def test_bad_options_end_with_a_message_and_exit_code_2(run, line: str, words: str) -> None:
@@ -199,11 +204,143 @@ def test_gates(run, folder) -> None:
     code, out, _ = run("gates --model {f}/m --pairs {f}/pairs.csv --explain")
     assert code == 0 and "12 gates × 5 seeds; 1500 updates of 10 prompts" in out
     code, _, err = run("gates --model {f}/m --pairs {f}/pairs.csv --lam -1")
-    assert code == 2 and "lam=-1" in err
-    for wrong, said in (("--steps 0 --explain", "steps=0"), ("--start 0.9", "--start 0.9"), ("--start 1,0", "start=")):
+    assert code == 2 and "--lam -1" in err
+    for wrong, said in (("--steps 0 --explain", "--steps 0"), ("--start 0.9", "--start 0.9"), ("--start 1,0", "start")):
         code, _, err = run("gates --model {f}/nowhere --pairs {f}/pairs.csv " + wrong)  # before the model is loaded
         assert code == 2 and said in err
     code, _, err = run("trace --model {f}/m --task facts:split=test")
     assert code == 2 and "fact_pairs:split=test" in err
     code, _, err = run("gates --model {f}/m --pairs {f}/pairs.csv --metric prob")
     assert code == 2 and "--metric" in err
+
+
+def test_n_takes_the_first_of_a_file(run, folder, tmp_path) -> None:
+    out = tmp_path / "x.parquet"
+    code, _, err = run(f"patch --model {{f}}/m --sites z --pairs {{f}}/pairs.csv --n 1 --out {out}")
+    assert code == 0, err
+    one = interp.Effects.read(out)
+    assert set(one.frame()["example"]) == {0} and one.provenance["n_prompts"] == 1
+    code, _, err = run("patch --model {f}/nowhere --sites z --pairs {f}/pairs.csv --n 3")
+    assert code == 2 and "--n 3" in err and "holds 2 prompts" in err
+
+
+def test_version_and_completion(run) -> None:
+    code, text, _ = run("--version")
+    assert code == 0 and text.splitlines()[0] == f"interp {interp.__version__}" and "torch" in text
+    code, text, _ = run("--help")
+    assert code == 0 and "--install-completion" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [("interp patch --metric lo", {"logit_diff", "logprob"}), ("interp ablate --schedule all", {"all-but-one"}),
+     ("interp patch --task key", {"key_value"}), ("interp circuit --method ac", {"acdc"}),
+     ("interp kno", {"knock-out"})],
+)  # fmt: skip
+def test_the_shell_completes_commands_and_values(words: str, wanted: set[str]) -> None:
+    env = {
+        **os.environ,
+        "_INTERP_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    env["COMP_CWORD"] = str(len(words.split()) - 1)
+    code = "import sys; sys.argv = ['interp']; from interp.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert set(done.stdout.split()) == wanted, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        # all of these are said before the model is looked for
+        ("patch --model {f}/none --sites resid_per", "did you mean resid_pre?"),
+        ("patch --model {f}/none --sites z.L1", "a z site needs a head"),
+        ("patch --model {f}/none --group a=zz.L0H1", "unknown component zz"),
+        ("patch --model {f}/none --sites z.L0H1 --layers 1", "--layers does not apply to z.L0H1"),
+        ("patch --model {f}/none --group a=z.L0H1 --layers 1", "there is only --group"),
+        ("patch --model {f}/none --metric logitdiff", "did you mean 'logit_diff'?"),
+        ("patch --model {f}/none --task iio", "did you mean 'ioi'?"),
+        ("patch --model {f}/none --engine fats", "did you mean fast?"),
+        ("ablate --model {f}/none --using meen", "did you mean mean?"),
+        ("circuit --model {f}/none --method eap-ig-input", "did you mean eap-ig-inputs?"),
+        ("circuit --model {f}/none --pairs {f}/pairs.csv --n 1 --split", "at least two"),
+        ("circuit --model {f}/none --task ioi:split=test --split", "names a split already"),
+        ("trace --model {f}/none --component resid_port", "did you mean resid_post?"),
+        # said by functions, in the words of the command line
+        ("patch --model {f}/m --pairs {f}/bare.csv", "give every pair a foil, or use --metric logprob"),
+        ("ablate --model {f}/m --pairs {f}/one.csv --using resample", "give --reference"),
+    ],
+)
+def test_messages_speak_the_words_of_the_command_line(run, folder, line: str, words: str) -> None:
+    (folder / "bare.csv").write_text("clean,corrupt,answer\nw1 w2,w1 w3,w95\n")
+    (folder / "one.csv").write_text("clean,corrupt,answer,foil\nw1 w2,w1 w3,w95,w96\n")
+    code, _, err = run(line)
+    assert code == 2 and words in err and "Traceback" not in err, err
+
+
+def test_spoken() -> None:
+    options = {"mode": "--mode", "split": "--split", "n_boot": "--n-boot", "metric": "--metric"}
+    for message, wanted in (
+        ("use mode='noise'", "use --mode noise"), ("or leave split=None.", "or leave --split out."),
+        ("n_boot=0: a whole number", "--n-boot 0: a whole number"), ("give mode= words", "give --mode words"),
+        ("use metric=interp.logprob", "use --metric logprob"),
+        ("window=1, mode=…", "window=1, --mode"), ("f(mode='noise')", "f(mode='noise')"), ("x.mode=3", "x.mode=3"),
+    ):  # fmt: skip
+        assert spoken(message, options) == wanted
+    assert spoken("mode='noise'", {}) == "mode='noise'"
+
+
+def test_underscores_and_tasks_of_the_config(run, tmp_path) -> None:
+    line = "ablate --model {f}/m --pairs {f}/pairs.csv --sites z.L0H0,z.L1H1 --schedule "
+    for name in ("all_but_one", "all-but-one"):
+        assert run(f"{line}{name}")[0] == 0
+    assert task("puzzles:kind=recall").options == {"kind": "recall"}
+
+
+def test_a_circuit_states_its_recipe_and_can_be_measured_on_other_pairs(run, folder) -> None:
+    rows = [f"w{i} w2 w3,w{i} w9 w3,w95,w96" for i in range(10, 16)]
+    (folder / "six.csv").write_text("\n".join(["clean,corrupt,answer,foil", *rows]))
+    code, text, err = run("circuit --model {f}/m --pairs {f}/six.csv --edges 40")
+    assert code == 0, err
+    assert "logit_diff; edges outside the circuit carry" in text and "6 prompt(s), the same on which" in text
+    code, text, err = run("circuit --model {f}/m --pairs {f}/six.csv --edges 40 --split")
+    assert code == 0 and "3 prompt(s), held out" in text, err
+
+
+@pytest.mark.parametrize("verb", ["patch", "ablate", "mediate", "trace", "knock-out", "path-patch"])
+def test_ctrl_c_keeps_the_examples_that_are_finished(run, folder, tmp_path, monkeypatch, verb: str) -> None:
+    import interp.recipes.sweep_loop as loop_module
+
+    out, whole = tmp_path / "part.parquet", tmp_path / "whole.parquet"
+    takes_facts = verb in ("trace", "knock-out")
+    rows = ["clean,corrupt,answer,foil", *(f"w{i} w2 w3,w{i} w9 w3,w95,w96" for i in range(10, 13))]
+    if takes_facts:
+        rows = ["prompt,subject,answer", *(f"w{i} w2 w3 w4,w2 w3,w95" for i in range(10, 13))]
+    (folder / "three.csv").write_text("\n".join(rows))
+    line = f"{verb} --model {{f}}/m --pairs {{f}}/three.csv" + (" --metric logprob" if verb == "knock-out" else "")
+    assert run(f"{line} --out {whole}")[0] == 0
+    monkeypatch.setattr("interp.cli.options.AT_RISK", 0.0)  # one example at a time
+    real, calls = loop_module.SweepLoop._add_batch, []
+    stop_at = 5 if verb == "mediate" else 2  # mediation patches every pair twice
+
+    def interrupted(self, table, source, numbers, advance):
+        if PLANNING.get() is None:
+            calls.append(numbers)
+            if len(calls) > stop_at:
+                real(self, table, source, numbers, advance)  # its rows are there, but the batch does not end
+                raise KeyboardInterrupt
+        return real(self, table, source, numbers, advance)
+
+    monkeypatch.setattr(loop_module.SweepLoop, "_add_batch", interrupted)
+    code, text, err = run(f"{line} --out {out}")
+    assert code == 130 and "2 of 3 examples were finished" in err and f"wrote {out}" in text, text + err
+    part, full = interp.Effects.read(out), interp.Effects.read(whole)
+    expected = full.where(example=[0, 1]).frame()
+    np.testing.assert_allclose(part.frame()["patched"], expected["patched"], atol=1e-5)
+    assert part.frame()["example"].tolist() == expected["example"].tolist()
+    assert part.provenance["interrupted"] == "2 of 3 examples were finished"
+    calls.clear()
+    stop_at = 0
+    code, text, err = run(f"{line} --out {tmp_path}/none.parquet")
+    assert code == 130 and "nothing was written" in err and not (tmp_path / "none.parquet").exists()

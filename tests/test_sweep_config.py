@@ -134,7 +134,7 @@ BAD = [
     ),
     ("n = 20", "options = {corruption = [2020-01-01]}", "a table of plain values expected"),
     ("n = 20", "n = 1000000000000", "line 7: tasks[0].n = 1000000000000: a whole number from 1 to 10000000 expected"),
-    ('sites = "z"', 'sites = "zz"', "line 18: sites[0].sites = 'zz': unknown component 'zz'; known components: embed"),
+    ('sites = "z"', 'sites = "zz"', "line 18: sites[0].sites = 'zz': unknown component 'zz'; did you mean 'z'? known"),
     ('sites = "z"', 'name = "z"\ngroups = {a = "z.1"}', "sites[0].groups.a = 'z.1': cannot read 'z.1' as a site"),
     ('recipe = "patch"', 'recipe = "path_patch"\nreceivers = "zz"', "recipes[0].receivers = 'zz': unknown component"),
     ('recipe = "patch"', 'recipe = "path_patch"\nsenders = "logits"', "recipes[0].senders = 'logits': unknown"),
@@ -211,3 +211,14 @@ def test_init_writes_once(tmp_path, monkeypatch, capsys) -> None:
         caught = capsys.readouterr()
         assert words in caught.out + caught.err
     assert (tmp_path / "s.toml").read_text() == sweep_template()
+
+
+def test_layers_may_be_a_list() -> None:
+    as_text = parse_toml(SMALL)
+    as_list = parse_toml(SMALL.replace('layers = "2-3"', "layers = [2, 3]"))
+    assert [s.layers for s in as_list.sites] == [None if s.layers is None else "2,3" for s in as_text.sites]
+    for wrong in ("[]", "[-1]", '["2"]', "[true]", "[[2]]", "2.5"):
+        with pytest.raises(InterpError, match=r"a list of layers|a text expected"):
+            parse_toml(SMALL.replace('"2-3"', wrong))
+    with pytest.raises(InterpError, match="names its layer itself"):
+        parse_toml(SMALL.replace('sites = "z"', 'sites = "z.L0H1"\nlayers = "0"'))

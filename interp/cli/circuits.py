@@ -12,37 +12,65 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from interp.circuits.choices import EdgeMethod, Selection
-from interp.cli.options import RunOptions
+from interp.cli.options import (
+    CountOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    PairsOption,
+    RunOptions,
+    SeedOption,
+    TaskOption,
+    check_choice,
+    exits_when_interrupted,
+    offer,
+)
 from interp.errors import InterpError
 from interp.metrics import METRICS as ALL_METRICS
 
 if TYPE_CHECKING:
     from interp.circuits.circuit import Circuit
+    from interp.circuits.evaluation.faithfulness import Faithfulness
     from interp.model.model import Model
 
+SELECTIONS = get_args(Selection)
 METRICS = tuple(name for name, metric in ALL_METRICS.items() if metric.differentiable)
 METHODS = (*get_args(EdgeMethod), "flow", "acdc")
 
 
 def circuit(
-    model: Annotated[str, typer.Option(help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")] = (
-        "smollm2"
+    model: ModelOption = "smollm2",
+    task: TaskOption = None,
+    pairs: PairsOption = None,
+    n: CountOption = None,
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split",
+            help="Measure on other prompts than those on which the circuit is found: on the test split of the task, "
+            "with as many prompts; with --pairs, on the second half of the file.",
+        ),
+    ] = False,
+    seed: SeedOption = 0,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.", autocompletion=offer(*METHODS))] = (
+        "eap-ig-inputs"
     ),
-    task: Annotated[str | None, typer.Option(help="Prompts of a task: ioi, induction, …  Default: ioi.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="Custom pairs instead of a task: a .csv or .jsonl file.")] = None,
-    n: Annotated[int, typer.Option(help="Prompts of the task.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "eap-ig-inputs",
     edges: Annotated[int, typer.Option(help="Edges before pruning; for acdc: at the start.")] = 200,
-    selection: Annotated[str, typer.Option(help="top; greedy: backwards from the logits, always connected.")] = "top",
+    selection: Annotated[
+        str,
+        typer.Option(
+            help="top; greedy: backwards from the logits, always connected.", autocompletion=offer(*SELECTIONS)
+        ),
+    ] = "top",
     threshold: Annotated[float, typer.Option(help="acdc: an edge stays if the metric (KL) gets worse by this.")] = 0.01,
     steps: Annotated[int, typer.Option(help="Steps of integrated gradients.")] = 5,
-    metric: Annotated[str, typer.Option(help=f"{', '.join(METRICS)}: what is attributed and measured.")] = (
-        "logit_diff"
-    ),
+    metric: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(METRICS)}: what is attributed and measured.", autocompletion=offer(*METRICS)),
+    ] = "logit_diff",
     roles: Annotated[bool, typer.Option("--roles", help="Name heads by evidence: some forwards per head.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the circuit: a .json file.")] = None,
 ) -> None:
     """Find a circuit, measure its faithfulness, and write it.
@@ -50,43 +78,61 @@ def circuit(
     Edges are scored, and the best on paths to the logits are kept.
 
     Prints the strongest edges, and the circuit's faithfulness (edges outside carry the corrupt prompt's activation)
-    next to that of random circuits of its size, on the prompts on which the circuit was found.
+    next to that of random circuits of its size: on the prompts on which the circuit was found, or with --split on
+    others.
     """
-    if method not in METHODS or selection not in get_args(Selection):
-        raise InterpError(f"--method {method} --selection {selection}: one of {', '.join(METHODS)}; top or greedy")
-    if metric not in METRICS:
-        raise InterpError(f"--metric {metric}: one of {', '.join(METRICS)}; attribution needs a gradient")
-    if edges < 1 or steps < 1 or seed < 0 or not 0 < threshold < float("inf"):
-        raise InterpError(
-            f"--edges {edges} --steps {steps} --seed {seed} --threshold {threshold:g}: at least 1 edge and 1 step, a "
-            "seed from 0 on, and a threshold above 0 expected"
-        )
+    _check_search(method, selection, metric, edges, steps, threshold)
     _check_out(out)
     run = RunOptions(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device)
     run.check()
+    if split:
+        run.check_split()
     loaded = run.load_model()
     from interp.circuits.topology import architecture
 
-    prompts = run.prompts(loaded)
+    prompts, others = run.split_prompts(loaded) if split else (run.prompts(loaded), None)
     size = len(architecture(loaded))
     if edges > size:
         raise InterpError(f"--edges {edges}: {loaded.name} has {size}")
-    result = _find_circuit(loaded, prompts, metric, method, edges, selection, threshold, steps)
-    from interp import circuits
+    with exits_when_interrupted():
+        result = _find_circuit(loaded, prompts, metric, method, edges, selection, threshold, steps)
+        from interp import circuits
 
-    if roles:
-        result = circuits.name_roles(loaded, prompts, result, metric)
-    faithful = circuits.faithfulness(loaded, prompts, result, metric, n_random=10, seed=seed)
-    table: Any = result.frame()
-    typer.echo(table.iloc[table["score"].abs().argsort()[::-1]].head(20).to_string(index=False))
-    typer.echo(f"{result!r}")
-    interval = f"[{faithful.lo:.3f}, {faithful.hi:.3f}]" if len(faithful.whole) > 1 else "(one pair: no interval)"
-    typer.echo(
-        f"faithfulness {faithful.value:.3f} {interval}; random circuits of its size: "
-        f"{faithful.random.mean():z.3f}, at most {faithful.random.max():z.3f}"
-    )
+        if roles:
+            result = circuits.name_roles(loaded, prompts, result, metric)
+        measured = prompts if others is None else others
+        faithful = circuits.faithfulness(loaded, measured, result, metric, n_random=10, seed=seed)
+    _print_circuit(result, faithful, held_out=others is not None)
     if out is not None:
         typer.echo(f"wrote {result.write(out)}")
+
+
+def _print_circuit(circuit: Circuit, faithful: Faithfulness, held_out: bool) -> None:
+    """Print the strongest edges, and the faithfulness with its recipe."""
+    from interp.circuits.evaluation.faithfulness import random_text
+    from interp.circuits.evaluation.scale import recipe_text
+
+    table: Any = circuit.frame()
+    typer.echo(table.iloc[table["score"].abs().argsort()[::-1]].head(20).to_string(index=False))
+    typer.echo(f"{circuit!r}")
+    n = len(faithful.whole)
+    interval = f"[{faithful.lo:.3f}, {faithful.hi:.3f}]" if n > 1 else "(one pair: no interval)"
+    which = "held out" if held_out else "the same on which it was found; --split measures on others"
+    typer.echo(f"faithfulness {faithful.value:.3f} {interval}; random circuits of its size: "
+               f"{random_text(faithful.random, faithful.recipe)}")  # fmt: skip
+    typer.echo(f"  {recipe_text(faithful.recipe, n)}, {which}")
+
+
+def _check_search(method: str, selection: str, metric: str, edges: int, steps: int, threshold: float) -> None:
+    """Raise InterpError, before anything is loaded, for options of the search that cannot be used."""
+    check_choice("--method", method, METHODS)
+    check_choice("--selection", selection, SELECTIONS)
+    check_choice("--metric", metric, METRICS)
+    if edges < 1 or steps < 1 or not 0 < threshold < float("inf"):
+        raise InterpError(
+            f"--edges {edges} --steps {steps} --threshold {threshold:g}: at least 1 edge and 1 step, and a threshold "
+            "above 0 expected"
+        )
 
 
 def _check_out(out: Path | None) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from interp.cli.circuits import circuit
+from interp.cli.messages import options_of, spoken
 from interp.cli.recipes import register
 from interp.cli.stats import stats
 from interp.cli.sweep import app as sweep
@@ -23,13 +24,27 @@ from interp.errors import InterpError
 app = typer.Typer(
     help="Activation patching, causal tracing and head ablation, on attention that reports what every head did.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import interp
+    from interp.utils.provenance import versions
+
+    others = ", ".join(f"{name} {number}" for name, number in versions().items() if name != "interp")
+    typer.echo(f"interp {interp.__version__}\nwith {others}")
+    raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
     """Keep verbs as subcommands, even if there is only one."""
 
 
@@ -243,7 +258,8 @@ def main() -> None:
     try:
         app()
     except InterpError as error:
-        typer.echo(f"error: {error}", err=True)
+        options = options_of(typer.main.get_command(app), sys.argv[1:])
+        typer.echo(f"error: {spoken(str(error), options)}", err=True)
         sys.exit(2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interp.errors import InterpError
+from interp.errors import InterpError, Interrupted
 from interp.metrics import METRICS
+from interp.utils.checks import did_you_mean
 
 if TYPE_CHECKING:
     from interp.circuits.learned.head_gates import HeadGates
@@ -22,6 +23,24 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "fast", "naive")
 ASK_FROM = 600.0  # predicted seconds from which a run is started only after asking
+AT_RISK = 10.0  # predicted seconds of work that Ctrl-C loses at most, where one example takes no longer
+DEFAULT_COUNT = 16  # prompts of a task
+
+
+def offer(*words: str) -> Callable[[str], list[str]]:
+    """Return a function that completes what is typed to one of some words, for the shell."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return completed
+
+
+def _offer_tasks(incomplete: str) -> list[str]:
+    from interp.tasks import TASKS
+
+    return offer(*TASKS)(incomplete)
+
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")
@@ -32,6 +51,7 @@ TaskOption = Annotated[
         "--task",
         help="Prompts of a task (interp tasks lists them), with options after a colon: needle:tokens=2048,split=test. "
         "Default: ioi; facts for trace and knock-out.",
+        autocompletion=_offer_tasks,
     ),
 ]
 PairsOption = Annotated[
@@ -42,15 +62,29 @@ PairsOption = Annotated[
         "subject, answer).",
     ),
 ]
-CountOption = Annotated[int, typer.Option("--n", help="Number of prompts of the task.")]
+CountOption = Annotated[
+    int | None,
+    typer.Option("--n", help="Number of prompts: of the task (default: 16), or the first of --pairs (default: all)."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Determines everything random.")]
-MetricOption = Annotated[str | None, typer.Option("--metric", help=f"{', '.join(METRICS)}. Default: the recipe's.")]
-EngineOption = Annotated[str, typer.Option("--engine", help="auto; fast; or naive: one full forward per cell.")]
+MetricOption = Annotated[
+    str | None,
+    typer.Option("--metric", help=f"{', '.join(METRICS)}. Default: the recipe's.", autocompletion=offer(*METRICS)),
+]
+EngineOption = Annotated[
+    str,
+    typer.Option("--engine", help="auto; fast; or naive: one full forward per cell.", autocompletion=offer(*ENGINES)),
+]
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Memory that the run may take besides the weights, e.g. 4GiB.")
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="float32 (the default), bfloat16, float16 or float64.")
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32 (the default), bfloat16, float16 or float64.",
+        autocompletion=offer("float32", "bfloat16", "float16", "float64"),
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu (the default), cuda, cuda:1, mps, …")]
 OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="File for the table: a .parquet file.")]
@@ -65,7 +99,7 @@ class RunOptions:
     model: ModelOption = "smollm2"
     task: TaskOption = None
     pairs: PairsOption = None
-    n: CountOption = 16
+    n: CountOption = None
     seed: SeedOption = 0
     metric: MetricOption = None
     engine: EngineOption = "auto"
@@ -84,16 +118,13 @@ class RunOptions:
             from interp.tasks import task
 
             task(self.task)
-        if self.n < 1:
+        if self.n is not None and self.n < 1:
             raise InterpError(f"--n must be at least 1, got {self.n}")
         if self.seed < 0:
             raise InterpError(f"--seed {self.seed}: a whole number from 0 on is expected")
-        if self.engine not in ENGINES:
-            raise InterpError(f"--engine {self.engine}: one of {', '.join(ENGINES)} expected")
+        check_choice("--engine", self.engine, ENGINES)
         if self.pairs is not None:
-            from interp.prompts.files import read_prompts
-
-            read_prompts(self.pairs)
+            self._read_pairs()
         if self.metric is not None:
             from interp.metrics import as_metric
 
@@ -107,6 +138,16 @@ class RunOptions:
             if not existing.is_dir():
                 raise InterpError(f"cannot write to {self.out}: {existing} is not a folder. Choose another with --out")
 
+    def _read_pairs(self) -> Any:
+        """Return the prompts of the file; with --n the first ones. InterpError if there are not as many."""
+        from interp.prompts.files import read_prompts
+
+        assert self.pairs is not None
+        prompts = read_prompts(self.pairs)
+        if self.n is not None and self.n > len(prompts):
+            raise InterpError(f"--n {self.n}: {self.pairs} holds {len(prompts)} prompts")
+        return prompts[: self.n]
+
     def load_model(self) -> Model:
         """Load the model."""
         from interp.model.model import load
@@ -116,32 +157,67 @@ class RunOptions:
     def prompts(self, model: Model, takes_facts: bool = False) -> Any:
         """Return the prompts of the file, or of the task; with ``takes_facts``, facts unless another task is named."""
         from interp import tasks
-        from interp.prompts.files import read_prompts
 
         if self.pairs is not None:
-            return read_prompts(self.pairs)
+            return self._read_pairs()
+        n = self.n or DEFAULT_COUNT
         if takes_facts and self.task in (None, "facts"):
-            return tasks.facts(model, n=self.n, seed=self.seed)
+            return tasks.facts(model, n=n, seed=self.seed)
         if takes_facts and str(self.task).startswith("facts:"):
             options = str(self.task).partition(":")[2]
             raise InterpError(
                 f"--task {self.task}: the facts of causal tracing have no options; pairs of facts have: "
                 f"fact_pairs:{options}"
             )
-        return tasks.task(self.task or "ioi")(model, self.n, self.seed)
+        return tasks.task(self.task or "ioi")(model, n, self.seed)
 
-    def run(self, recipe: Callable[..., Effects], *args: Any, **options: Any) -> None:
-        """Explain, ask if it will take long, run, print the strongest effects and write the table."""
+    def check_split(self) -> None:
+        """Raise InterpError, before anything is loaded, if the prompts cannot be split into two disjoint sets."""
+        if self.pairs is not None:
+            if len(self._read_pairs()) < 2:
+                raise InterpError(f"--split: {self.pairs} holds one pair, and at least two are needed")
+            return
+        from interp.tasks import task
+
+        name = self.task or "ioi"
+        if "split" in task(name).options:
+            raise InterpError(f"--task {name} names a split already: leave it or --split out")
+        if "split" not in task(name).names:
+            raise InterpError(f"--split: the task {name} has no train and test split")
+
+    def split_prompts(self, model: Model) -> tuple[Any, Any]:
+        """Return two disjoint sets: the task's train and test split, or the two halves of the file."""
+        if self.pairs is not None:
+            prompts = self._read_pairs()
+            half = (len(prompts) + 1) // 2
+            return prompts[:half], prompts[half:]
+        from interp.tasks import task
+
+        make, n = task(self.task or "ioi"), self.n or DEFAULT_COUNT
+        return make(model, n, self.seed, split="train"), make(model, n, self.seed, split="test")
+
+    def run(self, recipe: Callable[..., Effects], model: Model, prompts: Any, **options: Any) -> None:
+        """Explain, ask if it will take long, run, print the strongest effects and write the table.
+
+        Ctrl-C keeps the examples that are finished.
+        """
         from interp.engine import explain
+        from interp.recipes.sweep_loop import Subset
 
         with without_repeated_messages():  # the plan gives the same warnings as the run
-            plan = explain(recipe, *args, **options)
+            plan = explain(recipe, model, prompts, **options)
             if self.explain:
                 typer.echo(str(plan))
                 return
             if plan.seconds > ASK_FROM and not self.yes:
                 self._ask(str(plan), plan.seconds)
-            effects = recipe(*args, **options)
+            together = max(1, int(len(prompts) * AT_RISK / max(plan.seconds, AT_RISK)))
+            try:
+                effects = recipe(model, prompts, **options, subset=Subset(together=together))
+            except Interrupted as stop:
+                typer.echo(f"\n{stop.effects.provenance['interrupted']}; this is their table:", err=True)
+                self.finish(stop.effects)
+                raise typer.Exit(130) from None
         self.finish(effects)
 
     def finish(self, effects: Effects | HeadGates) -> None:
@@ -168,6 +244,23 @@ class RunOptions:
             )
         if not typer.confirm(f"{duration}. Go on?", err=True):
             raise typer.Exit(1)
+
+
+@contextmanager
+def exits_when_interrupted() -> Iterator[None]:
+    """Say at Ctrl-C that there is no result, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted before any result was finished; nothing was written", err=True)
+        raise typer.Exit(130) from None
+
+
+def check_choice(flag: str, value: str, choices: Collection[str]) -> None:
+    """Raise InterpError unless the value of an option is one of some words; a misspelt one is named."""
+    if value not in choices:
+        hint = did_you_mean(value, choices).replace("'", "")
+        raise InterpError(f"{flag} {value}: {hint}one of {', '.join(choices)} expected")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any
 
 import typer
@@ -24,11 +24,13 @@ from interp.cli.options import (
     RunOptions,
     SeedOption,
     TaskOption,
+    exits_when_interrupted,
+    offer,
 )
 from interp.errors import InterpError
-from interp.recipes.options import LAYERS, Option
+from interp.recipes.options import LAYERS, SITES, Option
 from interp.recipes.registry import RECIPES, Recipe
-from interp.recipes.selection import group_texts
+from interp.recipes.selection import group_members, group_texts, single_sites
 
 SITES_HELP = (
     "Comma-separated: a component (z: every head; resid_pre: layer × position; attn_out, mlp_out, q, k, v, mlp_post, "
@@ -37,6 +39,8 @@ SITES_HELP = (
 )
 GROUP_HELP = "Sites changed together, under a name: movers=z.L9H6,z.L10H0. May be repeated."
 SITE_LAYERS = Option("layers", LAYERS, "Layers of the components: 0-5,9. Default: all.")
+SITE_TEXT = Option("sites", SITES, SITES_HELP)
+GROUP_TEXT = Option("group", replace(SITES, check=group_members), GROUP_HELP)
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +56,8 @@ def command_of(recipe: Recipe) -> Callable[..., None]:
     def command(**typed: Any) -> None:
         options = RunOptions(**{f.name: typed.pop(f.name) for f in fields(RunOptions)})
         options.check()
-        run_recipe(recipe, options, typed)
+        with exits_when_interrupted():
+            run_recipe(recipe, options, typed)
 
     parameters = [_parameter(option) for option in recipe.options]
     doc = recipe.summary
@@ -70,7 +75,9 @@ def command_of(recipe: Recipe) -> Callable[..., None]:
 def _parameter(option: Option) -> inspect.Parameter:
     kind = option.type.command_line
     has_default = option.default is not None and kind is not list[str]
-    annotation = Annotated[kind if has_default else kind | None, typer.Option(option.flag, help=option.help)]
+    words = offer(*option.type.words) if option.type.words else None
+    typed = typer.Option(option.flag, help=option.help, autocompletion=words)
+    annotation = Annotated[kind if has_default else kind | None, typed]
     default = option.default if has_default else None
     if has_default and kind is str:
         default = str(default)
@@ -102,6 +109,7 @@ def run_recipe(recipe: Recipe, run: RunOptions, typed: dict[str, Any]) -> None:
         groups = group_texts(typed.get("group"))
         sites = typed["sites"] or (None if groups else recipe.sites.default)
         layers = None if typed["layers"] is None else SITE_LAYERS.checked(typed["layers"])
+        check_sites(typed["sites"], layers, groups)
     model = run.load_model()
     arguments = recipe.arguments(model, options)
     if recipe.sites is not None:
@@ -110,6 +118,22 @@ def run_recipe(recipe: Recipe, run: RunOptions, typed: dict[str, Any]) -> None:
     arguments |= {k: v for k, v in common.items() if v is not None and recipe.takes(k)}
     prompts = run.prompts(model, takes_facts=recipe.traces_facts)
     run.run(recipe.load(), model, prompts, **recipe.prepared(model, arguments))
+
+
+def check_sites(sites: str | None, layers: str | None, groups: dict[str, str]) -> None:
+    """Raise InterpError, before a model is loaded, for sites that no model has, and for layers that do not apply."""
+    if sites is not None:
+        SITE_TEXT.checked(sites)
+    for name, members in groups.items():
+        GROUP_TEXT.checked(f"{name}={members}")
+    if layers is None:
+        return
+    if sites is None and groups:
+        raise InterpError("--layers chooses among the components of --sites, and there is only --group")
+    if single := single_sites(sites or ""):
+        raise InterpError(
+            f"--layers does not apply to {single[0]}, which names its layer itself: leave one of them out"
+        )
 
 
 def gates(
@@ -125,7 +149,7 @@ def gates(
     model: ModelOption = "smollm2",
     task: TaskOption = None,
     pairs: PairsOption = None,
-    n: CountOption = 16,
+    n: CountOption = None,
     seed: SeedOption = 0,
     metric: MetricOption = None,
     engine: Annotated[str, typer.Option(help="Does not apply.", hidden=True)] = "auto",
@@ -152,10 +176,11 @@ def gates(
     except ValueError:
         raise InterpError(f"--start {start}: two numbers expected, like 0.9,0.98") from None
     fit: Any = settings_of(steps, seeds, lam, lr, lr / 10, (low, high), batch, seed)
-    loaded = run.load_model()
-    prompts = run.prompts(loaded)
-    if explain:
-        heads = len(loaded.attention_layers) * loaded.n_heads
-        typer.echo(f"{heads} gates × {seeds} seeds; {3 * steps} updates of {seeds * min(batch, len(prompts))} prompts")
-        return
-    run.finish(causal_head_gating(loaded, prompts, **fit, seed=seed, permute_targets=permute))
+    with exits_when_interrupted():
+        loaded = run.load_model()
+        prompts = run.prompts(loaded)
+        if not explain:
+            run.finish(causal_head_gating(loaded, prompts, **fit, seed=seed, permute_targets=permute))
+            return
+    heads = len(loaded.attention_layers) * loaded.n_heads
+    typer.echo(f"{heads} gates × {seeds} seeds; {3 * steps} updates of {seeds * min(batch, len(prompts))} prompts")

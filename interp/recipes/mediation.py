@@ -12,11 +12,13 @@ causal mediation analysis". With the clean prompt x, the corrupt prompt x', the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from interp.engine.core import EngineKind
+from interp.errors import Interrupted
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.prompts.pairs import PromptPair
@@ -65,12 +67,25 @@ def mediate(
     """
     items = as_prompts(model, pairs)
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
-    indirect, direct = (
-        patch(model, items, sites, metric, mode, engine, show_progress, groups=groups, window=window, memory=memory,
-              subset=subset)
-        for mode in ("noise", "denoise")
-    )  # fmt: skip
+    options: dict[str, Any] = {"groups": groups, "window": window, "memory": memory, "subset": subset}
+    try:
+        indirect = patch(model, items, sites, metric, "noise", engine, show_progress, **options)
+    except Interrupted:
+        raise KeyboardInterrupt from None  # no example has all its effects yet
+    try:
+        direct = patch(model, items, sites, metric, "denoise", engine, show_progress, **options)
+    except Interrupted as stop:
+        raise Interrupted(_four_effects(indirect, stop.effects)) from None
+    return _four_effects(indirect, direct)
+
+
+def _four_effects(indirect: Effects, direct: Effects) -> Effects:
+    """Return the rows of all four effects, of the examples of which both patches are there.
+
+    ``indirect``: from patching corrupt activations into clean runs; ``direct``: clean ones into corrupt runs.
+    """
     into_clean, into_corrupt = indirect.frame(), direct.frame()
+    into_clean = into_clean.iloc[: len(into_corrupt)]  # of an interrupted second patch
     total = into_clean.assign(patched=into_clean["corrupt"])
     direct_effect = into_clean.assign(patched=into_corrupt["patched"])
     both = direct_effect["patched"] + into_clean["patched"] - into_clean["clean"]
@@ -78,8 +93,7 @@ def mediate(
     by_name = {TOTAL: total, DIRECT: direct_effect, INDIRECT: into_clean, INTERACTION: interaction}
     frame = pd.concat([_with_effects(f.assign(intervention=name)) for name, f in by_name.items()], ignore_index=True)
     frame = frame.iloc[np.arange(len(frame)).reshape(len(by_name), -1).T.ravel()]  # a mediator's four rows together
-    provenance = {**indirect.provenance, "intervention": "mediation", "mode": "noise"}
-    return Effects(frame, provenance)
+    return Effects(frame, {**direct.provenance, **indirect.provenance, "intervention": "mediation", "mode": "noise"})
 
 
 def _with_effects(frame: pd.DataFrame) -> pd.DataFrame:

@@ -42,13 +42,14 @@ class OptionType:
 
     ``check``: returns the value of a config, or raises ValueError with what is expected.  ``command_line``: the type
     of the command line's option.  ``from_command_line``: what is typed, as a config would hold it.  ``argument``: what
-    the recipe takes, given the model and the checked value.
+    the recipe takes, given the model and the checked value.  ``words``: what may be typed, if it is one of some words.
     """
 
     check: Check
     command_line: Any = str
     from_command_line: Callable[[Any], Any] = _same
     argument: Callable[[Any, Any], Any] = _same_for_any_model
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,12 @@ def _shown(value: Any) -> str:
 
 
 def choice(*values: str) -> OptionType:
-    """Return the type of one of some words; on the command line, dashes may stand for spaces."""
+    """Return the type of one of some words; on the command line, dashes or underscores may stand for spaces."""
+    by_typed = {re.sub("[-_ ]", "-", value): value for value in values}
     return OptionType(
-        checks.one_of(*values), from_command_line=lambda value: value if value in values else value.replace("-", " ")
+        checks.one_of(*values),
+        from_command_line=lambda value: by_typed.get(re.sub("[-_ ]", "-", value), value),
+        words=tuple(value.replace(" ", "-") for value in values),
     )
 
 

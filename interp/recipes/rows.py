@@ -57,6 +57,12 @@ class EffectRows:
             self.columns[name].append(value)
         self.no_gap.append(no_gap)
 
+    def keep_examples(self, stop: int) -> None:
+        """Drop the rows of examples from number ``stop`` on."""
+        n = sum(number < stop for number in self.columns["example"])
+        self.columns = {name: values[:n] for name, values in self.columns.items()}
+        self.no_gap = self.no_gap[:n]
+
     def effects(self, model: Model, prompts: Sequence[Any], *, keep_nan: bool = False, **recipe: Any) -> Effects:
         """Return the table, with effects on the recovery scale and the recipe in its provenance.
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def layers_text(value: Any) -> str:
-    """Check numbers and ranges: ``0-5,9``."""
+    """Check numbers and ranges, ``0-5,9``, or a config's list of numbers, ``[0, 1, 9]``; return them as text."""
+    if is_whole(value, 0):
+        return str(value)
+    if isinstance(value, list):
+        if not value or not all(is_whole(layer, 0) for layer in value):
+            raise ValueError("a list of layers, as in [0, 1, 9], or a text like '0-5,9' expected")
+        return ",".join(map(str, value))
     for item in text(value).split(","):
         ends = item.strip().split("-")
         if len(ends) > 2 or not all(re.fullmatch("[0-9]+", e) for e in ends) or int(ends[0]) > int(ends[-1]):
@@ -52,6 +58,20 @@ def sites_text(value: Any) -> str:
             except SiteError as error:
                 raise ValueError(str(error)) from None
     return value
+
+
+def group_members(value: Any) -> str:
+    """Check the sites of a group, given as ``name=site,site``."""
+    sites_text(str(value).partition("=")[2])
+    return value
+
+
+def single_sites(value: str) -> list[str]:
+    """Return the items of a text of sites that name their layer themselves, so that a choice of layers ignores them."""
+    from interp.sites import COMPONENTS
+
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    return [item for item in items if item.partition("@")[0] not in COMPONENTS]
 
 
 def receivers_text(value: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from interp.engine import Cell, Engine, Run
 from interp.engine.core import EngineKind
+from interp.errors import Interrupted
 from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded, encode_any, encode_pairs
@@ -34,12 +35,14 @@ class Subset:
 
     ``examples``: which to run, of a set whose means, donors and noise depend on all of it (None: all).
     ``keep_nan``: return rows whose metric is NaN, where a recipe would raise InterpError.  ``means``: mean activations
-    computed for earlier parts, to be used again.
+    computed for earlier parts, to be used again.  ``together``: most examples whose cells run together, so that an
+    interruption loses no more than these (None: as many as fit into memory).
     """
 
     examples: range | None = None
     keep_nan: bool = False
     means: dict[Any, Any] | None = None
+    together: int | None = None
 
     def selected(self, n: int) -> range:
         """Return the numbers of the examples to run, of ``n``."""
@@ -198,27 +201,45 @@ class SweepLoop:
     def run(self, source: CellSource, intervention: str, mode: str, **recipe: Any) -> Effects:
         """Run every cell of a recipe and return its Effects.
 
-        ``recipe``: what the provenance says besides model, prompts, metric and engine.
+        ``recipe``: what the provenance says besides model, prompts, metric and engine. Raises Interrupted with the rows
+        of the examples that are finished when Ctrl-C is pressed.
         """
-        table = EffectRows(intervention, mode, self.metric)
-        with progress(source.title, source.size, self.show_progress) as advance:
-            for numbers in self._batches(source):
-                batch = source.batch(self, numbers)
-                for rows in source.rows(batch):
-                    values = source.evaluate(self, batch, rows, advance)
-                    for row, value in _averaged(rows, values, source.samples):
-                        number, prompt = batch.numbers[row.index], batch.prompts[row.index]
-                        clean, corrupt = batch.clean[row.index], batch.corrupt[row.index]
-                        no_gap = batch.no_gap[row.index]
-                        table.add(number, row.address, prompt, clean, corrupt, value, row.sender, no_gap)
+        table, finished = EffectRows(intervention, mode, self.metric), 0
+        try:
+            with progress(source.title, source.size, self.show_progress) as advance:
+                for numbers in self._batches(source):
+                    self._add_batch(table, source, numbers, advance)
+                    finished = numbers.stop - self.selected.start
+        except KeyboardInterrupt:
+            if not finished:
+                raise
+            table.keep_examples(self.selected.start + finished)
+            recipe["interrupted"] = f"{finished} of {len(self.selected)} examples were finished"
+            raise Interrupted(self._effects(table, recipe)) from None
+        return self._effects(table, recipe)
+
+    def _effects(self, table: EffectRows, recipe: dict[str, Any]) -> Effects:
+        """Return the rows with their provenance."""
         return table.effects(
             self.model, self.items, keep_nan=self.subset.keep_nan, **self.runner.provenance(), **recipe,
             **provenance_of(self.given_prompts),
         )  # fmt: skip
 
+    def _add_batch(self, table: EffectRows, source: CellSource, numbers: range, advance: Advance) -> None:
+        """Run the cells of some examples, and add their rows."""
+        batch = source.batch(self, numbers)
+        for rows in source.rows(batch):
+            values = source.evaluate(self, batch, rows, advance)
+            for row, value in _averaged(rows, values, source.samples):
+                number, prompt = batch.numbers[row.index], batch.prompts[row.index]
+                clean, corrupt = batch.clean[row.index], batch.corrupt[row.index]
+                no_gap = batch.no_gap[row.index]
+                table.add(number, row.address, prompt, clean, corrupt, value, row.sender, no_gap)
+
     def _batches(self, source: CellSource) -> Iterator[range]:
         if not source.one_at_a_time:
-            yield from batches(self.prompts, self.selected, self.runner, source.components, source.runs_per_example)
+            components, runs, most = source.components, source.runs_per_example, self.subset.together
+            yield from batches(self.prompts, self.selected, self.runner, components, runs, most)
             return
         for i in self.selected:
             for _ in batches([self.prompts[i]], range(1), self.runner, source.components, source.runs_per_example):
@@ -226,9 +247,12 @@ class SweepLoop:
 
 
 def batches(
-    prompts: Sequence[Encoded], selected: range, runner: Engine, components: Sequence[str], runs_per_example: int
-) -> Iterator[range]:
+    prompts: Sequence[Encoded], selected: range, runner: Engine, components: Sequence[str], runs_per_example: int,
+    most: int | None = None,
+) -> Iterator[range]:  # fmt: skip
     """Yield ranges of examples whose base runs fit into `RUN_BYTES` together, or into half of the engine's budget.
+
+    ``most``: examples of a range.
 
     Cuts the engine's batches of cells to what is left of the budget. Raises InterpError, before anything is run, if not
     one cell fits next to the base runs of one example.
@@ -242,7 +266,7 @@ def batches(
         budget.check(len(prompt), max(run_bytes, size - budget.cell(len(prompt))))
     ranges, start, used = [], selected.start, 0.0
     for i in selected:
-        if i > start and used + sizes[i] > limit:
+        if i > start and (used + sizes[i] > limit or i - start == most):
             ranges.append(range(start, i))
             start, used = i, 0
         used += sizes[i]

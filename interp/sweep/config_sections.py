@@ -15,7 +15,7 @@ from interp.errors import InterpError
 from interp.metrics import METRICS
 from interp.recipes.options import RECEIVERS, SITE, SITES, Option
 from interp.recipes.registry import RECIPES, Recipe
-from interp.recipes.selection import layers_text, sites_text
+from interp.recipes.selection import layers_text, single_sites, sites_text
 from interp.sweep.config_table import REQUIRED, Table
 from interp.utils.arguments import is_whole
 from interp.utils.checks import Check, flag, list_of, name, number, one_of, text, whole, without_none
@@ -212,6 +212,8 @@ def read_sites(table: Table, fresh: bool = True) -> SitesSpec:
     layers = table.take("layers", layers_text, None)
     if layers is not None and sites is None:
         raise table.refuse("layers", ": layers choose among sites = …, and there is none")
+    if fresh and layers is not None and (single := single_sites(sites or "")):
+        raise table.refuse("layers", f": {single[0]} names its layer itself, so layers = … does not apply to it")
     label = table.take("name", name, _label(sites or "groups"))
     table.done()
     return SitesSpec(label, sites, layers, groups)

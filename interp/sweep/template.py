@@ -45,7 +45,7 @@ using = "mean"
 [[sites]]
 name = "heads"
 sites = "z"                   # z: every head; resid_pre: layer × position; mlp_out@-1; z.L9H6,z.L10H0
-# layers = "0-5,9"
+# layers = "0-5,9"       # or a list: [0, 1, 9]
 
 # [[sites]]
 # name = "movers"

@@ -24,6 +24,7 @@ from interp.tasks.puzzles import puzzles
 from interp.tasks.repeated_tokens import induction
 from interp.tasks.retrieval import key_value, needle
 from interp.tasks.vocabulary import TaskModel, TaskPairs
+from interp.utils.checks import did_you_mean
 
 __all__ = [
     "TASKS", "Task", "addition", "agreement", "colored_objects", "docstring", "fact_pairs", "gender_bias",
@@ -72,6 +73,7 @@ TASKS: dict[str, Task] = {
 }
 
 ALIASES = {"fact_pairs": "facts"}
+UNLISTED = {"puzzles": Task(puzzles, "puzzles of either kind: kind=recall or kind=reasoning")}  # listed by their kinds
 
 
 def task(text: str) -> Task:
@@ -84,9 +86,11 @@ def task(text: str) -> Task:
     """
     name, _, rest = text.partition(":")
     name = ALIASES.get(name, name)
-    if name not in TASKS:
-        raise TaskError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    row, options = TASKS[name], {}
+    known = {**TASKS, **UNLISTED}
+    if name not in known:
+        hint = did_you_mean(name, (*known, *ALIASES))
+        raise TaskError(f"unknown task {name!r}: {hint}choose one of {', '.join(TASKS)}")
+    row, options = known[name], {}
     for setting in filter(None, rest.split(",")):
         option, equals, value = (x.strip() for x in setting.partition("="))
         if not equals or option not in row.names:

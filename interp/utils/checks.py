@@ -74,11 +74,17 @@ def one_of(*values: str) -> Check:
 
     def check(value: Any) -> str:
         if value not in values:
-            close = difflib.get_close_matches(str(value), values, 1)
-            raise ValueError((f"did you mean {close[0]!r}? " if close else "") + f"one of {', '.join(values)} expected")
+            raise ValueError(f"{did_you_mean(value, values)}one of {', '.join(values)} expected")
         return value
 
     return check
+
+
+def did_you_mean(value: Any, names: Iterable[str]) -> str:
+    """Return ``"did you mean 'mean'? "`` for a misspelt name, or "" if none is close."""
+    by_lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(str(value).lower(), by_lower, 1)
+    return f"did you mean {by_lower[close[0]]!r}? " if close else ""
 
 
 def either(*checks: Check) -> Check:
