@@ -31,12 +31,14 @@ from interp.circuits.scores import EdgeScores
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.sites import Edge
 from interp.utils.progress import Advance, progress
 
 CHAIN = 64  # removals tried in one batch, at most
 
 
+@in_session
 def acdc(
     model: Model,
     pairs: Pairs,
@@ -80,6 +82,7 @@ def acdc(
     return circuit.connected() if prune else circuit
 
 
+@in_session
 def acdc_sweep(
     model: Model,
     pairs: Pairs,

@@ -15,8 +15,10 @@ from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
 from interp.model.instrument import attend
 from interp.model.model import Model
+from interp.model.session import in_session
 
 
+@in_session
 def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> dict[str, Tensor]:
     """Run prompts of one length, and return activations by hook name.
 

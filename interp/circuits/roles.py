@@ -46,6 +46,7 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.attention_call import AttentionCall
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import PromptPair
 from interp.sites import Site
 
@@ -71,6 +72,7 @@ RULES = (
 )
 
 
+@in_session
 def name_roles(
     model: Model,
     pairs: Pairs,
@@ -241,6 +243,7 @@ def effects_by_route(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
 # ---------------------------------------------------------------- neurons
 
 
+@in_session
 def score_neurons(
     model: Model,
     pairs: Pairs,

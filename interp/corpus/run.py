@@ -18,6 +18,7 @@ from interp.corpus.reading import describe_file
 from interp.errors import InterpError
 from interp.jobs.driver import Options, Outcome, drive
 from interp.jobs.store import Store, differences, read_tables
+from interp.model.session import in_session
 from interp.utils.arguments import is_whole
 from interp.utils.files import PICKLES
 
@@ -79,6 +80,7 @@ class CorpusStatistics:
         return cls(table, documents, tokens, errors, Path(root), outcome, left_out)
 
 
+@in_session
 def statistics(
     model: Any,
     data: Sequence[str | Path] | str | Path,

@@ -29,6 +29,7 @@ from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.sites import Site
 from interp.utils.out_of_memory import is_out_of_memory
 
@@ -109,6 +110,7 @@ class Engine:
         if self.fast and any(s.component == "embed" for s in sites):
             self._decide("what lies between the embedding and block 0 (norms, scales) is run only by full forwards")
 
+    @in_session
     @torch.no_grad()
     def record(
         self,
@@ -145,8 +147,6 @@ class Engine:
         """
         if self.model.hooks_added():
             return "hooks were added to the model, which may read or change other positions"
-        if self.model.bridge.training:
-            return "the model is in training mode, where dropout makes no two forwards alike"
         return None
 
     def unpackable(self) -> str | None:
@@ -190,6 +190,7 @@ class Engine:
             self.plain_blocks = None
             Verified.of(self.model).plain_blocks_differ = True
 
+    @in_session
     @torch.no_grad()
     def score(
         self,
@@ -218,6 +219,7 @@ class Engine:
                 advance(len(batch))
         return values
 
+    @in_session
     @torch.no_grad()
     def score_prompts(
         self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Callable[[int], None]

@@ -13,7 +13,7 @@ from interp.model.loaded_model import LoadedModel
 
 @contextmanager
 def hooks(model: LoadedModel, *pairs: tuple[str, Any]) -> Iterator[None]:
-    """Add TransformerLens forward hooks inside the block.
+    """Add TransformerLens forward hooks inside the block, in the model's session.
 
     ``pairs``: (hook name, fn(tensor, hook) -> tensor or None). Raises SiteError for a hook whose heads are not the
     model's (`interp.model.head_checks`).
@@ -21,7 +21,7 @@ def hooks(model: LoadedModel, *pairs: tuple[str, Any]) -> Iterator[None]:
     for name, _ in pairs:
         model.check_axes(name.rpartition(".hook_")[2] if ".attn.hook_" in name else "")
     points = model.bridge.hook_dict if pairs else {}  # a property that searches the whole model
-    with hooks_at(*((points[name], function) for name, function in pairs)):
+    with model.session, hooks_at(*((points[name], function) for name, function in pairs)):
         yield
 
 

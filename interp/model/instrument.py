@@ -25,6 +25,7 @@ from torch import Tensor
 
 from interp.model.attention_call import AttentionCall, dense_attention
 from interp.model.protocols import AttentionLayer
+from interp.model.session import ModelLock
 
 LINK = "_interp_link"  # attribute of attention modules and bridges that holds their `Link`
 NO_STATISTICS = headstats.StatSpec.none()
@@ -45,11 +46,12 @@ class Instrument:
     """Computes attention for every layer of one model, and records how.
 
     ``handler``, when set, replaces the computation; the engine uses it to pack many runs into one forward. ``spec``,
-    when set, requests statistics from the kernel, which are stored in ``collected[layer]``.
+    when set, requests statistics from the kernel, which are stored in ``collected[layer]``. Both are set under the
+    model's ``lock``.
     """
 
-    def __init__(self, backend: str = "auto"):
-        self.backend = backend
+    def __init__(self, backend: str = "auto", lock: ModelLock | None = None):
+        self.backend, self.lock = backend, lock or ModelLock()
         self.handler: Handler | None = None
         self.spec: headstats.StatSpec | None = None
         self.collected: dict[int, headstats.AttentionStats] = {}
@@ -82,22 +84,24 @@ class Instrument:
     @contextmanager
     def handled_by(self, handler: Handler) -> Iterator[None]:
         """Let ``handler`` compute attention inside the block."""
-        if self.handler is not None:
-            raise RuntimeError("an attention handler is already active; handlers do not nest")
-        self.handler = handler
-        try:
-            yield
-        finally:
-            self.handler = None
+        with self.lock:
+            if self.handler is not None:
+                raise RuntimeError("an attention handler is already active; handlers do not nest")
+            self.handler = handler
+            try:
+                yield
+            finally:
+                self.handler = None
 
     @contextmanager
     def collecting(self, spec: headstats.StatSpec) -> Iterator[dict[int, headstats.AttentionStats]]:
         """Collect per-layer statistics of forwards inside the block."""
-        self.spec, self.collected = spec, {}
-        try:
-            yield self.collected
-        finally:
-            self.spec = None
+        with self.lock:
+            self.spec, self.collected = spec, {}
+            try:
+                yield self.collected
+            finally:
+                self.spec = None
 
 
 def attend(
@@ -105,10 +109,14 @@ def attend(
 ) -> headstats.Attended:
     """Run a layer's attention through headstats.
 
-    ``more``: further arguments of `headstats.attend`.
+    Under `torch.autocast` queries, keys and values get its dtype, as those of PyTorch's own attention do. ``more``:
+    further arguments of `headstats.attend`.
     """
+    q, k, v = call.q, call.k, call.v
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     return headstats.attend(
-        call.q, call.k, call.v,
+        q, k, v,
         causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
         sinks=call.sinks, key_padding=call.key_padding,
         spec=NO_STATISTICS if spec is None else spec, backend=backend, **more,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.model.instrument import Instrument
 from interp.model.protocols import Bridge
+from interp.model.session import Session
 from interp.prompts.images import ImageReader
 from interp.prompts.pairs import Coder
 
@@ -20,11 +21,16 @@ from interp.prompts.pairs import Coder
 class LoadedModel(Protocol):
     """The part of `Model` that its own helpers use."""
 
-    bridge: Bridge
     name: str
     instruments: dict[str, Instrument]
     instrument: Instrument
     reads: str
+    session: Session
+
+    @property
+    def bridge(self) -> Bridge:
+        """As `Model.bridge`."""
+        ...
 
     @property
     def tokenizer(self) -> Any:

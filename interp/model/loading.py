@@ -12,6 +12,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from interp.errors import InterpError, ModelError
 from interp.model import bridge_adapters as adapters
 from interp.model import vision_towers as towers
 from interp.model.head_layout import correct_heads
+from interp.model.wiring import WIRING, Wiring, wiring_of
 
 EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
 QUANTIZED = ("8bit", "4bit")
@@ -48,6 +50,8 @@ def boot(source: Any, **options: Any) -> tuple[Any, str]:
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(source, TransformerBridge):
+        if options.get("copy"):
+            raise ModelError("copy=True takes a Hugging Face model object, not a TransformerBridge")
         move = [options[key] for key in ("device", "dtype") if options.get(key) is not None]
         if move:
             source.to(*move)
@@ -66,10 +70,11 @@ def read(
     revision: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
+    copy: bool = False,
 ) -> Weights:
     """Read weights and tokenizer of a name, a folder, a GGUF file or a model object.
 
-    Raises ModelError for anything that cannot be read.
+    ``copy``: copy a model object. Raises ModelError for anything that cannot be read.
     """
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     hub |= {"revision": revision} if revision else {}
@@ -77,7 +82,9 @@ def read(
     if isinstance(source, torch.nn.Module):
         if device_map is not None or quantize is not None:
             raise ModelError("device_map= and quantize= act while weights are read: give a name, not a model object")
-        return _from_object(source, tokenizer, dtype, device)
+        return _from_object(source, tokenizer, dtype, device, trust_remote_code, copy)
+    if copy:
+        raise ModelError("copy=True copies a model object; what is read from a name or a folder belongs to no one else")
     if not isinstance(source, str | Path):
         raise ModelError(
             f"cannot load a {type(source).__name__}: pass a hub id, a folder, a .gguf file, a Hugging Face model "
@@ -212,7 +219,9 @@ def _refuse_mismatch(name: str, model: Any, info: dict[str, Any]) -> None:
             )
 
 
-def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights:
+def _from_object(
+    model: Any, tokenizer: Any, dtype: Any, device: Any, trust_remote_code: bool, is_copied: bool
+) -> Weights:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -223,13 +232,27 @@ def _from_object(model: Any, tokenizer: Any, dtype: Any, device: Any) -> Weights
         )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None and not towers.reads_images_alone(model):
-        tokenizer = _tokenizer_of(name)
+        tokenizer = _tokenizer_of(name, trust_remote_code)
+    wiring = wiring_of(model)
+    if is_copied:
+        model = _copied(name, model, wiring)
+    elif wiring is not None:
+        wiring.release("its model object was loaded again, and belongs to the newer Model")
     if dtype is not None or device is not None:
         model = model.to(*(x for x in (device, dtype) if x is not None))
     return Weights(name, model, tokenizer)
 
 
-def _tokenizer_of(name: str) -> Any:
+def _copied(name: str, model: Any, wiring: Wiring | None) -> Any:
+    """A deep copy of a model object, as it was before an earlier loading."""
+    try:
+        with wiring.undone() if wiring is not None else contextlib.nullcontext():
+            return deepcopy(model)
+    except Exception as error:
+        raise ModelError(f"{name} cannot be copied ({_first_line(error)}): load it without copy=True") from error
+
+
+def _tokenizer_of(name: str, trust_remote_code: bool) -> Any:
     """Read the tokenizer stored with a model object's weights.
 
     Raises ModelError if there is none.
@@ -240,7 +263,7 @@ def _tokenizer_of(name: str) -> Any:
         if not name or not (Path(name).exists() or "/" in name):
             raise OSError("the model object does not say where it came from")
         with _quiet():
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
             f"no tokenizer was found for the model object {name!r} ({_first_line(error)}): pass tokenizer=…"
@@ -252,8 +275,9 @@ def wrap(weights: Weights) -> tuple[Any, str]:
     from transformer_lens.model_bridge import TransformerBridge
 
     name, model, tokenizer = weights.name, towers.vision_tower(weights.model), weights.tokenizer
-    _refuse_scattered(name, model)
+    _refuse_unusable(name, model)
     adapters.register()
+    wiring = Wiring([weights.model, *([] if model is weights.model else [model]), tokenizer])
     adapters.repair(model)
     if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
         # Made in memory: TransformerLens would search the hub for it in order to turn BOS on. It prepends BOS itself.
@@ -267,19 +291,27 @@ def wrap(weights: Weights) -> tuple[Any, str]:
                 name, hf_model=model, tokenizer=tokenizer, device=first.device, dtype=first.dtype
             )
     except Exception as error:
+        wiring.undo()
         raise ModelError(
             f"TransformerLens cannot wrap {name} ({type(model).__name__}): {_first_line(error)}"
         ) from error
     correct_heads(bridge)
+    wiring.finish()
+    vars(bridge)[WIRING] = wiring
     return bridge, name
 
 
-def _refuse_scattered(name: str, model: Any) -> None:
-    """Raise ModelError unless weights are in memory, and on one device.
+def _refuse_unusable(name: str, model: Any) -> None:
+    """Raise ModelError unless weights are in memory, on one device, and outside inference mode.
 
     They may be on several if accelerate moves activations between these.
     """
     devices = sorted({str(p.device) for p in model.parameters()})
+    if any(p.is_inference() for p in model.parameters()):
+        raise ModelError(
+            f"{name}: its weights were made inside torch.inference_mode(), so that no gradient can pass them: make the "
+            "model outside that block, or load it with copy=True"
+        )
     if "meta" in devices:
         raise ModelError(
             f"{name}: some weights are not in memory (offloaded to the CPU or disk by device_map, or never loaded). "

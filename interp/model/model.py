@@ -29,7 +29,9 @@ from interp.model.input_checks import (
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
 from interp.model.loading import boot, check_device
+from interp.model.ownership import Owner
 from interp.model.protocols import Bridge
+from interp.model.session import in_session, plain_settings
 from interp.model.verification import count_hooks, probe, reads_of, verify
 from interp.prompts.images import ImageReader, layout_of, output_of
 from interp.prompts.pairs import Coder, Prompt, PromptPair
@@ -66,6 +68,7 @@ def load(
     revision: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
+    copy: bool = False,
 ) -> Model:
     """Load a model and route its attention through headstats.
 
@@ -82,11 +85,20 @@ def load(
     distributes the weights over several devices (accelerate's ``"auto"`` or a dict of modules); ``quantize`` is
     ``"8bit"`` or ``"4bit"`` (bitsandbytes). Both require a named model.
 
+    A model object is changed: TransformerLens puts its bridges into it, so that names in ``state_dict()`` differ and
+    ``save_pretrained``, ``output_attentions=True`` and pickling do not work on it, and it is switched to evaluation
+    mode. ``model.release()`` puts everything back, ``model.save_pretrained(folder)`` saves it as it was, and
+    ``copy=True`` loads a copy instead and leaves the object alone (at the cost of its memory). An object that is loaded
+    again belongs to the newer Model; the older one refuses to run. With ``dtype`` or ``device`` the object's own
+    weights are converted.
+
     Raises ModelError if the model cannot be loaded, if its weights do not match its config or are NaN, if it computes
     attention where headstats cannot intercept it, or if its logits through headstats differ from those of
     TransformerLens' own attention.
     """
     if isinstance(name_or_model, Model):
+        if copy:
+            raise ModelError("copy=True takes a Hugging Face model object, not a Model: pass the object it was made of")
         return name_or_model
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
@@ -94,24 +106,33 @@ def load(
             raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
     if device is not None:
         check_device(device)
-    with collector_paused():
+    with collector_paused(), plain_settings("loading"):
         bridge, name = boot(
             name_or_model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
-            revision=revision, device_map=device_map, quantize=quantize,
+            revision=revision, device_map=device_map, quantize=quantize, copy=copy,
         )  # fmt: skip
         return Model(bridge, name=name, backend=backend)
 
 
-class Model:
+class Model(Owner):
     """A model, its tokenizer, and the instrument that computes its attention.
 
     ``bridge`` is TransformerLens' TransformerBridge; all its hooks work. ``model(tokens)`` returns logits.
     """
 
     def __init__(self, bridge: Bridge, *, name: str, backend: str = "auto"):
-        self.bridge = bridge
-        self.name = name
-        self.instruments = {stack: Instrument(backend) for stack in stacks(bridge)}
+        super().__init__(bridge, name)
+        try:
+            self._install(bridge, backend)
+        except BaseException:
+            for stage in self.wiring.stages():
+                stage.undo()
+            raise
+        self._wired()
+
+    def _install(self, bridge: Bridge, backend: str) -> None:
+        """Route attention through headstats and check that outputs stay the same."""
+        self.instruments = {stack: Instrument(backend, self.session.lock) for stack in stacks(bridge)}
         self.instrument = self.instruments.get("") or self.instruments["decoder"]
         refuse_nan_weights(bridge.original_model)
         bridge.eval()
@@ -205,6 +226,8 @@ class Model:
         return next(self.bridge.parameters()).dtype
 
     def __repr__(self) -> str:
+        if self.is_released:
+            return f"Model({self.name}: released)"
         kv = f" ({self.n_kv_heads} KV)" if self.n_kv_heads != self.n_heads else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return (
@@ -213,6 +236,8 @@ class Model:
         )
 
     def _repr_html_(self) -> str:
+        if self.is_released:
+            return card(f"Model {self.name}", {"state": "released"})
         properties = {
             "layers × heads": f"{self.n_layers} × {self.n_heads}", "KV heads": self.n_kv_heads, "d_model": self.d_model,
             "context": self.n_ctx, "dtype": str(self.dtype).removeprefix("torch."), "device": self.device,
@@ -269,7 +294,8 @@ class Model:
 
         Up to 4,096 evenly spaced values of each weight are used.
         """
-        return weights_hash(self.bridge.original_model.named_parameters())
+        with self.session.lock:
+            return weights_hash(self.bridge.original_model.named_parameters())
 
     # ------------------------------------------------------------ text
 
@@ -299,6 +325,7 @@ class Model:
 
     # ------------------------------------------------------------ forwards
 
+    @in_session
     def __call__(self, tokens: Any, **kwargs: Any) -> Any:
         """Logits of the bridge: ``model("text")`` or ``model(tokens [batch, position])``.
 
@@ -308,6 +335,7 @@ class Model:
         refuse_wrong_inputs(self, tokens, kwargs)
         return self.bridge(tokens, **kwargs)
 
+    @in_session
     def run_with_cache(self, tokens: Any, **kwargs: Any) -> Any:
         """Run TransformerLens' ``run_with_cache``.
 
@@ -326,6 +354,7 @@ class Model:
                 )
         return self.bridge.run_with_cache(tokens, **kwargs)
 
+    @in_session
     @torch.no_grad()
     def next_token_logits(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompts vocab"]:
         """Logits after the last token of each prompt, float32 on the CPU.
@@ -338,6 +367,7 @@ class Model:
                 out[i] = row.float().cpu()
         return torch.stack([row for row in out if row is not None])
 
+    @in_session
     def last_logits(self, prompts: Tensor | Sequence[Sequence[int]]) -> Float[Tensor, "batch vocab"]:
         """The logits that metrics read, for prompts of equal shape.
 
@@ -370,6 +400,7 @@ class Model:
         """
         return type(self.bridge.original_model).__name__.endswith("ForMaskedLM")
 
+    @in_session
     def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Run prompts of equal shape, with hooks.
 
@@ -391,6 +422,7 @@ class Model:
         accepted = inspect.signature(self.bridge.original_model.forward).parameters
         return {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in accepted}
 
+    @in_session
     @torch.no_grad()
     def attention_stats(
         self,
@@ -428,6 +460,7 @@ class Model:
             return stack_stats(self, prompts, target, stack, headstats.StatSpec() if spec is None else spec)
         return prompt_stats(self, prompts if pixel_values is None else pixel_values, spec)
 
+    @in_session
     def attention_patterns(
         self,
         prompts: str | Prompt | PromptPair | Iterable[str | Prompt | PromptPair],

@@ -19,6 +19,7 @@ from interp.engine.core import EngineKind
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, Prompt, PromptPair
 from interp.recipes.choices import ABLATIONS, SCHEDULES
 from interp.recipes.donors import aligned_rows, resample_donors
@@ -43,6 +44,7 @@ Schedule = Literal["each", "cumulative", "all but one"]
 MOST_WRITES = 5_000_000  # that the cells of one call may hold: each takes a few microseconds to make
 
 
+@in_session
 def ablate(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],

@@ -16,6 +16,7 @@ from interp.engine.core import EngineKind
 from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, Fact, PromptPair
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import window_layers
@@ -26,6 +27,7 @@ from interp.utils.arguments import check_window
 Rows = tuple[int, int]  # [start, stop)
 
 
+@in_session
 def knock_out(
     model: Model,
     prompts: PromptPair | Fact | Iterable[PromptPair | Fact],

@@ -14,6 +14,7 @@ from torch import Tensor
 from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import Encoded, Fact, PromptPair
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
@@ -24,6 +25,7 @@ from interp.utils.progress import Advance
 ShortenedPrompt = tuple[str, tuple[int, ...]]  # a span's name, and the token ids that remain without the span
 
 
+@in_session
 def leave_out(
     model: Model,
     prompts: PromptPair | Fact | Iterable[PromptPair | Fact],

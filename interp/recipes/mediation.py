@@ -21,6 +21,7 @@ from interp.engine.core import EngineKind
 from interp.errors import Interrupted
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import PromptPair
 from interp.recipes.inputs import as_prompts
 from interp.recipes.patching import patch
@@ -37,6 +38,7 @@ TOTAL, DIRECT, INDIRECT, INTERACTION = (
 )
 
 
+@in_session
 def mediate(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],

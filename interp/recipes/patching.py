@@ -20,6 +20,7 @@ from interp.engine.runs import is_change
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, first_difference
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
@@ -31,6 +32,7 @@ Mode = Literal["denoise", "noise"]
 STREAM = ("resid_pre", "resid_mid", "resid_post")  # components that hold everything a position passes on
 
 
+@in_session
 def patch(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],

@@ -25,6 +25,7 @@ from interp.engine.core import EngineKind
 from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, PromptPair
 from interp.recipes.choices import LOGITS, MODES, PATH_ABLATIONS, PATH_MLPS
 from interp.recipes.mean_activations import Means
@@ -37,6 +38,7 @@ SENDERS = ("z", "attn_out", "mlp_out")
 RECEIVERS = ("q", "k", "v", "mlp_out", "resid_post")
 
 
+@in_session
 def path_patch(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],

@@ -19,6 +19,7 @@ from interp.engine.packed_forward import find_other_mixer
 from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, Prompt, PromptPair
 from interp.recipes.choices import PEEK_CONTEXTS
 from interp.recipes.mean_activations import Means, check_support, listed_reference, means_of, reference_ids
@@ -29,6 +30,7 @@ from interp.utils.arguments import is_whole
 from interp.utils.provenance import prompt_hash
 
 
+@in_session
 def peek(
     model: Model,
     pairs: PromptPair | Iterable[PromptPair],

@@ -19,6 +19,7 @@ from interp.engine.core import EngineKind
 from interp.errors import InterpError, PromptError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.inputs import expand_sites
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
@@ -29,6 +30,7 @@ from interp.sites import Site, Sites
 TEXTS_AT_ONCE = 64  # texts of `mean_difference` whose activations are held at one time
 
 
+@in_session
 def steer(
     model: Model,
     prompts: PromptPair | Fact | Iterable[PromptPair | Fact],
@@ -107,6 +109,7 @@ def _check_width(addend: Tensor, run: Run, sites: Sequence[Site]) -> None:
             )
 
 
+@in_session
 @torch.no_grad()
 def mean_difference(
     model: Model, positive: Iterable[str], negative: Iterable[str], site: Site | str

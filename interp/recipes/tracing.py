@@ -21,6 +21,7 @@ from interp.engine.core import EngineKind
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, prob
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, Fact, PromptPair
 from interp.recipes.choices import SEVERED, TRACED_WINDOWS
 from interp.recipes.corruption import NoiseCorruption, PairCorruption, corruption_of
@@ -38,6 +39,7 @@ __all__ = ["trace", "trace_table"]
 Component = Literal["resid_post", "mlp_out", "attn_out"]
 
 
+@in_session
 def trace(
     model: Model,
     facts: Fact | PromptPair | Iterable[Fact | PromptPair],

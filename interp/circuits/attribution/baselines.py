@@ -14,6 +14,7 @@ from interp.circuits.scores import EdgeScores
 from interp.circuits.topology import architecture
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.utils.provenance import prompt_hash
 
@@ -25,6 +26,7 @@ def random_scores(model: Model, seed: int = 0) -> EdgeScores:
     return EdgeScores(graph, drawn, {**model.provenance(), "method": "random", "seed": seed})
 
 
+@in_session
 def magnitude_scores(model: Model, pairs: Pairs, seed: int = 0) -> EdgeScores:
     """Score edges by how much the sender's output differs between the prompts.
 

@@ -39,6 +39,7 @@ from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.choices import MODES
 from interp.recipes.inputs import check_metric, provenance_of
@@ -48,6 +49,7 @@ from interp.utils.arguments import check_whole
 from interp.utils.progress import progress
 
 
+@in_session
 def attribute_edges(
     model: Model,
     pairs: Pairs,

@@ -39,12 +39,14 @@ from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import encode_pairs, listed_prompts
 
 EPSILON = 1e-5
 PART_BYTES = 64 * 2**20  # of parts, d_model numbers each, that exist at one time
 
 
+@in_session
 @torch.no_grad()
 def flow_scores(model: Model, pairs: Pairs) -> EdgeScores:
     """Score every edge by its importance in the clean prompts, between 0 and 1.
@@ -140,6 +142,7 @@ def _proximity(
 # ---------------------------------------------------------------- over tokens
 
 
+@in_session
 @torch.no_grad()
 def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = -1) -> pd.DataFrame:
     """Trace the published graph of one prompt back from one position.

@@ -49,6 +49,7 @@ from interp.engine.cells import rows_of
 from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.choices import MODES
 from interp.recipes.inputs import check_metric, expand_sites, provenance_of
@@ -71,6 +72,7 @@ SPANS = "named spans cannot be ranked: use sites with positions, or with all pos
 SiteList = Iterable[Site | str] | Site | str
 
 
+@in_session
 def attribute_sites(
     model: Model,
     pairs: Pairs,
@@ -98,6 +100,7 @@ def attribute_sites(
     return rows.effects(model, job.pairs, engine="backward passes", evidence="estimate", **recipe)
 
 
+@in_session
 def atp_star(
     model: Model,
     pairs: Pairs,

@@ -14,6 +14,7 @@ from interp.circuits.inputs import Pairs
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import PromptPair, listed_prompts
 from interp.recipes.patching import Mode, patch
 from interp.results.effects import SITE_COLUMNS
@@ -21,6 +22,7 @@ from interp.sites import Site, Sites
 from interp.utils.arguments import check_whole
 
 
+@in_session
 def screen(
     model: Model,
     pairs: Pairs,

@@ -21,10 +21,12 @@ from interp.circuits.scores import EdgeScores
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+@in_session
 def curve(
     model: Model,
     pairs: Pairs,
@@ -55,6 +57,7 @@ def curve(
     return _curve(_scale(model, pairs, scores, metric, using, seed), scores, shares, ranking, selection)
 
 
+@in_session
 def mib(
     model: Model,
     pairs: Pairs,

@@ -35,6 +35,7 @@ from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.mean_activations import Means
@@ -92,6 +93,7 @@ class Evaluator:
     circuit, as the reference. Raises InterpError, PromptError or ModelError for bad input.
     """
 
+    @in_session
     def __init__(
         self,
         model: Model,
@@ -123,6 +125,7 @@ class Evaluator:
         if self.packed is not None:
             self.batches = []  # packed batches hold the ablated outputs
 
+    @in_session
     def __call__(self, mask: Bool[np.ndarray, "receivers senders"]) -> Float[np.ndarray, " examples"]:
         """The metric by example of the circuit with the edges in ``mask``."""
         return self.many(mask[None])[0]

@@ -29,10 +29,12 @@ from interp.circuits.topology import Architecture
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.sites import Site
 from interp.utils.arguments import check_whole
 
 
+@in_session
 def faithfulness(
     model: Model,
     pairs: Pairs,
@@ -72,6 +74,7 @@ def faithfulness(
     return Faithfulness(*scale.interval(values), values, scale.whole, scale.empty, np.array(random), recipe)
 
 
+@in_session
 def minimality(
     model: Model,
     pairs: Pairs,
@@ -99,6 +102,7 @@ def minimality(
     return frame
 
 
+@in_session
 def completeness(
     model: Model,
     pairs: Pairs,

@@ -44,6 +44,7 @@ from interp.circuits.interchange.bijections import Exchange, RevNet
 from interp.errors import InterpError, ModelError, PromptError, SiteError
 from interp.model import transformer_lens_tools as tl
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import COMPONENTS, Site
@@ -97,6 +98,7 @@ class Interchange:
         return f"{linear}; {nonlinear}"
 
 
+@in_session
 def interchange_accuracy(
     model: Model,
     train: Pairs,

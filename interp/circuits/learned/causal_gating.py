@@ -47,6 +47,7 @@ from interp.circuits.learned.head_gates import CLAMP, HeadGates
 from interp.circuits.learned.next_token import Sample, Text, permuted, samples
 from interp.errors import InterpError, PromptError
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import progress
@@ -56,6 +57,7 @@ log = logging.getLogger("interp")
 MAX_DIFFERENCE = 5.0  # nats below the retained log-probability, beyond which forgetting is not rewarded (contrastive)
 
 
+@in_session
 def causal_head_gating(
     model: Model,
     data: Text | Iterable[Text],
@@ -111,6 +113,7 @@ def causal_head_gating(
     return gates
 
 
+@in_session
 def contrastive_head_gating(
     model: Model,
     retain: Iterable[Text],

@@ -35,6 +35,7 @@ from interp.errors import InterpError, PromptError
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import Site
@@ -72,6 +73,7 @@ class HeadMasks:
         return [Site("z", int(r.layer), int(r.head)) for r in rows.itertuples() if r.masked >= threshold]
 
 
+@in_session
 def differential_masks(
     model: Model,
     pairs: Pairs,

@@ -37,6 +37,7 @@ from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import check_positive, check_seed, check_whole
@@ -59,6 +60,7 @@ class Pruned:
     history: pd.DataFrame = field(repr=False)
 
 
+@in_session
 def prune_edges(
     model: Model,
     pairs: Pairs,

@@ -22,6 +22,7 @@ from interp.circuits.learned.next_token import Text, samples
 from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.results.parquet import read_parquet, write_parquet
 from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
 from interp.sites import Edge, Site
@@ -175,6 +176,7 @@ class HeadGates:
 
     # ------------------------------------------------------------ evidence from other data
 
+    @in_session
     def toggle(
         self, model: Model, data: Text | Iterable[Text], heads: Iterable[Site] | None = None, *,
         seed: int | None = None, contrast: bool | None = None, threshold: float = THRESHOLD,

@@ -34,6 +34,7 @@ from interp.circuits.wiring import sender_hooks
 from interp.errors import InterpError, PromptError
 from interp.model.hooks import hooks
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.prompts.pairs import PromptPair
 from interp.results.parquet import read_parquet, write_parquet
 from interp.sites import Site
@@ -105,6 +106,7 @@ class Channels:
         return cls(*read_parquet(path, kind="channels"))
 
 
+@in_session
 def attention_channels(
     model: Model,
     prompts: str | PromptPair | Iterable[str | PromptPair],

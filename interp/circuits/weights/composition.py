@@ -32,6 +32,7 @@ from interp.circuits.weights.rotations import Rotations
 from interp.circuits.wiring import Wiring, module_behind
 from interp.errors import ModelError, SiteError
 from interp.model.model import Model
+from interp.model.session import in_session
 from interp.model.transformer_lens_tools import FactoredMatrix
 
 KINDS = ("q", "k", "v")
@@ -103,6 +104,7 @@ class WeightCircuits:
     Raises ModelError unless blocks read and write by a norm and matrices.
     """
 
+    @in_session
     def __init__(self, model: Model):
         self.model, self.wiring = model, Wiring(model)
         self.graph = self.wiring.graph
