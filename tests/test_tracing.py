@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,44 @@ def test_sigma_is_the_spread_of_subject_embeddings(tiny) -> None:
     ids = [i for p in prompts for i in p.clean[slice(*p.spans["subject"])]]  # as published: as often as they occur
     table = model.bridge.original_model.get_input_embeddings().original_component.weight
     assert subject_std(model, prompts) == pytest.approx(table[ids].float().std().item())
+
+
+def by_hand(hf: Any, ids: torch.Tensor) -> tuple[torch.Tensor, Any, float]:
+    """What enters an untouched model's blocks where noise is added, the module that gives it, and its later factor."""
+    base = getattr(hf, "model", None) or hf.transformer
+    if hasattr(base, "word_embeddings_layernorm"):  # BLOOM
+        return base.word_embeddings_layernorm(base.word_embeddings(ids)), base.word_embeddings_layernorm, 1.0
+    embed = hf.get_input_embeddings()
+    factor = float(getattr(hf.config, "embedding_multiplier", 1.0))
+    if hf.config.model_type == "granite":  # noise is added behind the multiplier
+        return embed(ids) * factor, embed, factor
+    return embed(ids), embed, 1.0
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma", "gemma2", "gemma3", "bloom", "falcon_h1", "cohere", "gpt2"])
+def test_sigma_is_measured_where_the_noise_is_added(family: str) -> None:
+    """Against hooks on the untouched model: σ, and the corrupted scores that follow from it."""
+    from interp.doctor.families.text import tiny_hf
+    from interp.doctor.matrix import WORDS
+    from interp.zoo.tokenizer import word_tokenizer
+
+    model = interp.load(tiny_hf(family, torch.float32), tokenizer=word_tokenizer(WORDS))
+    hf = tiny_hf(family, torch.float32)
+    effects = interp.trace(model, FACTS, positions="subject", layers=1, samples=2, metric="logprob")
+    prompts = encode_facts(FACTS, model.coder)
+    with torch.no_grad():
+        embedded = [by_hand(hf, torch.tensor([p.clean])) for p in prompts]
+        subjects = torch.cat([x[0][slice(*p.spans["subject"])] for (x, _, _), p in zip(embedded, prompts, strict=True)])
+        sigma = float(subjects.std())
+        assert effects.provenance["sigma"] == pytest.approx(sigma, rel=1e-5)
+        for i, (prompt, (_, module, factor)) in enumerate(zip(prompts, embedded, strict=True)):
+            scores = []
+            for sample in range(2):
+                noise = subject_noise(model, prompt, 3.0 * sigma, 0, i, sample) / factor
+                handle = module.register_forward_hook(lambda _m, _args, out, noise=noise: out + noise)
+                scores.append(float(hf(torch.tensor([prompt.clean])).logits[0, -1].log_softmax(-1)[prompt.answer]))
+                handle.remove()
+            assert effects.frame()["corrupt"][i] == pytest.approx(np.mean(scores), abs=1e-3)
 
 
 def test_restoring_the_embedding_output_everywhere_restores_everything(tiny) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from interp.engine import Engine, Run
+from interp.engine.packed_forward import StopForward
 from interp.errors import InterpError
+from interp.model.batching import equal_length_batches
+from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.prompts.pairs import Encoded
 from interp.utils.arguments import is_number, is_whole
@@ -83,19 +87,35 @@ def corruption_of(
     return NoiseCorruption(model, noise, subject_std(model, prompts) if sigma is None else sigma, samples, seed)
 
 
+@torch.no_grad()
 def subject_std(model: Model, prompts: Sequence[Encoded]) -> float:
-    """Return the standard deviation of the embedding values of all subject tokens, each as often as it occurs."""
-    ids = [i for p in prompts for i in p.clean[slice(*p.spans["subject"])]]
-    if len(ids) == 0:
+    """Return the standard deviation of all subject tokens' values where noise is added, each as often as it occurs.
+
+    That is at ``hook_embed``: behind the factor by which some models scale their embedding (Granite, Gemma), and behind
+    the norm that others have there (BLOOM).
+    """
+    values: list[Tensor] = []
+
+    def keep(x: Tensor, hook: object) -> None:
+        values.append(x.detach())
+        raise StopForward
+
+    rows = []
+    for batch in equal_length_batches([p.clean for p in prompts]):
+        with suppress(StopForward), hooks(model, ("hook_embed", keep)):
+            model.forward([prompts[i].clean for i in batch])
+        rows += [x[slice(*prompts[i].spans["subject"])] for i, x in zip(batch, values.pop(), strict=True)]
+    if sum(map(len, rows)) == 0:
         raise InterpError("the facts have no subject tokens")
-    embed = model.bridge.embed(torch.tensor([ids], device=model.device))
-    return float(embed.detach().float().std())
+    return float(torch.cat(rows).float().std())
 
 
 def subject_noise(model: Model, prompt: Encoded, std: float, seed: int, example: int, sample: int) -> Tensor:
     """Return noise on the subject's embeddings, zero elsewhere; equal for equal (seed, example, sample)."""
     generator = torch.Generator().manual_seed(((seed * 1_000_003 + example) * 10_007 + sample) % 2**63)
     start, stop = prompt.spans["subject"]
-    out = torch.zeros(len(prompt), model.d_model)
-    out[start:stop] = std * torch.randn(stop - start, model.d_model, generator=generator)
+    table = getattr(model.bridge.embed, "original_component", None)
+    width = int(getattr(table, "embedding_dim", model.d_model))  # OPT-350m's is not d_model
+    out = torch.zeros(len(prompt), width)
+    out[start:stop] = std * torch.randn(stop - start, width, generator=generator)
     return out.to(model.device)

@@ -67,7 +67,8 @@ def trace(
 
     For each Fact, Gaussian noise of ``noise`` × σ (default 3) is added to the subject's token embeddings in ``samples``
     (default 10) corrupted runs. ``sigma``: σ, default the standard deviation of the embedding values of all subject
-    tokens in ``facts`` (as published; give that of a longer list of subjects to compare few facts with others). For a
+    tokens in ``facts`` (as published; give that of a longer list of subjects to compare few facts with others),
+    measured where the noise is added: behind a factor or norm that the model's embedding has. For a
     PromptPair the corrupted run is its corrupt prompt, without noise: symmetric token replacement
     (`interp.tasks.fact_pairs` makes such pairs of facts).
 
