@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import interp
-from interp.doctor.families.text import FAMILIES
+from interp.doctor.families.text import FAMILIES, tiny_hf
+from interp.doctor.matrix import WORDS
 from interp.engine import Cell, Engine, Write
 from interp.engine.verified import VERIFIED, Verified
 from interp.errors import InterpError
 from interp.sites import COMPONENTS, Site
+from interp.zoo.tokenizer import word_tokenizer
 
 COMPONENTS_SWEPT = sorted(set(COMPONENTS) - {"result", "embed"})
 # float64 throughout on our side; eager's float32 softmax plays no part, since both engines run through headstats
@@ -252,6 +254,30 @@ def test_a_branch_beside_attention_is_known_for_what_it_is(tiny) -> None:
     for wrong in (lambda: interp.patch(model, pairs, "resid_mid.L0@0"), lambda: interp.peek(model, pairs)):
         with pytest.raises(InterpError, match=r"adds more than attention|other means than softmax attention"):
             wrong()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "neox"])
+def test_changed_rotary_frequencies_are_noticed(family: str) -> None:
+    """What was recorded about a model is not used after its buffers have changed: clean scores are Hugging Face's."""
+    model = interp.load(tiny_hf(family, torch.float32), tokenizer=word_tokenizer(WORDS))
+    hf = tiny_hf(family, torch.float32)
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w9 w3 w5", "w95", "w94")
+    interp.patch(model, pair, model.sites("z"))  # records and verifies
+    before = model.fingerprint()
+    base = "gpt_neox" if family == "neox" else "model"
+    with torch.no_grad():
+        for whole in (hf, model.bridge.original_model):
+            getattr(whole, base).rotary_emb.inv_freq.mul_(3)
+        (answer, foil) = (model.coder.encode(word)[-1] for word in ("w95", "w94"))
+        logits = hf(torch.tensor([model.coder.encode(pair.clean)])).logits[0, -1]
+        expected = float(logits[answer] - logits[foil])
+    fast, naive = (interp.patch(model, pair, model.sites("z"), engine=kind).frame() for kind in ("auto", "naive"))
+    assert fast["clean"].to_numpy() == pytest.approx(expected, abs=1e-4)
+    np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-4)
+    assert model.fingerprint() != before
+    with torch.no_grad():
+        model.bridge.original_model.get_submodule(f"{base}.rotary_emb").inv_freq.div_(3)
+    assert model.fingerprint() == before
 
 
 def test_a_hook_that_mixes_positions_is_noticed_even_after_a_sweep_without_it(tiny) -> None:

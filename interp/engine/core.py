@@ -28,6 +28,7 @@ from interp.engine.site_checks import ResultHooks, check_sites
 from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
+from interp.model.buffers import buffer_state
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.sites import Site
@@ -170,9 +171,10 @@ class Engine:
         return set(components) <= WRITABLE
 
     def _setting(self) -> str:
-        """What a recorded frame depends on besides the weights."""
+        """What a recorded frame depends on: buffers (rotary frequencies), the config, and where the model is."""
         model = self.model
-        return f"{model.device} {model.dtype} {vars(model.bridge.original_model.config)}"
+        hf = model.bridge.original_model
+        return f"{model.device} {model.dtype} {buffer_state(hf)} {vars(hf.config)}"
 
     def _check_base(self, run: Run) -> None:
         """Allow plain blocks for later base runs if they reproduce this one.

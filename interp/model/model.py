@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.errors import ModelError, PromptError, SiteError
 from interp.model.batching import collate, equal_length_batches
+from interp.model.buffers import buffer_state
 from interp.model.collect_statistics import prompt_stats, tower_stats
 from interp.model.encoder_decoder import stack_stats
 from interp.model.head_checks import check_heads, recorded
@@ -41,7 +42,7 @@ from interp.results.attention_stats import AttentionStats
 from interp.sites import COMPONENTS, Sites, enumerate_sites
 from interp.utils.gc_pause import collector_paused
 from interp.utils.html_card import card
-from interp.utils.provenance import versions, weights_hash
+from interp.utils.provenance import text_hash, versions, weights_hash
 
 log = logging.getLogger("interp")
 
@@ -146,6 +147,7 @@ class Model(Owner):
             instrument.layers.clear()
         self._has_warned_about_cache = False
         self._n_hooks_at_load = count_hooks(bridge)
+        self._buffers_at_load = buffer_state(bridge.original_model)
         self._layout = layout_of(bridge.original_model.config, n_positions) if self.reads == "images" else None
 
     # ------------------------------------------------------------ facts
@@ -292,10 +294,13 @@ class Model(Owner):
     def fingerprint(self) -> str:
         """A short hash over every weight's name, shape and values.
 
-        Up to 4,096 evenly spaced values of each weight are used.
+        Up to 4,096 evenly spaced values of each weight are used. If buffers (rotary frequencies) are no longer those
+        with which the model was loaded, they are part of it.
         """
         with self.session.lock:
-            return weights_hash(self.bridge.original_model.named_parameters())
+            weights = weights_hash(self.bridge.original_model.named_parameters())
+            buffers = buffer_state(self.bridge.original_model)
+        return weights if buffers == self._buffers_at_load else text_hash(f"{weights} {buffers}")
 
     # ------------------------------------------------------------ text
 

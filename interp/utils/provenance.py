@@ -65,6 +65,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def text_hash(text: str) -> str:
+    """Return a short hash of a text, as long as that of weights."""
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
 def weights_hash(named: Iterable[tuple[str, Any]]) -> str:
     """Return a short hash of every weight's name, shape and up to 4,096 evenly spaced values."""
     digest = hashlib.blake2b(digest_size=12)
