@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import re
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,15 +18,16 @@ from typing import Any
 
 import torch
 
-from interp.errors import InterpError, ModelError
+from interp.errors import ModelError
 from interp.model import bridge_adapters as adapters
 from interp.model import vision_towers as towers
 from interp.model.head_layout import correct_heads
+from interp.model.load_errors import first_line, short_cause, why_not, why_not_object
+from interp.model.names import EMBEDDED, did_you_mean, is_hub_unreachable
 from interp.model.wiring import WIRING, Wiring, wiring_of
 
-EMBEDDED = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
 QUANTIZED = ("8bit", "4bit")
-_BUILDING = threading.RLock()  # one bridge is built at a time: TransformerLens' functions are replaced meanwhile
+_BUILDING = threading.RLock()  # one model is read or built at a time: functions of the libraries are replaced meanwhile
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,11 @@ def read(
     if path.suffix.lower() == ".gguf" or path.exists():
         return _from_path(path, dtype, device, tokenizer, hub)
     if name.startswith((".", "/", "~")):
-        raise ModelError(f"{name} does not exist; give an existing folder, a .gguf file or a hub id like 'gpt2'")
+        raise ModelError(
+            f"{name} does not exist; give an existing folder, a .gguf file or a hub id like 'gpt2'.{did_you_mean(name)}"
+        )
+    if is_hub_unreachable(name):  # what the cache holds can be loaded; transformers would try again and again
+        hub["local_files_only"] = True
     return _from_pretrained(name, name, dtype, device, tokenizer, hub)
 
 
@@ -134,7 +138,7 @@ def _require(package: str, what: str) -> None:
 
 def _from_path(path: Path, dtype: Any, device: Any, tokenizer: Any, hub: dict[str, Any]) -> Weights:
     if not path.exists():
-        raise ModelError(f"{path} does not exist")
+        raise ModelError(f"{path} does not exist.{did_you_mean(str(path))}")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file but not a .gguf; give the folder that holds config.json instead")
@@ -157,7 +161,7 @@ def _from_pretrained(
                 location, dtype=dtype or torch.float32, output_loading_info=True, **safe, **hub
             )
     except Exception as error:
-        raise ModelError(_why_not(name, error)) from error
+        raise ModelError(why_not(name, error)) from error
     model, info = model_and_info
     _refuse_mismatch(name, model, info)
     if tokenizer is None and not towers.reads_images_alone(model):
@@ -174,7 +178,7 @@ def _auto_class(location: str | Path, hub: dict[str, Any]) -> Any:
 
     if "gguf_file" in hub:
         return tf.AutoModelForCausalLM
-    options = {key: hub[key] for key in ("trust_remote_code", "revision") if key in hub}
+    options = {key: hub[key] for key in ("trust_remote_code", "revision", "local_files_only") if key in hub}
     config = tf.AutoConfig.from_pretrained(location, **options)
     if (for_images := towers.class_for_images(config)) is not None:
         return for_images
@@ -190,13 +194,14 @@ def _auto_class(location: str | Path, hub: dict[str, Any]) -> Any:
 def _tokenizer_at(name: str, location: str | Path, hub: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    options = {key: hub[key] for key in ("trust_remote_code", "revision", "gguf_file", "add_bos_token") if key in hub}
+    read_by_tokenizers = ("trust_remote_code", "revision", "gguf_file", "add_bos_token", "local_files_only")
+    options = {"trust_remote_code": False, **{key: hub[key] for key in read_by_tokenizers if key in hub}}
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
         raise ModelError(
-            f"{name} has weights, but no tokenizer that can be read ({_first_line(error)}): pass tokenizer=…"
+            f"{name} has weights, but no tokenizer that can be read ({short_cause(error)}): pass tokenizer=…"
         ) from error
 
 
@@ -225,11 +230,7 @@ def _from_object(
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        inner = " (torch.compile comes after loading: see docs/models.md)" if hasattr(model, "_orig_mod") else ""
-        raise ModelError(
-            f"cannot load a bare {type(model).__name__}: pass a Hugging Face PreTrainedModel or a "
-            f"TransformerBridge{inner}"
-        )
+        raise ModelError(why_not_object(model))
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None and not towers.reads_images_alone(model):
         tokenizer = _tokenizer_of(name, trust_remote_code)
@@ -249,7 +250,7 @@ def _copied(name: str, model: Any, wiring: Wiring | None) -> Any:
         with wiring.undone() if wiring is not None else contextlib.nullcontext():
             return deepcopy(model)
     except Exception as error:
-        raise ModelError(f"{name} cannot be copied ({_first_line(error)}): load it without copy=True") from error
+        raise ModelError(f"{name} cannot be copied ({first_line(error)}): load it without copy=True") from error
 
 
 def _tokenizer_of(name: str, trust_remote_code: bool) -> Any:
@@ -266,7 +267,7 @@ def _tokenizer_of(name: str, trust_remote_code: bool) -> Any:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
-            f"no tokenizer was found for the model object {name!r} ({_first_line(error)}): pass tokenizer=…"
+            f"no tokenizer was found for the model object {name!r} ({short_cause(error)}): pass tokenizer=…"
         ) from error
 
 
@@ -292,9 +293,7 @@ def wrap(weights: Weights) -> tuple[Any, str]:
             )
     except Exception as error:
         wiring.undo()
-        raise ModelError(
-            f"TransformerLens cannot wrap {name} ({type(model).__name__}): {_first_line(error)}"
-        ) from error
+        raise ModelError(f"TransformerLens cannot wrap {name} ({type(model).__name__}): {first_line(error)}") from error
     correct_heads(bridge)
     wiring.finish()
     vars(bridge)[WIRING] = wiring
@@ -322,41 +321,6 @@ def _refuse_unusable(name: str, model: Any) -> None:
             f"{name}: weights lie on {', '.join(devices)}, and nothing moves activations between them: move the model "
             "to one device with model.to(…), or load it by name with device_map='auto'"
         )
-
-
-def _why_not(name: str, error: Exception) -> str:
-    """Explain the usual ways in which loading fails in one readable sentence."""
-    text = str(error)
-    if isinstance(error, InterpError):
-        return text
-    if "safetensors" in text and ("does not appear to have" in text or "no file named" in text.lower()):
-        return (
-            f"{name} offers no safetensors weights. interp opens no pickled checkpoints, since opening one can run "
-            "code; convert it, or load it yourself and pass the model object."
-        )
-    if match := re.search(r"model type `([^`]+)`", text):
-        return (
-            f"{name} is of an architecture, {match[1]!r}, that the installed transformers does not know: upgrade "
-            "transformers, or check model_type in its config.json"
-        )
-    if "ignore_mismatched_sizes" in text:
-        return (
-            f"{name}: the weights do not match config.json: some tensors have other shapes than it asks for "
-            "(vocab_size, hidden_size, number of heads?). Correct it, or fetch the checkpoint that belongs to it."
-        )
-    if "trust_remote_code" in text:
-        return f"{name} needs code from its repository; if you trust it, pass trust_remote_code=True"
-    offline = ("couldn't connect", "offline", "connection", "resolve host", "max retries", "localentrynotfound")
-    if any(word in (text + type(error).__name__).lower() for word in offline):
-        return (
-            f"{name} is not a local folder, and the model hub cannot be reached ({type(error).__name__}). "
-            "Give a local folder, use 'smollm2', or try again with a network."
-        )
-    return f"cannot load {name}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -390,18 +354,27 @@ def check_device(device: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """Suppress transformers' progress bars and info lines while weights load."""
+def _quiet() -> Iterator[None]:
+    """Suppress transformers' progress bars, info lines and questions while a model loads, one at a time.
+
+    Without an explicit ``trust_remote_code`` transformers asks on standard output, which is hidden here, whether to run
+    code from the model's folder. TransformerLens reads tokenizers in this way. Here the answer is no.
+    """
+    from transformers import dynamic_module_utils
     from transformers.utils import logging as hf_logging
 
-    has_progress_bar = hf_logging.is_progress_bar_enabled()
-    level = logging.getLogger("transformers").level
-    hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.getLogger("transformers").setLevel(level)
-        if has_progress_bar:
-            hf_logging.enable_progress_bar()
+    with _BUILDING:
+        has_progress_bar = hf_logging.is_progress_bar_enabled()
+        level = logging.getLogger("transformers").level
+        seconds_to_answer = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+        hf_logging.disable_progress_bar()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds_to_answer
+            logging.getLogger("transformers").setLevel(level)
+            if has_progress_bar:
+                hf_logging.enable_progress_bar()
