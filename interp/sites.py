@@ -125,15 +125,15 @@ class Site:
 
         Raises SiteError for anything else.
         """
-        match = re.fullmatch(r"(\w+?)(?:\.L(\d+)(?:([HN])(\d+))?)?(?:@(.+))?", text.strip())
+        match = re.fullmatch(r"(\w+?)(?:\.L(\d{1,9})(?:([HN])(\d{1,9}))?)?(?:@(.+))?", text.strip())
         if not match:
-            raise SiteError(f"cannot read {text!r} as a site; write e.g. 'z.L9H6' or 'resid_pre.L3@-1'")
+            raise SiteError(f"cannot read {text!r:.100} as a site; write e.g. 'z.L9H6' or 'resid_pre.L3@-1'")
         component, layer, unit, head, position_text = match.groups()
         has_neurons = component in COMPONENTS and COMPONENTS[component].heads == "neuron"
         if unit is not None and (unit == "N") != has_neurons:
             raise SiteError(f"cannot read {text!r}: H is the number of a head, N that of a neuron (of mlp_post)")
         position: int | str | None = None if position_text == ALL else position_text
-        if position_text is not None and re.fullmatch(r"-?\d+", position_text):
+        if position_text is not None and re.fullmatch(r"-?\d{1,9}", position_text):
             position = int(position_text)
         return cls(component, None if layer is None else int(layer), None if head is None else int(head), position)
 
@@ -156,7 +156,7 @@ class Edge:
         """Read ``z.L3H1 → q.L5H0`` (or ``->``). Raises SiteError for anything else."""
         ends = re.split(r"→|->", text)
         if len(ends) != 2:
-            raise SiteError(f"cannot read {text!r} as an edge; write e.g. 'z.L3H1 -> q.L5H0'")
+            raise SiteError(f"cannot read {text!r:.100} as an edge; write e.g. 'z.L3H1 -> q.L5H0'")
         return cls(Site.parse(ends[0]), Site.parse(ends[1]))
 
 

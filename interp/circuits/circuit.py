@@ -15,8 +15,10 @@ from interp.circuits.topology import Architecture, architecture
 from interp.errors import InterpError, ModelError
 from interp.model.model import Model
 from interp.sites import Edge, Site
+from interp.utils.damage import reading
 from interp.utils.files import check_suffix, whole_file
 from interp.utils.html_card import card
+from interp.utils.json_text import parse_json
 
 SCHEMA_VERSION = 1
 
@@ -286,23 +288,19 @@ class Circuit:
         if ``model`` is passed and its weights are not those that the circuit was made for.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = parse_json(Path(path).read_bytes())
         except OSError as e:
             raise InterpError(f"{path} cannot be read: {e.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-            raise InterpError(f"{path} is not a circuit: it is no JSON ({e})") from None
+        except (ValueError, MemoryError) as e:
+            raise InterpError(f"{path} is not a circuit: {e}") from None
         if not isinstance(data, dict) or data.get("format") != "interp.Circuit":
             raise InterpError(f"{path} is not a circuit: it was not written by Circuit.write")
         if (version := data.get("schema")) != SCHEMA_VERSION:
             raise InterpError(
                 f"{path} has schema version {version!r}, and this version reads {SCHEMA_VERSION}: update interp"
             )
-        try:
+        with reading(path):
             circuit = cls._from(data)
-        except InterpError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise InterpError(f"{path} is damaged ({type(e).__name__}: {e}): find the circuit again") from None
         if model is not None:
             circuit.check(model)
         return circuit

@@ -105,18 +105,28 @@ class Architecture:
         first = self.receiver_number[Site(component, layer, None if n is None else 0)]
         return slice(first, first + (n or 1))
 
+    def _sent_at(self, sender: Site) -> int:
+        """When a sender writes: at twice its layer, an MLP one later; −1 for the input."""
+        return -1 if sender == self.input else 2 * (sender.layer or 0) + (sender.component != "z")
+
+    def _read_at(self, receiver: Site) -> int:
+        """A receiver reads every sender whose `_sent_at` is smaller than this."""
+        # read after: 0 the block's input, 1 its attention, 2 its MLP
+        late = {"mlp_out": 0 if self.parallel else 1, "resid_post": 2}
+        return 2 * (receiver.layer or 0) + late.get(receiver.component, 0)
+
     @cached_property
     def allowed(self) -> Bool[np.ndarray, "receivers senders"]:
         """True where the receiver reads the sender."""
-        sends = np.array([-1 if s == self.input else 2 * (s.layer or 0) + (s.component != "z") for s in self.senders])
-        # read after: 0 the block's input, 1 its attention, 2 its MLP
-        late = {"mlp_out": 0 if self.parallel else 1, "resid_post": 2}
-        reads = np.array([2 * (r.layer or 0) + late.get(r.component, 0) for r in self.receivers])
+        sends = np.array([self._sent_at(s) for s in self.senders])
+        reads = np.array([self._read_at(r) for r in self.receivers])
         return sends[None] < reads[:, None]
 
     def __len__(self) -> int:
         """Number of edges."""
-        return int(self.allowed.sum())
+        sends = np.sort([self._sent_at(s) for s in self.senders])
+        reads = np.array([self._read_at(r) for r in self.receivers])
+        return int(np.searchsorted(sends, reads, side="left").sum())
 
     def edges(self) -> Iterator[Edge]:
         """Every edge, receiver by receiver."""
@@ -139,7 +149,7 @@ class Architecture:
                 f"receivers are {_first_and_last(self.receivers)}"
             )
         place = self.receiver_number[edge.receiver], self.sender_number[edge.sender]
-        if not self.allowed[place]:
+        if self._sent_at(edge.sender) >= self._read_at(edge.receiver):
             same = edge.sender.layer == edge.receiver.layer and edge.receiver.component == "mlp_out"
             why = (
                 "its attention and MLPs are parallel: both read the input of the block"

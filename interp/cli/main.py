@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from json import loads
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from interp.cli.stats import stats
 from interp.cli.sweep import app as sweep
 from interp.cli.tasks import tasks
 from interp.errors import InterpError
+from interp.utils.json_text import parse_json
 
 app = typer.Typer(
     help="Activation patching, causal tracing and head ablation, on attention that reports what every head did.",
@@ -133,7 +133,7 @@ def _check_results_file(path: Path | None) -> None:
         return
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     try:
-        previous = loads(path.read_text(encoding="utf-8")) if existing == path else {}
+        previous = parse_json(path.read_bytes()) if existing == path else {}
         usable = isinstance(previous, dict) and (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
     except (OSError, ValueError):
         usable = False

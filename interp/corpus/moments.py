@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
+from interp.errors import InterpError
+
 TDigest: Any = datasketches.tdigest_double  # type: ignore[attr-defined]
 
 COMPRESSION = 100
@@ -108,6 +110,8 @@ def merge_tables(tables: Iterable[pa.Table]) -> tuple[dict[str, StreamedMoments]
         if not rows:
             continue
         layers, heads = (1 + max(r[c] for r in rows) for c in ("layer", "head"))
+        if layers * heads > len(rows):  # a part has a row for every head
+            raise InterpError(f"a part names {layers} layers × {heads} heads in {len(rows)} rows: it is damaged")
         for row in rows:
             if row["statistic"] not in moments:
                 moments[row["statistic"]] = StreamedMoments(layers, heads)

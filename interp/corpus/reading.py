@@ -188,7 +188,7 @@ def _token_header(file: CheckedFile) -> NpyHeader:
     """Return the header of a .npy file of token ids. InterpError for anything else."""
     try:
         header = read_npy_header(file.read(0, MOST_HEADER), file.size)
-    except (ValueError, SyntaxError, TypeError, OverflowError) as error:
+    except ValueError as error:
         reason = f"{file.path} is not a .npy file of plain numbers ({error}); pickled objects are refused"
         raise InterpError(reason) from None
     if len(header.shape) != 1 or header.dtype.kind not in "iu":

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from interp.plots.codec import pack, unpack
 from interp.sites import Edge, Site
+from interp.utils.damage import Budget
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ def _kind(site: Site, graph: Any) -> str:
     return "logits" if site == graph.output else "head" if site.component == "z" else "mlp"
 
 
-def decode_circuit(data: dict[str, Any]) -> Any:
+def decode_circuit(data: dict[str, Any], _: Budget) -> Any:
     """Decode what `encode_circuit` made as a Circuit."""
     from interp.circuits import Circuit
     from interp.circuits.topology import Architecture
@@ -91,7 +92,9 @@ def decode_circuit(data: dict[str, Any]) -> Any:
         for e in data["edges"]
     }
     roles = {Site.parse(n["site"]): n["role"] for n in data["nodes"] if n["role"]}
-    return Circuit(Architecture(**data["architecture"]), edges, roles, data["provenance"])
+    graph = Architecture(**data["architecture"])
+    graph.check()
+    return Circuit(graph, edges, roles, data["provenance"])
 
 
 def encode_curve(curve: CurveLike, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +106,11 @@ def encode_curve(curve: CurveLike, provenance: dict[str, Any]) -> dict[str, Any]
     return {"kind": "curve", "provenance": provenance, **areas, "measured": measured, "arrays": arrays}
 
 
-def decode_curve(data: dict[str, Any]) -> Any:
+def decode_curve(data: dict[str, Any], budget: Budget) -> Any:
     """Decode what `encode_curve` made as a Curve."""
     from interp.circuits import Curve
 
-    return Curve(**{name: unpack(x) for name, x in data["arrays"].items()}, recipe=data["provenance"])
+    return Curve(**{name: unpack(x, budget) for name, x in data["arrays"].items()}, recipe=data["provenance"])
 
 
 def _number(x: Any) -> float | None:

@@ -26,6 +26,7 @@ from interp.plots.pattern_payload import decode_patterns, encode_patterns
 from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import Effects
+from interp.utils.damage import Budget
 
 Result = Effects | AttentionStats | AttentionPatterns | CircuitLike | CurveLike | str
 
@@ -36,7 +37,7 @@ class ResultKind:
 
     type: type
     encode: Callable[[Any, dict[str, Any]], dict[str, Any]]  # of a result and its provenance as strict JSON
-    decode: Callable[[dict[str, Any]], Any]
+    decode: Callable[[dict[str, Any], Budget], Any]
     provenance: Callable[[Any], dict[str, Any]] = lambda result: result.provenance
     check: Callable[[Any, str], None] = lambda result, name: None  # InterpError if there is nothing to show
 
@@ -93,12 +94,12 @@ def encode(result: Result) -> dict[str, Any]:
     return kind.encode(result, payload.clean_json(kind.provenance(result)))
 
 
-def decode(data: dict[str, Any]) -> Result:
-    """Decode one result from its JSON."""
+def decode(data: dict[str, Any], budget: Budget) -> Result:
+    """Decode one result from its JSON. What it allocates is taken from ``budget``."""
     kind = KINDS.get(data.get("kind", ""))
     if kind is None:
-        raise InterpError(f"this report holds a result of an unknown kind {data.get('kind')!r}; upgrade interp")
+        raise InterpError(f"this report holds a result of an unknown kind {data.get('kind')!r:.40}; upgrade interp")
     try:
-        return kind.decode(data)
+        return kind.decode(data, budget)
     except (KeyError, TypeError, AttributeError) as error:
         raise InterpError(f"this report is damaged: a {data['kind']} result lacks {error}") from None

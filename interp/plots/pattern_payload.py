@@ -5,16 +5,19 @@ Maps of √p are grey PNG images, marginals have 8 bits, and the exact heads hav
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from interp.errors import InterpError
 from interp.plots import png
 from interp.plots.codec import pack, unpack
 from interp.plots.labels import visible
 from interp.results.attention_patterns import (
     AttentionPatterns,
+    Head,
     PatternExample,
     PatternRun,
     head_name,
@@ -22,6 +25,7 @@ from interp.results.attention_patterns import (
     vertical_scores,
     weights_of,
 )
+from interp.utils.damage import Budget
 
 SHEET_LINES = 256  # small maps are stacked in images of about this height: few images to decode, and each fast
 SAMPLED = 12  # maps from which the size of all maps is estimated
@@ -129,40 +133,60 @@ def _vertical(run: PatternRun, example: PatternExample, heads: list[int]) -> lis
     return [float(x) if np.isfinite(x) else None for x in table.mean(0)]
 
 
-def decode_patterns(data: dict[str, Any]) -> AttentionPatterns:
+def decode_patterns(data: dict[str, Any], budget: Budget) -> AttentionPatterns:
     """Decode the AttentionPatterns of a report; marginals and blocks have 8 bits."""
-    number = {f"L{i}H{j}": (i, j) for i in range(data["layers"]) for j in range(data["heads"])}
-    heads, exact = ([number[n] for n in data[k]] for k in ("names", "exact"))
-    examples = [_decode_example(e, heads, exact) for e in data["examples"]]
-    provenance = data["provenance"]
+    heads, exact = ([_head(n) for n in data[k]] for k in ("names", "exact"))
+    examples = [_decode_example(e, heads, exact, budget) for e in data["examples"]]
+    provenance = dict(data["provenance"])
     if len(examples) < data["n"]:
         provenance = {**provenance, "report_examples": f"first {len(examples)} of {data['n']}"}
     return AttentionPatterns(heads, exact, data["layers"], data["heads"], examples, provenance)
 
 
-def _decode_example(data: dict[str, Any], heads: list, exact: list) -> PatternExample:
-    edges = unpack(data["edges"])
+def _head(name: str) -> Head:
+    """Return ``L9H6`` as (9, 6)."""
+    match = re.fullmatch(r"L(\d{1,6})H(\d{1,6})", name)
+    if match is None:
+        raise InterpError(f"this report is damaged: {name!r:.40} is not the name of a head")
+    return int(match[1]), int(match[2])
+
+
+def _decode_example(data: dict[str, Any], heads: list[Head], exact: list[Head], budget: Budget) -> PatternExample:
+    edges = unpack(data["edges"], budget)
+    n = data["tokens"]
     runs = {}
     for name, run in data["runs"].items():
-        maps = np.zeros((len(heads), len(edges) - 1, len(edges) - 1), np.uint8)
-        for group in run["maps"]:
-            bins = group["bins"]
-            coarse_maps = np.concatenate([png.decode(s) for s in group["sheets"]]).reshape(-1, bins, bins)
-            by = -(-maps.shape[1] // bins)
-            maps[group["heads"]] = coarse_maps.repeat(by, 1).repeat(by, 2)[:, : maps.shape[1], : maps.shape[2]]
-        n = data["tokens"]
         rows = run["rows"]
         queries = np.array([] if rows is None else rows["queries"], dtype=np.int64)
-        sheet = np.zeros((0, n), np.uint8) if rows is None else png.decode(rows["sheet"])
-        value = unpack(run["top"]["value"]).view(np.float16).astype(np.float32)
+        sheet = np.zeros((0, n), np.uint8) if rows is None else png.decode(rows["sheet"], budget)
+        value = unpack(run["top"]["value"], budget).view(np.float16).astype(np.float32)
         runs[name] = PatternRun(
-            list(run["tokens"]), maps, weights_of(unpack(run["blocks"])), _absolute(run["received"]),
-            _absolute(run["entropy"]), unpack(run["top"]["index"]), value, queries,
+            list(run["tokens"]), _decode_maps(run["maps"], len(heads), len(edges) - 1, budget),
+            weights_of(unpack(run["blocks"], budget)), _absolute(run["received"], budget),
+            _absolute(run["entropy"], budget), unpack(run["top"]["index"], budget), value, queries,
             sheet.reshape(-1, len(queries), n) if rows is not None else np.zeros((0, 0, n), np.uint8),
         )  # fmt: skip
     segments = [(n, a, b) for n, (_, a, b) in zip(data["names"], data["segments"], strict=True)]
     return PatternExample(segments, edges, runs)
 
 
-def _absolute(packed: dict[str, Any]) -> Float[np.ndarray, "heads bins"]:
-    return (unpack(packed["data"]) / 255 * np.array(packed["top"])[:, None]).astype(np.float32)
+def _decode_maps(
+    groups: list[dict[str, Any]], n_heads: int, n_bins: int, budget: Budget
+) -> UInt8[np.ndarray, "heads bins bins"]:
+    """Decode the maps of a run; smaller maps are enlarged to ``n_bins``."""
+    budget.take(n_heads * n_bins**2)
+    maps = np.zeros((n_heads, n_bins, n_bins), np.uint8)
+    for group in groups:
+        bins = group["bins"]
+        coarse_maps = np.concatenate([png.decode(s, budget) for s in group["sheets"]]).reshape(-1, bins, bins)
+        by = -(-n_bins // bins)
+        budget.take(2 * len(coarse_maps) * (by * bins) ** 2)
+        maps[group["heads"]] = coarse_maps.repeat(by, 1).repeat(by, 2)[:, :n_bins, :n_bins]
+    return maps
+
+
+def _absolute(packed: dict[str, Any], budget: Budget) -> Float[np.ndarray, "heads bins"]:
+    shares, top = unpack(packed["data"], budget), np.array(packed["top"], dtype=float)
+    if shares.ndim != 2 or top.shape != shares.shape[:1]:
+        raise InterpError(f"this report is damaged: values of shape {shares.shape} for {top.shape} heads")
+    return (shares / 255 * top[:, None]).astype(np.float32)

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interp.errors import InterpError
 from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
 from interp.plots.labels import visible
 from interp.plots.panels import Axis, EdgePanel, Panel, Variant, split
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.results.effects import ADDED, COLUMNS, Effects, recovery_columns
+from interp.utils.damage import Budget
 
 
 def clean_json(value: Any) -> Any:
@@ -69,19 +71,25 @@ def encode_effects(effects: Effects, provenance: dict[str, Any]) -> dict[str, An
     }
 
 
-def decode_effects(data: dict[str, Any]) -> Effects:
+def decode_effects(data: dict[str, Any], budget: Budget) -> Effects:
     """Decode what `encode_effects` made."""
     table: dict[str, Any] = data["table"]
-    f = pd.DataFrame(index=range(data["rows"]))
+    columns: dict[str, Any] = {}
     for column, dtype in COLUMNS.items():
-        if column not in table and column in ADDED:
+        if "derived" in table.get(column, ()) or (column not in table and column in ADDED):
             continue
         packed = table[column]
-        if "derived" in packed:
-            f[column] = recovery_columns(f)[column]
-        else:
-            f[column] = unpack(packed) if "data" in packed else unpack_dictionary(packed, dtype)
-    return Effects(f, data["provenance"])
+        values = unpack(packed, budget) if "data" in packed else unpack_dictionary(packed, dtype, budget)
+        if values.shape != (data["rows"],):
+            raise InterpError(f"the column {column} has shape {values.shape}, and the table {data['rows']!r:.40} rows")
+        columns[column] = values
+    f = pd.DataFrame(columns)
+    budget.take(16 * len(f))
+    derived = recovery_columns(f)
+    for column in COLUMNS:
+        if "derived" in table.get(column, ()):
+            f[column] = derived[column]
+    return Effects(f, dict(data["provenance"]))
 
 
 def _encode_panel(panel: Panel) -> dict[str, Any]:
@@ -178,12 +186,12 @@ def encode_example(stats: AttentionStats, i: int, every: int = 1) -> dict[str, A
     }
 
 
-def decode_attention(data: dict[str, Any]) -> AttentionStats:
+def decode_attention(data: dict[str, Any], budget: Budget) -> AttentionStats:
     """Decode the AttentionStats of a report, with the examples that the page contains."""
     examples = data["examples"]
     names = [s["name"] for s in data["statistics"]]
-    values: dict[str, Any] = {name: [unpack(e["values"][name]) for e in examples] for name in names}
-    provenance = data["provenance"]
+    values: dict[str, Any] = {name: [unpack(e["values"][name], budget) for e in examples] for name in names}
+    provenance = dict(data["provenance"])
     if len(examples) < data["n"]:
         provenance = {**provenance, "report_examples": f"first {len(examples)} of {data['n']}"}
     every = max((e.get("every", 1) for e in examples), default=1)
@@ -201,7 +209,7 @@ def encode_prose(text: str, _: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "prose", "text": text}
 
 
-def decode_prose(data: dict[str, Any]) -> str:
+def decode_prose(data: dict[str, Any], _: Budget) -> str:
     """Decode what `encode_prose` made."""
     return str(data["text"])
 

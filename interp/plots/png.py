@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from interp.errors import InterpError
+from interp.plots.codec import inflate
+from interp.utils.damage import Budget
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -27,14 +29,22 @@ def encode(image: UInt8[np.ndarray, "height width"]) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def decode(text: str) -> UInt8[np.ndarray, "height width"]:
-    """Decode what `encode` made. Raises InterpError for anything else."""
+def decode(text: str, budget: Budget | None = None) -> UInt8[np.ndarray, "height width"]:
+    """Decode what `encode` made.
+
+    Its size is taken from ``budget`` before anything is allocated. Raises InterpError for anything else.
+    """
     try:
         data = base64.b64decode(text, validate=True)
         width, height = struct.unpack(">II", data[16:24])
+        if budget is not None:
+            budget.take(2 * height * (width + 1))
         size = struct.unpack(">I", data[33:37])[0]
-        lines = np.frombuffer(zlib.decompress(data[41 : 41 + size]), np.uint8).reshape(height, width + 1)
-    except (ValueError, struct.error, zlib.error) as error:
+        lines = np.frombuffer(inflate(data[41 : 41 + size], height * (width + 1)), np.uint8)
+        lines = lines.reshape(height, width + 1)
+    except (TypeError, ValueError, struct.error, zlib.error) as error:
+        if isinstance(error, InterpError):
+            raise
         raise InterpError(f"an image in this report is damaged: {error}") from None
     return lines[:, 1:].copy()
 

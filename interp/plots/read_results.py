@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from interp.errors import InterpError
 from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import Effects
+from interp.results.parquet import kind_of_parquet
 
 Result = Any  # Effects, AttentionStats, AttentionPatterns or Circuit
 
@@ -37,23 +37,17 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def _is_circuit(file: Path) -> bool:
+    """Return whether a file begins as `Circuit.write` begins it. Other JSON files are not read."""
     if file.suffix != ".json":
         return False
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open(file, "rb") as opened:
+            return b'"interp.Circuit"' in opened.read(256)
+    except OSError:
         return False
-    return isinstance(data, dict) and data.get("format") == "interp.Circuit"
 
 
 def _read(file: Path) -> Result:
-    """Read one file as effects, patterns or statistics.
-
-    If it is none of these, the InterpError is about statistics.
-    """
-    for kind in (Effects, AttentionPatterns):
-        try:
-            return kind.read(file)
-        except InterpError:
-            continue
-    return AttentionStats.read(file)
+    """Read one file by the kind that its header names."""
+    kinds = {"effects": Effects, "attention_patterns": AttentionPatterns}
+    return kinds.get(kind_of_parquet(file), AttentionStats).read(file)

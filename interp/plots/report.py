@@ -21,11 +21,14 @@ from interp.plots import budget, kinds, payload
 from interp.plots.colors import COLORS
 from interp.plots.kinds import Result
 from interp.plots.template import fill_template
+from interp.utils.damage import Budget, reading
 from interp.utils.files import check_suffix, result_file
+from interp.utils.json_text import parse_json
 
 log = logging.getLogger("interp")
 
 SCHEMA_VERSION = 1
+TIMES = 64  # the results of a page may take this many times its size in memory
 PAGE_BYTES = budget.SHORT_BYTES
 DATA_BLOCK = re.compile(r'<script type="application/json" id="interp-report">(.*?)</script>', re.S)
 
@@ -96,31 +99,29 @@ class Report:
         return Path(path)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Report:
+    def read(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Report:
         """Read the results from a page that `write` wrote, identical to the last bit.
 
         If the page contains only the first examples of attention results, which it states, only these come back, and
-        their provenance has ``report_examples``.
+        their provenance has ``report_examples``. Raises InterpError, with the file's name, for a page that is damaged
+        or that would take more than ``max_bytes`` of memory (default: 128 MiB and 64 times the size of the page).
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InterpError(f"{path} does not exist") from None
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise InterpError(f"{path} cannot be read as a report: {error}") from None
-        block = DATA_BLOCK.search(text)
-        if block is None:
-            raise InterpError(f"{path} is not a report written by interp: it has no embedded results")
-        try:
-            data = json.loads(block[1])
+        with reading(path):
+            content = Path(path).read_bytes()
+            block = DATA_BLOCK.search(content.decode("utf-8"))
+            if block is None:
+                raise InterpError(f"{path} is not a report written by interp: it has no embedded results")
+            data = parse_json(block[1])
             if data["schema"] > SCHEMA_VERSION:
                 raise InterpError(
                     f"{path} was written by a newer interp (schema {data['schema']}); upgrade interp to read it"
                 )
-            sections = [(d.get("name"), kinds.decode(d)) for d in data["results"]]
-            return cls(sections, title=data["title"], notes=data["notes"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InterpError(f"the embedded results of {path} are damaged: {error}") from None
+            memory = Budget(path, len(content), TIMES, max_bytes)
+            sections = [(d.get("name"), kinds.decode(d, memory)) for d in data["results"]]
+            title, notes = data["title"], data["notes"]
+            if not isinstance(title, str) or not (notes is None or isinstance(notes, str)):
+                raise InterpError(f"{path} is damaged: its title is {title!r:.40}")
+            return cls(sections, title=title, notes=notes)
 
     def _payload(self) -> dict[str, Any]:
         encoded = [{"name": name, **kinds.encode(result)} for name, result in self.sections]

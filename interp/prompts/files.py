@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from interp.errors import PromptError
 from interp.prompts.pairs import Fact, PromptPair
+from interp.utils.json_text import parse_json
 
 PAIR = ("clean", "corrupt", "answer")
 FACT = ("prompt", "subject", "answer")
@@ -79,9 +79,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", None) or error
+            row = parse_json(line)
+        except (ValueError, MemoryError) as error:
+            why = str(error).removeprefix("it is not JSON: ")
             raise PromptError(f"{path}, line {number} is not JSON ({why}): one object a line expected") from None
         if not isinstance(row, dict):
             raise PromptError(f"{path}, line {number}: an object with clean, corrupt, answer expected, got {row!r:.60}")

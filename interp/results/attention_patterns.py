@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int, UInt8
 
 from interp.errors import InterpError
 from interp.results.parquet import read_parquet, write_parquet
 from interp.utils.arguments import is_whole
+from interp.utils.damage import reading
 from interp.utils.html_card import card
+from interp.utils.json_text import parse_json
+from interp.utils.npy import read_npy
 
 Head = tuple[int, int]  # layer, head
 Segment = tuple[str, int, int]  # name ("" for what lies between named spans), first token, end
@@ -185,15 +189,24 @@ class AttentionPatterns:
         return write_parquet(table, path, kind="attention_patterns", provenance={**self.provenance, "patterns": facts})
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> AttentionPatterns:
-        """Read a file that `write` wrote. Raises InterpError for any other file."""
-        frame, provenance = read_parquet(path, kind="attention_patterns")
+    def read(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> AttentionPatterns:
+        """Read a file that `write` wrote.
+
+        Raises InterpError for any other file, or if it would take more than ``max_bytes`` of memory (`read_parquet`).
+        """
+        frame, provenance = read_parquet(path, kind="attention_patterns", max_bytes=max_bytes)
+        with reading(path):
+            return cls._of_frame(frame, provenance)
+
+    @classmethod
+    def _of_frame(cls, frame: pd.DataFrame, provenance: dict[str, Any]) -> AttentionPatterns:
+        """Return the patterns of the table of a file."""
         facts = provenance.pop("patterns")
         examples: dict[int, PatternExample] = {}
         for row in frame.to_dict("records"):
-            arrays = {k: np.load(io.BytesIO(row[k]), allow_pickle=False) for k in ARRAYS}
+            arrays = {k: read_npy(row[k]) for k in ARRAYS}
             edges = arrays.pop("edges")
-            segments = [(str(name), int(a), int(b)) for name, a, b in json.loads(row["segments"])]
+            segments = [(str(name), int(a), int(b)) for name, a, b in parse_json(row["segments"])]
             example = examples.setdefault(int(row["example"]), PatternExample(segments, edges, {}))
             example.runs[row["run"]] = PatternRun([str(t) for t in row["tokens"]], **arrays)
         heads, exact = ([(int(a), int(b)) for a, b in facts[k]] for k in ("heads", "exact"))

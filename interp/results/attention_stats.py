@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 
 from interp.errors import InterpError
 from interp.results.parquet import read_parquet, write_parquet
+from interp.utils.damage import reading
 from interp.utils.html_card import card
 
 KEY_STATISTICS = ("received", "received_max", "fai", "column_norm")  # per key; every other statistic is per query
@@ -124,15 +125,26 @@ class AttentionStats:
         return write_parquet(table, path, kind="attention_stats", provenance=provenance)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> AttentionStats:
-        """Read a file that `write` wrote. Raises InterpError for any other file."""
-        frame, provenance = read_parquet(path, kind="attention_stats")
+    def read(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> AttentionStats:
+        """Read a file that `write` wrote.
+
+        Raises InterpError for any other file, or if it would take more than ``max_bytes`` of memory (`read_parquet`).
+        """
+        frame, provenance = read_parquet(path, kind="attention_stats", max_bytes=max_bytes)
+        with reading(path):
+            return cls._of_frame(frame, provenance)
+
+    @classmethod
+    def _of_frame(cls, frame: pd.DataFrame, provenance: dict[str, Any]) -> AttentionStats:
+        """Return the statistics of a table that `frame` made."""
         backends = {int(k): v for k, v in provenance.pop("backends", {}).items()}
         stack, keys = provenance.pop("stack", ""), provenance.pop("keys", None)
         labels = ("example", "stack", "layer", "head", "position", "token", "argmax_token")
         names = [c for c in frame.columns if c not in labels]
         tokens: list[list[str]] = []
         values: dict[str, list[Any]] = {name: [] for name in names}
+        if frame.empty or not names:
+            raise InterpError("it holds no statistics")
         for _, part in frame.groupby("example", sort=True):
             shape = tuple(int(np.asarray(part[c]).max()) + 1 for c in ("layer", "head", "position"))
             part = part.sort_values(["layer", "head", "position"])

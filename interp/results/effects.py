@@ -18,6 +18,7 @@ from interp.errors import InterpError
 from interp.results.parquet import read_parquet, write_parquet
 from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
 from interp.utils.arguments import check_seed, check_whole, is_number
+from interp.utils.damage import reading
 from interp.utils.html_card import card
 
 COLUMNS: dict[str, str] = {
@@ -204,15 +205,19 @@ class Effects:
         return write_parquet(table, path, kind="effects", provenance=self.provenance)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Effects:
-        """Read a file that `write` wrote. Raises InterpError for any other file.
+    def read(cls, path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Effects:
+        """Read a file that `write` wrote.
+
+        Raises InterpError for any other file, or if it would take more than ``max_bytes`` of memory (default: 128 MiB
+        and 512 times the size of the file).
 
         effects = interp.Effects.read("results/heads.parquet")
         effects.summary().head(5)
         effects.provenance["model"]
         """
-        frame, provenance = read_parquet(path, kind="effects")
-        return cls(frame, provenance)
+        frame, provenance = read_parquet(path, kind="effects", max_bytes=max_bytes)
+        with reading(path):
+            return cls(frame, provenance)
 
     @classmethod
     def concat(cls, parts: Iterable[Effects]) -> Effects:

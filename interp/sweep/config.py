@@ -166,10 +166,12 @@ def config_text(path: str | Path) -> str:
 def parse_toml(content: str, file: str = "the config", folder: Path | None = None) -> Config:
     """Return the config of a TOML text."""
     try:
-        document = tomllib.loads(content)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        document, lines = tomllib.loads(content), key_lines(content)
+    except RecursionError:
+        raise InterpError(f"{file} is not valid TOML: it is nested too deeply") from None
+    except (ValueError, MemoryError) as error:  # TOMLDecodeError, or a number of thousands of digits
         raise InterpError(f"{file} is not valid TOML: {error}") from None
-    return parse(document, Source(file, key_lines(content)), folder or Path())
+    return parse(document, Source(file, lines), folder or Path())
 
 
 def parse(document: Any, source: Source | None = None, folder: Path | None = None) -> Config:

@@ -35,11 +35,12 @@ def read_npy_header(head: bytes, size: int) -> NpyHeader:
     Pickled objects are refused.
     """
     stream = io.BytesIO(head[:MOST_HEADER])
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version} of the format is not read")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_column, dtype = read(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_column, dtype = read(stream)
+    except Exception as error:  # numpy reads the header as Python, and passes on what its parser raises
+        raise ValueError(f"its header cannot be read: {error!s:.100}") from None
     if dtype.hasobject or dtype.kind not in "biuf":
         raise ValueError(f"plain numbers expected, got {dtype}; pickled objects are refused")
     if by_column and len(shape) > 1:

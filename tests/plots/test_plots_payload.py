@@ -23,6 +23,7 @@ from interp.plots.read_results import read_results
 from interp.results.attention_patterns import AttentionPatterns, PatternExample
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import Effects
+from interp.utils.damage import Budget
 
 
 def back(*results, tmp_path: Path, **how) -> list:
@@ -95,7 +96,7 @@ def test_a_prompt_of_a_hundred_tokens_is_shown_in_whatever_room_there_is():
         data = report(long, max_bytes=int(share * len(whole.html)) + 200)._payload()["results"][0]
         (held,) = data["examples"]
         seen.append((held["coarse"], held["levels"]))
-        maps = decode_patterns(data).examples[0].runs["clean"].maps
+        maps = decode_patterns(data, Budget("page", 10**6, 64)).examples[0].runs["clean"].maps
         np.testing.assert_array_equal(maps[3], run.maps[3])  # the exact head keeps every weight
         assert np.array_equal(maps[4], run.maps[4]) == (share == 1.0)
     assert seen[0] == (1, 256) and seen[1][0] == 1 and seen[1][1] < 256 and seen[2][0] > 1, seen

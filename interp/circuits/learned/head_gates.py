@@ -26,6 +26,7 @@ from interp.model.session import in_session
 from interp.results.parquet import read_parquet, write_parquet
 from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
 from interp.sites import Edge, Site
+from interp.utils.damage import reading
 from interp.utils.progress import progress
 
 SCORES = ("facilitation", "interference", "irrelevance")
@@ -231,10 +232,11 @@ class HeadGates:
         """Read a file of `write`. Raises InterpError for any other file."""
         frame: Any
         frame, provenance = read_parquet(path, kind="head gates")
-        names = [c for c in ("start", "plus", "minus", "contrast") if c in frame]
-        layers = sorted(set(frame["layer"].tolist()))
-        shape = frame["seed"].nunique(), len(layers), frame["head"].nunique()
-        return cls({n: frame[n].to_numpy().reshape(shape) for n in names}, layers, provenance)
+        with reading(path):
+            names = [c for c in ("start", "plus", "minus", "contrast") if c in frame]
+            layers = sorted(set(frame["layer"].tolist()))
+            shape = frame["seed"].nunique(), len(layers), frame["head"].nunique()
+            return cls({n: frame[n].to_numpy().reshape(shape) for n in names}, layers, provenance)
 
 
 def _is_edge_among(graph: Architecture, edge: Edge, heads: set[Site]) -> bool:

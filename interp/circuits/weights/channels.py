@@ -39,6 +39,7 @@ from interp.prompts.pairs import PromptPair
 from interp.results.parquet import read_parquet, write_parquet
 from interp.sites import Site
 from interp.utils.arguments import check_positive
+from interp.utils.damage import reading
 from interp.utils.progress import progress
 
 FIRING = 0.5  # share of a query's attention above which a head fires
@@ -103,7 +104,9 @@ class Channels:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Channels:
         """Read a file of `write`. Raises InterpError for any other file."""
-        return cls(*read_parquet(path, kind="channels"))
+        table, provenance = read_parquet(path, kind="channels")
+        with reading(path):
+            return cls(table, provenance)
 
 
 @in_session
