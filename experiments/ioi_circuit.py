@@ -49,7 +49,7 @@ from interp.circuits import (
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.topology import architecture
 from interp.sites import Edge
-from interp.utils.provenance import now, prompt_hash, versions
+from interp.utils.provenance import now, versions
 
 HERE = Path(__file__).parent
 TRAIN, TEST = 32, 100
@@ -284,8 +284,8 @@ def table(root: Path, out: Path) -> None:
         "command": f"python experiments/ioi_circuit.py run {' '.join(r['method'] for r in rows)}",
         "made": now(), "model": model.provenance(), "device": str(model.device), "threads": THREADS,
         "versions": versions(), "edges": len(architecture(model)),
-        "train": {"n": TRAIN, "seed": 1, "prompts": prompt_hash(train)},
-        "test": {"n": TEST, "seed": 2, "prompts": prompt_hash(test)},
+        "train": {"n": TRAIN, "seed": 1, "prompts": hash_of_prompts(train, encode_pairs(train, model.coder))},
+        "test": {"n": TEST, "seed": 2, "prompts": hash_of_prompts(test, encode_pairs(test, model.coder))},
         "rows": rows,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from interp.model.model import Model, load
     from interp.plots.report import Report, report
     from interp.prompts.images import ImagePair
-    from interp.prompts.pairs import Fact, PairSet, Prompt, PromptPair
+    from interp.prompts.pair_set import PairSet
+    from interp.prompts.pairs import Fact, Prompt, PromptPair
     from interp.recipes.ablation import ablate
     from interp.recipes.knockout import knock_out
     from interp.recipes.leave_one_out import leave_out
@@ -46,7 +47,8 @@ _EXPORTS = {
     "model.model": ("Model", "load"),
     "plots.report": ("Report", "report"),
     "prompts.images": ("ImagePair",),
-    "prompts.pairs": ("Fact", "PairSet", "Prompt", "PromptPair"),
+    "prompts.pair_set": ("PairSet",),
+    "prompts.pairs": ("Fact", "Prompt", "PromptPair"),
     "recipes.ablation": ("ablate",),
     "recipes.knockout": ("knock_out",),
     "recipes.leave_one_out": ("leave_out",),

@@ -43,13 +43,14 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def word_tokenizer():
-    """A tiny word-level tokenizer w0 … w99, with <bos> and <pad>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A tiny word-level tokenizer w0 … w96 with <bos>, which it puts in front of every text, and <pad>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = {t: i for i, t in enumerate(["<bos>", "<pad>", "<unk>", *(f"w{i}" for i in range(97))])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="<pad>", pad_token="<pad>", unk_token="<unk>"
     )

@@ -22,7 +22,7 @@ PEAKS = {"torch": 1.0, "engine": 2.0}
 
 @pytest.fixture(scope="module")
 def bench(word_tokenizer) -> Workbench:
-    bridge, _ = boot(tiny_hf("llama"), tokenizer=word_tokenizer)
+    bridge = boot(tiny_hf("llama"), tokenizer=word_tokenizer).bridge
     return Workbench(interp.load(tiny_hf("llama"), tokenizer=word_tokenizer), tiny_hf("llama"), bridge)
 
 

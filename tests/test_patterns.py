@@ -140,7 +140,7 @@ def test_receiver_score_of_a_head_that_reads_one_sentence():
         (lambda m: m.attention_patterns(TEXT, exact=["mlp"]), SiteError, "is no head"),
         (lambda m: m.attention_patterns([]), PromptError, "no prompts"),
         (lambda m: m.attention_patterns(TEXT, resolution=0), PromptError, "at least 1"),
-        (lambda m: m.attention_patterns([3]), PromptError, "int"),
+        (lambda m: m.attention_patterns([3.5]), PromptError, "float"),
     ],
 )
 def test_bad_input(tiny, call, error, message: str):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 from interp.errors import PromptError
-from interp.prompts.pairs import Fact, PairSet, PromptPair, encode_facts, encode_pairs, find_span
+from interp.prompts.pair_set import PairSet
+from interp.prompts.pairs import Fact, PromptPair, encode_facts, encode_pairs
+from interp.prompts.ranges import find_span
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def test_the_frame_says_what_each_decoder_head_reads(paired, tmp_path) -> None:
     stats = model.attention_stats([SOURCE, "w1 w2"], target=[TARGET, "w3"])
     frame = stats.frame()
     assert set(frame["stack"]) == {"cross"} and frame["token"].iloc[:5].tolist() == ["<bos>", "w4", "w8", "w15", "w16"]
-    words = SOURCE.split()
+    words = ["<bos>", *SOURCE.split()]
     first = frame[frame["example"] == 0]
     assert [words[i] for i in first["argmax"]] == first["argmax_token"].tolist()
     again = AttentionStats.read(stats.write(tmp_path / "cross.parquet"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -43,7 +45,7 @@ def model(byte_level):
 
     small = config("llama")
     small.vocab_size, small.max_position_embeddings = len(byte_level), 256
-    return interp.load(LlamaForCausalLM(small).eval(), tokenizer=byte_level)
+    return interp.load(LlamaForCausalLM(small).eval(), tokenizer=byte_level, bos=True)
 
 
 def check_alignment(text: str, coder, tokenizer) -> None:
@@ -139,6 +141,44 @@ def test_a_pair_of_chats_can_be_patched_at_a_message(model, byte_level) -> None:
     pair = chat_pair(byte_level, CHAT, other, "x", "y")
     effects = interp.patch(model, pair, model.sites("resid_pre", layers=0, positions="user_2"))
     assert abs(effects.frame()["effect"].iloc[0] - 1) < 1e-3  # all that differs is in that message
+
+
+@pytest.mark.parametrize("words", ["I", "a", "user", "AI", "assistant", "s", "</s>", "You are AI", "system\nuser"])
+def test_a_message_is_found_where_it_was_put(byte_level, words: str) -> None:
+    """Not where the template, or another message, has the same letters; offsets by arithmetic on the template."""
+    made = copy.copy(byte_level)
+    preamble = "You are an AI. I am a user.\n"
+    made.chat_template = preamble + TEMPLATE
+    chat = [{"role": r, "content": f" {words}"} for r in ("system", "user", "assistant", "user")]
+    prompt = chat_prompt(made, chat)
+    at, expected = len(preamble), {}
+    for name, role in (("system",) * 2, ("user_1", "user"), ("assistant",) * 2, ("user_2", "user")):
+        start = at + len(f"<s>{role}\n")
+        expected[name] = (start, start + len(words))
+        at = start + len(f"{words}</s>\n")
+    assert prompt.spans == expected and prompt.text[at:] == "<s>assistant\n"
+
+
+def test_templates_that_look_at_their_messages(byte_level) -> None:
+    made = copy.copy(byte_level)
+    made.chat_template = (
+        "{% for m in messages %}[{% if 'why' in m['content'] %}? {% endif %}{{ m['content'] }}]{% endfor %}"
+    )
+    prompt = chat_prompt(made, [{"role": "user", "content": "why me"}, {"role": "assistant", "content": "?"}])
+    assert prompt.text == "[? why me][?]" and prompt.spans == {"user": (3, 9), "assistant": (11, 12)}
+    for template, content in (
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "why"),  # rewritten
+        ("{% for m in messages %}{{ m['content'] }} {{ m['content'] }}{% endfor %}", "why"),  # repeated
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "user"),  # dropped
+    ):
+        made.chat_template = template
+        with pytest.raises(PromptError, match="does not show the user message"):
+            chat_prompt(made, [{"role": "user", "content": content}])
+    made.chat_template = "{{ raise_exception('no system message here') }}"
+    with pytest.raises(PromptError, match="no system message here"):
+        chat_prompt(made, [{"role": "system", "content": "x"}])
+    with pytest.raises(PromptError, match="'content': a text"):
+        chat_prompt(made, [{"role": "user", "content": [{"type": "text", "text": "x"}]}])
 
 
 @pytest.mark.parametrize(

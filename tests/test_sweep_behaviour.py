@@ -8,7 +8,7 @@ import pytest
 import interp
 from interp.doctor.families.text import tiny_hf
 from interp.errors import TaskError
-from interp.prompts.pairs import PairSet
+from interp.prompts.pair_set import PairSet
 from interp.sweep.task_check import FIRST, BaseRuns, check_task, is_decided
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory, word_tokenizer):
         answers = {"answer": f"w{95 + i % 2}", "foil": "w94"}
         pairs.append({"clean": " ".join(words), "corrupt": " ".join(other), **answers, "spans": {"name": words[2]}})
     (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    facts = ["prompt,subject,answer", *(f"w1 w{i} w{i + 30} w4,w{i},w95" for i in range(2, 6))]
+    facts = ["prompt,subject,answer", *(f"w1 w{i} w{i + 30} w8,w{i},w95" for i in range(2, 6))]
     (path / "facts.csv").write_text("\n".join(facts))
     return path
 

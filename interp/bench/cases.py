@@ -16,7 +16,8 @@ from interp.engine.cells import rows_of
 from interp.engine.plan import Plan, explain
 from interp.model.model import Model
 from interp.model.protocols import Bridge
-from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import Fact, PromptPair, encode_facts, encode_pairs
 from interp.recipes.corruption import subject_noise, subject_std
 from interp.recipes.registry import RECIPES
 from interp.sites import Site, Sites

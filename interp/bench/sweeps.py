@@ -45,7 +45,7 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    bridge, _ = boot(load(), tokenizer=tokenizer)
+    bridge = boot(load(), bos=True, tokenizer=tokenizer).bridge
     bridge.eval()
     return Workbench(load_model("smollm2"), load(), bridge, seed), tokenizer
 

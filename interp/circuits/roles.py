@@ -47,7 +47,7 @@ from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.attention_call import AttentionCall
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import PromptPair
+from interp.prompts.pairs import listed_prompts
 from interp.sites import Site
 
 UNKNOWN = "unknown"
@@ -93,7 +93,7 @@ def name_roles(
         if isinstance(value, bool) or not 0 < value <= 1:
             raise InterpError(f"{name}={value!r}: expected a share above 0 and at most 1")
     circuit.check(model)
-    pairs = [pairs] if isinstance(pairs, PromptPair) else list(pairs)
+    pairs = listed_prompts(pairs)
     sites = _heads_to_name(circuit, heads)
     evaluate = Evaluator(model, pairs, metric, "counterfactual")
     shares, effects = attention_shares(evaluate, sites), effects_by_route(evaluate, sites)

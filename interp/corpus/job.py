@@ -148,7 +148,7 @@ class CorpusJob:
         as they are. ``tally`` is updated.
         """
         is_tokens = file.path.suffix.lower() in TOKENS
-        first: list[int] = [] if is_tokens else self._first()
+        first: list[int] = [] if is_tokens else list(self.model.special_tokens.before)
         step = self.document["context"] - len(first)
         d_vocab = int(self.model.bridge.cfg.d_vocab)
         for item in documents(file, start, stop):
@@ -170,11 +170,6 @@ class CorpusJob:
     def _bare(self, text: str) -> list[int]:
         """Return the tokens of a text without special tokens."""
         return list(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _first(self) -> list[int]:
-        """Return the special tokens before the first word of a prompt."""
-        whole, bare = self.model.coder.encode("a"), self._bare("a")
-        return whole[: len(whole) - len(bare)] if whole[len(whole) - len(bare) :] == bare else []
 
     def _add(self, model: Any, windows: list[list[int]], moments: dict[str, StreamedMoments]) -> None:
         """Run a buffer of windows through the model, and add their statistics."""

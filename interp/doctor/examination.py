@@ -27,6 +27,7 @@ from interp.model.instrument import attend
 from interp.model.loading import read, wrap
 from interp.model.model import Model, load
 from interp.model.vision_towers import vision_tower
+from interp.prompts.special_tokens import BosPolicy
 from interp.sites import COMPONENTS, Site
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit; other dtypes: HALF
@@ -86,11 +87,13 @@ def examine(
     context: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    bos: BosPolicy | None = None,
     **options: Any,
 ) -> Examination:
     """Examine a model given as in `interp.load`, which takes ``options`` too.
 
-    ``context``: number of tokens for which memory is computed (default: the model's context length). A Model or
+    ``context``: number of tokens for which memory is computed (default: the model's context length). ``bos``: as for
+    `interp.load`. A Model or
     TransformerBridge is wrapped already, so that its logits cannot be compared with those of eager attention: give its
     name instead for this comparison.
 
@@ -98,16 +101,16 @@ def examine(
     """
     batches: dict[str, dict[str, Tensor]] = {}
     expected: dict[str, Tensor] = {}
-    wrapped = isinstance(source, Model) or hasattr(source, "original_model")
-    if wrapped:
-        model = load(source, dtype=dtype, device=device)
+    is_wrapped = isinstance(source, Model) or hasattr(source, "original_model")
+    if is_wrapped:
+        model = load(source, dtype=dtype, device=device, bos=bos)
     else:
         weights = read(source, dtype=_dtype(dtype), device=device, **options)
         weights = replace(weights, model=vision_tower(weights.model))
         batches = probe_inputs.batches(weights.model, weights.tokenizer)
         expected = _eager(weights.model, batches)
-        bridge, name = wrap(weights)
-        model = Model(bridge, name=name)
+        wrapped = wrap(weights, bos)
+        model = Model(wrapped.bridge, name=wrapped.name, tokenizer=wrapped.tokenizer, special=wrapped.special)
     context = model.n_ctx if context is None else context
     if not 1 <= context <= model.n_ctx:
         raise InterpError(
@@ -115,7 +118,8 @@ def examine(
         )
     calls = _calls(model)
     findings = [
-        *_logits(model, batches, expected, wrapped),
+        *_logits(model, batches, expected, is_wrapped),
+        *_special_tokens(model),
         *_layers(model),
         *_heads(model),
         *_sites(model),
@@ -205,6 +209,17 @@ def _forward(model: Model) -> Tensor:
         return model.forward([probe_inputs.prompt(model)])
     (batch,) = probe_inputs.batches(model.bridge.original_model, model.tokenizer).values()
     return probe_inputs.outputs(model.bridge.original_model, batch)
+
+
+def _special_tokens(model: Model) -> Iterator[Finding]:
+    """Which special tokens stand around every text, and why."""
+    special = model.special_tokens
+    if model.tokenizer is None or model.reads == "images":
+        return
+    before, after = (" ".join(map(repr, model.coder.texts(ids))) for ids in (special.before, special.after))
+    shown = f"{before or 'nothing'} before a text, {after or 'nothing'} after it"
+    own = "as the tokenizer itself adds" if special.policy == "tokenizer" else f"bos={special.policy}"
+    yield Finding("prompts", "special tokens", None, f"{shown} ({own})")
 
 
 def _layers(model: Model) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.errors import PromptError
-from interp.prompts.pairs import Encoded
+from interp.prompts.coder import Encoded
 from interp.sites import Site
 
 # A change of these reaches other positions only in later blocks: they come after the keys and values of their block.

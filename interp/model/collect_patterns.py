@@ -18,10 +18,12 @@ from torch import Tensor
 
 from interp.errors import InterpError, PromptError, SiteError
 from interp.model.attention_call import AttentionCall
-from interp.model.collect_statistics import texts_of
 from interp.model.instrument import attend
 from interp.model.loaded_model import LoadedModel
-from interp.prompts.pairs import Prompt, PromptPair, encode_pairs
+from interp.model.prompt_provenance import prompt_provenance
+from interp.prompts.coder import Encoded
+from interp.prompts.listing import listed
+from interp.prompts.pairs import Fact, Prompt, PromptPair, encode_pairs, text_of
 from interp.prompts.spans import sentence_spans
 from interp.results.attention_patterns import (
     AttentionPatterns,
@@ -36,7 +38,6 @@ from interp.results.attention_patterns import (
     roots,
 )  # fmt: skip
 from interp.sites import Site
-from interp.utils.provenance import now, prompt_hash
 
 MOST_SEGMENTS = 64
 
@@ -64,15 +65,18 @@ def prompt_patterns(
         raise PromptError(f"{model.name}: attention patterns need a model with one stack that reads text")
     if min(resolution, topk) < 1 or rows < 0:
         raise PromptError(f"resolution={resolution}, topk={topk}, rows={rows}: at least 1, 1 and 0 are expected")
-    several = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
+    kinds = (str, Prompt, PromptPair, Fact)
+    several = listed(prompts, kinds, "prompts (strings, Prompts or PromptPairs)", takes_ids=True)
+    if not several:
+        raise PromptError("there are no prompts: pass a string, a PromptPair or a list of them")
     all_heads = [(layer, head) for layer in model.attention_layers for head in range(model.n_heads)]
     map_heads = all_heads if heads is None else _parse_heads(heads, all_heads)
     exact_heads = _parse_heads(exact, all_heads)
     request = PatternRequest(list(dict.fromkeys([*map_heads, *exact_heads])), exact_heads, resolution, topk, rows)
-    texts_of(several)  # raises for prompts that are not text
-    examples = [_example(model, prompt, request) for prompt in several]
+    encoded = [_encoded(model, prompt) for prompt in several]
+    examples = [_example(model, prompt, ids, request) for prompt, ids in zip(several, encoded, strict=True)]
     provenance = {
-        **model.provenance(), "prompts": prompt_hash([getattr(p, "text", p) for p in several]), "created": now(),
+        **prompt_provenance(model, [getattr(p, "text", p) for p in several], encoded),
         "pooling": f"largest weight of each cell, at most {resolution} × {resolution} cells",
     }  # fmt: skip
     return AttentionPatterns(request.heads, exact_heads, model.n_layers, model.n_heads, examples, provenance)
@@ -95,18 +99,20 @@ def _parse_heads(heads: Iterable[Any], all_heads: Sequence[Head]) -> list[Head]:
     return list(dict.fromkeys(parsed))
 
 
-def _example(model: LoadedModel, prompt: Any, request: PatternRequest) -> PatternExample:
-    """Collect the patterns of one prompt, or of both prompts of a pair."""
+def _encoded(model: LoadedModel, prompt: Any) -> Encoded | list[int]:
     coder = model.coder
-    if isinstance(prompt, PromptPair):
-        encoded = encode_pairs(prompt, coder)[0]
-        ids, spans, text = {"clean": encoded.clean, "corrupt": encoded.corrupt}, dict(encoded.spans), prompt.clean
+    return encode_pairs(prompt, coder)[0] if isinstance(prompt, PromptPair) else coder.encode(text_of(prompt))
+
+
+def _example(model: LoadedModel, prompt: Any, encoded: Encoded | list[int], request: PatternRequest) -> PatternExample:
+    """Collect the patterns of one prompt, or of both prompts of a pair."""
+    coder, text = model.coder, text_of(prompt)
+    if isinstance(encoded, Encoded):
+        ids, spans = {"clean": encoded.clean, "corrupt": encoded.corrupt}, dict(encoded.spans)
     else:
-        text = prompt.text if isinstance(prompt, Prompt) else getattr(prompt, "prompt", prompt)
-        spans = prompt.token_spans(coder) if isinstance(prompt, Prompt) else {}
-        ids = {"clean": coder.encode(text)}
+        ids, spans = {"clean": encoded}, prompt.token_spans(coder) if isinstance(prompt, Prompt) else {}
     n = len(ids["clean"])
-    if not spans:
+    if not spans and isinstance(text, str):
         sentences = sentence_spans(text)
         if 1 < len(sentences) <= MOST_SEGMENTS:
             spans = Prompt(text, sentences).token_spans(coder)

@@ -12,13 +12,12 @@ from headstats.stats import tensors
 
 from interp.errors import PromptError
 from interp.model.batching import equal_length_batches
-from interp.model.input_checks import refuse_images
 from interp.model.loaded_model import LoadedModel
+from interp.model.prompt_provenance import prompt_provenance
 from interp.prompts.images import layout_of
 from interp.prompts.model_input import ModelInput
-from interp.prompts.pairs import Prompt, PromptPair
+from interp.prompts.pairs import listed_texts
 from interp.results.attention_stats import AttentionStats
-from interp.utils.provenance import now, prompt_hash
 
 
 @torch.no_grad()
@@ -27,7 +26,7 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
 
     See `Model.attention_stats`.
     """
-    inputs = texts_of(prompts) if model.pictures is None else model.pictures.prompts(prompts)
+    inputs = listed_texts(prompts) if model.pictures is None else model.pictures.prompts(prompts)
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in inputs]
     values: dict[str, list[Any]] = {}
@@ -40,11 +39,8 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
                 rows[i] = row
     backends = {i: ", ".join(model.instrument.record(i).backends) for i in range(model.n_layers)}
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
-    hashed = [p if isinstance(p, str) else [list(p), p.digest.hex()] for p in inputs]
-    provenance = {
-        **model.provenance(), "prompts": prompt_hash(hashed), "created": now(), "definitions": definitions,
-        "left_out": left_out,
-    }  # fmt: skip
+    items = [p.digest.hex() if isinstance(p, ModelInput) else p for p in inputs]
+    provenance = {**prompt_provenance(model, items, ids), "definitions": definitions, "left_out": left_out}
     tokens = [list(p.texts) if isinstance(p, ModelInput) else model.coder.texts(p) for p in ids]
     return AttentionStats(tokens, values, backends, provenance)
 
@@ -71,29 +67,10 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
     layouts = [layout_of(model.bridge.original_model.config, x.shape[-1]) for x in positions]
     tokens = [layout.texts(*layout.size) for layout in layouts]
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
-    provenance = {
-        **model.provenance(), "prompts": prompt_hash([[list(p), p.digest.hex()] for p in inputs]), "created": now(),
-        "definitions": definitions, "left_out": left_out,
-    }  # fmt: skip
+    items = [p.digest.hex() for p in inputs]
+    provenance = {**prompt_provenance(model, items, inputs), "definitions": definitions, "left_out": left_out}
     backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
     return AttentionStats(tokens, values, backends, provenance, "vision", tokens)
-
-
-def texts_of(prompts: Any) -> list[str]:
-    """The texts of prompts in any form.
-
-    PromptError if there are none, or if one is not text.
-    """
-    several = [prompts] if isinstance(prompts, str | Prompt | PromptPair) else list(prompts)
-    several = [p.text if isinstance(p, Prompt) else p for p in several]
-    texts = [p.clean if isinstance(p, PromptPair) else getattr(p, "prompt", p) for p in several]
-    if not texts:
-        raise PromptError("there are no prompts: pass a string, a PromptPair or a list of them")
-    wrong = next((t for t in texts if not isinstance(t, str)), None)
-    if wrong is not None:
-        refuse_images(wrong)
-        raise PromptError(f"attention_stats takes strings or PromptPairs, got {type(wrong).__name__}")
-    return texts
 
 
 def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[str]]:

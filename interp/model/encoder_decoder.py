@@ -15,8 +15,10 @@ from torch import Tensor
 
 from interp.errors import PromptError
 from interp.model.loaded_model import LoadedModel
+from interp.model.prompt_provenance import hash_of_prompts
+from interp.prompts.listing import listed
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
-from interp.utils.provenance import now, prompt_hash
+from interp.utils.provenance import now
 
 
 @torch.no_grad()
@@ -49,18 +51,19 @@ def stack_stats(
         target_texts = [model.tokenizer.decode([i]) for i in target[0].tolist()]
         tokens.append(source_texts if stack == "encoder" else target_texts)
         keys.append(target_texts if stack == "decoder" else source_texts)
+    read = [source.get("input_ids", target)[0].tolist() + target[0].tolist() for source, target in pairs]
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     provenance = {
-        **model.provenance(), "prompts": prompt_hash([repr(k) + repr(t) for k, t in zip(keys, tokens, strict=True)]),
-        "created": now(), "definitions": definitions, "left_out": left_out,
+        **model.provenance(), "prompts": hash_of_prompts(list(zip(keys, tokens, strict=True)), read),
+        "n_prompts": len(read), "created": now(), "definitions": definitions, "left_out": left_out,
     }  # fmt: skip
     backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
     return AttentionStats(tokens, values, backends, provenance, stack, keys)
 
 
 def _pairs(model: LoadedModel, sources: Any, targets: Any) -> list[tuple[dict[str, Tensor], Tensor]]:
-    all_sources = [sources] if isinstance(sources, str | Tensor) else list(sources)
-    all_targets = [targets] if isinstance(targets, str) else list(targets or [])
+    all_sources = listed(sources, (str, Tensor), "sources (texts, or input features)")
+    all_targets = [] if targets is None else listed(targets, (str,), "targets (texts)")
     if not all_sources or len(all_sources) != len(all_targets):
         raise PromptError(
             f"{len(all_sources)} source(s) and {len(all_targets)} target(s) were given; an encoder–decoder is run on "
@@ -74,7 +77,7 @@ def _source(model: LoadedModel, source: str | Tensor) -> dict[str, Tensor]:
     if reads_features and isinstance(source, Tensor) and source.ndim == 2:
         return {"input_features": source[None].to(model.device, model.dtype)}
     if not reads_features and isinstance(source, str) and source:
-        return {"input_ids": torch.tensor([model.tokenizer(source)["input_ids"]], device=model.device)}
+        return {"input_ids": torch.tensor([model.coder.encode(source)], device=model.device)}
     expected = "input features, a tensor [mel bins, frames]" if reads_features else "text, a non-empty string"
     raise PromptError(f"{model.name} takes as its source {expected}; got {type(source).__name__}")
 

@@ -26,18 +26,6 @@ def refuse_nan_weights(model: torch.nn.Module) -> None:
             )
 
 
-def refuse_images(prompt: Any) -> None:
-    """Raise PromptError if a text prompt is an image.
-
-    An image is an array of two or three dimensions, or an image object.
-    """
-    if hasattr(prompt, "convert") or len(getattr(prompt, "shape", ())) >= 2:
-        raise PromptError(
-            f"a prompt is text, but this is an image ({type(prompt).__name__}): a vision-language model gets it "
-            "through its processor, as model(input_ids, pixel_values=…)"
-        )
-
-
 def needs_images(model: LoadedModel) -> bool:
     """Whether a model reads images alone, or cannot run without an image."""
     pixels = inspect.signature(model.bridge.original_model.forward).parameters.get("pixel_values")

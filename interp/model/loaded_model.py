@@ -14,8 +14,9 @@ from torch import Tensor
 from interp.model.instrument import Instrument
 from interp.model.protocols import Bridge
 from interp.model.session import Session
+from interp.prompts.coder import Coder
 from interp.prompts.images import ImageReader
-from interp.prompts.pairs import Coder
+from interp.prompts.special_tokens import SpecialTokens
 
 
 class LoadedModel(Protocol):
@@ -25,16 +26,13 @@ class LoadedModel(Protocol):
     instruments: dict[str, Instrument]
     instrument: Instrument
     reads: str
+    tokenizer: Any
+    special_tokens: SpecialTokens
     session: Session
 
     @property
     def bridge(self) -> Bridge:
         """As `Model.bridge`."""
-        ...
-
-    @property
-    def tokenizer(self) -> Any:
-        """As `Model.tokenizer`."""
         ...
 
     @property

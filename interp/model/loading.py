@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from interp.model.head_layout import correct_heads
 from interp.model.load_errors import first_line, short_cause, why_not, why_not_object
 from interp.model.names import EMBEDDED, did_you_mean, is_hub_unreachable
 from interp.model.wiring import WIRING, Wiring, wiring_of
+from interp.prompts.special_tokens import PROBE, BosPolicy, SpecialTokens
 
 QUANTIZED = ("8bit", "4bit")
 _BUILDING = threading.RLock()  # one model is read or built at a time: functions of the libraries are replaced meanwhile
@@ -40,10 +41,21 @@ class Weights:
     name: str
     model: Any
     tokenizer: Any
+    bos: BosPolicy = "tokenizer"  # unless the caller says otherwise
 
 
-def boot(source: Any, **options: Any) -> tuple[Any, str]:
-    """Make a TransformerBridge and a name for it; options as for `read`.
+@dataclass(frozen=True)
+class Wrapped:
+    """A TransformerBridge, its name, its tokenizer as it was before wrapping, and the special tokens of prompts."""
+
+    bridge: Any
+    name: str
+    tokenizer: Any
+    special: SpecialTokens
+
+
+def boot(source: Any, bos: BosPolicy | None = None, **options: Any) -> Wrapped:
+    """Make a TransformerBridge, with a name; options as for `read`, ``bos`` as for `interp.load`.
 
     Raises ModelError with one clear message.
     """
@@ -56,8 +68,9 @@ def boot(source: Any, **options: Any) -> tuple[Any, str]:
         if move:
             source.to(*move)
         correct_heads(source)
-        return source, str(getattr(source.cfg, "model_name", None) or "bridge")
-    return wrap(read(source, **options))
+        name = str(getattr(source.cfg, "model_name", None) or "bridge")
+        return Wrapped(source, name, source.tokenizer, special_tokens_of(source, name, bos))
+    return wrap(read(source, **options), bos)
 
 
 def read(
@@ -95,9 +108,9 @@ def read(
         from interp.model.embedded import embedded_model
 
         name, location = "SmolLM2-135M-Instruct", embedded_model()
-        if tokenizer is None:  # with the option that TransformerLens needs; else it would read the tokenizer again
-            tokenizer = _tokenizer_at(name, location, {"add_bos_token": True})
-        return _from_pretrained(name, location, dtype, device, tokenizer, hub)
+        weights = _from_pretrained(name, location, dtype, device, tokenizer, hub)
+        # as TransformerLens reads it, and as all figures of these docs were measured: <|im_start|> in front
+        return replace(weights, bos=weights.tokenizer.bos_token_id is not None or "tokenizer")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" or path.exists():
         return _from_path(path, dtype, device, tokenizer, hub)
@@ -174,7 +187,6 @@ def _from_pretrained(
 def _auto_class(location: str | Path, hub: dict[str, Any]) -> Any:
     """The class of transformers that opens a checkpoint, according to its config."""
     import transformers as tf
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     if "gguf_file" in hub:
         return tf.AutoModelForCausalLM
@@ -183,7 +195,7 @@ def _auto_class(location: str | Path, hub: dict[str, Any]) -> Any:
     if (for_images := towers.class_for_images(config)) is not None:
         return for_images
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if config.model_type in MASKED and not getattr(config, "is_decoder", False) and not config.is_encoder_decoder:
+    if is_encoder(config):
         return tf.AutoModel if architecture.endswith("Model") else tf.AutoModelForMaskedLM
     if config.is_encoder_decoder:
         is_speech = type(config) in tf.AutoModelForSpeechSeq2Seq._model_mapping
@@ -191,10 +203,18 @@ def _auto_class(location: str | Path, hub: dict[str, Any]) -> Any:
     return tf.AutoModelForCausalLM
 
 
+def is_encoder(config: Any) -> bool:
+    """Whether a config is that of a bidirectional text encoder, such as BERT or RoBERTa."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    return getattr(config, "model_type", None) in MASKED and not is_decoder
+
+
 def _tokenizer_at(name: str, location: str | Path, hub: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    read_by_tokenizers = ("trust_remote_code", "revision", "gguf_file", "add_bos_token", "local_files_only")
+    read_by_tokenizers = ("trust_remote_code", "revision", "gguf_file", "local_files_only")
     options = {"trust_remote_code": False, **{key: hub[key] for key in read_by_tokenizers if key in hub}}
     try:
         with _quiet():
@@ -271,33 +291,76 @@ def _tokenizer_of(name: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def wrap(weights: Weights) -> tuple[Any, str]:
-    """Build a TransformerBridge around a Hugging Face model; returns it and its name."""
+def wrap(weights: Weights, bos: BosPolicy | None = None) -> Wrapped:
+    """Build a TransformerBridge around a Hugging Face model.
+
+    ``bos``: as for `interp.load`. Raises ModelError if TransformerLens cannot wrap the model.
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
-    name, model, tokenizer = weights.name, towers.vision_tower(weights.model), weights.tokenizer
+    name, model = weights.name, towers.vision_tower(weights.model)
+    special = _special_tokens(weights, weights.bos if bos is None else bos)
     _refuse_unusable(name, model)
     adapters.register()
-    wiring = Wiring([weights.model, *([] if model is weights.model else [model]), tokenizer])
+    wiring = Wiring([weights.model, *([] if model is weights.model else [model])])
     adapters.repair(model)
-    if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
-        # Made in memory: TransformerLens would search the hub for it in order to turn BOS on. It prepends BOS itself.
-        tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
     if not getattr(model.config, "architectures", None):
         model.config.architectures = [type(model).__name__]  # missing in a model made from a config alone
     first = next(model.parameters())
     try:
         with _quiet(), _without_installing():
             bridge = TransformerBridge.boot_transformers(
-                name, hf_model=model, tokenizer=tokenizer, device=first.device, dtype=first.dtype
-            )
+                name, hf_model=model, tokenizer=_copy_for_bridge(weights.tokenizer), device=first.device,
+                dtype=first.dtype,
+            )  # fmt: skip
     except Exception as error:
         wiring.undo()
         raise ModelError(f"TransformerLens cannot wrap {name} ({type(model).__name__}): {first_line(error)}") from error
     correct_heads(bridge)
     wiring.finish()
     vars(bridge)[WIRING] = wiring
-    return bridge, name
+    _tell_bridge(bridge, special)
+    return Wrapped(bridge, name, weights.tokenizer, special)
+
+
+def _special_tokens(weights: Weights, bos: BosPolicy) -> SpecialTokens:
+    config = getattr(weights.model, "config", None)  # a native model has none
+    is_continued = not (is_encoder(config) or getattr(config, "is_encoder_decoder", False))
+    return SpecialTokens.of(weights.tokenizer).following(bos, weights.name, is_continued=is_continued)
+
+
+def special_tokens_of(bridge: Any, name: str, bos: BosPolicy | None = None) -> SpecialTokens:
+    """Return the special tokens of prompts of an existing bridge: by default those that its ``to_tokens`` adds.
+
+    With ``bos``, the bridge is set to the same policy.
+    """
+    if bridge.tokenizer is None:
+        return SpecialTokens().following("tokenizer" if bos is None else bos, name, is_continued=True)
+    weights = Weights(name, bridge.original_model, bridge.tokenizer)
+    special = _special_tokens(weights, "tokenizer" if bos is None else bos)
+    if bos is None and (first := bridge.to_tokens(PROBE)[0, 0].item()) not in special.before[:1]:
+        special = _special_tokens(weights, first == special.bos)
+    _tell_bridge(bridge, special)
+    return special
+
+
+def _copy_for_bridge(tokenizer: Any) -> Any:
+    """Copy a tokenizer for TransformerLens, which changes it: padding side, and a BOS and PAD token where none is.
+
+    The copy says that it adds BOS, whether or not it does: else TransformerLens would read another one from its hub.
+    """
+    if tokenizer is None:
+        return None
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.init_kwargs.setdefault("name_or_path", "")
+    tokenizer.init_kwargs["add_bos_token"] = True
+    return tokenizer
+
+
+def _tell_bridge(bridge: Any, special: SpecialTokens) -> None:
+    """Make ``bridge.to_tokens`` put the same special tokens around a text."""
+    bridge.cfg.default_prepend_bos = bool(special.before)
+    bridge.cfg.tokenizer_appends_eos = bridge.cfg.tokenizer_appends_eos and not special.after
 
 
 def _refuse_unusable(name: str, model: Any) -> None:

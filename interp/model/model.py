@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.errors import ModelError, PromptError, SiteError
+from interp.errors import ModelError, SiteError
 from interp.model.batching import collate, equal_length_batches
 from interp.model.buffers import buffer_state
 from interp.model.collect_statistics import prompt_stats, tower_stats
@@ -29,13 +29,15 @@ from interp.model.input_checks import (
 )
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
-from interp.model.loading import boot, check_device
+from interp.model.loading import boot, check_device, special_tokens_of
 from interp.model.ownership import Owner
 from interp.model.protocols import Bridge
 from interp.model.session import in_session, plain_settings
 from interp.model.verification import count_hooks, probe, reads_of, verify
+from interp.prompts.coder import Coder
 from interp.prompts.images import ImageReader, layout_of, output_of
-from interp.prompts.pairs import Coder, Prompt, PromptPair
+from interp.prompts.pairs import Prompt, PromptPair
+from interp.prompts.special_tokens import BosPolicy, SpecialTokens
 from interp.prompts.text_encoder import TextEncoder
 from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import AttentionStats
@@ -70,6 +72,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
     copy: bool = False,
+    bos: BosPolicy | None = None,
 ) -> Model:
     """Load a model and route its attention through headstats.
 
@@ -85,6 +88,9 @@ def load(
     ``"reference"``, ``"blocked"``, ``"triton"``). Remote code runs only with ``trust_remote_code=True``. ``device_map``
     distributes the weights over several devices (accelerate's ``"auto"`` or a dict of modules); ``quantize`` is
     ``"8bit"`` or ``"4bit"`` (bitsandbytes). Both require a named model.
+    ``bos``: which special tokens stand around every text. ``"tokenizer"`` (the default): those that the tokenizer
+    itself adds; ``True``: a BOS token in front; ``False``: no BOS token. The embedded model's default is ``True``, that
+    of a TransformerBridge is what its ``to_tokens`` does. ``model.special_tokens`` holds the result.
 
     A model object is changed: TransformerLens puts its bridges into it, so that names in ``state_dict()`` differ and
     ``save_pretrained``, ``output_attentions=True`` and pickling do not work on it, and it is switched to evaluation
@@ -94,12 +100,14 @@ def load(
     weights are converted.
 
     Raises ModelError if the model cannot be loaded, if its weights do not match its config or are NaN, if it computes
-    attention where headstats cannot intercept it, or if its logits through headstats differ from those of
-    TransformerLens' own attention.
+    attention where headstats cannot intercept it, if its logits through headstats differ from those of TransformerLens'
+    own attention, and for ``bos=True`` if its tokenizer has no BOS token.
     """
     if isinstance(name_or_model, Model):
         if copy:
             raise ModelError("copy=True takes a Hugging Face model object, not a Model: pass the object it was made of")
+        if bos is not None and bos != name_or_model.special_tokens.policy:
+            raise ModelError(f"bos={bos!r}: {name_or_model.name} is loaded already; give bos= where it is loaded")
         return name_or_model
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
@@ -108,21 +116,30 @@ def load(
     if device is not None:
         check_device(device)
     with collector_paused(), plain_settings("loading"):
-        bridge, name = boot(
-            name_or_model, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
+        wrapped = boot(
+            name_or_model, bos, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
             revision=revision, device_map=device_map, quantize=quantize, copy=copy,
         )  # fmt: skip
-        return Model(bridge, name=name, backend=backend)
+        return Model(
+            wrapped.bridge, name=wrapped.name, backend=backend, tokenizer=wrapped.tokenizer, special=wrapped.special
+        )
 
 
 class Model(Owner):
     """A model, its tokenizer, and the instrument that computes its attention.
 
     ``bridge`` is TransformerLens' TransformerBridge; all its hooks work. ``model(tokens)`` returns logits.
+    ``tokenizer``: the Hugging Face tokenizer (None for a bare TransformerLens model). ``special_tokens``: those that
+    stand around every text, see ``bos=`` of `load`.
     """
 
-    def __init__(self, bridge: Bridge, *, name: str, backend: str = "auto"):
+    def __init__(
+        self, bridge: Bridge, *, name: str, backend: str = "auto", tokenizer: Any = None,
+        special: SpecialTokens | None = None,
+    ):  # fmt: skip
         super().__init__(bridge, name)
+        self.tokenizer = bridge.tokenizer if tokenizer is None else tokenizer
+        self.special_tokens = special_tokens_of(bridge, name) if special is None else special
         try:
             self._install(bridge, backend)
         except BaseException:
@@ -151,11 +168,6 @@ class Model(Owner):
         self._layout = layout_of(bridge.original_model.config, n_positions) if self.reads == "images" else None
 
     # ------------------------------------------------------------ facts
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer (None for a bare TransformerLens model)."""
-        return self.bridge.tokenizer
 
     @property
     def n_layers(self) -> int:
@@ -308,14 +320,22 @@ class Model(Owner):
     def coder(self) -> Coder:
         """Converts prompts into tokens.
 
-        It adds the same special tokens as TransformerLens' ``to_tokens``.
+        It adds the model's ``special_tokens``.
         """
-        if self.tokenizer is None and self.pictures is None:
-            raise PromptError(f"{self.name} has no tokenizer: load it with tokenizer=…")
-        text = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
+        text = self._text_encoder()
         encode_image_pair = None if self.pictures is None else self.pictures.encode_pair
         encode = partial(refuse_text, self.name) if needs_images(self) else text.encode
-        return Coder(encode, text.texts, text.offsets, text.continuation, encode_image_pair, text.unknown)
+        return Coder(
+            encode, text.texts, text.offsets, text.continuation, encode_image_pair, text.unknown, text.following
+        )
+
+    def _text_encoder(self) -> TextEncoder:
+        # not all models are classes of transformers
+        get_embeddings = getattr(self.bridge.original_model, "get_input_embeddings", None)
+        table = getattr(get_embeddings and get_embeddings(), "weight", None)
+        size = None if table is None else len(table)
+        mask = getattr(self.tokenizer, "mask_token", None) if self.masked else None
+        return TextEncoder(self.name, self.tokenizer, self.special_tokens, self.n_ctx, size, mask)
 
     @property
     def pictures(self) -> ImageReader | None:
@@ -324,8 +344,10 @@ class Model(Owner):
             return None
         text = None
         if self.tokenizer is not None and self._layout is None:
-            encoder = TextEncoder(self.name, self.bridge, self.tokenizer, self.n_ctx)
-            text = Coder(encoder.encode, encoder.texts, encoder.offsets, encoder.continuation)
+            encoder = self._text_encoder()
+            text = Coder(
+                encoder.encode, encoder.texts, encoder.offsets, encoder.continuation, following=encoder.following
+            )
         return ImageReader(self.name, self.bridge.original_model, self._layout, text, self.n_ctx)
 
     # ------------------------------------------------------------ forwards
@@ -491,7 +513,8 @@ class Model(Owner):
     def provenance(self) -> dict[str, Any]:
         """What reproducing a result requires.
 
-        The keys are model, weights, dtype, device, backend and package versions.
+        The keys are model, weights, dtype, device, backend, bos (whether a BOS token stands in front of every text;
+        None for a tokenizer without one) and package versions.
         """
         return {
             "model": self.name,
@@ -499,6 +522,7 @@ class Model(Owner):
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "backend": self.instrument.backend,
+            "bos": self.special_tokens.stand_in_front(()),
             "versions": versions(),
         }
 

@@ -13,8 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from interp.errors import PromptError
+from interp.prompts.answers import single_token
+from interp.prompts.coder import Coder, Encoded
+from interp.prompts.listing import listed
 from interp.prompts.model_input import ModelInput
-from interp.prompts.pairs import Coder, Encoded, PromptPair, Span, single_token
+from interp.prompts.pairs import PromptPair
+from interp.prompts.ranges import Span
 from interp.prompts.spans import image_spans
 
 BOOKKEEPING = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # processors add these for any model
@@ -112,7 +116,7 @@ class ImageReader:
             items = items.get("pixel_values", items)
         if self.layout is not None and isinstance(items, Tensor) and items.ndim == 4:
             items = list(items)
-        prompts = [items] if isinstance(items, Mapping | Tensor | str | PromptPair) else list(items)
+        prompts = listed(items, (Mapping, Tensor, str, PromptPair), "prompts or images")
         prompts = [p.clean if isinstance(p, PromptPair) else p for p in prompts]
         if not prompts:
             raise PromptError("there are no images: pass one, or a list of them")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interp.prompts.pairs import Span
+from interp.prompts.ranges import Span
 from interp.utils.provenance import tensor_bytes
 
 

@@ -6,14 +6,22 @@ tokenizer; they raise PromptError, with an explanation, for prompts that cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 from interp.errors import PromptError
+from interp.prompts.answers import answer_ids
+from interp.prompts.coder import Coder, Encoded
+from interp.prompts.listing import TokenIds, check_text, listed
+from interp.prompts.ranges import Span, find_all, find_span, find_subject, find_words, token_spans
 from interp.utils.html_card import card
 
-Span = tuple[int, int]  # [start, stop) in characters of the text, or in tokens once encoded
+log = logging.getLogger("interp")
+
+MOST_SHOWN = 10  # problems that one message describes
+Encode = Callable[[int, Any, Coder, list[str]], Encoded]
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,9 @@ class Prompt:
     text: str
     spans: Mapping[str, Span] = field(default_factory=dict)
 
-    def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> Prompt:
-        """Return a copy in which ``words`` (default: the name itself) is a named span."""
-        return Prompt(self.text, {**self.spans, name: find_span(self.text, words or name, occurrence)})
+    def span(self, name: str, words: str | None = None, *, occurrence: int | None = None) -> Prompt:
+        """Return a copy in which ``words`` (default: the name itself) is a named span; see `PromptPair.span`."""
+        return Prompt(self.text, {**self.spans, name: _named_span(self.text, name, words, occurrence)})
 
     def token_spans(self, coder: Coder) -> dict[str, Span]:
         """The spans as token ranges of one tokenizer (``model.coder``)."""
@@ -43,14 +51,15 @@ class PromptPair:
         pair = pair.span("city", "Paris")
         effects = interp.patch(model, pair, model.sites("resid_pre", positions="each"))
 
-    Answer and foil are single tokens, written with their leading space. ``spans`` names stretches of the clean text by
+    Answer and foil are single tokens, written with their leading space (or token ids). Prompts are texts, or token ids
+    with their special tokens, which have no words to name spans by. ``spans`` names stretches of the clean text by
     character range, e.g. ``{"subject": (4, 16)}``; `span` adds one by its words.
     """
 
     clean: str
     corrupt: str
-    answer: str
-    foil: str | None = None
+    answer: str | int
+    foil: str | int | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
@@ -58,149 +67,89 @@ class PromptPair:
         facts = {"clean": self.clean, "corrupt": self.corrupt, "answer": repr(self.answer), "foil": repr(self.foil)}
         return card("PromptPair", {**facts, "spans": spans or "–"})
 
-    def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
+    def span(self, name: str, words: str | None = None, *, occurrence: int | None = None) -> PromptPair:
         """Return a copy in which ``words`` of the clean text are a named span.
 
-        ``words`` defaults to the name itself.
+        ``words`` defaults to the name itself. Whole words count; only where there are none, parts of longer words.
+        ``occurrence``: which place, if the words stand in several: 0 for the first (the default, with a warning), −1
+        for the last. Raises PromptError if the words are not in the text.
         """
-        return PromptPair(
-            self.clean, self.corrupt, self.answer, self.foil,
-            {**self.spans, name: find_span(self.clean, words or name, occurrence)},
+        if not isinstance(self.clean, str):
+            raise PromptError(f"span {name!r}: the clean prompt is token ids, in which no words can be found")
+        spans = {**self.spans, name: _named_span(self.clean, name, words, occurrence)}
+        return PromptPair(self.clean, self.corrupt, self.answer, self.foil, spans)
+
+
+def _named_span(text: str, name: str, words: str | None, occurrence: int | None) -> Span:
+    words = words or name
+    if occurrence is None and (n := len(find_words(text, words) or find_all(text, words))) > 1:
+        log.warning(
+            "%r stands %d times in the prompt %.60r, and span %r is the first of them: say which with occurrence=0, 1, "
+            "… or -1", words, n, text, name,
         )  # fmt: skip
+    return find_span(text, words, occurrence or 0)
 
 
 @dataclass(frozen=True)
 class Fact:
     """A prompt that a fact completes, for causal tracing.
 
-    For example ``Fact("… Paris is in", "Paris", " France")``.
+        interp.Fact("The Eiffel Tower is in the city of", "Eiffel Tower", " Paris")
+        interp.Fact("In Paris, the mayor of Paris is", "Paris", " Anne", occurrence=-1)
+
+    ``subject``: whole words of the prompt. ``occurrence``: which of them, if they stand in several places: 0 for the
+    first, −1 for the last.
     """
 
     prompt: str
     subject: str
     answer: str
+    occurrence: int | None = None
 
     @property
     def subject_span(self) -> Span:
-        """Character range of the subject in the prompt (its first occurrence)."""
-        return find_span(self.prompt, self.subject)
+        """Character range of the subject in the prompt.
 
-
-def find_span(text: str, words: str, occurrence: int = 0) -> Span:
-    """Find the character range of an occurrence of ``words``.
-
-    Raises PromptError if it does not exist.
-    """
-    start = -1
-    for _ in range(occurrence + 1):
-        start = text.find(words, start + 1)
-        if start < 0:
-            raise PromptError(f"{words!r} (occurrence {occurrence}) is not in the prompt {text!r}")
-    return start, start + len(words)
-
-
-class PairSet(Sequence[PromptPair]):
-    """An immutable list of PromptPairs, with its task's name and seed."""
-
-    def __init__(self, pairs: Iterable[PromptPair], *, task: str = "custom", seed: int | None = None):
-        self._pairs = tuple(pairs)
-        self.task = task
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    @overload
-    def __getitem__(self, index: int) -> PromptPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> PairSet: ...
-    def __getitem__(self, index: int | slice) -> PromptPair | PairSet:
-        if isinstance(index, slice):
-            return PairSet(self._pairs[index], task=self.task, seed=self.seed)
-        return self._pairs[index]
-
-    def __iter__(self) -> Iterator[PromptPair]:
-        return iter(self._pairs)
-
-    def __repr__(self) -> str:
-        first = f"; first: {self[0].clean!r} → {self[0].answer!r}" if self._pairs else ""
-        return f"PairSet({self.task}, {len(self)} pairs{first})"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One prompt (or aligned pair) as token ids of one tokenizer.
-
-    ``spans`` are token ranges. For a `Fact` the corrupt ids equal the clean ones; noise is added later.
-    ``changed_from``: the first position whose input differs although the ids agree (where another image begins).
-    """
-
-    clean: tuple[int, ...]
-    corrupt: tuple[int, ...]
-    answer: int
-    foil: int | None
-    tokens: tuple[str, ...]
-    spans: Mapping[str, Span]
-    changed_from: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    @property
-    def first_difference(self) -> int:
-        """First position at which clean and corrupt differ.
-
-        Returns their length if they are the same.
+        Raises PromptError if it is not there as whole words, or in several places without ``occurrence``.
         """
-        first = first_difference(self.clean, self.corrupt)
-        return first if self.changed_from is None else min(first, self.changed_from)
-
-    def role(self, position: int) -> str:
-        """Name of the shortest span that covers a token, or ''."""
-        inside = [(b - a, name) for name, (a, b) in self.spans.items() if a <= position < b]
-        return min(inside)[1] if inside else ""
+        return find_subject(self.prompt, self.subject, self.occurrence)
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """First index at which two equally long rows of token ids differ.
+def listed_prompts(prompts: Any, expected: str = "PromptPairs (or, for tracing, Facts)") -> list[Any]:
+    """Return one prompt, or several, as a list.
 
-    Returns their length if they are the same.
+    Which kinds the caller takes is checked later; here they are PromptPair, Fact, Prompt and str.
+    Raises PromptError, which names ``expected``, for anything that is no prompt, and for token ids.
     """
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+    if isinstance(prompts, str):
+        raise PromptError(f"{expected} expected, got {prompts!r:.80}")
+    return listed(prompts, (PromptPair, Fact, Prompt, str), expected)
 
 
-@dataclass(frozen=True)
-class Coder:
-    """The functions of a tokenizer that encoding needs; `Model.coder` provides them.
+def listed_texts(prompts: Any, expected: str = "prompts (strings, Prompts or PromptPairs)") -> list[str | TokenIds]:
+    """Return the texts, or token ids, of one prompt or several: of a pair those of its clean prompt.
 
-    ``encode(text)`` gives ids with the model's usual special tokens; ``texts(ids)`` gives one string per
-    token; ``offsets(text)`` the character range of each token of ``encode(text)``, (0, 0) for specials;
-    ``continuation(text)`` the ids of a continuation, without special tokens. ``encode_image_pair(index, pair)``
-    encodes a pair of prompts with images, for a model that reads images. ``unknown``: the id that stands for every word
-    that the vocabulary lacks; None if it can spell all words.
+    Raises PromptError, which names ``expected``, for anything that is no prompt, and if there are none.
     """
-
-    encode: Callable[[str], list[int]]
-    texts: Callable[[Sequence[int]], list[str]] = field(repr=False)
-    offsets: Callable[[str], list[Span]] = field(repr=False)
-    continuation: Callable[[str], list[int]] = field(repr=False)
-    encode_image_pair: Callable[[int, PromptPair], Encoded] | None = field(default=None, repr=False)
-    unknown: int | None = None
+    kinds = (str, Prompt, PromptPair, Fact)
+    texts = [text_of(p) for p in listed(prompts, kinds, expected, takes_ids=True)]
+    if not texts:
+        raise PromptError(f"there are no prompts: {expected} expected")
+    return texts
 
 
-def listed_prompts(prompts: Any) -> list[Any]:
-    """Return one prompt, or several, as a list; PromptError for anything else."""
-    if isinstance(prompts, PromptPair | Fact):
-        return [prompts]
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise PromptError(f"PromptPairs (or, for tracing, Facts) expected, got {prompts!r:.80}")
-    return list(prompts)
+def text_of(prompt: Any) -> Any:
+    """Return the text, or the token ids, that a model reads of a prompt: of a pair, those of the clean prompt."""
+    text = (
+        prompt.clean if isinstance(prompt, PromptPair) else getattr(prompt, "prompt", getattr(prompt, "text", prompt))
+    )
+    return text if isinstance(text, str | TokenIds) else listed(text, (str,), "a text", takes_ids=True)[0]
 
 
 def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
     """Tokenise and check every pair.
 
-    A PromptError names the pair and shows both tokenisations.
+    A PromptError names all pairs that cannot be used, and shows both tokenisations of the first whose lengths differ.
     """
     pair_list = listed_prompts(pairs)
     if not pair_list:
@@ -208,41 +157,62 @@ def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list
     wrong = next((p for p in pair_list if not isinstance(p, PromptPair)), None)
     if wrong is not None:
         raise PromptError(f"expected PromptPair objects, got {type(wrong).__name__}: {wrong!r:.80}")
-    return [_encode_pair(i, pair, coder) for i, pair in enumerate(pair_list)]
+    return _encoded(pair_list, _encode_pair, coder, "pairs")
 
 
-def _encode_pair(index: int, pair: PromptPair, coder: Coder) -> Encoded:
+def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) -> list[Encoded]:
+    """Encode every prompt; raise one PromptError for all that cannot be, log one warning for all notes."""
+    encoded, problems, notes = [], [], []
+    for i, prompt in enumerate(prompts):
+        try:
+            encoded.append(encode(i, prompt, coder, notes))
+        except PromptError as error:
+            problems.append(str(error))
+    if problems:
+        raise PromptError(in_one_message(problems, f"{len(problems)} of {len(prompts)} {what} cannot be used"))
+    if notes:
+        more = f" (and {len(notes) - 1} more like it)" if len(notes) > 1 else ""
+        log.warning("%s%s", notes[0], more)
+    return encoded
+
+
+def _encode_pair(index: int, pair: PromptPair, coder: Coder, notes: list[str]) -> Encoded:
     if coder.encode_image_pair is not None and not isinstance(pair.clean, str):
         return coder.encode_image_pair(index, pair)
-    clean, corrupt = (_nonempty(text, coder) for text in (pair.clean, pair.corrupt))
+    what = f"pair {index}"
+    texts = [_text_or_ids(text, what) for text in (pair.clean, pair.corrupt)]
+    clean, corrupt = (coder.encode(text) for text in texts)
     if len(clean) != len(corrupt):
         raise PromptError(
-            f"pair {index}: clean and corrupt have different lengths ({len(clean)} and {len(corrupt)} tokens), "
+            f"{what}: clean and corrupt have different lengths ({len(clean)} and {len(corrupt)} tokens), "
             "so positions do not correspond. Reword one of them; the tokens, side by side:\n"
             + _side_by_side(coder.texts(clean), coder.texts(corrupt))
         )
-    answer = single_token(pair.answer, coder, f"pair {index}: answer")
-    foil = None if pair.foil is None else single_token(pair.foil, coder, f"pair {index}: foil")
-    if answer == foil:
-        raise PromptError(f"pair {index}: answer and foil are the same token {pair.answer!r}")
-    spans = token_spans(pair.spans, coder.offsets(pair.clean))
+    answer, foil = answer_ids(texts[0], pair.answer, pair.foil, coder, what, notes)
+    if pair.spans and not isinstance(texts[0], str):
+        raise PromptError(f"{what}: spans are ranges of characters, and the clean prompt is token ids")
+    spans = token_spans(pair.spans, coder.offsets(texts[0])) if pair.spans else {}
     return Encoded(tuple(clean), tuple(corrupt), answer, foil, tuple(coder.texts(clean)), spans)
 
 
 def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
-    """Tokenise facts; each gets the token span ``subject``."""
+    """Tokenise facts; each gets the token span ``subject``. A PromptError names all facts that cannot be used."""
     fact_list = listed_prompts(facts)
     if not fact_list:
         raise PromptError("there are no facts: pass at least one Fact(prompt, subject, answer)")
-    encoded = []
-    for i, fact in enumerate(fact_list):
-        if not isinstance(fact, Fact):
-            raise PromptError(f"expected Fact objects, got {type(fact).__name__}: {fact!r:.80}")
-        ids = _nonempty(fact.prompt, coder)
-        answer = single_token(fact.answer, coder, f"fact {i}: answer")
-        spans = token_spans({"subject": fact.subject_span}, coder.offsets(fact.prompt))
-        encoded.append(Encoded(tuple(ids), tuple(ids), answer, None, tuple(coder.texts(ids)), spans))
-    return encoded
+    wrong = next((f for f in fact_list if not isinstance(f, Fact)), None)
+    if wrong is not None:
+        raise PromptError(f"expected Fact objects, got {type(wrong).__name__}: {wrong!r:.80}")
+    return _encoded(fact_list, _encode_fact, coder, "facts")
+
+
+def _encode_fact(index: int, fact: Fact, coder: Coder, notes: list[str]) -> Encoded:
+    what = f"fact {index}"
+    check_text(fact.prompt)
+    ids = coder.encode(fact.prompt)
+    answer, _ = answer_ids(fact.prompt, fact.answer, None, coder, what, notes)
+    spans = token_spans({"subject": fact.subject_span}, coder.offsets(fact.prompt))
+    return Encoded(tuple(ids), tuple(ids), answer, None, tuple(coder.texts(ids)), spans)
 
 
 def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list[Encoded], bool]:
@@ -256,47 +226,24 @@ def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list
     return (encode_facts(facts, coder), False) if facts else (encode_pairs(prompts, coder), True)  # type: ignore[arg-type]
 
 
-def single_token(text: str, coder: Coder, what: str) -> int:
-    """Return the id of a continuation that must be exactly one token.
-
-    Raises PromptError otherwise.
-    """
-    ids = coder.continuation(text) if isinstance(text, str) else []
-    if ids == [coder.unknown] and coder.texts(ids) != [text]:
-        raise PromptError(f"{what} {text!r} is not in the model's vocabulary: choose another word")
-    if len(ids) == 1:
-        return ids[0]
-    if not isinstance(text, str):
-        raise PromptError(f"{what} must be a word, with its leading space, got {text!r}")
-    hint = "" if text.startswith(" ") else f" (did you mean {' ' + text!r}, with a leading space?)"
-    raise PromptError(
-        f"{what} {text!r} is {len(ids)} tokens {coder.texts(ids)}, but must be exactly one{hint}. "
-        "Metrics read one next-token logit; choose another word."
-    )
+def _text_or_ids(text: Any, what: str) -> str | TokenIds:
+    if isinstance(text, str):
+        check_text(text)
+        return text
+    rows = listed(text, (), f"{what}: a text", takes_ids=True)
+    if len(rows) != 1:
+        raise PromptError(f"{what}: a non-empty string, or the ids of one prompt, expected, got {len(rows)} prompts")
+    return rows[0]
 
 
-def token_spans(spans: Mapping[str, Span], offsets: Sequence[Span]) -> dict[str, Span]:
-    """Convert character ranges to token ranges.
-
-    A range includes every token that overlaps its characters.
-    """
-    ranges: dict[str, Span] = {}
-    for name, (start, stop) in spans.items():
-        if not isinstance(start, int) or not isinstance(stop, int):
-            raise PromptError(f"span {name!r} is ({start!r}, {stop!r}): the range of its characters expected")
-        inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and b > a]
-        if not inside:
-            raise PromptError(f"span {name!r} (characters {start} to {stop}) covers no token of its prompt")
-        ranges[name] = (inside[0], inside[-1] + 1)
-    return ranges
-
-
-def _nonempty(text: str, coder: Coder) -> list[int]:
-    if not isinstance(text, str) or not text:
-        raise PromptError(f"a prompt must be a non-empty string, got {text!r}")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise PromptError(f"{text!r:.80} holds half of a character (a lone surrogate), which no tokenizer reads")
-    return coder.encode(text)
+def in_one_message(problems: Sequence[str], headline: str) -> str:
+    """Join problems into one message: the first in full, of at most `MOST_SHOWN` others the first line."""
+    if len(problems) == 1:
+        return problems[0]
+    others = [line.split("\n")[0] for line in problems[1:MOST_SHOWN]]
+    n_more = len(problems) - MOST_SHOWN
+    more = [f"… and {n_more} more"] if n_more > 0 else []
+    return "\n".join([f"{headline}:", problems[0], *others, *more])
 
 
 def _side_by_side(left: Sequence[str], right: Sequence[str]) -> str:

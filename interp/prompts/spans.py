@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from interp.errors import PromptError
-from interp.prompts.pairs import Prompt, PromptPair, Span
+from interp.prompts.pairs import Prompt, PromptPair
+from interp.prompts.ranges import Span
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 P = TypeVar("P", Prompt, PromptPair)
@@ -17,6 +18,7 @@ P = TypeVar("P", Prompt, PromptPair)
 ABBREVIATIONS = {
     "mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "cf", "fig", "eq", "no", "al", "approx",
 }  # fmt: skip
+MARK = "\ue000\ue0ff\ue000"  # private characters, which neither templates nor messages contain
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|\n+")
 
 
@@ -59,29 +61,67 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Message], *, answering: bool 
     """Write a conversation by the tokenizer's chat template.
 
     Each message's content is a span named by role. A role that occurs more than once is numbered: ``user_1``,
-    ``user_2``. ``answering`` opens the assistant's next turn. Raises PromptError if the tokenizer has no template, or
-    if it drops or rewrites a message.
+    ``user_2``. ``answering`` opens the assistant's next turn. Where a message stands is found by writing the
+    conversation again with another text in its place, so that words of the template are never taken for a message.
+    Raises PromptError if the tokenizer has no template, or if it drops, repeats or rewrites a message.
     """
     for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise PromptError(f"a message is {{'role': …, 'content': …}}, got {message!r:.80}")
+        is_message = isinstance(message, Mapping) and {"role", "content"} <= set(message)
+        if not is_message or not isinstance(message["content"], str):
+            raise PromptError(f"a message is {{'role': …, 'content': a text}}, got {message!r:.80}")
     if not messages or not getattr(tokenizer, "chat_template", None):
         raise PromptError("a chat needs at least one message and a tokenizer that has a chat template")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+
+    def write(conversation: Sequence[Message]) -> str:
+        return _written(tokenizer, conversation, answering)
+
+    text = write(messages)
     counts = Counter(m["role"] for m in messages)
     seen: Counter[str] = Counter()
     spans: dict[str, Span] = {}
-    at = 0
-    for message in messages:
-        role, content = message["role"], message["content"].strip()
+    for i, message in enumerate(messages):
+        role = message["role"]
         seen[role] += 1
         name = role if counts[role] == 1 else f"{role}_{seen[role]}"
-        start = text.find(content, at)
-        if start < 0 or not content:
-            raise PromptError(f"the chat template does not show the {name} message {content!r:.60} as it was written")
-        at = start + len(content)
-        spans[name] = (start, at)
+        place = _place_of_message(write, messages, i, text)
+        if place is None:
+            raise PromptError(
+                f"the chat template does not show the {name} message {message['content']!r:.60} once, as it was written"
+            )
+        spans[name] = place
     return Prompt(text, spans)
+
+
+def _written(tokenizer: Any, messages: Sequence[Message], answering: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answering)
+    except Exception as error:  # a template raises what it likes, jinja2's errors among them
+        raise PromptError(f"the chat template refuses these messages: {error}") from error
+
+
+def _place_of_message(
+    write: Callable[[Sequence[Message]], str], messages: Sequence[Message], index: int, text: str
+) -> Span | None:
+    """Return the range of one message's content (without space around it) in the conversation's ``text``.
+
+    None if the template does not show it once as it was written.
+    """
+    content = messages[index]["content"]
+    for mark in (MARK, MARK + content + MARK):  # some templates look at what a message says
+        marked = [{**m, "content": mark} if i == index else m for i, m in enumerate(messages)]
+        try:
+            pieces = write(marked).split(MARK)
+        except PromptError:
+            continue
+        if len(pieces) != len(mark.split(MARK)):  # dropped or repeated
+            continue
+        before, after = pieces[0], pieces[-1]
+        shown = text[len(before) : len(text) - len(after)]
+        is_same = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
+        if is_same and content.strip() and shown.strip() == content.strip():
+            start = len(before) + len(shown) - len(shown.lstrip())
+            return start, start + len(content.strip())
+    return None
 
 
 def chat_pair(

@@ -7,36 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from interp.errors import PromptError
-from interp.prompts.pairs import Span
+from interp.prompts.listing import TokenIds, check_text
+from interp.prompts.ranges import Span, continues_word
+from interp.prompts.special_tokens import SpecialTokens
 from interp.prompts.token_bytes import label, offsets_by_bytes, token_bytes
 
-
-class TokenBridge(Protocol):
-    """The part of a TransformerBridge that encoding uses."""
-
-    original_model: Any
-
-    def to_tokens(self, text: Any, **kwargs: Any) -> Tensor:
-        """Tokens [batch, position] of text."""
-        ...
+ANCHORS = ("a", "(", "\n")  # texts of one token each, that few tokenizers merge with what follows
 
 
 @dataclass(frozen=True)
 class TextEncoder:
     """Encodes text for one model.
 
-    It adds the special tokens that TransformerLens' ``to_tokens`` adds.
+    ``special``: the special tokens around every text. ``vocabulary``: the number of tokens that the model embeds; None
+    if unknown. ``mask``: the mask token, for a model that fills it in.
     """
 
     name: str
-    bridge: TokenBridge = field(repr=False)
     tokenizer: Any = field(repr=False)
+    special: SpecialTokens
     n_ctx: int
+    vocabulary: int | None = None
+    mask: str | None = None
 
     @property
     def unknown(self) -> int | None:
@@ -45,35 +40,43 @@ class TextEncoder:
         It is None if that token has another use, as in GPT-2.
         """
         t = self.tokenizer
+        if t is None:
+            return None
         unknown = getattr(t, "unk_token_id", None)
         return None if unknown is None or unknown in (t.bos_token_id, t.eos_token_id) else unknown
 
-    def encode(self, text: str) -> list[int]:
-        """Encode with the model's special tokens.
-
-        Raises PromptError beyond its context length or its vocabulary.
-        """
+    def bare(self, text: str) -> list[int]:
+        """Encode without special tokens."""
         if self.tokenizer is None:
-            raise PromptError(f"{self.name} has no tokenizer and reads no text, so prompts cannot be strings")
-        ids = self.bridge.to_tokens(text, truncate=False)[0].tolist()
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(bos) and ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]  # a chat template has written the special token already
-        if len(ids) > self.n_ctx:
-            raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
-        self._check_embedded(ids)
+            raise PromptError(
+                f"{self.name} has no tokenizer, so that prompts cannot be texts: load it with tokenizer=…, or give "
+                "token ids"
+            )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, text: str | TokenIds) -> list[int]:
+        """Encode with the special tokens of the model's prompts; token ids stay as they are.
+
+        Raises PromptError for an empty text, and beyond the context length or the vocabulary.
+        """
+        if isinstance(text, TokenIds):
+            self.check(text)
+            return list(text)
+        check_text(text)
+        bare = self.bare(text)
+        before, after = self.special.around(bare)
+        ids = [*before, *bare, *after]
+        self.check(ids)
         return ids
 
-    def _check_embedded(self, ids: Sequence[int]) -> None:
-        """Raise PromptError for tokens without an embedding in the model."""
-        # not all models are classes of transformers
-        get_embeddings = getattr(self.bridge.original_model, "get_input_embeddings", None)
-        table = getattr(get_embeddings and get_embeddings(), "weight", None)
-        size = None if table is None else len(table)
-        if size is not None and ids and max(ids) >= size:
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise PromptError for more tokens than the context, or for tokens without an embedding."""
+        if len(ids) > self.n_ctx:
+            raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
             raise PromptError(
-                f"token {max(ids)} ({label(self.tokenizer, max(ids))!r}) is beyond the {size} tokens that {self.name} "
-                "knows: is the tokenizer another model's?"
+                f"token {max(ids)} ({self.texts([max(ids)])[0]!r}) is beyond the {self.vocabulary} tokens that "
+                f"{self.name} knows: is the tokenizer another model's?"
             )
 
     def texts(self, ids: Sequence[int]) -> list[str]:
@@ -81,31 +84,87 @@ class TextEncoder:
 
         A token that is not a whole character shows its bytes.
         """
-        return [label(self.tokenizer, i) for i in ids]
+        return [str(i) if self.tokenizer is None else label(self.tokenizer, i) for i in ids]
 
-    def offsets(self, text: str) -> list[Span]:
-        """The character range of each token of `encode`; (0, 0) for special tokens."""
-        ids = self.encode(text)
+    def offsets(self, text: str | TokenIds) -> list[Span]:
+        """The character range of each token of `encode`; (0, 0) for special tokens, and for token ids."""
+        if isinstance(text, TokenIds):
+            return [(0, 0)] * len(text)
+        bare = self.bare(text)
+        before, after = self.special.around(bare)
+        return [(0, 0)] * len(before) + self._bare_offsets(text, bare) + [(0, 0)] * len(after)
+
+    def _bare_offsets(self, text: str, bare: Sequence[int]) -> list[Span]:
         if getattr(self.tokenizer, "is_fast", False):
             encoding = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-            bare, spans = list(encoding["input_ids"]), [tuple(o) for o in encoding["offset_mapping"]]
-            for shift in range(len(ids) - len(bare) + 1):
-                if ids[shift : shift + len(bare)] == bare:
-                    tail = len(ids) - len(bare) - shift
-                    return [(0, 0)] * shift + spans + [(0, 0)] * tail  # type: ignore[return-value]
-        ranges = offsets_by_bytes(text, [token_bytes(self.tokenizer, i) for i in ids])
+            return [(start, stop) for start, stop in encoding["offset_mapping"]]
+        ranges = offsets_by_bytes(text, [token_bytes(self.tokenizer, i) for i in bare])
         if ranges is not None:
             return ranges
-        ends = [len(self.tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
+        ends = [len(self.tokenizer.decode(bare[: i + 1])) for i in range(len(bare))]
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def continuation(self, text: str) -> list[int]:
-        """Encode text as the continuation of other text, without special tokens."""
-        bare = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if len(bare) <= 1 or not text[0].isspace():
-            return bare
-        # Some tokenizers mark the start of a string; a continuation is what follows other text.
-        anchor = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        joined = list(self.tokenizer("a" + text, add_special_tokens=False)["input_ids"])
-        follows = joined[: len(anchor)] == anchor and len(joined) > len(anchor)
-        return joined[len(anchor) :] if follows else bare
+        """Encode text as the continuation of some other text, without special tokens.
+
+        Where the other text is known, `following` is exact.
+        """
+        bare = self.bare(text)
+        for anchor in ANCHORS if bare else ():  # some tokenizers mark the start of a string
+            start, joined = self.bare(anchor), self.bare(anchor + text)
+            if joined[: len(start)] == start and len(joined) > len(start):
+                return joined[len(start) :]
+        return bare
+
+    def following(self, prompt: str | TokenIds, text: str) -> tuple[list[int], str]:
+        """Encode text as the continuation of one prompt; in a masked model, as what fills its mask.
+
+        Returns also a note, "" if there is nothing to know. Raises PromptError for a prompt whose last space belongs to
+        the text's first token.
+        """
+        if isinstance(prompt, TokenIds):
+            return self.continuation(text), ""
+        if self.mask is not None:
+            return self._filling(prompt, text, self.mask), ""
+        start = self.bare(prompt)
+        for glue in ("", " "):
+            joined = self.bare(prompt + glue + text)
+            ids = joined[len(start) :] if joined[: len(start)] == start else []
+            if ids and (not glue or not self._is_marked(ids[0])):  # without marks, a space says nothing
+                return ids, "" if glue else _note_on_glue(prompt, text)
+            if text[:1].isspace():
+                break
+        if prompt[-1:] == " ":
+            raise PromptError(
+                f"the prompt {prompt[-40:]!r} ends with a space, which belongs to the first token of its answer: end "
+                f"it without the space, and write the answer as {' ' + text.lstrip()!r}"
+            )
+        together = self.texts(self.bare(prompt + text)[-3:])
+        return self.continuation(text), (
+            f"is not what the tokenizer makes of it after {prompt[-20:]!r}: both together end in the tokens {together}"
+        )
+
+    def _is_marked(self, token: int) -> bool:
+        """Whether a token's name says that a space stands before it."""
+        return str(self.tokenizer.convert_ids_to_tokens(token)).startswith(("▁", "Ġ"))
+
+    def _filling(self, prompt: str, text: str, mask: str) -> list[int]:
+        """Encode text in the place of the prompt's mask."""
+        left, found, right = prompt.partition(mask)
+        start, whole = self.bare(left), self.bare(prompt)
+        if not found or mask in right:
+            return self.continuation(text)  # `mask_positions` reports this when the model runs
+        at = whole.index(self.tokenizer.mask_token_id)
+        word = text.strip() if not left or left[-1].isspace() else text
+        joined, after = self.bare(left + word + right), whole[at + 1 :]
+        fits = joined[:at] == whole[:at] and (not after or joined[-len(after) :] == after)
+        ids = joined[at : len(joined) - len(after)] if fits and at <= len(start) else []
+        return ids or self.continuation(text)
+
+
+def _note_on_glue(prompt: str, text: str) -> str:
+    """Return a note if the first letter of a text joins the last letter of its prompt."""
+    if not continues_word(prompt, text):
+        return ""
+    last = prompt.split()[-1]
+    return f"continues the prompt's last word ({last + text!r}): write {' ' + text!r} if it is a word of its own"

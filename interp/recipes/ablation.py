@@ -19,8 +19,10 @@ from interp.engine.core import EngineKind
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.prompt_provenance import hash_of_prompts
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, Prompt, PromptPair
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import Prompt, PromptPair
 from interp.recipes.choices import ABLATIONS, SCHEDULES
 from interp.recipes.donors import aligned_rows, resample_donors
 from interp.recipes.mean_activations import (
@@ -37,7 +39,6 @@ from interp.recipes.targets import Groups, Target, all_sites, components_of, exp
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
 from interp.utils.arguments import check_seed
-from interp.utils.provenance import prompt_hash
 
 Using = Literal["zero", "mean", "position_mean", "cama", "resample"]
 Schedule = Literal["each", "cumulative", "all but one"]
@@ -97,7 +98,7 @@ def ablate(
     recipe: dict[str, Any] = {"ablation": ABLATIONS[using], "ablation_seed": seed}
     recipe |= {"schedule": schedule, "window": window}
     if reference_prompts is not None:
-        recipe |= {"reference": prompt_hash(reference_prompts), "n_reference": len(reference_prompts)}
+        recipe |= {"reference": hash_of_prompts(reference_prompts, ids), "n_reference": len(reference_prompts)}
     if schedule == "cumulative":
         recipe["order"] = [str(t.address) for t in targets]
     cells = _AblationCells(f"ablate {'+'.join(components_of(targets))} ({using})", plan, source)

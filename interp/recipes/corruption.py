@@ -15,7 +15,7 @@ from interp.errors import InterpError
 from interp.model.batching import equal_length_batches
 from interp.model.hooks import hooks
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded
+from interp.prompts.coder import Encoded
 from interp.utils.arguments import is_number, is_whole
 
 PUBLISHED_NOISE, PUBLISHED_SAMPLES = 3.0, 10  # Meng et al. 2022

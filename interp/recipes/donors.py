@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.engine import Run
 from interp.errors import PromptError
-from interp.prompts.pairs import Encoded
+from interp.prompts.coder import Encoded
 from interp.recipes.mean_activations import Ids
 from interp.sites import Site
 

@@ -9,7 +9,9 @@ from interp.engine.cells import rows_of
 from interp.errors import InterpError, PromptError
 from interp.metrics import METRICS, Metric
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, PairSet, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pair_set import PairSet
+from interp.prompts.pairs import listed_prompts
 from interp.sites import EACH, Site, Sites
 
 

@@ -17,7 +17,8 @@ from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, Fact, PromptPair
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import window_layers
 from interp.results.effects import Effects

@@ -15,8 +15,9 @@ from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.model import Model
 from interp.model.session import in_session
+from interp.prompts.coder import Encoded
 from interp.prompts.model_input import ModelInput
-from interp.prompts.pairs import Encoded, Fact, PromptPair
+from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site

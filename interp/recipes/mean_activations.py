@@ -13,7 +13,9 @@ from torch import Tensor
 from interp.engine import Engine
 from interp.engine.cells import rows_of
 from interp.errors import PromptError
-from interp.prompts.pairs import Coder, Encoded, Prompt, PromptPair, encode_pairs
+from interp.prompts.coder import Coder, Encoded
+from interp.prompts.listing import listed
+from interp.prompts.pairs import Prompt, PromptPair, encode_pairs, text_of
 from interp.sites import Site, Sites
 
 Ids = tuple[int, ...]
@@ -133,11 +135,10 @@ def listed_reference(reference: Any) -> list[Any] | None:
     """Return ``reference=`` as a list, or None. Raises PromptError if it is not a list of prompts."""
     if reference is None:
         return None
-    prompts = [] if isinstance(reference, str) or not isinstance(reference, Iterable) else list(reference)
-    is_list = not isinstance(reference, str) and isinstance(reference, Iterable)
-    if not is_list or not all(isinstance(p, str | Prompt | PromptPair) for p in prompts):
-        raise PromptError(f"reference={reference!r:.60}: a list of prompts expected (texts, Prompts or PromptPairs)")
-    return prompts
+    expected = "reference=: a list of prompts"
+    if isinstance(reference, str):
+        raise PromptError(f"{expected} expected, got {reference!r:.60}")
+    return listed(reference, (str, Prompt, PromptPair), expected, takes_ids=True)
 
 
 def reference_ids(
@@ -154,9 +155,7 @@ def reference_ids(
     if not reference:
         raise PromptError("reference= is empty: give prompts to average over, or leave it out")
     return [
-        encode_pairs(r, coder)[0].clean
-        if isinstance(r, PromptPair)
-        else tuple(coder.encode(r.text if isinstance(r, Prompt) else r))
+        encode_pairs(r, coder)[0].clean if isinstance(r, PromptPair) else tuple(coder.encode(text_of(r)))
         for r in reference
     ]
 

@@ -20,13 +20,14 @@ from interp.engine.runs import is_change
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.prompt_provenance import hash_of_prompts
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, PromptPair, encode_pairs, first_difference
+from interp.prompts.coder import Encoded, first_difference
+from interp.prompts.pairs import PromptPair, encode_pairs, listed_prompts
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
 from interp.sites import Site
-from interp.utils.provenance import prompt_hash
 
 Mode = Literal["denoise", "noise"]
 STREAM = ("resid_pre", "resid_mid", "resid_post")  # components that hold everything a position passes on
@@ -78,12 +79,12 @@ def patch(
     if sources is None:
         source_pairs = None
     else:
-        source_pairs = [sources] if isinstance(sources, PromptPair) else list(sources)
+        source_pairs = listed_prompts(sources, "sources=: PromptPairs")
     cells = _PatchCells(loop.runner, loop.prompts, targets, _donor_ids(loop.prompts, source_pairs, model, mode), mode,
                         uses_own_runs=source_pairs is None)  # fmt: skip
     recipe = {"window": window, "groups": _group_members(targets)}
     if source_pairs:
-        recipe["sources"] = prompt_hash(source_pairs)
+        recipe["sources"] = hash_of_prompts(source_pairs, encode_pairs(source_pairs, model.coder))
     return loop.run(cells, "patch" if window == 1 else f"patch, window of {window} layers", mode, **recipe)
 
 

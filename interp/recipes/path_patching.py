@@ -26,7 +26,8 @@ from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, PromptPair
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import PromptPair
 from interp.recipes.choices import LOGITS, MODES, PATH_ABLATIONS, PATH_MLPS
 from interp.recipes.mean_activations import Means
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop

@@ -19,15 +19,16 @@ from interp.engine.packed_forward import find_other_mixer
 from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
+from interp.model.prompt_provenance import hash_of_prompts
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, Prompt, PromptPair
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import Prompt, PromptPair
 from interp.recipes.choices import PEEK_CONTEXTS
 from interp.recipes.mean_activations import Means, check_support, listed_reference, means_of, reference_ids
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
 from interp.utils.arguments import is_whole
-from interp.utils.provenance import prompt_hash
 
 
 @in_session
@@ -82,7 +83,7 @@ def peek(
     ablation = "context-aware mean, then masked attention" if context == "mean" else "masked attention"
     recipe: dict[str, Any] = {"full_peek": full, "context": context, "ablation": ablation}
     if reference_prompts is not None:
-        recipe |= {"reference": prompt_hash(reference_prompts), "n_reference": len(reference_prompts)}
+        recipe |= {"reference": hash_of_prompts(reference_prompts, ids), "n_reference": len(reference_prompts)}
     cells = _PeekCells(f"all for one, full peek of {full} layers", loop, sites, means, full)
     return loop.run(cells, cells.title, "noise", **recipe)
 

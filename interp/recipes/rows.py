@@ -12,11 +12,11 @@ import torch
 from interp.errors import InterpError
 from interp.metrics import Metric, recovery
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded
+from interp.model.prompt_provenance import prompt_provenance
+from interp.prompts.coder import Encoded
 from interp.recipes.targets import Address
 from interp.results.effects import COLUMNS, Effects
 from interp.sites import Site
-from interp.utils.provenance import now, prompt_hash
 
 
 @dataclass
@@ -63,8 +63,12 @@ class EffectRows:
         self.columns = {name: values[:n] for name, values in self.columns.items()}
         self.no_gap = self.no_gap[:n]
 
-    def effects(self, model: Model, prompts: Sequence[Any], *, keep_nan: bool = False, **recipe: Any) -> Effects:
+    def effects(
+        self, model: Model, items: Sequence[Any], prompts: Sequence[Encoded], *, keep_nan: bool = False, **recipe: Any
+    ) -> Effects:
         """Return the table, with effects on the recovery scale and the recipe in its provenance.
+
+        ``items``: the prompts as they were given; ``prompts``: as token ids.
 
         Raises InterpError if the metric came out NaN or infinite, unless ``keep_nan``.
         """
@@ -77,7 +81,7 @@ class EffectRows:
         frame = pd.DataFrame({**self.columns, "effect": effect.numpy(), "raw": raw.numpy()})
         denoising, noising = "(patched − corrupt)/(clean − corrupt)", "(patched − clean)/(corrupt − clean)"
         provenance = {
-            **model.provenance(), "prompts": prompt_hash(prompts), "n_prompts": len(prompts), "created": now(),
+            **prompt_provenance(model, items, prompts),
             "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
             "metric_unit": self.metric.unit, "normalisation": denoising if self.mode == "denoise" else noising,
             **recipe,

@@ -10,7 +10,7 @@ import torch
 from interp.engine import Cell, Engine, Run
 from interp.errors import InterpError, ModelError
 from interp.metrics import Metric, Readout, rounding
-from interp.prompts.pairs import Encoded
+from interp.prompts.coder import Encoded
 from interp.utils.progress import Advance
 
 log = logging.getLogger("interp")

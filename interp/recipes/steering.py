@@ -20,7 +20,8 @@ from interp.errors import InterpError, PromptError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import Fact, PromptPair
+from interp.prompts.listing import TokenIds
+from interp.prompts.pairs import Fact, PromptPair, listed_texts
 from interp.recipes.inputs import expand_sites
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import as_sites
@@ -112,11 +113,11 @@ def _check_width(addend: Tensor, run: Run, sites: Sequence[Site]) -> None:
 @in_session
 @torch.no_grad()
 def mean_difference(
-    model: Model, positive: Iterable[str], negative: Iterable[str], site: Site | str
+    model: Model, positive: Iterable[Any], negative: Iterable[Any], site: Site | str
 ) -> Float[Tensor, " width"]:
     """Return the mean activation at ``site`` over the ``positive`` texts minus that over the ``negative`` texts.
 
-    A site without a position averages over all positions of each text except a leading special token; every text has
+    A site without a position averages over all positions of each text except special tokens around it; every text has
     the same weight. Raises PromptError if either list is empty.
     """
     site = Site.parse(site) if isinstance(site, str) else site
@@ -124,7 +125,7 @@ def mean_difference(
     runner.check_sites([site])
     means = []
     for name, argument in (("positive", positive), ("negative", negative)):
-        texts = [] if isinstance(argument, str) else list(argument)
+        texts = [] if isinstance(argument, str) else listed_texts(argument, f"{name} texts")
         if not texts:
             raise PromptError(f"mean_difference needs a list of at least one {name} text, got {argument!r:.60}")
         activations = []
@@ -136,16 +137,18 @@ def mean_difference(
     return means[0] - means[1]
 
 
-def _text_mean(model: Model, run: Run, site: Site, text: str) -> Tensor:
-    n = len(model.coder.encode(text))
+def _text_mean(model: Model, run: Run, site: Site, text: str | TokenIds) -> Tensor:
+    n = len(run)
     if isinstance(site.position, str):
         raise SiteError(f"site {site}: texts have no named spans; give a number, or none for the mean of all positions")
     if isinstance(site.position, int):
         if not -n <= site.position < n:
             raise PromptError(f"site {site}: {text!r} has {n} tokens")
         return run.value(site, site.position % n, site.position % n + 1)[0]
-    has_special_token = model.coder.offsets(text)[0] == (0, 0) and n > 1
-    return run.value(site, int(has_special_token), n).mean(0)
+    special = model.special_tokens
+    first = len(special.before) if tuple(run.ids[: len(special.before)]) == special.before else 0
+    last = n - len(special.after) if special.after and tuple(run.ids[-len(special.after) :]) == special.after else n
+    return run.value(site, *((first, last) if first < last else (0, n))).mean(0)
 
 
 def direction_between(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from interp.engine.core import EngineKind
 from interp.errors import Interrupted
 from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
-from interp.prompts.pairs import Encoded, encode_any, encode_pairs
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_any, encode_pairs
 from interp.recipes.inputs import as_prompts, check_metric, provenance_of
 from interp.recipes.rows import EffectRows
 from interp.recipes.scoring import evaluate_or_keep, readout, rounding_of, score_runs, warn_if_no_gap
@@ -221,7 +222,7 @@ class SweepLoop:
     def _effects(self, table: EffectRows, recipe: dict[str, Any]) -> Effects:
         """Return the rows with their provenance."""
         return table.effects(
-            self.model, self.items, keep_nan=self.subset.keep_nan, **self.runner.provenance(), **recipe,
+            self.model, self.items, self.prompts, keep_nan=self.subset.keep_nan, **self.runner.provenance(), **recipe,
             **provenance_of(self.given_prompts),
         )  # fmt: skip
 

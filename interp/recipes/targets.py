@@ -8,7 +8,7 @@ from typing import Any
 
 from interp.engine.cells import rows_of
 from interp.errors import SiteError
-from interp.prompts.pairs import Encoded
+from interp.prompts.coder import Encoded
 from interp.sites import COMPONENTS, EACH, Site, Sites
 from interp.utils.arguments import check_window
 

@@ -22,7 +22,8 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, prob
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, Fact, PromptPair
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.choices import SEVERED, TRACED_WINDOWS
 from interp.recipes.corruption import NoiseCorruption, PairCorruption, corruption_of
 from interp.recipes.inputs import expand_sites

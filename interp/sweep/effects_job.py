@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from interp.errors import InterpError, ModelError, SiteError
 from interp.jobs.job import PartResult, RunFiles
+from interp.model.prompt_provenance import hash_of_prompts
+from interp.prompts.pairs import encode_any
 from interp.recipes.registry import RECIPES
 from interp.sweep import prompt_sets
 from interp.sweep.config import Config, ModelSpec, SweepPart, parse
@@ -36,6 +38,7 @@ class EffectsJob:
         self.loaded: tuple[str, Any] | None = None
         self.warmed_up_for: tuple[str, str, int] | None = None
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
+        self.hashes: dict[tuple[str, str, int], str] = {}
         self.shared: dict[Any, Any] = {}  # means over whole sets
 
     def compute(self, number: int) -> PartResult:
@@ -74,6 +77,14 @@ class EffectsJob:
             gc.collect()
             self.loaded = spec.name, load(spec.load, **spec.options)
         return self.loaded[1]
+
+    def prompt_hash(self, part: SweepPart, prompts: PromptSet, model: Any) -> str:
+        """Return the hash of a set's usable prompts and of their token ids."""
+        key = part.model.name, part.task.name, part.seed
+        if key not in self.hashes:
+            usable = [prompts.prompts[i] for i in prompts.usable]
+            self.hashes[key] = hash_of_prompts(usable, encode_any(usable, model.coder)[0])
+        return self.hashes[key]
 
     def prompts(self, part: SweepPart, model: Any) -> PromptSet:
         """Return the part's frozen prompts, and make them if the run does not have them yet.
@@ -206,7 +217,7 @@ class _PartMeasurement:
         effects = recipe(self.model, prompts, **arguments, subset=subset)
         self.provenance = {k: v for k, v in effects.provenance.items() if k not in ("created", "prompts", "n_prompts")}
         self.provenance |= {
-            "prompts": self.prompts.digest[:16],
+            "prompts": self.job.prompt_hash(self.part, self.prompts, self.model),
             "n_prompts": len(self.usable),
         }
         frame = effects.frame()

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError, ModelError
-from interp.prompts.pairs import Fact, PairSet, PromptPair, encode_any
+from interp.prompts.pair_set import PairSet
+from interp.prompts.pairs import Fact, PromptPair, encode_any
 from interp.sweep.config import TaskSpec
 from interp.sweep.config_sections import makers
 from interp.utils.files import digest_of

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from interp.errors import PromptError, TaskError
-from interp.prompts.pairs import Encoded, Fact, PromptPair, encode_facts, encode_pairs
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import Fact, PromptPair, encode_facts, encode_pairs, listed_prompts
 from interp.results.significance import percentile_interval, resample_examples
 from interp.tasks.vocabulary import TaskModel
 
@@ -60,12 +60,12 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
     anything runs.
     """
     task = getattr(prompts, "task", "these prompts")
-    listed: list[Any] = [prompts] if isinstance(prompts, PromptPair | Fact) else list(prompts)
-    kinds = {type(p) for p in listed}
+    items = listed_prompts(prompts)
+    kinds = {type(p) for p in items}
     if len(kinds) > 1:
         raise PromptError("check takes PromptPairs or Facts, not a mixture of both")
     encode = encode_facts if kinds == {Fact} else encode_pairs
-    diffs = margins(model, encode(listed, model.coder))
+    diffs = margins(model, encode(items, model.coder))
     lo, hi = _interval(diffs)
     return Behaviour(model.name, task, len(diffs), float((diffs > 0).mean()), float(diffs.mean()), (lo, hi))
 

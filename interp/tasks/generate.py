@@ -17,7 +17,9 @@ from string import Formatter
 from typing import Any, Literal, TypeVar
 
 from interp.errors import PromptError, TaskError
-from interp.prompts.pairs import Coder, PromptPair, Span, token_spans
+from interp.prompts.coder import Coder
+from interp.prompts.pairs import PromptPair
+from interp.prompts.ranges import Span, token_spans
 from interp.tasks.vocabulary import TaskModel, TaskPairs, check_count, single_tokens
 
 Split = Literal["train", "test"]

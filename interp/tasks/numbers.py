@@ -12,7 +12,9 @@ from random import Random
 from typing import Literal
 
 from interp.errors import TaskError
-from interp.prompts.pairs import Coder, PromptPair, Span
+from interp.prompts.coder import Coder
+from interp.prompts.pairs import PromptPair
+from interp.prompts.ranges import Span
 from interp.tasks.generate import (
     Draw,
     Split,

@@ -9,7 +9,8 @@ from random import Random
 from typing import Literal
 
 from interp.errors import TaskError
-from interp.prompts.pairs import Coder, PromptPair
+from interp.prompts.coder import Coder
+from interp.prompts.pairs import PromptPair
 from interp.tasks.generate import (
     Split,
     check_choice,

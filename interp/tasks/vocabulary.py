@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from interp.errors import TaskError
-from interp.prompts.pairs import Coder, PairSet, PromptPair
+from interp.prompts.coder import Coder
+from interp.prompts.pair_set import PairSet
+from interp.prompts.pairs import PromptPair
 from interp.utils.arguments import is_whole
 
 

@@ -33,12 +33,16 @@ def _versions() -> dict[str, str]:
     return installed
 
 
-def prompt_hash(items: Iterable[Any]) -> str:
-    """Return a short hash of prompts (dataclasses or strings) in their order."""
+def prompt_hash(items: Iterable[Any], ids: Iterable[Any]) -> str:
+    """Return a short hash of prompts (dataclasses or strings) in their order, and of their token ids.
+
+    ``ids``: of each prompt, what the model reads: token ids, or lists of them. Equal texts that a model reads with and
+    without a BOS token are two prompts.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for item in items:
-        fields = vars(item) if hasattr(item, "__dict__") else item
-        digest.update(json.dumps(fields, sort_keys=True, default=_as_json).encode())
+    for item, read in zip(items, ids, strict=True):
+        fields = vars(item) if hasattr(item, "__dict__") and not isinstance(item, tuple) else item
+        digest.update(json.dumps([fields, read], sort_keys=True, default=_as_json).encode())
     return digest.hexdigest()
 
 

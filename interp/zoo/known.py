@@ -26,7 +26,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from interp.errors import TaskError
-from interp.prompts.pairs import Fact, PairSet, PromptPair
+from interp.prompts.pair_set import PairSet
+from interp.prompts.pairs import Fact, PromptPair
 from interp.sites import Site, Sites
 from interp.zoo.tokenizer import BOS, LETTERS, SPECIALS, SYLLABLES
 
@@ -135,7 +136,7 @@ class Known:
             place = next(i for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)) if a != b)
             if clean.index(clean[place]) < place:
                 raise TaskError(f"zoo.{self.name}: {clean[place]!r} stands twice in {pair.clean!r}: use pairs")
-            facts.append(Fact(pair.clean, clean[place], pair.answer))
+            facts.append(Fact(pair.clean, clean[place], pair.answer, occurrence=0))
         return facts
 
     def truth_resid(self, pair: PromptPair) -> Sites:

@@ -16,7 +16,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import TaskError
-from interp.prompts.pairs import PairSet, PromptPair
+from interp.prompts.pair_set import PairSet
+from interp.prompts.pairs import PromptPair
 from interp.sites import Site
 from interp.zoo import shipped
 from interp.zoo.known import WORDS as INDUCTION_WORDS

@@ -8,7 +8,7 @@ from functools import cache
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from interp.prompts.pairs import Coder
+from interp.prompts.coder import Coder
 from interp.tasks.generate import word_lists
 from interp.tasks.known_facts import relations
 from interp.zoo.tokenizer import word_tokenizer

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from interp import tasks, zoo
 from interp.errors import PromptError, TaskError
-from interp.prompts.pairs import Coder, Fact, PromptPair, encode_facts, encode_pairs
+from interp.prompts.coder import Coder
+from interp.prompts.pairs import Fact, PromptPair, encode_facts, encode_pairs
 from interp.tasks import indirect_object, known_facts
 from interp.tasks.indirect_object import NAMES, OBJECTS, PLACES, TEMPLATES
 from interp.zoo.tokenizer import word_tokenizer

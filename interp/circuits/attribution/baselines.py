@@ -14,9 +14,9 @@ from interp.circuits.scores import EdgeScores
 from interp.circuits.topology import architecture
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
 from interp.prompts.pairs import encode_pairs, listed_prompts
-from interp.utils.provenance import prompt_hash
 
 
 def random_scores(model: Model, seed: int = 0) -> EdgeScores:
@@ -50,8 +50,8 @@ def magnitude_scores(model: Model, pairs: Pairs, seed: int = 0) -> EdgeScores:
                 size[graph.columns(layer, "mlp_out")] += _norms(change[f"blocks.{layer}.hook_mlp_out"][None])
     matrix = np.broadcast_to((size / len(prompts)).numpy(), graph.allowed.shape)
     ties = 1 + 1e-9 * np.random.default_rng(seed).random(graph.allowed.shape)
-    recipe = {"method": "magnitude", "seed": seed, "prompts": prompt_hash(pairs), "n_prompts": len(pairs)}
-    return EdgeScores(graph, matrix * ties, {**model.provenance(), **recipe})
+    recipe = {"method": "magnitude", "seed": seed}
+    return EdgeScores(graph, matrix * ties, {**prompt_provenance(model, pairs, prompts), **recipe})
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:

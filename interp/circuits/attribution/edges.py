@@ -33,14 +33,16 @@ from interp.circuits.attribution.contraction import Contraction
 from interp.circuits.attribution.gradients import Override, stream_gradients
 from interp.circuits.capture import capture
 from interp.circuits.choices import EdgeMethod
-from interp.circuits.inputs import Pairs, base_provenance, token_batches
+from interp.circuits.inputs import Pairs, token_batches
 from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.choices import MODES
 from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.patching import Mode
@@ -87,7 +89,7 @@ def attribute_edges(
             totals += _EdgeBatch(wiring, [prompts[i] for i in batch], metric, mode, method).scores(method, steps)
             advance(len(batch))
     provenance = {
-        **base_provenance(model, pair_list),
+        **prompt_provenance(model, pair_list, prompts),
         "method": method, "mode": mode, "metric": metric.name, "metric_direction": metric.direction,
         "steps": steps if "-ig-" in method else None,
         "evidence": "estimate by gradients", **provenance_of(pairs),

@@ -33,14 +33,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.capture import capture, capture_calls
-from interp.circuits.inputs import Pairs, base_provenance, token_batches
+from interp.circuits.inputs import Pairs, token_batches
 from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import encode_pairs, listed_prompts
+from interp.prompts.pairs import encode_pairs, listed_prompts, listed_texts
 
 EPSILON = 1e-5
 PART_BYTES = 64 * 2**20  # of parts, d_model numbers each, that exist at one time
@@ -61,7 +62,9 @@ def flow_scores(model: Model, pairs: Pairs) -> EdgeScores:
     for batch in token_batches(prompts):
         total += _edge_sums(wiring, [prompts[i].clean for i in batch])
     recipe = {"method": "information flow routes", "evidence": "share of size, without intervention"}
-    return EdgeScores(wiring.graph, (total / len(prompts)).numpy(), {**base_provenance(model, pair_list), **recipe})
+    return EdgeScores(
+        wiring.graph, (total / len(prompts)).numpy(), {**prompt_provenance(model, pair_list, prompts), **recipe}
+    )
 
 
 def _edge_sums(wiring: Wiring, ids: list[Any]) -> Float[Tensor, "receivers senders"]:
@@ -160,7 +163,7 @@ def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = 
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1:
         raise InterpError(f"threshold={threshold!r}: expected a number from 0 to below 1, the range of importances")
     wiring = Wiring(model)
-    graph, ids = wiring.graph, model.coder.encode(prompt)
+    graph, ids = wiring.graph, model.coder.encode(listed_texts([prompt])[0])
     if graph.parallel:
         raise InterpError(f"{model.name}: attention and MLPs are parallel, so routes over tokens are not defined")
     wiring.check(ids)

@@ -50,7 +50,8 @@ from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.choices import MODES
 from interp.recipes.inputs import check_metric, expand_sites, provenance_of
 from interp.recipes.patching import Mode
@@ -97,7 +98,7 @@ def attribute_sites(
     for e in job.estimates(method):
         rows.add(e.example, e.site, e.prompt, e.clean, e.corrupt, e.base + float(e.changes[0]))
     recipe = {"method": method, "steps": steps if method.startswith("ig") else None, **provenance_of(pairs)}
-    return rows.effects(model, job.pairs, engine="backward passes", evidence="estimate", **recipe)
+    return rows.effects(model, job.pairs, job.prompts, engine="backward passes", evidence="estimate", **recipe)
 
 
 @in_session

@@ -27,7 +27,7 @@ from interp.circuits.evaluation.packed_forward import (
     run_circuits,
     slim,
 )
-from interp.circuits.inputs import TOKENS, Pairs, base_provenance, token_batches
+from interp.circuits.inputs import TOKENS, Pairs, token_batches
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
@@ -35,8 +35,10 @@ from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.mean_activations import Means
 from interp.recipes.scoring import readout
@@ -113,7 +115,7 @@ class Evaluator:
         self.wiring = Wiring.checked(model, self.prompts[0].clean)
         self.graph = self.wiring.graph
         self.recipe = {
-            **base_provenance(model, pair_list), "metric": self.metric.name, "using": using,
+            **prompt_provenance(model, pair_list, self.prompts), "metric": self.metric.name, "using": using,
             "ablation": RECIPES[using], "ablation_seed": seed,
             "normalisation": "(m(C) − m(∅)) / (m(M) − m(∅)), ratio of means over examples", **provenance_of(pairs),
         }  # fmt: skip

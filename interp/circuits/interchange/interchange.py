@@ -44,13 +44,14 @@ from interp.circuits.interchange.bijections import Exchange, RevNet
 from interp.errors import InterpError, ModelError, PromptError, SiteError
 from interp.model import transformer_lens_tools as tl
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import COMPONENTS, Site
 from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import Advance, progress
-from interp.utils.provenance import now, prompt_hash
 
 WIDE = ("resid_pre", "resid_post", "attn_out", "mlp_out")  # components whose activation is [batch, position, d_model]
 
@@ -142,7 +143,7 @@ def interchange_accuracy(
                 rows += fits.rows(weights, "linear", fits.linear(steps, lr, advance))
                 rows += fits.rows(weights, "non-linear", fits.nonlinear(steps, nonlinear_lr, blocks, hidden, advance))
     provenance = {
-        **model.provenance(), "prompts": prompt_hash([*splits["train"], *splits["test"]]), "created": now(),
+        **prompt_provenance(model, [*splits["train"], *splits["test"]], [*encoded["train"], *encoded["test"]]),
         "method": "interchange interventions", "site": str(site), "rank": rank, "steps": steps, "lr": lr,
         "nonlinear_lr": nonlinear_lr, "batch_size": batch_size, "blocks": blocks, "hidden": hidden, "seed": seed,
         "random_weights": "matrices redrawn, normal with their own mean and deviation", **provenance_of(train),

@@ -41,12 +41,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
-from interp.circuits.inputs import base_provenance
 from interp.circuits.learned.gated_model import GatedModel
 from interp.circuits.learned.head_gates import CLAMP, HeadGates
-from interp.circuits.learned.next_token import Sample, Text, permuted, samples
+from interp.circuits.learned.next_token import Sample, Text, listed_data, permuted, samples
 from interp.errors import InterpError, PromptError
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
 from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import check_positive, check_seed, check_whole
@@ -88,7 +88,8 @@ def causal_head_gating(
     bad input before the first update.
     """
     settings = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
-    encoded = samples(data, model)
+    items = listed_data(data)
+    encoded = read = samples(items, model)
     if permute_targets:
         encoded = permuted(encoded, seed)
     gated = GatedModel(model)
@@ -104,7 +105,9 @@ def causal_head_gating(
     losses = {phase: _losses(gated, encoded, m.sigmoid()) for phase, m in logits.items()}
     losses["ungated"] = _losses(gated, encoded, torch.ones_like(logits["start"][:1]))
     details = {"targets": "permuted" if permute_targets else "as given", "losses": losses}
-    gates = _result(gated, logits, data, "causal head gating", seed, settings, details)
+    gates = _result(
+        gated, logits, items, read, "causal head gating", seed, settings, {**details, **provenance_of(data)}
+    )
     if gates.stuck():
         log.warning(
             "the start fit of seeds %s ends worse than the model without gates: their facilitation says nothing. Use "
@@ -138,7 +141,7 @@ def contrastive_head_gating(
     updates, batches of 64, step 0.1 to 0.01).
     """
     settings = settings_of(steps, n_seeds, lam, lr, lr_end, start, batch_size, seed)
-    variants = [list(retain), list(forget)]
+    variants = [listed_data(retain), listed_data(forget)]
     items = [item for variant in variants for item in variant]
     encoded = [samples(variant, model) for variant in variants]
     if len(encoded[0]) != len(encoded[1]):
@@ -157,7 +160,9 @@ def contrastive_head_gating(
     losses = {n: {"gated": _losses(gated, v, gates), "ungated": _losses(gated, v, ones)} for n, v in by_name}
     details = {"max_difference": MAX_DIFFERENCE, "losses": losses}
     method = "contrastive causal head gating"
-    return _result(gated, {"contrast": fit.logits.detach()}, items, method, seed, settings, details)
+    return _result(
+        gated, {"contrast": fit.logits.detach()}, items, [*encoded[0], *encoded[1]], method, seed, settings, details
+    )
 
 
 class _GateFit:
@@ -234,16 +239,15 @@ def _initial_logits(
 
 
 def _result(
-    gated: GatedModel, logits: dict[str, Tensor], data: Any, method: str, seed: int, settings: dict[str, Any],
-    details: dict[str, Any],
+    gated: GatedModel, logits: dict[str, Tensor], items: list[Any], read: list[Sample], method: str, seed: int,
+    settings: dict[str, Any], details: dict[str, Any],
 ) -> HeadGates:  # fmt: skip
     """Gates with the provenance of their fit."""
-    items = [data] if isinstance(data, str) or hasattr(data, "clean") else list(data)
     provenance = {
-        **base_provenance(gated.model, items),
+        **prompt_provenance(gated.model, items, [s.ids for s in read]),
         "method": method, "seeds": [seed + i for i in range(settings["n_seeds"])], **settings,
         "optimizer": "Adam, gradient norm at most 1 for each seed", "clamp": CLAMP, **details,
-        "regularisation": "mean over heads, loss = mean over examples of token means", **provenance_of(data),
+        "regularisation": "mean over heads, loss = mean over examples of token means",
     }  # fmt: skip
     values = {name: m.sigmoid().double().cpu().numpy() for name, m in logits.items()}
     return HeadGates(values, gated.layers, provenance)

@@ -28,15 +28,17 @@ from torch import Tensor
 
 from interp.circuits.capture import capture
 from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
-from interp.circuits.inputs import Pairs, base_provenance, token_batches
+from interp.circuits.inputs import Pairs, token_batches
 from interp.circuits.learned.hard_concrete import HardConcrete
 from interp.circuits.learned.next_token import Unembedding
 from interp.errors import InterpError, PromptError
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.sites import Site
 from interp.utils.arguments import check_positive, check_seed, check_whole
@@ -108,7 +110,7 @@ def differential_masks(
             fit.step([prompts[i] for i in batch])
             advance(1)
     provenance = {
-        **base_provenance(model, pair_list),
+        **prompt_provenance(model, pair_list, prompts),
         "method": "differential masking of heads (DiffMask+)", "k": k, "steps": steps, "lr": lr, "seed": seed,
         "batch_size": batch_size, "lambda": float(fit.penalty.detach()), "loss": fit.loss, "position": "last",
         "expected_masked": float(fit.masked().sum()), **provenance_of(pairs),

@@ -30,15 +30,17 @@ from torch import Tensor
 from interp.circuits.capture import capture
 from interp.circuits.circuit import Circuit
 from interp.circuits.fitting import require_finite, shuffled_batches, without_weight_gradients
-from interp.circuits.inputs import Pairs, base_provenance, token_batches
+from interp.circuits.inputs import Pairs, token_batches
 from interp.circuits.learned.hard_concrete import HardConcrete
 from interp.circuits.learned.soft_forward import run_weighted
 from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import Encoded, encode_pairs, listed_prompts
+from interp.prompts.coder import Encoded
+from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import progress
@@ -98,7 +100,7 @@ def prune_edges(
             fit.step([prompts[i] for i in batch])
             advance(1)
     provenance = {
-        **base_provenance(model, pair_list),
+        **prompt_provenance(model, pair_list, prompts),
         "method": "edge pruning", "evidence": "gates fitted to these prompts", "sparsity": sparsity,
         "steps": steps, "lr": lr, "start": start, "batch_size": batch_size, "seed": seed,
         "loss": "KL(model ‖ circuit) after the last token", "ablation": "counterfactual",

@@ -21,6 +21,7 @@ from interp.circuits.wiring import module_behind
 from interp.errors import ModelError, PromptError
 from interp.model.hooks import hooks
 from interp.model.model import Model
+from interp.prompts.listing import listed
 from interp.prompts.pairs import PromptPair, encode_pairs
 
 LOGIT_BYTES = 64 * 2**20  # of float32 logits that exist at one time
@@ -42,6 +43,17 @@ class Sample:
     foils: tuple[int, ...] | None = None
 
 
+def listed_data(data: Text | Iterable[Text]) -> list[Any]:
+    """Return one text, (prompt, completion) or PromptPair, or several, as a list; PromptError for anything else."""
+    if isinstance(data, str | PromptPair) or (isinstance(data, tuple) and len(data) == 2):
+        return [data]
+    data = list(data) if isinstance(data, tuple) else data
+    items = listed(data, (str, PromptPair, tuple), "texts, (prompt, completion) tuples or a PromptPair")
+    if not items:
+        raise PromptError("no data: pass texts, (prompt, completion) tuples, or PromptPairs")
+    return items
+
+
 def samples(data: Text | Iterable[Text], model: Model) -> list[Sample]:
     """Turn any mixture of three kinds of data into samples.
 
@@ -49,13 +61,7 @@ def samples(data: Text | Iterable[Text], model: Model) -> list[Sample]:
     of a PromptPair, its answer after its clean prompt (the corrupt prompt is not read). Raises PromptError for data
     without targets.
     """
-    is_single = isinstance(data, str | PromptPair) or (isinstance(data, tuple) and len(data) == 2)
-    if not isinstance(data, Iterable) and not is_single:
-        raise PromptError(f"expected texts, (prompt, completion) tuples or PromptPairs, got {data!r:.80}")
-    items: list[Any] = [data] if is_single else list(data)  # type: ignore[arg-type]
-    if not items:
-        raise PromptError("no data: pass texts, (prompt, completion) tuples, or PromptPairs")
-    return [_sample(i, item, model) for i, item in enumerate(items)]
+    return [_sample(i, item, model) for i, item in enumerate(listed_data(data))]
 
 
 def _sample(index: int, item: Any, model: Model) -> Sample:
@@ -72,7 +78,7 @@ def _sample(index: int, item: Any, model: Model) -> Sample:
     ids, start = list(model.coder.encode(prompt)), 1
     if completion is not None:
         start = len(ids)
-        ids += model.coder.continuation(completion)
+        ids += _completion(prompt, completion, model)
     if len(ids) > model.n_ctx:
         raise PromptError(f"item {index}: {len(ids)} tokens, more than {model.name}'s context of {model.n_ctx}")
     if len(ids) <= start:
@@ -81,6 +87,11 @@ def _sample(index: int, item: Any, model: Model) -> Sample:
             "or a (prompt, completion) tuple"
         )
     return Sample(tuple(ids), tuple(range(start - 1, len(ids) - 1)), tuple(ids[start:]))
+
+
+def _completion(prompt: str, completion: str, model: Model) -> list[int]:
+    following = model.coder.following
+    return model.coder.continuation(completion) if following is None else following(prompt, completion)[0]
 
 
 def permuted(data: Sequence[Sample], seed: int) -> list[Sample]:

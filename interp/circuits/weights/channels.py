@@ -28,14 +28,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.circuits.inputs import base_provenance
 from interp.circuits.weights.composition import FactoredMatrix, WeightCircuits
 from interp.circuits.wiring import sender_hooks
-from interp.errors import InterpError, PromptError
+from interp.errors import InterpError
 from interp.model.hooks import hooks
 from interp.model.model import Model
+from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import PromptPair
+from interp.prompts.pairs import PromptPair, listed_texts
 from interp.results.parquet import read_parquet, write_parquet
 from interp.sites import Site
 from interp.utils.arguments import check_positive
@@ -127,10 +127,8 @@ def attention_channels(
     PromptError, SiteError or ModelError for bad input, and InterpError if no head fires.
     """
     check_positive(1, coverage=coverage, upstream=upstream)
-    prompt_list = [prompts] if isinstance(prompts, str | PromptPair) else list(prompts)
-    if not prompt_list:
-        raise PromptError("no prompts: pass at least one text")
-    ids = [model.coder.encode(p.clean if isinstance(p, PromptPair) else p) for p in prompt_list]
+    prompt_list = listed_texts(prompts)
+    ids = [model.coder.encode(text) for text in prompt_list]
     weights = WeightCircuits(model)
     sites = _head_sites(model, heads)
     trace, rows = _Trace(weights, coverage, upstream), []
@@ -144,7 +142,7 @@ def attention_channels(
             "score above 0: there is nothing to decompose"
         )
     provenance = {
-        **base_provenance(model, prompt_list),
+        **prompt_provenance(model, prompt_list, ids),
         "method": "sparse attention decomposition", "firing": FIRING, "coverage": coverage, "upstream": upstream,
     }  # fmt: skip
     return Channels(pd.DataFrame(rows), provenance)

@@ -71,7 +71,7 @@ class FamilyCase:
     @cached_property
     def theirs(self) -> Bridge:
         """A TransformerBridge as TransformerLens builds it."""
-        return wrap(Weights(f"tiny {self.family}", tiny_hf(self.family), self.tokenizer))[0]
+        return wrap(Weights(f"tiny {self.family}", tiny_hf(self.family), self.tokenizer)).bridge
 
     # ------------------------------------------------------------ inputs and outputs
 

@@ -1,0 +1,77 @@
+"""Prompts as token ids of one tokenizer, and the functions of a tokenizer that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from interp.prompts.ranges import Span
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt (or aligned pair) as token ids of one tokenizer.
+
+    ``spans`` are token ranges. For a `Fact` the corrupt ids equal the clean ones; noise is added later.
+    ``changed_from``: the first position whose input differs although the ids agree (where another image begins).
+    """
+
+    clean: tuple[int, ...]
+    corrupt: tuple[int, ...]
+    answer: int
+    foil: int | None
+    tokens: tuple[str, ...]
+    spans: Mapping[str, Span]
+    changed_from: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def ids(self) -> list[Any]:
+        """All token ids, for hashing: clean, corrupt, answer and foil."""
+        return [list(self.clean), list(self.corrupt), self.answer, self.foil]
+
+    @property
+    def first_difference(self) -> int:
+        """First position at which clean and corrupt differ.
+
+        Returns their length if they are the same.
+        """
+        first = first_difference(self.clean, self.corrupt)
+        return first if self.changed_from is None else min(first, self.changed_from)
+
+    def role(self, position: int) -> str:
+        """Name of the shortest span that covers a token, or ''."""
+        inside = [(b - a, name) for name, (a, b) in self.spans.items() if a <= position < b]
+        return min(inside)[1] if inside else ""
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """First index at which two equally long rows of token ids differ.
+
+    Returns their length if they are the same.
+    """
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+@dataclass(frozen=True)
+class Coder:
+    """The functions of a tokenizer that encoding needs; `Model.coder` provides them.
+
+    ``encode(text)`` gives ids with the model's special tokens (token ids are checked and stay as they are);
+    ``texts(ids)`` gives one string per token; ``offsets(text)`` the character range of each token of ``encode(text)``,
+    (0, 0) for specials; ``continuation(text)`` the ids of a continuation, without special tokens.
+    ``following(prompt, text)`` gives the ids of a text after this prompt, and a note if there is something to know.
+    ``encode_image_pair(index, pair)`` encodes a pair of prompts with images, for a model that reads images.
+    ``unknown``: the id that stands for every word that the vocabulary lacks; None if it can spell all words.
+    """
+
+    encode: Callable[[Any], list[int]]
+    texts: Callable[[Sequence[int]], list[str]] = field(repr=False)
+    offsets: Callable[[Any], list[Span]] = field(repr=False)
+    continuation: Callable[[str], list[int]] = field(repr=False)
+    encode_image_pair: Callable[[int, Any], Encoded] | None = field(default=None, repr=False)
+    unknown: int | None = None
+    following: Callable[[Any, str], tuple[list[int], str]] | None = field(default=None, repr=False)
