@@ -48,6 +48,8 @@ from interp.circuits import (
 )
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.topology import architecture
+from interp.model.prompt_provenance import hash_of_prompts
+from interp.prompts.pairs import encode_pairs
 from interp.sites import Edge
 from interp.utils.provenance import now, versions
 
