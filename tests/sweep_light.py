@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from interp.jobs import work
+from interp.jobs import kinds
 from interp.jobs.store import Store
 
-work.JOBS["light"] = "sweep_light:LightJob"
+kinds.JOBS["light"] = "sweep_light:LightJob"
 sys.path.insert(0, str(Path(__file__).parent))
 COMMAND = (sys.executable, __file__)
 
@@ -28,9 +28,10 @@ class LightJob:
 
     def __init__(self, document: dict[str, Any], shelf: Any):
         self.document = document
+        self.seconds = float(shelf.get("inputs/seconds") or 0.01)  # not in the config: it decides no number
 
     def compute(self, part: int) -> Any:
-        time.sleep(self.document["seconds"])
+        time.sleep(self.seconds)
         rng = np.random.default_rng(part)
         rows = self.document["rows"]
         table = pa.table({"part": np.full(rows, part), "x": rng.normal(size=rows)})
@@ -38,9 +39,8 @@ class LightJob:
 
 
 def make(root: Path, parts: int = 40, rows: int = 50, seconds: float = 0.01) -> Store:
-    return Store.create(
-        root, "light", {"name": "light", "rows": rows, "seconds": seconds, "parts": parts}, parts, {}, ""
-    )
+    inputs = {} if seconds == 0.01 else {"seconds": str(seconds).encode()}
+    return Store.create(root, "light", {"name": "light", "rows": rows, "parts": parts}, parts, inputs, "")
 
 
 def contents(store: Store) -> dict[str, bytes]:

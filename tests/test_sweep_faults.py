@@ -185,7 +185,7 @@ def test_ctrl_c_once_finishes_what_is_in_hand_and_twice_drops_it(tmp_path, undis
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130 and not processes_of(slow)
-    slow.document["seconds"] = 0
+    (slow.root / "inputs" / "seconds").write_text("0.0")
     assert here(slow).code == 0
     assert light.contents(slow) == undisturbed
 

@@ -225,11 +225,11 @@ def resume(say: Say) -> dict[str, Any]:
 
     Measures seconds from the driver's start to the first part.
     """
-    from interp.jobs import work
+    from interp.jobs import kinds
     from interp.jobs.driver import Options, drive
     from interp.jobs.store import Store
 
-    work.JOBS["nothing"] = f"{__name__}:_EmptyJob"
+    kinds.JOBS["nothing"] = f"{__name__}:_EmptyJob"
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "run", "nothing", {"name": "nothing"}, PARTS, {}, "")
         job = _EmptyJob(None, None)

@@ -17,6 +17,8 @@ from interp.errors import InterpError
 
 if TYPE_CHECKING:
     from interp.jobs.driver import Outcome
+    from interp.jobs.receipts import Inventory
+    from interp.jobs.store import Store
 
 app = typer.Typer(
     help="Scripted sweeps that can be killed, moved and resumed: models × tasks × recipes × sites × seeds. Exit codes "
@@ -166,21 +168,25 @@ def shard_number(text: str | None) -> tuple[int, int] | None:
 @app.command()
 def status(
     folder: RunFolder,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every part and compare it with its checksum.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every part; compare checksum, config, weights, prompts.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Print the progress of a run, its workers, and damaged parts.
 
-    Exit code 1 if a part is damaged.
+    Exit code 1 if a part is damaged, does not belong to the run, or a file of the run was altered.
     """
     from interp.jobs.leases import holders
     from interp.jobs.store import Store
 
     store = Store.open(folder)
     inventory = store.inventory()
-    damaged = dict(inventory.damaged)
+    damaged, bad_files, notes = dict(inventory.damaged), {}, []
     if verify:
-        damaged |= dict(store.verify(sorted(inventory.present)))
+        more, bad_files, notes = _verify(store, inventory)
+        damaged |= more
+    bad_files |= {f"parts/{name}": "it is the file of no part" for name in inventory.strays}
     held = {p: h for p, h in holders(store.root / "leases").items() if p not in inventory.present}
     if as_json:
         counts = {
@@ -189,7 +195,8 @@ def status(
             "cells": inventory.rows,
             "failed_cells": inventory.failed,
         }
-        typer.echo(json.dumps({**counts, "damaged": damaged, "held": held}))
+        more = {"files": bad_files, "notes": notes}
+        typer.echo(json.dumps({**counts, "damaged": damaged, "held": held, **more}))
     else:
         n_present = f"{len(inventory.present):,} of {store.n_parts:,} parts"
         typer.echo(f"{folder}: {n_present}, {inventory.rows:,} cells, {inventory.failed:,} failed")
@@ -197,15 +204,33 @@ def status(
             typer.echo(f"  part {part} was taken by process {holder.get('pid')} on {holder.get('host')}")
         for part, why in sorted(damaged.items()):
             typer.echo(f"  part {part} is damaged: {why}")
-    if damaged:
+        for name, why in sorted(bad_files.items()):
+            typer.echo(f"  {name} cannot be used: {why}")
+        for note in notes:
+            typer.echo(f"  {note}")
+    if damaged or bad_files:
         raise typer.Exit(1)
+
+
+def _verify(store: Store, inventory: Inventory) -> tuple[dict[int, str], dict[str, str], list[str]]:
+    """Read every part; return damaged parts and bad frozen files, with the reasons, and what else to know."""
+    from interp.jobs.audit import Audit
+
+    store.report = (messages := []).append
+    audit = Audit(store)
+    damaged = dict(audit.failures(sorted(inventory.present)))
+    told = [m for m in messages if not any(name in m for name in audit.bad_files)]
+    return damaged, dict(audit.bad_files), [*told, *audit.notes()]
 
 
 @app.command()
 def merge(
     folder: RunFolder, others: Annotated[list[Path], typer.Argument(help="Run directories of the same config.")]
 ) -> None:
-    """Copy the parts that other copies of a run have, each checked; none is counted twice."""
+    """Copy the parts that other copies of a run have, each checked; none is counted twice.
+
+    Parts computed with other weights, another dtype or other prompts are refused before anything is copied.
+    """
     from interp.sweep import Sweep
 
     counts = Sweep.open(folder).merge(*others)

@@ -16,12 +16,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp.errors import InterpError
+from interp.jobs.audit import Audit
+from interp.jobs.folders import make_folders, put_aside
 from interp.jobs.leases import Leases, holder
+from interp.jobs.receipts import Inventory, part_name
 from interp.jobs.status import Tally, display, duration
-from interp.jobs.store import FOLDERS, Inventory, Store
-from interp.jobs.work import Emit, shard_of
+from interp.jobs.store import Store
+from interp.jobs.work import Emit, Event, shard_of
 from interp.utils.arguments import is_whole
-from interp.utils.files import write_file, writing
+from interp.utils.files import write_file
 from interp.utils.provenance import now, versions
 
 EXECUTORS = ("auto", "in-process", "local", "ray")
@@ -69,6 +72,7 @@ class Outcome:
     interrupted: bool
     elsewhere: int
     why: str = ""  # the most common reason in the first part with failed cells
+    notes: tuple[str, ...] = ()  # what was put aside, could not be compared, or differs between parts
 
     @property
     def code(self) -> int:
@@ -89,6 +93,7 @@ class Outcome:
             lines.append(f"{len(self.damaged)} part(s) were found damaged and computed anew: {parts}")
         for reason in dict.fromkeys(self.left.values()):
             lines.append(f"{sum(r == reason for r in self.left.values())} part(s) left undone: {reason}")
+        lines += self.notes
         if self.elsewhere and self.present < self.parts:
             lines.append(f"{self.elsewhere:,} parts belong to other shards")
         return "\n".join(lines)
@@ -102,22 +107,27 @@ def drive(store: Store, options: Options | None = None) -> Outcome:
     options = options or Options()
     execute, workers = select_executor(options)
     shard_parts = shard_of(store.n_parts, options.shard)
+    here = set(shard_parts)
+    notes: list[str] = []
+    store.report = notes.append
     _record_start(store, options, workers)
     leases = store.leases()
     repairs = _Repairs(store, leases)
     left: dict[int, str] = {}
     inventory = store.inventory()
-    here = set(shard_parts)
     tally = Tally(len(shard_parts), *_count(inventory, here))
-    checked: set[int] = set()
     title = store.document.get("name", store.root.name)
-    with display(options.show, tally, title) as emit, handle_interrupt(emit) as stop:
+    with display(options.show, tally, title) as show, handle_interrupt(show) as stop:
+        emit = _Notes(show, notes)
+        store.report = emit.report
         repairs.emit = emit
         if options.retry_failed:
             repairs.retry_failed(p for p, r in inventory.present.items() if r.failed and p in here)
         repairs.remove_leftovers()
+        repairs.remove_strays(inventory)
         repairs.put_aside({p: why for p, why in inventory.damaged.items() if p in here})
         before = set(inventory.present) & here
+        check = _Check(store, before)
         parts = range(*_bounds(store, options))
         settings = {k: getattr(options, k) for k in ("threads", "devices", "models", "address", "gpus")} | options.extra
         for _ in range(ROUNDS):
@@ -127,11 +137,12 @@ def drive(store: Store, options: Options | None = None) -> Outcome:
                 break
             latest = store.inventory()
             damaged = {p: why for p, why in latest.damaged.items() if p in here}
-            damaged |= dict(store.verify(sorted((before & set(latest.present)) - checked)))
-            checked |= before
+            damaged |= check.failures(set(latest.present) & here)
             if not damaged:
                 break
             repairs.put_aside(damaged)
+        for line in check.audit.notes():
+            store.report(line)
     leases.close()
     last = store.inventory()
     _, rows, failed = _count(last, here)
@@ -139,7 +150,43 @@ def drive(store: Store, options: Options | None = None) -> Outcome:
     present, elsewhere = len(set(last.present) & here), store.n_parts - len(shard_parts)
     return Outcome(
         store.n_parts, present, rows, failed, left, repairs.done, stop.is_set(), elsewhere, _why(store, last, here),
+        tuple(dict.fromkeys(notes)),
     )  # fmt: skip
+
+
+class _Notes:
+    """Passes events on, and collects the messages among them for the outcome."""
+
+    def __init__(self, show: Emit, notes: list[str]):
+        self.show, self.notes = show, notes
+        for note in dict.fromkeys(notes):  # of before there was a display
+            show({"event": "note", "reason": note})
+
+    def __call__(self, event: Event) -> None:
+        """Show an event; each message once."""
+        if event["event"] == "note":
+            if event["reason"] in self.notes:
+                return
+            self.notes.append(event["reason"])
+        self.show(event)
+
+    def report(self, message: str) -> None:
+        """Show a message."""
+        self({"event": "note", "reason": message})
+
+
+class _Check:
+    """Checks the parts that were finished before this start, once, and one that it computed, to compare with them."""
+
+    def __init__(self, store: Store, before: set[int]):
+        self.audit, self.before = Audit(store, only_reads=False), before
+        self.checked: set[int] = set()
+
+    def failures(self, present: set[int]) -> dict[int, str]:
+        """Return the parts that do not belong to the run, and why."""
+        parts = sorted((self.before & present) - self.checked)
+        self.checked |= self.before
+        return dict(self.audit.failures([*parts, *sorted(present - self.before)[:1]]))
 
 
 def _bounds(store: Store, options: Options) -> tuple[int, int, int]:
@@ -237,8 +284,17 @@ class _Repairs:
             lease = self.leases.take(part)
             if lease is not None:
                 for file in files:
-                    file.unlink(missing_ok=True)
+                    if file.is_dir() and not file.is_symlink():
+                        put_aside(self.store.root, file, "it is a folder", self.store.report)
+                    else:
+                        file.unlink(missing_ok=True)
                 lease.release()
+
+    def remove_strays(self, inventory: Inventory) -> None:
+        """Move Parquet files that belong to no part aside: whoever reads ``parts/*.parquet`` would count them."""
+        for name in inventory.strays:
+            why = f"it is the file of no part; parts are called {part_name(0)} to {part_name(self.store.n_parts - 1)}"
+            put_aside(self.store.root, self.store.root / "parts" / name, why, self.store.report)
 
 
 def _record_start(store: Store, options: Options, workers: int) -> None:
@@ -246,9 +302,7 @@ def _record_start(store: Store, options: Options, workers: int) -> None:
 
     Makes folders that a copy of the run may lack.
     """
-    with writing(store.root):
-        for folder in FOLDERS:
-            (store.root / folder).mkdir(exist_ok=True)
+    make_folders(store.root)
     me = holder()
     host = re.sub(r"[^A-Za-z0-9.-]", "-", str(me["host"]))
     number = len(list((store.root / "drivers").glob("*.json")))

@@ -14,7 +14,9 @@ The lease is the newest of the files ``leases/N.0``, ``N.1``, …, each created 
 number into it. A process that has seen no change of that number for a minute of its own monotonic clock takes over by
 creating the next file. Assumptions: creation with O_EXCL is atomic between hosts, and writes reach other hosts well
 within the minute. A holder that is suspended for longer (a closed laptop) may compute a part in vain that another
-process took over.
+process took over. A lease that holds no number, because its writer died, counts as lost after three heartbeats.
+
+No lease is followed out of the run directory: what is no regular file, or has a second name elsewhere, is put aside.
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError
-from interp.utils.files import writing
+from interp.jobs.folders import Report, parsed_object, put_aside, read_note, warn
+from interp.utils.files import NotAFile, check_folder, open_regular, read_regular, temporary_name, writing
 
 BEAT = 5.0  # seconds between heartbeats
 STILL = 60.0  # seconds without a heartbeat, as seen by another process, after which that process takes over
+TORN = 3  # heartbeats after which a lease that holds no number counts as lost
+MOST_LEASE_BYTES = 2**16
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -64,7 +69,7 @@ def suitable(folder: Path) -> str:
         return "heartbeats"
     probe = folder / f".probe.{uuid.uuid4().hex[:8]}"
     with writing(folder):
-        handle = os.open(probe, os.O_CREAT | os.O_RDWR, 0o666)
+        handle = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return "locks"
@@ -102,10 +107,14 @@ class Lease:
 
 
 class Leases:
-    """The leases of one run."""
+    """The leases of one run.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    ``report`` receives a message about each file among the leases that is put aside, or taken over because it is torn.
+    """
+
+    def __init__(self, folder: Path, report: Report = warn):
+        self.folder, self.report = folder, report
+        check_folder(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,14 +133,13 @@ def holders(folder: Path) -> dict[int, dict[str, Any]]:
     """
     recorded = {}
     for path in sorted(folder.glob("[0-9]*")):
-        if match := re.fullmatch(r"(\d+)(?:\.\d+)?", path.name):
-            with contextlib.suppress(OSError, ValueError):
-                note = json.loads(path.read_text() or "{}")
-                recorded[int(match[1])] = note if isinstance(note, dict) else {}
+        if match := re.fullmatch(r"([0-9]{1,18})(?:\.[0-9]{1,18})?", path.name):
+            with contextlib.suppress(OSError, NotAFile):
+                recorded[int(match[1])] = read_note(path) or {}
     return recorded
 
 
-def open_leases(folder: Path, kind: str) -> Leases:
+def open_leases(folder: Path, kind: str, report: Report = warn) -> Leases:
     """Open the leases of a run. ``kind``: "locks" or "heartbeats"; see `suitable`."""
     if kind == "locks":
         if suitable(folder.parent) != "locks":
@@ -140,8 +148,8 @@ def open_leases(folder: Path, kind: str) -> Leases:
                 "that this host sees it through. Start from a host whose filesystem has locks, or make a new run "
                 "on this host"
             )
-        return LockLeases(folder)
-    return HeartbeatLeases(folder)
+        return LockLeases(folder, report)
+    return HeartbeatLeases(folder, report=report)
 
 
 class LockLeases(Leases):
@@ -153,8 +161,12 @@ class LockLeases(Leases):
 
         path = self.folder / f"{number:06d}"
         while True:
-            with writing(path):
-                handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            try:
+                with writing(path):
+                    handle = open_regular(path, os.O_CREAT | os.O_RDWR)
+            except NotAFile as error:
+                put_aside(self.folder.parent, path, str(error), self.report)
+                continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -165,7 +177,7 @@ class LockLeases(Leases):
                 raise
             # the last holder removes the file: a lock on a removed file protects nothing
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                if os.lstat(path).st_ino == os.fstat(handle).st_ino:
                     break
             os.close(handle)
         with contextlib.suppress(OSError):  # works on a full disk too: the lease is the lock, not the text
@@ -187,8 +199,10 @@ class _Lock(Lease):
 class HeartbeatLeases(Leases):
     """Leases by a number that grows as long as the holder lives."""
 
-    def __init__(self, folder: Path, beat: float = BEAT, still: float = STILL, clock: Any = time.monotonic):
-        super().__init__(folder)
+    def __init__(
+        self, folder: Path, beat: float = BEAT, still: float = STILL, clock: Any = time.monotonic, report: Report = warn
+    ):
+        super().__init__(folder, report)
         self.beat, self.still, self.clock = beat, still, clock
         self.seen: dict[int, tuple[str, float]] = {}  # text of each part's lease, and since when
         self.held: dict[Path, int] = {}
@@ -199,14 +213,19 @@ class HeartbeatLeases(Leases):
         """Return the part's lease; None if another process has it, or may still be alive."""
         generation, text = self._newest(number)
         if text is not None:
-            note = json.loads(text) if text.startswith("{") else {}
+            note = parsed_object(text.encode())
             previous, since = self.seen.get(number, (None, 0.0))
             if previous != f"{generation} {text}":
                 self.seen[number] = (f"{generation} {text}", self.clock())
                 since = self.clock()
-            free = note.get("count") == -1 or self._is_dead(note)
-            if not free and self.clock() - since < self.still:
+            free = note is not None and (note.get("count") == -1 or self._is_dead(note))
+            patience = self.still if note is not None else min(self.still, TORN * self.beat)
+            if not free and self.clock() - since < patience:
                 return None
+            if note is None:
+                self.report(
+                    f"the lease {number:06d}.{generation} is torn, and unchanged for {patience:g} s: taken over"
+                )
         path = self.folder / f"{number:06d}.{generation + 1}"
         with writing(path):
             try:
@@ -228,14 +247,17 @@ class HeartbeatLeases(Leases):
 
         (−1, None) without a lease.
         """
-        generations = [
-            int(p.name.rpartition(".")[2]) for p in self.folder.glob(f"{number:06d}.*") if p.suffix[1:].isdigit()
-        ]
-        if not generations:
+        newest = -1
+        while os.path.lexists(self.folder / f"{number:06d}.{newest + 1}"):
+            newest += 1
+        if newest < 0:
             return -1, None
-        newest = max(generations)
+        path = self.folder / f"{number:06d}.{newest}"
         try:
-            return newest, (self.folder / f"{number:06d}.{newest}").read_text()
+            return newest, read_regular(path, MOST_LEASE_BYTES).decode(errors="replace")
+        except NotAFile as error:
+            put_aside(self.folder.parent, path, str(error), self.report)
+            return self._newest(number)
         except OSError:
             return newest, ""
 
@@ -251,13 +273,21 @@ class HeartbeatLeases(Leases):
             os.kill(int(note["pid"]), 0)
         except ProcessLookupError:
             return True
-        except (OSError, KeyError, ValueError):
+        except (OSError, KeyError, ValueError, TypeError, OverflowError):
             return False
         return False
 
     def _write(self, path: Path, count: int) -> None:
+        note = json.dumps({**holder(), "pids": pid_namespace(), "count": count})
+        temporary = temporary_name(path)
         with contextlib.suppress(OSError):  # one missed heartbeat does no harm
-            path.write_text(json.dumps({**holder(), "pids": pid_namespace(), "count": count}))
+            try:
+                with open(temporary, "x") as file:
+                    file.write(note)
+                os.replace(temporary, path)  # so that others read all of it or nothing, and no link is followed
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _beat(self) -> None:
         while not self.ended.wait(self.beat):

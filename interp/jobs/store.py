@@ -3,91 +3,48 @@
     run.json        the frozen config, its digest, and the version of the schema
     sweep.toml      the config as it was written, for people
     inputs/         custom prompts, by the digest of their contents
-    prompts/        the prompts that tasks made for each model and seed
+    prompts/        the prompts that tasks made for each model and seed, with their checksums
     parts/N.parquet     published by an exclusive link: never replaced, never written twice
     receipts/N-….json   written before the part: size, rows, failed rows and digest in the name, the rest inside
     leases/         which process works on which part
-    damaged/        parts whose bytes did not match their receipt, moved aside
+    damaged/        files that did not match their checksum, or were none of the run's, moved aside
     drivers/        environment and log of every process that was started on the run
 
-A part counts if a receipt names its size; `verify` and every read compare its digest too.
+A part counts if a receipt names its size. `verify` and every read compare its digest, and what the file says about
+itself: its own number, and the digest of the config that it was computed from. Where its kind of run has more to
+compare (weights, prompts), `interp.jobs.audit` does so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from interp.errors import InterpError
+from interp.jobs.folders import FOLDERS, Report, check_folders, make_folders, parsed_object, put_aside, warn
 from interp.jobs.leases import Lease, Leases, open_leases, suitable
-from interp.jobs.parquet import encode_table
+from interp.jobs.parquet import PartFile, encode_table, read_buffer
+from interp.jobs.receipts import Inventory, Receipt, all_receipts, part_name, take_inventory
 from interp.utils.checks import dotted_key
-from interp.utils.files import digest_of, inside, publish_file, sync_folder, temporary_name, write_file, writing
+from interp.utils.files import NotAFile, digest_of, inside, publish_file, read_regular, write_file, writing
 from interp.utils.provenance import now
 
 SCHEMA_VERSION = 1
-FOLDERS = ("inputs", "prompts", "parts", "receipts", "leases", "damaged", "drivers")
-_RECEIPT = re.compile(r"(\d{6,})-(\d+)-(\d+)-(\d+)-([0-9a-f]{32})\.json")
-_LEFTOVER = re.compile(r"\.(\d{6,})[.-].*\.tmp")
-_PART = re.compile(r"(\d{6,})\.parquet")
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Facts about a part, readable without opening it: bytes, rows, failed rows, digest."""
-
-    part: int
-    size: int
-    rows: int
-    failed: int
-    digest: str
-
-    @property
-    def file(self) -> str:
-        """Name of the receipt's file."""
-        return f"{self.part:06d}-{self.size}-{self.rows}-{self.failed}-{self.digest}.json"
-
-    @classmethod
-    def parse(cls, file: str) -> Receipt | None:
-        """Return the receipt with this file name; None if it is not one."""
-        match = _RECEIPT.fullmatch(file)
-        return None if match is None else cls(int(match[1]), int(match[2]), int(match[3]), int(match[4]), match[5])
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """The parts that exist, by names and sizes alone.
-
-    ``present``: whole parts with their receipts. ``damaged``: parts that do not match a receipt, with the reason.
-    """
-
-    present: dict[int, Receipt]
-    damaged: dict[int, str]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of all parts."""
-        return sum(r.rows for r in self.present.values())
-
-    @property
-    def failed(self) -> int:
-        """Number of rows without a number."""
-        return sum(r.failed for r in self.present.values())
+MOST_HEADER_BYTES = 2**26  # of run.json
+_LEFTOVER = re.compile(r"\.([0-9]{6,18})[.-].*\.tmp")
 
 
 class Store:
     """One run directory.
 
-    ``kind``: what is computed in it, such as a sweep or statistics over a corpus.
+    ``kind``: what is computed in it, such as a sweep or statistics over a corpus. ``report`` receives messages about
+    files that are put aside, or cannot be compared.
     """
 
     def __init__(self, root: Path, header: dict[str, Any]):
@@ -95,6 +52,8 @@ class Store:
         self.kind: str = header["kind"]
         self.document: dict[str, Any] = header["config"]
         self.n_parts: int = header["n_parts"]
+        self.report: Report = warn
+        self._receipts: dict[int, list[Receipt]] | None = None  # as last listed
 
     # ------------------------------------------------------------ opening
 
@@ -104,24 +63,24 @@ class Store:
     ) -> Store:
         """Create a run directory, or open it if it exists or another process is first.
 
-        ``inputs``: contents by name. ``text``: the config as it was written.
+        ``inputs``: contents by name. ``text``: the config as it was written. A torn run.json is put aside, and written
+        again.
         """
         if root.exists() and not root.is_dir():
             raise InterpError(f"{root} is not a folder: choose another one with --out")
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-            if not (root / "run.json").exists() and any(
-                p.name not in FOLDERS for p in root.iterdir() if p.name[0] != "."
-            ):
+            if not os.path.lexists(root / "run.json") and not is_empty_run(root):
                 raise InterpError(f"{root} is not empty, and not a run: choose another folder with --out")
-            for folder in FOLDERS:
-                (root / folder).mkdir(exist_ok=True)
+        make_folders(root)
         for name, content in inputs.items():
-            write_file(inside(root, f"inputs/{name}"), content)
+            write_file(inside(root, "inputs") / name, content)
         header = {
             "kind": kind, "schema": SCHEMA_VERSION, "digest": _digest(document), "n_parts": n_parts, "created": now(),
             "leases": suitable(root), "config": document,
         }  # fmt: skip
+        if why := torn(root):
+            put_aside(root, root / "run.json", why, warn)
         if publish_file(root / "run.json", json.dumps(header, indent=1).encode()) and text:
             write_file(root / "sweep.toml", text.encode())
         return cls.open(root)
@@ -134,13 +93,18 @@ class Store:
         """
         root = Path(root)
         try:
-            header = json.loads((root / "run.json").read_text(encoding="utf-8"))
+            content = read_regular(root / "run.json", MOST_HEADER_BYTES)
         except FileNotFoundError:
             raise InterpError(f"{root} is not a run directory: it has no run.json") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InterpError(f"{root}/run.json cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except OSError as error:
+            raise InterpError(f"{root}/run.json cannot be read: {error.strerror or error}") from None
+        if (header := parsed_object(content)) is None:
+            raise InterpError(
+                f"{root}/run.json cannot be read: it is torn. `interp sweep run CONFIG --out {root}` with the config "
+                "that the run began with (its sweep.toml) writes it again, and goes on"
+            )
         types = {"kind": str, "schema": int, "digest": str, "n_parts": int, "config": dict}
-        if not isinstance(header, dict) or any(not isinstance(header.get(k), t) for k, t in types.items()):
+        if any(not isinstance(header.get(k), t) for k, t in types.items()):
             raise InterpError(f"{root}/run.json is not one that interp wrote")
         if header["schema"] > SCHEMA_VERSION:
             raise InterpError(
@@ -149,17 +113,21 @@ class Store:
             )
         if _digest(header["config"]) != header["digest"]:
             raise InterpError(f"{root}/run.json: the frozen config does not match its digest; it was edited or damaged")
+        check_folders(root)
         return cls(root, header)
 
     def leases(self) -> Leases:
         """Return the leases of the run's parts."""
-        return open_leases(self.root / "leases", self.header.get("leases", "locks"))
+        return open_leases(self.root / "leases", self.header.get("leases", "locks"), self._pass_on)
+
+    def _pass_on(self, message: str) -> None:
+        self.report(message)
 
     # ------------------------------------------------------------ parts
 
     def path(self, part: int) -> Path:
         """Return where a part is published."""
-        return self.root / "parts" / f"{part:06d}.parquet"
+        return self.root / "parts" / part_name(part)
 
     def has(self, part: int) -> bool:
         """Return whether a file of that name exists; `inventory` says whether it is whole."""
@@ -167,41 +135,22 @@ class Store:
 
     def inventory(self) -> Inventory:
         """Return the parts that exist, by names and sizes."""
-        sizes, present, damaged = {}, {}, {}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root / "parts") as entries:
-            for entry in entries:
-                if not (match := _PART.fullmatch(entry.name)) or int(match[1]) >= self.n_parts:
-                    continue
-                with contextlib.suppress(FileNotFoundError):  # moved aside just now: the others still exist
-                    if entry.is_file(follow_symlinks=False):
-                        sizes[int(match[1])] = entry.stat(follow_symlinks=False).st_size
-                    else:
-                        damaged[int(match[1])] = "it is a link, or not a file"
-        receipts: dict[int, list[Receipt]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self.root / "receipts"):  # after the parts: a receipt exists before its part
-                if (receipt := Receipt.parse(name)) is not None:
-                    receipts.setdefault(receipt.part, []).append(receipt)
-        for part, size in sizes.items():
-            fitting = [r for r in receipts.get(part, ()) if r.size == size]
-            if fitting:
-                present[part] = fitting[0]
-            elif part in receipts:
-                damaged[part] = f"it has {size} bytes, its receipt says {min(r.size for r in receipts[part])}"
-            else:
-                damaged[part] = "it has no receipt"
-        return Inventory(present, damaged)
+        inventory = take_inventory(self.root, self.n_parts)
+        self._receipts = inventory.receipts
+        return inventory
 
     def commit(self, part: int, table: pa.Table, failed: int, note: dict[str, Any], about: dict[str, Any]) -> bool:
         """Publish a part: receipt, then file, synced.
 
         False if another process published it first; its file stays.
 
-        ``about`` goes into the Parquet metadata, ``note`` (times, process) only into the receipt.
+        ``about`` goes into the Parquet metadata, with the part's number and the config's digest; ``note`` (times,
+        process) only into the receipt.
         """
-        content = encode_table(table, f"{self.kind} part", SCHEMA_VERSION, {"part": part, **about})
+        own = {"part": part, "config": self.header["digest"]}
+        content = encode_table(table, f"{self.kind} part", SCHEMA_VERSION, {**about, **own})
         receipt = Receipt(part, len(content), table.num_rows, failed, digest_of(content))
-        write_file(self.root / "receipts" / receipt.file, json.dumps(note).encode())
+        write_file(self.root / "receipts" / receipt.file, json.dumps({**note, **own}).encode())
         return publish_file(self.path(part), content)
 
     def leftovers(self) -> dict[int, list[Path]]:
@@ -210,44 +159,62 @@ class Store:
         Only the holder of the part's lease may remove them.
         """
         files: dict[int, list[Path]] = {}
-        for folder in ("parts", "receipts"):
+        for folder in ("parts", "receipts", "leases"):
             for name in os.listdir(self.root / folder):
                 if match := _LEFTOVER.fullmatch(name):
                     files.setdefault(int(match[1]), []).append(self.root / folder / name)
         return files
 
-    def content(self, part: int, receipts: Iterable[Receipt] | None = None) -> bytes:
-        """Return a part's bytes, compared with its receipts.
+    def read(self, part: int) -> PartFile:
+        """Return a part, compared with its receipts, its number and the run's config.
 
-        InterpError, naming the part, if they differ.
+        InterpError, naming the part, if one of them differs.
         """
-        if receipts is None:
-            names = (p.name for p in (self.root / "receipts").glob(f"{part:06d}-*.json"))
-            receipts = [r for r in map(Receipt.parse, names) if r is not None]
         path = self.path(part)
-        if path.is_symlink():
-            raise InterpError(f"{path} is a link, and is not followed")
-        content = path.read_bytes()
-        if digest_of(content) not in {r.digest for r in receipts}:
+        try:
+            file = PartFile(path, read_buffer(path))
+        except FileNotFoundError:
+            raise InterpError(f"{path} does not exist: resume the run to compute it") from None
+        except OSError as error:
+            raise InterpError(f"{path} cannot be read: {error.strerror or error}") from None
+        if not self._has_receipt(part, digest_of(memoryview(file.buffer))):
             raise InterpError(
                 f"{path} is damaged: its contents do not match their checksum. Resume the run to compute it anew"
             )
-        return content
+        if file.about.get("part") != part:
+            raise InterpError(
+                f"{path} is a copy of another part ({file.about.get('part')}). Resume the run to compute it anew"
+            )
+        if file.about.get("config", self.header["digest"]) != self.header["digest"]:  # absent in earlier versions
+            raise InterpError(f"{path} was computed by a run of another config. Resume this run to compute it anew")
+        return file
+
+    def _has_receipt(self, part: int, digest: str) -> bool:
+        """Return whether a receipt names this digest. Receipts are listed again if those known do not."""
+        for receipts in (self._receipts, None):
+            if receipts is None:
+                self._receipts = receipts = all_receipts(self.root)
+            if any(r.digest == digest for r in receipts.get(part, ())):
+                return True
+        return False
+
+    def content(self, part: int) -> bytes:
+        """Return a part's bytes, checked as by `read`."""
+        return self.read(part).buffer.to_pybytes()
 
     def table(self, part: int) -> pa.Table:
-        """Return a part's table, checked."""
-        return pq.read_table(pa.BufferReader(self.content(part)))
+        """Return a part's table, checked as by `read`."""
+        return self.read(part).table()
 
     def about(self, part: int) -> dict[str, Any]:
-        """Return a part's metadata, with its provenance."""
-        metadata = pq.read_metadata(pa.BufferReader(self.content(part))).metadata
-        return json.loads(metadata[b"interp"])
+        """Return a part's metadata, with its provenance, checked as by `read`."""
+        return self.read(part).about
 
     def verify(self, parts: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Compare parts with their digests; yield those that differ, and how."""
+        """Check parts as `read` does; yield those that fail, and how."""
         for part in parts:
             try:
-                self.content(part)
+                self.read(part)
             except (InterpError, OSError) as error:
                 yield part, str(error)
 
@@ -257,17 +224,28 @@ class Store:
         Only for the holder of its lease.
         """
         del lease  # a parameter only so that no caller forgets to take it
-        folder = self.root / "damaged"
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            target = temporary_name(folder / f"{part:06d}.parquet").with_suffix(".parquet")
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(self.path(part), target)
-                sync_folder(self.path(part).parent)
-                for receipt in (self.root / "receipts").glob(f"{part:06d}-*.json"):
-                    receipt.unlink()
-                return target
-        return None
+        target = put_aside(self.root, self.path(part), "", None)
+        if target is not None:
+            for receipt in (self._receipts or all_receipts(self.root)).get(part, ()):
+                (self.root / "receipts" / receipt.file).unlink(missing_ok=True)
+        return target
+
+
+def is_empty_run(root: Path) -> bool:
+    """Return whether a folder has nothing but what a start that was killed early may have left."""
+    ours = {*FOLDERS, "sweep.toml"} if (root / "parts").is_dir() else set(FOLDERS)
+    return all(p.name in ours or p.name[0] == "." for p in root.iterdir())
+
+
+def torn(root: Path) -> str:
+    """Return what is wrong with a run.json that holds no JSON object; empty if it does, or does not exist."""
+    try:
+        header = parsed_object(read_regular(root / "run.json", MOST_HEADER_BYTES))
+        return "it is torn" if header is None else ""
+    except NotAFile as error:
+        return str(error)
+    except OSError:
+        return ""
 
 
 def _digest(document: dict[str, Any]) -> str:
@@ -280,11 +258,16 @@ def read_tables(store: Store) -> Iterator[pa.Table]:
     InterpError for a damaged one.
     """
     inventory = store.inventory()
+    refuse_damaged(store, inventory)
+    for part in sorted(inventory.present):
+        yield store.table(part)
+
+
+def refuse_damaged(store: Store, inventory: Inventory) -> None:
+    """Raise InterpError if a part is damaged: a table without it would look complete."""
     if inventory.damaged:
         part, why = next(iter(inventory.damaged.items()))
         raise InterpError(f"{store.path(part)} is damaged ({why}): resume the run to compute it anew")
-    for part in sorted(inventory.present):
-        yield store.table(part)
 
 
 def differences(before: Any, after: Any) -> list[str]:

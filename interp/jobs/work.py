@@ -2,59 +2,47 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError, ModelError
+from interp.jobs.frozen import FrozenFiles
 from interp.jobs.job import Job
+from interp.jobs.kinds import JOBS, job_class
 from interp.jobs.leases import Leases, holder
 from interp.jobs.store import Store
-from interp.utils.files import inside, publish_file
 
-log = logging.getLogger("interp")
+__all__ = ["JOBS", "POLL", "Emit", "Event", "StoreFiles", "Work", "job_class", "job_of", "memory", "shard_of"]
 
-JOBS = {"sweep": "interp.sweep.effects_job:EffectsJob", "corpus": "interp.corpus.job:CorpusJob"}
 POLL = 0.5  # seconds between checks of parts that other processes hold
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
 
-class StoreFiles:
-    """The small files of a run, in its own folder."""
+class StoreFiles(FrozenFiles):
+    """The small files of a run in its own folder, and what its parts say about them."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, only_reads: bool = False):
+        super().__init__(store.root, lambda message: store.report(message), only_reads)
         self.store = store
 
-    def get(self, name: str) -> bytes | None:
-        """Return the contents of a file of the run; None if it does not exist."""
-        path = inside(self.store.root, name)
-        return path.read_bytes() if path.exists() else None
-
-    def keep(self, name: str, content: bytes) -> bytes:
-        """Freeze contents; return what is frozen, which may come from another process."""
-        path = inside(self.store.root, name)
-        publish_file(path, content)
-        return path.read_bytes()
+    def recorded(self, parts: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """Yield the metadata of those of these parts that are finished and undamaged."""
+        for part in parts:
+            if self.store.has(part):
+                with contextlib.suppress(InterpError):  # damaged: computed anew at the end of the run
+                    yield self.store.about(part)
 
 
 def job_of(store: Store, **options: Any) -> Job:
     """Return the job that computes the run's parts in this process."""
     return job_class(store.kind)(store.document, StoreFiles(store), **options)
-
-
-def job_class(kind: str) -> Callable[..., Job]:
-    """Return the class that computes a kind of run."""
-    if kind not in JOBS:
-        raise InterpError(f"this run is of a kind that this interp does not know: {kind!r}")
-    module, _, name = JOBS[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 @dataclass

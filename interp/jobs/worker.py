@@ -56,6 +56,7 @@ def _work(root: str, options: dict[str, Any], emit: Any, stop: threading.Event) 
     from interp.jobs.work import Work, job_of
 
     store = Store.open(root)
+    store.report = lambda message: emit({"event": "note", "reason": message})
     leases = store.leases()
     work = Work(store, job_of(store), leases, emit, stop.is_set)
     work.left.update(dict.fromkeys(options.get("left", ()), ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pandas as pd
 
 from interp.errors import InterpError
+from interp.jobs.audit import Audit
 from interp.jobs.driver import Options, Outcome, drive
-from interp.jobs.store import Inventory, Store, differences
+from interp.jobs.receipts import Inventory
+from interp.jobs.store import Store, differences, torn
 from interp.results.effects import Effects
 from interp.sweep.config import Config, config_text, parse, parse_toml
 from interp.utils.files import inside
@@ -50,7 +53,7 @@ class Sweep:
             self.config = parse_toml(self.text, str(config), folder)
         self.root = Path(out) if out is not None else folder / RUNS / self.config.name
         self.models = models
-        if (self.root / "run.json").exists():
+        if os.path.lexists(self.root / "run.json") and not torn(self.root):  # a torn one is replaced by the first run
             self._check_same(Store.open(self.root))
 
     @classmethod
@@ -90,14 +93,17 @@ class Sweep:
         """Return the run directory; create it if it does not exist."""
         from interp.sweep.effects_job import input_name
 
-        if (self.root / "run.json").exists():
-            return self._check_same(Store.open(self.root))
+        exists = os.path.lexists(self.root / "run.json") and not torn(self.root)
+        store = self._check_same(Store.open(self.root)) if exists else None
         inputs = {}
         for task in self.config.tasks:
             if task.pairs is not None:
                 name = input_name(task)
                 inside(self.root, f"inputs/{name}")
-                inputs[name] = self.config.file_of(task).read_bytes()
+                if store is None:
+                    inputs[name] = self.config.file_of(task).read_bytes()
+        if store is not None:
+            return store
         return self._check_same(
             Store.create(self.root, "sweep", self.config.document, len(self.config.parts), inputs, self.text)
         )
@@ -125,13 +131,21 @@ class Sweep:
         return self.store.inventory()
 
     def dataset(self) -> Any:
-        """Return the finished parts as a pyarrow dataset: read lazily, page checksums verified."""
+        """Return the finished parts as a pyarrow dataset, to be read lazily.
+
+        Every part is compared with its checksum, its number and the run's config, weights and prompts before; its
+        pages once more when they are read. InterpError for a part that does not belong to the run.
+        """
         import pyarrow.dataset as ds
 
-        scan = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        files = [str(self.store.path(p)) for p in sorted(self.status().present)]
+        store = self.store
+        audit = Audit(store)
+        files = [str(part.path) for _, part in audit.all()]
         if not files:
             raise InterpError(f"{self.root} has no finished part yet")
+        for line in audit.notes():
+            store.report(line)
+        scan = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         return ds.dataset(files, format=ds.ParquetFileFormat(default_fragment_scan_options=scan))
 
     def table(self, by: Sequence[str] = ("model", "task", "recipe", "sites", "layer", "head")) -> pd.DataFrame:
@@ -191,7 +205,8 @@ class Sweep:
     def merge(self, *others: str | Path) -> dict[str, int]:
         """Copy parts from other run directories of the same config; return how many.
 
-        The counts are ``taken`` (copied), ``there`` (existed already) and ``missing``.
+        Parts with other weights, another dtype or other prompts are refused, before anything is copied. The counts are
+        ``taken`` (copied), ``there`` (existed already) and ``missing``.
         """
         from interp.jobs.merge import merge
 

@@ -19,9 +19,11 @@ from interp.prompts.pairs import encode_any
 from interp.recipes.registry import RECIPES
 from interp.sweep import prompt_sets
 from interp.sweep.config import Config, ModelSpec, SweepPart, parse
-from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, file_name, make_set
+from interp.sweep.identity import SweepPartCheck, check_model, contradiction, frozen_name, groups, trusted_set
+from interp.sweep.prompt_sets import Prompts, PromptSet, as_task, make_set
 from interp.sweep.table import failed_rows, table_of
 from interp.utils.out_of_memory import free_memory, is_out_of_memory
+from interp.utils.provenance import code_hash, versions
 
 log = logging.getLogger("interp")
 
@@ -39,7 +41,10 @@ class EffectsJob:
         self.warmed_up_for: tuple[str, str, int] | None = None
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
         self.hashes: dict[tuple[str, str, int], str] = {}
+        self.groups = groups(self.config.parts)
         self.shared: dict[Any, Any] = {}  # means over whole sets
+
+    part_check = staticmethod(SweepPartCheck)
 
     def compute(self, number: int) -> PartResult:
         """Compute one part. Raises ModelError if its model cannot be loaded; all other errors are rows of the table."""
@@ -58,7 +63,10 @@ class EffectsJob:
         tables = [table_of(frame, {**labels, "part": part.number}) for frame in frames]
         table = pa.concat_tables(tables) if tables else table_of(pd.DataFrame(), {})
         failed = table.num_rows - table["error"].null_count
-        about = {"provenance": {**measurement.provenance, "behaviour": prompts.behaviour}, "error": prompts.error}
+        about = {
+            "provenance": {**measurement.provenance, "behaviour": prompts.behaviour}, "error": prompts.error,
+            "identity": prompts.identity, "made_with": made_with(model),
+        }  # fmt: skip
         return PartResult(table, failed, about, {"halved": measurement.halved} if measurement.halved else {})
 
     def shared_file(self, part: int) -> str:
@@ -89,36 +97,53 @@ class EffectsJob:
     def prompts(self, part: SweepPart, model: Any) -> PromptSet:
         """Return the part's frozen prompts, and make them if the run does not have them yet.
 
-        Raises ModelError if the model has other weights than the one that they were made for.
+        Raises ModelError if the model is not the one that they, or the finished parts, were made with: other weights,
+        another dtype or other token ids.
         """
         key = part.model.name, part.task.name, part.seed
         if key not in self.sets:
-            name = frozen_name(part)
-            content = self.files.get(name)
-            if content is None:
-                file = None
-                if part.task.pairs is not None:
-                    file = self.files.get(f"inputs/{input_name(part.task)}")
-                    if file is None or prompt_sets.digest_of(file) != part.task.pairs_digest:
-                        raise InterpError(
-                            f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew"
-                        )
-                self.warmed_up_for = None
-                new_set = make_set(model, part.task, part.seed, file, partial(self._check_task, model, part)).encoded()
-                content = self.files.keep(name, new_set)
-                self.warmed_up_for = key if content == new_set else None
-            prompt_set = PromptSet.decoded(content)
-            if prompt_set.weights != model.fingerprint():
-                raise ModelError(
-                    f"{part.model.name} ({part.model.load}) has other weights than when this run began: its numbers "
-                    "would not belong together. Make a new run"
-                )
+            prompt_set = self._frozen(part) or self._make_prompts(part, model)
+            check_model(prompt_set, model, f"{part.model.name} ({part.model.load})")
             self.sets[key] = prompt_set
         if self.warmed_up_for != key:
             self.warmed_up_for = key
             if self.sets[key].error is None:
                 self.warm_up(model, [self.sets[key].prompts[i] for i in self.sets[key].usable])
         return self.sets[key]
+
+    def _frozen(self, part: SweepPart) -> PromptSet | None:
+        """Return the part's frozen prompts; None if the run has none that can be trusted."""
+        name = frozen_name(part)
+        return trusted_set(self.files, name, self.groups[name])
+
+    def _make_prompts(self, part: SweepPart, model: Any) -> PromptSet:
+        """Make and freeze the part's prompts. ModelError if the parts that are finished had others."""
+        file = None
+        if part.task.pairs is not None:
+            file = self.files.get(f"inputs/{input_name(part.task)}")
+            if file is None or prompt_sets.digest_of(file) != part.task.pairs_digest:
+                raise InterpError(f"the run's copy of {part.task.pairs} is missing or damaged: make the run anew")
+        self.warmed_up_for = None
+        new_set = make_set(model, part.task, part.seed, file, partial(self._check_task, model, part)).encoded()
+        self.check_new_content(part.number, new_set)
+        content = self.files.keep(frozen_name(part), new_set)
+        self.warmed_up_for = (part.model.name, part.task.name, part.seed) if content == new_set else None
+        return PromptSet.decoded(content)
+
+    def shared_content(self, part: int) -> bytes | None:
+        """Return the part's frozen prompts as the run has them; None if they have to be made."""
+        prompts = self._frozen(self.config.parts[part])
+        return None if prompts is None else self.files.get(self.shared_file(part))
+
+    def check_new_content(self, part: int, content: bytes) -> None:
+        """Raise ModelError if prompts to be frozen contradict every part that was finished with others before."""
+        at = self.config.parts[part]
+        recorded = self.files.recorded(self.groups[frozen_name(at)])
+        if words := contradiction(PromptSet.decoded(content), recorded, "now")[0]:
+            raise ModelError(
+                f"{at.model.name} ({at.model.load}): the finished parts were computed with {', '.join(words)}, and "
+                "new numbers would not belong with them. Make a new run"
+            )
 
     def _check_task(self, model: Any, part: SweepPart, prompts: Prompts) -> str:
         """Return how well a model does a task; the engine is then warmed up for these prompts."""
@@ -135,9 +160,10 @@ class EffectsJob:
         warm_up(model, prompts, self.config.engine, self.config.memory, anew)
 
 
-def frozen_name(part: SweepPart) -> str:
-    """Return the name of the file that holds the part's prompts in the run."""
-    return f"prompts/{file_name(part.model.name, part.task.name, part.seed)}"
+def made_with(model: Any) -> dict[str, str]:
+    """Return what may change a number's last digits: device, backend, and the versions of our code and of libraries."""
+    device, backend = str(model.device).partition(":")[0], str(model.instrument.backend)
+    return {"device": device, "backend": backend, "code": code_hash(), **versions()}
 
 
 def input_name(task: Any) -> str:
@@ -203,14 +229,7 @@ class _PartMeasurement:
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:
         """Run the recipe on some examples; rows have the examples' numbers in the set, and may be NaN."""
-        from interp.recipes.sweep_loop import Subset
-
-        index = {number: i for i, number in enumerate(self.usable)}
-        first, last = index[examples[0]], index[examples[-1]]
-        whole = self.recipe.whole_set
-        numbers = self.usable if whole else list(examples)
-        prompts = as_task([self.prompts.prompts[i] for i in numbers], self.part.task, self.part.seed)
-        subset = Subset(range(first, last + 1) if whole else None, keep_nan=True, means=self.job.shared)
+        numbers, prompts, subset = prompts_of_call(self.part, self.prompts, examples, self.job.shared)
         recipe, arguments = call_of(self.job.config, self.part, self.model)
         if self.recipe.prepare:  # it has recorded other texts
             self.job.warm_up(self.model, [self.prompts.prompts[i] for i in self.usable])
@@ -240,6 +259,23 @@ def call_of(config: Config, part: SweepPart, model: Any) -> tuple[Callable[..., 
     }
     arguments |= {k: v for k, v in common.items() if v is not None and recipe.takes(k)}
     return recipe.load(), recipe.prepared(model, arguments)
+
+
+def prompts_of_call(
+    part: SweepPart, prompts: PromptSet, examples: Sequence[int], means: dict[Any, Any] | None = None
+) -> tuple[list[int], Any, Any]:
+    """Return the numbers of the prompts that a recipe is given for some examples, the prompts, and a `Subset`.
+
+    A recipe whose means or donors depend on all prompts is given all, and runs the examples.
+    """
+    from interp.recipes.sweep_loop import Subset
+
+    usable, whole = prompts.usable, RECIPES[part.recipe.recipe].whole_set
+    index = {number: i for i, number in enumerate(usable)}
+    numbers = usable if whole else list(examples)
+    asked = range(index[examples[0]], index[examples[-1]] + 1) if whole else None
+    task_prompts = as_task([prompts.prompts[i] for i in numbers], part.task, part.seed)
+    return numbers, task_prompts, Subset(asked, keep_nan=True, means=means)
 
 
 def _lacks_number(frame: pd.DataFrame) -> np.ndarray:

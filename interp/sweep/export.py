@@ -11,7 +11,8 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from interp.errors import InterpError
-from interp.jobs.store import SCHEMA_VERSION, Store, read_tables
+from interp.jobs.audit import Audit
+from interp.jobs.store import SCHEMA_VERSION, Store
 from interp.results.effects import COLUMNS, Effects
 from interp.sweep.table import LABELS, as_frame
 from interp.utils.files import result_file
@@ -40,7 +41,9 @@ def _write(store: Store, file: BinaryIO, kind: str) -> int:
     """Write the tables, one part in memory at a time; return the number of rows."""
     writer: Any = None
     rows = 0
-    for table in read_tables(store):
+    audit = Audit(store)
+    for _, part in audit.all():
+        table = part.table()
         if writer is None:
             if kind == "csv":
                 writer = pc.CSVWriter(file, table.schema)
@@ -53,6 +56,8 @@ def _write(store: Store, file: BinaryIO, kind: str) -> int:
         rows += table.num_rows
     if writer is not None:
         writer.close()
+    for line in audit.notes():
+        store.report(line)
     return rows
 
 
@@ -64,10 +69,13 @@ def effects_by_combination(store: Store) -> dict[str, Effects]:
     Examples of further seeds are numbered after those of the first, so that no two examples share a number.
     """
     by_title: dict[str, list[tuple[pa.Table, dict[str, Any]]]] = {}
-    for part in sorted(store.inventory().present):
-        table = store.table(part)
+    audit = Audit(store)
+    for _, part in audit.all():
+        table = part.table()
         labels = [str(table[name][0]) for name in ("model", "task", "recipe", "sites")] if table.num_rows else []
-        by_title.setdefault(" · ".join(x for x in labels if x), []).append((table, store.about(part)))
+        by_title.setdefault(" · ".join(x for x in labels if x), []).append((table, part.about))
+    for line in audit.notes():
+        store.report(line)
     sizes = {t["name"]: t["n"] for t in store.document.get("tasks", ())}
     seeds = {seed: i for i, seed in enumerate(store.document.get("seeds", [0]))}
     out = {}
@@ -78,7 +86,7 @@ def effects_by_combination(store: Store) -> dict[str, Effects]:
             continue
         offset = frame["seed"].map(seeds).to_numpy() * frame["task"].map(sizes).to_numpy()
         frame["example"] = frame["example"].to_numpy() + offset
-        provenance = dict(parts[0][1].get("provenance", {}))
+        provenance = dict(next((p for _, about in parts if "weights" in (p := about.get("provenance", {}))), {}))
         provenance |= {"sweep": store.header["digest"], "seeds": list(seeds), "failed": whole.num_rows - len(frame)}
         out[title] = Effects(frame.drop(columns=[*LABELS, "error"])[[c for c in COLUMNS if c in frame]], provenance)
     return out

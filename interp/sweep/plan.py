@@ -6,17 +6,14 @@ The estimate has cells, FLOPs, time, disk and memory of every combination.
 from __future__ import annotations
 
 import gc
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError
+from interp.jobs.frozen import FilesInMemory
 from interp.jobs.status import duration
 from interp.sweep.config import Config, SweepPart
-from interp.sweep.effects_job import EffectsJob, call_of, input_name
-from interp.sweep.prompt_sets import as_task
-from interp.utils.files import inside
+from interp.sweep.effects_job import EffectsJob, call_of, input_name, prompts_of_call
 
 ROW_BYTES = 16.0  # of a packed row in a large part
 PART_BYTES = 11_000.0  # of a part without its rows: headers of columns, provenance, receipt
@@ -90,25 +87,10 @@ class SweepPlan:
         return "\n".join(lines)
 
 
-class _PlannedFiles:
-    """The small files of a run that does not exist yet.
-
-    Inputs come from the config's folder; prompts stay in memory.
-    """
-
-    def __init__(self, config: Config, folder: Path):
-        self.contents: dict[str, bytes] = {}
-        self.folder = folder
-        for task in config.tasks:
-            if task.pairs is not None:
-                self.contents[f"inputs/{input_name(task)}"] = config.file_of(task).read_bytes()
-
-    def get(self, name: str) -> bytes | None:
-        inside(self.folder, name)
-        return self.contents.get(name)
-
-    def keep(self, name: str, content: bytes) -> bytes:
-        return self.contents.setdefault(name, content)
+def _inputs(config: Config) -> dict[str, bytes]:
+    """Return the custom prompts of a config as a run would freeze them."""
+    tasks = [t for t in config.tasks if t.pairs is not None]
+    return {f"inputs/{input_name(t)}": config.file_of(t).read_bytes() for t in tasks}
 
 
 def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None) -> SweepPlan:
@@ -122,17 +104,16 @@ def plan(config: Config, workers: int = 1, models: dict[str, Any] | None = None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            job = EffectsJob(config.document, _PlannedFiles(config, Path(folder)), models)
-            grouped: dict[tuple[str, ...], list[SweepPart]] = {}
-            for part in config.parts:
-                grouped.setdefault(part.combination[:4], []).append(part)
-            for parts in grouped.values():
-                rows.append(_plan_combination(job, config, parts))
-                model = job.model(parts[0].model)
-                tensors = {id(t): t for t in [*model.bridge.parameters(), *model.bridge.buffers()]}
-                weights = max(weights, sum(t.numel() * t.element_size() for t in tensors.values()))
-                gc.collect()
+        job = EffectsJob(config.document, FilesInMemory(_inputs(config)), models)
+        grouped: dict[tuple[str, ...], list[SweepPart]] = {}
+        for part in config.parts:
+            grouped.setdefault(part.combination[:4], []).append(part)
+        for parts in grouped.values():
+            rows.append(_plan_combination(job, config, parts))
+            model = job.model(parts[0].model)
+            tensors = {id(t): t for t in [*model.bridge.parameters(), *model.bridge.buffers()]}
+            weights = max(weights, sum(t.numel() * t.element_size() for t in tensors.values()))
+            gc.collect()
     finally:
         torch.set_num_threads(before)
     return SweepPlan(config.name, rows, weights, workers)
@@ -148,15 +129,15 @@ def _plan_combination(job: EffectsJob, config: Config, parts: list[SweepPart]) -
     if prompts.error is not None or not usable:
         why = prompts.error or next(iter(prompts.failed.values()))
         return CombinationPlan(*names, len(parts), examples, 0.0, 0.0, 0.0, why)
-    task_prompts = as_task([prompts.prompts[i] for i in usable], first.task, first.seed)
+    _, task_prompts, subset = prompts_of_call(first, prompts, usable)
     recipe, options = call_of(config, first, model)
     share = examples / len(usable)
     from interp.engine import explain
 
     try:
-        one_part = explain(recipe, model, task_prompts, **options)
-    except InterpError as error:
-        raise InterpError(f"{first}: {error}") from None
+        one_part = explain(recipe, model, task_prompts, **options, subset=subset)
+    except InterpError as error:  # a run goes on, and marks the cells of these parts as failed
+        return CombinationPlan(*names, len(parts), examples, 0.0, 0.0, 0.0, str(error))
     times = 2 if first.recipe.recipe == "mediate" else 1  # of four rows, two are patched; the plan holds both sweeps
     cells = one_part.n_cells // (options.get("samples", 10) if _has_noise(first) else 1) * times
     memory = one_part.runs_bytes + one_part.batch_bytes

@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class PromptSet:
     """Prompts in order.
 
     ``failed``: the numbers of prompts that the model cannot encode, with the reason. ``error``: why no prompt is used.
-    ``weights``: fingerprint of the model. ``behaviour``: how well the model does the task, in words.
+    ``weights``: fingerprint of the model. ``behaviour``: how well the model does the task, in words. ``dtype`` of the
+    model and ``tokens``, a hash of the prompts' token ids, are empty in sets that an earlier version froze.
     """
 
     prompts: Prompts
@@ -39,6 +40,8 @@ class PromptSet:
     error: str | None
     weights: str
     behaviour: str
+    dtype: str = ""
+    tokens: str = ""
 
     @property
     def usable(self) -> list[int]:
@@ -52,12 +55,24 @@ class PromptSet:
         failed = {str(k): v for k, v in self.failed.items()}
         fields = {"prompts": prompts, "failed": failed, "error": self.error}
         fields |= {"weights": self.weights, "behaviour": self.behaviour}
+        fields |= {key: value for key, value in (("dtype", self.dtype), ("tokens", self.tokens)) if value}
         return json.dumps(fields, indent=0, sort_keys=True).encode()
 
     @cached_property
     def digest(self) -> str:
         """Hash of the whole set."""
         return digest_of(self.encoded())
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What determines the numbers of the parts that use the set: the model, the prompts and their tokens.
+
+        How well the model does the task is not part of it: the last digits of that depend on the device.
+        """
+        fields = json.loads(self.encoded())
+        texts = json.dumps([fields["prompts"], fields["failed"], fields["error"]], sort_keys=True)
+        known = {"weights": self.weights, "dtype": self.dtype, "tokens": self.tokens}
+        return {"prompts": digest_of(texts.encode()), **{key: value for key, value in known.items() if value}}
 
     @classmethod
     def decoded(cls, content: bytes) -> PromptSet:
@@ -72,9 +87,10 @@ class PromptSet:
                     spans = {name: (int(a), int(b)) for name, (a, b) in raw.pop("spans").items()}
                     prompts.append(PromptPair(**raw, spans=spans))
             failed = {int(k): v for k, v in fields["failed"].items()}
-            return cls(prompts, failed, fields["error"], fields["weights"], fields["behaviour"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InterpError(f"the run's frozen prompts cannot be read ({error!r}): make a new run") from None
+            more = fields.get("dtype", ""), fields.get("tokens", "")
+            return cls(prompts, failed, fields["error"], fields["weights"], fields["behaviour"], *more)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InterpError(f"the run's frozen prompts cannot be read ({error!r:.200})") from None
 
 
 def file_name(model: str, task: str, seed: int) -> str:
@@ -89,7 +105,7 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Call
     prompts; it raises TaskError if the model does not do it. Whatever prevents the task for this model is recorded in
     ``error``.
     """
-    weights = model.fingerprint()
+    made = partial(_set_of, model)
     try:
         if own is None:
             task_prompts: Any = makers()[str(task.task)](model, task.n, seed, **task.options)
@@ -99,7 +115,7 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Call
     except ModelError:
         raise
     except InterpError as error:
-        return PromptSet([], {}, f"{type(error).__name__}: {error}", weights, "")
+        return made([], {}, f"{type(error).__name__}: {error}", "")
     failed: dict[int, str] = {}
     for i, prompt in enumerate(prompts):
         try:
@@ -110,11 +126,34 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Call
             )
     usable = [p for i, p in enumerate(prompts) if i not in failed]
     if not usable:
-        return PromptSet(prompts, failed, None, weights, "")
+        return made(prompts, failed, None, "")
     try:
-        return PromptSet(prompts, failed, None, weights, ask(usable))
+        return made(prompts, failed, None, ask(usable))
     except InterpError as error:
-        return PromptSet(prompts, failed, f"{type(error).__name__}: {error}", weights, "")
+        return made(prompts, failed, f"{type(error).__name__}: {error}", "")
+
+
+def _set_of(model: Any, prompts: Prompts, failed: dict[int, str], error: str | None, behaviour: str) -> PromptSet:
+    """Return a set with what determines its numbers under a model."""
+    usable = [i for i in range(len(prompts)) if i not in failed]
+    return PromptSet(prompts, failed, error, behaviour=behaviour, **identity_of_model(model, prompts, usable))
+
+
+def identity_of_model(model: Any, prompts: Prompts, usable: Sequence[int]) -> dict[str, str]:
+    """Return weights, dtype and a hash of the prompts' token ids, with BOS, as this model's tokenizer gives them.
+
+    A prompt that cannot be encoded now counts by its reason.
+    """
+    coder, ids = model.coder, []
+    for i in usable:
+        try:
+            e = encode_any([prompts[i]], coder)[0][0]
+            ids.append([e.clean, e.corrupt, e.answer, e.foil])
+        except InterpError as error:
+            ids.append([str(error)])
+    tokens = digest_of(json.dumps(ids, default=str).encode()) if ids else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"weights": model.fingerprint(), "dtype": dtype, "tokens": tokens}
 
 
 def as_task(prompts: Sequence[PromptPair | Fact], task: TaskSpec, seed: int) -> Any:

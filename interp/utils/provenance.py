@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("interp", "torch", "transformer-lens", "transformers", "triton", "numpy", "pandas")
+SOURCES = (".py", ".cpp", ".cc", ".c", ".h", ".hpp", ".cu")  # of files that numbers depend on
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +34,23 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+@cache
+def code_hash() -> str:
+    """Return interp's version and a short hash of its source files, and of headstats'.
+
+    Two checkouts with the same version number but other code have another hash.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for package in ("interp", "headstats"):
+        spec = find_spec(package)
+        for folder in sorted(spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(Path(folder).rglob("*")):
+                if path.suffix in SOURCES and path.is_file():
+                    digest.update(f"{package}/{path.relative_to(folder).as_posix()}\n".encode())
+                    digest.update(path.read_bytes())
+    return f"{versions().get('interp', '')}+{digest.hexdigest()}"
 
 
 def prompt_hash(items: Iterable[Any], ids: Iterable[Any]) -> str:

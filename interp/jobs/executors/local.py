@@ -19,12 +19,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from interp.errors import InterpError
+from interp.jobs.folders import put_aside
 from interp.jobs.store import Store
 from interp.jobs.work import Emit
-from interp.utils.files import StorageError, writing
+from interp.utils.files import NotAFile, StorageError, open_regular, read_regular, writing
 
 COMMAND = (sys.executable, "-m", "interp.jobs.worker")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -91,9 +93,7 @@ class Pool:
         variables: dict[str, str] = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         if self.devices:  # each worker sees its own GPU, or group of GPUs
             variables["CUDA_VISIBLE_DEVICES"] = self.devices[number % len(self.devices)]
-        path = self.store.root / "drivers" / f"{os.getpid()}-worker-{number}.log"
-        with writing(path):
-            log = open(path, "ab")  # noqa: SIM115 (the worker outlives this function)
+        log = self._open_log(self._log_path(number))
         process = subprocess.Popen(
             [*self.command, str(self.store.root), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=log, env={**os.environ, **variables}, start_new_session=True,
@@ -104,6 +104,19 @@ class Pool:
         self.selector.register(process.stdout, selectors.EVENT_READ, worker)
         self.living[number] = worker
         self.emit({"event": "worker", "worker": number, "pid": process.pid})
+
+    def _log_path(self, number: int) -> Path:
+        return self.store.root / "drivers" / f"{os.getpid()}-worker-{number}.log"
+
+    def _open_log(self, path: Path) -> BinaryIO:
+        """Open a worker's log to append to it; whatever else has its name is put aside."""
+        for _ in range(2):
+            try:
+                with writing(path):
+                    return open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+            except NotAFile as error:
+                put_aside(self.store.root, path, str(error), self.store.report)
+        raise StorageError(f"cannot write {path}")
 
     def _read_events(self) -> None:
         """Read what workers report, and notice those that ended."""
@@ -164,8 +177,8 @@ class Pool:
 
     def _last_lines(self, worker: _Worker) -> str:
         """Return the end of a worker's log."""
-        with contextlib.suppress(OSError), open(worker.log.name, "rb") as file:
-            return file.read()[-LAST_LINES:].decode(errors="replace")
+        with contextlib.suppress(OSError, NotAFile):
+            return read_regular(self._log_path(worker.number))[-LAST_LINES:].decode(errors="replace")
         return ""
 
     def _ask_to_stop(self) -> None:

@@ -23,8 +23,10 @@ import pyarrow as pa
 
 from interp.errors import InterpError, ModelError
 from interp.jobs.executors.local import MOST_DEATHS, THREAD_VARIABLES
+from interp.jobs.frozen import FilesInMemory
 from interp.jobs.job import RemoteJob
 from interp.jobs.leases import Lease, holder
+from interp.jobs.parquet import arrow_copy
 from interp.jobs.store import Store
 from interp.jobs.work import POLL, Emit, StoreFiles, job_class, job_of, memory
 from interp.utils.threads import limit_threads
@@ -33,21 +35,20 @@ SILENCE = 30.0  # seconds; after 60, Ray itself ends the process, without a mess
 IN_FLIGHT = 2  # parts of each actor
 
 
-class _ActorFiles:
-    """The run's small files on an actor.
+class _ActorFiles(FilesInMemory):
+    """The run's small files on an actor, as the driver sent them.
 
-    ``sent``: by the driver. ``new``: to send back.
+    ``new``: to send back.
     """
 
     def __init__(self, sent: dict[str, bytes]):
-        self.sent, self.new = dict(sent), {}
-
-    def get(self, name: str) -> bytes | None:
-        return self.sent.get(name)
+        super().__init__(sent)
+        self.new: dict[str, bytes] = {}
 
     def keep(self, name: str, content: bytes) -> bytes:
+        """Freeze contents, to be compared by the driver; return what is frozen here."""
         self.new[name] = content
-        return self.sent.setdefault(name, content)
+        return super().keep(name, content)
 
 
 class Actor:
@@ -69,7 +70,7 @@ class Actor:
         if self.job is None or (frozen is not None and self.files.get(name) not in (None, frozen)):
             self.job = job_class(self.kind)(self.document, self.files)
         if frozen is not None:
-            self.files.sent[name] = frozen
+            self.files.contents[name] = frozen
         start = time.perf_counter()
         try:
             with limit_threads(self.threads):
@@ -122,7 +123,8 @@ class Cluster:
         """
         self.job = remote_job(self.store)
         self.files, self.leases = StoreFiles(self.store), self.store.leases()
-        inputs = {f"inputs/{p.name}": p.read_bytes() for p in (self.store.root / "inputs").iterdir()}
+        names = [f"inputs/{name}" for name in sorted(os.listdir(self.store.root / "inputs"))]
+        inputs = {name: content for name in names if (content := self.files.get(name)) is not None}
         self.inputs = self.ray.put(inputs)
         todo = deque(p for p in parts if not self.store.has(p))
         try:
@@ -211,7 +213,7 @@ class Cluster:
     def _submit(self, actor: int, part: int, lease: Lease) -> None:
         """Send a part to an actor, with its prompts if the run has them."""
         name = self.job.shared_file(part)
-        if name not in self.frozen and (content := self.files.get(name)) is not None:
+        if name not in self.frozen and (content := self.job.shared_content(part)) is not None:
             self.frozen[name] = self.ray.put(content)
         reference = self.actors[actor].compute.remote(part, name, self.frozen.get(name))
         self.sent[reference] = _Submission(actor, part, lease)
@@ -236,17 +238,27 @@ class Cluster:
     def _publish(self, sent: _Submission, result: dict[str, Any], todo: deque[int]) -> None:
         """Publish a part's table, or record why it was left."""
         if "left" in result:
-            self.left[sent.part] = result["left"]
-            self.emit({"event": "left", "part": sent.part, "reason": result["left"], "worker": sent.actor})
+            self._leave(sent, result["left"])
             return
         for name, content in result["new"].items():
+            if name == self.job.shared_file(sent.part):
+                try:
+                    self.job.check_new_content(sent.part, content)
+                except ModelError as error:
+                    self._leave(sent, str(error))
+                    return
             if self.files.keep(name, content) != content:  # another process froze another set first: that one counts
                 todo.append(sent.part)
                 return
-        table = pa.ipc.open_stream(result["table"]).read_all()
+        table = pa.ipc.open_stream(arrow_copy(result["table"])).read_all()
         if self.store.commit(sent.part, table, result["failed"], result["note"], result["about"]):
             done = {"event": "done", "part": sent.part, "rows": table.num_rows, "failed": result["failed"]}
             self.emit({**done, "seconds": result["note"]["seconds"], "memory": result["memory"], "worker": sent.actor})
+
+    def _leave(self, sent: _Submission, reason: str) -> None:
+        """Record that a part cannot be computed now."""
+        self.left[sent.part] = reason
+        self.emit({"event": "left", "part": sent.part, "reason": reason, "worker": sent.actor})
 
     def _handle_death(self, sent: _Submission, how: str, todo: deque[int]) -> None:
         """Put the parts of a dead actor back, and start another actor."""
