@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ def run(family: str, hf: Any) -> torch.Tensor:
     """The family's own output, through the object's own forward."""
     case = FamilyCase(family)
     case.__dict__["eager"] = hf  # inputs are made for it
-    with torch.no_grad():
-        return case.run(hf)
+    return case.run(hf).detach()
 
 
 def fingerprint(hf: Any) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def test_release_puts_everything_back(family: str, word_tokenizer, tmp_path: Pat
 
     model = interp.load(hf, tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "between")
-    assert torch.allclose(run(family, hf), expected, atol=1e-3)
+    assert torch.allclose(run(family, hf), expected, atol=1e-3)  # with gradients: their graph must not stay in it
     model.release()
 
     assert fingerprint(hf) == before
@@ -136,6 +136,21 @@ def test_an_object_loaded_twice_belongs_to_the_newer_model(word_tokenizer) -> No
     assert set(third.backend_report()["calls"]) == {1}
     first.release()  # no longer its own: does nothing
     third.release()
+    assert fingerprint(hf) == before
+
+
+def test_an_object_loaded_by_four_threads_belongs_to_one_model(word_tokenizer) -> None:
+    hf: Any = tiny_hf("llama")
+    before, expected = fingerprint(hf), hf(TOKENS).logits
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: interp.load(hf, tokenizer=word_tokenizer), range(4)))
+    (model,) = [m for m in models if not m.is_released]
+    assert torch.allclose(model(TOKENS), expected, atol=1e-5)
+    with ThreadPoolExecutor(1) as pool:
+        statistics = [pool.submit(model.attention_stats, "w1 w2 w3") for _ in range(3)]
+        model.release()  # waits for the one that runs
+        for future in statistics:
+            assert future.exception() is None or isinstance(future.exception(), ModelError)
     assert fingerprint(hf) == before
 
 

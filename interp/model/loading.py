@@ -54,6 +54,27 @@ class Wrapped:
     special: SpecialTokens
 
 
+@contextlib.contextmanager
+def alone_with(source: Any) -> Iterator[None]:
+    """Load a model object or bridge inside the block: one at a time, and not while another thread runs it."""
+    if not isinstance(source, torch.nn.Module):
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        while True:
+            held.enter_context(_BUILDING)
+            wiring: Wiring | None = vars(source).get(WIRING)
+            if wiring is None:
+                break
+            if wiring.lock.try_to_enter():
+                held.push(wiring.lock)
+                break
+            held.close()  # others may load meanwhile
+            with wiring.lock:
+                pass
+        yield
+
+
 def boot(source: Any, bos: BosPolicy | None = None, **options: Any) -> Wrapped:
     """Make a TransformerBridge, with a name; options as for `read`, ``bos`` as for `interp.load`.
 

@@ -29,7 +29,7 @@ from interp.model.input_checks import (
 )
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
-from interp.model.loading import boot, check_device, special_tokens_of
+from interp.model.loading import alone_with, boot, check_device, special_tokens_of
 from interp.model.ownership import Owner
 from interp.model.protocols import Bridge
 from interp.model.session import in_session, plain_settings
@@ -115,7 +115,7 @@ def load(
             raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
     if device is not None:
         check_device(device)
-    with collector_paused(), plain_settings("loading"):
+    with collector_paused(), plain_settings("loading"), alone_with(name_or_model):
         wrapped = boot(
             name_or_model, bos, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
             revision=revision, device_map=device_map, quantize=quantize, copy=copy,

@@ -6,6 +6,8 @@ import weakref
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from interp.errors import ModelError
 from interp.model.protocols import Bridge
 from interp.model.session import Session
@@ -30,11 +32,14 @@ class Owner:
             self.wiring = Wiring(self._roots(bridge), earlier.base, earlier.lock)
         else:
             self.wiring = Wiring(self._roots(bridge), earlier, None if earlier is None else earlier.lock)
-        self.session = Session(name, self.wiring.lock, lambda: self.bridge.original_model)
+        self.session = Session(name, self.wiring.lock, self._root)
 
     @staticmethod
     def _roots(bridge: Any) -> list[Any]:
         return [bridge, bridge.original_model]
+
+    def _root(self) -> torch.nn.Module:
+        return self.bridge.original_model
 
     def _wired(self) -> None:
         """Say that installation is complete."""

@@ -41,6 +41,10 @@ class ModelLock:
         self.entries: list[ExitStack | None] = []  # one for each `Session` entered
         _LOCKS.add(self)
 
+    def try_to_enter(self) -> bool:
+        """Take the lock if nobody else holds it; returns whether it was taken."""
+        return self._lock.acquire(blocking=False)
+
     def __enter__(self) -> ModelLock:
         self._lock.acquire()
         return self
