@@ -139,8 +139,8 @@ class Model(Owner):
     ):  # fmt: skip
         super().__init__(bridge, name)
         self.tokenizer = bridge.tokenizer if tokenizer is None else tokenizer
-        self.special_tokens = special_tokens_of(bridge, name) if special is None else special
         try:
+            self.special_tokens = special_tokens_of(bridge, name) if special is None else special
             self._install(bridge, backend)
         except BaseException:
             for stage in self.wiring.stages():

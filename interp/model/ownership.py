@@ -20,6 +20,8 @@ class Owner:
     A Model made of an object that another Model uses takes its place: the older one then refuses to run.
     """
 
+    tokenizer: Any
+
     def __init__(self, bridge: Bridge, name: str):
         self.name = name
         self._bridge: Bridge | None = bridge
@@ -95,9 +97,8 @@ class Owner:
             )
         with self.wiring.undone():
             root.save_pretrained(folder, **options)
-        tokenizer = self.bridge.tokenizer
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def __enter__(self) -> Self:
         return self
