@@ -13,25 +13,25 @@ from typing import Any
 
 from interp.errors import PromptError
 from interp.prompts.pairs import Fact, PromptPair
+from interp.prompts.rows import prompts_of_rows
 from interp.utils.json_text import parse_json
-
-PAIR = ("clean", "corrupt", "answer")
-FACT = ("prompt", "subject", "answer")
 
 
 def read_prompts(path: str | Path) -> list[PromptPair | Fact]:
     """Read prompt pairs or facts from a CSV or JSON-lines file.
 
-    Pairs have columns clean, corrupt, answer and optionally foil; facts have prompt, subject, answer. A ``.csv`` file
-    has these names as its header. A ``.jsonl`` (or ``.json``) file has one JSON object per line, which for pairs may
-    name spans by their words in the clean prompt: ``"spans": {"subject": "Mary"}``. Answers keep their leading space.
-    Raises PromptError, naming the line, for prompts that cannot be read.
+    Pairs have columns clean, corrupt, answer and optionally foil; facts have prompt, subject, answer and optionally
+    occurrence. A ``.csv`` file has these names as its header, and may name spans by a column each: ``span:subject``
+    holds words of the clean prompt, or a range of its characters, ``[4:8]``. A ``.jsonl`` (or ``.json``) file has one
+    JSON object per line, in which spans are an object: ``"spans": {"subject": "Mary"}``. Answers keep their leading
+    space. Other columns are named in a warning. Raises one PromptError, which names the lines, for all prompts that
+    cannot be read.
     """
     path = Path(path)
     read_rows = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}.get(path.suffix.lower())
     if read_rows is None:
         raise PromptError(f"{path}: a .csv or .jsonl file expected")
-    prompts = [_prompt(f"{path}, line {number}", row) for number, row in read_rows(path)]
+    prompts = prompts_of_rows((f"{path}, line {number}", row) for number, row in read_rows(path))
     if not prompts:
         raise PromptError(f"{path} holds no prompts")
     return prompts
@@ -86,24 +86,3 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise PromptError(f"{path}, line {number}: an object with clean, corrupt, answer expected, got {row!r:.60}")
         yield number, row
-
-
-def _prompt(where: str, row: dict[str, Any]) -> PromptPair | Fact:
-    kind = FACT if "prompt" in row else PAIR
-    missing = [name for name in kind if not isinstance(row.get(name), str) or not row[name]]
-    if missing:
-        raise PromptError(
-            f"{where} lacks {', '.join(missing)} (it has {', '.join(map(repr, row)) or 'nothing'}): pairs have clean, "
-            "corrupt, answer and perhaps foil; facts have prompt, subject, answer"
-        )
-    if kind is FACT:
-        return Fact(row["prompt"], row["subject"], row["answer"])
-    pair = PromptPair(row["clean"], row["corrupt"], row["answer"], row.get("foil") or None)
-    spans = row.get("spans") or {}
-    if not isinstance(spans, dict) or not all(isinstance(words, str) for words in spans.values()):
-        raise PromptError(
-            f'{where}: "spans" must name words of the clean prompt, {{"subject": "Mary"}}, got {spans!r:.60}'
-        )
-    for name, words in spans.items():
-        pair = pair.span(name, words)
-    return pair
