@@ -155,7 +155,7 @@ def test_sources_are_another_pair(tiny) -> None:
         interp.patch(model, PAIR, "z.L0H0", sources=[PAIR, OTHER])
 
 
-def test_groups_and_windows_teach() -> None:
+def test_groups_and_windows_teach(tiny) -> None:
     for options, words in (
         ({"sites": None, "groups": None, "window": 1}, "nothing to sweep"),
         ({"sites": ["z.L0H0"], "groups": None, "window": 3}, "do not correspond"),
@@ -166,7 +166,7 @@ def test_groups_and_windows_teach() -> None:
         ({"sites": None, "groups": [], "window": 1}, "is empty"),
     ):
         with pytest.raises(InterpError, match=words):
-            targets_of(n_layers=3, **options)
+            targets_of(model=tiny("llama"), **options)
 
 
 def test_everything_is_one_and_nothing_zero_in_groups(tiny) -> None:

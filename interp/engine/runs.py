@@ -160,7 +160,7 @@ class _Recorder:
         pairs.append((f"blocks.{n - 1}.hook_resid_post", self._keep_resid))
         for component in self.components:
             spec = COMPONENTS[component]
-            for layer in self._layers(component):
+            for layer in self.model.layers_with(component):
                 pairs.append((spec.hook.format(layer=layer), self._keep(component, layer)))
         if noise is not None:
             pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
@@ -172,15 +172,6 @@ class _Recorder:
             for handle in handles:
                 stack.callback(handle.remove)
             yield
-
-    def _layers(self, component: str) -> Sequence[int]:
-        """The layers that have a component: heads exist only in layers with attention."""
-        spec = COMPONENTS[component]
-        return (
-            self.model.attention_layers
-            if spec.heads in ("query", "kv")
-            else range(self.model.n_layers if spec.per_layer else 1)
-        )
 
     def _keep_resid(self, x: Tensor, hook: Any) -> None:
         self.resid.append(x.detach())
@@ -221,6 +212,6 @@ class _Recorder:
 
     def run(self, row: int, ids: tuple[int, ...], logits: Tensor, noise: Tensor | None) -> Run:
         n = self.model.n_layers
-        acts = {c: {layer: self.acts[c, layer][row] for layer in self._layers(c)} for c in self.components}
+        acts = {c: {layer: self.acts[c, layer][row] for layer in self.model.layers_with(c)} for c in self.components}
         keys, values = ([self.kv[i][j][row] for i in range(n)] if len(self.kv) == n else [] for j in (0, 1))
         return Run(ids, torch.stack([r[row] for r in self.resid]), logits, keys, values, acts, noise)

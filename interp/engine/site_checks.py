@@ -22,7 +22,9 @@ def check_sites(model: Model, sites: Sequence[Site]) -> None:
         _check_numbers(model, site, heads.get(COMPONENTS[site.component].heads or "", 0))
         model.check_axes(site.component)
         if site.hook_name not in hook_names:
-            raise SiteError(f"site {site}: {model.name} has no {site.component!r} ({site.hook_name})")
+            elsewhere = model.layers_with(site.component)
+            where = f"; of its layers, {', '.join(map(str, elsewhere))} have it" if elsewhere else ""
+            raise SiteError(f"site {site}: {model.name} has no {site.component!r} ({site.hook_name}){where}")
         if site.component == "resid_mid" and site.layer is not None and not _attention_alone(model, site.layer):
             raise SiteError(
                 f"site {site}: block {site.layer} of {model.name} adds more than attention before its MLP, "

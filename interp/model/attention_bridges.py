@@ -286,7 +286,8 @@ def _joint_reconstruct(self: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any
     out = self._reshape_attn_output(out, batch, length, n_heads, out.shape[-1])
     if getattr(config, "use_attn_result", False):
         z = self.o.hook_in(out).unflatten(-1, (n_heads, -1))
-        return self._compute_per_head_result(z, n_heads, z.shape[-1]), None
+        # the projection itself does not run; BLOOM's attn_out is the hook of its output
+        return self.o.hook_out(self._compute_per_head_result(z, n_heads, z.shape[-1])), None
     return self._apply_output_projection(out), None
 
 

@@ -28,11 +28,10 @@ def register() -> None:
 
     registry = factory.SUPPORTED_ARCHITECTURES
     ours = {name: registry[same] for name, same in SAME_AS.items()} | {"FalconForCausalLM": _falcon()}
-    ours |= {
-        "BertModel": _headless(registry["BertForMaskedLM"]),
-        "RobertaModel": _headless(registry["RobertaForMaskedLM"]),
-    }
+    ours |= {name: _post_norm(registry[name]) for name in ("BertForMaskedLM", "RobertaForMaskedLM")}
+    ours |= {name: _headless(ours[f"{name[:-5]}ForMaskedLM"]) for name in ("BertModel", "RobertaModel")}
     ours |= {"WhisperForConditionalGeneration": _whisper()}
+    ours |= {"OPTForCausalLM": _opt(), "FalconH1ForCausalLM": _falcon_h1()}
     ours |= {"ModernBertForMaskedLM": _modernbert(), "ModernBertModel": _headless(_modernbert())}
     ours |= image_adapters()
     for name, adapter in ours.items():
@@ -68,6 +67,68 @@ def _falcon() -> type:
             )
 
     return Falcon
+
+
+def _falcon_h1() -> type:
+    """Adapter for Falcon-H1: a block multiplies attention's output before it adds it to the residual stream.
+
+    ``hook_attn_out`` and ``hook_result`` show what is added, as they do for Granite.
+    """
+    from transformer_lens.model_bridge.generalized_components.block import ScaledResidualBlockBridge
+    from transformer_lens.model_bridge.supported_architectures.falcon_h1 import FalconH1ArchitectureAdapter
+
+    class FalconH1(FalconH1ArchitectureAdapter):
+        def prepare_model(self, hf_model: Any) -> None:
+            super().prepare_model(hf_model)
+            scale = float(hf_model.config.attention_out_multiplier)
+            if scale in (0.0, 1.0):
+                return
+            mapping: Any = self.component_mapping
+            blocks = ScaledResidualBlockBridge(
+                name="model.layers",
+                config=mapping["blocks"].config,
+                submodules=mapping["blocks"].submodules,
+                residual_contribution_scale=scale,
+                scaled_mlp_submodule=None,
+            )
+            blocks.hook_aliases["hook_mlp_out"] = "mlp.hook_out"  # the MLP multiplies its output itself
+            mapping["blocks"] = blocks
+
+    return FalconH1
+
+
+def _opt() -> type:
+    """Adapter for OPT, whose models with norms behind their sums (350m) have no final norm."""
+    from transformer_lens.model_bridge.supported_architectures.opt import OptArchitectureAdapter
+
+    class Opt(OptArchitectureAdapter):
+        def prepare_model(self, hf_model: Any) -> None:
+            super().prepare_model(hf_model)
+            mapping: Any = self.component_mapping
+            if hf_model.model.decoder.final_layer_norm is None:
+                mapping.pop("ln_final", None)
+            if not hf_model.config.do_layer_norm_before:
+                # the second norm then runs on [batch, position, d_model], not where OPT has joined the first two axes
+                blocks = mapping["blocks"]
+                for point in (blocks.submodules["ln2"].hook_in, blocks.submodules["ln2"].hook_out, blocks.hook_mlp_in):
+                    point.hook_conversion = None
+
+    return Opt
+
+
+def _post_norm(adapter: type) -> type:
+    """Adapter for BERT and RoBERTa whose ``hook_attn_out`` is attention's output.
+
+    TransformerLens shows the state after the residual sum and its norm under this name, and of the MLP its output.
+    """
+
+    class PostNorm(adapter):
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            blocks = self.component_mapping["blocks"]
+            blocks.hook_aliases = {**blocks.hook_aliases, "hook_attn_out": "attn.o.hook_out"}
+
+    return PostNorm
 
 
 def _headless(masked: type) -> type:

@@ -32,6 +32,7 @@ from interp.model.instrument import Instrument
 from interp.model.loading import alone_with, boot, check_device, special_tokens_of
 from interp.model.ownership import Owner
 from interp.model.protocols import Bridge
+from interp.model.residual_check import recorded_sum, sum_fault
 from interp.model.session import in_session, plain_settings
 from interp.model.verification import count_hooks, probe, reads_of, verify
 from interp.prompts.coder import Coder
@@ -157,12 +158,13 @@ class Model(Owner):
         self.reads = reads_of(bridge.original_model)
         eager_output, n_positions = probe(self)
         install(bridge, self.instruments)
-        with recorded(bridge, self.instruments, stacks(bridge)) as replays:
+        with recorded(bridge, self.instruments, stacks(bridge)) as replays, recorded_sum(bridge) as sums:
             verify(self, eager_output)
-        self.head_axes = check_heads(bridge, replays)
+        self.head_axes, self._sum_fault = check_heads(bridge, replays), sum_fault(sums)
         for instrument in self.instruments.values():
             instrument.layers.clear()
         self._has_warned_about_cache = False
+        self._layers_with: dict[str, list[int]] = {}
         self._n_hooks_at_load = count_hooks(bridge)
         self._buffers_at_load = buffer_state(bridge.original_model)
         self._layout = layout_of(bridge.original_model.config, n_positions) if self.reads == "images" else None
@@ -182,6 +184,19 @@ class Model(Owner):
         """
         by_stack = stacks(self.bridge)
         return list(by_stack.get("") or by_stack["decoder"])
+
+    def layers_with(self, component: str) -> list[int]:
+        """The layers that have a component of `interp.sites.COMPONENTS`; [0] for one that exists once.
+
+        Hybrid models have attention, and with it ``attn_out`` and heads, in some layers only.
+        """
+        if component not in self._layers_with:
+            spec, names = COMPONENTS[component], self.bridge.hook_dict
+            layers = [i for i in range(self.n_layers if spec.per_layer else 1) if spec.hook.format(layer=i) in names]
+            if component == "resid_mid":  # it is set through attention's output
+                layers = [i for i in layers if f"blocks.{i}.hook_attn_out" in names]
+            self._layers_with[component] = layers
+        return self._layers_with[component]
 
     @property
     def stacks(self) -> list[str]:
@@ -272,11 +287,12 @@ class Model(Owner):
             model.sites("resid_pre", layers=range(4), positions=-1)
             model.sites("attn_out") | model.sites("mlp_out")          # every position of every layer
 
-        Arguments as those of `interp.sites.enumerate_sites`. In a hybrid model, heads are enumerated in its attention
-        layers only. Raises SiteError for an unknown component or an index out of range.
+        Arguments as those of `interp.sites.enumerate_sites`. Only layers that have the component are enumerated: in a
+        hybrid model, attn_out and heads exist in its attention layers only. Raises SiteError for an unknown component
+        or an index out of range.
         """
-        if layers is None and component in COMPONENTS and COMPONENTS[component].heads in ("query", "kv"):
-            layers = self.attention_layers
+        if layers is None and component in COMPONENTS and COMPONENTS[component].per_layer and not self.stacks:
+            layers = self.layers_with(component) or None  # one that no layer has is refused by recipes, by name
         return enumerate_sites(
             component, n_layers=self.n_layers, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads,
             n_neurons=self.n_neurons if component == "mlp_post" else 0, layers=layers, heads=heads,
@@ -529,9 +545,9 @@ class Model(Owner):
     # ------------------------------------------------------------ trust
 
     def check_axes(self, component: str) -> None:
-        """Raise SiteError if heads of ``component`` are not the model's heads, as the check at load has found."""
-        if fault := self.head_axes.fault(component):
-            raise SiteError(f"{component!r} of {self.name} is refused, since its heads are not the model's: {fault}")
+        """Raise SiteError if ``component`` is not what its name says, as the check at load has found."""
+        if fault := self._sum_fault if component == "resid_mid" else self.head_axes.fault(component):
+            raise SiteError(f"{component!r} of {self.name} is refused: {fault}")
 
     def hooks_added(self) -> bool:
         """Whether modules have other forward hooks than when the model was loaded.

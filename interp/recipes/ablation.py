@@ -87,7 +87,7 @@ def ablate(
     """
     _check_recipe(using, schedule, seed)
     loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
-    targets = targets_of(sites, groups, window, model.n_layers)
+    targets = targets_of(sites, groups, window, model)
     every_site = all_sites(targets)
     loop.runner.check_sites(every_site)
     plan = {i: _scheduled(list(expand_each(targets, loop.prompts[i])), schedule) for i in loop.selected}

@@ -74,7 +74,7 @@ def patch(
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
     loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
-    targets = targets_of(sites, groups, window, model.n_layers)
+    targets = targets_of(sites, groups, window, model)
     loop.runner.check_sites(all_sites(targets))
     if sources is None:
         source_pairs = None

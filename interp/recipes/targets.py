@@ -8,6 +8,7 @@ from typing import Any
 
 from interp.engine.cells import rows_of
 from interp.errors import SiteError
+from interp.model.model import Model
 from interp.prompts.coder import Encoded
 from interp.sites import COMPONENTS, EACH, Site, Sites
 from interp.utils.arguments import check_window
@@ -45,7 +46,7 @@ def as_sites(sites: Iterable[Site | str] | Site | str) -> Sites:
 
 
 def targets_of(
-    sites: Iterable[Site | str] | Site | str | None, groups: Groups | None, window: int, n_layers: int
+    sites: Iterable[Site | str] | Site | str | None, groups: Groups | None, window: int, model: Model
 ) -> list[Target]:
     """Return a target for every site (``window`` > 1: in the layers around it too), then one for every group.
 
@@ -54,13 +55,19 @@ def targets_of(
     if sites is None and groups is None:
         raise SiteError("there is nothing to sweep: pass sites, e.g. model.sites('z'), or groups={'name': sites}")
     check_window(window)
-    single = [] if sites is None else [Target(site, _around(site, window, n_layers)) for site in as_sites(sites)]
+    single = [] if sites is None else [Target(site, _around(site, window, model)) for site in as_sites(sites)]
     return [*single, *(() if groups is None else _group_targets(groups))]
 
 
 def window_layers(layer: int, window: int, n_layers: int) -> range:
     """Return the layers changed together, centred on ``layer`` and clipped to the model (as in Meng et al.'s code)."""
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
+
+
+def window_with(model: Model, component: str, layer: int, window: int) -> list[int]:
+    """Return ``layer`` and those around it that have the component (in hybrid models, not all have attn_out)."""
+    has = {layer, *model.layers_with(component)}
+    return [i for i in window_layers(layer, window, model.n_layers) if i in has]
 
 
 def all_sites(targets: Iterable[Target]) -> Sites:
@@ -89,7 +96,7 @@ def expand_each(targets: Iterable[Target], prompt: Encoded) -> Iterator[Target]:
             yield target
 
 
-def _around(site: Site, window: int, n_layers: int) -> tuple[Site, ...]:
+def _around(site: Site, window: int, model: Model) -> tuple[Site, ...]:
     if window == 1:
         return (site,)
     spec = COMPONENTS[site.component]
@@ -98,7 +105,7 @@ def _around(site: Site, window: int, n_layers: int) -> tuple[Site, ...]:
             f"window={window} at {site}: layers can be taken together for components of a whole layer (attn_out, "
             "mlp_out, resid_pre, …); heads and neurons of different layers do not correspond. Name them as groups="
         )
-    return tuple(replace(site, layer=layer) for layer in window_layers(site.layer, window, n_layers))
+    return tuple(replace(site, layer=layer) for layer in window_with(model, site.component, site.layer, window))
 
 
 def _group_targets(groups: Groups) -> list[Target]:

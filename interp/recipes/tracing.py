@@ -29,7 +29,7 @@ from interp.recipes.corruption import NoiseCorruption, PairCorruption, corruptio
 from interp.recipes.inputs import expand_sites
 from interp.recipes.scoring import readout
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
-from interp.recipes.targets import window_layers
+from interp.recipes.targets import window_with
 from interp.recipes.trace_table import trace_table
 from interp.results.effects import Effects
 from interp.sites import EACH, Site, Sites
@@ -88,7 +88,7 @@ def trace(
     loop = SweepLoop(model, facts, metric, engine, memory, subset, show_progress, takes_facts=True)
     corruption = corruption_of(model, loop.prompts, loop.has_pairs, noise, samples, sigma, seed)
     sites = model.sites(component, layers=layers, positions=positions)
-    restore = _Restore(model.n_layers, window, None if sever is None else SEVERED[sever])
+    restore = _Restore(model, window, None if sever is None else SEVERED[sever])
     loop.runner.check_sites([*sites, *restore.other_sites(sites)])
     intervention = f"restore {component}{_suffix(window, sever)}"
     cells = _TraceCells(f"trace: {intervention}", loop, sites, component, corruption, restore)
@@ -160,7 +160,7 @@ def _checked_window(component: str, window: int | None, sever: str | None) -> in
 class _Restore:
     """What a cell restores, and which component it keeps corrupted while it does."""
 
-    n_layers: int
+    model: Model
     window: int
     severed: str | None
 
@@ -172,11 +172,15 @@ class _Restore:
     def other_sites(self, sites: Sites) -> Iterator[Site]:
         """Yield the sites of a window, and severed ones, besides those that the caller named."""
         component, layers = next(s.component for s in sites), sorted({s.layer or 0 for s in sites})
-        for layer in sorted({i for centre in layers for i in window_layers(centre, self.window, self.n_layers)}):
+        for layer in sorted({i for centre in layers for i in window_with(self.model, component, centre, self.window)}):
             yield Site(component, layer)
-        if self.severed is not None:
-            first = window_layers(layers[0], self.window, self.n_layers)[-1] + 1
-            yield from (Site(self.severed, layer) for layer in range(first, self.n_layers))
+        yield from self._severed_after(window_with(self.model, component, layers[0], self.window)[-1])
+
+    def _severed_after(self, layer: int) -> list[Site]:
+        """Return the severed sites behind a layer, in layers that have them."""
+        if self.severed is None:
+            return []
+        return [Site(self.severed, later) for later in self.model.layers_with(self.severed) if later > layer]
 
     def cell(self, run: int, site: Site, prompt: Encoded, clean: Run, corrupted: Run, first: int) -> Cell | None:
         """Return the restoring cell; None where the corruption cannot have an effect (before row ``first``)."""
@@ -185,9 +189,8 @@ class _Restore:
         if start >= stop:
             return None
         assert site.layer is not None
-        restored = [Site(site.component, layer) for layer in window_layers(site.layer, self.window, self.n_layers)]
-        writes = [Write(s, start, stop, clean.value(s, start, stop)) for s in restored]
-        if self.severed is not None:
-            later = [Site(self.severed, layer) for layer in range((restored[-1].layer or 0) + 1, self.n_layers)]
-            writes += [Write(s, start, stop, corrupted.value(s, start, stop)) for s in later]
+        layers = window_with(self.model, site.component, site.layer, self.window)
+        writes = [Write(s, start, stop, clean.value(s, start, stop)) for s in (Site(site.component, i) for i in layers)]
+        severed = self._severed_after(layers[-1])
+        writes += [Write(s, start, stop, corrupted.value(s, start, stop)) for s in severed]
         return Cell(run, tuple(writes))

@@ -58,6 +58,11 @@ FAMILIES: dict[str, Family] = {
         {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48,
          "max_position_embeddings": 64, "word_embed_proj_dim": 32},
     ),
+    "opt_post_norm": Family(
+        "OPTConfig",
+        {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48,
+         "max_position_embeddings": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
     "bloom": Family("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
     "mpt": Family("MptConfig", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}),
     "falcon": Family("FalconConfig", FALCON),  # multi-query
@@ -107,7 +112,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": Family("DeepseekV2Config", {**SIZES, **LATENT}, float64=False),
     "deepseek_v3": Family("DeepseekV3Config", {**SIZES, **LATENT}, float64=False),
-    "falcon_h1": Family("FalconH1Config", {**SIZES, **GROUPED, **MAMBA, "mamba_d_ssm": 64}, kind="hybrid"),
+    "falcon_h1": Family(
+        "FalconH1Config",
+        {**SIZES, **GROUPED, **MAMBA, "mamba_d_ssm": 64, "attention_out_multiplier": 0.5, "ssm_out_multiplier": 0.7,
+         "key_multiplier": 0.8, "embedding_multiplier": 2.0, "mlp_multipliers": [0.9, 0.6], "lm_head_multiplier": 0.5},
+        kind="hybrid",
+    ),
     "bamba": Family("BambaConfig", {**SIZES, **GROUPED, **MAMBA, "attn_layer_indices": [1]}, kind="hybrid"),
     "jamba": Family(
         "JambaConfig",
