@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from interp.utils.lazy import lazy_exports
+from interp.utils.progress import import_tqdm_quietly
 
 if TYPE_CHECKING:
     from interp import circuits, corpus, doctor, metrics, prompts, spans, tasks, zoo
@@ -64,6 +65,8 @@ _EXPORTS = {
     "sweep.api": ("Sweep",),
 }
 _MODULES = ("circuits", "corpus", "doctor", "metrics", "model", "prompts", "spans", "tasks", "zoo")
+
+import_tqdm_quietly()
 
 __version__ = "0.1.0"
 __all__ = [

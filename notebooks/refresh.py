@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 from plotly.offline import get_plotlyjs
 
 FIGURE = "application/vnd.plotly.v1+json"
+BAR = {"interp": "progress"}  # metadata of a progress bar's output
 SIZE = (760, 440)  # in pixels, of a figure without a size of its own
 
 
@@ -36,7 +37,7 @@ def execute(path: Path) -> Any:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         if cell.cell_type == "code":  # progress bars and log lines are not results
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.get("metadata") != BAR]
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook

@@ -45,10 +45,12 @@ from interp.circuits.inputs import Pairs, token_batches
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.attention_call import AttentionCall
+from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.pairs import listed_prompts
 from interp.sites import Site
+from interp.utils.progress import Advance, progress
 
 UNKNOWN = "unknown"
 ROWS = 256  # queries of one layer whose attention patterns exist at one time
@@ -96,7 +98,9 @@ def name_roles(
     pairs = listed_prompts(pairs)
     sites = _heads_to_name(circuit, heads)
     evaluate = Evaluator(model, pairs, metric, "counterfactual")
-    shares, effects = attention_shares(evaluate, sites), effects_by_route(evaluate, sites)
+    with progress("attention of heads", len(evaluate.prompts)) as advance:
+        shares = attention_shares(evaluate, sites, advance)
+    effects = effects_by_route(evaluate, sites)
     roles, evidence = dict(circuit.roles), dict(circuit.evidence)
     for site in sites:
         roles[site] = _role(shares[site], effects[site], attention, effect)
@@ -136,7 +140,9 @@ def _role(shares: dict[str, float], effects: dict[str, float], attention: float,
 # ---------------------------------------------------------------- where heads attend
 
 
-def attention_shares(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, dict[str, float]]:
+def attention_shares(
+    evaluate: Evaluator, heads: Sequence[Site], advance: Advance = lambda n: None
+) -> dict[Site, dict[str, float]]:
     """Mean attention of heads on each kind of target key.
 
     The mean is over the queries of the clean prompts that have such keys. NaN if no query has one. The kernel rebuilds
@@ -148,7 +154,7 @@ def attention_shares(evaluate: Evaluator, heads: Sequence[Site]) -> dict[Site, d
     for batch in token_batches(evaluate.prompts):
         prompts = [evaluate.prompts[i] for i in batch]
         ids = torch.tensor([list(p.clean) for p in prompts], device=evaluate.model.device)
-        with torch.no_grad(), capture_calls(evaluate.model) as calls:
+        with torch.no_grad(), capture_calls(evaluate.model) as calls, by_layer(evaluate.model, advance, len(batch)):
             evaluate.model.last_logits(ids)
         targets = [_targets(p.clean, p.answer) for p in prompts]
         for name in count:

@@ -29,10 +29,12 @@ from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.buffers import buffer_state
+from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.sites import Site
 from interp.utils.out_of_memory import is_out_of_memory
+from interp.utils.progress import Advance
 
 log = logging.getLogger("interp")
 
@@ -43,6 +45,19 @@ ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix product
 LOGITS_PER_BATCH = 256  # cells whose full logits exist at the same time
 ENOUGH_TOKENS = 4  # a check on a prompt of so many tokens holds for all prompts
 CHECK_TOLERANCE = 1e-3  # relative to the logits' scale; float32 rounding is far below
+
+
+class _Share:
+    """How much of a batch is done: moves a bar by the share of its ``n`` cells, and never back."""
+
+    def __init__(self, advance: Advance, n: int):
+        self.advance, self.n, self.done = advance, n, 0.0
+
+    def to(self, share: float) -> None:
+        """Move to a share between 0 and 1."""
+        if share > self.done:
+            self.advance((share - self.done) * self.n)
+            self.done = share
 
 
 class Engine:
@@ -199,13 +214,13 @@ class Engine:
         runs: Sequence[Run],
         cells: Sequence[Cell],
         score: Score,
-        advance: Callable[[int], None],
+        advance: Advance,
         columns: Int[Tensor, "runs k"] | None = None,
     ) -> Tensor:
         """Compute ``score`` of every cell's last-position logits, in order.
 
-        Calls ``advance(n)`` as cells finish. ``columns``: for each run, the token ids of the only logits that ``score``
-        reads; it then receives only those.
+        Calls ``advance(n)`` as layers of a batch of cells are finished, with shares of the cells. ``columns``: for each
+        run, the token ids of the only logits that ``score`` reads; it then receives only those.
         """
         if self.planner is not None:
             self.planner.add(self, runs, cells, None if columns is None else columns.shape[1])
@@ -217,14 +232,15 @@ class Engine:
             if self.fast and not all(self.cannot_reach_logits(runs, c) for c in cells):
                 self._check(runs, cells)
             for batch in self.batches(runs, cells, None if columns is None else columns.shape[1]):
-                values[batch] = self._run(runs, cells, batch, score, columns)
-                advance(len(batch))
+                share = _Share(advance, len(batch))
+                values[batch] = self._run(runs, cells, batch, score, columns, share)
+                share.to(1.0)
         return values
 
     @in_session
     @torch.no_grad()
     def score_prompts(
-        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Callable[[int], None]
+        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Advance
     ) -> Tensor:
         """Compute ``score`` of prompts that are cells by themselves, in order.
 
@@ -236,8 +252,8 @@ class Engine:
             self.planner.whole += map(len, prompts)
             return values.zero_()
         for batch in self.prompt_batches([len(p) for p in prompts]):
-            values[batch] = score(self.model.last_logits([prompts[i] for i in batch]), batch).cpu().double()
-            advance(len(batch))
+            with by_layer(self.model, advance, len(batch)):
+                values[batch] = score(self.model.last_logits([prompts[i] for i in batch]), batch).cpu().double()
         return values
 
     def prompt_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -254,8 +270,9 @@ class Engine:
             yield from (numbers[i : i + step] for i in range(0, len(numbers), step))
 
     def _run(
-        self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score, columns: Tensor | None
-    ) -> Tensor:
+        self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score, columns: Tensor | None,
+        share: _Share,
+    ) -> Tensor:  # fmt: skip
         """Scores of one batch; when memory runs out, of its halves one after the other."""
         batch_cells = [cells[i] for i in batch]
         cell_columns = None
@@ -263,7 +280,7 @@ class Engine:
             cell_columns = columns[torch.tensor([c.run for c in batch_cells], device=columns.device)]
         try:
             if self.fast and not all(self.cannot_reach_logits(runs, c) for c in batch_cells):
-                logits = self._forward(runs, batch_cells).logits(cell_columns)
+                logits = self._forward(runs, batch_cells).logits(cell_columns, share.to)
             else:
                 unchanged = [runs[c.run].logits for c in batch_cells]
                 logits = torch.stack(unchanged if self.fast else naive.run_cells(self.model, runs, batch_cells))
@@ -280,7 +297,8 @@ class Engine:
         log.warning("engine: out of memory with %d cells in a batch; continuing with half as many", len(batch))
         self.rows_per_batch = max(1, self.rows_per_batch // 2)
         half = len(batch) // 2
-        return torch.cat([self._run(runs, cells, part, score, columns) for part in (batch[:half], batch[half:])])
+        halves = batch[:half], batch[half:]
+        return torch.cat([self._run(runs, cells, part, score, columns, share) for part in halves])
 
     def cannot_reach_logits(self, runs: Sequence[Sized], cell: Cell) -> bool:
         """Whether a cell changes nothing that is read, so that the base run answers it."""

@@ -108,13 +108,18 @@ class PackedForward:
             groups.setdefault(key, Group(runs[cells[i].run], cells[i].first_row)).waiting.append(i)
         self.groups = list(groups.values())
 
-    def logits(self, columns: Int[Tensor, "cells k"] | None = None) -> Float[Tensor, "cells vocab"]:
+    def logits(
+        self, columns: Int[Tensor, "cells k"] | None = None, done: Callable[[float], None] | None = None
+    ) -> Float[Tensor, "cells vocab"]:
         """Compute last-position logits of every cell, in order.
 
-        With ``columns``, only the logits of these token ids [cells, k] are computed.
+        With ``columns``, only the logits of these token ids [cells, k] are computed. ``done`` is called before each
+        layer with the share of the layers that are finished.
         """
         n = self.model.n_layers
         for layer in range(n):
+            if done is not None:
+                done(layer / n)
             pieces = self._enter(layer)
             if pieces and layer < n - 1:
                 self._block(layer, pieces)

@@ -19,6 +19,7 @@ from torch import Tensor
 from interp.errors import InterpError, PromptError, SiteError
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
+from interp.model.layer_progress import by_layer
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
 from interp.prompts.coder import Encoded
@@ -38,6 +39,7 @@ from interp.results.attention_patterns import (
     roots,
 )  # fmt: skip
 from interp.sites import Site
+from interp.utils.progress import progress
 
 MOST_SEGMENTS = 64
 
@@ -74,7 +76,11 @@ def prompt_patterns(
     exact_heads = _parse_heads(exact, all_heads)
     request = PatternRequest(list(dict.fromkeys([*map_heads, *exact_heads])), exact_heads, resolution, topk, rows)
     encoded = [_encoded(model, prompt) for prompt in several]
-    examples = [_example(model, prompt, ids, request) for prompt, ids in zip(several, encoded, strict=True)]
+    examples = []
+    with progress("attention patterns", len(several)) as advance:
+        for prompt, ids in zip(several, encoded, strict=True):
+            with by_layer(model, advance, 1, forwards=2 if isinstance(prompt, PromptPair) else 1):
+                examples.append(_example(model, prompt, ids, request))
     provenance = {
         **prompt_provenance(model, [getattr(p, "text", p) for p in several], encoded),
         "pooling": f"largest weight of each cell, at most {resolution} × {resolution} cells",

@@ -12,12 +12,14 @@ from headstats.stats import tensors
 
 from interp.errors import PromptError
 from interp.model.batching import equal_length_batches
+from interp.model.layer_progress import by_layer
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
 from interp.prompts.images import layout_of
 from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import listed_texts
 from interp.results.attention_stats import AttentionStats
+from interp.utils.progress import progress
 
 
 @torch.no_grad()
@@ -30,13 +32,14 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
     ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in inputs]
     values: dict[str, list[Any]] = {}
-    for batch in equal_length_batches(ids):
-        with model.instrument.collecting(spec) as collected:
-            model.forward([ids[i] for i in batch])
-        for name, stacked in stack_layers(collected, model.n_layers).items():
-            rows = values.setdefault(name, [None] * len(ids))
-            for i, row in zip(batch, stacked, strict=True):
-                rows[i] = row
+    with progress("attention statistics", len(ids)) as advance:
+        for batch in equal_length_batches(ids):
+            with model.instrument.collecting(spec) as collected, by_layer(model, advance, len(batch)):
+                model.forward([ids[i] for i in batch])
+            for name, stacked in stack_layers(collected, model.n_layers).items():
+                rows = values.setdefault(name, [None] * len(ids))
+                for i, row in zip(batch, stacked, strict=True):
+                    rows[i] = row
     backends = {i: ", ".join(model.instrument.record(i).backends) for i in range(model.n_layers)}
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     items = [p.digest.hex() if isinstance(p, ModelInput) else p for p in inputs]
@@ -58,11 +61,12 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
     inputs = [p for p in model.pictures.prompts(prompts) if isinstance(p, ModelInput)]
     if not inputs:
         raise PromptError("the vision tower reads images, and no prompt holds one")
-    for prompt in inputs:
-        with instrument.collecting(spec) as collected:
-            model.forward([prompt])
-        for name, stacked in stack_layers(collected, len(collected)).items():
-            values.setdefault(name, []).extend(stacked)
+    with progress("attention statistics", len(inputs)) as advance:
+        for prompt in inputs:
+            with instrument.collecting(spec) as collected, by_layer(model, advance, 1):
+                model.forward([prompt])
+            for name, stacked in stack_layers(collected, len(collected)).items():
+                values.setdefault(name, []).extend(stacked)
     positions = next(iter(values.values()))
     layouts = [layout_of(model.bridge.original_model.config, x.shape[-1]) for x in positions]
     tokens = [layout.texts(*layout.size) for layout in layouts]

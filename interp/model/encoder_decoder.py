@@ -18,6 +18,7 @@ from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import hash_of_prompts
 from interp.prompts.listing import listed
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
+from interp.utils.progress import progress
 from interp.utils.provenance import now
 
 
@@ -41,16 +42,18 @@ def stack_stats(
     spec = dataclasses.replace(spec, **dict.fromkeys(left_out, False))
     instrument = model.instruments[stack]
     tokens, keys, values = [], [], {}
-    for source, target in pairs:
-        with instrument.collecting(spec) as collected:
-            model.bridge.original_model(**source, decoder_input_ids=target, use_cache=False)
-        layers = [collected[i].as_dict() for i in sorted(collected)]
-        for name in layers[0]:
-            values.setdefault(name, []).append(torch.stack([x[name][0] for x in layers]).cpu().numpy())
-        source_texts = _texts(model, source)
-        target_texts = [model.tokenizer.decode([i]) for i in target[0].tolist()]
-        tokens.append(source_texts if stack == "encoder" else target_texts)
-        keys.append(target_texts if stack == "decoder" else source_texts)
+    with progress(f"attention statistics ({stack})", len(pairs)) as advance:
+        for source, target in pairs:
+            with instrument.collecting(spec) as collected:
+                model.bridge.original_model(**source, decoder_input_ids=target, use_cache=False)
+            layers = [collected[i].as_dict() for i in sorted(collected)]
+            for name in layers[0]:
+                values.setdefault(name, []).append(torch.stack([x[name][0] for x in layers]).cpu().numpy())
+            source_texts = _texts(model, source)
+            target_texts = [model.tokenizer.decode([i]) for i in target[0].tolist()]
+            tokens.append(source_texts if stack == "encoder" else target_texts)
+            keys.append(target_texts if stack == "decoder" else source_texts)
+            advance(1)
     read = [source.get("input_ids", target)[0].tolist() + target[0].tolist() for source, target in pairs]
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     provenance = {

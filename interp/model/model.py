@@ -29,6 +29,7 @@ from interp.model.input_checks import (
 )
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
+from interp.model.layer_progress import by_layer
 from interp.model.loading import alone_with, boot, check_device, special_tokens_of
 from interp.model.ownership import Owner
 from interp.model.protocols import Bridge
@@ -45,6 +46,7 @@ from interp.results.attention_stats import AttentionStats
 from interp.sites import COMPONENTS, Sites, enumerate_sites
 from interp.utils.gc_pause import collector_paused
 from interp.utils.html_card import card
+from interp.utils.progress import progress
 from interp.utils.provenance import text_hash, versions, weights_hash
 
 log = logging.getLogger("interp")
@@ -405,9 +407,12 @@ class Model(Owner):
         Lengths may differ (no padding is used).
         """
         out: list[Tensor | None] = [None] * len(ids)
-        for batch in equal_length_batches(ids):
-            for i, row in zip(batch, self.last_logits([ids[i] for i in batch]), strict=True):
-                out[i] = row.float().cpu()
+        with progress("run the prompts", len(ids)) as advance:
+            for batch in equal_length_batches(ids):
+                with by_layer(self, advance, len(batch)):
+                    logits = self.last_logits([ids[i] for i in batch])
+                for i, row in zip(batch, logits, strict=True):
+                    out[i] = row.float().cpu()
         return torch.stack([row for row in out if row is not None])
 
     @in_session

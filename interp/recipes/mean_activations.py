@@ -13,10 +13,12 @@ from torch import Tensor
 from interp.engine import Engine
 from interp.engine.cells import rows_of
 from interp.errors import PromptError
+from interp.model.layer_progress import by_layer
 from interp.prompts.coder import Coder, Encoded
 from interp.prompts.listing import listed
 from interp.prompts.pairs import Prompt, PromptPair, encode_pairs, text_of
 from interp.sites import Site, Sites
+from interp.utils.progress import progress
 
 Ids = tuple[int, ...]
 TOKENS_AT_ONCE = 4096  # of reference prompts whose activations are held at one time
@@ -56,9 +58,12 @@ class Means:
         self.totals: dict[tuple[str, int | None], Tensor] = {}
         addresses = list(dict.fromkeys((s.component, s.layer) for s in sites))
         components = sorted({c for c, _ in addresses})
-        for chunk in _chunks(reference, self._at_once(components)):
-            for run in runner.record(chunk, components):
-                self._add(run.ids, {address: run.whole(*address) for address in addresses})
+        with progress("mean activations", len(reference)) as advance:
+            for chunk in _chunks(reference, self._at_once(components)):
+                with by_layer(runner.model, advance, len(chunk)):
+                    runs = runner.record(chunk, components)
+                for run in runs:
+                    self._add(run.ids, {address: run.whole(*address) for address in addresses})
 
     def _add(self, ids: Ids, activations: dict[tuple[str, int | None], Tensor]) -> None:
         rows = self._numbers(ids, 0, len(ids))

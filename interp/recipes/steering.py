@@ -18,6 +18,7 @@ from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError, PromptError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
+from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.listing import TokenIds
@@ -27,6 +28,7 @@ from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Sub
 from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
+from interp.utils.progress import progress
 
 TEXTS_AT_ONCE = 64  # texts of `mean_difference` whose activations are held at one time
 
@@ -129,10 +131,12 @@ def mean_difference(
         if not texts:
             raise PromptError(f"mean_difference needs a list of at least one {name} text, got {argument!r:.60}")
         activations = []
-        for i in range(0, len(texts), TEXTS_AT_ONCE):
-            chunk = texts[i : i + TEXTS_AT_ONCE]
-            runs = runner.record([model.coder.encode(t) for t in chunk], [site.component])
-            activations += [_text_mean(model, run, site, text) for run, text in zip(runs, chunk, strict=True)]
+        with progress(f"mean of {name} texts", len(texts)) as advance:
+            for i in range(0, len(texts), TEXTS_AT_ONCE):
+                chunk = texts[i : i + TEXTS_AT_ONCE]
+                with by_layer(model, advance, len(chunk)):
+                    runs = runner.record([model.coder.encode(t) for t in chunk], [site.component])
+                activations += [_text_mean(model, run, site, text) for run, text in zip(runs, chunk, strict=True)]
         means.append(torch.stack(activations).mean(0))
     return means[0] - means[1]
 

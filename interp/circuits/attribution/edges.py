@@ -38,6 +38,7 @@ from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, logit_diff
+from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
@@ -86,8 +87,9 @@ def attribute_edges(
     totals = torch.zeros(wiring.graph.allowed.shape, dtype=torch.float64)
     with progress(f"attribute edges ({method})", len(prompts), show_progress) as advance:
         for batch in token_batches(prompts):
-            totals += _EdgeBatch(wiring, [prompts[i] for i in batch], metric, mode, method).scores(method, steps)
-            advance(len(batch))
+            forwards = 2 + (steps if "-ig-" in method else 1)
+            with by_layer(model, advance, len(batch), forwards):
+                totals += _EdgeBatch(wiring, [prompts[i] for i in batch], metric, mode, method).scores(method, steps)
     provenance = {
         **prompt_provenance(model, pair_list, prompts),
         "method": method, "mode": mode, "metric": metric.name, "metric_direction": metric.direction,

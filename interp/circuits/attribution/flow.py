@@ -38,10 +38,12 @@ from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
+from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
 from interp.prompts.pairs import encode_pairs, listed_prompts, listed_texts
+from interp.utils.progress import progress
 
 EPSILON = 1e-5
 PART_BYTES = 64 * 2**20  # of parts, d_model numbers each, that exist at one time
@@ -59,8 +61,10 @@ def flow_scores(model: Model, pairs: Pairs) -> EdgeScores:
     prompts = encode_pairs(pair_list, model.coder)
     wiring = Wiring.checked(model, prompts[0].clean)
     total = torch.zeros(wiring.graph.allowed.shape, dtype=torch.float64)
-    for batch in token_batches(prompts):
-        total += _edge_sums(wiring, [prompts[i].clean for i in batch])
+    with progress("information flow", len(prompts)) as advance:
+        for batch in token_batches(prompts):
+            with by_layer(model, advance, len(batch)):
+                total += _edge_sums(wiring, [prompts[i].clean for i in batch])
     recipe = {"method": "information flow routes", "evidence": "share of size, without intervention"}
     return EdgeScores(
         wiring.graph, (total / len(prompts)).numpy(), {**prompt_provenance(model, pair_list, prompts), **recipe}

@@ -61,6 +61,7 @@ from interp.recipes.targets import as_sites
 from interp.results.effects import SITE_COLUMNS, Effects
 from interp.sites import EACH, Site, Sites
 from interp.utils.arguments import check_whole
+from interp.utils.progress import Advance, progress
 
 METHODS: dict[NodeMethod, str] = {
     "atp": "attribution patching (estimate)",
@@ -95,8 +96,9 @@ def attribute_sites(
         raise InterpError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     job = _SiteAttribution(model, pairs, sites, metric, mode, steps)
     rows = EffectRows(METHODS[method], mode, job.metric)
-    for e in job.estimates(method):
-        rows.add(e.example, e.site, e.prompt, e.clean, e.corrupt, e.base + float(e.changes[0]))
+    with progress(f"attribute sites ({method})", len(job.prompts)) as advance:
+        for e in job.estimates(method, advance=advance):
+            rows.add(e.example, e.site, e.prompt, e.clean, e.corrupt, e.base + float(e.changes[0]))
     recipe = {"method": method, "steps": steps if method.startswith("ig") else None, **provenance_of(pairs)}
     return rows.effects(model, job.pairs, job.prompts, engine="backward passes", evidence="estimate", **recipe)
 
@@ -128,11 +130,12 @@ def atp_star(
     job = _SiteAttribution(model, pairs, sites, metric, mode, 1)
     method: NodeMethod = "atp-carried" if qk_fix == "carried" else "atp-qk" if qk_fix else "atp"
     keys, scores, signed = [], [], []
-    for e in job.estimates(method, grad_drop):
-        keys.append((e.site.component, e.site.layer, e.site.head, e.site.position))
-        signed.append(e.changes[0])
-        own_layer = grad_drop and e.site.layer is not None and not e.site.component.startswith("resid")
-        scores.append(np.abs(e.changes).sum() / (len(e.changes) - own_layer))
+    with progress("AtP*", len(job.prompts)) as advance:
+        for e in job.estimates(method, grad_drop, advance):
+            keys.append((e.site.component, e.site.layer, e.site.head, e.site.position))
+            signed.append(e.changes[0])
+            own_layer = grad_drop and e.site.layer is not None and not e.site.component.startswith("resid")
+            scores.append(np.abs(e.changes).sum() / (len(e.changes) - own_layer))
     table = pd.DataFrame(keys, columns=pd.Index(SITE_COLUMNS)).assign(score=scores, estimate=signed)
     ranked = by_site(table, len(job.pairs), {"score": ("score", "mean"), "estimate": ("estimate", "mean")})
     ranked.attrs.update(model.provenance(), method="AtP*", qk_fix=qk_fix, grad_drop=grad_drop, mode=mode)
@@ -196,7 +199,9 @@ class _SiteAttribution:
                 if site.position != EACH:
                     rows_of(site, prompt)
 
-    def estimates(self, method: NodeMethod, grad_drop: bool = False) -> Iterator[Estimate]:
+    def estimates(
+        self, method: NodeMethod, grad_drop: bool = False, advance: Advance = lambda n: None
+    ) -> Iterator[Estimate]:
         """Yield the estimates of every prompt and site, in batches of one length."""
         fixed = self._fixed_components(method)
         if fixed:
@@ -209,6 +214,7 @@ class _SiteAttribution:
                 base = clean if self.mode == "noise" else corrupt
                 for site, changes in batch.changes(method, row, prompt):
                     yield Estimate(i, site, prompt, clean, corrupt, base, changes)
+                advance(1)
 
     def _fixed_components(self, method: NodeMethod) -> list[str]:
         """The components whose effects the QK fix replaces: among q and k."""

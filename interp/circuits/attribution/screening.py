@@ -61,7 +61,7 @@ def screen(
     drawn = np.random.default_rng(seed).permutation(beyond)[:sample]
     verified = [*range(len(table) - len(beyond)), *sorted(drawn.tolist())]
     verified_sites = Sites(_site(row) for row in table.iloc[verified].itertuples())
-    exact: Any = patch(model, pair_list, verified_sites, metric, mode, show_progress=False).summary()
+    exact: Any = patch(model, pair_list, verified_sites, metric, mode).summary()
     exact = exact[[*SITE_COLUMNS, "raw", "raw_lo", "raw_hi"]]
     exact = exact.rename(columns={"raw": "exact", "raw_lo": "lo", "raw_hi": "hi"})
     table = table.merge(exact, on=list(SITE_COLUMNS), how="left")

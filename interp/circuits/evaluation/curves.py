@@ -22,6 +22,7 @@ from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.model import Model
 from interp.model.session import in_session
+from interp.utils.progress import progress
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -93,9 +94,13 @@ def _curve(
     """The curve of one ranking on a scale."""
     ranked = scores.helpful() if ranking == "signed" else scores
     masks = [_selected(ranked, int(s * len(scores)), ranking == "absolute", selection) for s in shares]
-    values = np.stack([scale.evaluate(mask) if mask.any() else scale.empty for mask in masks])
+    values = []
+    with progress(f"circuits by size ({ranking})", len(masks)) as advance:
+        for mask in masks:
+            values.append(scale.evaluate(mask) if mask.any() else scale.empty)
+            advance(1)
     recipe = {**scale.recipe, "scores": scores.provenance, "ranking": ranking, "selection": selection}
-    return Curve(shares, np.array([m.sum() for m in masks]), values, scale.whole, scale.empty, recipe)
+    return Curve(shares, np.array([m.sum() for m in masks]), np.stack(values), scale.whole, scale.empty, recipe)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from interp.engine.core import CHECK_TOLERANCE, EngineKind
 from interp.engine.verified import Verified
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
+from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
@@ -44,6 +45,7 @@ from interp.recipes.mean_activations import Means
 from interp.recipes.scoring import readout
 from interp.sites import COMPONENTS, Site, Sites
 from interp.utils.arguments import check_seed
+from interp.utils.progress import Advance, progress
 
 RECIPES: dict[Ablation, str] = {
     "counterfactual": "edges outside the circuit carry the activation of the pair's corrupt run",
@@ -140,12 +142,19 @@ class Evaluator:
         As many of them run in one forward as `TOKENS` allows. With ``since``, each circuit continues that circuit's
         runs from the first layer with a receiver whose edges differ.
         """
+        with progress("circuits", len(masks) * len(self.prompts)) as advance:
+            return self._check_values(self._values(masks, since, advance))
+
+    def _values(
+        self, masks: Bool[np.ndarray, "circuits receivers senders"], since: Start | None, advance: Advance
+    ) -> Float[np.ndarray, "circuits examples"]:
         values, torch_masks = np.zeros((len(masks), len(self.prompts))), torch.from_numpy(masks)
         if self.packed is None:
             for i, mask in enumerate(torch_masks):
                 for batch in self.batches:
-                    values[i, batch.examples] = self._metric(self._run_reference(batch, mask), batch.read)
-            return self._check_values(values)
+                    with by_layer(self.model, advance, len(batch.examples)):
+                        values[i, batch.examples] = self._metric(self._run_reference(batch, mask), batch.read)
+            return values
         layers = np.zeros(len(masks), dtype=int) if since is None else self._first_layers(masks != since.mask)
         for number, batch in enumerate(self.packed):
             recorded = None if since is None else since.recorded[number]
@@ -153,10 +162,11 @@ class Evaluator:
                 circuits = np.flatnonzero(layers == layer)
                 step = max(1, rows_that_fit(self.wiring, layer, TOKENS) // sum(batch.prompts.lengths))
                 for part in (circuits[i : i + step] for i in range(0, len(circuits), step)):
-                    logits = run_circuits(self.wiring, batch.prompts, torch_masks[part], recorded, layer)
+                    with by_layer(self.model, advance, len(part) * len(batch.examples)):
+                        logits = run_circuits(self.wiring, batch.prompts, torch_masks[part], recorded, layer)
                     for i, circuit_logits in zip(part, logits, strict=True):
                         values[i, batch.examples] = self._metric(circuit_logits, batch.read)
-        return self._check_values(values)
+        return values
 
     def start(self, mask: Bool[np.ndarray, "receivers senders"]) -> Start | None:
         """Record the runs of a circuit, for `many` to continue.

@@ -32,6 +32,7 @@ from interp.model.model import Model
 from interp.model.session import in_session
 from interp.sites import Site
 from interp.utils.arguments import check_whole
+from interp.utils.progress import progress
 
 
 @in_session
@@ -45,6 +46,7 @@ def faithfulness(
     n_random: int = 0,
     chance: Chance = "paths",
     seed: int = 0,
+    show_progress: bool | None = None,
 ) -> Faithfulness:
     """Measure f(C) with a 95% bootstrap interval over examples.
 
@@ -65,9 +67,14 @@ def faithfulness(
         raise InterpError(f"chance={chance!r}: random circuits consist of 'paths' or of 'edges'")
     check_whole(0, n_random=n_random)
     scale = Scale(model, pairs, circuit, metric, using, seed)
-    values = scale.evaluate(scale.mask())
     generator, draw = np.random.default_rng(seed), random_circuit if chance == "paths" else _random_edges
-    random = [scale.f(scale.evaluate(draw(circuit.graph, len(circuit), generator))) for _ in range(n_random)]
+    with progress("faithfulness", 1 + n_random, show_progress) as advance:
+        values = scale.evaluate(scale.mask())
+        advance(1)
+        random = []
+        for _ in range(n_random):
+            random.append(scale.f(scale.evaluate(draw(circuit.graph, len(circuit), generator))))
+            advance(1)
     recipe = {**scale.recipe, "circuit": circuit.provenance, "n_edges": len(circuit)}
     if n_random:
         recipe |= {"chance": chance, "chance_seed": seed}
@@ -92,11 +99,13 @@ def minimality(
     """
     scale = Scale(model, pairs, circuit, metric, using, seed)
     with_all = scale.evaluate(scale.mask())
-    rows = []
-    for node in circuit.nodes():
-        without = scale.evaluate(_without_nodes(scale.mask(), circuit, [node]))
-        change, lo, hi = scale.interval(with_all, without)
-        rows.append({"node": str(node), "role": circuit.roles.get(node, ""), "change": change, "lo": lo, "hi": hi})
+    rows, nodes = [], circuit.nodes()
+    with progress("minimality", len(nodes)) as advance:
+        for node in nodes:
+            without = scale.evaluate(_without_nodes(scale.mask(), circuit, [node]))
+            change, lo, hi = scale.interval(with_all, without)
+            rows.append({"node": str(node), "role": circuit.roles.get(node, ""), "change": change, "lo": lo, "hi": hi})
+            advance(1)
     frame = pd.DataFrame(rows).sort_values("change", ascending=False, key=np.abs, ignore_index=True)
     frame.attrs.update(scale.recipe)
     return frame
@@ -122,12 +131,15 @@ def completeness(
     check_whole(0, n_random=n_random)
     scale, nodes = Scale(model, pairs, circuit, metric, using, seed), circuit.nodes()
     rows = []
-    for name, removed in _knock_out_sets(nodes, n_random, seed):
-        of_circuit = scale.evaluate(_without_nodes(scale.mask(), circuit, removed))
-        of_model = scale.evaluate(_without_nodes(circuit.graph.allowed, circuit, removed))
-        gap, lo, hi = scale.interval(of_circuit, of_model)
-        row = {"knocked_out": name, "n": len(removed), "circuit": scale.f(of_circuit), "model": scale.f(of_model)}
-        rows.append({**row, "gap": gap, "lo": lo, "hi": hi})
+    with progress("completeness", 2 * (len(nodes) + n_random + 2)) as advance:
+        for name, removed in _knock_out_sets(nodes, n_random, seed):
+            of_circuit = scale.evaluate(_without_nodes(scale.mask(), circuit, removed))
+            advance(1)
+            of_model = scale.evaluate(_without_nodes(circuit.graph.allowed, circuit, removed))
+            advance(1)
+            gap, lo, hi = scale.interval(of_circuit, of_model)
+            row = {"knocked_out": name, "n": len(removed), "circuit": scale.f(of_circuit), "model": scale.f(of_model)}
+            rows.append({**row, "gap": gap, "lo": lo, "hi": hi})
     frame = pd.DataFrame(rows)
     frame.attrs.update(scale.recipe)
     return frame

@@ -1,0 +1,36 @@
+"""Move a progress bar layer by layer, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from interp.utils.progress import Advance, is_shown
+
+
+@contextmanager
+def by_layer(model: Any, advance: Advance, n: float, forwards: int = 1) -> Iterator[None]:
+    """Move a bar by ``n`` in total inside the block: a share after each layer of each of ``forwards`` forwards.
+
+        with by_layer(model, advance, len(batch)):
+            model.last_logits(batch)
+
+    Further forwards move nothing; what is missing at the end is added. A bar that nobody sees costs nothing.
+    """
+    blocks = list(getattr(model.bridge, "blocks", None) or ()) if is_shown() else []
+    step, done = n / (forwards * max(1, len(blocks))), 0.0
+
+    def tick(*_: Any) -> None:
+        nonlocal done
+        if done + step <= n:
+            done += step
+            advance(step)
+
+    handles = [block.register_forward_hook(tick) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    advance(n - done)
