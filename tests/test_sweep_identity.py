@@ -157,6 +157,27 @@ def test_an_altered_prompt_file_of_a_complete_run_is_reported(make, capsys, monk
     assert outcome.code == 0 and not outcome.damaged and "put aside" in str(outcome)
 
 
+@pytest.mark.parametrize("how", ["run", "resume"])
+def test_a_torn_config_and_a_torn_copy_of_prompts_are_mended(make, how) -> None:
+    whole, one = make("whole"), make("one")
+    assert run(whole).code == run(one).code == 0
+    header = json.loads(Path("one/run.json").read_text())
+    Path("one/run.json").write_text('{"kind": "sweep", "sch')
+    (copy,) = Path("one/inputs").iterdir()
+    (frozen,) = Path("one/prompts").glob("*.json")
+    one.store.path(2).unlink()
+    if how == "run":  # the prompts have to be made again, from the file next to the config
+        frozen.unlink()
+        copy.write_bytes(copy.read_bytes()[:50])
+        again = make("one")
+    else:
+        again = interp.Sweep.open("one", models=one.models)
+    outcome = run(again)
+    assert outcome.code == 0 and not outcome.damaged and light.contents(again.store) == light.contents(whole.store)
+    assert {**json.loads(Path("one/run.json").read_text()), "created": header["created"]} == header
+    assert list(Path("one/damaged").glob(".run.json.*"))
+
+
 def test_parts_of_other_runs_and_copies_of_parts_are_refused(make) -> None:
     whole, one, other = make("whole"), make("one"), make("other", recipes=[{"recipe": "patch", "mode": "noise"}])
     for each in (whole, one, other):
@@ -255,4 +276,5 @@ def test_what_is_read_agrees_with_arithmetic(make) -> None:
     (effects,) = one.effects().values()
     np.testing.assert_allclose(effects.frame()["patched"], want["patched"], rtol=1e-9)
     table = one.table(by=["layer", "head"])
-    np.testing.assert_allclose(table["effect"], want.groupby(["layer", "head"])["effect"].mean(), rtol=1e-5)
+    means = want.groupby(["layer", "head"])["effect"].mean().to_numpy()
+    np.testing.assert_allclose(table["effect"].to_numpy(), means, rtol=1e-5)

@@ -303,12 +303,14 @@ def _record_start(store: Store, options: Options, workers: int) -> None:
     Makes folders that a copy of the run may lack.
     """
     make_folders(store.root)
+    store.mend_header()
     me = holder()
     host = re.sub(r"[^A-Za-z0-9.-]", "-", str(me["host"]))
     number = len(list((store.root / "drivers").glob("*.json")))
     note = {
         **me, "started": now(), "platform": platform.platform(), "versions": versions(), "executor": options.executor,
         "workers": workers, "threads": options.threads, "shard": options.shard, "command": sys.argv[:1],
+        "run": store.header,
     }  # fmt: skip
     write_file(store.root / "drivers" / f"{number:04d}-{host}-{me['pid']}.json", json.dumps(note, indent=1).encode())
 

@@ -15,7 +15,7 @@ from interp.utils.files import check_folder, read_regular, sync_folder, temporar
 log = logging.getLogger("interp")
 
 FOLDERS = ("inputs", "prompts", "parts", "receipts", "leases", "damaged", "drivers")
-MOST_NOTE_BYTES = 2**20  # of a small JSON file, such as a lease or a driver's record
+MOST_NOTE_BYTES = 2**23  # of a small JSON file, such as a lease or a driver's record
 
 Report = Callable[[str], None]  # receives a message for the user
 

@@ -17,6 +17,7 @@ compare (weights, prompts), `interp.jobs.audit` does so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 
 from interp.errors import InterpError
-from interp.jobs.folders import FOLDERS, Report, check_folders, make_folders, parsed_object, put_aside, warn
+from interp.jobs.folders import FOLDERS, Report, check_folders, make_folders, parsed_object, put_aside, read_note, warn
 from interp.jobs.leases import Lease, Leases, open_leases, suitable
 from interp.jobs.parquet import PartFile, encode_table, read_buffer
 from interp.jobs.receipts import Inventory, Receipt, all_receipts, part_name, take_inventory
@@ -98,7 +99,7 @@ class Store:
             raise InterpError(f"{root} is not a run directory: it has no run.json") from None
         except OSError as error:
             raise InterpError(f"{root}/run.json cannot be read: {error.strerror or error}") from None
-        if (header := parsed_object(content)) is None:
+        if (header := parsed_object(content)) is None and (header := _recorded_header(root)) is None:
             raise InterpError(
                 f"{root}/run.json cannot be read: it is torn. `interp sweep run CONFIG --out {root}` with the config "
                 "that the run began with (its sweep.toml) writes it again, and goes on"
@@ -115,6 +116,12 @@ class Store:
             raise InterpError(f"{root}/run.json: the frozen config does not match its digest; it was edited or damaged")
         check_folders(root)
         return cls(root, header)
+
+    def mend_header(self) -> None:
+        """Write run.json again if it is torn."""
+        if why := torn(self.root):
+            put_aside(self.root, self.root / "run.json", why, self._pass_on)
+            publish_file(self.root / "run.json", json.dumps(self.header, indent=1).encode())
 
     def leases(self) -> Leases:
         """Return the leases of the run's parts."""
@@ -246,6 +253,19 @@ def torn(root: Path) -> str:
         return str(error)
     except OSError:
         return ""
+
+
+def _recorded_header(root: Path) -> dict[str, Any] | None:
+    """Return the contents of run.json as a driver of the run recorded them; None if none did."""
+    with contextlib.suppress(FileNotFoundError):
+        check_folders(root)
+        for name in sorted(os.listdir(root / "drivers"), reverse=True):
+            with contextlib.suppress(OSError, NotAFile):
+                header = (read_note(root / "drivers" / name) or {}).get("run") if name.endswith(".json") else None
+                if isinstance(header, dict) and _digest(header.get("config", {})) == header.get("digest"):
+                    warn(f"{root}/run.json is torn: its contents are taken from drivers/{name}")
+                    return header
+    return None
 
 
 def _digest(document: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ import pandas as pd
 from interp.errors import InterpError
 from interp.jobs.audit import Audit
 from interp.jobs.driver import Options, Outcome, drive
+from interp.jobs.frozen import FrozenFiles
 from interp.jobs.receipts import Inventory
 from interp.jobs.store import Store, differences, torn
 from interp.results.effects import Effects
 from interp.sweep.config import Config, config_text, parse, parse_toml
-from interp.utils.files import inside
+from interp.utils.files import digest_of, inside, write_file
 
 RUNS = Path("runs")
 
@@ -93,20 +95,37 @@ class Sweep:
         """Return the run directory; create it if it does not exist."""
         from interp.sweep.effects_job import input_name
 
-        exists = os.path.lexists(self.root / "run.json") and not torn(self.root)
-        store = self._check_same(Store.open(self.root)) if exists else None
+        if os.path.lexists(self.root / "run.json") and not torn(self.root):
+            return self._mend_inputs(self._check_same(Store.open(self.root)))
         inputs = {}
         for task in self.config.tasks:
             if task.pairs is not None:
                 name = input_name(task)
                 inside(self.root, f"inputs/{name}")
-                if store is None:
-                    inputs[name] = self.config.file_of(task).read_bytes()
-        if store is not None:
-            return store
+                inputs[name] = self.config.file_of(task).read_bytes()
         return self._check_same(
             Store.create(self.root, "sweep", self.config.document, len(self.config.parts), inputs, self.text)
         )
+
+    def _mend_inputs(self, store: Store) -> Store:
+        """Replace copies of prompt files that are missing or damaged, where the file itself is still the same."""
+        from interp.sweep.effects_job import input_name
+
+        files = FrozenFiles(self.root)
+        for task in self.config.tasks:
+            if task.pairs is None or self.config.folder is None:  # opened from the run directory alone
+                continue
+            name = f"inputs/{input_name(task)}"
+            copy, source = files.get(name), self.config.file_of(task)
+            if copy is not None and digest_of(copy) == task.pairs_digest:
+                continue
+            with contextlib.suppress(OSError):
+                content = source.read_bytes()
+                if digest_of(content) == task.pairs_digest:
+                    if copy is not None:
+                        files.put_aside(name, f"it is not the copy of {source} that the run began with")
+                    write_file(self.root / name, content)
+        return store
 
     def plan(self, workers: int = 1) -> Any:
         """Estimate the cost (`interp.sweep.plan.SweepPlan`).
