@@ -36,7 +36,7 @@ from interp.circuits.weights.channels import Channels
 from interp.corpus.checked import CheckedFile
 from interp.corpus.reading import describe_file, documents
 from interp.errors import InterpError
-from interp.plots.report import DATA_BLOCK, Report, report
+from interp.plots.report import Report, embedded_json, report
 from interp.prompts.files import read_prompts, read_texts
 from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import AttentionStats
@@ -173,9 +173,8 @@ class Damage:
     def __init__(self, folder: Path):
         self.good = {name: (folder / name).read_bytes() for name in READERS}
         page = self.good["page.html"].decode()
-        block = DATA_BLOCK.search(page)
-        assert block is not None
-        self.before, self.data, self.after = page[: block.start(1)], json.loads(block[1]), page[block.end(1) :]
+        self.data = json.loads(text := embedded_json(page))
+        self.before, self.after = page.split(text)
         self.page_places = places(self.data)[1:]
         self.tables = {name: pq.read_table(folder / name) for name in READERS if name.endswith(".parquet")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import tomllib
 
 import pytest
@@ -222,3 +223,20 @@ def test_layers_may_be_a_list() -> None:
             parse_toml(SMALL.replace('"2-3"', wrong))
     with pytest.raises(InterpError, match="names its layer itself"):
         parse_toml(SMALL.replace('sites = "z"', 'sites = "z.L0H1"\nlayers = "0"'))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("x = " + "9" * 5000, "digits"),
+        ("x = " + "[" * 100_000, "nested too deeply"),
+        ("a." * 300_000 + "b = 1", "more than 200 dots"),
+        ("\n".join(f"k{i} = 1" for i in range(60_000)), "'name' is missing"),
+    ],
+)
+def test_hostile_configs_are_refused_at_once(content, says) -> None:
+    """A key of 300,000 names, or 60,000 keys, took minutes."""
+    start = time.process_time()
+    with pytest.raises(InterpError, match=says):
+        parse_toml(content)
+    assert time.process_time() - start < 5

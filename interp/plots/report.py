@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from html import escape
@@ -30,7 +29,7 @@ log = logging.getLogger("interp")
 SCHEMA_VERSION = 1
 TIMES = 64  # the results of a page may take this many times its size in memory
 PAGE_BYTES = budget.SHORT_BYTES
-DATA_BLOCK = re.compile(r'<script type="application/json" id="interp-report">(.*?)</script>', re.S)
+BLOCK_START, BLOCK_END = '<script type="application/json" id="interp-report">', "</script>"
 
 
 class Report:
@@ -108,10 +107,7 @@ class Report:
         """
         with reading(path):
             content = Path(path).read_bytes()
-            block = DATA_BLOCK.search(content.decode("utf-8"))
-            if block is None:
-                raise InterpError(f"{path} is not a report written by interp: it has no embedded results")
-            data = parse_json(block[1])
+            data = parse_json(embedded_json(content.decode("utf-8")))
             if data["schema"] > SCHEMA_VERSION:
                 raise InterpError(
                     f"{path} was written by a newer interp (schema {data['schema']}); upgrade interp to read it"
@@ -181,6 +177,15 @@ def report(
         items = result.items() if isinstance(result, Mapping) else [(None, result)]
         sections += [(None if name is None else str(name), r) for name, r in items]
     return Report(sections, title=title, notes=notes, max_bytes=max_bytes)
+
+
+def embedded_json(page: str) -> str:
+    """Return the JSON text of a page that `Report.write` wrote. InterpError if there is none."""
+    start = page.find(BLOCK_START) + len(BLOCK_START)
+    end = page.find(BLOCK_END, start)
+    if start < len(BLOCK_START) or end < 0:
+        raise InterpError("this is not a report written by interp: it has no embedded results")
+    return page[start:end]
 
 
 def _check(sections: list[tuple[str | None, Result]]) -> None:

@@ -35,6 +35,7 @@ from interp.utils.checks import list_of, name, one_of, text, whole, without_none
 
 VERSION = 1
 MOST_BYTES = 2**20  # of a config; a page of text has 3,000
+MOST_DOTS = 200  # of a line
 MOST_PARTS = 1_000_000
 MOST_EXAMPLES = 100_000  # of a part, which is held in memory
 
@@ -165,6 +166,9 @@ def config_text(path: str | Path) -> str:
 
 def parse_toml(content: str, file: str = "the config", folder: Path | None = None) -> Config:
     """Return the config of a TOML text."""
+    deep = next((i for i, line in enumerate(content.split("\n"), 1) if line.count(".") > MOST_DOTS), None)
+    if deep is not None:  # tomllib takes a time that grows with the square of a key's length
+        raise InterpError(f"{file}, line {deep}: more than {MOST_DOTS} dots in one line, which no config needs")
     try:
         document, lines = tomllib.loads(content), key_lines(content)
     except RecursionError:

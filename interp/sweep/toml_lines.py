@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 
 Path = tuple[str | int, ...]
@@ -27,6 +28,7 @@ class _Scanner:
 
     def __init__(self, text: str):
         self.text, self.at = text, 0
+        self.line_ends = [match.start() for match in re.finditer("\n", text)]
         self.lines: dict[Path, int] = {}
         self.arrays: dict[Path, int] = {}  # [[…]] tables seen so far, by path
 
@@ -142,4 +144,4 @@ class _Scanner:
         self.at = match.end()
 
     def _line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        return bisect_left(self.line_ends, self.at) + 1

@@ -18,7 +18,7 @@ from interp.errors import InterpError
 from interp.plots import Report, report
 from interp.plots.codec import pack, unpack
 from interp.plots.labels import visible
-from interp.plots.report import DATA_BLOCK, PAGE_BYTES
+from interp.plots.report import PAGE_BYTES, embedded_json
 from interp.results.attention_patterns import AttentionPatterns, PatternExample
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import COLUMNS, Effects
@@ -45,9 +45,7 @@ LONE = "\ud800"  # half a character, as byte-level tokenizers can produce
 
 
 def embedded(page: Report) -> dict:
-    match = DATA_BLOCK.search(page.html)
-    assert match is not None
-    return json.loads(match[1])
+    return json.loads(embedded_json(page.html))
 
 
 def hostile() -> list:
