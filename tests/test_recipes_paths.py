@@ -231,7 +231,7 @@ def test_knock_out_of_a_fact_and_its_spans(tiny) -> None:
     fact = interp.Fact("w1 w2 w3 w4", "w2 w3", "w95")
     e = interp.knock_out(model, fact, "subject", layers=[0, 1], window=3).frame()
     assert len(e) == 2 and e["effect"].isna().all() and e["raw"].abs().min() > 0
-    assert set(e["position"]) == {4}  # <bos> stands first
+    assert set(e["position"]) == {-1} and set(e["token"]) == {"w4"}  # the last token, in a prompt of any length
     with pytest.raises(PromptError, match="nothing to read"):
         interp.knock_out(model, fact, 0, 0)
     with pytest.raises(PromptError, match="not both in one call"):

@@ -63,7 +63,7 @@ class Demo:
 
         task(self.task)
         if self.n < 2:
-            raise InterpError(f"--n must be at least 2 (intervals need examples to resample), got {self.n}")
+            raise InterpError(f"--n must be at least 2 (one example has no interval), got {self.n}")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.out):

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from interp.errors import InterpError
 from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.labels import visible
-from interp.plots.panels import INTERVALS, VALUES, Axis, EdgePanel, Panel, Variant, split
+from interp.plots.panels import COUNTS, INTERVALS, VALUES, VARIANT_KEYS, Axis, EdgePanel, Panel, Variant, split
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import Effects
 
@@ -26,7 +26,7 @@ AXIS_TITLES = {"layer": "layer", "head": "head", "position": "token", "role": "p
 def heatmap(
     effects: Effects,
     *,
-    value: str = "effect",
+    value: str | None = None,
     by: str | None = None,
     example: int | None = None,
     title: str | None = None,
@@ -40,14 +40,15 @@ def heatmap(
         effects = interp.patch(model, pairs, model.sites("z"))
         heatmap(effects, mode="denoise").show()
 
-    ``value`` is ``"effect"`` (mean recovery), ``"pooled"`` (ratio of means) or ``"raw"`` (change of the metric). With
+    ``value`` is ``"effect"`` (mean recovery), ``"pooled"`` (ratio of means) or ``"raw"`` (change of the metric); by
+    default ``"effect"``, or ``"pooled"`` if some pairs have almost no clean–corrupt gap, which the figure says. With
     ``example=`` the map shows one prompt and its tokens; otherwise the mean over examples, with its 95% interval on
     hover. ``by="role"`` puts named spans on the axis, ``by="position"`` positions; by default, positions are used if
     they mean the same in every example. ``conditions`` select among several components, interventions, modes or
     metrics, e.g. ``heatmap(e, component="z", mode="noise")``.
     """
     panel, variant = _only(effects, by, example, conditions)
-    _check_value(value)
+    value = _checked_value(value, variant)
     cells = {name: grid[0] for name, grid in panel.cells(variant).items()}
     z = cells[value]
     if not np.isfinite(z).any():
@@ -67,8 +68,8 @@ def heatmap(
     if panel.component == "mlp_post" and panel.columns.kind == "head":  # `head` is the neuron of mlp_post
         figure.update_xaxes(title_text="neuron")
     figure.add_annotation(
-        text=escape(_meaning(value, variant)), xref="paper", yref="paper", x=0, y=1, yanchor="bottom",
-        xanchor="left", showarrow=False, font={"size": 11, "color": "#555"},
+        text=escape(_meaning(value, variant) + _caution(value, variant)), xref="paper", yref="paper", x=0, y=1,
+        yanchor="bottom", xanchor="left", showarrow=False, font={"size": 11, "color": "#555"},
     )  # fmt: skip
     return figure
 
@@ -92,12 +93,12 @@ def heads(stats: AttentionStats, statistic: str, *, skip_first: bool = True, tit
 
 
 def bars(
-    effects: Effects, top: int = 15, *, value: str = "effect", by: str | None = None,
+    effects: Effects, top: int = 15, *, value: str | None = None, by: str | None = None,
     title: str | None = None, **conditions: Any,
 ) -> go.Figure:  # fmt: skip
     """Draw the ``top`` sites with the largest absolute means, with 95% intervals."""
     panel, variant = _only(effects, by, None, conditions)
-    _check_value(value)
+    value = _checked_value(value, variant)
     if top < 1:
         raise InterpError(f"top must be at least 1, got {top}")
     cells = {name: grid[0] for name, grid in panel.cells(variant).items()}
@@ -125,6 +126,8 @@ def bars(
         yaxis={"tickvals": list(range(len(sites))), "ticktext": labels, "automargin": True},
         height=120 + 22 * len(sites), width=640,
     )  # fmt: skip
+    if caution := _caution(value, variant):
+        figure.update_layout(title={"subtitle": {"text": escape(caution.removeprefix("; "))}})
     return figure
 
 
@@ -150,7 +153,7 @@ def _only(effects: Effects, by: str | None, example: int | None, conditions: dic
         raise InterpError(f"no effects are left after {conditions or 'reading an empty table'}; nothing to draw")
     panels = split(selected, by=by)
     f = selected.frame()
-    choices = {c: list(f[c].dropna().unique()) for c in ("component", "intervention", "mode", "metric")}
+    choices = {c: list(f[c].dropna().unique()) for c in ("component", *VARIANT_KEYS)}
     if isinstance(panels[0], EdgePanel):
         del choices["component"]  # the columns are receivers, which may have several components
     several = {c: values for c, values in choices.items() if len(values) > 1}
@@ -170,9 +173,22 @@ def _only(effects: Effects, by: str | None, example: int | None, conditions: dic
     return panel, panel.variants[0]
 
 
-def _check_value(value: str) -> None:
+def _checked_value(value: str | None, variant: Variant) -> str:
+    """Return the value to draw: the given one, or the default of the variant where its recovery is defined."""
+    if value is None:
+        return "pooled" if variant.small_gaps else "effect"
     if value not in VALUES:
         raise InterpError(f"value must be one of {', '.join(map(repr, VALUES))}, got {value!r}")
+    return value
+
+
+def _caution(value: str, variant: Variant) -> str:
+    """Return a short warning about pairs with a small gap; empty if there are none."""
+    gaps = variant.small_gaps
+    if not gaps:
+        return ""
+    means = {"effect": "means of recovery are mostly theirs", "pooled": "ratio of means", "raw": "raw change"}
+    return f"; {gaps.n} of {gaps.n_pairs} pairs have almost no clean–corrupt gap ({means[value]})"
 
 
 def _nothing_to_show(value: str, variant: Variant) -> str:
@@ -198,7 +214,7 @@ def _hover(panel: Panel, cells: dict[str, np.ndarray], value: str, row: int, col
     raw = "" if value == "raw" else f"<br>raw change {cells['raw'][row, column]:+.3f}"
     return (
         f"<b>{escape(site_label(panel, row, column))}</b><br>{cells[value][row, column]:+.3f}{interval}"
-        f"<br>n = {int(cells['n'][row, column])}{raw}"
+        f"<br>n = {int(cells[COUNTS[value]][row, column])}{raw}"
     )
 
 

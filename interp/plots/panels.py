@@ -15,7 +15,10 @@ import pandas as pd
 
 from interp.errors import InterpError
 from interp.plots.labels import visible
+from interp.results.alignment import in_reading_order
 from interp.results.effects import SITE_COLUMNS, Effects
+from interp.results.gaps import SmallGaps
+from interp.results.significance import INTERVAL_WORDS
 from interp.sites import Site
 
 VALUES = {
@@ -24,7 +27,8 @@ VALUES = {
     "raw": "raw change",
 }
 INTERVALS = {"effect": ("lo", "hi"), "pooled": ("pooled_lo", "pooled_hi"), "raw": ("raw_lo", "raw_hi")}
-CELL_COLUMNS = [c for value, ends in INTERVALS.items() for c in (value, *ends)] + ["n"]
+COUNTS = {"effect": "n", "pooled": "n_raw", "raw": "n_raw"}  # the column that counts the examples of a value
+CELL_COLUMNS = [c for value, ends in INTERVALS.items() for c in (value, *ends)] + ["n", "n_raw"]
 
 COMPONENT_WORDS = {
     "embed": "token embeddings",
@@ -40,24 +44,36 @@ COMPONENT_WORDS = {
     "result": "attention heads (result, after the output projection)",
     "mlp_post": "neurons of each MLP",
 }
+VARIANT_KEYS = ("intervention", "mode", "metric", "model", "task")  # in the order of Variant's fields
 MODE_WORDS = {"denoise": "denoising", "noise": "noising"}
 OTHER_ROLE = "other tokens"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One (intervention, mode, metric) of a panel, and its rows."""
+    """One (intervention, mode, metric) of a panel, and its rows.
+
+    ``model`` and ``task`` are "" unless results of several were joined.
+    """
 
     intervention: str
     mode: str
     metric: str
+    model: str
+    task: str
     effects: Effects
     rows: np.ndarray  # row numbers in the table that was split
 
     @property
     def label(self) -> str:
-        """A title: ``patch, denoising, logit_diff``."""
-        return ", ".join(x for x in (self.intervention, MODE_WORDS.get(self.mode, self.mode), self.metric) if x)
+        """A title: ``patch, denoising, logit_diff``, with model and task if there are several."""
+        parts = (self.intervention, MODE_WORDS.get(self.mode, self.mode), self.metric, self.model, self.task)
+        return ", ".join(x for x in parts if x)
+
+    @cached_property
+    def small_gaps(self) -> SmallGaps:
+        """Pairs whose recovery is mostly noise."""
+        return self.effects.small_gaps()
 
     @cached_property
     def n_examples(self) -> int:
@@ -75,8 +91,10 @@ class Variant:
 
     @property
     def default_value(self) -> str:
-        """``effect`` if recovery is defined anywhere, else ``raw``."""
-        return "effect" if bool(self.effects.frame()["effect"].notna().any()) else "raw"
+        """``effect``, or ``pooled`` if some pairs have almost no gap; ``raw`` if recovery is not defined anywhere."""
+        if not bool(self.effects.frame()["effect"].notna().any()):
+            return "raw"
+        return "pooled" if self.small_gaps else "effect"
 
     @property
     def unit(self) -> str:
@@ -100,10 +118,13 @@ class Variant:
         """State what is averaged, and what the intervals are."""
         if self.n_examples == 1:
             return "One example, so there are no intervals."
-        return f"Means of {self.n_examples} examples; intervals are 95% bootstrap intervals over examples."
+        return f"Means of {self.n_examples} examples; {INTERVAL_WORDS}."
 
     def caution(self) -> str:
-        """State how many examples have no recovery and why; empty if all have one."""
+        """State how many examples have no recovery, or a noisy one, and why; empty if all is well."""
+        return " ".join(x for x in (self._undefined_words(), f"{self.small_gaps}." if self.small_gaps else "") if x)
+
+    def _undefined_words(self) -> str:
         if self.undefined == 0:
             return ""
         why = f"clean and corrupt {self.metric} are equal, so the recovery scale is undefined"
@@ -143,6 +164,17 @@ class Panel:
         return COMPONENT_WORDS.get(self.component, self.component)
 
     @property
+    def note(self) -> str:
+        """State how positions are counted, where that is not from the first token; else empty."""
+        tables = ((v.effects.frame(), v.effects.aligned()) for v in self.variants if self.columns.kind == "position")
+        if all(frame["position"].equals(aligned["position"]) for frame, aligned in tables):
+            return ""
+        return (
+            "The prompts differ in length, so their tokens are aligned at the last one: @-1 is the last token of every "
+            "prompt. Select an example to see its tokens."
+        )
+
+    @property
     def averages_positions(self) -> bool:
         """Whether sites of single tokens are averaged by span; a site can also be a span."""
         single = any(bool(v.effects.frame()["position"].notna().any()) for v in self.variants)
@@ -166,7 +198,7 @@ class Panel:
         )
         out: dict[str, np.ndarray] = {}
         for name in CELL_COLUMNS:
-            grid = np.full(shape, 0.0 if name == "n" else np.nan)
+            grid = np.full(shape, 0.0 if name in COUNTS.values() else np.nan)
             grid[where] = summary[name].to_numpy(dtype=float)
             out[name] = grid.reshape(-1, *shape[-2:])
         return out
@@ -177,7 +209,7 @@ class Panel:
         if example not in set(f["example"]):
             raise InterpError(f"there is no example {example}; examples: {_list_values(sorted(set(f['example'])))}")
         by = "position" if self.columns.kind == "role" and f["position"].notna().any() else None
-        variants = [replace(v, effects=v.effects.where(example=example)) for v in self.variants]
+        variants = [replace(v, effects=_one_example(v.effects, example)) for v in self.variants]
         part = f[f["example"] == example]
         columns = _columns(part, by or self.columns.kind)
         return Panel(self.component, self.rows, columns, self.slices, [v for v in variants if len(v.effects)])
@@ -204,7 +236,8 @@ class EdgePanel(Panel):
         where = _index(self.rows.values, rows), _index(self.columns.values, columns)
         out = {}
         for name in CELL_COLUMNS:
-            grid = np.full((1, len(self.rows.values), len(self.columns.values)), 0.0 if name == "n" else np.nan)
+            empty = 0.0 if name in COUNTS.values() else np.nan
+            grid = np.full((1, len(self.rows.values), len(self.columns.values)), empty)
             grid[0][where] = summary[name].to_numpy(dtype=float)
             out[name] = grid
         return out
@@ -266,7 +299,7 @@ def split(effects: Effects, by: str | None = None) -> list[Panel]:
     """
     if by not in (None, "position", "role"):
         raise InterpError(f"by must be 'position' or 'role', got {by!r}")
-    f: Any = effects.frame()
+    f: Any = effects.aligned()
     if f.empty:
         raise InterpError("there are no effects to draw: the table is empty")
     f["role"] = f["role"].fillna("")
@@ -317,7 +350,7 @@ def _columns(part: Any, kind: str) -> Axis:
         roles = [str(r) for r in place.sort_values(kind="stable").index]
         roles.sort(key=lambda r: r == "")  # tokens outside named spans come last
         return Axis("role", roles, [visible(r, 18) if r else OTHER_ROLE for r in roles])
-    values = sorted(int(v) for v in part[kind].dropna().unique())
+    values = in_reading_order(part[kind].dropna().unique())
     if kind == "layer" and part[kind].isna().any():
         return Axis("layer", [None, *values], ["–", *(str(v) for v in values)])
     if kind != "position":
@@ -341,13 +374,18 @@ def _position_labels(part: Any, values: list[int]) -> list[str]:
 
 
 def _variants(part: Any, effects: Effects) -> list[Variant]:
-    groups = part.groupby(["intervention", "mode", "metric"], sort=False, dropna=False, observed=True)
+    groups = part.groupby(list(VARIANT_KEYS), sort=False, dropna=False, observed=True)
     variants = []
     for keys, rows in groups:
-        intervention, mode, metric = ("" if pd.isna(k) else str(k) for k in keys)
+        names = ("" if pd.isna(k) else str(k) for k in keys)
         numbers = rows.index.to_numpy()
-        variants.append(Variant(intervention, mode, metric, Effects(rows, effects.provenance), numbers))
+        variants.append(Variant(*names, effects.take(numbers), numbers))
     return variants
+
+
+def _one_example(effects: Effects, example: int) -> Effects:
+    """Return the rows of one example, with positions counted from its own first token."""
+    return Effects(effects.where(example=example).frame(), effects.provenance)
 
 
 def _index(values: list[Any], column: pd.Series) -> np.ndarray:

@@ -16,7 +16,7 @@ import pandas as pd
 from interp.errors import InterpError
 from interp.plots.codec import pack, pack_dictionary, unpack, unpack_dictionary
 from interp.plots.labels import visible
-from interp.plots.panels import Axis, EdgePanel, Panel, Variant, split
+from interp.plots.panels import COUNTS, VARIANT_KEYS, Axis, EdgePanel, Panel, Variant, split
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.results.effects import ADDED, COLUMNS, Effects, recovery_columns
 from interp.utils.damage import Budget
@@ -97,6 +97,7 @@ def _encode_panel(panel: Panel) -> dict[str, Any]:
         "component": panel.component,
         "words": panel.words,
         "averages_positions": panel.averages_positions,
+        "note": panel.note,
         "rows": _encode_axis(panel.rows),
         "columns": _encode_axis(panel.columns),
         "slices": None if panel.slices is None else _encode_axis(panel.slices),
@@ -119,11 +120,10 @@ def _encode_axis(axis: Axis) -> dict[str, Any]:
 
 def _encode_variant(panel: Panel, variant: Variant) -> dict[str, Any]:
     cells = {name: numbers(grid) for name, grid in panel.cells(variant).items()}
-    cells["n"] = [int(n or 0) for n in cells["n"]]
+    for count in set(COUNTS.values()):
+        cells[count] = [int(n or 0) for n in cells[count]]
     return {
-        "intervention": variant.intervention,
-        "mode": variant.mode,
-        "metric": variant.metric,
+        **{key: getattr(variant, key) for key in VARIANT_KEYS},
         "unit": variant.unit,
         "n": variant.n_examples,
         "value": variant.default_value,
@@ -136,7 +136,8 @@ def _encode_variant(panel: Panel, variant: Variant) -> dict[str, Any]:
 
 def _example_titles(f: pd.DataFrame) -> list[dict[str, Any]]:
     """Return number and first words of every example; no words if tokens are missing."""
-    tokens = f.dropna(subset=["position"]).drop_duplicates(["example", "position"]).sort_values("position")
+    tokens = f.dropna(subset=["position"]).drop_duplicates(["example", "position"])
+    tokens = tokens.sort_values("position", key=lambda p: p.where(p >= 0, p + tokens["position"].max() + 2**31))
     texts = {e: "".join(visible(t, 18) for t in part["token"]) for e, part in tokens.groupby("example")}
     return [
         {"id": int(e), "text": texts.get(e, "").replace("·", " ").strip()[:60]} for e in sorted(f["example"].unique())

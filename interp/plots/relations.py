@@ -17,7 +17,7 @@ from interp.plots.circuit_payload import CurveLike
 from interp.plots.colors import DIVERGING, SEQUENTIAL, scale
 from interp.plots.figures import FONT
 from interp.plots.labels import visible
-from interp.plots.panels import INTERVALS
+from interp.plots.panels import INTERVALS, VARIANT_KEYS
 from interp.results.attention_patterns import AttentionPatterns, Head, as_head, head_name
 from interp.results.effects import SITE_COLUMNS, Effects
 
@@ -82,7 +82,9 @@ def exact_against_estimated(
     Raises InterpError if the tables have no site in common.
     """
     keys = [*SITE_COLUMNS, "sender", "mode"]
-    left, right = (e.summary(by=keys)[[*keys, value]] for e in (exact, estimated))
+    tables = [e.summary(by=keys) for e in (exact, estimated)]
+    keys += [c for c in ("model", "task", "metric") if all(c in t for t in tables)]
+    left, right = (t[[*keys, value]] for t in tables)
     both: Any = pd.merge(left, right, on=keys, suffixes=("_exact", "_estimated")).dropna(
         subset=[f"{value}_exact", f"{value}_estimated"]
     )
@@ -113,15 +115,15 @@ def layer_curve(effects: Effects, *, value: str = "effect", title: str | None = 
 
     Each component and intervention has its own line.
     """
-    rows: Any = effects.summary(by=["component", "intervention", "mode", "metric", "layer"])
+    rows: Any = effects.summary(by=["component", *VARIANT_KEYS, "layer"])
     f = rows.dropna(subset=["layer", value])
     if f.empty:
         raise InterpError(f"no layer has a {value!r} to draw")
     lo, hi = INTERVALS[value]
     figure = go.Figure()
-    for names, part in f.groupby(["component", "intervention", "mode", "metric"], sort=False):
+    for names, part in f.groupby(["component", *VARIANT_KEYS], sort=False, dropna=False):
         part = part.sort_values("layer")
-        label = escape(", ".join(str(n) for n in names[:3]))
+        label = escape(", ".join(str(n) for i, n in enumerate(names) if i != 3 and not pd.isna(n)))
         error = {"type": "data", "array": part[hi] - part[value], "arrayminus": part[value] - part[lo], "thickness": 1}
         figure.add_scatter(x=part["layer"], y=part[value], error_y=error, mode="lines+markers", name=label)
     figure.update_layout(**_theme(title or "Effect by layer"), width=680, height=400)

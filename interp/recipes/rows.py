@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from interp.recipes.targets import Address
 from interp.results.effects import COLUMNS, Effects
 from interp.sites import Site
 
+log = logging.getLogger("interp")
+
 
 @dataclass
 class EffectRows:
@@ -30,7 +33,7 @@ class EffectRows:
     no_gap: list[bool] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.columns = {c: [] for c in COLUMNS if c not in ("effect", "raw")}
+        self.columns = {c: [] for c in COLUMNS if c not in ("effect", "raw", "prompt", "model", "task")}
 
     def add(
         self, example: int, site: Site | Address, prompt: Encoded, clean: float, corrupt: float, patched: float,
@@ -41,11 +44,12 @@ class EffectRows:
         ``sender``: the other end, if the row is about an edge.  ``no_gap``: clean and corrupt score the same within
         rounding, so that the effect is NaN.
         """
-        position = site.position % len(prompt) if isinstance(site.position, int) else None
+        # a position counted from the end stays so: it is the same address in prompts of any length
+        position = site.position if isinstance(site.position, int) else None
         if isinstance(site.position, str):
             role = site.position
         else:
-            role = "" if position is None else prompt.role(position)
+            role = "" if position is None else prompt.role(position % len(prompt))
         values = {
             "example": example, "component": site.component, "layer": site.layer, "head": site.head,
             "position": position, "sender": None if sender is None else str(sender),
@@ -78,7 +82,9 @@ class EffectRows:
         start = numbers["corrupt"] if self.mode == "denoise" else numbers["clean"]
         effect = recovery(**numbers, mode=self.mode, no_gap=torch.tensor(self.no_gap, dtype=torch.bool))
         raw = numbers["patched"] - start
-        frame = pd.DataFrame({**self.columns, "effect": effect.numpy(), "raw": raw.numpy()})
+        hashes = {i: prompt_hash([prompts[i]]) for i in dict.fromkeys(self.columns["example"])}
+        names = {"prompt": [hashes[i] for i in self.columns["example"]]}
+        frame = pd.DataFrame({**self.columns, **names, "effect": effect.numpy(), "raw": raw.numpy()})
         denoising, noising = "(patched − corrupt)/(clean − corrupt)", "(patched − clean)/(corrupt − clean)"
         provenance = {
             **prompt_provenance(model, items, prompts),
@@ -86,7 +92,10 @@ class EffectRows:
             "metric_unit": self.metric.unit, "normalisation": denoising if self.mode == "denoise" else noising,
             **recipe,
         }  # fmt: skip
-        return Effects(frame, provenance)
+        effects = Effects(frame, provenance)
+        if not keep_nan and (gaps := effects.small_gaps()):
+            log.warning("%s", gaps)
+        return effects
 
     def _refuse_nan(self, clean: torch.Tensor, corrupt: torch.Tensor, patched: torch.Tensor) -> None:
         # corrupt is NaN where there is no corrupt run

@@ -22,7 +22,7 @@ def trace_table(effects: Effects, *, level: float = 0.95, n_boot: int = 2000, se
         interp.trace_table(interp.trace(model, facts))
 
     ``effects``: of `trace` with positions="each". One row per (layer, category), in reading order: ``n`` facts;
-    ``ATE``, the mean of clean − corrupt over all facts; ``AIE``, the mean indirect effect, with its bootstrap interval
+    ``ATE``, the mean of clean − corrupt over all facts; ``AIE``, the mean indirect effect, with its 95% interval
     ``lo``, ``hi`` over facts (tokens of one category of one fact are averaged first); ``share`` = AIE over those
     facts' mean total effect. The only token of a subject counts as its last. Raises InterpError if not all tokens of a
     fact were traced, or no token is its subject.
@@ -37,9 +37,9 @@ def trace_table(effects: Effects, *, level: float = 0.95, n_boot: int = 2000, se
     table = averaged.summary(by=["layer", "role"], level=level, n_boot=n_boot, seed=seed)
     facts: Any = frame.drop_duplicates("example")
     out = pd.DataFrame({
-        "layer": table["layer"], "category": pd.Categorical(table["role"], CATEGORIES, ordered=True), "n": table["n"],
-        "ATE": float((facts["clean"] - facts["corrupt"]).mean()), "AIE": table["raw"], "lo": table["raw_lo"],
-        "hi": table["raw_hi"], "share": table["pooled"],
+        "layer": table["layer"], "category": pd.Categorical(table["role"], CATEGORIES, ordered=True),
+        "n": table["n_raw"], "ATE": float((facts["clean"] - facts["corrupt"]).mean()), "AIE": table["raw"],
+        "lo": table["raw_lo"], "hi": table["raw_hi"], "share": table["pooled"],
     })  # fmt: skip
     return out.sort_values(["category", "layer"]).reset_index(drop=True)
 

@@ -15,8 +15,11 @@ import numpy as np
 import pandas as pd
 
 from interp.errors import InterpError
+from interp.results.alignment import align, swept_lengths
+from interp.results.gaps import SmallGaps, small_gaps
+from interp.results.joining import join
 from interp.results.parquet import read_parquet, write_parquet
-from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
+from interp.results.summarise import summarise
 from interp.utils.arguments import check_seed, check_whole, is_number
 from interp.utils.damage import reading
 from interp.utils.html_card import card
@@ -38,10 +41,12 @@ COLUMNS: dict[str, str] = {
     "patched": "float64",
     "effect": "float64",
     "raw": "float64",
+    "prompt": "string",
+    "model": "string",
+    "task": "string",
 }
 SITE_COLUMNS = ("component", "layer", "head", "position")
-ADDED = ("sender",)  # columns that tables written by earlier versions lack
-BOOTSTRAP_ROWS = 4096  # groups whose draws are in memory at one time
+ADDED = ("sender", "prompt", "model", "task")  # columns that tables written by earlier versions lack
 
 
 def recovery_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -67,12 +72,15 @@ class Effects:
     Columns:
 
     - ``example``; the site: ``component``, ``layer``, ``head``, ``position``. A missing position means all positions at
-      once. For mlp_post ``head`` is the neuron. A group of sites has its name as component.
+      once. A negative one counts from the end of each prompt, as it was asked for: -1 is the last token of every
+      prompt, whatever its length. For mlp_post ``head`` is the neuron. A group of sites has its name as component.
     - ``token`` text and ``role`` (named span) of the position; for an edge, the ``sender`` whose path into the site was
       changed.
     - ``intervention``, ``mode`` (``denoise`` or ``noise``), ``metric``.
     - the metric on the ``clean``, ``corrupt`` and ``patched`` runs; ``effect`` on the recovery scale; ``raw`` = patched
       − the run that was patched into.
+    - ``prompt``: a hash of the example's prompt. ``model``, ``task``: which part of a joined table a row is from, where
+      its parts differ in them (`concat`); missing otherwise, because the provenance says it for all rows.
     """
 
     def __init__(self, frame: pd.DataFrame, provenance: dict[str, Any] | None = None):
@@ -83,6 +91,7 @@ class Effects:
             raise InterpError(f"this is not an effects table: it lacks the column(s) {', '.join(missing)}")
         self._frame: Any = frame[list(COLUMNS)].astype(COLUMNS).reset_index(drop=True)
         self.provenance: dict[str, Any] = dict(provenance or {})
+        self._lengths: pd.Series | None = None  # of prompts whose positions are aligned; of the whole table, see `take`
 
     def frame(self) -> pd.DataFrame:
         """Return a copy of the table, one row per example × site.
@@ -126,7 +135,30 @@ class Effects:
         for column, value in conditions.items():
             values = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
             keep &= _equals_any(self._frame[column], column, values)
-        return Effects(self._frame[keep], self.provenance)
+        return self.take(np.flatnonzero(keep))
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Effects:
+        """Return some rows, by number. Positions of a part are aligned as in the whole table (`aligned`)."""
+        part = Effects(self._frame.iloc[rows], self.provenance)
+        part._lengths = self._aligned_lengths()
+        return part
+
+    def aligned(self) -> pd.DataFrame:
+        """Return the table with positions that mean the same in every example, which `summary` averages over.
+
+        Where every token of prompts of different lengths was swept, positions are counted from the last token (-1);
+        elsewhere they are as in `frame`.
+        """
+        return align(self._frame, self._aligned_lengths()).copy()
+
+    def _aligned_lengths(self) -> pd.Series:
+        if self._lengths is None:
+            self._lengths = swept_lengths(self._frame)
+        return self._lengths
+
+    def small_gaps(self) -> SmallGaps:
+        """Return how many pairs have almost no clean–corrupt gap, so that their recovery is mostly noise."""
+        return small_gaps(self._frame)
 
     def summary(
         self,
@@ -137,27 +169,30 @@ class Effects:
         seed: int = 0,
         tests: bool = False,
     ) -> pd.DataFrame:
-        """Return the mean effect per site (or edge) with a bootstrap interval.
+        """Return the mean effect per site (or edge) with its interval.
 
-        Intervals are percentile bootstrap intervals over examples.
-
-            effects = interp.patch(model, pairs, model.sites("z"))
-            effects.summary().head(5)                        # the five strongest heads
-            effects.summary(by=["layer"], tests=True)        # means by layer, with p and q
+        effects = interp.patch(model, pairs, model.sites("z"))
+        effects.summary().head(5)                        # the five strongest heads
+        effects.summary(by=["layer"], tests=True)        # means by layer, with p and q
 
         Returns one row per group, strongest first, with the columns
 
         - ``effect``, ``lo``, ``hi``: mean of the recovery per example;
         - ``raw``, ``raw_lo``, ``raw_hi``: mean change of the metric, in its own units;
         - ``pooled``, ``pooled_lo``, ``pooled_hi``: mean raw change over the mean gap. A ratio of means varies less than
-          a mean of ratios when some examples have a small clean–corrupt gap;
-        - ``n``: number of examples.
+          a mean of ratios when some examples have a small clean–corrupt gap. If some have almost none (`small_gaps`),
+          rows are ranked by ``pooled``;
+        - ``n``: number of examples with a recovery, which ``effect`` is the mean of; ``n_raw``: of those with a raw
+          change, for ``raw`` and ``pooled``. They differ where clean and corrupt score the same.
 
-        ``by``: columns that define a group; default the site, intervention, mode and metric. Several rows of one
-        example in a group (noise samples, tokens of a role) are averaged first. Intervals are NaN with a single
-        example: one example has no spread to resample. With few examples they are too narrow, as percentile intervals
-        are: a nominal 95% covers a normal mean in 93% of draws of 24 examples, 89% of 8 and 80% of 4, and an
-        exponential one in 90%, 83% and 74%.
+        ``by``: columns that define a group; default the site, intervention, mode and metric. Rows that differ in
+        model, task, intervention, mode or metric are never averaged: such a column is added to ``by``. Several rows of
+        one example in a group (noise samples, tokens of a role) are averaged first. Positions of a sweep over prompts
+        of different lengths are counted from the last token (`aligned`).
+
+        Intervals are over examples: the studentised bootstrap, and below 8 examples Student's t, which is right for
+        normal values only (`interp.results.significance.mean_interval` gives the coverage). They are NaN for a group
+        with a single example: one example has no spread.
 
         ``tests=True`` adds ``p``, the p-value of a sign-flip permutation test that the mean of ``raw`` is zero, and
         ``q``, its Benjamini–Hochberg false discovery rate over all rows of this table
@@ -171,23 +206,10 @@ class Effects:
             raise InterpError(f"level={level!r}: a share such as 0.95 is expected")
         check_whole(n_boot=n_boot)
         check_seed(seed)
-        f: Any = self._frame
-        if f.empty:
+        if self._frame.empty:
             raise InterpError("there are no effects to summarise: the table is empty")
-        f = f.assign(gap=np.where(f["mode"] == "denoise", f["clean"] - f["corrupt"], f["corrupt"] - f["clean"]))
-        f["unit"] = f["example"]  # `by` may name the column example itself
-        per_example: Any = f.groupby([*keys, "unit"], dropna=False, observed=True)[["effect", "raw", "gap"]].mean()
-        wide: Any = per_example.unstack("unit")
-        out = wide.index.to_frame(index=False)
-        table = {c: wide[c].to_numpy(dtype=float) for c in ("effect", "raw", "gap")}
-        out["n"] = np.isfinite(table["raw"]).sum(1)
-        for name, columns in _bootstrap(table, level=level, n_boot=n_boot, seed=seed).items():
-            out[name] = columns
-        if tests:
-            out["p"] = sign_flip(table["raw"], seed=seed)
-            out["q"] = benjamini_hochberg(out["p"].to_numpy())
-        order: Any = out["pooled"].abs().where(out["effect"].isna(), out["effect"].abs())
-        return out.loc[order.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+        frame = align(self._frame, self._aligned_lengths()) if "position" in keys else self._frame
+        return summarise(frame, keys, level=level, n_boot=n_boot, seed=seed, tests=tests)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write one Parquet file, whole or not at all; return its path.
@@ -221,7 +243,15 @@ class Effects:
 
     @classmethod
     def concat(cls, parts: Iterable[Effects]) -> Effects:
-        """Stack tables; provenance keys on which the parts disagree become lists."""
+        """Stack tables; provenance keys on which the parts disagree become lists.
+
+        Examples are renumbered by their prompts: the same prompt keeps one number, and two halves of a set make a whole
+        one. Where the parts are of different models (name, weights, dtype, BOS) or tasks, the columns ``model`` and
+        ``task`` say which, and `summary`, figures and the page keep them apart.
+
+        halves = [interp.patch(model, pairs[:8], sites), interp.patch(model, pairs[8:], sites)]
+        interp.Effects.concat(halves).summary()     # as of all 16 pairs
+        """
         parts = list(parts)
         if not parts:
             raise InterpError("nothing to concatenate: the list of Effects is empty")
@@ -229,7 +259,7 @@ class Effects:
         for key in dict.fromkeys(k for p in parts for k in p.provenance):
             values = [p.provenance.get(key) for p in parts]
             merged[key] = values[0] if all(v == values[0] for v in values) else values
-        return cls(pd.concat([p._frame for p in parts], ignore_index=True), merged)
+        return cls(join([p._frame for p in parts], [p.provenance for p in parts]), merged)
 
 
 def _columns(names: Iterable[str]) -> list[str]:
@@ -253,42 +283,3 @@ def _equals_any(column: Any, name: str, values: list[Any]) -> Any:
     present = [v for v in values if v is not None]
     match = column.isin(present) if present else pd.Series(False, index=column.index)
     return match.fillna(False).astype(bool) | (column.isna() if None in values else False)
-
-
-def _bootstrap(table: dict[str, np.ndarray], *, level: float, n_boot: int, seed: int) -> dict[str, np.ndarray]:
-    """Return means and percentile bootstrap intervals of [groups, examples] arrays.
-
-    NaN: not measured.
-    """
-    rows = len(table["raw"])
-    if rows > BOOTSTRAP_ROWS:
-        parts = [
-            _bootstrap({c: x[i : i + BOOTSTRAP_ROWS] for c, x in table.items()}, level=level, n_boot=n_boot, seed=seed)
-            for i in range(0, rows, BOOTSTRAP_ROWS)
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    finite = {c: np.isfinite(x) for c, x in table.items()}
-    filled = {c: np.where(finite[c], x, 0.0) for c, x in table.items()}
-    n_examples = table["raw"].shape[1]
-    weights = resample_weights(n_examples, n_boot, seed)
-
-    def statistics(w: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the statistics of every group for weights of the examples, [groups, draws]."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            sums = {c: filled[c] @ w.T for c in filled}
-            counts = {c: finite[c] @ w.T for c in finite}
-            return {
-                "effect": sums["effect"] / counts["effect"],
-                "raw": sums["raw"] / counts["raw"],
-                "pooled": sums["raw"] / np.where(sums["gap"] == 0, np.nan, sums["gap"]),
-            }
-
-    point = statistics(np.ones((1, n_examples)))
-    draws = statistics(weights)
-    tail = (1 - level) / 2
-    columns: dict[str, np.ndarray] = {}
-    for name, prefix in (("effect", ""), ("raw", "raw_"), ("pooled", "pooled_")):
-        columns[name] = point[name][:, 0]
-        lo, hi = percentile_interval(draws[name], tail) if n_examples > 1 else (np.nan * point[name][:, 0],) * 2
-        columns[f"{prefix}lo"], columns[f"{prefix}hi"] = lo, hi
-    return columns

@@ -88,7 +88,8 @@ def effects_by_combination(store: Store) -> dict[str, Effects]:
         frame["example"] = frame["example"].to_numpy() + offset
         provenance = dict(next((p for _, about in parts if "weights" in (p := about.get("provenance", {}))), {}))
         provenance |= {"sweep": store.header["digest"], "seeds": list(seeds), "failed": whole.num_rows - len(frame)}
-        out[title] = Effects(frame.drop(columns=[*LABELS, "error"])[[c for c in COLUMNS if c in frame]], provenance)
+        frame = frame.drop(columns=[*LABELS, "error"])  # the model and the task are in the provenance
+        out[title] = Effects(frame[[c for c in COLUMNS if c in frame]], provenance)
     return out
 
 

@@ -5,7 +5,6 @@ As few prompts are used as needed to decide.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ from interp.engine import Engine
 from interp.engine.verified import Verified
 from interp.errors import InterpError
 from interp.model.batching import TOKENS_PER_FORWARD
+from interp.results.significance import wilson
 
 FIRST = 32  # prompts, spread over the set, that are checked first
-Z_95 = 1.96  # standard deviations of a 95% interval
 
 
 class BaseRuns:
@@ -77,6 +76,5 @@ def is_decided(share: float, n: int, least: float) -> bool:
 
     The interval is that of Wilson (1927). True also if ``least`` is 0 or less.
     """
-    middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-    half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
-    return least <= 0 or abs(least - middle) > half
+    lo, hi = wilson(share * n, n)
+    return least <= 0 or not lo <= least <= hi

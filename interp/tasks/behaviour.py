@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 from interp.errors import PromptError, TaskError
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Fact, PromptPair, encode_facts, encode_pairs, listed_prompts
-from interp.results.significance import percentile_interval, resample_examples
+from interp.results.significance import mean_interval
 from interp.tasks.vocabulary import TaskModel
 
 
@@ -19,8 +20,8 @@ class Behaviour:
     """How well a model does a task on its clean prompts.
 
     ``accuracy``: share of prompts whose answer has a higher logit than the foil; without a foil (a Fact), than every
-    other token, so top-1. ``mean_logit_diff``: mean of answer logit minus foil logit (or
-    minus the best other logit), with a percentile bootstrap ``interval`` over prompts (95%; NaN for one).
+    other token, so top-1. ``mean_logit_diff``: mean of answer logit minus foil logit (or minus the best other logit),
+    with a 95% ``interval`` over prompts (`interp.results.significance.mean_interval`; NaN for one).
     """
 
     model: str
@@ -66,8 +67,11 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
         raise PromptError("check takes PromptPairs or Facts, not a mixture of both")
     encode = encode_facts if kinds == {Fact} else encode_pairs
     diffs = margins(model, encode(items, model.coder))
-    lo, hi = _interval(diffs)
-    return Behaviour(model.name, task, len(diffs), float((diffs > 0).mean()), float(diffs.mean()), (lo, hi))
+    _, lo, hi = mean_interval(diffs[None])
+    # without NaN left out: a prompt whose logits are NaN leaves no mean
+    mean = float(diffs.mean())
+    interval = (math.nan, math.nan) if math.isnan(mean) else (float(lo[0]), float(hi[0]))
+    return Behaviour(model.name, task, len(diffs), float((diffs > 0).mean()), mean, interval)
 
 
 def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
@@ -81,14 +85,3 @@ def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
         rival = row[e.foil] if e.foil is not None else np.delete(row, e.answer).max()
         out[i] = row[e.answer] - rival
     return out
-
-
-def _interval(values: np.ndarray, n_boot: int = 2000, tail: float = 0.025) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean.
-
-    Its seed is fixed, so equal values give equal intervals.
-    """
-    if len(values) < 2 or np.isnan(values).any():
-        return float("nan"), float("nan")
-    lo, hi = percentile_interval(values[resample_examples(len(values), n_boot)].mean(1), tail)
-    return float(lo), float(hi)

@@ -12,9 +12,10 @@ import interp
 from interp import zoo
 from interp.circuits import Interchange, interchange_accuracy
 from interp.circuits.interchange.bijections import Exchange, RevNet
-from interp.circuits.interchange.interchange import random_weights, wilson
+from interp.circuits.interchange.interchange import random_weights
 from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError, ModelError, PromptError, SiteError
+from interp.results.significance import wilson
 
 PAIRS = [
     interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w4", "w5"),
@@ -70,10 +71,12 @@ def test_a_known_variable_is_found_by_the_linear_map_and_only_on_the_model() -> 
         batch_size=24, lr=3e-2, nonlinear_lr=3e-3, blocks=2,
     )  # fmt: skip
     table: Any = found.frame()
-    assert len(table) == 8 and (table["n"] == 48).all() and table["chance"].iloc[0] == 1 / 4
+    assert len(table) == 8 and (table["n"] == 24).all() and table["chance"].iloc[0] == 1 / 4
     assert found.iia("model", "linear") > 0.7, table.to_string()
     assert found.iia("random", "linear") < 0.6, table.to_string()
     assert ((table["lo"] <= table["iia"]) & (table["iia"] <= table["hi"])).all()
+    for row in table.itertuples():  # the two directions of a pair are one unit
+        assert (row.lo, row.hi) == pytest.approx(wilson(24 * row.iia, 24))
     assert (table[table["weights"] == "model"]["without"] == 0).all()  # the base alone never says it
     assert "evidence of a linear variable" in found.verdict()
     assert found.provenance["weights"] == known.model.fingerprint()
@@ -124,11 +127,6 @@ def test_verdicts_follow_the_intervals() -> None:
     assert table((0.9, 0.2), (1.0, 0.2)).verdict().endswith("the non-linear map too")
     with pytest.raises(InterpError, match="no row"):
         table((1, 1), (1, 1)).iia("model", "linear", "train")
-
-
-def test_wilson_intervals() -> None:
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert wilson(7, 10) == pytest.approx((0.3968, 0.8922), abs=1e-4)
 
 
 def test_a_fit_that_diverges_says_what_to_change(tiny) -> None:

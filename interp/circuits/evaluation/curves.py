@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from interp.circuits.choices import Ablation, Ranking, Selection
 from interp.circuits.circuit import Circuit
-from interp.circuits.evaluation.scale import Index, Scale, position_on_scale, recipe_text, with_interval
+from interp.circuits.evaluation.scale import Scale, position_on_scale, ratio_interval, recipe_text
 from interp.circuits.inputs import Pairs
 from interp.circuits.scores import EdgeScores
 from interp.errors import InterpError
@@ -108,7 +108,7 @@ class Curve:
     """f over circuit size.
 
     ``values`` [sizes, examples] is the metric of each circuit; ``edges`` counts the edges left after pruning. `cpr` and
-    `cmd` are (value, lo, hi), with bootstrap intervals over examples.
+    `cmd` are (value, lo, hi), with 95% intervals over examples.
     """
 
     sizes: Float[np.ndarray, " sizes"]
@@ -123,9 +123,9 @@ class Curve:
         ends = f"{f[0]:.3f} at {self.edges[0]} edges to {f[-1]:.3f} at {self.edges[-1]}" if len(f) else "empty"
         return f"Curve({len(f)} sizes, f from {ends}; {recipe_text(self.recipe, n)})"
 
-    def faithfulness(self, index: Index | slice = slice(None)) -> Float[np.ndarray, " sizes"]:
-        """f at each size, over all examples or those in ``index``."""
-        return position_on_scale(self.values[:, index].mean(1), self.whole[index].mean(), self.empty[index].mean())
+    def faithfulness(self) -> Float[np.ndarray, " sizes"]:
+        """f at each size."""
+        return position_on_scale(self.values.mean(1), self.whole.mean(), self.empty.mean())
 
     @property
     def cpr(self) -> tuple[float, float, float]:
@@ -135,27 +135,30 @@ class Curve:
         to the largest, as in MIB, so a constant f = 1 gives 0.999 with `MIB_SIZES`. Published figures use
         ``ranking="signed"``.
         """
-        return with_interval(lambda i: integrate(self.sizes, self.faithfulness(i)), len(self.whole))
+        return ratio_interval(integrate(self.sizes, self.values - self.empty), self.whole - self.empty)
 
     @property
     def cmd(self) -> tuple[float, float, float]:
         """Integrated circuit–model distance, ∫ |1 − f| dk; 0 is best.
 
-        It is integrated as in `cpr`. Published figures use ``ranking="absolute"``.
+        It is integrated as in `cpr`. Published figures use ``ranking="absolute"``. The interval holds the sign of 1 −
+        f at each size, and does not go below 0.
         """
-        return with_interval(lambda i: integrate(self.sizes, np.abs(1 - self.faithfulness(i))), len(self.whole))
+        signs = np.sign(1 - self.faithfulness())
+        distance = integrate(self.sizes, signs[:, None] * (self.whole - self.values))
+        value, lo, hi = ratio_interval(distance, self.whole - self.empty)
+        return value, max(lo, 0.0) if np.isfinite(lo) else lo, hi
 
     def frame(self) -> pd.DataFrame:
         """Table with one row per size: share, edges, f and its 95% interval."""
-        n = len(self.whole)
-        parts = [with_interval(lambda i, s=s: self.faithfulness(i)[s], n) for s in range(len(self.sizes))]
+        parts = [ratio_interval(values - self.empty, self.whole - self.empty) for values in self.values]
         values = pd.DataFrame(parts, columns=["faithfulness", "lo", "hi"])
         return pd.concat([pd.DataFrame({"size": self.sizes, "edges": self.edges}), values], axis=1)
 
 
-def integrate(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
-    """Integral of y over x by the trapezoid rule."""
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
+def integrate(x: Float[np.ndarray, " n"], y: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
+    """Integral of y over x, along the first axis, by the trapezoid rule."""
+    return np.tensordot(np.diff(x), (y[1:] + y[:-1]) / 2, axes=1)
 
 
 @dataclass(frozen=True)

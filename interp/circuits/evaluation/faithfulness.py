@@ -48,7 +48,7 @@ def faithfulness(
     seed: int = 0,
     show_progress: bool | None = None,
 ) -> Faithfulness:
-    """Measure f(C) with a 95% bootstrap interval over examples.
+    """Measure f(C) with a 95% interval over examples.
 
     The result also has f of ``n_random`` random circuits of equal size.
 
@@ -93,8 +93,8 @@ def minimality(
 ) -> pd.DataFrame:
     """Measure what each node adds to a circuit: f(C) − f(C without the node).
 
-    Each change has a 95% interval (paired bootstrap). This is the minimality criterion of Wang et al. 2022 with K = ∅.
-    A node whose work another node of the circuit can do scores 0 here; a larger K would show its effect. One row per
+    Each change has a 95% interval over examples (paired). This is the minimality criterion of Wang et al. 2022 with K =
+    ∅. A node whose work another node of the circuit can do scores 0 here; a larger K would show its effect. One row per
     node, largest change first. Removing the last edges of a circuit leaves f = 0.
     """
     scale = Scale(model, pairs, circuit, metric, using, seed)

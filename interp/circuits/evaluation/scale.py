@@ -1,11 +1,11 @@
-"""The faithfulness scale of circuits, with bootstrap intervals.
+"""The faithfulness scale of circuits, with intervals over examples.
 
 It is 0 with every edge ablated and 1 for the whole model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,7 @@ from interp.circuits.inputs import Pairs
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn
 from interp.model.model import Model
-from interp.results.significance import percentile_interval, resample_examples
-
-N_BOOT = 2000
-Index = np.ndarray  # examples of a bootstrap sample
+from interp.results.significance import mean_interval
 
 
 class Scale:
@@ -55,18 +52,18 @@ class Scale:
                 f"{self.recipe['ablation']}): there is no difference that a circuit could explain"
             )
 
-    def f(self, values: Float[np.ndarray, " examples"], index: Index | slice = slice(None)) -> float:
+    def f(self, values: Float[np.ndarray, " examples"]) -> float:
         """f, a ratio of means over examples."""
-        return float(position_on_scale(values[index].mean(), self.whole[index].mean(), self.empty[index].mean()))
+        return float(position_on_scale(values.mean(), self.whole.mean(), self.empty.mean()))
 
     def interval(
         self, values: Float[np.ndarray, " examples"], minus: Float[np.ndarray, " examples"] | None = None
     ) -> tuple[float, float, float]:
         """f of ``values``, or its difference to f of ``minus``, with an interval.
 
-        The difference is paired: the same examples are drawn for both.
+        The difference is paired: it is taken example by example.
         """
-        return with_interval(lambda i: self.f(values, i) - (0 if minus is None else self.f(minus, i)), len(self.whole))
+        return ratio_interval(values - (self.empty if minus is None else minus), self.whole - self.empty)
 
     def mask(self) -> Bool[np.ndarray, "receivers senders"]:
         """The circuit's edges."""
@@ -84,15 +81,12 @@ def position_on_scale(value: Any, whole: Any, empty: Any) -> Any:
     return (value - empty) / (whole - empty)
 
 
-def with_interval(statistic: Callable[[Any], float], n: int) -> tuple[float, float, float]:
-    """A statistic of examples with its 95% percentile bootstrap interval.
+def ratio_interval(
+    values: Float[np.ndarray, " examples"], over: Float[np.ndarray, " examples"]
+) -> tuple[float, float, float]:
+    """A ratio of means over examples with its 95% interval, which is NaN for a single example.
 
-    The interval is NaN for a single example.
+    The interval is that of all tables (`interp.results.significance.mean_interval`).
     """
-    value = float(statistic(slice(None)))
-    if n < 2:
-        return value, float("nan"), float("nan")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = [float(statistic(examples)) for examples in resample_examples(n, N_BOOT)]
-    lo, hi = percentile_interval(np.array(draws))
-    return value, float(lo), float(hi)
+    value, lo, hi = mean_interval(values[None], over[None])
+    return float(value[0]), float(lo[0]), float(hi[0])

@@ -31,7 +31,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -49,6 +48,7 @@ from interp.model.session import in_session
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
+from interp.results.significance import share_interval
 from interp.sites import COMPONENTS, Site
 from interp.utils.arguments import check_positive, check_seed, check_whole
 from interp.utils.progress import Advance, progress
@@ -66,8 +66,9 @@ class Interchange:
     def frame(self) -> pd.DataFrame:
         """Table with one row per weights ("model", "random"), map and split.
 
-        Columns: ``iia``, ``lo`` and ``hi`` (95%, Wilson), ``n`` pairs, ``chance`` (one over the number of classes) and
-        ``without`` (the accuracy with no intervention).
+        Columns: ``iia``, over both directions of every pair; ``lo`` and ``hi``, Wilson's 95% interval over pairs (the
+        two directions of a pair go together, so they count as one unit); ``n`` pairs; ``chance`` (one over the number
+        of classes); ``without`` (the accuracy with no intervention).
         """
         return self.table.copy()
 
@@ -239,12 +240,12 @@ class _MapFits:
                 positions=cases.positions, batch_size=self.batch_size,
             )  # fmt: skip
             base_logits = [self.logits(part).cpu() for part in cases.base.split(self.batch_size)]
-            correct = int((logits.argmax(-1) == cases.targets).sum())
+            is_right = (logits.argmax(-1) == cases.targets).double().cpu().view(2, -1)  # [directions, pairs]
             without = float((torch.cat(base_logits).argmax(-1) == cases.targets).double().mean())
-            lo, hi = wilson(correct, len(cases.base))
+            iia, lo, hi = share_interval(is_right.mean(0).numpy())
             rows.append({
-                "weights": weights, "map": kind, "split": split, "iia": correct / len(cases.base), "lo": lo, "hi": hi,
-                "n": len(cases.base), "chance": 1 / len(cases.classes), "without": without,
+                "weights": weights, "map": kind, "split": split, "iia": iia, "lo": lo, "hi": hi,
+                "n": is_right.shape[1], "chance": 1 / len(cases.classes), "without": without,
             })  # fmt: skip
         return rows
 
@@ -269,13 +270,6 @@ def random_weights(model: Model, seed: int = 0) -> Iterator[None]:
         with torch.no_grad():
             for p, original in zip(matrices, copies, strict=True):
                 p.copy_(original)
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion."""
-    p, half = successes / n, z * np.sqrt(successes / n * (1 - successes / n) / n + z**2 / (4 * n**2))
-    middle, size = p + z**2 / (2 * n), 1 + z**2 / n
-    return float((middle - half) / size), float((middle + half) / size)
 
 
 def _answer_and_foil(prompt: Encoded, where: str) -> tuple[int, int]:

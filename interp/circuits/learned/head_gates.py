@@ -24,7 +24,7 @@ from interp.errors import InterpError, ModelError
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.results.parquet import read_parquet, write_parquet
-from interp.results.significance import benjamini_hochberg, percentile_interval, resample_weights, sign_flip
+from interp.results.significance import benjamini_hochberg, mean_interval, sign_flip
 from interp.sites import Edge, Site
 from interp.utils.damage import reading
 from interp.utils.progress import progress
@@ -187,10 +187,10 @@ class HeadGates:
 
         The other gates stay at G+. This is the paper's validation. Use data that the gates were not fitted on. Table
         with one row per head: ``difference`` = log P of the targets with gate 0 − with gate 1, averaged over examples,
-        with ``lo`` and ``hi`` (95%, bootstrap over examples). It is below zero for a head that facilitates, above zero
-        for one that interferes, and near zero for an irrelevant one. ``p`` is from a sign-flip test over examples,
-        ``q`` is its Benjamini–Hochberg rate over these heads, and ``confirmed`` is True if q ≤ 0.05 and the sign is
-        that of the head's ``class``.
+        with ``lo`` and ``hi`` (95% over examples, `interp.results.significance.mean_interval`). It is below zero for a
+        head that facilitates, above zero for one that interferes, and near zero for an irrelevant one. ``p`` is from a
+        sign-flip test over examples, ``q`` is its Benjamini–Hochberg rate over these heads, and ``confirmed`` is True
+        if q ≤ 0.05 and the sign is that of the head's ``class``.
 
         One head is toggled at a time, with the others at G+ (the paper toggles in the order of a score; whether
         cumulatively is unknown). ``contrast``: log P(answer) − log P(foil) instead of log P (default: if every item
@@ -246,17 +246,9 @@ def _is_edge_among(graph: Architecture, edge: Edge, heads: set[Site]) -> bool:
     return is_sender and is_receiver
 
 
-def _evidence(frame: pd.DataFrame, changes: Float[np.ndarray, "heads examples"], draws: int = 2000) -> pd.DataFrame:
-    """Add means over examples, intervals, p, q and ``confirmed``.
-
-    Intervals are 95% bootstrap intervals (NaN for a single example).
-    """
-    n = changes.shape[1]
-    frame["difference"] = changes.mean(1)
-    if n > 1:
-        frame["lo"], frame["hi"] = percentile_interval(changes @ (resample_weights(n, draws) / n).T)
-    else:
-        frame["lo"], frame["hi"] = np.nan, np.nan
+def _evidence(frame: pd.DataFrame, changes: Float[np.ndarray, "heads examples"]) -> pd.DataFrame:
+    """Add means over examples with their 95% intervals, p, q and ``confirmed``."""
+    frame["difference"], frame["lo"], frame["hi"] = mean_interval(changes)
     frame["p"] = sign_flip(changes)
     frame["q"] = benjamini_hochberg(frame["p"].to_numpy())
     sign = np.array([{"facilitating": -1, "interfering": 1}.get(label, 0) for label in frame["class"]])

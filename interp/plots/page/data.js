@@ -4,9 +4,9 @@
 /** @typedef {{values: (string|number|null)[], index: Packed}} Dictionary */
 /** @typedef {{kind: string, values: (string|number|null)[], labels: string[]}} Axis */
 /** @typedef {Object<string, (number|null)[]>} Cells  dense [slices, rows, columns] arrays by name */
-/** @typedef {{intervention: string, mode: string, metric: string, unit: string, n: number, value: string,
+/** @typedef {{intervention: string, mode: string, metric: string, model: string, task: string, unit: string, n: number, value: string,
  *             scale: string, spread: string, caution: string, cells: Cells}} Variant */
-/** @typedef {{component: string, words: string, averages_positions: boolean, rows: Axis, columns: Axis, slices: Axis|null,
+/** @typedef {{component: string, words: string, averages_positions: boolean, note: string, rows: Axis, columns: Axis, slices: Axis|null,
  *             edge: {receiver: string}|null, variants: Variant[]}} Panel */
 /** @typedef {{name: string|null, provenance: Object<string, any>, rows: number, panels: Panel[],
  *             token_labels: string[], examples: {id: number, text: string}[],
@@ -165,7 +165,8 @@ export async function exampleCells(result, panel, variant, example) {
  */
 function tokenAxis(rows, get) {
   const labels = new Map(rows.map((r) => [get.position(r), get.label(r) || String(get.position(r))]));
-  const values = [...labels.keys()].sort((a, b) => a - b);
+  // positions counted from the end, which are negative, stand after those counted from the start
+  const values = [...labels.keys()].sort((a, b) => Number(a < 0) - Number(b < 0) || a - b);
   return { kind: "position", values, labels: values.map((v) => labels.get(v)) };
 }
 
@@ -198,7 +199,7 @@ function gather(rows, get, axes) {
     effect: sums.effect.map((x, i) => finite(x / sums.count[i])),
     raw: sums.raw.map((x, i) => finite(x / sums.count[i])),
     pooled: sums.raw.map((x, i) => finite(x / sums.gap[i])),
-    n: sums.count.map((c) => (c ? 1 : 0)),
+    n: sums.effect.map((x, i) => (sums.count[i] && Number.isFinite(x) ? 1 : 0)), n_raw: sums.count.map((c) => (c ? 1 : 0)),
     lo: missing, hi: missing, raw_lo: missing, raw_hi: missing, pooled_lo: missing, pooled_hi: missing,
   };
 }

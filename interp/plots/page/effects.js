@@ -84,7 +84,7 @@ export function effectsCard(result, panel, id, folded) {
 function effectsControls(result, view, update) {
   const { panel, variant } = view;
   const box = el("div", { class: "controls" });
-  const keys = /** @type {("intervention"|"mode"|"metric")[]} */ (["intervention", "mode", "metric"]);
+  const keys = /** @type {("model"|"task"|"intervention"|"mode"|"metric")[]} */ (["model", "task", "intervention", "mode", "metric"]);
   for (const key of keys) {
     const values = [...new Set(panel.variants.map((v) => v[key]))];
     const pick = (/** @type {string} */ value) => {
@@ -136,8 +136,9 @@ function effectsBody(view) {
   const spread = view.example === "" ? view.variant.spread : `Example ${view.example} alone, so there are no intervals.`;
   const merged = view.panel.averages_positions && view.columns.kind === "role"
     ? " The prompts differ in wording, so each part of the prompt shows the mean over its tokens, changed one at a time. Select an example to see its tokens." : "";
+  const note = view.example === "" && view.panel.note ? ` ${view.panel.note}` : "";
   return [
-    el("p", { class: "how" }, `${view.variant.scale} ${spread}${merged}`),
+    el("p", { class: "how" }, `${view.variant.scale} ${spread}${merged}${note}`),
     ...(view.variant.caution ? [el("p", { class: "caution" }, view.variant.caution)] : []),
     el("div", { class: "columns" },
       el("div", { class: "figure" }, map.node, savers(() => map.drawing, `${view.panel.words} ${valueName(view)}`),
@@ -153,7 +154,7 @@ function effectsBody(view) {
  * @param {number[]} order
  */
 function effectsTable(view, order) {
-  const names = ["effect", "lo", "hi", "pooled", "pooled_lo", "pooled_hi", "raw", "raw_lo", "raw_hi", "n"];
+  const names = ["effect", "lo", "hi", "pooled", "pooled_lo", "pooled_hi", "raw", "raw_lo", "raw_hi", "n", "n_raw"];
   const columns = names.map((name) => sliceOf(view, name));
   return {
     head: ["site", "address", ...names],

@@ -5,7 +5,7 @@ import { copy } from "./export.js";
 import { intervalBar } from "./readout.js";
 import { on, state, togglePin, written } from "./state.js";
 import { dataTable } from "./tables.js";
-import { INTERVALS } from "./view.js";
+import { COUNTS, INTERVALS } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
@@ -56,7 +56,7 @@ export function headReadout(all, nameOf) {
       const at = (/** @type {string} */ column) => m.at(head, column);
       const [lo, hi] = INTERVALS[value];
       return at(value) === null ? null : el("tr", {}, el("th", { scope: "row" }, m.label), el("td", {}, format(at(value), true)),
-        el("td", {}, formatInterval(at(lo), at(hi))), el("td", {}, String(at("n"))));
+        el("td", {}, formatInterval(at(lo), at(hi))), el("td", {}, String(at(COUNTS[value]))));
     }).filter((row) => row !== null);
     const counted = all.counted.map((c) => el("div", {}, el("dt", {}, c.label), el("dd", {}, format(c.values[head]))));
     const note = /** @type {HTMLTextAreaElement} */ (el("textarea", { rows: 2, "aria-label": `Note on ${name}`, placeholder: "Your note (the “notes” button saves it)",

@@ -61,7 +61,7 @@ function isSameForAllHeads(m) {
 
 /** Number of measured cells. @param {Measure} m */
 function countCells(m) {
-  return m.variant.cells.n.filter((n) => n).length;
+  return m.variant.cells.n_raw.filter((n) => n).length;
 }
 
 /**
@@ -82,7 +82,8 @@ function measureOf(id, panel, variant, heads) {
   const intervention = [panel.edge ? `path into ${panel.edge.receiver}` : variant.intervention, MODES[variant.mode] ?? variant.mode];
   const metric = new Set(panel.variants.map((v) => v.metric)).size > 1 ? [variant.metric] : [];
   const component = panel.component === "z" || panel.edge ? [] : [panel.component];
-  return { id, label: [...component, ...intervention, ...metric].join(", "), panel, variant, at };
+  const joined = [variant.model, variant.task].filter(Boolean);
+  return { id, label: [...component, ...intervention, ...metric, ...joined].join(", "), panel, variant, at };
 }
 
 /**

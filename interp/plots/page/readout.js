@@ -3,7 +3,7 @@
 import { paint } from "./colors.js";
 import { el, format, formatInterval, svg } from "./dom.js";
 import { copy } from "./export.js";
-import { INTERVALS, metricOf, siteAddress, siteName, sliceOf, valueName } from "./view.js";
+import { COUNTS, INTERVALS, metricOf, siteAddress, siteName, sliceOf, valueName } from "./view.js";
 
 /** @typedef {import("./view.js").View} View */
 
@@ -22,7 +22,7 @@ export function effectsReadout(view) {
     const address = siteAddress(view, cell);
     title.replaceChildren(el("strong", {}, siteName(view, cell)), " ", el("code", {}, address),
       address ? el("button", { type: "button", class: "plain-button", onclick: () => copy(address, "site") }, "copy as Site") : "",
-      el("span", { class: "n" }, `n = ${at("n")}`));
+      el("span", { class: "n" }, `n = ${at(COUNTS[view.value])}`));
     const lines = { effect: "recovery, mean", pooled: "recovery, ratio of means", raw: `raw change of ${metricOf(view)}` };
     rows.replaceChildren(...Object.entries(lines).map(([name, text]) => el("tr", { class: name === view.value ? "shown" : "" },
       el("th", { scope: "row" }, text), el("td", {}, format(at(name), true)),
@@ -30,7 +30,7 @@ export function effectsReadout(view) {
     const [lo, hi] = INTERVALS[view.value].map(at);
     if (speak) {
       spoken.textContent = `${siteName(view, cell)}: ${valueName(view)} ${format(at(view.value), true)}, `
-        + `95% interval ${formatInterval(lo, hi)}, n = ${at("n")}, raw change ${format(at("raw"), true)}`;
+        + `95% interval ${formatInterval(lo, hi)}, n = ${at(COUNTS[view.value])}, raw change ${format(at("raw"), true)}`;
     }
   };
   return { node, show };

@@ -7,6 +7,8 @@
 
 /** @type {Object<string, string[]>} */
 export const INTERVALS = { effect: ["lo", "hi"], pooled: ["pooled_lo", "pooled_hi"], raw: ["raw_lo", "raw_hi"] };
+/** @type {Object<string, string>}  the column that counts the examples of a value */
+export const COUNTS = { effect: "n", pooled: "n_raw", raw: "n_raw" };
 /** @type {Object<string, string>} */
 const AXIS_TITLES = { layer: "layer", head: "head", position: "token", role: "part of the prompt", all: "", sender: "sender",
   receiver: "receiver" };
