@@ -377,7 +377,7 @@ def _variants(part: Any, effects: Effects) -> list[Variant]:
     groups = part.groupby(list(VARIANT_KEYS), sort=False, dropna=False, observed=True)
     variants = []
     for keys, rows in groups:
-        names = ("" if pd.isna(k) else str(k) for k in keys)
+        names: Any = ["" if pd.isna(k) else str(k) for k in keys]
         numbers = rows.index.to_numpy()
         variants.append(Variant(*names, effects.take(numbers), numbers))
     return variants
