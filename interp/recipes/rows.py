@@ -13,7 +13,7 @@ import torch
 from interp.errors import InterpError
 from interp.metrics import Metric, recovery
 from interp.model.model import Model
-from interp.model.prompt_provenance import prompt_provenance
+from interp.model.prompt_provenance import hash_of_prompts, prompt_provenance
 from interp.prompts.coder import Encoded
 from interp.recipes.targets import Address
 from interp.results.effects import COLUMNS, Effects
@@ -82,7 +82,7 @@ class EffectRows:
         start = numbers["corrupt"] if self.mode == "denoise" else numbers["clean"]
         effect = recovery(**numbers, mode=self.mode, no_gap=torch.tensor(self.no_gap, dtype=torch.bool))
         raw = numbers["patched"] - start
-        hashes = {i: prompt_hash([prompts[i]]) for i in dict.fromkeys(self.columns["example"])}
+        hashes = {i: hash_of_prompts([items[i]], [prompts[i]]) for i in dict.fromkeys(self.columns["example"])}
         names = {"prompt": [hashes[i] for i in self.columns["example"]]}
         frame = pd.DataFrame({**self.columns, **names, "effect": effect.numpy(), "raw": raw.numpy()})
         denoising, noising = "(patched − corrupt)/(clean − corrupt)", "(patched − clean)/(corrupt − clean)"
