@@ -95,7 +95,7 @@ def test_every_family_runs_packed_and_equals_naive(tiny, kind: str) -> None:
     chosen = available(model, list(sites))
     fast, naive = (interp.patch(model, pairs, chosen, engine=e) for e in ("auto", "naive"))
     # other layers than attention carry information between positions; Falcon folds its ALiBi into a dense mask
-    full = FAMILIES[kind].kind == "hybrid" or kind == "falcon_alibi"
+    full = FAMILIES[kind].kind == "hybrid" or kind in ("falcon_alibi", "opt_post_norm")
     assert fast.provenance["engine"].startswith("one full forward" if full else "packed, exact")
     np.testing.assert_allclose(
         fast.frame()["patched"], naive.frame()["patched"], atol=1e-8 if model.dtype == torch.float64 else 1e-4

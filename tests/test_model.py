@@ -80,7 +80,7 @@ def incremental(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 # On these TransformerLens fires the scores and pattern hooks after the fact: scores hold the pattern, edits are lost.
-FIRED_AFTERWARDS = ("gpt_neo", "gptj", "opt", "jamba", "phimoe")
+FIRED_AFTERWARDS = ("gpt_neo", "gptj", "opt", "opt_post_norm", "jamba", "phimoe")
 
 
 def untouched_bridge(kind: str, word_tokenizer):
