@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from interp import corpus
@@ -97,6 +98,15 @@ def test_moments_merge_to_those_of_the_whole() -> None:
     for q in (0.01, 0.5, 0.99):  # a t-digest is off by little in rank
         rank = (x[0, 0] <= m.sketch[0][0].get_quantile(q)).mean()
         assert abs(rank - q) < 0.03 * min(1, 10 * min(q, 1 - q))
+
+
+def test_a_part_that_names_heads_without_rows_is_refused() -> None:
+    """A row of head 10⁹ asked for 10⁹ sketches."""
+    m = StreamedMoments(1, 1)
+    table = table_of({"s": m})
+    table = table.set_column(1, "head", [pa.array([10**9], pa.int32())])
+    with pytest.raises(InterpError, match="it is damaged"):
+        merge_tables([table])
 
 
 def test_the_numbers_are_those_of_attention_stats(tmp_path, texts, tiny) -> None:

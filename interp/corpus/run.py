@@ -20,6 +20,7 @@ from interp.jobs.driver import Options, Outcome, drive
 from interp.jobs.store import Store, differences, read_tables
 from interp.model.session import in_session
 from interp.utils.arguments import is_whole
+from interp.utils.damage import reading
 from interp.utils.files import PICKLES
 
 BYTES_PER_PART = 2**19
@@ -56,7 +57,8 @@ class CorpusStatistics:
         store = Store.open(root)
         if store.kind != "corpus":
             raise InterpError(f"{root} holds a {store.kind}, not statistics of a corpus")
-        moments, errors = merge_tables(read_tables(store))
+        with reading(root):
+            moments, errors = merge_tables(read_tables(store))
         parts = []
         for name, m in moments.items():
             layer, head = (axis.ravel() for axis in np.indices(m.count.shape))
