@@ -293,6 +293,15 @@ def test_settings_of_torch_change_no_number(setting: str, single: tuple[interp.M
         assert np.array_equal(ours, theirs, equal_nan=True)
 
 
+def test_rounded_products_stand_in_the_provenance(single: tuple[interp.Model, list[np.ndarray]]) -> None:
+    assert "matmul_precision" not in single[0].provenance()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert single[0].provenance()["matmul_precision"] == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_autocast_is_reported(single: tuple[interp.Model, list[np.ndarray]], caplog) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = single[0](TOKENS)

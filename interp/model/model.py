@@ -535,8 +535,10 @@ class Model(Owner):
         """What reproducing a result requires.
 
         The keys are model, weights, dtype, device, backend, bos (whether a BOS token stands in front of every text;
-        None for a tokenizer without one) and package versions.
+        None for a tokenizer without one) and package versions; also ``matmul_precision``, if
+        `torch.set_float32_matmul_precision` lets float32 products be rounded further.
         """
+        precision = torch.get_float32_matmul_precision()
         return {
             "model": self.name,
             "weights": self.fingerprint(),
@@ -545,6 +547,7 @@ class Model(Owner):
             "backend": self.instrument.backend,
             "bos": self.special_tokens.stand_in_front(()),
             "versions": versions(),
+            **({} if precision == "highest" else {"matmul_precision": precision}),
         }
 
     # ------------------------------------------------------------ trust

@@ -155,7 +155,7 @@ def refuse_random_modules(name: str, root: torch.nn.Module) -> None:
         if attributes["training"] and (cause := _why_random(module)):
             path = next((path for path, other in root.named_modules() if other is module), "")
             raise ModelError(
-                f"{name}: {path.replace('_original_component.', '') or type(module).__name__} is in training mode and "
+                f"{name}: {path.replace('_original_component.', '') or 'the model itself'} is in training mode and "
                 f"has {cause}, so two equal calls would give different numbers: call model.bridge.eval(), or .eval() "
                 "on the model object that you loaded"
             )
