@@ -17,6 +17,7 @@ import numpy as np
 
 from interp.errors import InterpError, ModelError
 from interp.utils.files import digest_of
+from interp.utils.progress import Advance
 
 BLOCK = 2**19  # bytes that share a checksum
 RECORD = np.dtype([("digest", "V16"), ("lines", "<u4")])  # of a block: BLAKE2b, and how many lines end in it
@@ -39,14 +40,19 @@ class FileRecord:
         return {"path": self.path, "size": self.size, "digest": digest_of(self.blocks)}
 
 
-def record_file(path: Path) -> FileRecord:
-    """Read a file once, and return its checksums. Raises InterpError if it cannot be read, or is empty."""
+def record_file(path: Path, advance: Advance | None = None) -> FileRecord:
+    """Read a file once, and return its checksums.
+
+    ``advance`` is called with 1 after every block. Raises InterpError if the file cannot be read, or is empty.
+    """
     records, size = bytearray(), 0
     try:
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
                 records += _record(block)
                 size += len(block)
+                if advance is not None:
+                    advance(1)
     except OSError as error:
         raise InterpError(f"cannot read {path}: {error.strerror or error}") from None
     if size == 0:

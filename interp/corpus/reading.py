@@ -19,6 +19,7 @@ from interp.corpus.checked import CheckedFile, FileRecord, record_file
 from interp.errors import InterpError, ModelError
 from interp.utils.json_text import parse_json
 from interp.utils.npy import MOST_HEADER, NpyHeader, read_npy_header
+from interp.utils.progress import Advance
 
 TEXT, LINES, TOKENS = (".txt", ".text", ".md"), (".jsonl", ".ndjson"), (".npy",)
 PIECE = 2**18  # characters of one document that are tokenized together; longer documents are cut
@@ -43,8 +44,8 @@ class Refused:
     reason: str
 
 
-def describe_file(path: Path) -> FileRecord:
-    """Read a data file once, check its kind, and return its checksums.
+def describe_file(path: Path, advance: Advance | None = None) -> FileRecord:
+    """Read a data file once, check its kind, and return its checksums (``advance``: see `record_file`).
 
     Raises InterpError for a file of another kind, one that cannot be read, or an empty one.
     """
@@ -53,7 +54,7 @@ def describe_file(path: Path) -> FileRecord:
             f"{path}: expected text (.txt, one document per line), .jsonl with a key 'text', or token ids (.npy, one "
             "dimension); pickled data can run code when it is read, and is refused"
         )
-    record = record_file(path)
+    record = record_file(path, advance)
     try:
         with CheckedFile(path, record.size, record.blocks) as file:
             if path.suffix.lower() in TOKENS:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from interp.corpus.checked import BLOCK, FileRecord
 from interp.corpus.job import blocks_name, spec_of, stretches
 from interp.corpus.moments import merge_tables
 from interp.corpus.reading import describe_file
@@ -22,8 +23,10 @@ from interp.model.session import in_session
 from interp.utils.arguments import is_whole
 from interp.utils.damage import reading
 from interp.utils.files import PICKLES
+from interp.utils.progress import progress
 
 BYTES_PER_PART = 2**19
+MANY_BLOCKS = 1000  # half a GB, read in about a second
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -125,7 +128,7 @@ def statistics(
     if model_object is None and load.lower().endswith(PICKLES):
         raise InterpError(f"{load}: pickled weights can run code when they are read, and are refused")
     load_options = {key: value for key, value in (("dtype", dtype), ("device", device)) if value}
-    records = [describe_file(p) for p in paths]
+    records = _describe_files(paths, options.get("show", "auto") == "auto")
     document = {
         "name": f"stats-{Path(load).name}", "load": load, "options": load_options,
         "files": [r.entry for r in records], "context": context, "statistics": statistics,
@@ -144,3 +147,12 @@ def statistics(
     if outcome.code == 0 and not outcome.elsewhere and not result.tokens:
         raise InterpError(f"{', '.join(map(str, paths))}: no document of two tokens or more; there is nothing to count")
     return result
+
+
+def _describe_files(paths: list[Path], show: bool) -> list[FileRecord]:
+    """Read every file once, with a progress bar if that takes more than about a second."""
+    n_blocks = sum(p.stat().st_size for p in paths if p.is_file()) // BLOCK
+    with progress(
+        "Reading every file once", n_blocks if n_blocks > MANY_BLOCKS else 0, None if show else False
+    ) as step:
+        return [describe_file(p, step) for p in paths]
