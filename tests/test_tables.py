@@ -14,6 +14,7 @@ from interp.doctor.families.text import tiny_hf
 from interp.plots.panels import split
 from interp.plots.payload import decode_effects, encode_effects
 from interp.results.effects import ADDED, COLUMNS, Effects
+from interp.utils.damage import Budget
 
 WORDS = [f"w{i}" for i in range(10, 60)]
 
@@ -96,7 +97,8 @@ def test_a_relative_position_survives_page_and_file(tiny, tmp_path) -> None:
     assert panel.columns.values == [0, -2, -1] and not panel.note
     assert set(panel.cells(panel.variants[0])["n"].ravel()) == {12}
     pd.testing.assert_frame_equal(Effects.read(effects.write(tmp_path / "e.parquet")).frame(), effects.frame())
-    pd.testing.assert_frame_equal(decode_effects(encode_effects(effects, effects.provenance)).frame(), effects.frame())
+    back = decode_effects(encode_effects(effects, effects.provenance), Budget("page", 2**20, 64))
+    pd.testing.assert_frame_equal(back.frame(), effects.frame())
     interp.report(effects).write(tmp_path / "page.html")
 
 

@@ -38,16 +38,22 @@ class EdgeScores:
         return float(self.matrix[self.graph.place(Edge.parse(edge) if isinstance(edge, str) else edge)])
 
     def __repr__(self) -> str:
-        return f"EdgeScores({len(self)} edges, {self.provenance.get('method', 'no method')})"
+        facts = [str(self.provenance[k]) for k in ("method", "mode") if self.provenance.get(k)]
+        return f"EdgeScores({len(self)} edges, {', '.join(facts) or 'no method'})"
 
     def frame(self) -> pd.DataFrame:
-        """Table with one row per edge, largest |score| first: sender, receiver, score."""
+        """Table with one row per edge, largest |score| first: sender, receiver, score, effect.
+
+        ``effect`` has the sign of the tables of effects: positive where the edge helps the metric (`helpful`). Scores
+        of ``mode="noise"`` estimate the change that corrupting an edge makes, so there the two signs are opposite.
+        """
         rows, columns = np.nonzero(self.graph.allowed)
         frame = pd.DataFrame(
             {
                 "sender": [str(self.graph.senders[c]) for c in columns],
                 "receiver": [str(self.graph.receivers[r]) for r in rows],
                 "score": self.matrix[rows, columns],
+                "effect": self.helpful().matrix[rows, columns],
             }
         )
         order = np.argsort(-frame["score"].abs().to_numpy(), kind="stable")

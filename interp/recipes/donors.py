@@ -45,10 +45,15 @@ def resample_donors(prompts: Sequence[Encoded], reference: Sequence[Ids], is_own
     return [reference[i] for i in donors]
 
 
-def aligned_rows(donor: Run, site: Site, start: int, stop: int, length: int) -> Tensor:
-    """Return the donor's activation for rows [start, stop) of a prompt of ``length`` tokens, aligned at the last token.
+def source_rows(donor: int, start: int, stop: int, length: int) -> Tensor:
+    """Return the rows of a prompt of ``donor`` tokens that stand for rows [start, stop) of one of ``length`` tokens.
 
-    Same length: the same rows. A shorter donor repeats its first row; the first rows of a longer one are not used.
+    They are aligned at the last token. A shorter donor repeats its first row; a longer one's first rows are not used.
     """
-    rows = torch.arange(start, stop, device=donor.resid.device) + len(donor) - length
-    return donor.value(site, 0, len(donor))[rows.clamp(min=0)]
+    return (torch.arange(start, stop) + donor - length).clamp(min=0)
+
+
+def aligned_rows(donor: Run, site: Site, start: int, stop: int, length: int) -> Tensor:
+    """Return the donor's activation for rows [start, stop) of a prompt of ``length`` tokens (`source_rows`)."""
+    rows = source_rows(len(donor), start, stop, length)
+    return donor.value(site, 0, len(donor))[rows.to(donor.resid.device)]

@@ -164,3 +164,26 @@ def test_what_has_no_edges_is_refused(tiny) -> None:
     with pytest.raises(InterpError, match="has no gradient"):
         attribute_edges(tiny("llama"), PAIR, metric=interp.metrics.rank)
     assert all(p.requires_grad for p in tiny("llama").bridge.parameters())
+
+
+def test_a_metric_without_slope_at_the_base_run_is_refused(tiny) -> None:
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w7 w3 w4", "w95", "w96")
+    for refused in (
+        lambda: attribute_edges(model, pair, "kl", "eap", "noise"),
+        lambda: attribute_edges(model, pair, "kl", "eap-ig-activations", steps=1),
+        lambda: atp_star(model, pair, metric="kl"),
+        lambda: interp.circuits.attribute_sites(model, pair, metric="kl", mode="noise"),
+    ):
+        with pytest.raises(InterpError, match="'kl' has no slope at the clean run"):
+            refused()
+    for method, mode in (("eap", "denoise"), ("eap-ig-inputs", "noise"), ("clean-corrupted", "noise")):
+        assert np.nanmax(np.abs(attribute_edges(model, pair, "kl", method, mode).matrix)) > 1e-6
+
+
+def test_the_effect_of_an_edge_has_the_sign_of_tables(tiny) -> None:
+    model = tiny("llama")
+    pair = interp.PromptPair("w1 w2 w3 w4", "w1 w7 w3 w4", "w95", "w96")
+    noise, denoise = (attribute_edges(model, pair, method="eap", mode=m) for m in ("noise", "denoise"))
+    assert (noise.frame()["effect"] == -noise.frame()["score"]).all() and "noise" in repr(noise)
+    assert (denoise.frame()["effect"] == denoise.frame()["score"]).all()

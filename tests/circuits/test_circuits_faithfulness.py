@@ -22,6 +22,7 @@ from interp.circuits.evaluation.curves import MIB_SIZES, Curve
 from interp.circuits.evaluation.evaluator import Evaluator
 from interp.circuits.scores import EdgeScores
 from interp.circuits.topology import architecture
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError, ModelError, PromptError
 from interp.sites import Edge, Site
 
@@ -86,8 +87,30 @@ def test_resampling_takes_another_prompt_of_the_same_length(tiny) -> None:
     swapped = [interp.PromptPair(o.clean, p.clean, p.answer, p.foil) for o, p in zip(other, PAIRS, strict=True)]
     want = Evaluator(model, swapped, interp.logit_diff, "zero").whole
     np.testing.assert_allclose(evaluate(nothing), want, atol=1e-6)
-    with pytest.raises(PromptError, match="only one prompt has 7 tokens"):
-        Evaluator(model, PAIRS[:3], interp.logit_diff, "resample")
+
+
+@pytest.mark.parametrize("engine", ["auto", "naive"])
+def test_resampling_takes_the_nearest_length_where_there_is_no_other(tiny, engine) -> None:
+    """With every edge ablated, the logits are the donor's at its last token: by an untouched Hugging Face model."""
+    model, hf = tiny("llama"), tiny_hf("llama").eval()
+    pairs = PAIRS[:3]  # the third is the only one of its length, and takes one of the other two
+    evaluate = Evaluator(model, pairs, interp.logit_diff, "resample", engine=engine)
+    empty = evaluate(np.zeros_like(evaluate.graph.allowed))
+
+    def by_hand(pair: interp.PromptPair, donor: interp.PromptPair) -> float:
+        with torch.no_grad():
+            logits = hf(torch.tensor([model.coder.encode(donor.clean)])).logits[0, -1]
+        answer, foil = (model.tokenizer.convert_tokens_to_ids(t) for t in (pair.answer, pair.foil))
+        return float(logits[answer] - logits[foil])
+
+    assert empty[0] == pytest.approx(by_hand(pairs[0], pairs[1]), abs=1e-5)
+    assert empty[1] == pytest.approx(by_hand(pairs[1], pairs[0]), abs=1e-5)
+    assert min(abs(empty[2] - by_hand(pairs[2], donor)) for donor in pairs[:2]) < 1e-5
+    shorter = Evaluator(model, [PAIRS[0], *PAIRS[2:]], interp.logit_diff, "resample", engine=engine)  # a longer donor
+    empty = shorter(np.zeros_like(shorter.graph.allowed))
+    assert min(abs(empty[0] - by_hand(PAIRS[0], donor)) for donor in PAIRS[2:]) < 1e-5
+    with pytest.raises(PromptError, match="there is only one"):
+        Evaluator(model, PAIRS[:1], interp.logit_diff, "resample")
 
 
 def test_equals_transformer_lens_where_it_goes(tiny) -> None:

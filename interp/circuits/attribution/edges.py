@@ -31,6 +31,7 @@ from torch import Tensor
 
 from interp.circuits.attribution.contraction import Contraction
 from interp.circuits.attribution.gradients import Override, stream_gradients
+from interp.circuits.attribution.slope import check_slope
 from interp.circuits.capture import capture
 from interp.circuits.choices import EdgeMethod
 from interp.circuits.inputs import Pairs, token_batches
@@ -89,7 +90,9 @@ def attribute_edges(
         for batch in token_batches(prompts):
             forwards = 2 + (steps if "-ig-" in method else 1)
             with by_layer(model, advance, len(batch), forwards):
-                totals += _EdgeBatch(wiring, [prompts[i] for i in batch], metric, mode, method).scores(method, steps)
+                totals += _EdgeBatch(wiring, [prompts[i] for i in batch], metric, mode, method, steps).scores(
+                    method, steps
+                )
     provenance = {
         **prompt_provenance(model, pair_list, prompts),
         "method": method, "mode": mode, "metric": metric.name, "metric_direction": metric.direction,
@@ -102,7 +105,9 @@ def attribute_edges(
 class _EdgeBatch:
     """Pairs of one length: senders' outputs, and the runs that take gradients."""
 
-    def __init__(self, wiring: Wiring, prompts: Sequence[Encoded], metric: Metric, mode: Mode, method: EdgeMethod):
+    def __init__(
+        self, wiring: Wiring, prompts: Sequence[Encoded], metric: Metric, mode: Mode, method: EdgeMethod, steps: int
+    ):
         self.wiring, self.model, self.graph, self.metric = wiring, wiring.model, wiring.graph, metric
         self.ids = {"clean": [p.clean for p in prompts], "corrupt": [p.corrupt for p in prompts]}
         self.base = "clean" if mode == "noise" else "corrupt"
@@ -111,9 +116,19 @@ class _EdgeBatch:
         interpolated = {"eap-ig-inputs": senders[:1], "eap-ig-activations": senders}.get(method, [])
         clean = capture(self.model, self.ids["clean"], senders)
         corrupt = capture(self.model, self.ids["corrupt"], senders)
-        self.read: Readout = readout(prompts, list(clean.pop("logits")))
+        logits = {"clean": clean.pop("logits"), "corrupt": corrupt.pop("logits")}
+        self.read: Readout = readout(prompts, list(logits["clean"]))
+        if (base := self._only_base(method, steps)) is not None:
+            other = "corrupt" if base == "clean" else "clean"
+            check_slope(metric, logits[base], logits[other], self.read, base)
         self.corrupt = {name: corrupt[name] for name in interpolated}
         self.change = {name: clean.pop(name) - corrupt.pop(name) for name in senders}  # clean − corrupt
+
+    def _only_base(self, method: EdgeMethod, steps: int) -> str | None:
+        """The one run in which gradients are taken; None if they are taken between or in both."""
+        if method == "eap-ig-activations" and steps == 1:
+            return "clean"  # the only step is the whole way
+        return self.base if method == "eap" else None
 
     def scores(self, method: EdgeMethod, steps: int) -> Float[Tensor, "receivers senders"]:
         """Sum of the scores over the examples, float64."""

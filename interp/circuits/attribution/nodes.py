@@ -41,6 +41,7 @@ from torch import Tensor
 
 from interp.circuits.attribution.hook_gradients import Override, first_hook, hook_gradients
 from interp.circuits.attribution.qk_fix import Rerun, Secants, check_heads_apart
+from interp.circuits.attribution.slope import check_slope
 from interp.circuits.capture import capture, capture_calls
 from interp.circuits.choices import NodeMethod
 from interp.circuits.inputs import TOKENS, Pairs, token_batches
@@ -209,6 +210,9 @@ class _SiteAttribution:
         for members in token_batches(self.prompts, TOKENS):
             prompts = [self.prompts[i] for i in members]
             batch = _SiteBatch(self, prompts, fixed, method == "atp-carried", grad_drop)
+            if method.startswith("atp"):
+                logits = {run: acts["logits"] for run, acts in batch.acts.items()}
+                check_slope(self.metric, logits[batch.base], logits[batch.source], batch.read, batch.base)
             for row, (i, prompt) in enumerate(zip(members, prompts, strict=True)):
                 clean, corrupt = batch.scores["clean"][row], batch.scores["corrupt"][row]
                 base = clean if self.mode == "noise" else corrupt

@@ -32,7 +32,7 @@ from interp.circuits.wiring import Wiring, sender_hooks
 from interp.engine import Engine
 from interp.engine.core import CHECK_TOLERANCE, EngineKind
 from interp.engine.verified import Verified
-from interp.errors import InterpError, PromptError
+from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, Readout, as_metric, rounding
 from interp.model.layer_progress import by_layer
 from interp.model.model import Model
@@ -40,6 +40,7 @@ from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import encode_pairs, listed_prompts
+from interp.recipes.donors import resample_donors, source_rows
 from interp.recipes.inputs import check_metric, provenance_of
 from interp.recipes.mean_activations import Means
 from interp.recipes.scoring import readout
@@ -51,7 +52,8 @@ RECIPES: dict[Ablation, str] = {
     "counterfactual": "edges outside the circuit carry the activation of the pair's corrupt run",
     "zero": "edges outside the circuit carry 0",
     "mean": "edges outside the circuit carry the activation's mean over all tokens of all clean prompts of the set",
-    "resample": "edges outside the circuit carry the activation of another example's clean run, of the same length",
+    "resample": "edges outside the circuit carry the activation of another example's clean run, of the same length or "
+    "the nearest, aligned at the last token",
 }
 STARTS = 4  # runs of a circuit that others continue may take this many times the memory of a forward
 log = logging.getLogger("interp")
@@ -201,17 +203,32 @@ class Evaluator:
         The batches have their ablated outputs.
         """
         names = sender_hooks(self.wiring)
-        sources = _resampled(self.prompts, seed) if using == "resample" else [p.corrupt for p in self.prompts]
+        sources = [p.corrupt for p in self.prompts]
+        if using == "resample":
+            sources = resample_donors(self.prompts, [p.clean for p in self.prompts], True, seed)
         constants = _constants(self.model, self.prompts, names, using)
         batches = []
         for examples in token_batches(self.prompts):
             clean = capture(self.model, [self.prompts[i].clean for i in examples], [])["logits"]
             read = readout([self.prompts[i] for i in examples], list(clean))
-            ablated = constants or capture(self.model, [sources[i] for i in examples], names)
+            ablated = constants or self._senders_of(
+                [sources[i] for i in examples], len(self.prompts[examples[0]]), names
+            )
             batches.append(ExampleBatch(examples, read, ablated))
             self.whole[examples] = self._metric(clean, read)
             self.rounding[examples] = rounding(self.metric, clean, read, self.model.dtype).cpu().numpy()
         return batches
+
+    def _senders_of(self, sources: Sequence[Sequence[int]], length: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Senders' outputs in other prompts' runs, in the rows of prompts of ``length`` tokens.
+
+        Prompts of another length are aligned as `interp.ablate` does it.
+        """
+        if all(len(ids) == length for ids in sources):
+            acts = capture(self.model, sources, names)
+            return {name: acts[name] for name in names}
+        runs = [(capture(self.model, [ids], names), source_rows(len(ids), 0, length, length)) for ids in sources]
+        return {name: torch.cat([acts[name][:, rows.to(acts[name].device)] for acts, rows in runs]) for name in names}
 
     def _pack(self, starts: list[int], engine: EngineKind) -> list[PackedBatch] | None:
         """Prepare the examples for the engine, as many together as fit.
@@ -313,25 +330,3 @@ def _constants(model: Model, prompts: Sequence[Encoded], names: Sequence[str], u
         mean = total[0] / means.count[0]
         constants[COMPONENTS[component].hook.format(layer=layer)] = mean.to(model.device, model.dtype)
     return constants
-
-
-def _resampled(prompts: Sequence[Encoded], seed: int) -> list[tuple[int, ...]]:
-    """For each example, the clean prompt of another example of the same length.
-
-    Each prompt is used once.
-    """
-    generator = np.random.default_rng(seed)
-    resampled: list[tuple[int, ...]] = [p.clean for p in prompts]
-    lengths: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        lengths.setdefault(len(prompt), []).append(i)
-    for length, members in lengths.items():
-        if len(members) < 2:
-            raise PromptError(
-                f"using='resample': only one prompt has {length} tokens (pair {members[0]}), so there is no other "
-                "prompt to draw: add pairs of that length, or use another ablation"
-            )
-        order = generator.permutation(members).tolist()
-        for i, j in zip(order, order[1:] + order[:1], strict=True):
-            resampled[i] = prompts[j].clean
-    return resampled
