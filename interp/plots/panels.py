@@ -377,9 +377,10 @@ def _variants(part: Any, effects: Effects) -> list[Variant]:
     groups = part.groupby(list(VARIANT_KEYS), sort=False, dropna=False, observed=True)
     variants = []
     for keys, rows in groups:
-        names: Any = ["" if pd.isna(k) else str(k) for k in keys]
+        names = ["" if pd.isna(k) else str(k) for k in keys]
         numbers = rows.index.to_numpy()
-        variants.append(Variant(*names, effects.take(numbers), numbers))
+        fields: dict[str, Any] = dict(zip(VARIANT_KEYS, names, strict=True))
+        variants.append(Variant(**fields, effects=effects.take(numbers), rows=numbers))
     return variants
 
 
