@@ -27,6 +27,7 @@ IN_SESSION = "_interp_in_session"  # attribute of the functions that `in_session
 # parts of the names of attributes and config fields that make a forward random, and of those that belong to other heads
 _RANDOM, _OTHER_HEADS = ("drop", "jitter"), ("classifier", "summary")
 _LOCKS: weakref.WeakSet[ModelLock] = weakref.WeakSet()
+_WARNED: set[str] = set()  # names of models of which it was said that autocast is off
 
 
 class ModelLock:
@@ -155,7 +156,7 @@ def refuse_random_modules(name: str, root: torch.nn.Module) -> None:
         if attributes["training"] and (cause := _why_random(module)):
             path = next((path for path, other in root.named_modules() if other is module), "")
             raise ModelError(
-                f"{name}: {path.replace('_original_component.', '') or 'the model itself'} is in training mode and "
+                f"{name}: {path.replace('._original_component', '') or 'the model itself'} is in training mode and "
                 f"has {cause}, so two equal calls would give different numbers: call model.bridge.eval(), or .eval() "
                 "on the model object that you loaded"
             )
@@ -196,10 +197,12 @@ def plain_settings(name: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for kind in _autocast_kinds():
-            log.warning(
-                "%s: torch.autocast is off inside interp: numbers are computed in the dtype of the weights, which "
-                "provenance names (load the model with dtype=… for another one)", name,
-            )  # fmt: skip
+            if name not in _WARNED:
+                _WARNED.add(name)
+                log.warning(
+                    "%s: torch.autocast is off inside interp: numbers are computed in the dtype of the weights, which "
+                    "provenance names; load the model with dtype=… for another one (shown once)", name,
+                )  # fmt: skip
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
