@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-quick lint docs notebooks clean
+.PHONY: demo test test-quick lint docs docs-outputs notebooks clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "interp needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -33,6 +33,9 @@ lint: $(STAMP)  ## style, types, and the scripts of the report page
 
 docs: $(STAMP)  ## the documentation in site/ (for its search, run python -m http.server -d site); a broken link or name is an error
 	$(BIN)/zensical build --clean --strict
+
+docs-outputs: $(STAMP)  ## run the code of every page, and write what it prints below it
+	$(BIN)/python experiments/doc_outputs.py
 
 notebooks: $(STAMP)  ## run every notebook and store its outputs
 	$(BIN)/python notebooks/refresh.py $(ARGS)
