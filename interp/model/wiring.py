@@ -160,7 +160,7 @@ class Wiring:
         top: Wiring = self
         while top.above is not None:
             top = top.above
-        stages = [top]
+        stages: list[Wiring] = [top]
         while (base := stages[-1].base) is not None:
             stages.append(base)
         return stages
