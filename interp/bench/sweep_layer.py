@@ -221,13 +221,15 @@ class _EmptyJob:
 
 
 def resume(say: Say) -> dict[str, Any]:
-    """Resume a run of 10,000 parts without ten of them.
+    """Resume a run of 10,000 parts without ten of them, then verify and export it.
 
-    Measures seconds from the driver's start to the first part.
+    Measures seconds from the driver's start to the first part, and of each of three checks of every part and exports.
     """
     from interp.jobs import kinds
+    from interp.jobs.audit import Audit
     from interp.jobs.driver import Options, drive
     from interp.jobs.store import Store
+    from interp.sweep.export import export
 
     kinds.JOBS["nothing"] = f"{__name__}:_EmptyJob"
     with tempfile.TemporaryDirectory() as folder:
@@ -244,8 +246,23 @@ def resume(say: Say) -> dict[str, Any]:
         whole = time.perf_counter() - start
         assert outcome.code == 0 and _EmptyJob.first is not None
         to_first = _EmptyJob.first - start
-    say(f"resume: {to_first:.2f} s to the first part of {PARTS:,}, {whole:.1f} s with every checksum")
-    return {"parts": PARTS, "seconds_to_first": to_first, "seconds_with_checksums": whole, "commit_seconds": committed}
+        store = Store.open(store.root)
+        verify = [_seconds(lambda: list(Audit(store).failures(range(PARTS)))) for _ in range(3)]
+        exports = [_seconds(lambda: export(store, Path(folder) / "table.parquet")) for _ in range(3)]
+    say(
+        f"resume: {to_first:.2f} s to the first part of {PARTS:,}, {whole:.1f} s with every checksum; verify "
+        f"{statistics.median(verify):.1f} s, export {statistics.median(exports):.1f} s"
+    )
+    return {
+        "parts": PARTS, "seconds_to_first": to_first, "seconds_with_checksums": whole, "commit_seconds": committed,
+        "verify_seconds": verify, "export_seconds": exports,
+    }  # fmt: skip
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def corpus(say: Say) -> dict[str, Any]:
