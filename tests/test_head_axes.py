@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import interp
 from interp.doctor.examination import examine
@@ -130,9 +131,20 @@ def test_a_norm_over_all_heads_is_found_and_told(family: str) -> None:
     patched = interp.ablate(model, [PAIR], "q.L0H1", using="zero")
     assert patched.provenance["joint_heads"].startswith("q: a norm over all heads")
     assert "joint_heads" not in interp.ablate(model, [PAIR], "v.L0H1", using="zero").provenance
+    estimated = interp.circuits.attribute_sites(model, [PAIR], model.sites("k", layers=0))
+    assert estimated.provenance["joint_heads"].startswith("k: ")
     # by hand: without head 1, the norm's scale is another one for head 0 too
     attn = hf.model.layers[0].self_attn
     x = torch.randn(1, 3, attn.q_proj.out_features, generator=torch.Generator().manual_seed(0))
     without = x.clone()
     without[..., 8:16] = 0
     assert not torch.allclose(attn.q_norm(without)[..., :8], attn.q_norm(x)[..., :8])
+
+
+def test_a_norm_between_attention_and_its_output_projection_joins_what_comes_before_it() -> None:
+    """BitNet's z is behind the norm, and is head by head what the projection reads; q, k and v are before it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.BitNetConfig(vocab_size=100, intermediate_size=48, pad_token_id=1, **sizes)
+    hf = transformers.BitNetForCausalLM(config).eval()
+    model = interp.load(hf, tokenizer=word_tokenizer(WORDS))
+    assert not model.head_axes.faults and model.head_axes.joint == {"q", "k", "v"}

@@ -97,11 +97,7 @@ class Engine:
 
     def provenance(self) -> dict[str, str]:
         """How cells were run, and what a reader must know of the components that they changed."""
-        joint = sorted(self.written & self.model.head_axes.joint)
-        told = {
-            "joint_heads": f"{', '.join(joint)}: a norm over all heads follows, so that one head's change scales all"
-        }
-        return {"engine": self.describe(), **(told if joint else {})}
+        return {"engine": self.describe(), **self.model.head_axes.told(self.written)}
 
     def count_answered(self, n: int) -> int:
         """Count cells that a recipe answers from base runs by itself.

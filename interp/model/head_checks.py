@@ -8,7 +8,7 @@ changed z) must be those of the code. This needs no knowledge of the architectur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,8 @@ class HeadAxes:
     """What the check found.
 
     ``faults``: why heads of a component (by stack and component) are not the model's heads, so that it is refused.
-    ``joint``: the components (of q and k) that a norm over all heads follows, so that a change of one head scales all.
+    ``joint``: the components (of q, k and v) that a norm over all heads follows, so that a change of one head scales
+    all: behind q and k themselves (OLMo 2), or between attention and its output projection (BitNet).
     """
 
     faults: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -41,6 +42,12 @@ class HeadAxes:
     def fault(self, component: str) -> str | None:
         """Why a component of the stack that sites address is refused; None if it is not."""
         return self.faults.get(("", component))
+
+    def told(self, components: Iterable[str]) -> dict[str, str]:
+        """What provenance says of an experiment that changes these components: nothing, or its ``joint_heads``."""
+        joint = sorted(self.joint.intersection(components))
+        text = f"{', '.join(joint)}: a norm over all heads follows, so that a change of one head scales all"
+        return {"joint_heads": text} if joint else {}
 
 
 @dataclass
@@ -144,7 +151,7 @@ def _faults(replay: _Replay, joint: set[str]) -> dict[str, str]:
             faults[name] = f"hook_{name} has the shape {shape}, which is not that of {n} heads"
     names = [n for n in names if n not in faults]
     changes: dict[str, list[Bool[Tensor, " heads"]]] = {name: [] for name in [*names, "z"]}
-    scaled = dict.fromkeys(names, True)
+    scaled = dict.fromkeys([*names, "z"], True)
     most = max(x.shape[1] for x in heads.values())
     for bit in range(most.bit_length()):
         codes = {name: _code(heads[name].shape[1], bit) for name in heads}
@@ -155,7 +162,9 @@ def _faults(replay: _Replay, joint: set[str]) -> dict[str, str]:
             changes[name].append(_changed(before, after))
             scaled[name] &= _only_scaled(before, after, ~codes[name])
         if "z" not in faults:
-            changes["z"].append(_changed(base["z"].transpose(1, 2), seen["z"].transpose(1, 2)))
+            before, after = base["z"].transpose(1, 2), seen["z"].transpose(1, 2)
+            changes["z"].append(_changed(before, after))
+            scaled["z"] &= _only_scaled(before, after, ~codes["z"])
     for name, per_bit in changes.items():
         if name in faults:
             continue
@@ -163,8 +172,8 @@ def _faults(replay: _Replay, joint: set[str]) -> dict[str, str]:
         pairs = [(observed.cpu(), code) for observed, code in zip(per_bit, expected, strict=True)]
         if all(torch.equal(observed, code) for observed, code in pairs):
             continue
-        if scaled.get(name) and all(observed[code].all() for observed, code in pairs):
-            joint.add(name)
+        if scaled[name] and all(observed[code].all() for observed, code in pairs):
+            joint.update([name] if name != "z" else INPUTS)  # before z (BitNet): what changes one head's output
         else:
             faults[name] = f"a change of head h of {name} does not change head h of its attention, and no other"
     if "z" not in faults:

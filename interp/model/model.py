@@ -163,6 +163,8 @@ class Model(Owner):
         with recorded(bridge, self.instruments, stacks(bridge)) as replays, recorded_sum(bridge) as sums:
             verify(self, eager_output)
         self.head_axes, self._sum_fault = check_heads(bridge, replays), sum_fault(sums)
+        for (stack, component), fault in self.head_axes.faults.items():
+            log.warning("%s: %s is not addressed by head: %s", self.name, f"{stack} {component}".strip(), fault)
         for instrument in self.instruments.values():
             instrument.layers.clear()
         self._has_warned_about_cache = False

@@ -97,7 +97,7 @@ def attribute_edges(
         **prompt_provenance(model, pair_list, prompts),
         "method": method, "mode": mode, "metric": metric.name, "metric_direction": metric.direction,
         "steps": steps if "-ig-" in method else None,
-        "evidence": "estimate by gradients", **provenance_of(pairs),
+        "evidence": "estimate by gradients", **provenance_of(pairs), **model.head_axes.told("qkv"),
     }  # fmt: skip
     return EdgeScores(wiring.graph, (totals / len(prompts)).numpy(), provenance)
 

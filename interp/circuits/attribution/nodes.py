@@ -101,6 +101,7 @@ def attribute_sites(
         for e in job.estimates(method, advance=advance):
             rows.add(e.example, e.site, e.prompt, e.clean, e.corrupt, e.base + float(e.changes[0]))
     recipe = {"method": method, "steps": steps if method.startswith("ig") else None, **provenance_of(pairs)}
+    recipe |= model.head_axes.told(rows.columns["component"])
     return rows.effects(model, job.pairs, job.prompts, engine="backward passes", evidence="estimate", **recipe)
 
 
@@ -140,6 +141,7 @@ def atp_star(
     table = pd.DataFrame(keys, columns=pd.Index(SITE_COLUMNS)).assign(score=scores, estimate=signed)
     ranked = by_site(table, len(job.pairs), {"score": ("score", "mean"), "estimate": ("estimate", "mean")})
     ranked.attrs.update(model.provenance(), method="AtP*", qk_fix=qk_fix, grad_drop=grad_drop, mode=mode)
+    ranked.attrs.update(model.head_axes.told(table["component"]))
     return ranked.sort_values("score", ascending=False, ignore_index=True, kind="stable")
 
 
