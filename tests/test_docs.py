@@ -46,6 +46,12 @@ def test_the_code_on_a_page_runs_from_top_to_bottom(path: Path, tmp_path: Path, 
         assert [same(o) for o in outputs] == [same(o) for o in shown], "run make docs-outputs"
 
 
+def test_the_first_example_of_the_kernel_runs() -> None:
+    text = (ROOT / "kernels" / "headstats" / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"^```python\n.*?^```\n", text, re.DOTALL | re.MULTILINE)
+    assert example and run_page(example[0], "headstats") == [""]
+
+
 def same(output: str) -> list[object]:
     """An output with its numbers rounded as far as machines agree, and without differences of spaces."""
     words = re.findall(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?|[^\s\d]+", output)
