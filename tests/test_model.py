@@ -7,12 +7,14 @@ import logging
 import numpy as np
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES
 from headstats import STATISTICS, StatSpec
 
 import interp
 from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.engine import Engine
+from interp.errors import ModelError
 from interp.model import bridge_adapters as adapters
 from interp.results.attention_stats import KEY_STATISTICS
 
@@ -295,3 +297,28 @@ def test_smollm2_patching_equals_transformer_lens(smollm2) -> None:
     np.testing.assert_allclose(ours, resid.numpy(), atol=1e-4)
     ours = interp.patch(smollm2, pair, smollm2.sites("z")).frame()["patched"].to_numpy().reshape(30, 9)
     np.testing.assert_allclose(ours, z.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+def test_statistics_under_a_sliding_cache_count_from_the_first_token(tiny, kind) -> None:
+    """Decoded one by one, the last token has the statistics that it has in one forward over the whole prompt."""
+    model = tiny(kind)
+    ids = torch.tensor([model.coder.encode("w1 w2 w3 w4 w5 w6 w7 w8 w9")])
+    spec = StatSpec(argmax=True, sink=4, topk=3, entropy=True, distance=True)
+    inner = model.bridge.original_model
+    with torch.no_grad(), model.instrument.collecting(spec) as collected:
+        inner(input_ids=ids)
+        whole = dict(collected)
+    cache = transformers.DynamicCache(config=inner.config)
+    with torch.no_grad(), model.instrument.collecting(spec) as collected:
+        for i in range(ids.shape[1]):
+            inner(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        decoded = dict(collected)
+    assert decoded[0].argmax.shape[-1] == 1 and any(x.is_sliding for x in cache.layers)
+    for layer, stats in decoded.items():
+        for name, got in stats.as_dict().items():
+            want = whole[layer].as_dict()[name]
+            for x, y in zip(*(z if name == "topk" else (z,) for z in (got, want)), strict=True):
+                torch.testing.assert_close(x[:, :, 0], y[:, :, -1], msg=lambda m, n=name: f"{n}: {m}")
+    with pytest.raises(ModelError, match="received"), model.instrument.collecting(StatSpec(received=True)):
+        inner(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)

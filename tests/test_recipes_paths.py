@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,20 @@ def test_knock_out_fast_equals_masked_scores(tiny, kind: str) -> None:
         )
         np.testing.assert_allclose(fast["patched"], naive["patched"], atol=1e-9)
         assert fast["raw"].abs().max() > 1e-4 and fast["effect"].notna().all()
+
+
+@pytest.mark.parametrize("engine", ["auto", "naive"])
+def test_knock_out_refuses_a_query_that_a_sliding_window_leaves_nothing(tiny, engine) -> None:
+    model = tiny("mistral")  # every layer sees the query's own token and four before it
+    pair = interp.PromptPair("w1 w2 w3 w4 w5 w6 w7 w8", "w1 w2 w9 w4 w5 w6 w7 w8", "w95", "w96")
+    last = len(model.coder.encode(pair.clean)) - 1
+    options: dict[str, Any] = {"layers": [0, 1], "window": 1, "metric": "logit_diff", "engine": engine}
+    assert last == 8  # <bos> stands first
+    words = {n: dataclasses.replace(pair, spans={"cut": (3 * n - 3, len(pair.clean))}) for n in (4, 5)}
+    with pytest.raises(PromptError, match=f"query at token {last} .* nothing to read in layer 0, which shows"):
+        interp.knock_out(model, words[4], "cut", -1, **options)
+    left = interp.knock_out(model, words[5], "cut", -1, **options).frame()["raw"]
+    assert (left.abs() > 1e-4).all()
 
 
 def test_knock_out_of_a_fact_and_its_spans(tiny) -> None:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+UNKNOWN = -1
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -21,7 +23,8 @@ class AttentionCall:
 
     q [B, H, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]; ``causal`` is aligned bottom-right; ``window`` counts the query
     itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is added to the scores and broadcastable to
-    [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H].
+    [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H]. ``first_key``: the position of the first of
+    the N keys, not 0 where a sliding cache has dropped earlier ones; `UNKNOWN` if some of those were padding.
     """
 
     layer: int
@@ -35,6 +38,7 @@ class AttentionCall:
     bias: Tensor | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
+    first_key: int = 0
 
     def visible(self) -> Bool[Tensor, "#batch 1 query key"] | None:
         """Which keys each query may see, without regard to the bias; None if all."""

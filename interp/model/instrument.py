@@ -13,6 +13,7 @@ All of them end in `Instrument.__call__`, the only place where a layer's attenti
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from typing import Any
 
 import headstats
 import torch
+from headstats.stats import TopK
 from torch import Tensor
 
+from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall, dense_attention
 from interp.model.protocols import AttentionLayer
 from interp.model.session import ModelLock
@@ -75,10 +78,11 @@ class Instrument:
             return dense_attention(call, bridge.hook_attn_scores, bridge.hook_pattern)
         if self.handler is not None:
             return self.handler(call)
-        result = attend(call, spec=self.spec, backend=self.backend)
+        spec = self.spec if self.spec is None or not call.first_key else held_keys_only(self.spec, call)
+        result = attend(call, spec=spec, backend=self.backend)
         record.backends[result.backend] += 1
         if self.spec is not None:
-            self.collected[call.layer] = result.stats
+            self.collected[call.layer] = count_from_first_key(result, self.spec, call)
         return result.out
 
     @contextmanager
@@ -121,6 +125,44 @@ def attend(
         sinks=call.sinks, key_padding=call.key_padding,
         spec=NO_STATISTICS if spec is None else spec, backend=backend, **more,
     )  # fmt: skip
+
+
+def held_keys_only(spec: headstats.StatSpec, call: AttentionCall) -> headstats.StatSpec:
+    """Return the spec for the keys that a sliding cache still holds.
+
+    Raises ModelError for statistics that cannot be counted from the sequence's first key.
+    """
+    if call.first_key < 0:
+        raise ModelError(
+            f"layer {call.layer}: its sliding cache has dropped padded keys, so statistics cannot count keys from the "
+            "first real one. Decode prompts of one length together, or without statistics"
+        )
+    if axis := [s.name for s in headstats.STATISTICS if s.axis == "key" and getattr(spec, s.name)]:
+        raise ModelError(
+            f"layer {call.layer}: its sliding cache holds the keys from {call.first_key} on, so {', '.join(axis)}, one "
+            "number for each key of the sequence, cannot be computed. Leave them out of the spec"
+        )
+    return dataclasses.replace(spec, sink=max(0, spec.sink - call.first_key))
+
+
+def count_from_first_key(
+    result: headstats.Attended, spec: headstats.StatSpec, call: AttentionCall
+) -> headstats.AttentionStats:
+    """Return statistics whose key numbers count from the sequence's first key, not from the first key still held."""
+    if not call.first_key:
+        return result.stats
+    values = result.stats.as_dict()
+    if (best := values.get("argmax")) is not None:
+        values["argmax"] = _shift(best, call.first_key)
+    if (top := values.get("topk")) is not None:
+        values["topk"] = TopK(top[0], _shift(top[1], call.first_key))
+    if spec.sink and "sink" not in values:
+        values["sink"] = torch.zeros_like(result.lse)  # all of the first keys are gone, and none has weight
+    return headstats.AttentionStats(**values)
+
+
+def _shift(keys: Any, first: int) -> Tensor:
+    return torch.where(keys >= 0, keys + first, -1)
 
 
 def _has_hooks(bridge: AttentionLayer, name: str) -> bool:

@@ -5,13 +5,14 @@ They are represented by padding, causality and window.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interp.errors import ModelError
+from interp.model.attention_call import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MaskNote:
 
     causal: bool
     window: int | None
+    first_key: int = 0  # position of the first key that is still held: not 0 where a cache slides
 
 
 def compact_mask(
@@ -41,15 +43,22 @@ def compact_mask(
     is_aligned = is_full or q_offset + q_length == kv_offset + kv_length
     padding_fits = attention_mask is None or attention_mask.shape[1] >= kv_length
     if kind is None or not is_aligned or not padding_fits or kwargs.get("use_vmap"):
-        return mu.eager_mask(
+        mask = mu.eager_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs
         )
+        if isinstance(mask, Tensor):
+            mask.interp_first_key = int(kv_offset)  # type: ignore[attr-defined]
+        return mask
     if attention_mask is None:
         padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
         padding = attention_mask[:, -kv_length:].bool()
     padding = padding.clone()  # the note must not end up on the caller's tensor
-    padding.interp_note = kind  # type: ignore[attr-defined]
+    if kv_offset and attention_mask is not None and not bool(attention_mask[:, :kv_offset].all()):
+        first_key = UNKNOWN  # some of the keys that are gone were padding
+    else:
+        first_key = int(kv_offset)
+    padding.interp_note = replace(kind, first_key=first_key)  # type: ignore[attr-defined]
     return padding
 
 
@@ -87,13 +96,15 @@ def read_mask(mask: Tensor | None) -> dict[str, Any]:
         return {"causal": False}
     note: MaskNote | None = getattr(mask, "interp_note", None)
     if note is not None:
-        return {"causal": note.causal, "window": note.window, "key_padding": None if bool(mask.all()) else mask}
+        fields = {"causal": note.causal, "window": note.window, "first_key": note.first_key}
+        return {**fields, "key_padding": None if bool(mask.all()) else mask}
     if mask.ndim == 4:  # a dense mask of the model or the user: taken as it is
+        first_key = getattr(mask, "interp_first_key", 0)
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
         else:
             mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
-        return {"causal": False, "bias": mask}
+        return {"causal": False, "bias": mask, "first_key": first_key}
     raise ModelError(
         f"this model reshapes its attention mask (got {tuple(mask.shape)}) before attention, "
         "which interp does not support; please report the architecture"

@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from interp.engine import Cell, Cut
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
+from interp.model.attention_call import AttentionCall
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
@@ -57,7 +62,8 @@ def knock_out(
     ``effect`` is its share of corrupt − clean, NaN for a Fact, which has no corrupt prompt. ``subset``: for
     `interp.sweep`.
 
-    Raises PromptError, SiteError or InterpError for bad input, also where a query would have no key left to read.
+    Raises PromptError, SiteError or InterpError for bad input, also where a query would have no key left to read, in
+    every layer or in one that slides a window.
     """
     loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True)
     window = max(1, model.n_layers // 5) if window is None else window
@@ -94,7 +100,24 @@ class _KnockOutCells(CellSource):
 
     def batch(self, loop: SweepLoop, numbers: range) -> Batch:
         """Clean runs, then corrupt runs if there are any."""
-        return loop.record_clean_first(numbers)
+        batch = loop.record_clean_first(numbers)
+        for number in numbers:
+            self._check_what_is_left(loop, number)
+        return batch
+
+    def _check_what_is_left(self, loop: SweepLoop, number: int) -> None:
+        """Raise PromptError if a query has no key left in a layer whose own mask, such as a window, hides others."""
+        queries, (start, stop) = self.spans[number]
+        prompt, calls = loop.prompts[number], loop.runner.frame.calls
+        for layer in sorted(set().union(*self.layers.values()) & set(calls)):
+            for row in range(*queries):
+                seen = _visible_keys(calls[layer], row, len(prompt))
+                if seen.any() and not (seen[:start].any() or seen[stop:].any()):
+                    raise PromptError(
+                        f"cutting tokens {start} to {stop - 1} leaves the query at token {row} "
+                        f"({prompt.tokens[row]!r}) nothing to read in layer {layer}, which shows it tokens "
+                        f"{int(seen.nonzero()[0])} to {int(seen.nonzero()[-1])}: choose other queries or fewer keys"
+                    )
 
     def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
         """Every layer of every prompt, in one group."""
@@ -103,6 +126,18 @@ class _KnockOutCells(CellSource):
     def _cell(self, run: int, site: Site, number: int) -> Cell:
         (start, stop), keys = self.spans[number]
         return Cell(run, cuts=tuple(Cut(layer, start, stop, keys, self.heads) for layer in self.layers[site.layer]))
+
+
+def _visible_keys(call: AttentionCall, row: int, length: int) -> Bool[Tensor, " key"]:
+    """Return which tokens of a prompt a layer's own mask shows to the query at ``row``."""
+    distance = row - torch.arange(length)
+    seen = distance >= 0 if call.causal else torch.ones(length, dtype=torch.bool)
+    if call.window is not None:
+        seen &= distance.abs() < call.window
+    if call.bias is not None and call.bias.shape[-2] > row and call.bias.shape[-1] >= length:
+        bias = call.bias[0, :, row, :length]
+        seen &= (bias > torch.finfo(bias.dtype).min).any(0).cpu()
+    return seen
 
 
 def _blocked_rows(prompt: Encoded, keys: int | str, queries: int | str | None) -> tuple[Rows, Rows]:

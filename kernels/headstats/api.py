@@ -13,9 +13,12 @@ import torch
 
 from headstats import torch_ops
 from headstats.backends import BACKENDS, Backend
+from headstats.call import lse_of
+from headstats.edits.lowering import LargeLogits
 from headstats.spec import AttentionStats, StatSpec
 from headstats.validate import finite
 from headstats.validate.call import make_call
+from headstats.validate.plain import transform_of
 from headstats.validate.values import is_tracing
 
 if TYPE_CHECKING:
@@ -90,7 +93,7 @@ def attend(
     causal: query i sees key j if j <= i + N - M (aligned bottom-right).
     window: key j is visible if |i + N - M - j| < window, so the window counts the query's own position.
     softcap: logits become softcap * tanh(logits / softcap).  scale: D**-0.5 if None.
-    bias: added to the logits. -inf, the dtype's minimum, or anything at or below -1e30 hides the cell.
+    bias: added to the logits. -inf, the dtype's minimum, or anything at or below -1e30 hides the cell, as does a logit.
     alibi: a slope for each head; slope * |i + N - M - j| is subtracted from the logits.
     sinks: one learned logit for each head. It is one more column of the softmax, which is dropped afterwards.
     q_segments, k_segments: the segment number (0, 1, ...) of each query or key; -1 = in no segment, so no table applies
@@ -140,14 +143,19 @@ def _run(call: Call, name: str, report: bool) -> Attended:
     segments_requested = call.spec.segments
     if report:
         call = replace(call, spec=replace(call.spec, segments=True))
-    name, backend = _pick(call, name)
-    run = _runner(call, name, backend)
-    out, lse, stats = run(call)
+    chosen, backend = _pick(call, name)
+    run = _runner(call, chosen, backend)
+    try:
+        out, norm, stats = run(call)
+    except LargeLogits as error:
+        if name != "auto":
+            raise NotImplementedError(f"backend={name!r} cannot do this call: {error}") from None
+        return _run(call, "blocked", report)
     mass_before = _mass_before(call, run) if report else None
     mass_after = stats["segments"] if report else None
     if not segments_requested:
         stats.pop("segments", None)
-    return Attended(out, lse, AttentionStats(**stats), name, mass_before, mass_after)
+    return Attended(out, lse_of(norm), AttentionStats(**stats), chosen, mass_before, mass_after)
 
 
 def _runner(call: Call, name: str, backend: Backend) -> Run:
@@ -167,6 +175,10 @@ def _mass_before(call: Call, run: Run) -> Tensor:
 
 def _pick(call: Call, name: str) -> tuple[str, Backend]:
     """Return the named backend, or the first that can do the call for "auto"."""
+    if reason := transform_of(call):
+        if name in ("auto", "reference"):
+            return "reference", BACKENDS["reference"]
+        raise NotImplementedError(f"backend={name!r} cannot do this call: {reason}")
     if name == "auto":
         names = BACKENDS if call.q.is_cuda else ("compiled", "blocked", "reference")
         return next((n, BACKENDS[n]) for n in names if BACKENDS[n].unsupported(call) is None)

@@ -29,8 +29,8 @@ class Backend:
     """One way to compute a call.
 
     unsupported: why the backend cannot do a call, or None.
-    forward: out [B, H, M, Dv], lse [B, H, M] and the requested statistics by name.
-    backward: d loss / d leaf by name, given the names of the leaves, out, lse and d loss / d (out, lse); None if
+    forward: out [B, H, M, Dv], norm [2, B, H, M] (see `call.lse_of`) and the requested statistics by name.
+    backward: d loss / d leaf by name, given the names of the leaves, out, norm and d loss / d (out, lse); None if
         autograd differentiates the forward itself.
     """
 
@@ -46,19 +46,19 @@ class Backend:
 
 
 def _tile_backward(
-    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, norm: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
     """Compute every gradient tile by tile in plain torch."""
-    return recompute.backward(call, leaf_names, out, lse, grad_out, grad_lse)
+    return recompute.backward(call, leaf_names, out, norm, grad_out, grad_lse)
 
 
 def _triton_backward(
-    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, norm: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
     """Run the Triton kernels if they compute every gradient, else the tile backward."""
     in_kernels = not launch_backward.unsupported(call, leaf_names)
     backward = launch_backward.backward if in_kernels else _tile_backward
-    return backward(call, leaf_names, out, lse, grad_out, grad_lse)
+    return backward(call, leaf_names, out, norm, grad_out, grad_lse)
 
 
 # In the order in which backend="auto" tries them on CUDA.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +14,13 @@ if TYPE_CHECKING:
 
     from headstats.spec import StatSpec
 
-# Used in place of -inf among logits: -inf would give nan in differences and in 0 * (-inf).
-HIDDEN = -1e30
-LOG2E = math.log2(math.e)
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+HIDDEN_BIAS = -1e30  # a bias at or below it hides its cell
+# A logit in base 2 at or below it hides its cell, too: -1e30 in base 2, less a margin for rounding. It lies above the
+# mark of hidden cells, so that one comparison recognises both.
+LOWEST = -1.44e30
+# The mark of hidden cells among logits: -inf would give nan in differences and in 0 * (-inf).
+HIDDEN = -1e36
 EVERY = slice(None)
 # Arguments that the backward of a backend differentiates.
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "pattern_q", "pattern_k", "logit_factor", "logit_raise",
@@ -26,10 +29,6 @@ TRAINABLE = (*LEAVES, "gate", "replacement")
 EDITS = ("edit_q_segments", "pattern_q", "pattern_k", "pattern_rows", "logit_factor", "logit_raise", "temperature",
          "edit_bias", "knockout", "counterfactual", "counterfactual_rows", "counterfactual_renormalise",
          "counterfactual_seed", "gain", "take", "give", "keep_fraction", "gate", "replacement")  # fmt: skip
-# Arguments that hide no key, or never the query's own key.
-LEAVE_A_KEY = {"q", "k", "v", "causal", "window", "softcap", "scale", "spec", "alibi", "sinks", "prefix_k", "prefix_v",
-               "query_padding", "q_segments", "k_segments", "segment_open", "n_segments", "targets", "key_features",
-               *EDITS} - {"knockout", "gain"}  # fmt: skip
 
 
 @dataclass(eq=False, kw_only=True)
@@ -140,15 +139,6 @@ class Call:
         """Return the same call without its edit."""
         defaults = {f.name: f.default for f in fields(self) if f.name in EDITS}
         return replace(self, **defaults)
-
-    @cached_property
-    def may_be_empty(self) -> bool:
-        """Whether some query may see no key.
-
-        True unless every argument is known to leave each query a key.
-        """
-        set_fields = (f.name for f in fields(self) if getattr(self, f.name) is not f.default)
-        return not LEAVE_A_KEY.issuperset(set_fields) or (self.offset < 0 and (self.causal or self.window is not None))
 
     def apply_gate(self, z: Shaped[Tensor, "B H M Dv"]) -> Shaped[Tensor, "B H M Dv"]:
         """Return gate * z + (1 - gate) * replacement, in z's dtype."""
@@ -288,4 +278,18 @@ def hidden_by_bias(bias: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
 
     These are -inf, the dtype's minimum, and anything at or below -1e30.
     """
-    return bias <= max(torch.finfo(bias.dtype).min, HIDDEN)
+    return bias <= max(torch.finfo(bias.dtype).min, HIDDEN_BIAS)
+
+
+def lse_of(norm: Float[Tensor, "2 B H M"]) -> Float[Tensor, "B H M"]:
+    """Return the natural log of the softmax denominator, given its two parts in base 2.
+
+    norm: the row's largest logit, and log2 of the sum of 2^(logit - largest); 0 and -inf for a row that sees no key.
+    Backends keep them apart, because beside a large logit the sum would be lost to rounding.
+    """
+    return (norm[0] + norm[1]) * LN2
+
+
+def grad_lse_of(grad_norm: Float[Tensor, "2 B H M"]) -> Float[Tensor, "B H M"]:
+    """Return d loss / d lse, given the gradient that `lse_of` sends to norm."""
+    return grad_norm[1] / LN2

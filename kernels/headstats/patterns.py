@@ -23,7 +23,7 @@ from headstats.blocked.tiles import (
     query_heads,
     tile_queries,
 )
-from headstats.call import Call, heads_apart, slice_axis
+from headstats.call import Call, heads_apart, lse_of, slice_axis
 from headstats.edit import Edit
 from headstats.spec import StatSpec
 from headstats.stats import segment_members
@@ -248,9 +248,9 @@ class TileWeights:
         if self.lse is not None:
             expected = self.lse[t.b, t.h, :, t.i]
             # Both are -inf in an empty row, and their difference is nan.
-            gap = (row.lse - expected).abs().nan_to_num(nan=0.0) - 1e-5 * expected.abs().nan_to_num(posinf=0.0)
+            gap = (lse_of(row.norm) - expected).abs().nan_to_num(nan=0.0) - 1e-5 * expected.abs().nan_to_num(posinf=0.0)
             self.gap = torch.maximum(self.gap, gap.amax())
-        seen = row.where_empty(torch.ones_like(row.lse, dtype=torch.bool), False)
+        seen = ~row.empty
         return row.e.mul_(row.inverse[..., None]), seen
 
     def compare_lse(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.call import HIDDEN, Call, hidden_by_bias
+from headstats.call import HIDDEN, LN2, LOG2E, LOWEST, Call, hidden_by_bias
 from headstats.edits import weights
 from headstats.stats import BY_NAME, Pattern, Result, TopK, Value, broadcast_rows, map_tensors
 
@@ -27,42 +27,46 @@ def unsupported(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    pattern, lse = build_pattern(call)
+    """Return out [B,H,M,Dv], norm [2,B,H,M] (see `call.lse_of`) and the requested statistics by name."""
+    pattern, norm = build_pattern(call)
     out = call.apply_gate(pattern.z)
     stats = {name: _statistic(call, pattern, name, value) for name, value in call.spec.requested().items()}
-    return out.to(call.q.dtype), lse, stats
+    return out.to(call.q.dtype), norm, stats
 
 
-def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
-    """Return the edited softmax over [keys, learned sink], and its log-sum-exp.
+def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "2 B H M"]]:
+    """Return the edited softmax over [keys, learned sink], and its norm.
 
-    Hidden cells are exactly 0. The log-sum-exp is that before edits of weights.
+    Hidden cells are exactly 0. The norm is that before edits of weights.
     """
     i, j = slice(0, call.q.shape[2]), slice(0, call.n)
-    visible = call.visible(i, j, cut=False)
-    scores = logits(call).masked_fill(~visible, HIDDEN)
+    visible, scores = call.visible(i, j, cut=False), logits(call)
+    visible = visible & ~(scores <= LOWEST * LN2)  # so that NaN stays visible
+    scores = scores.masked_fill(~visible, HIDDEN)
+    seen = visible.any(-1)
     columns = scores
     if call.sinks is not None:
         sink = call.sinks.to(call.dtype)[None, :, None]
         if call.temperature is not None:
             sink = sink / call.temperature.to(call.dtype)
         columns = torch.cat([scores, sink.expand(scores.shape[:3])[..., None]], -1)
-    seen = visible.any(-1)
-    log_norm = torch.where(seen, torch.logsumexp(columns, -1), 0.0)
-    lse = torch.where(seen, log_norm, -torch.inf)
-    p = torch.where(visible, torch.exp(scores - log_norm[..., None]), 0.0)
+    # The largest logit is subtracted first: log(n) would be lost in a log-sum-exp of large logits.
+    largest = torch.where(seen, columns.detach().amax(-1), 0.0)
+    log_sum = torch.where(seen, (columns - largest[..., None]).exp().sum(-1), 1.0).log()
+    log_p = torch.where(visible, scores - largest[..., None] - log_sum[..., None], 0.0)
+    p = torch.where(visible, log_p.exp(), 0.0)
     if (change := weights.edit_of_cells(call, i, j)) is not None:
-        log_p = (scores - log_norm[..., None]).masked_fill(~visible, HIDDEN)
-        p, scores = weights.apply_edit(change, log_p, torch.ones_like(log_norm), weights.NATURAL)
-        log_norm, visible = torch.zeros_like(log_norm), call.visible(i, j)
+        before = log_p.masked_fill(~visible, HIDDEN)
+        p, scores = weights.apply_edit(change, before, torch.ones_like(log_sum), weights.NATURAL)
+        visible = visible & call.visible(i, j)
         scores = scores.masked_fill(~visible, HIDDEN)
+        log_p = torch.where(visible, scores, 0.0)
     v = expand_keys(call, call.v, call.prefix_v)
     real_query = call.query_padding if call.query_padding is not None else visible.new_ones(1, i.stop)
     pattern = Pattern(
         p=p,
         scores=scores,
-        log_norm=log_norm,
+        log_p=log_p,
         visible=visible,
         distance=call.distances(0, i.stop, 0, j.stop).to(call.dtype),
         key_rank=call.key_rank()[:, None, None],
@@ -75,7 +79,7 @@ def build_pattern(call: Call) -> tuple[Pattern, Float[Tensor, "B H M"]]:
         targets=None if call.targets is None else call.targets[:, None],
         features=None if call.key_features is None else call.key_features[:, None].to(call.dtype),
     )
-    return pattern, lse
+    return pattern, torch.stack([largest, torch.where(seen, log_sum, -torch.inf)]) * LOG2E
 
 
 def logits(call: Call) -> Float[Tensor, "B H M N"]:

@@ -14,6 +14,8 @@ from headstats.stats import BY_NAME, STATISTICS, Result, Statistic, Value, tenso
 if TYPE_CHECKING:
     from dataclasses import Field
 
+LARGEST = 2**31 - 1  # of a number in StatSpec: backends count in 32 or 64 bits
+
 Class = TypeVar("Class", bound=type)
 
 
@@ -97,14 +99,16 @@ class StatSpec:
 def _wrong(s: Statistic, value: Any) -> str | None:
     """What a statistic's field must hold, if the value is something else."""
     if s.count:
-        if isinstance(value, int) and (value is False or (value is not True and value >= 0)):
+        if isinstance(value, int) and (value is False or (value is not True and 0 <= value <= LARGEST)):
             return None
-        return f"{s.count}, an int >= 0 (0 turns it off)"
+        return f"{s.count}, an int from 0 (off) to 2**31 - 1"
     if isinstance(s.full, tuple):
         if value is False or (isinstance(value, tuple) and len(value) == 2 and all(type(x) is int for x in value)
-                              and 0 <= value[0] <= value[1]):  # fmt: skip
+                              and 0 <= value[0] <= value[1] <= LARGEST):  # fmt: skip
             return None
-        return "(nearest, farthest) distance in tokens, two ints with 0 <= nearest <= farthest, or False expected"
+        return (
+            "(nearest, farthest) distance in tokens, two ints with 0 <= nearest <= farthest < 2**31, or False, expected"
+        )
     if isinstance(value, bool) or (s.argument and value is None):
         return None
     return f"True, False or None (when {s.argument} is given) expected" if s.argument else "True or False expected"

@@ -31,8 +31,8 @@ class Pattern:
     """
 
     p: Float[Tensor, "*lead m n"]  # weights, 0 where hidden
-    scores: Float[Tensor, "*lead m n"]  # logits after scale, softcap, bias and edits; about -1e30 where hidden
-    log_norm: Float[Tensor, "*lead m"]  # scores - log_norm = ln p where visible; 0 where no key is visible
+    scores: Float[Tensor, "*lead m n"]  # logits after scale, softcap, bias and edits; -1e30 or less where hidden
+    log_p: Float[Tensor, "*lead m n"]  # ln p, accurate also where p underflows; 0 where hidden
     visible: Bool[Tensor, "*#lead m n"]
     distance: Float[Tensor, "m n"]  # i + N - M - j, in tokens
     key_rank: Int[Tensor, "*#lead #m n"]  # 0, 1, ... over the real keys from the left; N for padded keys
@@ -95,9 +95,7 @@ class Statistic:
 
 
 def _entropy(a: Pattern, _) -> Tensor:
-    # log p = score - log_norm stays accurate where p underflows. Hidden cells have p = 0.
-    log_p = torch.where(a.visible, a.scores - a.log_norm[..., None], 0.0)
-    return -(a.p * log_p).sum(-1)
+    return -(a.p * a.log_p).sum(-1)
 
 
 def _entropy_normalised(a: Pattern, _) -> Tensor:
@@ -110,7 +108,7 @@ def _argmax(a: Pattern, _) -> Tensor:
     keys = torch.arange(n, device=a.scores.device)
     best = a.scores.amax(-1, keepdim=True)
     first = torch.where(a.visible & (a.scores == best), keys, n).amin(-1)  # ties go to the leftmost key
-    return torch.where(first == n, -1, first + a.first_key)
+    return torch.where((first == n) | a.p.isnan().any(-1), -1, first + a.first_key)
 
 
 def _max_prob(a: Pattern, _) -> Tensor:
@@ -121,14 +119,15 @@ def _topk(a: Pattern, k: int) -> TopK:
     short = max(0, k - a.p.shape[-1])
     order = a.scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # stable: ties go to the leftmost key
     seen = a.visible.expand(a.p.shape).gather(-1, order)
-    values, indices = a.p.gather(-1, order), torch.where(seen, order + a.first_key, -1)
+    values = a.p.gather(-1, order)
+    indices = torch.where(seen & ~values.isnan(), order + a.first_key, -1)
     pad = torch.nn.functional.pad
     return TopK(pad(values, (0, short)), pad(indices, (0, short), value=-1))
 
 
 def _effective(a: Pattern, _) -> Tensor:
     squares = a.p.square().sum(-1)
-    return torch.where(squares > 0, a.p.sum(-1).square() / squares.clamp_min(torch.finfo(a.p.dtype).tiny), 0.0)
+    return torch.where(squares == 0, 0.0, a.p.sum(-1).square() / squares.clamp_min(torch.finfo(a.p.dtype).tiny))
 
 
 def _distance_var(a: Pattern, _) -> Tensor:
@@ -181,8 +180,12 @@ def _within(seen: Tensor, distance: Tensor, horizon: tuple[int, int]) -> Tensor:
     return seen & (distance >= horizon[0]) & (distance <= horizon[1])
 
 
+def _of_real(a: Pattern) -> Tensor:
+    return torch.where(a.real_query, a.p, 0.0)  # a product would let NaN of a padded query through
+
+
 def _fai(a: Pattern, horizon: tuple[int, int]) -> Tensor:
-    return (a.p * _within(a.real_query, a.distance, horizon)).sum(-2)
+    return torch.where(_within(a.real_query, a.distance, horizon), a.p, 0.0).sum(-2)
 
 
 SPANS = "Attention Illuminates LLM Reasoning (arXiv 2510.13554)"
@@ -277,11 +280,11 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     Statistic(
         "received", "key", "probability", "[0, 1]", "mean of p_ij over the real queries i that can see key j",
-        f"alpha_k of {GU}", lambda a, _: (a.p * a.real_query).sum(-2), shape="B H N",
+        f"alpha_k of {GU}", lambda a, _: _of_real(a).sum(-2), shape="B H N",
     ),
     Statistic(
         "received_max", "key", "probability", "[0, 1]", "largest p_ij over the real queries i that can see key j", "",
-        lambda a, _: (a.p * a.real_query).amax(-2), shape="B H N", reduce="max",
+        lambda a, _: _of_real(a).amax(-2), shape="B H N", reduce="max",
     ),
     Statistic(
         "fai", "key", "probability", "[0, 1]",
@@ -292,7 +295,7 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     Statistic(
         "column_norm", "key", "none", "[0, sqrt(M)]", "sqrt(sum of p_ij^2 over the real queries i)",
-        "hardness of Han et al. 2023, HyperAttention", lambda a, _: (a.p * a.real_query).square().sum(-2),
+        "hardness of Han et al. 2023, HyperAttention", lambda a, _: _of_real(a).square().sum(-2),
         shape="B H N", reduce="norm",
     ),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstats.backends import BACKENDS
-from headstats.call import LEAVES, Call
+from headstats.call import LEAVES, Call, grad_lse_of
 from headstats.spec import StatSpec
 from headstats.stats import BY_NAME, Result, from_tensors, tensors
 
@@ -36,15 +36,15 @@ def run(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
     """Return what the backend's own `run` returns, by calling the operator."""
     if not call.trainable:
         return _forward(call, backend)
-    out, lse, stats = _forward(replace(call, gate=None, replacement=None), backend)
-    return call.apply_gate(out), lse, stats  # as autograd.with_gradients does
+    out, norm, stats = _forward(replace(call, gate=None, replacement=None), backend)
+    return call.apply_gate(out), norm, stats  # as autograd.with_gradients does
 
 
 def _forward(call: Call, backend: str) -> tuple[Tensor, Tensor, dict[str, Result]]:
     text = "; ".join([f"{name}={value}" for name, value in call.spec.requested().items()])
     arguments = [text if name == "spec" else getattr(call, name) for name in FIELDS]
-    out, lse, flat_stats = torch.ops.headstats.attend(*arguments, backend)
-    return out, lse, from_tensors(call.spec.requested(), flat_stats)
+    out, norm, flat_stats = torch.ops.headstats.attend(*arguments, backend)
+    return out, norm, from_tensors(call.spec.requested(), flat_stats)
 
 
 def _build_call(arguments: Sequence[Any]) -> Call:
@@ -74,9 +74,9 @@ def _attend(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *call_arguments, backend = arguments
     call = _build_call(call_arguments)
     with torch.no_grad():
-        out, lse, stats = BACKENDS[backend].run(call)
+        out, norm, stats = BACKENDS[backend].run(call)
     flat_stats = [x.contiguous() for name in call.spec.requested() for x in tensors(stats[name])]
-    return out.contiguous(), lse.contiguous(), flat_stats
+    return out.contiguous(), norm.contiguous(), flat_stats
 
 
 def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -93,25 +93,25 @@ def _attend_shapes(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         if name in ("argmax", "topk"):
             flat_stats.append(call.q.new_empty(shape, dtype=torch.int64))
     out = call.q.new_empty(b, h, m, call.v.shape[3])
-    return out, call.q.new_empty(b, h, m, dtype=call.dtype), flat_stats
+    return out, call.q.new_empty(2, b, h, m, dtype=call.dtype), flat_stats
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    out, lse, stats = output
+    out, norm, stats = output
     ctx.mark_non_differentiable(*stats)
-    ctx.save_for_backward(*(inputs[INDEX[name]] for name in TENSORS), out, lse)
+    ctx.save_for_backward(*(inputs[INDEX[name]] for name in TENSORS), out, norm)
     ctx.plain = [None if name in TENSORS else x for name, x in zip(FIELDS, inputs, strict=False)]
     ctx.backend = inputs[-1]
 
 
-def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Any, ...]:
-    *saved_arguments, out, lse = ctx.saved_tensors
+def _gradient(ctx: Any, grad_out: Tensor, grad_norm: Tensor, _: Any) -> tuple[Any, ...]:
+    *saved_arguments, out, norm = ctx.saved_tensors
     arguments = list(ctx.plain)
     for name, x in zip(TENSORS, saved_arguments, strict=True):
         arguments[INDEX[name]] = x
     leaf_names = [name for name in LEAVES if ctx.needs_input_grad[INDEX[name]]]
     leaf_grads = torch.ops.headstats.attend_backward(
-        *arguments, out, lse, grad_out, grad_lse, ", ".join(leaf_names), ctx.backend
+        *arguments, out, norm, grad_out, grad_lse_of(grad_norm), ", ".join(leaf_names), ctx.backend
     )
     grads: list[Any] = [None] * (len(FIELDS) + 1)
     for name, x in zip(leaf_names, leaf_grads, strict=True):
@@ -121,12 +121,12 @@ def _gradient(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Any) -> tuple[Any
 
 def _backward(*arguments: Any) -> list[Tensor]:
     """Return d loss / d leaf for each requested leaf, in the leaf's dtype."""
-    *call_arguments, out, lse, grad_out, grad_lse, leaf_names, backend = arguments
+    *call_arguments, out, norm, grad_out, grad_lse, leaf_names, backend = arguments
     call, names = _build_call(call_arguments), leaf_names.split(", ")
     with torch.no_grad():
         run = BACKENDS[backend].backward
         assert run is not None  # the reference is traced directly, without this operator
-        grads = run(call, set(names), out, lse, grad_out, grad_lse)
+        grads = run(call, set(names), out, norm, grad_out, grad_lse)
         return [grads[name].to(getattr(call, name).dtype).contiguous() for name in names]
 
 
@@ -145,7 +145,7 @@ library.define(f"attend({_schema('str backend')}) -> (Tensor, Tensor, Tensor[])"
 library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("headstats::attend", _attend_shapes, lib=library)
 torch.library.register_autograd("headstats::attend", _gradient, setup_context=_setup_context, lib=library)
-_TO_BACKWARD = ("Tensor out", "Tensor lse", "Tensor grad_out", "Tensor grad_lse", "str leaf_names", "str backend")
+_TO_BACKWARD = ("Tensor out", "Tensor norm", "Tensor grad_out", "Tensor grad_lse", "str leaf_names", "str backend")
 library.define(f"attend_backward({_schema(*_TO_BACKWARD)}) -> Tensor[]")
 library.impl("attend_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("headstats::attend_backward", _backward_shapes, lib=library)

@@ -76,7 +76,7 @@ def test_registers_stay_below_their_ceilings(compiled, job):
     at_90 = {k["stats"]: k for k in compiled if (k["target"], k["d"], k["dtype"]) == ("sm_90", 64, "bf16")}
     assert {name: at_90[name]["registers"] for name, most in CEILINGS.items() if at_90[name]["registers"] > most} == {}
     for name in IN_KERNEL:
-        assert at_90[name]["stores"] == 3, name  # out, lse and the statistic
+        assert at_90[name]["stores"] == 4, name  # out, the two parts of norm, and the statistic
 
 
 @pytest.mark.gpu

@@ -38,8 +38,9 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(call: Call) -> Results:
-    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
-    return sdpa.forward(call) if sdpa.is_faster(call) else by_tiles(call)
+    """Return out [B,H,M,Dv], norm [2,B,H,M] (see `call.lse_of`) and the requested statistics by name."""
+    results = sdpa.forward(call) if sdpa.is_faster(call) else None
+    return by_tiles(call) if results is None else results
 
 
 def by_tiles(call: Call) -> Results:
@@ -50,15 +51,15 @@ def by_tiles(call: Call) -> Results:
     other = pattern_keys(call)
     work = list(tiles(call))
     if len(work) == 1 and work[0].j == slice(0, n):
-        out, lse, stats = _one_tile(call, work[0], k, v, other, (None, None))
+        out, norm, stats = _one_tile(call, work[0], k, v, other, (None, None))
     else:
         out = call.q.new_empty(b, hk, g, m, v.own.shape[3])
-        lse = k.own.new_empty(b, hk, g, m)
+        norm = k.own.new_empty(2, b, hk, g, m)
         stats: dict[str, Result] = {}
 
         def put(t: Tile, results: Results) -> None:
             place = (t.b, t.h, slice(None), t.i)
-            out[place], lse[place], tile_stats = results
+            out[place], norm[slice(None), *place], tile_stats = results
             for name, x in tile_stats.items():
                 if name not in stats:
                     stats[name] = _allocate(call, x, name)
@@ -77,7 +78,7 @@ def by_tiles(call: Call) -> Results:
         if BY_NAME[name].axis == "key":
             stats[name] = _finish_columns(call, name, stats[name], value)
     out = out.to(call.q.dtype).flatten(1, 2)
-    return out, lse.flatten(1, 2), {name: map_tensors(x, lambda y: y.flatten(1, 2)) for name, x in stats.items()}
+    return out, norm.flatten(2, 3), {name: map_tensors(x, lambda y: y.flatten(1, 2)) for name, x in stats.items()}
 
 
 def _allocate(call: Call, first: Result, name: str) -> Result:
@@ -116,7 +117,7 @@ def _one_tile(
     other: KeyTensors | None,
     room: tuple[Scratch | None, Scratch | None],
 ) -> Results:
-    """Compute gated out, lse and statistics of one tile, [b, h, g, m, ...].
+    """Compute gated out, norm and statistics of one tile, [b, h, g, m, ...].
 
     Statistics of keys are sums over the tile's queries.
 
@@ -132,4 +133,4 @@ def _one_tile(
     out.mul_(scale[..., None])
     if gate is not None and call.replacement is not None:
         out += (1 - gate)[..., None] * tile_rows(call, t, call.replacement)
-    return out, row.lse, stats
+    return out, row.norm, stats

@@ -5,6 +5,7 @@ logit = (x - alibi |distance| + bias) / temperature + log gain, where x = factor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,21 @@ NAMES = ("logit_factor", "logit_raise", "temperature", "edit_bias", "gain", "kee
 TABLES = ("logit_factor", "logit_raise", "edit_bias", "gain")  # over pairs of segments
 
 
+@dataclass
+class RowGradients:
+    """What the gradients of whole rows are computed from.
+
+    shift: the largest logit, in base 2.  inverse: 1 / sum of 2^(logit - shift).  sink: the weight of the learned sink.
+    delta: sum_j p_ij dL/dp_ij - dL/dlse_i.  grad_lse: dL/dlse_i.
+    """
+
+    shift: Float[Tensor, "b h g m"]
+    inverse: Float[Tensor, "b h g m"]
+    sink: Float[Tensor, "b h g m"] | None
+    delta: Float[Tensor, "b h g m"]
+    grad_lse: Float[Tensor, "b h g m"]
+
+
 class LogitGradients:
     """Sums of gradients over tiles, each in the shape of its argument."""
 
@@ -34,32 +50,25 @@ class LogitGradients:
         t: Tile,
         ds: Float[Tensor, "b h g m n"],
         s: Float[Tensor, "b h g m n"] | None,
-        delta: Float[Tensor, "b h g m"],
-        lse: Float[Tensor, "b h g m"],
+        row: RowGradients,
         origin: LogitParts,
     ) -> Float[Tensor, "b h g m n"]:
         """Turn ds = d loss / d logit (overwritten) into d loss / d z.
 
         The gradients of the arguments on the way are added up.
 
-        s: logits, in base 2 like lse; needed for temperature.  delta: sum_j p_ij dL/dp_ij - dL/dlse_i of the rows.
+        s: logits less the row's largest, in base 2; needed for temperature.
         """
         call = self.call
         temperature = None if call.temperature is None else tile_rows(call, t, call.temperature)
         if "edit_bias" in self.grads:
             self.add_table("edit_bias", t, ds)
-        if call.sinks is not None and self.grads:
-            sink = tile_rows(call, t, call.sinks[None, :, None])
-            sink = sink if temperature is None else sink / temperature
-            d_sink = -torch.exp2(sink * LOG2E - lse) * delta  # the sink has the value 0
-            if "sinks" in self.grads:
-                self.add("sinks", t, d_sink if temperature is None else d_sink / temperature)
-            if "temperature" in self.grads and temperature is not None:
-                self.add("temperature", t, -d_sink * sink / temperature)
+        d_sink = None if row.sink is None else -row.sink * row.delta  # the sink has the value 0
+        if "sinks" in self.grads and d_sink is not None:
+            self.add("sinks", t, d_sink if temperature is None else d_sink / temperature)
         if "temperature" in self.grads:
             assert s is not None and temperature is not None  # it requires a gradient
-            x = s / LOG2E if call.edit_bias is None else s / LOG2E - tile_edit_cells(call, t, call.edit_bias)
-            self.add("temperature", t, -(ds * x).sum(-1) / temperature)  # in hidden cells ds is 0 and x is finite
+            self.add("temperature", t, -self._sum_of_logits(t, ds, s, row, d_sink, temperature) / temperature)
         if temperature is not None:
             ds.div_(temperature[..., None])
         if "alibi" in self.grads:
@@ -68,6 +77,22 @@ class LogitGradients:
         if "bias" in self.grads:
             self.add("bias", t, ds)
         return ds if origin.z is None else self._through_reshaping(t, ds, origin.z / LOG2E)
+
+    def _sum_of_logits(
+        self, t: Tile, ds: Tensor, s: Tensor, row: RowGradients, d_sink: Tensor | None, temperature: Tensor
+    ) -> Float[Tensor, "b h g m"]:
+        """Return the sum of d loss / d logit times logit over keys and the sink, for logits that temperature divides.
+
+        Adding a number to all logits changes lse alone, so that the sum of d loss / d logit is d loss / d lse. The
+        largest logit is therefore left out of the sum, where it would cost digits, and added with that factor.
+        """
+        call = self.call
+        x = s / LOG2E if call.edit_bias is None else s / LOG2E - tile_edit_cells(call, t, call.edit_bias)
+        total = (ds * x).sum(-1)  # in hidden cells ds is 0 and x is finite
+        if d_sink is not None and call.sinks is not None:
+            sink = tile_rows(call, t, call.sinks[None, :, None]) / temperature
+            total = total + d_sink * (sink - row.shift / LOG2E)
+        return total + row.grad_lse * row.shift / LOG2E
 
     def through_weights(
         self, t: Tile, change: WeightEdit, x: Float[Tensor, "b h g m n"], d_weight: Float[Tensor, "b h g m n"]

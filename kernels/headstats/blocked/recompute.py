@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headstats.blocked.logit_gradients import LogitGradients
+from headstats.blocked.logit_gradients import LogitGradients, RowGradients
+from headstats.blocked.rows import largest_logit
 from headstats.blocked.tiles import (
     KeyTensors,
     Tile,
@@ -24,7 +25,7 @@ from headstats.blocked.tiles import (
     tiles,
     zeros_like,
 )
-from headstats.call import LOG2E, Call, heads_apart
+from headstats.call import HIDDEN, Call, heads_apart
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -32,50 +33,70 @@ if TYPE_CHECKING:
 
 
 def backward(
-    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, norm: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
     """Return d loss / d (q, k, v, prefix) and the other requested leaves by name.
 
-    Given are out, lse and d loss / d (out, lse).
+    Given are out, norm (see `call.lse_of`) and d loss / d (out, lse).
     """
     grad_out = grad_out.to(call.dtype)
     # Sum_j p_ij dL/dp_ij = dout_i . out_i, minus the part through lse (d lse / d score = p). Where weights are edited,
     # the values were multiplied by other weights than p, and the sum is taken tile by tile.
     delta = -grad_lse if call.changes_weights else (grad_out * out).sum(-1) - grad_lse
-    return gradients(call, leaf_names, lse, delta, grad_out)
+    empty = norm[1] == -torch.inf
+    rows = (heads_apart(call, x) for x in (delta.masked_fill(empty, 0), grad_lse.masked_fill(empty, 0), grad_out))
+    return _gradients(call, leaf_names, *rows)
 
 
-def gradients(call: Call, leaf_names: set[str], lse: Tensor, delta: Tensor, grad_out: Tensor) -> dict[str, Tensor]:
-    """Do the same, given delta (see `backward`) and d loss / d out before the gate."""
-    go = heads_apart(call, grad_out)
-    # In an empty row all cells are at -1e30, so that any finite lse gives exp() = 0.
-    empty = lse == -torch.inf
-    lse = heads_apart(call, lse.masked_fill(empty, 0) * LOG2E)
-    delta = heads_apart(call, delta.masked_fill(empty, 0))
+def _gradients(
+    call: Call, leaf_names: set[str], delta: Tensor, grad_lse: Tensor, grad_out: Tensor
+) -> dict[str, Tensor]:
+    """Do the same, given delta (see `backward`) and d loss / d (lse, out), 0 in empty rows."""
     k, v = key_tensors(call)
     dv = zeros_like(v)
     products, logit_gradients = ProductGradients(call, k), LogitGradients(call, leaf_names)
     for t in tiles(call):
         rows = (t.b, t.h, slice(None), t.i)
         s, origin = logits(call, t, tile_queries(call, t, call.q), k, products.other)
+        # The norm is that of these logits, not of the forward's: one rounding more or less would be a factor of
+        # exp(64) where logits are 1e9.
+        row = RowGradients(*normalise(call, t, s), delta[rows], grad_lse[rows])
         logits_copy = s.clone() if "temperature" in logit_gradients.grads else None
-        x = s.sub_(lse[rows][..., None])  # log2 p
-        change, d_weight, delta_rows = tile_weight_edit(call, t), scores(go[rows], v, t), delta[rows]
-        if change is None:
-            p = x.exp2_()
-            add_to_keys(dv, t, p, go[rows])
-            ds = d_weight.sub_(delta_rows[..., None]).mul_(p)
+        change = tile_weight_edit(call, t)
+        if change is None:  # p = e * inverse, and the inverse multiplies whole rows elsewhere
+            go = grad_out[rows] * row.inverse[..., None]
+            d_weight, e = scores(go, v, t), s.exp2_()
+            add_to_keys(dv, t, e, go)
+            ds = d_weight.sub_((row.delta * row.inverse)[..., None]).mul_(e)
         else:
-            weights, ds = logit_gradients.through_weights(t, change, x, d_weight)
-            add_to_keys(dv, t, weights, go[rows])
-            delta_rows = delta_rows + ds.sum(-1)
-            ds.addcmul_(x.exp2_(), delta_rows[..., None], value=-1)
-        ds = logit_gradients.backward(t, ds, logits_copy, delta_rows, lse[rows], origin)
+            go, x = grad_out[rows], s.add_(row.inverse.log2()[..., None])  # log2 p
+            weights, ds = logit_gradients.through_weights(t, change, x, scores(go, v, t))
+            add_to_keys(dv, t, weights, go)
+            row.delta = row.delta + ds.sum(-1)
+            ds.addcmul_(x.exp2_(), row.delta[..., None], value=-1)
+        ds = logit_gradients.backward(t, ds, logits_copy, row, origin)
         if origin.tanh is not None:
             ds.mul_(1 - origin.tanh.square_())
         products.backward(t, ds.mul_(call.scale), origin.swapped)
     grads = {**products.grads(), "v": dv.own, **logit_gradients.grads}
     return grads if dv.shared is None else grads | {"prefix_v": dv.shared}
+
+
+def normalise(
+    call: Call, t: Tile, s: Float[Tensor, "b h g m n"]
+) -> tuple[Float[Tensor, "b h g m"], Float[Tensor, "b h g m"], Float[Tensor, "b h g m"] | None]:
+    """Subtract each row's largest logit in place.
+
+    Returns this logit, 1 / sum of 2^(logit - largest), and the sink's weight, all 0 in empty rows.
+    """
+    top = s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], HIDDEN)
+    empty, shift, sink = largest_logit(call, t, top)
+    total = s.sub_(shift[..., None]).exp2().sum(-1)
+    if sink is None:
+        return shift, torch.where(empty, 1, total).reciprocal(), None
+    of_sink = torch.exp2(sink - shift)
+    inverse = torch.where(empty, 1, total + of_sink).reciprocal()
+    return shift, inverse, of_sink * inverse
 
 
 class ProductGradients:

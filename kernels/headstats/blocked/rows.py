@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from headstats.blocked.tiles import KeyTensors, Scratch, Tile, group_heads, query_heads, tile_rows, tile_weight_edit
-from headstats.call import HIDDEN, LOG2E, Call, slice_axis
+from headstats.call import HIDDEN, LOG2E, LOWEST, Call, slice_axis
 from headstats.edits import weights
 from headstats.stats import Pattern, broadcast_rows
 
@@ -29,22 +30,31 @@ class TileSoftmax:
 
     e: Float[Tensor, "b h g m n"]  # 2^x, 0 where hidden
     x: Float[Tensor, "b h g m n"] | None  # logit - shift
+    floor: float | Float[Tensor, "b h g m"]  # at or below it, x is hidden
     shift: Float[Tensor, "b h g m"]  # the row's largest logit, learned sink included
     inverse: Float[Tensor, "b h g m"]  # 1 / sum of 2^(score - shift), learned sink included
-    log_total: Float[Tensor, "b h g m"]  # log2 of that sum
-    lse: Float[Tensor, "b h g m"]  # natural
+    log_total: Float[Tensor, "b h g m"]  # log2 of that sum; -inf in empty rows
     mass: Float[Tensor, "b h g m"]  # sum of e over keys
     top: Float[Tensor, "b h g m"]  # the largest x
     argmax: Int[Tensor, "b h g m"] | None
     ex: Float[Tensor, "b h g m"] | None  # sum of e x
-    empty: Bool[Tensor, "b h g m"] | None  # no key is visible, or all are cut; None: no row is empty
+    empty: Bool[Tensor, "b h g m"]  # no key is visible, or all are cut
     v: KeyTensors | None = None  # values of the whole call
     z: Float[Tensor, "b h g m Dv"] | None = None  # sum of e v
 
+    @property
+    def norm(self) -> Float[Tensor, "2 b h g m"]:
+        """The norm as `call.lse_of` reads it."""
+        return torch.stack([self.shift, self.log_total])
+
+    @property
+    def is_visible(self) -> Bool[Tensor, "b h g m n"]:
+        """Which cells are visible; False also where x is NaN."""
+        assert self.x is not None  # kept for statistics that ask
+        return self.x > (self.floor[..., None] if isinstance(self.floor, torch.Tensor) else self.floor)
+
     def where_empty(self, x: Float[Tensor, "b h g m *rest"], value: float) -> Float[Tensor, "b h g m *rest"]:
         """Return x with `value` in empty rows."""
-        if self.empty is None:
-            return x
         return x.masked_fill(broadcast_rows(self.empty, x), value)
 
 
@@ -61,35 +71,68 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
         top, argmax = first_maximum(s)
     else:
         top = s.amax(-1)
-    empty = top <= HIDDEN / 2 if call.may_be_empty else None
-    shift = top if empty is None else top.clamp_min(HIDDEN / 2)  # keeps 2^(HIDDEN - shift) = 0 where all is hidden
-    if call.sinks is not None:
-        sink = tile_rows(call, t, call.sinks[None, :, None] * LOG2E)
-        if call.temperature is not None:
-            sink = sink / tile_rows(call, t, call.temperature)
-        shift = torch.maximum(shift, sink)
+    empty, shift, sink = largest_logit(call, t, top)
     change = tile_weight_edit(call, t)
     needs_entropy = call.spec.entropy or call.spec.entropy_normalised
-    x = s.sub_(shift[..., None])
+    x, floor = s.sub_(shift[..., None]), LOWEST - shift
+    if change is not None:
+        x.masked_fill_(x <= floor[..., None], HIDDEN)
     if keep or needs_entropy or change is not None:
         e = x.exp2() if room is None else torch.exp2(x, out=room.of(x.shape))
     else:
         e = x.exp2_()
     mass = e.sum(-1)
-    total = mass if call.sinks is None else mass + torch.exp2(sink - shift)
-    log_total = total.log2()
-    lse = (shift + log_total).mul_(1 / LOG2E)
-    if empty is not None:
-        lse.masked_fill_(empty, -torch.inf)
+    total = mass if sink is None else mass + torch.exp2(sink - shift)
+    log_total = total.log2().masked_fill_(empty, -torch.inf)
     top = top - shift
     # Where no key is visible, total may be 0. Then mass is 0, so any finite inverse gives zeros.
     total = total.clamp_min(torch.finfo(s.dtype).tiny)
     if change is not None:  # the norm of the row does not change
         e, x = weights.apply_edit(change, x, total, weights.BINARY)
         mass, (top, argmax) = e.sum(-1), first_maximum(x)
-        empty = top <= HIDDEN / 4
+        empty, floor = top <= HIDDEN / 4, HIDDEN / 4
     ex = (e * x if keep else x.mul_(e)).sum(-1) if needs_entropy else None
-    return TileSoftmax(e, x if keep else None, shift, total.reciprocal(), log_total, lse, mass, top, argmax, ex, empty)
+    inverse = total.reciprocal()
+    row = TileSoftmax(e, x if keep else None, floor, shift, inverse, log_total, mass, top, argmax, ex, empty)
+    # One number tells whether some cell was NaN or infinite.
+    if not math.isfinite(float(total.sum() if ex is None else total.sum() + ex.sum())):
+        _set_undefined(row, total)
+    return row
+
+
+def largest_logit(
+    call: Call, t: Tile, top: Float[Tensor, "b h g m"]
+) -> tuple[Bool[Tensor, "b h g m"], Float[Tensor, "b h g m"], Float[Tensor, "#b h g #m"] | None]:
+    """Return which rows are empty, the logit that is subtracted from each row, and its learned sink, in base 2.
+
+    top: the largest logit of the keys. The result includes the sink; it is finite, so that 2^(logit - it) is 0 for
+    hidden cells also where all are hidden.
+    """
+    empty = top <= LOWEST
+    shift = torch.where(empty | ~top.isfinite(), 0, top)
+    if call.sinks is None:
+        return empty, shift, None
+    sink = tile_rows(call, t, call.sinks[None, :, None]) * LOG2E
+    if call.temperature is not None:
+        sink = sink / tile_rows(call, t, call.temperature)
+    return empty, torch.maximum(shift, sink), sink
+
+
+def _set_undefined(row: TileSoftmax, total: Float[Tensor, "b h g m"]) -> None:
+    """Make visible cells and sums NaN in rows with a logit of NaN or infinity, and keep hidden cells 0.
+
+    In other rows a logit of -inf has weight 0 and adds nothing to the entropy.
+    """
+    undefined = ~total.isfinite()
+    cells = undefined[..., None] & (row.e != 0)
+    row.e.masked_fill_(undefined[..., None], 0).masked_fill_(cells, torch.nan)
+    if row.x is not None:
+        row.x.masked_fill_(undefined[..., None], HIDDEN).masked_fill_(cells, torch.nan)
+    if row.ex is not None:
+        row.ex = torch.where(row.e > 0, row.e * row.e.log2(), 0).sum(-1).masked_fill_(undefined, torch.nan)
+    row.inverse.masked_fill_(undefined, 1)
+    for x in (row.log_total, row.mass, row.top):
+        x.masked_fill_(undefined, torch.nan)
 
 
 def first_maximum(s: Float[Tensor, "*lead n"]) -> tuple[Float[Tensor, "*lead"], Int[Tensor, "*lead"]]:
@@ -125,14 +168,15 @@ def to_pattern(call: Call, t: Tile, row: TileSoftmax) -> Pattern:
     # set if a statistic has no fast form
     assert row.x is not None and row.v is not None and row.z is not None
     i, j = (t.i.start, t.i.stop), (t.j.start, t.j.stop)
-    visible = call.visible(t.i, t.j, t.b, query_heads(call, t))
+    visible = group_heads(call, call.visible(t.i, t.j, t.b, query_heads(call, t)))
+    visible = visible & (row.is_visible | row.x.isnan())
     real = visible.new_ones(1, 1) if call.query_padding is None else call.query_padding[t.b, t.i]
     targets, features, segment = call.targets, call.key_features, call.k_segments
     return Pattern(
         p=row.e * row.inverse[..., None],
         scores=(row.x + row.shift[..., None]) / LOG2E,
-        log_norm=row.where_empty(row.lse, 0),
-        visible=group_heads(call, visible),
+        log_p=((row.x - row.log_total[..., None]) / LOG2E).masked_fill(~visible, 0),
+        visible=visible,
         distance=call.distances(*i, *j).to(row.e.dtype),
         key_rank=slice_axis(call.key_rank(), t.b)[:, None, None, None, t.j],
         real_query=real[:, None, None, :, None],

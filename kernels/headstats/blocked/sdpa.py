@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from headstats import probes
-from headstats.call import Call
+from headstats.call import LN2, LOG2E, LOWEST, Call
 from headstats.stats import Result
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Below this many keys a single tile is faster, except with few rows, where the overhead of the call matters.
 MIN_KEYS, FEW_ROWS = 48, 512
+# Weights are computed from lse, in whose rounding log(n) is lost beside large logits. Up to here, it costs under 2e-5.
+LARGEST_LSE = 256.0
+LARGEST_FINITE = -LOWEST * LN2
 # Fields of a call that the operator does not have.
 UNSUPPORTED = (
     "softcap", "window", "bias", "alibi", "sinks", "key_padding", "segment_mask", "segment_open", "pattern_q",
@@ -46,13 +49,22 @@ def is_faster(call: Call) -> bool:
     return set(call.spec.requested()) <= set(computed) and _works(q.dtype)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]] | None:
+    """Return out [B,H,M,Dv], norm [2,B,H,M] (see `call.lse_of`) and the requested statistics by name.
+
+    None if logits turn out too large, or not finite, for this path.
+    """
     out, lse = _flash(call.q, call.k, call.v, call.causal and call.k.shape[2] == call.q.shape[2], call.scale)
     if call.prefix_k is not None:
-        out, lse = _joined(call.dtype, (out, lse), _over_prefix(call))
+        out, lse, largest = _joined(call.dtype, (out, lse), _over_prefix(call))
+    else:
+        largest = float(lse.abs().amax())
+    limit = LARGEST_LSE if call.spec.requested() or call.prefix_k is not None else LARGEST_FINITE
+    if not largest <= limit:
+        return None
     out = call.apply_gate(out).to(call.q.dtype)
-    return out, lse, {n: probes.statistic(call, lse, n, x) for n, x in call.spec.requested().items()}
+    stats: dict[str, Result] = {n: probes.statistic(call, lse, n, x) for n, x in call.spec.requested().items()}
+    return out, torch.stack([lse * LOG2E, torch.zeros_like(lse)]), stats
 
 
 def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
@@ -68,14 +80,16 @@ def _over_prefix(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _joined(dtype: torch.dtype, own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Join attention over two sets of keys.
+def _joined(
+    dtype: torch.dtype, own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, float]:
+    """Join attention over two sets of keys. Also returns the largest |lse| of either.
 
     The weights are exp(lse of one - lse of both).
     """
     lse = torch.logaddexp(own[1], prefix[1])
     a, b = (out.to(dtype) * torch.exp(one - lse)[..., None] for out, one in (own, prefix))
-    return a + b, lse
+    return a + b, lse, float(torch.maximum(own[1].abs(), prefix[1].abs()).amax())
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -43,13 +43,13 @@ def _entropy(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
 
 def _entropy_normalised(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert row.x is not None
-    most = (row.x > HIDDEN / 4).sum(-1).clamp_min(1).to(row.e.dtype).log()
+    most = (row.is_visible | row.x.isnan()).sum(-1).clamp_min(1).to(row.e.dtype).log()
     return torch.where(most > 0, _entropy(call, t, row, _) / most.clamp_min(0.5), 0.0)
 
 
 def _argmax(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     assert row.argmax is not None  # computed by softmax, since it is requested
-    return row.argmax + t.j.start
+    return (row.argmax + t.j.start).masked_fill_(row.top.isnan(), -1)
 
 
 def _max_prob(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
@@ -64,7 +64,7 @@ def _topk(call: Call, t: Tile, row: TileSoftmax, k: int) -> TopK:
     for place in range(min(k, x.shape[-1])):
         top, at = first_maximum(x)
         values[..., place] = torch.exp2(top) * row.inverse
-        indices[..., place] = torch.where(top > HIDDEN / 4, at + t.j.start, -1)
+        indices[..., place] = torch.where(top > row.floor, at + t.j.start, -1)
         x.scatter_(-1, at[..., None], HIDDEN)
     return TopK(values, indices)
 
@@ -201,23 +201,30 @@ def _column_weights(call: Call, t: Tile, row: TileSoftmax) -> Tensor:
     return row.inverse if call.query_padding is None else row.inverse * call.query_padding[t.b, None, None, t.i]
 
 
+def _of_real(call: Call, t: Tile, row: TileSoftmax) -> Tensor:
+    """Return e, without NaN of padded queries: their factor 0 would keep it."""
+    if call.query_padding is None or not bool(row.mass.isnan().any()):
+        return row.e
+    return torch.where(call.query_padding[t.b, None, None, t.i, None], row.e, 0)
+
+
 def _received(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
-    return (_column_weights(call, t, row)[..., None, :] @ row.e)[..., 0, :]
+    return (_column_weights(call, t, row)[..., None, :] @ _of_real(call, t, row))[..., 0, :]
 
 
 def _received_max(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
-    return (row.e * _column_weights(call, t, row)[..., None]).amax(-2)
+    return (_of_real(call, t, row) * _column_weights(call, t, row)[..., None]).amax(-2)
 
 
 def _fai(call: Call, t: Tile, row: TileSoftmax, horizon: tuple[int, int]) -> Tensor:
     d = _distances(call, t, row.e)
-    counted = row.e * ((d >= horizon[0]) & (d <= horizon[1]))
+    counted = torch.where((d >= horizon[0]) & (d <= horizon[1]), _of_real(call, t, row), 0)
     return (_column_weights(call, t, row)[..., None, :] @ counted)[..., 0, :]
 
 
 def _column_norm(call: Call, t: Tile, row: TileSoftmax, _) -> Tensor:
     weights = row.where_empty(_column_weights(call, t, row), 0)  # there, weights are 1 / tiny, whose square is infinite
-    return (weights.square()[..., None, :] @ row.e.square())[..., 0, :]
+    return (weights.square()[..., None, :] @ _of_real(call, t, row).square())[..., 0, :]
 
 
 FAST: dict[str, Callable[[Call, Tile, TileSoftmax, Any], Result]] = {

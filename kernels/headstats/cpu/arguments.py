@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstats import probes
-from headstats.call import HIDDEN, Call
+from headstats.call import HIDDEN, HIDDEN_BIAS, Call
 from headstats.edits import hash_noise
 from headstats.edits.lowering import LAYOUTS, LoweredCall
 from headstats.stats import Result, TopK
@@ -35,13 +35,13 @@ class CallArguments:
         self.names = {field[0] for field in structure._fields_}
         self.alive: list[Tensor] = []
         b, h, m, _ = call.q.shape
-        self.out = torch.empty(b, h, m, call.v.shape[3], dtype=call.dtype)
-        self.lse = torch.empty(b, h, m, dtype=call.dtype)
+        self.out = torch.empty(b, h, m, call.v.shape[3], dtype=call.dtype, device="cpu")
+        self.norm = torch.empty(2, b, h, m, dtype=call.dtype, device="cpu")
         self.stats: dict[str, Result] = {}
         self._set(
             dtype=DTYPES[call.q.dtype], B=b, H=h, Hk=call.k.shape[1], M=m, N=call.n, D=call.q.shape[3],
             Dv=call.v.shape[3], prefixed=call.n - call.k.shape[2], causal=call.causal, window=call.window or 0,
-            softcap=call.softcap or 0.0, scale=call.scale, out=self.out, lse=self.lse,
+            softcap=call.softcap or 0.0, scale=call.scale, out=self.out, norm=self.norm,
         )  # fmt: skip
         self._set_inputs()
         self._set_options()
@@ -83,7 +83,7 @@ class CallArguments:
         call = self.call
         self._set_strided("bias", call.bias, "bhmd")
         if call.bias is not None:
-            self._set(bias_hides=max(torch.finfo(call.bias.dtype).min, HIDDEN))
+            self._set(bias_hides=max(torch.finfo(call.bias.dtype).min, HIDDEN_BIAS))
         for name in ("alibi", "sinks", "key_padding", "query_padding"):
             if (x := getattr(call, name)) is not None:
                 self._set(**{name: (x if x.dtype == torch.bool else self._to_dtype(x)).contiguous()})
@@ -134,14 +134,14 @@ class CallArguments:
             for name, x in (("levels", call.levels), ("tops", call.tops)):
                 if x is not None:
                     self._set(**{name: self._to_dtype(x).contiguous()})
-            rows, heads = (torch.arange(size) for size in call.q.shape[:2])
+            rows, heads = (torch.arange(size, device="cpu") for size in call.q.shape[:2])
             self._set(states=hash_noise.states(call.counterfactual_seed, rows, heads).to(torch.int32))
         self._set_strided("temperature", call.temperature, "bhm")
         self._set_strided("gate", call.gate, "bhm")
         self._set_strided("replacement", call.replacement, "bhmd")
 
     def _allocate(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        x = torch.empty(*self.call.q.shape[:2], *shape, dtype=dtype or self.call.dtype)
+        x = torch.empty(*self.call.q.shape[:2], *shape, dtype=dtype or self.call.dtype, device="cpu")
         self._set(**{name: x})
         return x
 

@@ -47,7 +47,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
-    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+    """Return out [B,H,M,Dv], norm [2,B,H,M] (see `call.lse_of`) and the requested statistics by name."""
     return _pass(lowering.lower(call, _pass))
 
 
@@ -56,4 +56,4 @@ def _pass(call: Call) -> tuple[Tensor, Tensor, dict[str, Result]]:
     assert compiled is not None, reason  # `unsupported` has checked
     arguments = CallArguments(call, compiled.structure)
     compiled.attend(arguments.c)
-    return arguments.out.to(call.q.dtype), arguments.lse, arguments.stats
+    return arguments.out.to(call.q.dtype), arguments.norm, arguments.stats

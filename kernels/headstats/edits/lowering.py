@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.call import EDITS, HIDDEN, LOG2E, Call
+from headstats.call import EDITS, HIDDEN, LN2, Call
 from headstats.edits.weights import ZERO
 from headstats.spec import StatSpec
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 LAYOUTS = ("uniform", "identity", "reversed", "random")  # counterfactuals that are a formula for single cells
 TINY = 1e-37  # smaller than the largest weight of any row
 ALONE = -HIDDEN  # the level of a row whose weights do not change
+LOST = 1e-4  # the most of a weight that the rounding of its row's log-sum-exp may cost
+
+
+class LargeLogits(NotImplementedError):
+    """An edit of whole rows meets logits that are too large for its lowered form."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -60,8 +65,8 @@ def unsupported(call: Call, channels: int | None = None) -> str | None:
 def lower(call: Call, attend: Attend, channels: int | None = None) -> Call:
     """Return the call without pattern_from, counterfactual, take and give.
 
-    attend: runs a pass over the keys and returns out, lse and statistics by name.  channels: the largest number of
-    channels that q and k may have; None = any.
+    attend: runs a pass over the keys; returns out, norm (see `call.lse_of`) and statistics by name.
+    channels: the largest number of channels that q and k may have; None = any.
     """
     call = lower_pattern(call, channels)
     if call.counterfactual is not None:
@@ -135,23 +140,38 @@ def lower_counterfactual(call: Call, attend: Attend) -> LoweredCall:
     bare = _bare(call)
     spec = replace(bare.spec, max_prob=kind == "reversed")
     with_sink = None if keeps or kind == "reversed" else call.sinks
-    _, lse, stats = attend(replace(bare, spec=spec, sinks=with_sink))
-    level = lse.masked_fill(lse == -torch.inf, 0) * LOG2E
+    _, norm, stats = attend(replace(bare, spec=spec, sinks=with_sink))
+    level = _level(norm)
+    level = level.masked_fill(level == -torch.inf, 0)
     top = None if kind != "reversed" else level + stats["max_prob"].clamp_min(TINY).log2()
     at_level_0 = _with(bare, layout=kind, levels=torch.zeros_like(level), tops=top, within=True)
     if keeps and kind != "identity":
-        lse_at_0 = attend(at_level_0)[1]
-        level = torch.where(lse_at_0 > ZERO / 2, level - lse_at_0 * LOG2E, ALONE)  # equal weights stay when reversed
+        at_0 = _level(attend(at_level_0)[1])
+        level = torch.where(at_0 > ZERO / 2, level - at_0, ALONE)  # equal weights stay when reversed
     elif kind == "uniform":
         level = level - math.log2(call.n)
     elif kind == "random":
-        level = level - attend(_open(at_level_0))[1] * LOG2E
+        level = level - _level(attend(_open(at_level_0))[1])
     elif kind == "reversed":
         level = torch.zeros_like(level)
     if call.counterfactual_rows is not None:
         level = torch.where(call.counterfactual_rows, level, ALONE)
     plain = replace(call, counterfactual=None, counterfactual_rows=None)
     return _with(plain, layout=kind, levels=level.contiguous(), tops=top)
+
+
+def _level(norm: Float[Tensor, "2 B H M"]) -> Float[Tensor, "B H M"]:
+    """Return the log-sum-exp of rows in base 2.
+
+    Raises LargeLogits if it is so large that weights computed from it would lose digits.
+    """
+    level, limit = norm.sum(0), LOST / torch.finfo(norm.dtype).eps
+    if bool(((level.abs() > limit) & level.isfinite() & (level > ZERO / 2)).any()):
+        raise LargeLogits(
+            f"Edit.counterfactual, take and give are limited to logits up to {limit * LN2:.0f} by this backend; "
+            "backends 'blocked' and 'reference' have no such limit"
+        )
+    return level
 
 
 def _bare(call: Call) -> Call:
@@ -192,11 +212,12 @@ def lower_redistribution(call: Call, attend: Attend) -> LoweredCall:
     keep, gain = keep.to(call.dtype), _log2_gain(call)
     bare = _with(_bare(call), within=True)
     log_give, log_take = (
-        attend(replace(bare, log2_gain=torch.where(cells, gain, HIDDEN)))[1][..., None] for cells in (give, take)
+        _level(attend(replace(bare, log2_gain=torch.where(cells, gain, HIDDEN)))[1])[..., None]
+        for cells in (give, take)
     )
     acts = log_give > ZERO / 2  # else no cell can receive weight
-    ratio = (1 - keep).log()[..., None] + log_take - torch.where(acts, log_give, 0)
-    log2_growth = torch.logaddexp(ratio, torch.zeros_like(ratio)) * LOG2E
+    ratio = (1 - keep).log2()[..., None] + log_take - torch.where(acts, log_give, 0)
+    log2_growth = torch.logaddexp2(ratio, torch.zeros_like(ratio))
     log2_keep = keep.log2().clamp_min(ZERO)[..., None]
     log2_change = torch.where(give, log2_growth, torch.where(take, log2_keep, 0))
     plain = replace(call, take=None, give=None, keep_fraction=None, gain=None)

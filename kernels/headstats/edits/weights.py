@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # The logarithm of a weight that is 0 although its cell is visible: below every other weight, above hidden cells.
-ZERO = HIDDEN / 64
+ZERO = -1e28
 
 
 class LogBase(NamedTuple):

@@ -69,21 +69,21 @@ def _interpreted() -> bool:
 
 
 def forward(call: Call) -> Results:
-    """Return out [B,H,M,Dv], lse [B,H,M] and the requested statistics by name."""
+    """Return out [B,H,M,Dv], norm [2,B,H,M] (see `call.lse_of`) and the requested statistics by name."""
     call = per_key_values.separate_prefixes(lowering.lower(call, lambda part: forward_pass(part, None), MAX_HEAD))
     requested, features = call.spec.requested(), per_key_values.features(call)
-    out, lse, stats = forward_pass(call, None if features is None else features[..., :FEATURES_IN_PASS])
+    out, norm, stats = forward_pass(call, None if features is None else features[..., :FEATURES_IN_PASS])
     for name, value in requested.items():
         if name in probes.PROBED:
-            stats[name] = probe(call, lse, name, value)
+            stats[name] = probe(call, norm, name, value)
     if set(COLUMNS) & set(requested):
         from headstats.triton import columns
 
-        stats |= columns.statistics(call, lse)
+        stats |= columns.statistics(call, norm)
     if call.spec.topk:
         from headstats.triton import topk
 
-        stats["topk"] = topk.topk(call, lse)
+        stats["topk"] = topk.topk(call, norm)
     if features is not None:
         more_features = features[..., FEATURES_IN_PASS:]
         per_key = stats["per_key"]
@@ -96,7 +96,7 @@ def forward(call: Call) -> Results:
     if call.spec.segment_outputs:
         each = [average(call, *per_key_values.values_of_segment(call, s)) for s in range(call.n_segments)]
         stats["segment_outputs"] = torch.stack(each, 3)
-    return out, lse, {name: stats[name] for name in requested}
+    return out, norm, {name: stats[name] for name in requested}
 
 
 def average(
@@ -122,7 +122,7 @@ def average(
 def forward_pass(call: Call, features: Float[Tensor, "#B N F"] | None) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Run the main kernel.
 
-    Returns out, lse, and by name the statistics of IN_KERNEL and `per_key` (sums of features).
+    Returns out, norm, and by name the statistics of IN_KERNEL and `per_key` (sums of features).
     """
     from headstats.triton import forward
 
@@ -143,30 +143,30 @@ def prepare(
     b, h, m, _ = call.q.shape
     q = arguments.unit_stride(call.q)
     out = torch.empty(b, h, m, call.v.shape[3], dtype=call.v.dtype, device=q.device)
-    lse = torch.empty(b, h, m, dtype=torch.float32, device=q.device)
+    norm = torch.empty(2, b, h, m, dtype=torch.float32, device=q.device)
     requested, spec = call.spec.requested(), call.spec
     stats: dict[str, Any] = {
-        name: torch.empty_like(lse, dtype=torch.int64 if name == "argmax" else None)
+        name: torch.empty_like(norm[0], dtype=torch.int64 if name == "argmax" else None)
         for name in IN_KERNEL if name in requested
     }  # fmt: skip
     numbers: dict[str, Any] = {"waad_window": spec.waad or None, "local_window": spec.local or None}
     numbers["reach"] = max(spec.waad, spec.local) or None
     if features is not None:
         features = features.contiguous()
-        stats["per_key"] = lse.new_empty(b, h, m, features.shape[2])
+        stats["per_key"] = norm.new_empty(b, h, m, features.shape[2])
         numbers |= {"features": features, "n_features": features.shape[2]}
         numbers["features_stride"] = arguments.batch_stride(features)
     prefix, run = arguments.prefix(call)
     meta = constants(call, interpreted, amd)
     arrays = (
-        q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, out, lse, arguments.cells(call),
+        q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, out, norm[0], norm[1], arguments.cells(call),
         arguments.Outputs(**stats, **numbers), arguments.ends(call), h, m, call.n, run,
     )  # fmt: skip
     rows = m * (run or 1)
-    return b // (run or 1) * h * -(-rows // meta["BM"]), arrays, meta, (out, lse, stats)
+    return b // (run or 1) * h * -(-rows // meta["BM"]), arrays, meta, (out, norm, stats)
 
 
-def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> Tensor:
+def probe(call: Call, norm: Float[Tensor, "2 B H M"], name: str, value: Value) -> Tensor:
     """Compute a statistic of keys known in advance, in a separate kernel.
 
     In the main kernel it would cost registers.
@@ -177,13 +177,13 @@ def probe(call: Call, lse: Float[Tensor, "B H M"], name: str, value: Value) -> T
     keys, total = probes.keys_of(call, name, value).contiguous(), name != "targets"
     t = keys.shape[2]
     q = arguments.unit_stride(call.q)
-    out = lse.new_empty((b, h, m) if total else (b, h, m, t))
+    out = norm.new_empty((b, h, m) if total else (b, h, m, t))
     kernel: Any = probe_kernel.weigh_cells_kernel
     prefix, run = arguments.prefix(call)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         kernel[(b * h * -(-m // PROBE_ROWS),)](
-            q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, keys, arguments.strides(keys, 2), lse, out,
-            arguments.cells(call), h, m, call.n, t, run,
+            q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, keys, arguments.strides(keys, 2),
+            norm[0], norm[1], out, arguments.cells(call), h, m, call.n, t, run,
             G=call.groups, D=d, BD=arguments.power_of_two(d), BM=PROBE_ROWS, SUM=total,
             num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Triton backward: gradients from q, k, v, lse and out.
+"""Triton backward: gradients from q, k, v, norm and out.
 
 Weights are recomputed tile by tile, and no M x N matrix is stored.
 
-With x = score * log2(e), p = 2^(x - lse log2 e), dp = dout . v, and delta = dout . out - dlse for each query:
+With x = score * log2(e), p = 2^((x - shift) - log), dp = dout . v, and delta = dout . out - dlse for each query:
     dv = p^T dout                     ds = p (dp - delta)           (d loss / d logit, natural)
     dx = ds / temperature             d temperature = - sum_j ds_ij logit_ij / temperature
     dq = scale dx' k, dk = scale dx'^T q, with dx' = dx (1 - tanh^2) under a softcap
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from headstats.triton.forward import key_range
 from headstats.triton.query_loop import load_block, load_norms, query_range
-from headstats.triton.tile_scores import LN2, of_cells, row_terms, tanh, tile_logits
+from headstats.triton.tile_scores import LN2, of_cells, row_terms, tanh, tile_logits, weight_of
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def through_softcap(b_ds, b_qk, cells):
 
 @triton.jit
 def add_queries(
-    sums, b_k, b_v, p_q, q_strides, p_go, go_strides, p_lse, p_delta, cells, i_r, i_hk, o_n, inside,
+    sums, b_k, b_v, p_q, q_strides, p_go, go_strides, p_shift, p_log, p_delta, cells, i_r, i_hk, o_n, inside,
     start, left, right, stop, H, M, N, run,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,12 +55,12 @@ def add_queries(
         o_row = (i_b * H + i_h) * M
         b_q = load_block(p_q + i_b * q_strides[0] + i_h * q_strides[1], q_strides[2], o_m, M, D, BD, UPCAST)
         b_go = load_block(p_go + i_b * go_strides[0] + i_h * go_strides[1], go_strides[2], o_m, M, DV, BDV, UPCAST)
-        b_lse = load_norms(p_lse + o_row, o_m, M)
+        b_shift, b_log = load_norms(p_shift + o_row, p_log + o_row, o_m, M)
         b_delta = tl.load(p_delta + o_row + o_m, mask=o_m < M, other=0.0)
         b_qk = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
         row = row_terms(cells, i_b, i_h, o_m[None, :], M, N)
         b_x = tile_logits(b_qk, cells, row, o_m[None, :], o_n[:, None], inside[:, None], MASKED)
-        b_p = tl.exp2(b_x - b_lse[None, :])
+        b_p = weight_of(b_x, b_shift[None, :], b_log[None, :], cells)
         b_dp = tl.dot(b_v, tl.trans(b_go), input_precision=PRECISION)  # [BN, BM]
         b_w = b_p
         if cells.weight_gain is not None:
@@ -76,7 +76,7 @@ def add_queries(
 
 @triton.jit
 def keys_gradient_kernel(
-    p_q, q_strides, region, p_go, go_strides, p_lse, p_delta, p_dk, p_dv, cells, H, M, N, first, run,
+    p_q, q_strides, region, p_go, go_strides, p_shift, p_log, p_delta, p_dk, p_dv, cells, H, M, N, first, run,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,8 @@ def keys_gradient_kernel(
 
     Sums are over its G query heads and the `run` batch rows that share the keys.
 
-    first: position of the region's first key among all N.  lse, delta [B,H,M], dk [.,Hk,n,D] and dv are contiguous.
+    first: position of the region's first key among all N.  shift, log, delta [B,H,M], dk [.,Hk,n,D] and
+    dv are contiguous.
     """
     n_n = tl.cdiv(region.n, BN)
     i_n = tl.program_id(0) % n_n * BN
@@ -102,11 +103,11 @@ def keys_gradient_kernel(
     sums = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
     if cells.hides is None:
         sums = add_queries(
-            sums, b_k, b_v, p_q, q_strides, p_go, go_strides, p_lse, p_delta, cells, i_r, i_hk, o_n, inside,
+            sums, b_k, b_v, p_q, q_strides, p_go, go_strides, p_shift, p_log, p_delta, cells, i_r, i_hk, o_n, inside,
             left, right, stop, stop, H, M, N, run, G, D, DV, BD, BDV, BM, False, UPCAST, PRECISION,
         )  # fmt: skip
     sums = add_queries(
-        sums, b_k, b_v, p_q, q_strides, p_go, go_strides, p_lse, p_delta, cells, i_r, i_hk, o_n, inside,
+        sums, b_k, b_v, p_q, q_strides, p_go, go_strides, p_shift, p_log, p_delta, cells, i_r, i_hk, o_n, inside,
         start, tl.minimum(left, stop), right, stop, H, M, N, run,
         G, D, DV, BD, BDV, BM, True, UPCAST, PRECISION,
     )  # fmt: skip
@@ -121,7 +122,7 @@ def keys_gradient_kernel(
 
 @triton.jit
 def add_keys(
-    sums, b_q, b_go, b_lse, b_delta, region, p_k, p_v, cells, row, o_m, start, stop, first,
+    sums, b_q, b_go, b_norm, b_delta, region, p_k, p_v, cells, row, o_m, start, stop, first,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     HEAT: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,6 +131,7 @@ def add_keys(
     These are dq and the gradients of temperature and ALiBi slope.
     """
     b_dq, b_heat, b_away = sums
+    b_shift, b_log = b_norm
     for i_n in range(start, stop, BN):
         o_r = i_n + tl.arange(0, BN)
         o_n = (first + o_r)[None, :]
@@ -138,13 +140,13 @@ def add_keys(
         b_v = load_block(p_v, region.v_strides[2], o_r, region.n, DV, BDV, UPCAST)  # [BN, BDV]
         b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
         b_x = tile_logits(b_qk, cells, row, o_m[:, None], o_n, inside, MASKED)
-        b_p = tl.exp2(b_x - b_lse[:, None])
+        b_p = weight_of(b_x, b_shift[:, None], b_log[:, None], cells)
         b_dp = tl.dot(b_go, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
         if cells.weight_gain is not None:
             b_dp *= tl.exp2(of_cells(cells.weight_gain, cells, row, o_n, inside))
         b_ds = b_p * (b_dp - b_delta[:, None])
         if HEAT:
-            b_logit = b_x
+            b_logit = b_x - b_shift[:, None]
             if cells.log_gain is not None:
                 b_logit -= of_cells(cells.log_gain, cells, row, o_n, inside)
             b_heat += tl.sum(b_ds * b_logit, 1) * LN2
@@ -158,7 +160,7 @@ def add_keys(
 
 @triton.jit
 def add_region(
-    sums, b_q, b_go, b_lse, b_delta, region, p_k, p_v, cells, row, o_m, low, high, first,
+    sums, b_q, b_go, b_norm, b_delta, region, p_k, p_v, cells, row, o_m, low, high, first,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
     HEAT: tl.constexpr, SLOPE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -166,30 +168,30 @@ def add_region(
     start, left, right, stop = key_range(cells, None, region.n, first, low, high, BN)
     if (cells.farthest is not None) and (cells.hides is None):
         sums = add_keys(
-            sums, b_q, b_go, b_lse, b_delta, region, p_k, p_v, cells, row, o_m, start, tl.minimum(left, stop), first,
+            sums, b_q, b_go, b_norm, b_delta, region, p_k, p_v, cells, row, o_m, start, tl.minimum(left, stop), first,
             D, DV, BD, BDV, BN, HEAT, SLOPE, True, UPCAST, PRECISION,
         )  # fmt: skip
     if cells.hides is None:
         sums = add_keys(
-            sums, b_q, b_go, b_lse, b_delta, region, p_k, p_v, cells, row, o_m, left, right, first,
+            sums, b_q, b_go, b_norm, b_delta, region, p_k, p_v, cells, row, o_m, left, right, first,
             D, DV, BD, BDV, BN, HEAT, SLOPE, False, UPCAST, PRECISION,
         )  # fmt: skip
     return add_keys(
-        sums, b_q, b_go, b_lse, b_delta, region, p_k, p_v, cells, row, o_m, right, stop, first,
+        sums, b_q, b_go, b_norm, b_delta, region, p_k, p_v, cells, row, o_m, right, stop, first,
         D, DV, BD, BDV, BN, HEAT, SLOPE, True, UPCAST, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def queries_gradient_kernel(
-    p_q, q_strides, own, prefix, p_go, go_strides, p_lse, p_delta, p_dq, p_heat, p_away, cells, H, M, N, run,
+    p_q, q_strides, own, prefix, p_go, go_strides, p_shift, p_log, p_delta, p_dq, p_heat, p_away, cells, H, M, N, run,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head and batch row.
 
-    p_heat, p_away: sum_j ds logit and sum_j dx |distance| of each query, or None. These, lse, delta and dq are
-    contiguous.
+    p_heat, p_away: sum_j ds (logit - shift) and sum_j dx |distance| of each query, or None. These, shift, log, delta
+    and dq are contiguous.
     """
     n_m = tl.cdiv(M, BM)
     i_m = n_m - 1 - tl.program_id(0) % n_m  # long rows first, when causal
@@ -199,7 +201,7 @@ def queries_gradient_kernel(
     o_m = i_m * BM + tl.arange(0, BM)
     b_q = load_block(p_q + i_b * q_strides[0] + i_h * q_strides[1], q_strides[2], o_m, M, D, BD, UPCAST)
     b_go = load_block(p_go + i_b * go_strides[0] + i_h * go_strides[1], go_strides[2], o_m, M, DV, BDV, UPCAST)
-    b_lse = load_norms(p_lse + i_bh * M, o_m, M)
+    b_norm = load_norms(p_shift + i_bh * M, p_log + i_bh * M, o_m, M)
     b_delta = tl.load(p_delta + i_bh * M + o_m, mask=o_m < M, other=0.0)
     row = row_terms(cells, i_b, i_h, o_m[:, None], M, N)
     low = i_m * BM + cells.offset
@@ -211,13 +213,13 @@ def queries_gradient_kernel(
         p_k0 = prefix.k + i_b // run * prefix.k_strides[0] + (i_h // G) * prefix.k_strides[1]
         p_v0 = prefix.v + i_b // run * prefix.v_strides[0] + (i_h // G) * prefix.v_strides[1]
         sums = add_region(
-            sums, b_q, b_go, b_lse, b_delta, prefix, p_k0, p_v0, cells, row, o_m, low, high, 0,
+            sums, b_q, b_go, b_norm, b_delta, prefix, p_k0, p_v0, cells, row, o_m, low, high, 0,
             D, DV, BD, BDV, BN, p_heat is not None, p_away is not None, UPCAST, PRECISION,
         )  # fmt: skip
     p_k = own.k + i_b * own.k_strides[0] + (i_h // G) * own.k_strides[1]
     p_v = own.v + i_b * own.v_strides[0] + (i_h // G) * own.v_strides[1]
     sums = add_region(
-        sums, b_q, b_go, b_lse, b_delta, own, p_k, p_v, cells, row, o_m, low, high, before,
+        sums, b_q, b_go, b_norm, b_delta, own, p_k, p_v, cells, row, o_m, low, high, before,
         D, DV, BD, BDV, BN, p_heat is not None, p_away is not None, UPCAST, PRECISION,
     )  # fmt: skip
     b_dq, b_heat, b_away = sums

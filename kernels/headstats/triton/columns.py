@@ -1,8 +1,8 @@
-"""Triton: statistics of keys, in a second pass over q and k that reads lse.
+"""Triton: statistics of keys, in a second pass over q and k that reads norm.
 
-p_ij = 2^(x_ij - lse_i log2 e). A program owns a block of keys of one head and loops over the queries that see it, so
-sums over queries stay in its registers. It needs no values, no product with them, and no atomics. The number of queries
-to divide by is counted in the same loop.
+p_ij = 2^((x_ij - shift_i) - log_i). A program owns a block of keys of one head and loops over the queries that see it,
+so sums over queries stay in its registers. It needs no values, no product with them, and no atomics. The number of
+queries to divide by is counted in the same loop.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
@@ -21,7 +21,7 @@ from headstats.call import Call
 from headstats.triton import kernel_arguments as arguments
 from headstats.triton.forward import INTERPRETED
 from headstats.triton.query_loop import load_block, load_columns, load_norms, query_range
-from headstats.triton.tile_scores import LOWEST, reweighted, row_terms, tile_logits
+from headstats.triton.tile_scores import LOWEST, reweighted, row_terms, tile_logits, weight_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -48,7 +48,7 @@ class ColumnOutputs(NamedTuple):
 
 @triton.jit
 def visit_queries(
-    sums, b_k, p_q, s_m, p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside, start, stop, M, N,
+    sums, b_k, p_q, s_m, p_shift, p_log, p_real, cells, outputs, i_b, i_h, o_n, inside, start, stop, M, N,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,20 +60,20 @@ def visit_queries(
     for i_m in range(start, stop, BM):
         o_m = i_m + tl.arange(0, BM)
         b_q = load_columns(p_q, s_m, o_m, M, D, BD, MASKED, UPCAST)
-        b_lse = load_norms(p_lse, o_m, M)
+        b_shift, b_log = load_norms(p_shift, p_log, o_m, M)
         real = o_m < M
         if p_real is not None:
             real = tl.load(p_real + o_m, mask=real, other=0) != 0
-            b_lse = tl.where(real, b_lse, float("inf"))
         b_x = tl.dot(b_k, b_q, input_precision=PRECISION)  # [BN, BM]
         row = row_terms(cells, i_b, i_h, o_m[None, :], M, N)
         b_x = tile_logits(b_x, cells, row, o_m[None, :], o_n[:, None], inside[:, None], MASKED)
         if cells.after is not None:
             b_x = reweighted(b_x, cells, row, o_m[None, :], o_n[:, None], inside[:, None])
-        b_p = tl.exp2(b_x - b_lse[None, :])
-        counted = (b_x > LOWEST) & real[None, :]
-        if outputs.received is not None:
+        counted = (tl.where(b_x <= LOWEST, 0, 1) != 0) & real[None, :]  # NaN counts
+        b_p = tl.where(counted, weight_of(b_x, b_shift[None, :], b_log[None, :], cells), 0.0)
+        if (outputs.received is not None) or (outputs.received_max is not None):
             b_sum += tl.sum(b_p, 1)
+        if outputs.received is not None:
             b_seen += tl.sum(counted.to(tl.int32), 1)
         if outputs.received_max is not None:
             b_max = tl.maximum(b_max, tl.max(b_p, 1))
@@ -89,14 +89,14 @@ def visit_queries(
 
 @triton.jit
 def columns_kernel(
-    p_q, q_strides, region, p_lse, p_real, cells, outputs, H, M, N, first, run,
+    p_q, q_strides, region, p_shift, p_log, p_real, cells, outputs, H, M, N, first, run,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BN keys of one head and batch row.
 
     first: position of the region's first key among all N.  run: batch rows that share the region's keys.
-    lse [B,H,M] and p_real (uint8, [B,M]) are contiguous.
+    shift, log [B,H,M] and p_real (uint8, [B,M]) are contiguous.
     """
     n_n = tl.cdiv(region.n, BN)
     i_n = tl.program_id(0) % n_n * BN
@@ -109,7 +109,8 @@ def columns_kernel(
     p_k = region.k + i_b // run * region.k_strides[0] + (i_h // G) * region.k_strides[1]
     b_k = load_block(p_k, region.k_strides[2], o_r, region.n, D, BD, UPCAST)
     p_qh = p_q + i_b * q_strides[0] + i_h * q_strides[1]
-    p_lse += i_bh * M
+    p_shift += i_bh * M
+    p_log += i_bh * M
     if p_real is not None:
         p_real += i_b * M
 
@@ -119,16 +120,16 @@ def columns_kernel(
     start, left, right, stop = query_range(cells, M, region.n, first, i_n, BM, BN)
     if (cells.nearest is not None) and (cells.hides is None):
         sums = visit_queries(
-            sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside,
+            sums, b_k, p_qh, q_strides[2], p_shift, p_log, p_real, cells, outputs, i_b, i_h, o_n, inside,
             start, tl.minimum(left, stop), M, N, D, BD, BM, True, UPCAST, PRECISION,
         )  # fmt: skip
     if cells.hides is None:
         sums = visit_queries(
-            sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside,
+            sums, b_k, p_qh, q_strides[2], p_shift, p_log, p_real, cells, outputs, i_b, i_h, o_n, inside,
             left, right, M, N, D, BD, BM, False, UPCAST, PRECISION,
         )  # fmt: skip
     sums = visit_queries(
-        sums, b_k, p_qh, q_strides[2], p_lse, p_real, cells, outputs, i_b, i_h, o_n, inside,
+        sums, b_k, p_qh, q_strides[2], p_shift, p_log, p_real, cells, outputs, i_b, i_h, o_n, inside,
         right, stop, M, N, D, BD, BM, True, UPCAST, PRECISION,
     )  # fmt: skip
 
@@ -137,14 +138,14 @@ def columns_kernel(
     if outputs.received is not None:
         tl.store(outputs.received + o_row, b_sum / tl.maximum(b_seen, 1).to(tl.float32), mask=inside)
     if outputs.received_max is not None:
-        tl.store(outputs.received_max + o_row, b_max, mask=inside)
+        tl.store(outputs.received_max + o_row, tl.where(b_sum == b_sum, b_max, b_sum), mask=inside)  # NaN stays
     if outputs.column_norm is not None:
         tl.store(outputs.column_norm + o_row, tl.sqrt(b_square), mask=inside)
     if outputs.fai is not None:
         tl.store(outputs.fai + o_row, b_far_sum / tl.maximum(b_far_seen, 1).to(tl.float32), mask=inside)
 
 
-def statistics(call: Call, lse: Float[Tensor, "B H M"]) -> dict[str, Tensor]:
+def statistics(call: Call, norm: Float[Tensor, "2 B H M"]) -> dict[str, Tensor]:
     """Compute the requested statistics of keys, [B, H, N]."""
     b, h, m, _ = call.q.shape
     stats, outputs = allocate(call)
@@ -161,7 +162,8 @@ def statistics(call: Call, lse: Float[Tensor, "B H M"]) -> dict[str, Tensor]:
                 q,
                 q.stride()[:3],
                 region,
-                lse,
+                norm[0],
+                norm[1],
                 real,
                 arguments.cells(call),
                 outputs,

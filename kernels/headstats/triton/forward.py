@@ -5,7 +5,7 @@ alpha = 2^(m - m'), the updates are
     out, l, any sum_j 2^(x - m) w_j     ->  alpha * old + new
     entropy term T = sum 2^(x - m) (x - m)  ->  alpha * (T + (m - m') l) + new
     sum of squared weights              ->  alpha^2 * old + new
-and at the end  lse = ln2 (m + log2 l),  entropy = ln2 (log2 l - T / l),  largest weight = 1 / l.
+and at the end  norm = (m, log2 l), lse = ln2 (m + log2 l),  entropy = ln2 (log2 l - T / l),  largest weight = 1 / l.
 Every statistic is a compile-time switch: statistics that are not requested compile to no instruction.
 
 A prefix that batch rows share is a separate region of keys. A tile then holds queries of several batch rows. Their own
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from headstats.triton.row_sums import add_tile, add_weights, no_sums, normalise, store_output, store_statistics
-from headstats.triton.tile_scores import LN2, reweighted, row_terms, tile_logits
+from headstats.triton.tile_scores import reweighted, row_terms, tile_logits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read here, because this is where @triton.jit runs
 
@@ -169,7 +169,7 @@ def visit_region(
 
 @triton.jit
 def attend_kernel(
-    p_q, q_strides, own, prefix, p_out, p_lse, cells, stats, ends, H, M, N, run,
+    p_q, q_strides, own, prefix, p_out, p_shift, p_log, cells, stats, ends, H, M, N, run,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, MIX_PRECISION: tl.constexpr, EXACT: tl.constexpr,
@@ -246,6 +246,7 @@ def attend_kernel(
     o_row = i_bh * M + o_m
     if prefix is not None:
         o_row = (tl.reshape(i_b, [BM]) * H + i_h) * M + o_m
-    tl.store(p_lse + o_row, tl.where(empty, float("-inf"), (b_shift + b_log) * LN2), mask=rows)
+    tl.store(p_shift + o_row, tl.where(empty, 0.0, b_shift), mask=rows)
+    tl.store(p_log + o_row, tl.where(empty, float("-inf"), b_log), mask=rows)
     store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF)
     store_output(p_out, ends, b_o, b_inv, i_b, i_h, o_m[:, None], o_row, rows, DV, BDV)

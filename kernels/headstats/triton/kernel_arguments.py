@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from headstats.call import HIDDEN, LOG2E, Call
+from headstats.call import HIDDEN, HIDDEN_BIAS, LOG2E, Call
 from headstats.edits import hash_noise
 from headstats.edits.lowering import LAYOUTS, LoweredCall
 
@@ -217,7 +217,7 @@ def _floor(dtype: torch.dtype) -> float:
 
     It is compared in the bias's own dtype.
     """
-    return max(torch.finfo(dtype).min, float(torch.tensor(HIDDEN).to(dtype)))
+    return max(torch.finfo(dtype).min, float(torch.tensor(HIDDEN_BIAS).to(dtype)))
 
 
 def _row_numbers(call: Call, rows: int) -> Int[Tensor, "#B M"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstats.call import Call
+from headstats.call import LN2, LOG2E, Call
 from headstats.triton import kernel_arguments as arguments
 
 if TYPE_CHECKING:
@@ -38,32 +38,33 @@ def unsupported(call: Call, leaf_names: set[str]) -> list[str]:
 
 
 def backward(
-    call: Call, leaf_names: set[str], out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    call: Call, leaf_names: set[str], out: Tensor, norm: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> dict[str, Tensor]:
     """Return d loss / d leaf by name for the requested leaves.
 
-    Given are out, lse and d loss / d (out, lse).
+    Given are out, norm (see `call.lse_of`) and d loss / d (out, lse).
 
     `unsupported` must be empty for the call and the requested leaves.
     """
-    empty = lse == -torch.inf
+    empty = norm[1] == -torch.inf
+    grad_lse = grad_lse.masked_fill(empty, 0)
     delta = ((grad_out.float() * out).sum(-1) - grad_lse).masked_fill(empty, 0)
     rows = (
         arguments.unit_stride(call.q),
         arguments.unit_stride(grad_out.to(call.q.dtype)),
-        lse.contiguous(),
+        norm.contiguous(),
         delta,
     )
     grads = gradients_of_keys(call, *rows) if leaf_names & OF_KEYS else {}
     if leaf_names - OF_KEYS:
         per_row = {name: torch.empty_like(delta) for name in ("temperature", "alibi") if name in leaf_names}
         grads["q"] = gradient_of_queries(call, *rows, per_row)
-        grads |= _row_gradients(call, leaf_names, lse.masked_fill(empty, torch.inf), delta, per_row)
+        grads |= _row_gradients(call, leaf_names, norm, delta, grad_lse, per_row)
     return grads
 
 
 def _row_gradients(
-    call: Call, leaf_names: set[str], lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]
+    call: Call, leaf_names: set[str], norm: Tensor, delta: Tensor, grad_lse: Tensor, per_row: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the gradients of arguments that act on whole rows and heads.
 
@@ -73,23 +74,24 @@ def _row_gradients(
     temperature = None if call.temperature is None else call.temperature.float()
     if "alibi" in leaf_names:
         grads["alibi"] = -per_row["alibi"].sum((0, 2))
-    total = per_row.get("temperature", torch.zeros(()))  # sum of ds logit, including the learned sink
+    total = per_row.get("temperature", torch.zeros(()))  # sum of ds (logit - shift), including the learned sink
     if call.sinks is not None:
         sink = call.sinks.float()[None, :, None]
         sink = sink if temperature is None else sink / temperature
-        d_sink = -torch.exp(sink - lse) * delta
+        d_sink = -torch.exp2((sink * LOG2E - norm[0]) - norm[1]).masked_fill(norm[1] == -torch.inf, 0) * delta
         if "sinks" in leaf_names:
             grads["sinks"] = (d_sink if temperature is None else d_sink / temperature).sum((0, 2))
         if "temperature" in leaf_names:
-            total = total + d_sink * sink
+            total = total + d_sink * (sink - norm[0] * LN2)
     if "temperature" in leaf_names:
         assert temperature is not None  # it requires a gradient
+        total = total + grad_lse * norm[0] * LN2  # the sum of ds is d loss / d lse
         grads["temperature"] = (-total / temperature).sum_to_size(temperature.shape)
     return grads
 
 
 def gradients_of_keys(
-    call: Call, q: Tensor, go: Tensor, lse: Tensor, delta: Tensor
+    call: Call, q: Tensor, go: Tensor, norm: Tensor, delta: Tensor
 ) -> dict[str, Float[Tensor, "... D"]]:
     """Return the gradients of k, v and the prefix."""
     from headstats.triton import backward, forward
@@ -105,18 +107,18 @@ def gradients_of_keys(
             grads[k], grads[v] = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in region[:2])
             blocks = region.k.shape[0] * region.k.shape[1] * -(-region.n // meta["BN"])
             kernel[(blocks,)](
-                q, q.stride()[:3], region, go, go.stride()[:3], lse, delta, grads[k], grads[v], arguments.cells(call),
-                q.shape[1], q.shape[2], call.n, first, share, **meta,
+                q, q.stride()[:3], region, go, go.stride()[:3], norm[0], norm[1], delta, grads[k], grads[v],
+                arguments.cells(call), q.shape[1], q.shape[2], call.n, first, share, **meta,
             )  # fmt: skip
     return grads
 
 
 def gradient_of_queries(
-    call: Call, q: Tensor, go: Tensor, lse: Tensor, delta: Tensor, per_row: dict[str, Tensor]
+    call: Call, q: Tensor, go: Tensor, norm: Tensor, delta: Tensor, per_row: dict[str, Tensor]
 ) -> Float[Tensor, "B H M D"]:
     """Return the gradient of q.
 
-    per_row is filled with sum_j ds logit (temperature) and sum_j dx distance (alibi).
+    per_row is filled with sum_j ds (logit - shift) (temperature) and sum_j dx distance (alibi).
     """
     from headstats.triton import backward, forward
 
@@ -127,7 +129,7 @@ def gradient_of_queries(
     kernel: Any = backward.queries_gradient_kernel
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         kernel[(b * h * -(-m // meta["BM"]),)](
-            q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, go, go.stride()[:3], lse, delta, dq,
+            q, q.stride()[:3], arguments.keys(call.k, call.v), prefix, go, go.stride()[:3], norm[0], norm[1], delta, dq,
             per_row.get("temperature"), per_row.get("alibi"), arguments.cells(call), h, m, call.n, run, **meta,
         )  # fmt: skip
     return dq

@@ -1,6 +1,6 @@
-"""Triton: weights of single cells from q, k and lse.
+"""Triton: weights of single cells from q, k and norm.
 
-p_ij = 2^(x_ij - lse_i log2 e), without pattern or values.
+p_ij = 2^((x_ij - shift_i) - log_i), without pattern or values.
 """
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
@@ -9,19 +9,19 @@ p_ij = 2^(x_ij - lse_i log2 e), without pattern or values.
 import triton
 import triton.language as tl
 
-from headstats.triton.tile_scores import LOG2E, LOWEST, reweighted, row_terms, tile_logits
+from headstats.triton.tile_scores import LOWEST, reweighted, row_terms, tile_logits, weight_of
 
 
 @triton.jit
 def weigh_cells_kernel(
-    p_q, q_strides, own, prefix, p_keys, keys_strides, p_lse, p_out, cells, H, M, N, T, run,
+    p_q, q_strides, own, prefix, p_keys, keys_strides, p_shift, p_log, p_out, cells, H, M, N, T, run,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head and batch row.
 
     p_keys: int64, T keys of each query; invalid keys weigh 0.
 
-    lse [B,H,M] and out, [B,H,M,T] or with SUM [B,H,M], are contiguous. run: batch rows that share a prefix.
+    shift, log [B,H,M] and out, [B,H,M,T] or with SUM [B,H,M], are contiguous. run: batch rows that share a prefix.
     """
     n_m = tl.cdiv(M, BM)
     i_bh = (tl.program_id(0) // n_m).to(tl.int64)
@@ -33,7 +33,8 @@ def weigh_cells_kernel(
     o_m64 = o_m.to(tl.int64)
     p_qt = p_q + i_b * q_strides[0] + i_h * q_strides[1] + o_m64[:, None] * q_strides[2] + o_d
     b_q = tl.load(p_qt, mask=rows[:, None] & (o_d < D), other=0.0).to(tl.float32)  # [BM, BD]
-    b_lse = tl.load(p_lse + i_bh * M + o_m, mask=rows, other=0.0) * LOG2E
+    b_shift = tl.load(p_shift + i_bh * M + o_m, mask=rows, other=0.0)
+    b_log = tl.load(p_log + i_bh * M + o_m, mask=rows, other=0.0)
     row = row_terms(cells, i_b, i_h, o_m[:, None], M, N)
     p_k = own.k + i_b * own.k_strides[0] + (i_h // G) * own.k_strides[1]
     if prefix is not None:
@@ -54,7 +55,7 @@ def weigh_cells_kernel(
         if cells.after is not None:
             b_x = reweighted(b_x, cells, row, o_m[:, None], o_n[:, None], real[:, None])
         b_x = tl.reshape(b_x, [BM])
-        b_p = tl.where(b_x > LOWEST, tl.exp2(b_x - b_lse), 0.0)
+        b_p = tl.where(b_x <= LOWEST, 0.0, weight_of(b_x, b_shift, b_log, cells))
         if SUM:
             b_total += b_p
         else:

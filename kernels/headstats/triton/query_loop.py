@@ -11,8 +11,6 @@ Their tiles are transposed: keys as [BN, 1], queries as [1, BM].
 import triton
 import triton.language as tl
 
-from headstats.triton.tile_scores import LOG2E
-
 
 @triton.jit
 def query_range(cells, M, n, first, i_n, BM: tl.constexpr, BN: tl.constexpr):
@@ -65,10 +63,11 @@ def load_block(p, s_row, o_r, n, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.c
 
 
 @triton.jit
-def load_norms(p_lse, o_m, M):
-    """Load lse of queries in base 2.
+def load_norms(p_shift, p_log, o_m, M):
+    """Load the norms of queries: a weight is 2^((x - shift) - log).
 
-    It is +inf, so that all weights are 0, where no query exists or the query sees no key.
+    The second part is +inf, so that all weights are 0, where no query exists or the query sees no key.
     """
-    b_lse = tl.load(p_lse + o_m, mask=o_m < M, other=float("inf")) * LOG2E
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    b_shift = tl.load(p_shift + o_m, mask=o_m < M, other=0.0)
+    b_log = tl.load(p_log + o_m, mask=o_m < M, other=float("inf"))
+    return b_shift, tl.where(b_log == float("-inf"), float("inf"), b_log)

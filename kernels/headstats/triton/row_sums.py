@@ -12,7 +12,7 @@ to no instruction.
 import triton
 import triton.language as tl
 
-from headstats.triton.tile_scores import LN2, LOG2E, LOWEST
+from headstats.triton.tile_scores import HIDDEN, LN2, LOG2E, LOWEST
 
 TINY = tl.constexpr(1e-37)
 
@@ -23,7 +23,7 @@ def no_sums(BM: tl.constexpr, BDV: tl.constexpr, BF: tl.constexpr):
 
     In order: products with values; running maximum m and normaliser l; the same before gains that act after the
     softmax; then entropy term, place of the maximum, distances, squared deviations of distance, squared weights,
-    visible keys, masses within the local window and near the query; products with features.
+    visible keys, mass within the local window, clipped distances; products with features.
     """
     b_o = tl.zeros([BM, BDV], tl.float32)
     b_f = tl.zeros([BM, BF], tl.float32)
@@ -63,14 +63,14 @@ def add_tile(
     else:
         b_top = tl.max(b_x, 1)
     if stats.entropy_normalised is not None:
-        b_n += tl.sum((b_x > LOWEST).to(tl.int32), 1) if MASKED else b_x.shape[1]
+        b_n += tl.sum(tl.where(b_x <= LOWEST, 0, 1), 1) if MASKED else b_x.shape[1]
     b_new = tl.maximum(b_m, b_top)
     b_alpha = tl.exp2(b_m - b_new)
     b_x = b_x - b_new[:, None]
     b_w = tl.exp2(b_x)
     b_sum = tl.sum(b_w, 1)
     if (stats.entropy is not None) or (stats.entropy_normalised is not None):
-        b_t = b_alpha * (b_t + (b_m - b_new) * b_l) + tl.sum(b_w * b_x, 1)
+        b_t = b_alpha * (b_t + (b_m - b_new) * b_l) + tl.sum(b_w * tl.where(b_x < HIDDEN, HIDDEN, b_x), 1)
     if (stats.distance is not None) or (stats.distance_var is not None):
         # Places inside the tile are small numbers: subtracting positions after summing would lose digits.
         b_first = tl.sum(b_w * b_place, 1)
@@ -89,10 +89,12 @@ def add_tile(
         if MASKED:
             b_local += tl.sum(tl.where(tl.abs(b_far) < stats.local_window, b_w, 0.0), 1)
     if stats.waad is not None:
-        b_close *= b_alpha
+        b_close *= b_alpha  # no term is subtracted from another, which would lose digits for a large window
         if MASKED:
-            b_short = tl.maximum(stats.waad_window - tl.abs(b_far), 0)
+            b_short = tl.minimum(tl.abs(b_far), stats.waad_window)
             b_close += tl.sum(b_w * b_short.to(tl.float32), 1)
+        else:
+            b_close += b_sum * stats.waad_window
     others = b_t, b_a, b_d, b_s, b_p, b_n, b_local, b_close
     return (b_new, b_alpha * b_l + b_sum), others, b_w, b_alpha
 
@@ -135,7 +137,7 @@ def store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF: tl
     _empty, b_shift, b_log, b_inv = norm
     if (stats.entropy is not None) or (stats.entropy_normalised is not None):
         # -sum p log2 p with log2 p = (x - m) + (m - shift) - log2 total
-        b_h = tl.where(b_l == 0.0, 0.0, b_inv * (b_l * (b_log + b_shift - b_m) - b_t)) * LN2
+        b_h = tl.where(b_l == 0.0, 0.0, b_inv * (b_l * ((b_shift - b_m) + b_log) - b_t)) * LN2
         if stats.entropy is not None:
             tl.store(stats.entropy + o_row, b_h, mask=rows)
         if stats.entropy_normalised is not None:
@@ -144,21 +146,21 @@ def store_statistics(stats, softmax, others, b_o, b_f, norm, o_row, rows, BF: tl
     if stats.max_prob is not None:
         tl.store(stats.max_prob + o_row, b_inv, mask=rows)
     if stats.argmax is not None:
-        tl.store(stats.argmax + o_row, b_a.to(tl.int64), mask=rows)
+        tl.store(stats.argmax + o_row, tl.where(b_inv == b_inv, b_a, -1).to(tl.int64), mask=rows)
     if stats.distance is not None:
         tl.store(stats.distance + o_row, b_d * b_inv, mask=rows)
     if stats.distance_var is not None:
         b_v = b_s / tl.maximum(b_l, TINY)
-        tl.store(stats.distance_var + o_row, tl.where(b_inv > 0.0, b_v, 0.0), mask=rows)
+        tl.store(stats.distance_var + o_row, tl.where(b_inv == 0.0, 0.0, b_v), mask=rows)
     if stats.participation is not None:
         tl.store(stats.participation + o_row, b_p * b_inv * b_inv, mask=rows)
     if stats.effective_keys is not None:
         b_e = b_l * b_l / tl.maximum(b_p, TINY)
-        tl.store(stats.effective_keys + o_row, tl.where(b_inv > 0.0, b_e, 0.0), mask=rows)
+        tl.store(stats.effective_keys + o_row, tl.where(b_inv == 0.0, 0.0, b_e), mask=rows)
     if stats.local is not None:
         tl.store(stats.local + o_row, b_local * b_inv, mask=rows)
     if stats.waad is not None:
-        tl.store(stats.waad + o_row, (stats.waad_window * b_l - b_close) * b_inv, mask=rows)
+        tl.store(stats.waad + o_row, b_close * b_inv, mask=rows)
     if stats.value_norm is not None:
         tl.store(stats.value_norm + o_row, tl.sqrt(tl.sum(b_o * b_o, 1)) * b_inv, mask=rows)
     if stats.per_key is not None:

@@ -24,7 +24,7 @@ ZERO = tl.constexpr(weights.ZERO)
 ALONE = tl.constexpr(lowering.ALONE)
 UNIFORM, IDENTITY, REVERSED, RANDOM = (tl.constexpr(i) for i in range(4))  # indices into lowering.LAYOUTS
 EQUAL = tl.constexpr(1e-6)  # logits in base 2 with a smaller relative difference count as equal
-LOWEST = tl.constexpr(call.HIDDEN / 2)  # where a running maximum starts, so that 2^(HIDDEN - m) = 0 in an empty row
+LOWEST = tl.constexpr(call.LOWEST)  # where a running maximum starts, so that 2^(HIDDEN - m) = 0 in an empty row
 DROPPED, UNIT = tl.constexpr(32 - hash_noise.BITS), tl.constexpr(2.0**-hash_noise.BITS)
 HIDES, OPENS = tl.constexpr(arguments.HIDES), tl.constexpr(arguments.OPENS)
 
@@ -147,6 +147,19 @@ def tile_logits(b_x, cells, row, o_i, o_n, inside, MASKED: tl.constexpr):
     if cells.within is not None:
         b_x = reweighted(b_x, cells, row, o_i, o_n, inside)
     return b_x
+
+
+@triton.jit
+def weight_of(b_x, b_shift, b_log, cells):
+    """Turn logits into weights, given the norms of their rows.
+
+    Where no edit acts after the softmax, no logit exceeds its row's largest. One that does is larger by rounding, which
+    differs between kernels and would be a factor of 2^64 beside logits of 1e9.
+    """
+    b_y = b_x - b_shift
+    if cells.after is None:
+        b_y = tl.where(b_y > 0.0, 0.0, b_y)
+    return tl.exp2(b_y - b_log)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headstats.call import LOG2E, Call
+from headstats.call import Call
 from headstats.stats import TopK
 from headstats.triton import kernel_arguments as arguments
 from headstats.triton.forward import INTERPRETED, key_range
@@ -160,20 +160,21 @@ def largest_kernel(
     tl.store(p_place + o_out, b_place, mask=here)
 
 
-def topk(call: Call, lse: Float[Tensor, "B H M"]) -> TopK:
+def topk(call: Call, norm: Float[Tensor, "2 B H M"]) -> TopK:
     """Return the k largest weights, largest first, and their keys."""
     k = call.spec.topk
     if k <= MOST_KEPT:
         best, place = _pass(call, k, None)
     else:  # all passes have the same size, so that a cell's logit has the same bits in each
-        last = torch.full_like(lse, torch.inf), torch.full_like(lse, -1, dtype=torch.int32)
+        last = torch.full_like(norm[0], torch.inf), torch.full_like(norm[0], -1, dtype=torch.int32)
         passes = []
         for _ in range(-(-k // MOST_KEPT)):
             passes.append(_pass(call, MOST_KEPT, last))
             last = tuple(x[..., -1].contiguous() for x in passes[-1])
         best, place = (torch.cat(x, -1)[..., :k] for x in zip(*passes, strict=True))
-    values = torch.where(place >= 0, torch.exp2(best - lse[..., None] * LOG2E), 0.0)
-    return TopK(values, place.long())
+    values = torch.where(place >= 0, torch.exp2((best - norm[0][..., None]) - norm[1][..., None]), 0.0)
+    undefined = norm[1].isnan()[..., None]
+    return TopK(values.masked_fill_(undefined, torch.nan), place.long().masked_fill_(undefined, -1))
 
 
 def _pass(

@@ -5,7 +5,7 @@ Each message names the argument, its value and what is allowed.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from headstats.call import Call
 from headstats.edit import TABLES, Edit
 from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT
+from headstats.validate import plain as plain_tensors
 from headstats.validate.edit import edit_fields
 from headstats.validate.keys import (
     Sizes,
@@ -24,6 +25,7 @@ from headstats.validate.keys import (
     check_targets,
     check_tensor,
     resolve_spec,
+    widen,
 )
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +37,14 @@ def make_call(
     prefix=None, targets=None, key_features=None, spec=None, edit=None,
 ) -> Call:  # fmt: skip
     """Turn the arguments of `attend` into a `Call`, or raise TypeError or ValueError."""
+    plain = plain_tensors.materialise_all({
+        "q": q, "k": k, "v": v, "bias": bias, "alibi": alibi, "sinks": sinks, "q_segments": q_segments,
+        "k_segments": k_segments, "segment_mask": segment_mask, "segment_open": segment_open,
+        "key_padding": key_padding, "query_padding": query_padding, "prefix": prefix, "targets": targets,
+        "key_features": key_features,
+    })  # fmt: skip
+    q, k, v, bias, alibi, sinks, q_segments, k_segments, segment_mask, segment_open, key_padding, query_padding, \
+        prefix, targets, key_features = plain.values()  # fmt: skip
     _check_tensors(q, k, v)
     b, h, m, d = q.shape
     prefix_k, prefix_v = _check_prefix(prefix, k, v)
@@ -45,17 +55,19 @@ def make_call(
         raise ValueError(f"window={window!r}: an int >= 1 expected (it counts the query's own position), or None")
     if window is not None and window >= max(n, 1 if causal else m):
         window = None  # wider than any distance
-    if softcap is not None and not _is_positive(softcap):
+    if softcap is not None and not (_is_finite(softcap) and softcap > 0):
         raise ValueError(f"softcap={softcap!r}: a finite number > 0 expected, or None")
     if scale is None:
         scale = d**-0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    elif not _is_finite(scale):
         raise ValueError(f"scale={scale!r}: a finite number expected, or None for D**-0.5")
     spec = StatSpec() if spec is None else spec
     if not isinstance(spec, StatSpec):
         raise TypeError(f"spec={spec!r}: a headstats.StatSpec expected, e.g. StatSpec(entropy=True, sink=4)")
     if edit is not None and not isinstance(edit, Edit):
         raise TypeError(f"edit={edit!r}: a headstats.Edit expected, e.g. Edit(gate=...), or None")
+    if edit is not None:
+        edit = plain_tensors.materialise_edit(edit, q)
     spec = resolve_spec(spec, {"k_segments": k_segments, "targets": targets, "key_features": key_features})
     key_padding = _check_padding("key_padding", key_padding, (b, n), q)
     query_padding = _check_padding("query_padding", query_padding, (b, m), q)
@@ -110,8 +122,11 @@ def _check_tensors(q: Any, k: Any, v: Any) -> None:
         )
 
 
-def _is_positive(x: Any) -> bool:
-    return not isinstance(x, bool) and isinstance(x, (int, float)) and math.isfinite(x) and x > 0
+def _is_finite(x: Any) -> bool:
+    """Whether x is a number that a float can hold."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return False
+    return abs(x) <= sys.float_info.max
 
 
 def _check_padding(name: str, t: Any, shape: tuple[int, int], q: Tensor) -> Tensor | None:
@@ -154,7 +169,7 @@ def check_per_head(name: str, t: Any, h: int, q: Tensor, what: str) -> Tensor | 
     check_tensor(name, t, q)
     if tuple(t.shape) != (h,):
         raise ValueError(f"{name} has shape {list(t.shape)}: one {what} for each query head, [{h}], expected")
-    return t
+    return widen(t, q)
 
 
 def _check_prefix(prefix: Any, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headstats.edit import TABLES, Edit
-from headstats.validate.keys import Sizes, check_bool_table, check_tensor, to_four_dimensions
+from headstats.validate.keys import Sizes, check_bool_table, check_tensor, to_four_dimensions, widen
 from headstats.validate.rows import acting_rows
 from headstats.validate.values import check_values, is_tracing
 
@@ -126,7 +126,7 @@ def _resolve_gains(edit: Edit, heads: tuple[int, int], q: Tensor) -> dict[str, T
         gain = check_values(gain, "Edit.gain", "not negative")
     if not edit.renormalise:
         if cut is not None:
-            gain = torch.where(cut, 0, q.new_ones(()) if gain is None else gain)
+            gain = torch.where(cut, 0, widen(q.new_ones(()), q) if gain is None else gain)
         return {"edit_bias": bias, "knockout": None, "gain": gain}
     if gain is not None:
         gain = check_values(gain, "Edit.gain", "has a logarithm") if gain.requires_grad else gain
@@ -163,7 +163,7 @@ def _check_number_table(name: str, t: Any, heads: tuple[int, int], q: Tensor, ne
     if t is None:
         return None
     check_tensor(f"Edit.{name}", t, q)
-    t = check_values(to_four_dimensions(f"Edit.{name}", t, heads), f"Edit.{name}", "finite")
+    t = check_values(to_four_dimensions(f"Edit.{name}", widen(t, q), heads), f"Edit.{name}", "finite")
     return torch.nn.functional.pad(t, (0, 1, 0, 1), value=neutral)
 
 
@@ -189,6 +189,7 @@ def _check_row_numbers(name: str, t: Any, shape: tuple[int, ...], q: Tensor) -> 
     if t is None:
         return None
     check_tensor(f"Edit.{name}", t, q)
+    t = widen(t, q)
     whole = t if t.dim() == 3 else t[..., None]
     if not _can_broadcast(whole, shape):
         raise ValueError(
@@ -207,6 +208,7 @@ def _check_replacement(t: Any, shape: tuple[int, int, int, int], q: Tensor) -> T
         return None
     check_tensor("Edit.replacement", t, q)
     b, h, m, dv = shape
+    t = widen(t, q)
     whole = t if t.dim() == 4 else t[..., None, :] if t.dim() else t.reshape(1, 1)
     if not _can_broadcast(whole, shape):
         raise ValueError(

@@ -13,6 +13,8 @@ from headstats.spec import StatSpec
 from headstats.stats import ARGUMENT
 from headstats.validate.values import check_values, is_tracing
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # those that fit into int64
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -44,6 +46,11 @@ def check_tensor(name: str, t: Any, q: Tensor, floating: bool = True) -> None:
         raise ValueError(f"{name} is on {t.device} but q is on {q.device}: one device expected")
 
 
+def widen(t: Tensor, q: Tensor) -> Tensor:
+    """Return a small parameter in the dtype of logits, before any arithmetic with it."""
+    return t.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
 def resolve_spec(spec: StatSpec, arguments: dict[str, Any]) -> StatSpec:
     """Turn statistics that depend on an argument on or off.
 
@@ -71,7 +78,7 @@ def check_ids(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str
     if t is None:
         return None
     check_tensor(name, t, q, floating=False)
-    if t.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if t.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {t.dtype}: an integer dtype expected")
     whole = t[None] if t.dim() == len(shape) - 1 else t
     if whole.dim() != len(shape) or any(s not in (w, -1) for w, s in zip(whole.shape[1:], shape[1:], strict=True)) \

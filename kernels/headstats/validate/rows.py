@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headstats.edit import Edit
-from headstats.validate.keys import Sizes, check_tensor
+from headstats.validate.keys import INTEGERS, Sizes, check_tensor
 from headstats.validate.values import check_values
 
 
@@ -51,9 +51,11 @@ def _rows_of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
 def _check_prompt_lengths(value: Any, sizes: Sizes, q: Tensor) -> Tensor:
     """Check Edit.prompt_length and return it as [#B, 1]."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
+    if is_int and not 0 <= value < 1 << 63:
+        raise ValueError(f"Edit.prompt_length={value!r}: an int from 0 to 2**63 - 1 expected")
     length: Any = torch.tensor([value], device=q.device) if is_int else value
     check_tensor("Edit.prompt_length", length, q, floating=False)
-    if length.is_floating_point() or length.dtype == torch.bool or tuple(length.shape) not in ((1,), (sizes.b,)):
+    if length.dtype not in INTEGERS or tuple(length.shape) not in ((1,), (sizes.b,)):
         raise ValueError(
             f"Edit.prompt_length is {length.dtype} {list(length.shape)}: an int, or integers [B] = [{sizes.b}] expected"
         )

@@ -260,7 +260,9 @@ struct Worker {
 
   void multiply_keys(const Region<T>& region, int64_t j, int64_t valid, int64_t r0, int64_t r1) {
     const T factor = T(c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E);
-    if (!region.panels && r1 - r0 <= FEW && c.D % WIDTH<T> == 0 && region.k.plain(j))
+    // The column pass must find the same logits to the last bit, and multiplies panels.
+    const bool columns = c.received || c.received_max || c.column_norm || c.fai;
+    if (!columns && !region.panels && r1 - r0 <= FEW && c.D % WIDTH<T> == 0 && region.k.plain(j))
       return dot_products(r1 - r0, q + r0 * c.D, c.D, region.k, j, from[0], std::min(to[0], valid), x + r0 * BLOCK,
                           BLOCK, c.D, factor);
     const T* panels = region.panels ? region.panels + j * c.D : k_space.need(BLOCK * c.D);

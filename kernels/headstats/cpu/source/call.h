@@ -22,7 +22,7 @@
   I(layout) P(levels) P(tops) P(states) /* see logits.h; [B, H, M] and uint32 [B, H] */                     \
   I(after) I(within) /* whether log2_gain and layout act after the softmax, or before it */                      \
   HEADSTATS_ROWS(I, P, temperature) HEADSTATS_ROWS(I, P, gate) HEADSTATS_FULL(I, P, replacement)              \
-  P(out) P(lse) /* these and the following: float for half-precision and float inputs, double for double */           \
+  P(out) P(norm) /* norm: [2, B, H, M], see finish.h; float for half-precision and float inputs, else double */  \
   P(entropy) P(entropy_normalised) P(max_prob) P(argmax) P(participation) P(effective_keys) P(distance)       \
   P(distance_var) P(waad) I(waad_at) P(diagonal) P(previous) P(local) I(local_at) P(value_norm)               \
   P(topk_values) P(topk_indices) I(topk_count)                                                                \

@@ -1,4 +1,4 @@
-// The column pass: statistics of keys, in a second pass over the pattern, given lse, without values. A worker takes one
+// The column pass: statistics of keys, in a second pass over the pattern, given norm, without values. A worker takes one
 // block of keys of the heads that share them and loops over the queries, so each sum has one owner and one order.
 #pragma once
 #include "attend.h"
@@ -33,14 +33,15 @@ struct ColumnWorker {
 
   void visit(int64_t b, int64_t h, int64_t g, int64_t i0, int64_t i1, int64_t start, int64_t valid) {
     std::vector<Row<T>> rows;
-    std::vector<T> norms;
+    std::vector<T> shifts, logs;
     for (int64_t i = i0; i < i1; i++) {
       const Row<T> row = make_row<T>(c, b, h, i);
-      const T lse = static_cast<const T*>(c.lse)[row.number];
+      const T shift = static_cast<const T*>(c.norm)[row.number];
+      const T log = static_cast<const T*>(c.norm)[c.B * c.H * c.M + row.number];
       const uint8_t* real = row_of<uint8_t>(c.query_padding, b * c.M + i);
       const bool meets = row.first < start + valid && row.stop > start && row.first < row.stop;
-      if (!meets || (real && !*real) || !(lse > -std::numeric_limits<T>::infinity())) continue;
-      rows.push_back(row), norms.push_back(lse * T(LOG2E));
+      if (!meets || (real && !*real) || log == -std::numeric_limits<T>::infinity()) continue;
+      rows.push_back(row), shifts.push_back(shift), logs.push_back(log);
     }
     const int64_t count = rows.size();
     T *q = q_space.need(QUERY_ROWS * c.D), *x = x_space.need(QUERY_ROWS * BLOCK);
@@ -55,18 +56,18 @@ struct ColumnWorker {
     for (int64_t r = 0; r < count; r++) {
       shape_logits(c, rows[r], x + r * BLOCK, start, 0, width, valid);
       if (c.after) reweigh(c, rows[r], x + r * BLOCK, start, 0, valid);
-      add(g, rows[r], x + r * BLOCK, norms[r], start, width);
+      add(g, rows[r], x + r * BLOCK, shifts[r], logs[r], start, width);
     }
   }
 
-  void add(int64_t g, const Row<T>& row, T* x, T norm, int64_t start, int64_t width) {
+  void add(int64_t g, const Row<T>& row, T* x, T shift, T log, int64_t start, int64_t width) {
     constexpr int64_t n = WIDTH<T>;
     T *total = of_head(g, 0), *high = of_head(g, 1), *squares = of_head(g, 2), *count = of_head(g, 3);
     T *soon = of_head(g, 4), *soon_count = of_head(g, 5);
     for (int64_t at = 0; at < width; at += n) {
       const Vec<T> y = load(x + at);
-      const Vec<T> one = y > T(LOWEST) ? fill<T>(1) : Vec<T>{};
-      const Vec<T> p = exp2_below<T>(y - norm);
+      const Vec<T> one = y <= T(LOWEST) ? Vec<T>{} : fill<T>(1);
+      const Vec<T> p = y <= T(LOWEST) ? Vec<T>{} : exp2_below<T>((y - shift) - log);  // NaN of a visible cell stays
       store(x + at, p);
       store(total + at, load(total + at) + p);
       store(high + at, larger<T>(load(high + at), p));
@@ -74,9 +75,9 @@ struct ColumnWorker {
       store(count + at, load(count + at) + one);
       if (!c.fai) continue;
       const Vec<T> away = T(row.at - start - at) - counting<T>();
-      const Vec<T> inside = away < T(c.fai_near) ? Vec<T>{} : away > T(c.fai_far) ? Vec<T>{} : fill<T>(1);
-      store(soon + at, load(soon + at) + p * inside);
-      store(soon_count + at, load(soon_count + at) + one * inside);
+      const auto inside = [&](Vec<T> x) { return away < T(c.fai_near) ? Vec<T>{} : away > T(c.fai_far) ? Vec<T>{} : x; };
+      store(soon + at, load(soon + at) + inside(p));
+      store(soon_count + at, load(soon_count + at) + inside(one));
     }
   }
 
@@ -85,7 +86,7 @@ struct ColumnWorker {
     const int64_t to = (b * c.H + h) * c.N + start;
     for (int64_t j = 0; j < valid; j++) {
       put<T>(c.received, to + j, mean(of_head(g, 0)[j], of_head(g, 3)[j]));
-      put<T>(c.received_max, to + j, of_head(g, 1)[j]);
+      put<T>(c.received_max, to + j, std::isnan(of_head(g, 0)[j]) ? of_head(g, 0)[j] : of_head(g, 1)[j]);
       put<T>(c.column_norm, to + j, std::sqrt(of_head(g, 2)[j]));
       put<T>(c.fai, to + j, mean(of_head(g, 4)[j], of_head(g, 5)[j]));
     }

@@ -4,15 +4,23 @@
 
 namespace {
 
-// log2 of the row's softmax denominator; LOWEST if the row sees no key; NaN if a logit is NaN.
+// The row's softmax denominator is 2^shift 2^log: kept apart, because beside a large logit the sum would be lost to
+// rounding. log is -inf if the row sees no key, NaN if a logit is NaN.
+struct Norm {
+  double shift, log;
+  bool empty() const { return log == -std::numeric_limits<double>::infinity(); }
+  bool undefined() const { return std::isnan(log); }
+  double weight(double x) const { return std::exp2((x - shift) - log); }  // of a logit
+};
+
 template <class T>
-double log_norm(const Call& c, const Row<T>& r) {
+Norm norm_of(const Call& c, const Row<T>& r) {
   const double top = c.after ? r.all_top : r.top, mass = c.after ? r.all_mass : r.mass;
-  if (std::isnan(mass)) return mass;
-  if (!(top > LOWEST)) return LOWEST;
-  if (!c.sinks) return top + std::log2(mass);
-  const double sink = double(static_cast<const T*>(c.sinks)[r.h]) * LOG2E * r.cool, high = std::max(top, sink);
-  return high + std::log2(mass * std::exp2(top - high) + std::exp2(sink - high));
+  if (std::isnan(mass)) return {0, mass};
+  if (!(top > T(LOWEST))) return {0, -std::numeric_limits<double>::infinity()};
+  if (!c.sinks) return {top, std::log2(mass)};
+  const double sink = double(static_cast<const T*>(c.sinks)[r.h]) * LOG2E * r.cool, high = T(std::max(top, sink));
+  return {high, std::log2(mass * std::exp2(top - high) + std::exp2(sink - high))};
 }
 
 template <class T>
@@ -21,52 +29,54 @@ void put(void* to, int64_t number, double value) {
 }
 
 template <class T>
-double weight_of(double x, double norm) {
-  return x > LOWEST ? std::exp2(x - norm) : 0;
+double weight_of(T x, const Norm& norm) {
+  return x <= T(LOWEST) ? 0 : norm.weight(x);
 }
 
 template <class T>
-void write_lists(const Call& c, const Row<T>& r, Kept<T> kept, double norm) {
+void write_lists(const Call& c, const Row<T>& r, Kept<T> kept, const Norm& norm) {
   for (int64_t t = 0; c.targets && t < c.n_targets; t++)
-    put<T>(c.targets, r.number * c.n_targets + t, weight_of<T>(kept.targets[t], norm));
+    put<T>(c.targets, r.number * c.n_targets + t, weight_of(kept.targets[t], norm));
   for (int64_t t = 0; c.topk_values && t < c.topk_count; t++) {
-    put<T>(c.topk_values, r.number * c.topk_count + t, weight_of<T>(kept.top[t], norm));
-    put<int64_t>(c.topk_indices, r.number * c.topk_count + t, kept.top[t] > T(LOWEST) ? kept.top_at[t] : -1);
+    const bool some = kept.top[t] > T(LOWEST) && !norm.undefined();
+    put<T>(c.topk_values, r.number * c.topk_count + t, norm.undefined() ? norm.log : weight_of(kept.top[t], norm));
+    put<int64_t>(c.topk_indices, r.number * c.topk_count + t, some ? kept.top_at[t] : -1);
   }
 }
 
 template <class T>
-void write_statistics(const Call& c, const Row<T>& r, Kept<T> kept, double norm, double unit) {
-  const bool any = std::isnan(norm) || r.top > T(LOWEST);
+void write_statistics(const Call& c, const Row<T>& r, Kept<T> kept, const Norm& norm, double unit) {
+  const bool undefined = norm.undefined(), any = r.top > T(LOWEST);
   const bool some = r.mass > 0 && unit != 0;  // all weights may have become 0
-  double entropy = any ? -LN2 * unit * (r.entropy + (r.top - norm) * r.mass) : 0;
+  const auto if_defined = [&](double value) { return undefined ? norm.log : value; };
+  double entropy = any ? -LN2 * unit * (r.entropy + ((double(r.top) - norm.shift) - norm.log) * r.mass) : 0;
   if (!c.after) entropy = std::max(entropy, 0.0);  // rounding; with a gain, weights may exceed 1
-  put<T>(c.entropy, r.number, entropy);
-  put<T>(c.entropy_normalised, r.number, r.seen > 1 ? entropy / std::log(double(r.seen)) : 0);
+  put<T>(c.entropy, r.number, if_defined(entropy));
+  put<T>(c.entropy_normalised, r.number, if_defined(r.seen > 1 ? entropy / std::log(double(r.seen)) : 0));
   put<T>(c.max_prob, r.number, unit);
-  put<int64_t>(c.argmax, r.number, any ? double(r.argmax) : -1);
+  put<int64_t>(c.argmax, r.number, any && !undefined ? double(r.argmax) : -1);
   put<T>(c.participation, r.number, r.squares * unit * unit);
-  put<T>(c.effective_keys, r.number, some && r.squares > 0 ? r.mass * r.mass / r.squares : 0);
+  put<T>(c.effective_keys, r.number, if_defined(some && r.squares > 0 ? r.mass * r.mass / r.squares : 0));
   put<T>(c.distance, r.number, r.distance * unit);
-  put<T>(c.distance_var, r.number, some ? r.spread / r.mass : 0);
-  put<T>(c.waad, r.number, (double(c.waad_at) * r.mass - r.close) * unit);
+  put<T>(c.distance_var, r.number, if_defined(some ? r.spread / r.mass : 0));
+  put<T>(c.waad, r.number, r.close * unit);
   put<T>(c.sink, r.number, r.sink * unit);
   put<T>(c.local, r.number, r.local * unit);
-  put<T>(c.diagonal, r.number, weight_of<T>(r.diagonal, norm));
-  put<T>(c.previous, r.number, weight_of<T>(r.previous, norm));
+  put<T>(c.diagonal, r.number, weight_of(r.diagonal, norm));
+  put<T>(c.previous, r.number, weight_of(r.previous, norm));
   write_lists(c, r, kept, norm);
 }
 
 template <class T>
-T unit_of(const Row<T>& r, double norm) {
-  return T(std::isnan(norm) ? norm : r.top > T(LOWEST) ? std::exp2(double(r.top) - norm) : 0);
+T unit_of(const Row<T>& r, const Norm& norm) {
+  return T(norm.undefined() ? norm.log : r.top > T(LOWEST) ? norm.weight(r.top) : 0);
 }
 
 // Writes the sums of weights times values for each segment.
 template <class T>
 void write_outputs(const Call& c, const Row<T>& r, const T* sums, int64_t v_width) {
   if (!c.segment_outputs) return;
-  const T unit = unit_of(r, log_norm(c, r));
+  const T unit = unit_of(r, norm_of(c, r));
   for (int64_t s = 0; s < c.n_segments; s++)
     for (int64_t d = 0; d < c.Dv; d++)
       put<T>(c.segment_outputs, (r.number * c.n_segments + s) * c.Dv + d, sums[s * v_width + d] * unit);
@@ -75,10 +85,10 @@ void write_outputs(const Call& c, const Row<T>& r, const T* sums, int64_t v_widt
 // z: sum of weights times the numbers of each key that Plan::pack_values puts next to each other.
 template <class T>
 void write_row(const Call& c, const Row<T>& r, Kept<T> kept, const T* z) {
-  const double norm = log_norm(c, r);
-  const bool empty = norm <= LOWEST;
+  const Norm norm = norm_of(c, r);
   const T unit = unit_of(r, norm);
-  put<T>(c.lse, r.number, empty ? -std::numeric_limits<double>::infinity() : norm * LN2);
+  put<T>(c.norm, r.number, norm.shift);
+  put<T>(c.norm, c.B * c.H * c.M + r.number, norm.log);
   write_statistics(c, r, kept, norm, unit);
   double square = 0;
   for (int64_t d = 0; c.value_norm && d < c.Dv; d++) square += double(z[d]) * z[d];

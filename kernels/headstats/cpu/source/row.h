@@ -12,9 +12,9 @@
 namespace {
 
 constexpr double LOG2E = 1.44269504088896340735992468100, LN2 = 0.693147180559945309417232121458;
-constexpr double HIDDEN = -1e30;  // logit of a hidden cell: -inf would give 0 * inf in the entropy
-constexpr double LOWEST = -5e29;  // `top` starts here, so that 2^(HIDDEN - top) = 0 in an empty row
-constexpr double ZERO = HIDDEN / 64;  // logarithm of the weight of a visible cell with weight 0
+constexpr double HIDDEN = -1e36;    // logit of a hidden cell: -inf would give 0 * inf in the entropy
+constexpr double LOWEST = -1.44e30;  // at or below it, cells are hidden; `top` starts here, so that 2^(HIDDEN - top) = 0
+constexpr double ZERO = -1e28;       // logarithm of the weight of a visible cell with weight 0
 constexpr double ALONE = -HIDDEN;     // the level of a row whose weights do not change
 enum Layout { UNIFORM = 1, IDENTITY = 2, REVERSED = 3, RANDOM = 4 };
 

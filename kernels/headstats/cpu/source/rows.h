@@ -38,7 +38,7 @@ Sums<T> weigh(T* x, T top, int64_t from, int64_t to) {
     const Vec<T> w = exp2_below<T>(y);
     store(x + at, w);
     mass += w;
-    if (ENTROPY) entropy += w * y;
+    if (ENTROPY) entropy += w * (y < T(HIDDEN) ? fill<T>(T(HIDDEN)) : y);  // 0 for a logit of -inf
     if (DISTANCE) distance += w * column, column += T(n);
     if (SQUARES) squares += w * w;
   }
@@ -101,20 +101,32 @@ void keep_cells(const Call& c, Row<T>& r, Kept<T> kept, const T* x, int64_t j0, 
     if (wanted[t] >= j0 + from && wanted[t] < j0 + to) kept.targets[t] = x[wanted[t] - j0];
 }
 
-// Adds the sums over a few keys of the block.
 template <class T>
-void add_few(const Call& c, Row<T>& r, const T* w, int64_t j0, int64_t from, int64_t to) {
+double sum_between(const T* w, int64_t from, int64_t to) {
+  Vec<T> total{};
+  for (; from + WIDTH<T> <= to; from += WIDTH<T>) total += load(w + from);
+  double all = sum<T>(total);
+  for (; from < to; from++) all += w[from];
+  return all;
+}
+
+// Adds the sums over a few keys of the block. all: the sum of its weights.
+template <class T>
+void add_few(const Call& c, Row<T>& r, const T* w, T all, int64_t j0, int64_t from, int64_t to) {
   if (c.sink) {
     const int64_t* keys = row_of<int64_t>(c.sink_keys, r.b * c.sink_keys_b);
     for (int64_t s = 0; s < c.sink_count; s++)
       if (keys[s] >= j0 + from && keys[s] < j0 + to) r.sink += w[keys[s] - j0];
   }
   const auto within = [&](int64_t reach, auto&& each) {
-    const int64_t end = std::min(to, r.at + reach - j0);
-    for (int64_t at = std::max(from, r.at - reach + 1 - j0); at < end; at++) each(w[at], std::abs(r.at - j0 - at));
+    const int64_t start = std::min(std::max(from, r.at - reach + 1 - j0), to);
+    const int64_t end = std::max(start, std::min(to, r.at + reach - j0));
+    for (int64_t at = start; at < end; at++) each(w[at], std::abs(r.at - j0 - at));
+    return start == end ? double(all) : sum_between(w, from, start) + sum_between(w, end, to);  // the other weights
   };
   if (c.local) within(c.local_at, [&](T one, int64_t) { r.local += one; });
-  if (c.waad) within(c.waad_at, [&](T one, int64_t away) { r.close += double(one) * double(c.waad_at - away); });
+  // No term is subtracted from another, which would lose digits for a large W.
+  if (c.waad) r.close += double(c.waad_at) * within(c.waad_at, [&](T one, int64_t away) { r.close += double(one) * away; });
 }
 
 // Adds the logits x[from ... to) of the keys from j0 on to the row; x becomes weights. Returns the factor by which all
@@ -157,7 +169,7 @@ T take_block(const Call& c, Row<T>& r, Kept<T> kept, T* x, int64_t j0, int64_t f
   r.entropy += sums.entropy;
   r.distance += double(r.at - j0) * sums.mass - sums.distance;
   r.squares += sums.squares;
-  if (c.sink || c.local || c.waad) add_few(c, r, x, j0, from, to);
+  if (c.sink || c.local || c.waad) add_few(c, r, x, sums.mass, j0, from, to);
   return alpha;
 }
 

@@ -107,7 +107,7 @@ HEADSTATS_INLINE V power_of_part(V f, double) {
   return p;
 }
 
-// 2^x for x <= 0, exactly 0 where the result would be subnormal.
+// 2^x for x <= 0, exactly 0 where the result would be subnormal, NaN for NaN.
 template <class T>
 HEADSTATS_INLINE Vec<T> exp2_below(Vec<T> x) {
   using I = typename Lanes<T>::I;
@@ -120,7 +120,7 @@ HEADSTATS_INLINE Vec<T> exp2_below(Vec<T> x) {
   const Vec<T> part = x - (shifted - magic);
   const I exponent = ((I)shifted - (I)magic) << bits;
   const Vec<T> y = (Vec<T>)((I)power_of_part(part, T(0)) + exponent);
-  return x < lowest ? Vec<T>{} : y;
+  return x < lowest ? Vec<T>{} : x == x ? y : x;  // arithmetic on the bits of NaN may give a number
 }
 
 template <class T>
