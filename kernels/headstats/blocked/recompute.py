@@ -60,16 +60,19 @@ def _gradients(
         s, origin = logits(call, t, tile_queries(call, t, call.q), k, products.other)
         # The norm is that of these logits, not of the forward's: one rounding more or less would be a factor of
         # exp(64) where logits are 1e9.
-        row = RowGradients(*normalise(call, t, s), delta[rows], grad_lse[rows])
-        logits_copy = s.clone() if "temperature" in logit_gradients.grads else None
-        change = tile_weight_edit(call, t)
+        top = s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], HIDDEN)
+        empty, shift, sink = largest_logit(call, t, top)
+        x, change = s.sub_(shift[..., None]), tile_weight_edit(call, t)
+        logits_copy = x.clone() if "temperature" in logit_gradients.grads else None
+        e = x.exp2_() if change is None else x.exp2()
+        row = RowGradients(shift, *inverse_sums(e.sum(-1), empty, shift, sink), delta[rows], grad_lse[rows])
         if change is None:  # p = e * inverse, and the inverse multiplies whole rows elsewhere
             go = grad_out[rows] * row.inverse[..., None]
-            d_weight, e = scores(go, v, t), s.exp2_()
+            d_weight = scores(go, v, t)
             add_to_keys(dv, t, e, go)
             ds = d_weight.sub_((row.delta * row.inverse)[..., None]).mul_(e)
         else:
-            go, x = grad_out[rows], s.add_(row.inverse.log2()[..., None])  # log2 p
+            go, x = grad_out[rows], x.add_(row.inverse.log2()[..., None])  # log2 p
             weights, ds = logit_gradients.through_weights(t, change, x, scores(go, v, t))
             add_to_keys(dv, t, weights, go)
             row.delta = row.delta + ds.sum(-1)
@@ -82,21 +85,21 @@ def _gradients(
     return grads if dv.shared is None else grads | {"prefix_v": dv.shared}
 
 
-def normalise(
-    call: Call, t: Tile, s: Float[Tensor, "b h g m n"]
-) -> tuple[Float[Tensor, "b h g m"], Float[Tensor, "b h g m"], Float[Tensor, "b h g m"] | None]:
-    """Subtract each row's largest logit in place.
+def inverse_sums(
+    total: Float[Tensor, "b h g m"],
+    empty: Bool[Tensor, "b h g m"],
+    shift: Float[Tensor, "b h g m"],
+    sink: Float[Tensor, "#b h g #m"] | None,
+) -> tuple[Float[Tensor, "b h g m"], Float[Tensor, "b h g m"] | None]:
+    """Return 1 / sum of 2^(logit - largest), learned sink included, and the sink's weight.
 
-    Returns this logit, 1 / sum of 2^(logit - largest), and the sink's weight, all 0 in empty rows.
+    total: the sum over keys.  The first is 1 in empty rows, whose weights are 0 anyway.
     """
-    top = s.amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], HIDDEN)
-    empty, shift, sink = largest_logit(call, t, top)
-    total = s.sub_(shift[..., None]).exp2().sum(-1)
     if sink is None:
-        return shift, torch.where(empty, 1, total).reciprocal(), None
+        return torch.where(empty, 1, total).reciprocal(), None
     of_sink = torch.exp2(sink - shift)
     inverse = torch.where(empty, 1, total + of_sink).reciprocal()
-    return shift, inverse, of_sink * inverse
+    return inverse, of_sink * inverse
 
 
 class ProductGradients:

@@ -94,8 +94,8 @@ def softmax(call: Call, t: Tile, s: Float[Tensor, "b h g m n"], keep: bool, room
     ex = (e * x if keep else x.mul_(e)).sum(-1) if needs_entropy else None
     inverse = total.reciprocal()
     row = TileSoftmax(e, x if keep else None, floor, shift, inverse, log_total, mass, top, argmax, ex, empty)
-    # One number tells whether some cell was NaN or infinite.
-    if not math.isfinite(float(total.sum() if ex is None else total.sum() + ex.sum())):
+    # One number tells whether some cell was NaN or infinite: then it is in the sum of entropies, too.
+    if not math.isfinite(float((total if ex is None else ex).sum())):
         _set_undefined(row, total)
     return row
 
@@ -109,7 +109,7 @@ def largest_logit(
     hidden cells also where all are hidden.
     """
     empty = top <= LOWEST
-    shift = torch.where(empty | ~top.isfinite(), 0, top)
+    shift = top.nan_to_num(0.0, 0.0).masked_fill_(empty, 0)
     if call.sinks is None:
         return empty, shift, None
     sink = tile_rows(call, t, call.sinks[None, :, None]) * LOG2E

@@ -77,6 +77,8 @@ def materialise(name: str, x: Tensor, fake: FakeTensor | None = None) -> Tensor:
         raise TypeError(f"{name} has numbers, but q is a FakeTensor: all of one kind expected")
     if type(x) not in PLAIN:
         x = _base_of_subclass(name, x)
+    if x.is_meta and name != "q":
+        return x  # refused with its device, which is not that of q
     if x.layout is not torch.strided or x.is_nested or x.is_quantized or x.is_meta:
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout).removeprefix("torch.")
         kind = "on the meta device, without numbers" if x.is_meta else f"a {kind} tensor"

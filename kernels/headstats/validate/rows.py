@@ -51,7 +51,7 @@ def _rows_of_phase(edit: Edit, sizes: Sizes, q: Tensor) -> Tensor | None:
 def _check_prompt_lengths(value: Any, sizes: Sizes, q: Tensor) -> Tensor:
     """Check Edit.prompt_length and return it as [#B, 1]."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    if is_int and not 0 <= value < 1 << 63:
+    if is_int and not -(1 << 63) <= value < 1 << 63:
         raise ValueError(f"Edit.prompt_length={value!r}: an int from 0 to 2**63 - 1 expected")
     length: Any = torch.tensor([value], device=q.device) if is_int else value
     check_tensor("Edit.prompt_length", length, q, floating=False)
