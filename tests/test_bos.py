@@ -156,3 +156,21 @@ def test_the_embedded_model_gets_bos_unless_its_tokenizer_decides(smollm2) -> No
     model = interp.load("smollm2", bos="tokenizer")
     assert model.coder.encode("The capital of France is") == smollm2.coder.encode("The capital of France is")[1:]
     assert model.provenance()["bos"] is False
+
+
+def test_a_sweep_and_the_command_line_take_bos(tmp_path) -> None:
+    from interp.cli.options import RunOptions, bos_policy
+    from interp.errors import InterpError
+    from interp.sweep.config import parse
+
+    document = {
+        "version": 1, "name": "x", "models": [{"load": "smollm2", "bos": False}], "tasks": [{"task": "ioi", "n": 2}],
+        "recipes": [{"recipe": "patch", "sites": ["z"]}], "sites": [{"sites": "z"}],
+    }  # fmt: skip
+    assert parse(document).models[0].options == {"bos": False}
+    document["models"][0]["bos"] = "maybe"
+    with pytest.raises(InterpError, match='true, false or "tokenizer" expected'):
+        parse(document)
+    assert [bos_policy(word) for word in (None, "tokenizer", "True", "false")] == [None, "tokenizer", True, False]
+    with pytest.raises(InterpError, match="--bos yes: one of tokenizer, true, false expected"):
+        RunOptions(bos="yes").check()

@@ -13,6 +13,7 @@ import typer
 
 from interp.circuits.choices import EdgeMethod, Selection
 from interp.cli.options import (
+    BosOption,
     CountOption,
     DeviceOption,
     DtypeOption,
@@ -71,6 +72,7 @@ def circuit(
     roles: Annotated[bool, typer.Option("--roles", help="Name heads by evidence: some forwards per head.")] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    bos: BosOption = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to write the circuit: a .json file.")] = None,
 ) -> None:
     """Find a circuit, measure its faithfulness, and write it.
@@ -83,7 +85,7 @@ def circuit(
     """
     _check_search(method, selection, metric, edges, steps, threshold)
     _check_out(out)
-    run = RunOptions(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device)
+    run = RunOptions(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device, bos=bos)
     run.check()
     if split:
         run.check_split()

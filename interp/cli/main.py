@@ -14,6 +14,7 @@ import typer
 
 from interp.cli.circuits import circuit
 from interp.cli.messages import options_of, spoken
+from interp.cli.options import BosOption, bos_policy
 from interp.cli.recipes import register
 from interp.cli.stats import stats
 from interp.cli.sweep import app as sweep
@@ -226,6 +227,7 @@ def doctor(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
+    bos: BosOption = None,
     architectures: Annotated[
         bool, typer.Option("--architectures", help="Check tiny random models of every architecture family instead.")
     ] = False,
@@ -246,7 +248,7 @@ def doctor(
     else:
         from interp.doctor.examination import examine
 
-        examination = examine(model, context=context, dtype=dtype, device=device)
+        examination = examine(model, context=context, dtype=dtype, device=device, bos=bos_policy(bos))
         typer.echo(str(examination))
         passed = examination.passed
     if not passed:

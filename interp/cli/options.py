@@ -19,6 +19,7 @@ from interp.utils.checks import did_you_mean
 if TYPE_CHECKING:
     from interp.circuits.learned.head_gates import HeadGates
     from interp.model.model import Model
+    from interp.prompts.special_tokens import BosPolicy
     from interp.results.effects import Effects
 
 ENGINES = ("auto", "fast", "naive")
@@ -86,6 +87,15 @@ DtypeOption = Annotated[
         autocompletion=offer("float32", "bfloat16", "float16", "float64"),
     ),
 ]
+BosOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bos",
+        help="Special tokens of prompts: tokenizer (what it adds itself; the default, but of smollm2: true), true (BOS "
+        "in front) or false.",
+        autocompletion=offer("tokenizer", "true", "false"),
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu (the default), cuda, cuda:1, mps, …")]
 OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="File for the table: a .parquet file.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Print what the run would cost, and do not run it.")]
@@ -109,6 +119,7 @@ class RunOptions:
     out: OutOption = None
     explain: ExplainOption = False
     yes: YesOption = False
+    bos: BosOption = None
 
     def check(self) -> None:
         """Raise InterpError, before anything is loaded, for options that cannot be used."""
@@ -123,6 +134,7 @@ class RunOptions:
         if self.seed < 0:
             raise InterpError(f"--seed {self.seed}: a whole number from 0 on is expected")
         check_choice("--engine", self.engine, ENGINES)
+        bos_policy(self.bos)
         if self.pairs is not None:
             self._read_pairs()
         if self.metric is not None:
@@ -152,7 +164,7 @@ class RunOptions:
         """Load the model."""
         from interp.model.model import load
 
-        return load(self.model, dtype=self.dtype, device=self.device)
+        return load(self.model, dtype=self.dtype, device=self.device, bos=bos_policy(self.bos))
 
     def prompts(self, model: Model, takes_facts: bool = False) -> Any:
         """Return the prompts of the file, or of the task; with ``takes_facts``, facts unless another task is named."""
@@ -261,6 +273,16 @@ def check_choice(flag: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         hint = did_you_mean(value, choices).replace("'", "")
         raise InterpError(f"{flag} {value}: {hint}one of {', '.join(choices)} expected")
+
+
+def bos_policy(word: str | None) -> BosPolicy | None:
+    """Return ``--bos`` as `interp.load` takes it. Raises InterpError for a word that names no policy."""
+    from interp.prompts.special_tokens import bos_of_word
+
+    try:
+        return None if word is None else bos_of_word(word)
+    except ValueError as error:
+        raise InterpError(f"--bos {word}: {error}") from None
 
 
 @contextmanager

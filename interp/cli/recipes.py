@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from interp.cli.options import (
+    BosOption,
     CountOption,
     DeviceOption,
     DtypeOption,
@@ -159,12 +160,13 @@ def gates(
     out: OutOption = None,
     explain: ExplainOption = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Does not apply.", hidden=True)] = False,
+    bos: BosOption = None,
 ) -> None:
     """Causal head gating: learn a gate for every head; it shows which heads facilitate, interfere, or do nothing.
 
     Reads the clean prompts and their answers; --metric, --engine and --memory do not apply.
     """
-    run = RunOptions(model, task, pairs, n, seed, metric, engine, memory, dtype, device, out, explain, yes)
+    run = RunOptions(model, task, pairs, n, seed, metric, engine, memory, dtype, device, out, explain, yes, bos)
     run.check()
     from interp.circuits import causal_head_gating
     from interp.circuits.learned.causal_gating import settings_of

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from interp.cli.options import BosOption, bos_policy
 from interp.cli.sweep import Executor, Show, Threads, Workers, finish, shard_number
 from interp.cli.sweep import Shard as ShardText
 from interp.errors import InterpError
@@ -31,6 +32,7 @@ def stats(
     bytes_per_part: Annotated[int, typer.Option(help="Bytes of a file that are computed and stored together.")] = 2**19,
     dtype: Annotated[str | None, typer.Option(help="float32 (the default), bfloat16, float16 or float64.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (the default), cuda, cuda:1, mps, …")] = None,
+    bos: BosOption = None,
     executor: Executor = "auto",
     workers: Workers = None,
     threads: Threads = 1,
@@ -52,7 +54,7 @@ def stats(
     try:
         result = measure(
             model, data, out, context=context, statistics=parse_statistics(statistics), bytes_per_part=bytes_per_part,
-            dtype=dtype, device=device, executor=executor, workers=workers, threads=threads,
+            dtype=dtype, device=device, bos=bos_policy(bos), executor=executor, workers=workers, threads=threads,
             shard=shard_number(shard), show=show,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from interp.errors import InterpError
 from interp.jobs.driver import Options, Outcome, drive
 from interp.jobs.store import Store, differences, read_tables
 from interp.model.session import in_session
+from interp.prompts.special_tokens import BosPolicy
 from interp.utils.arguments import is_whole
 from interp.utils.damage import reading
 from interp.utils.files import PICKLES
@@ -96,6 +97,7 @@ def statistics(
     bytes_per_part: int = BYTES_PER_PART,
     dtype: str | None = None,
     device: str | None = None,
+    bos: BosPolicy | None = None,
     **options: Any,
 ) -> CorpusStatistics:
     """Stream files through a model, and collect attention statistics of every head.
@@ -106,7 +108,8 @@ def statistics(
     ``model``: a name or folder, as for `interp.load`, or a model object (in this process only). ``data``: text (one
     document per line), .jsonl (key "text") or .npy token ids, of any length. Documents are cut to windows of
     ``context`` tokens; the first position of each window is left out. ``statistics``: fields of `headstats.StatSpec`
-    with one number per position. ``options``: as for `interp.Sweep.run` (executor, workers, threads, shard).
+    with one number per position. ``bos``: as for `interp.load`. ``options``: as for `interp.Sweep.run` (executor,
+    workers, threads, shard).
 
     The run directory is ``out`` (default ``runs/stats-…``); the same call resumes it. Memory does not grow with the
     corpus. A document that cannot be read costs itself alone: it is in no statistic, and ``left_out`` and ``errors``
@@ -128,6 +131,7 @@ def statistics(
     if model_object is None and load.lower().endswith(PICKLES):
         raise InterpError(f"{load}: pickled weights can run code when they are read, and are refused")
     load_options = {key: value for key, value in (("dtype", dtype), ("device", device)) if value}
+    load_options |= {} if bos is None else {"bos": bos}
     records = _describe_files(paths, options.get("show", "auto") == "auto")
     document = {
         "name": f"stats-{Path(load).name}", "load": load, "options": load_options,

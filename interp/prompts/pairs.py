@@ -240,7 +240,7 @@ def in_one_message(problems: Sequence[str], headline: str) -> str:
     """Join problems into one message: the first in full, of at most `MOST_SHOWN` others the first line."""
     if len(problems) == 1:
         return problems[0]
-    others = [line.split("\n")[0] for line in problems[1:MOST_SHOWN]]
+    others = [line.split("\n")[0].removesuffix("; the tokens, side by side:") for line in problems[1:MOST_SHOWN]]
     n_more = len(problems) - MOST_SHOWN
     more = [f"… and {n_more} more"] if n_more > 0 else []
     return "\n".join([f"{headline}:", problems[0], *others, *more])

@@ -9,8 +9,15 @@ from typing import Any, Literal
 from interp.errors import ModelError
 
 BosPolicy = Literal["tokenizer"] | bool
-BOS_CHOICES = ("tokenizer", True, False)
+BOS_WORDS: dict[str, BosPolicy] = {"tokenizer": "tokenizer", "true": True, "false": False}  # on a command line
 PROBE = "a"  # any text that is not empty
+
+
+def bos_of_word(word: str) -> BosPolicy:
+    """Return the policy that a word of a command line names. Raises ValueError for another word."""
+    if word.lower() not in BOS_WORDS:
+        raise ValueError(f"one of {', '.join(BOS_WORDS)} expected, got {word!r}")
+    return BOS_WORDS[word.lower()]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError
 from interp.metrics import METRICS
+from interp.prompts.special_tokens import BosPolicy
 from interp.recipes.options import RECEIVERS, SITE, SITES, Option
 from interp.recipes.registry import RECIPES, Recipe
 from interp.recipes.selection import layers_text, single_sites, sites_text
@@ -92,6 +93,7 @@ def read_model(table: Table, fresh: bool = True) -> ModelSpec:
         "revision": table.take("revision", text, None),
         "backend": table.take("backend", _backend if fresh else text, None),
         "device_map": table.take("device_map", _device_map, None),
+        "bos": table.take("bos", _bos, None),
     }
     label = table.take("name", name, _label(load))
     table.done()
@@ -104,6 +106,12 @@ def _backend(value: Any) -> str:
     from headstats.backends import BACKENDS
 
     return one_of("auto", *BACKENDS)(value)
+
+
+def _bos(value: Any) -> BosPolicy:
+    if value == "tokenizer" or isinstance(value, bool):
+        return value
+    raise ValueError('true, false or "tokenizer" expected')
 
 
 def _device_map(value: Any) -> Any:

@@ -20,6 +20,7 @@ examples_per_part = 8         # examples computed and stored together: what is l
 load = "smollm2"              # embedded; or a hub id, a local folder, a .gguf file
 # name = "smollm2"            # how results call it
 # dtype = "float32"           # float32, float64, bfloat16, float16
+# bos = true                  # a BOS token in front of every text; false: none; "tokenizer": what it adds itself
 # device = "cuda:0"           # or device_map = "auto" for a model larger than one GPU
 
 [[tasks]]
