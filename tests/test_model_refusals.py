@@ -154,8 +154,8 @@ def test_prompts_beyond_the_context_and_empty_sets_are_refused(tiny) -> None:
         model.attention_stats(" ".join(["w1"] * 80))
     with pytest.raises(PromptError, match="no prompts"):
         model.attention_stats([])
-    with pytest.raises(PromptError, match="strings or PromptPairs"):
-        model.attention_stats([3])
+    with pytest.raises(PromptError, match="item 0 is float"):
+        model.attention_stats([3.5])
     with pytest.raises(PromptError, match="spec='all': a headstats"):
         model.attention_stats("w1 w2", "all")  # pyright: ignore[reportArgumentType]
     assert model.attention_stats("w1 w2", StatSpec(topk=2)).provenance["left_out"] == ["topk"]

@@ -108,7 +108,7 @@ def test_bad_peeks_teach(tiny) -> None:
 def test_a_bare_string_is_no_list_of_reference_prompts(tiny) -> None:
     """Taken for one, it would be a prompt for each of its characters."""
     model, pair = tiny("llama"), interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w95", "w96")
-    for wrong in ("w1 w2 w3", [1, 2], 7):
+    for wrong in ("w1 w2 w3", [1.5, 2.5], 7):
         for call in (
             lambda r: interp.ablate(model, pair, "z.L0H0", reference=r),
             lambda r: interp.peek(model, pair, reference=r),

@@ -106,7 +106,7 @@ def test_text_alone_and_pictures_of_other_shapes(built, words) -> None:
     text = interp.PromptPair("w1 w2 w3", "w1 w9 w3", " w4", " w5")
     assert interp.patch(model, text, model.sites("z"), show_progress=False).frame()["effect"].abs().max() > 0
     stats = model.attention_stats([clean, "w1 w2 w3"])
-    assert [len(t) for t in stats.tokens] == [clean["input_ids"].shape[1], 3]
+    assert [len(t) for t in stats.tokens] == [clean["input_ids"].shape[1], 4]  # <bos> in front of the text
     # the same tokens around an image of another shape have other rotary positions: not packed, and still right
     grid = torch.tensor([[1, 2, 8]])
     wide = {**clean, "image_grid_thw": grid}
