@@ -24,8 +24,9 @@ from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
 from interp.model.hf_classes import key_value_cache
 from interp.model.instrument import attend
-from interp.model.loading import read, wrap
+from interp.model.loading import wrap
 from interp.model.model import Model, load
+from interp.model.reading import read
 from interp.model.vision_towers import vision_tower
 from interp.prompts.special_tokens import BosPolicy
 from interp.sites import COMPONENTS, Site

@@ -103,7 +103,7 @@ class Fact:
 
     prompt: str
     subject: str
-    answer: str
+    answer: str | int
     occurrence: int | None = None
 
     @property

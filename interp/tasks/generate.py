@@ -80,7 +80,7 @@ def reason_unusable(pair: PromptPair, coder: Coder) -> str:
     """Return why a pair cannot be used with a tokenizer; '' if it can."""
     if pair.clean == pair.corrupt:
         return "clean and corrupt are the same"
-    one, other = (coder.continuation(t) for t in (pair.answer, pair.foil or ""))
+    one, other = (coder.continuation(str(t)) for t in (pair.answer, pair.foil or ""))
     if len(one) != 1 or (pair.foil is not None and len(other) != 1):
         return "answer or foil is not a single token"
     if one == other:

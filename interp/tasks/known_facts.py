@@ -70,7 +70,7 @@ def facts(model: TaskModel, n: int | None = None, seed: int = 0) -> Facts:
     if n is not None:
         check_count(n, "facts")
     every_fact = all_facts()
-    usable = [f for f in every_fact if token_of(f.answer.strip(), model.coder) is not None]
+    usable = [f for f in every_fact if token_of(str(f.answer).strip(), model.coder) is not None]
     dropped = {f.prompt: NOT_A_TOKEN for f in every_fact if f not in usable}
     known_facts: list[Fact] = []
     if usable:

@@ -247,7 +247,7 @@ def _checking_tokens(draw: Draw, coder: Coder) -> Draw:
         pair = draw(rng, i)
         if isinstance(pair, str):
             return pair
-        if not _is_one_token_after(pair.clean, pair.answer, coder):
+        if not _is_one_token_after(pair.clean, str(pair.answer), coder):
             return "the answer after the prompt is a different token than alone"
         if "start" in pair.spans and not all(
             _has_own_tokens(pair.spans["start"], t, coder) for t in (pair.clean, pair.corrupt)

@@ -15,9 +15,10 @@ from interp.model import dummy_inputs
 from interp.model.attention_call import AttentionCall
 from interp.model.install import stacks
 from interp.model.instrument import attend
-from interp.model.loading import Weights, wrap
+from interp.model.loading import wrap
 from interp.model.model import Model, load
 from interp.model.protocols import Bridge
+from interp.model.reading import Weights
 from interp.prompts.images import output_of
 from interp.zoo.tokenizer import SPECIALS, word_tokenizer
 
