@@ -67,7 +67,8 @@ def resolve_spec(spec: StatSpec, arguments: dict[str, Any]) -> StatSpec:
                 f"or leave {argument} out"
             )
         switches[name] = has_argument and requested is not False
-    return replace(spec, **switches)
+    changed = {name: value for name, value in switches.items() if getattr(spec, name) is not value}
+    return replace(spec, **changed) if changed else spec  # without statistics, nothing changes
 
 
 def check_ids(name: str, t: Any, shape: tuple[int, ...], q: Tensor, letters: str, limit: int | None) -> Tensor | None:
