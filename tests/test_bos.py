@@ -174,3 +174,21 @@ def test_a_sweep_and_the_command_line_take_bos(tmp_path) -> None:
     assert [bos_policy(word) for word in (None, "tokenizer", "True", "false")] == [None, "tokenizer", True, False]
     with pytest.raises(InterpError, match="--bos yes: one of tokenizer, true, false expected"):
         RunOptions(bos="yes").check()
+
+
+def test_a_text_without_tokens_is_refused_everywhere() -> None:
+    """Without BOS, a tokenizer may make nothing of a text."""
+    model = interp.load(tiny_hf("llama"), tokenizer=tokenizer(None, **HAS[1]), bos=False)
+    for call in (
+        lambda: model.attention_stats(["w1", "  "]),
+        lambda: model.attention_patterns(" \n"),
+        lambda: interp.patch(model, interp.PromptPair(" ", "  ", "w5", "w6"), "z.L0H0"),
+        lambda: interp.ablate(model, PAIR, "z.L0H0", using="mean", reference=["  ", "w1"]),
+        lambda: interp.mean_difference(model, [" "], ["w1"], "resid_post.L0"),
+        lambda: interp.circuits.attribute_edges(model, interp.PromptPair(" ", "  ", "w5", "w6")),
+        lambda: model.next_token_logits([[]]),
+    ):
+        with pytest.raises(interp.InterpError, match=r"makes no token of this prompt|without tokens"):
+            call()
+    model = interp.load(tiny_hf("llama"), tokenizer=tokenizer(None, **HAS[1]), bos=True)
+    assert len(model.attention_stats("  ")) == 1

@@ -57,7 +57,8 @@ def test_encodings_are_the_prompts_that_they_hold(tiny, word_tokenizer) -> None:
 
 NO_PROMPTS = [
     (None, "NoneType"), (b"w1 w2", "decode them first"), (3.5, "float"), ({"w1", "w2"}, "a set has none"),
-    ({"text": "w1"}, "with the keys"), (pd.DataFrame({"clean": ["w1"]}), "PairSet.from_frame"), ([None], "NoneType"),
+    ({"text": "w1"}, "with the keys"), (np.array("w1"), "ndarray"), ([None], "NoneType"),
+    (pd.DataFrame({"clean": ["w1"]}), "PairSet.from_frame"),
     (torch.tensor([0.5, 1.0]), "float32 numbers"), ([["w1", "w2"]], "item 0 is list"), ([-1, 2], "from 0 on"),
     ({"input_ids": [[0, 4, 5]], "attention_mask": [[1, 0, 1]]}, "tokens between others"),
     ({"input_ids": [[0, 4]], "attention_mask": [[1]]}, "does not have the shape"),

@@ -272,3 +272,29 @@ def test_pairs_with_almost_no_gap_are_told(tiny, caplog, monkeypatch) -> None:
     with caplog.at_level("WARNING", logger="interp"):
         interp.patch(model, prompts, "z.L0H0", metric=odd)
     assert "6 of 12 pairs have almost no difference in odd between clean and corrupt" in caplog.text
+
+
+def test_parts_with_other_settings_are_told(tiny, caplog, monkeypatch) -> None:
+    """A noise level, a seed or a direction has no column, so that its rows would be averaged in silence."""
+    model, facts = tiny("llama"), [interp.Fact("w1 w2 w3 w4", "w2 w3", "w15")]
+    monkeypatch.setattr(logging.getLogger("interp"), "propagate", True)
+    traces = [interp.trace(model, facts, samples=1, noise=noise) for noise in (1.0, 3.0)]
+    Effects.concat(traces)
+    assert "15 of 15 joined effects have the same address" in caplog.text
+    assert "differ in corruption, noise," in caplog.text
+    caplog.clear()
+    directions = [torch.ones(model.d_model), torch.ones(model.d_model)]
+    directions[1][0] = -1  # as long as the other
+    Effects.concat([interp.steer(model, UNEQUAL[:2], "resid_post.L1@-1", d) for d in directions])
+    assert "differ in direction," in caplog.text
+    caplog.clear()
+    sites = model.sites("z", layers=0)
+    Effects.concat([interp.patch(model, part, sites) for part in (UNEQUAL[:8], UNEQUAL[4:])])
+    Effects.concat([interp.ablate(model, UNEQUAL[:2], sites, using=using) for using in ("zero", "mean")])
+    assert "same address" not in caplog.text
+
+
+def test_rows_are_chosen_by_any_kind_of_number() -> None:
+    effects = table(np.ones((2, 3)))
+    for value in (1, np.int64(1), torch.tensor(1), np.array(1), [torch.tensor(1)], torch.tensor([1])):
+        assert len(effects.where(head=value)) == 2

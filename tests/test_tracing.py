@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -194,6 +195,21 @@ def test_a_given_sigma_is_used(tiny) -> None:
     for wrong in ({"sever": "mlp", "component": "mlp_out"}, {"sever": "norm"}):
         with pytest.raises(interp.InterpError, match="sever="):
             interp.trace(model, FACTS, **wrong)
+
+
+def test_tables_of_two_models_or_components_are_not_averaged(tiny) -> None:
+    """A joined table has the rows of the tables that it was joined from, total effects too."""
+    facts = [interp.Fact("w1 w2 w3 w4", "w2 w3", "w15"), interp.Fact("w7 w8 w3", "w8", "w16")]
+    llama, gpt2 = tiny("llama"), tiny("gpt2")
+    for column, parts in {
+        "model": [interp.trace(m, facts, samples=1) for m in (llama, gpt2)],
+        "intervention": [interp.trace(llama, facts, c, samples=1) for c in ("resid_post", "mlp_out")],  # type: ignore[arg-type]
+    }.items():
+        joined = interp.trace_table(interp.Effects.concat(parts))
+        names = [parts[0].provenance[column], parts[1].provenance[column]]
+        for name, part in zip(names, parts, strict=True):
+            rows = joined[joined[column] == name].drop(columns=column).reset_index(drop=True)
+            pd.testing.assert_frame_equal(rows, interp.trace_table(part), check_exact=False)
 
 
 def test_tables_average_over_facts_by_kind_of_token(tiny) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.errors import PromptError
 from interp.prompts.model_input import ModelInput
 
 TOKENS_PER_FORWARD = 2048  # batches of full forwards are cut so that logits stay small
@@ -17,8 +18,10 @@ def equal_length_batches(ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """Group prompts of equal length into batches without padding.
 
     Returns their indices; a batch has at most `TOKENS_PER_FORWARD` tokens. Prompts with images must also have images of
-    the same size.
+    the same size. Raises PromptError for a prompt without tokens.
     """
+    if not all(map(len, ids)):
+        raise PromptError("a prompt without tokens has nothing to read, and there is one")
     by_shape: dict[Any, list[int]] = {}
     for i, row in enumerate(ids):
         by_shape.setdefault((len(row), row.shapes if isinstance(row, ModelInput) else ()), []).append(i)

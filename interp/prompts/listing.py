@@ -61,7 +61,8 @@ def _refuse_whole(prompts: Any, expected: str) -> None:
         raise PromptError(f"{expected} expected, got {kind} numbers: token ids are whole numbers")
     if isinstance(prompts, set | frozenset):
         raise PromptError(f"{expected} expected in an order, and a set has none: pass sorted(prompts)")
-    if isinstance(prompts, str | bytes | PurePath) or not isinstance(prompts, Iterable):
+    is_scalar = getattr(prompts, "ndim", 1) == 0  # an array without axes says that it can be iterated over
+    if is_scalar or isinstance(prompts, str | bytes | PurePath) or not isinstance(prompts, Iterable):
         raise PromptError(f"{expected} expected, got {_described(prompts)}")
 
 

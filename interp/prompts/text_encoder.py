@@ -57,7 +57,7 @@ class TextEncoder:
     def encode(self, text: str | TokenIds) -> list[int]:
         """Encode with the special tokens of the model's prompts; token ids stay as they are.
 
-        Raises PromptError for an empty text, and beyond the context length or the vocabulary.
+        Raises PromptError for an empty text, one without tokens, and beyond the context length or the vocabulary.
         """
         if isinstance(text, TokenIds):
             self.check(text)
@@ -70,7 +70,12 @@ class TextEncoder:
         return ids
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raise PromptError for more tokens than the context, or for tokens without an embedding."""
+        """Raise PromptError for no token, more tokens than the context, or tokens without an embedding."""
+        if not ids:
+            raise PromptError(
+                f"{self.name}'s tokenizer makes no token of this prompt, which then has nothing to read: write more "
+                "than space, or put a BOS token in front with interp.load(…, bos=True)"
+            )
         if len(ids) > self.n_ctx:
             raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:

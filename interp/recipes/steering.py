@@ -29,6 +29,7 @@ from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
 from interp.utils.progress import progress
+from interp.utils.provenance import weights_hash
 
 TEXTS_AT_ONCE = 64  # texts of `mean_difference` whose activations are held at one time
 
@@ -60,7 +61,10 @@ def steer(
     sites = as_sites(sites)
     loop.runner.check_sites(sites)
     cells = _SteerCells(loop, sites, _scaled_direction(direction, scale).to(model.device))
-    recipe = {"scale": scale, "direction_norm": float(cells.addend.norm())}
+    recipe = {
+        "scale": scale, "direction_norm": float(cells.addend.norm()),
+        "direction": weights_hash([("direction", cells.addend)]),
+    }  # fmt: skip
     return loop.run(cells, f"steer × {scale:g}", "noise", **recipe)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from interp.errors import InterpError
 from interp.results.effects import Effects
+from interp.results.summarise import APART
 
 CATEGORIES = (
     "before the subject", "first subject token", "middle subject tokens", "last subject token",
@@ -24,24 +25,30 @@ def trace_table(effects: Effects, *, level: float = 0.95, n_boot: int = 2000, se
     ``effects``: of `trace` with positions="each". One row per (layer, category), in reading order: ``n`` facts;
     ``ATE``, the mean of clean − corrupt over all facts; ``AIE``, the mean indirect effect, with its 95% interval
     ``lo``, ``hi`` over facts (tokens of one category of one fact are averaged first); ``share`` = AIE over those
-    facts' mean total effect. The only token of a subject counts as its last. Raises InterpError if not all tokens of a
-    fact were traced, or no token is its subject.
+    facts' mean total effect. Traces that differ in model, task, intervention or metric (`Effects.concat`) have rows of
+    their own, which that column names. The only token of a subject counts as its last. Raises InterpError if not all
+    tokens of a fact were traced, or no token is its subject.
     """
     frame: Any = effects.frame()
+    apart = [c for c in APART if frame[c].nunique(dropna=False) > 1]
     if frame.empty or frame["position"].isna().any() or set(frame["mode"]) != {"denoise"}:
         raise InterpError("trace_table needs the effects of interp.trace with positions='each', one row per token")
     category = pd.Series("", index=frame.index, dtype="string")
-    for example, rows in frame.groupby("example"):
+    for (example, *_), rows in frame.groupby(["example", *apart], dropna=False):
         category[rows.index] = _categories(example, rows)
     averaged = Effects(frame.assign(role=category, position=pd.NA, token=""))
     table = averaged.summary(by=["layer", "role"], level=level, n_boot=n_boot, seed=seed)
-    facts: Any = frame.drop_duplicates("example")
+    facts: Any = frame.drop_duplicates(["example", *apart])
+    facts = facts.assign(ATE=facts["clean"] - facts["corrupt"], mode="denoise")
+    total: Any = facts.groupby([*apart, "mode"], dropna=False, as_index=False)["ATE"].mean()
+    table = table.assign(mode="denoise").merge(total, on=[*apart, "mode"], how="left")
     out = pd.DataFrame({
+        **{c: table[c] for c in apart},
         "layer": table["layer"], "category": pd.Categorical(table["role"], CATEGORIES, ordered=True),
-        "n": table["n_raw"], "ATE": float((facts["clean"] - facts["corrupt"]).mean()), "AIE": table["raw"],
+        "n": table["n_raw"], "ATE": table["ATE"], "AIE": table["raw"],
         "lo": table["raw_lo"], "hi": table["raw_hi"], "share": table["pooled"],
     })  # fmt: skip
-    return out.sort_values(["category", "layer"]).reset_index(drop=True)
+    return out.sort_values([*apart, "category", "layer"]).reset_index(drop=True)
 
 
 def _categories(example: Any, rows: Any) -> np.ndarray:

@@ -133,7 +133,9 @@ class Effects:
         _columns(conditions)
         keep = pd.Series(True, index=self._frame.index)
         for column, value in conditions.items():
-            values = [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+            is_one = isinstance(value, str) or getattr(value, "ndim", 1) == 0 or not isinstance(value, Iterable)
+            listed: list[Any] = [value] if is_one else list(value)
+            values = [v.item() if hasattr(v, "item") else v for v in listed]
             keep &= _equals_any(self._frame[column], column, values)
         return self.take(np.flatnonzero(keep))
 
@@ -247,7 +249,8 @@ class Effects:
 
         Examples are renumbered by their prompts: the same prompt keeps one number, and two halves of a set make a whole
         one. Where the parts are of different models (name, weights, dtype, BOS) or tasks, the columns ``model`` and
-        ``task`` say which, and `summary`, figures and the page keep them apart.
+        ``task`` say which, and `summary` and figures keep them apart. Rows of one example at one site that differ only
+        in settings without a column (a seed, a noise level, a direction) are averaged; a warning names the settings.
 
         halves = [interp.patch(model, pairs[:8], sites), interp.patch(model, pairs[8:], sites)]
         interp.Effects.concat(halves).summary()     # as of all 16 pairs

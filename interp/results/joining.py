@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+log = logging.getLogger("interp")
+
 MODEL_KEYS = ("model", "weights", "dtype", "bos")  # provenance that says which model ran, and on which tokens
+ADDRESS = [
+    "example",
+    "component",
+    "layer",
+    "head",
+    "position",
+    "sender",
+    "intervention",
+    "mode",
+    "metric",
+    "model",
+    "task",
+]  # of an effect: rows that agree in it are averaged as one
+# Provenance in which parts of one table may differ: what was run, when and how fast, but not by which recipe.
+NO_SETTINGS = {
+    *MODEL_KEYS, "task", "prompts", "n_prompts", "created", "versions", "device", "backend", "engine", "intervention",
+    "mode", "metric", "metric_unit", "normalisation", "groups",
+}  # fmt: skip
 SHOWN = 8  # characters of a weights' hash in the name of a model
 
 
@@ -29,7 +50,27 @@ def join(frames: Sequence[Any], provenances: Sequence[dict[str, Any]]) -> pd.Dat
             if is_needed and (name := values[i]) is not None:
                 part[column] = part[column].fillna(name)
         joined.append(part)
-    return pd.concat(joined, ignore_index=True)
+    whole = pd.concat(joined, ignore_index=True)
+    _warn_of_other_settings(whole, np.repeat(np.arange(len(frames)), [len(f) for f in frames]), provenances)
+    return whole
+
+
+def _warn_of_other_settings(whole: Any, part: np.ndarray, provenances: Sequence[dict[str, Any]]) -> None:
+    """Log a warning if rows with the same address come from parts with different settings. ``part``: of every row."""
+    keys = sorted({k for p in provenances for k in p} - NO_SETTINGS)
+    settings = [tuple(repr(p.get(k)) for k in keys) for p in provenances]
+    if len(set(settings)) < 2:
+        return
+    number = np.array([settings.index(s) for s in settings])[part]
+    differs = whole.assign(setting=number).groupby(ADDRESS, dropna=False, sort=False)["setting"].nunique() > 1
+    if not differs.any():
+        return
+    names = [k for i, k in enumerate(keys) if len({s[i] for s in settings}) > 1]
+    log.warning(
+        "%d of %d joined effects have the same address in parts that differ in %s, and are averaged as one: to keep "
+        "them apart, summarise each part by itself, or write the setting into the column intervention",
+        differs.sum(), len(differs), ", ".join(names),
+    )  # fmt: skip
 
 
 def _renumber(frame: Any, provenance: dict[str, Any], numbers: dict[Hashable, int]) -> np.ndarray:
