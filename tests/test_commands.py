@@ -306,6 +306,8 @@ def test_a_circuit_states_its_recipe_and_can_be_measured_on_other_pairs(run, fol
     assert "logit_diff; edges outside the circuit carry" in text and "6 prompt(s), the same on which" in text
     code, text, err = run("circuit --model {f}/m --pairs {f}/six.csv --edges 40 --split")
     assert code == 0 and "3 prompt(s), held out" in text, err
+    code, text, err = run("circuit --model {f}/m --pairs {f}/six.csv")  # a small model has fewer than 200 edges
+    assert code == 0 and "Circuit(95 of 190 edges" in text, err
 
 
 @pytest.mark.parametrize("verb", ["patch", "ablate", "mediate", "trace", "knock-out", "path-patch"])
@@ -344,3 +346,14 @@ def test_ctrl_c_keeps_the_examples_that_are_finished(run, folder, tmp_path, monk
     stop_at = 0
     code, text, err = run(f"{line} --out {tmp_path}/none.parquet")
     assert code == 130 and "nothing was written" in err and not (tmp_path / "none.parquet").exists()
+
+
+def test_a_file_of_pairs_is_read_once(run, tmp_path, caplog) -> None:
+    twice = {**PAIRS[0], "clean": "w1 w2 w2 w4", "corrupt": "w1 w9 w2 w4"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(twice))
+    code, _, _ = run(f"ablate --model {{f}}/m --pairs {tmp_path}/p.jsonl")
+    said = [r.getMessage() for r in caplog.records if "stands 2 times" in r.getMessage()]
+    assert code == 0 and len(said) == 1 and '["w2", -1]' in said[0]
+    (tmp_path / "p.jsonl").write_text(json.dumps({**twice, "spans": {"name": ["w2", -1]}}))
+    caplog.clear()
+    assert run(f"ablate --model {{f}}/m --pairs {tmp_path}/p.jsonl")[0] == 0 and not caplog.records

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import interp
+from interp import zoo
 from interp.cli.main import app
 from interp.doctor import examination as doctor
 from interp.doctor.families.text import tiny_hf
@@ -179,3 +180,11 @@ def test_the_doctor_notices_a_model_of_images_that_changed(monkeypatch) -> None:
     )
     found = doctor.examine(hf)
     assert not found.passed and not found.findings[0].passed
+
+
+def test_a_native_model_is_examined_on_tokens_that_its_tokenizer_knows() -> None:
+    known = zoo.induction()
+    found = doctor.examine(known.model)  # a native model of TransformerLens: no Hugging Face config
+    assert found.passed
+    assert values(found, "sites")["resid_pre"].startswith("available at 2 layer(s)")  # not on a prompt of unknown words
+    assert "_pairs" not in repr(known) and " at 0x" not in repr(known)

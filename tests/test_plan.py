@@ -115,15 +115,15 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tiny, monkeypatch, caplog, e
     want = interp.patch(model, EARLY, sites).frame()["patched"]
     real = packed.PackedForward.logits
 
-    def small_machine(self, columns):
+    def small_machine(self, *where):
         if len(self.cells) > 5:
             raise error
-        return real(self, columns)
+        return real(self, *where)
 
     monkeypatch.setattr(packed.PackedForward, "logits", small_machine)
     got = interp.patch(model, EARLY, sites).frame()["patched"]
     assert (got - want).abs().max() < 1e-9 and "half as many" in caplog.text
-    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, columns: _raise(error))
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, *where: _raise(error))
     with pytest.raises(InterpError, match="one cell on a prompt of"):
         interp.patch(model, EARLY, sites)
 
@@ -132,7 +132,7 @@ def test_another_runtime_error_is_not_taken_for_lack_of_memory(tiny, monkeypatch
     model = tiny("llama")
     interp.patch(model, EARLY, model.sites("resid_pre"))  # its self-check is done
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, columns: _raise(error))
+    monkeypatch.setattr(packed.PackedForward, "logits", lambda self, *where: _raise(error))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         interp.patch(model, EARLY, model.sites("resid_pre"))
 
@@ -155,3 +155,12 @@ def test_prompts_that_are_cells_of_their_own_are_planned(tiny, monkeypatch) -> N
     seen.clear()
     interp.leave_out(model, pairs)
     assert sorted(map(tuple, seen)) == [(5, 5), (6,), (7,), (7, 7)]
+
+
+def test_time_counts_forwards_as_well_as_products(tiny) -> None:
+    """A tiny model's forwards take far longer than their FLOPs: Ctrl-C must not lose hundreds of examples."""
+    model = tiny("llama")
+    pairs = [interp.PromptPair(f"w1 w{i} w3", f"w1 w{i + 1} w3", "w95", "w96") for i in range(8)]
+    plan = interp.explain(interp.patch, model, pairs, model.sites("z", positions="each"), engine="naive")
+    assert plan.n_forwards == plan.n_cells - plan.n_answered
+    assert plan.seconds > plan.n_forwards * model.n_layers * 1e-4

@@ -84,6 +84,17 @@ def test_a_sweep_gives_what_the_function_gives(tiny, pairs, tmp_path, recipe: st
         np.testing.assert_allclose(got[column], wanted[column], rtol=1e-4, atol=1e-5, err_msg=column)
 
 
+def test_a_plan_takes_what_a_run_does_where_donors_come_from_other_parts(tiny, pairs, tmp_path) -> None:
+    document = {**config_of("ablate", pairs, using="resample"), "examples_per_part": 1}
+    sweep = interp.Sweep(document, tmp_path / "run", models={"tiny": tiny("llama")})
+    (planned,) = sweep.plan().rows
+    assert (planned.trouble, planned.parts) == (None, len(PAIRS))
+    result = sweep.run()
+    assert (result.present, result.failed) == (len(PAIRS), 0)
+    (effects,) = sweep.effects().values()
+    assert planned.cells == len(effects.frame())
+
+
 def test_steering_needs_its_texts_and_single_sites(pairs) -> None:
     with pytest.raises(InterpError, match=r"recipes\[0\] lacks the key 'negative'"):
         document = config_of("steer", pairs)

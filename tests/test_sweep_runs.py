@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -287,6 +288,11 @@ def test_the_verbs(folder, tmp_path, model, monkeypatch, capsys) -> None:
     one.store.path(1).write_bytes(b"PAR1")
     code, said = call("status", root, "--json")
     assert code == 1 and "1" in json.loads(said)["damaged"]
+    unraisable: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    code, said = call("export", root, str(tmp_path / "damaged.parquet"))
+    gc.collect()  # a writer that was left open would now write to the closed file
+    assert code == 2 and "part" in said and not unraisable and not (tmp_path / "damaged.parquet").exists()
     assert run(one).damaged
     for name in ("t.parquet", "t.csv", "t.html"):
         code, said = call("export", root, str(tmp_path / name))

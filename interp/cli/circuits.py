@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SELECTIONS = get_args(Selection)
 METRICS = tuple(name for name, metric in ALL_METRICS.items() if metric.differentiable)
+DEFAULT_EDGES = 200
 METHODS = (*get_args(EdgeMethod), "flow", "acdc")
 
 
@@ -56,7 +57,12 @@ def circuit(
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.", autocompletion=offer(*METHODS))] = (
         "eap-ig-inputs"
     ),
-    edges: Annotated[int, typer.Option(help="Edges before pruning; for acdc: at the start.")] = 200,
+    edges: Annotated[
+        int | None,
+        typer.Option(
+            help="Edges before pruning; for acdc: at the start. Default: 200, or half if there are fewer than 400."
+        ),
+    ] = None,
     selection: Annotated[
         str,
         typer.Option(
@@ -83,7 +89,7 @@ def circuit(
     next to that of random circuits of its size: on the prompts on which the circuit was found, or with --split on
     others.
     """
-    _check_search(method, selection, metric, edges, steps, threshold)
+    _check_search(method, selection, metric, DEFAULT_EDGES if edges is None else edges, steps, threshold)
     _check_out(out)
     run = RunOptions(model=model, task=task, pairs=pairs, n=n, seed=seed, dtype=dtype, device=device, bos=bos)
     run.check()
@@ -94,8 +100,9 @@ def circuit(
 
     prompts, others = run.split_prompts(loaded) if split else (run.prompts(loaded), None)
     size = len(architecture(loaded))
+    edges = max(1, min(DEFAULT_EDGES, size // 2)) if edges is None else edges
     if edges > size:
-        raise InterpError(f"--edges {edges}: {loaded.name} has {size}")
+        raise InterpError(f"--edges {edges}: {loaded.name} has {size} edges")
     with exits_when_interrupted():
         result = _find_circuit(loaded, prompts, metric, method, edges, selection, threshold, steps)
         from interp import circuits

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,7 +137,7 @@ class RunOptions:
         check_choice("--engine", self.engine, ENGINES)
         bos_policy(self.bos)
         if self.pairs is not None:
-            self._read_pairs()
+            _ = self._file_prompts
         if self.metric is not None:
             from interp.metrics import as_metric
 
@@ -150,8 +151,9 @@ class RunOptions:
             if not existing.is_dir():
                 raise InterpError(f"cannot write to {self.out}: {existing} is not a folder. Choose another with --out")
 
-    def _read_pairs(self) -> Any:
-        """Return the prompts of the file; with --n the first ones. InterpError if there are not as many."""
+    @cached_property
+    def _file_prompts(self) -> Any:
+        """The prompts of the file, read once; with --n the first ones. InterpError if there are not as many."""
         from interp.prompts.files import read_prompts
 
         assert self.pairs is not None
@@ -171,7 +173,7 @@ class RunOptions:
         from interp import tasks
 
         if self.pairs is not None:
-            return self._read_pairs()
+            return self._file_prompts
         n = self.n or DEFAULT_COUNT
         if takes_facts and self.task in (None, "facts"):
             return tasks.facts(model, n=n, seed=self.seed)
@@ -186,7 +188,7 @@ class RunOptions:
     def check_split(self) -> None:
         """Raise InterpError, before anything is loaded, if the prompts cannot be split into two disjoint sets."""
         if self.pairs is not None:
-            if len(self._read_pairs()) < 2:
+            if len(self._file_prompts) < 2:
                 raise InterpError(f"--split: {self.pairs} holds one pair, and at least two are needed")
             return
         from interp.tasks import task
@@ -200,7 +202,7 @@ class RunOptions:
     def split_prompts(self, model: Model) -> tuple[Any, Any]:
         """Return two disjoint sets: the task's train and test split, or the two halves of the file."""
         if self.pairs is not None:
-            prompts = self._read_pairs()
+            prompts = self._file_prompts
             half = (len(prompts) + 1) // 2
             return prompts[:half], prompts[half:]
         from interp.tasks import task

@@ -337,7 +337,8 @@ def _precision(model: Model) -> Iterator[Finding]:
 
 
 def _stored(model: Model, section: str) -> Iterator[Finding]:
-    stored = getattr(model.bridge.original_model.config, "dtype", None)
+    config = getattr(model.bridge.original_model, "config", None)  # a native model of TransformerLens has none
+    stored = getattr(config, "dtype", None)
     if model.dtype not in TOLERANCE:
         yield Finding(section, "loaded as", None, f"{model.dtype}: differences below 1e-2 of a logit may be rounding")
     elif isinstance(stored, torch.dtype) and stored != model.dtype:

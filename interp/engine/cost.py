@@ -9,6 +9,7 @@ import torch
 from interp.model.model import Model
 
 EFFICIENCY = 0.8  # of the rate of matrix products alone; norms, activations and attention take the rest of the time
+LAYER_SECONDS = 1e-4  # of a layer in one forward besides its FLOPs: some twenty operations are started
 
 
 @dataclass(frozen=True)

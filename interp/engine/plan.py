@@ -16,7 +16,7 @@ import torch
 
 from interp.engine.cells import Cell
 from interp.engine.core import Engine
-from interp.engine.cost import EFFICIENCY, BlockCost
+from interp.engine.cost import EFFICIENCY, LAYER_SECONDS, BlockCost
 from interp.engine.matmul import choose_products
 from interp.engine.planner import PLANNING, Planner
 from interp.errors import InterpError
@@ -163,8 +163,17 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time, including base runs."""
-        return (self.flops + sum(map(self._whole, self.lengths))) / self.rate
+        """Predicted time, including base runs.
+
+        A layer of a forward takes `LAYER_SECONDS` besides its FLOPs, which decides where models are tiny.
+        """
+        busy = (self.flops + sum(map(self._whole, self.lengths))) / self.rate
+        return busy + (self.n_forwards + len(self.lengths)) * self.engine.model.n_layers * LAYER_SECONDS
+
+    @property
+    def n_forwards(self) -> int:
+        """Number of the forwards that cells take."""
+        return len(self.batches) + len(list(self.engine.prompt_batches(self.whole)))
 
     @property
     def batch_bytes(self) -> float:
@@ -180,8 +189,7 @@ class Plan:
         lines = [f"{self.n_cells} cells on {len(self.lengths)} base run(s), engine: {engine.describe()}"]
         if self.n_answered:
             lines.append(f"  {self.n_answered} change nothing that the answer reads: taken from the base run")
-        forwards = len(self.batches) + len(list(self.engine.prompt_batches(self.whole)))
-        lines.append(f"  {self.n_cells - self.n_answered} in {forwards} forward(s)")
+        lines.append(f"  {self.n_cells - self.n_answered} in {self.n_forwards} forward(s)")
         for name, flops in self.steps.items():
             lines.append(f"  {_unit(flops, 'FLOP'):>12}  {flops / full:6.1%}  {name}")
         lines.append(

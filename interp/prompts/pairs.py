@@ -6,6 +6,7 @@ tokenizer; they raise PromptError, with an explanation, for prompts that cannot 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ def _named_span(text: str, name: str, words: str | None, occurrence: int | None)
     if occurrence is None and (n := len(find_words(text, words) or find_all(text, words))) > 1:
         log.warning(
             "%r stands %d times in the prompt %.60r, and span %r is the first of them: say which with occurrence=0, 1, "
-            "… or -1", words, n, text, name,
+            "… or -1; in a .jsonl file with [%s, -1]", words, n, text, name, json.dumps(words),
         )  # fmt: skip
     return find_span(text, words, occurrence or 0)
 

@@ -42,23 +42,29 @@ def _write(store: Store, file: BinaryIO, kind: str) -> int:
     writer: Any = None
     rows = 0
     audit = Audit(store)
-    for _, part in audit.all():
-        table = part.table()
-        if writer is None:
-            if kind == "csv":
-                writer = pc.CSVWriter(file, table.schema)
-            else:
-                writer = pq.ParquetWriter(file, table.schema, compression="zstd", store_schema=False)
-                about = {"kind": f"{store.kind} table", "schema": SCHEMA_VERSION, "config": store.document}
-                about |= {"parts": store.n_parts, "parts_present": len(store.inventory().present)}
-                writer.add_key_value_metadata({"interp": json.dumps(about)})
-        writer.write_table(table)
-        rows += table.num_rows
-    if writer is not None:
-        writer.close()
+    try:
+        for _, part in audit.all():
+            table = part.table()
+            writer = writer or _writer(store, file, kind, table.schema)
+            writer.write_table(table)
+            rows += table.num_rows
+    finally:  # a writer left open writes to the closed file later, and says so on stderr
+        if writer is not None:
+            writer.close()
     for line in audit.notes():
         store.report(line)
     return rows
+
+
+def _writer(store: Store, file: BinaryIO, kind: str, schema: pa.Schema) -> Any:
+    """Return an open writer of tables with these columns; a Parquet file says which run it holds."""
+    if kind == "csv":
+        return pc.CSVWriter(file, schema)
+    writer = pq.ParquetWriter(file, schema, compression="zstd", store_schema=False)
+    about = {"kind": f"{store.kind} table", "schema": SCHEMA_VERSION, "config": store.document}
+    about |= {"parts": store.n_parts, "parts_present": len(store.inventory().present)}
+    writer.add_key_value_metadata({"interp": json.dumps(about)})
+    return writer
 
 
 def effects_by_combination(store: Store) -> dict[str, Effects]:

@@ -71,10 +71,10 @@ class Known:
     name: str
     bridge: TransformerBridge = field(repr=False)
     truth: Sites
-    _pairs: Callable[[int, Random], list[PromptPair]]
-    _resid: Callable[[PromptPair], Sites]
-    _attends: Callable[[PromptPair], Mapping[Site, list[int]]]
-    _max_pairs: int | None = MAX_PAIRS
+    _pairs: Callable[[int, Random], list[PromptPair]] = field(repr=False)
+    _resid: Callable[[PromptPair], Sites] = field(repr=False)
+    _attends: Callable[[PromptPair], Mapping[Site, list[int]]] = field(repr=False)
+    _max_pairs: int | None = field(default=MAX_PAIRS, repr=False)
     carries: Sequence[str] = ()
     holds: Sequence[str] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
