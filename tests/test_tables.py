@@ -218,6 +218,9 @@ def test_two_models_or_tasks_are_never_averaged(tiny) -> None:
         from interp.plots import heatmap
 
         heatmap(joined)
+    with pytest.raises(interp.InterpError, match=r"one report is about one model.*effects\.where\(model=…\)"):
+        interp.report(joined)
+    assert interp.report(joined.where(model=gpt2.name)).html
     tasks = Effects.concat([table(np.full((3, 1), x), task=t, prompts=t) for x, t in ((0.2, "ioi"), (0.8, "capitals"))])
     assert sorted(tasks.summary()["effect"]) == pytest.approx([0.2, 0.8])
     assert sorted(tasks.summary(by="layer")["effect"]) == pytest.approx([0.2, 0.8])

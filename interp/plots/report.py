@@ -20,6 +20,7 @@ from interp.plots import budget, kinds, payload
 from interp.plots.colors import COLORS
 from interp.plots.kinds import Result
 from interp.plots.template import fill_template
+from interp.results.effects import Effects
 from interp.utils.damage import Budget, reading
 from interp.utils.files import check_suffix, result_file
 from interp.utils.json_text import parse_json
@@ -206,14 +207,18 @@ def _check(sections: list[tuple[str | None, Result]]) -> None:
         models.setdefault(json.dumps(payload.clean_json(model), sort_keys=True), f"{model} (result {i})")
     if len(models) > 1:
         names = " and ".join(models.values())
-        raise InterpError(f"one report is about one model, but these results come from {names}; write one for each")
+        raise InterpError(
+            f"one report is about one model, but these results come from {names}; write one for each (of a joined "
+            "table, effects.where(model=…) has the rows of one)"
+        )
 
 
 def _models(sections: list[tuple[str | None, Result]]) -> Iterator[tuple[int, Any]]:
-    """Yield the number of each result and the model in its provenance."""
+    """Yield the number of each result and its model, or models: of a joined table those of its rows."""
     for i, (_, result) in enumerate(sections, start=1):
         model = kinds.provenance_of(result).get("model")
-        # after Effects.concat of results of several models, `model` is a list
+        if isinstance(model, list) and isinstance(result, Effects):
+            model = result.frame()["model"].dropna().unique().tolist() or model
         yield from ((i, m) for m in (model if isinstance(model, list) else [model]) if m is not None)
 
 
