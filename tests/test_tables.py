@@ -301,3 +301,10 @@ def test_rows_are_chosen_by_any_kind_of_number() -> None:
     effects = table(np.ones((2, 3)))
     for value in (1, np.int64(1), torch.tensor(1), np.array(1), [torch.tensor(1)], torch.tensor([1])):
         assert len(effects.where(head=value)) == 2
+
+
+def test_only_effects_are_joined() -> None:
+    for wrong in (None, ["x"], [table(np.ones((1, 1))).frame()]):
+        with pytest.raises(interp.InterpError, match="a list of Effects is expected"):
+            Effects.concat(wrong)  # type: ignore[arg-type]
+    assert len(Effects.concat(table(np.ones((2, 1))))) == 2  # type: ignore[arg-type]

@@ -255,7 +255,10 @@ class Effects:
         halves = [interp.patch(model, pairs[:8], sites), interp.patch(model, pairs[8:], sites)]
         interp.Effects.concat(halves).summary()     # as of all 16 pairs
         """
-        parts = list(parts)
+        parts = list(parts) if isinstance(parts, Iterable) else [parts]
+        for part in parts:
+            if not isinstance(part, Effects):
+                raise InterpError(f"a list of Effects is expected; one item is {type(part).__name__} {part!r:.60}")
         if not parts:
             raise InterpError("nothing to concatenate: the list of Effects is empty")
         merged: dict[str, Any] = {}
