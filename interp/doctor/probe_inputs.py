@@ -80,7 +80,7 @@ def prompt(model: Model) -> Sequence[int]:
         hf = model.bridge.original_model
         inputs = dummy_inputs.images(hf)[0] if model.reads == "images" else dummy_inputs.image_prompt(hf)
         return model.pictures.read(inputs)
-    unknown = None if model.tokenizer is None else model.tokenizer.unk_token_id
+    unknown: Any = None if model.tokenizer is None else model.tokenizer.unk_token_id
     if model.tokenizer is None or (ids := model.coder.encode(PROMPTS[0])).count(unknown) * 2 > len(ids):
         last = int(model.bridge.cfg.d_vocab) - 1  # three tokens again and again: heads that look for repeats find some
         return [0, *(max(0, last - i % 3) for i in range(min(8, model.n_ctx) - 1))]
