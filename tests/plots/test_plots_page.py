@@ -287,7 +287,7 @@ TALLY_ROW = """  tally: {
 def test_a_panel_costs_a_script_and_a_row(browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A new kind of result: how it is encoded and decoded, a row in kinds.py, a script, a row in page/kinds.js."""
     encode = lambda tally, provenance: {"kind": "tally", "count": tally.count, "provenance": provenance}  # noqa: E731
-    decode = lambda data: Tally(data["count"], data["provenance"])  # noqa: E731
+    decode = lambda data, budget: Tally(data["count"], data["provenance"])  # noqa: E731
     monkeypatch.setitem(KINDS, "tally", ResultKind(Tally, encode, decode))
     page = tmp_path / "page"
     shutil.copytree(str(template.PAGE), page)
