@@ -112,7 +112,7 @@ def test_indices_may_come_from_other_libraries(tiny, pair) -> None:
     site = Site("z", np.int64(1), torch.tensor(2), np.int64(-1))  # pyright: ignore[reportArgumentType]
     assert site == Site("z", 1, 2, -1) and type(site.position) is int
     row = interp.patch(model, pair, [site]).frame().iloc[0]
-    assert (row["layer"], row["head"], row["position"], row["token"]) == (1, 2, 3, "w3")
+    assert (row["layer"], row["head"], row["position"], row["token"]) == (1, 2, -1, "w3")
     assert model.sites("resid_pre", layers=np.arange(2), positions=np.arange(2)) == model.sites(
         "resid_pre", layers=[0, 1], positions=[0, 1]
     )
