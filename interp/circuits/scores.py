@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from interp.circuits.circuit import Circuit
 from interp.circuits.topology import Architecture
 from interp.errors import InterpError
+from interp.results.signs import helpful_direction
 from interp.sites import Edge, Site
 
 
@@ -124,7 +125,7 @@ class EdgeScores:
         """
         if "mode" not in self.provenance:
             return self
-        direction = self.provenance.get("metric_direction", 1) * (-1 if self.provenance["mode"] == "noise" else 1)
+        direction = helpful_direction(self.provenance)
         provenance = {k: v for k, v in self.provenance.items() if k not in ("mode", "metric_direction")}
         return EdgeScores(self.graph, direction * self.matrix, {**provenance, "sign": "positive helps the metric"})
 

@@ -10,6 +10,7 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 from interp.plots.codec import pack, unpack
+from interp.results.signs import helpful_direction
 from interp.sites import Edge, Site
 from interp.utils.damage import Budget
 
@@ -46,7 +47,11 @@ ARCHITECTURE = ("n_layers", "n_heads", "n_kv_heads", "mlps", "parallel")
 
 
 def encode_circuit(circuit: CircuitLike, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Encode nodes with their place in the model, and edges with the nodes they feed."""
+    """Encode nodes with their place in the model, and edges with the nodes they feed.
+
+    ``effect`` is the score with the sign of tables of effects: positive where the edge helps the metric.
+    """
+    direction = helpful_direction(circuit.provenance)
     graph, senders = circuit.graph, {e.sender for e in circuit.edges}
     nodes = [*circuit.nodes(), graph.output]
     number = {site: i for i, site in enumerate(nodes)}
@@ -54,10 +59,12 @@ def encode_circuit(circuit: CircuitLike, provenance: dict[str, Any]) -> dict[str
     for edge, score in circuit.edges.items():
         fed_nodes = graph.fed_by(edge.receiver)
         receivers = [graph.output] if edge.receiver == graph.output else [s for s in fed_nodes if s in senders]
+        has_score = not math.isnan(score)
         edges.append(
             {
                 "sender": str(edge.sender), "receiver": str(edge.receiver), "from": number[edge.sender],
-                "to": [number[s] for s in receivers or fed_nodes], "score": None if math.isnan(score) else float(score),
+                "to": [number[s] for s in receivers or fed_nodes], "score": float(score) if has_score else None,
+                "effect": direction * float(score) if has_score else None,
             }
         )  # fmt: skip
     return {

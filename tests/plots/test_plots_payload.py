@@ -16,6 +16,7 @@ from interp.circuits import Circuit, Curve
 from interp.errors import InterpError
 from interp.plots import Report, bars, heatmap, png, report
 from interp.plots.budget import LONG_BYTES, SHORT_BYTES
+from interp.plots.circuit_payload import encode_circuit
 from interp.plots.codec import unpack
 from interp.plots.panels import EdgePanel, split
 from interp.plots.pattern_payload import decode_patterns, encode_pattern_example
@@ -178,3 +179,13 @@ def test_a_folder_of_results_becomes_a_page(tmp_path: Path):
     assert next(iter(found)) == "heads" and set(found) == {"heads", "attention_stats", "attention_patterns", "found"}
     assert found["found"] == synthetic.circuit() and isinstance(found["attention_patterns"], AttentionPatterns)
     assert len(report(found).sections) == 4
+
+
+@pytest.mark.parametrize(("recipe", "sign"), [({}, 1), ({"mode": "denoise"}, 1), ({"mode": "noise"}, -1),
+                                              ({"mode": "noise", "metric_direction": -1}, 1)])  # fmt: skip
+def test_edges_are_shown_with_the_sign_of_tables_of_effects(recipe: dict, sign: int):
+    """Corrupting an edge that helps lowers the metric: its noising score is negative, and its effect positive."""
+    circuit = synthetic.circuit()
+    made = type(circuit)(circuit.graph, circuit.edges, {}, {**synthetic.PROVENANCE, **recipe})
+    edges = encode_circuit(made, made.provenance)["edges"]
+    assert len(edges) == len(circuit.edges) and all(e["effect"] == sign * e["score"] != 0 for e in edges)

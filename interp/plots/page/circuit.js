@@ -46,12 +46,12 @@ export function circuitCard(circuit, curve, id) {
   const heading = circuit.name ?? "Circuit";
   return el("article", { class: "card", id },
     el("header", {}, el("h3", {}, heading), el("p", { class: "kind" }, String(circuit.provenance.selection ?? circuit.provenance.method ?? ""))),
-    el("p", { class: "how" }, "Senders are below, the logits on top. The width of an edge is its |score|; red edges raise the attributed metric, blue edges lower it. Select a node to see its edges, give it a role, or open its attention."),
+    el("p", { class: "how" }, "Senders are below, the logits on top. The width of an edge is its |score|; red edges help the attributed metric, blue edges work against it. Select a node to see its edges, give it a role, or open its attention."),
     el("div", { class: "controls" }, el("label", { class: "chooser" }, "edges kept", slider), tick("only paths to the logits", view.paths, (on) => { view.paths = on; draw(); }),
       savers(() => graph.querySelector("svg"), heading), button("Save JSON", () => saveJson("circuit.json", circuitFile(circuit, id)), { class: "plain-button", "data-key": "save circuit" })),
     facts,
     el("div", { class: "columns" }, el("div", { class: "figure" }, graph), el("div", { class: "side" }, chart, side)),
-    dataTable(`All ${ranked.length} edges`, () => ({ head: ["sender", "receiver", "score"], rows: ranked.map((e) => [e.sender, e.receiver, exact(e.score)]) })));
+    dataTable(`All ${ranked.length} edges`, () => ({ head: ["sender", "receiver", "score", "effect"], rows: ranked.map((e) => [e.sender, e.receiver, exact(e.score), exact(e.effect)]) })));
 }
 
 /**
@@ -100,7 +100,7 @@ function nodePanel(circuit, i, id, redraw) {
   const head = node.kind === "head" ? nodeName(node) : null;
   const list = (/** @type {string} */ title, /** @type {import("./data.js").CircuitEdge[]} */ edges, /** @type {(e: import("./data.js").CircuitEdge) => string} */ text) =>
     edges.length ? [el("h4", {}, title), el("ul", { class: "edge-list" }, ...edges.sort((a, b) => Math.abs(b.score ?? 0) - Math.abs(a.score ?? 0)).slice(0, 8)
-      .map((e) => el("li", {}, el("code", {}, text(e)), " ", el("span", { class: "number" }, format(e.score, true)))))] : [];
+      .map((e) => el("li", {}, el("code", {}, text(e)), " ", el("span", { class: "number" }, format(e.effect, true)))))] : [];
   return [
     el("p", { class: "site" }, el("strong", {}, nodeName(node)), el("code", {}, node.site), button("copy as Site", () => copy(node.site, "site")),
       ...(head ? [button("open its attention", () => {

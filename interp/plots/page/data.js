@@ -26,7 +26,7 @@
 /** @typedef {{name: string|null, provenance: Object<string, any>, n: number, layers: number, heads: number,
  *             names: string[], exact: string[], receiver: (number|null)[], examples: PatternExample[]}} PatternResult */
 /** @typedef {{site: string, layer: number|null, head: number|null, kind: string, role: string}} CircuitNode */
-/** @typedef {{sender: string, receiver: string, from: number, to: number[], score: number|null}} CircuitEdge */
+/** @typedef {{sender: string, receiver: string, from: number, to: number[], score: number|null, effect: number|null}} CircuitEdge */
 /** @typedef {{name: string|null, provenance: Object<string, any>, architecture: Object<string, any>, total: number,
  *             nodes: CircuitNode[], edges: CircuitEdge[]}} CircuitResult */
 /** @typedef {{name: string|null, provenance: Object<string, any>, cpr: (number|null)[], cmd: (number|null)[],

@@ -1,4 +1,4 @@
-// The drawing of a circuit: layers from bottom to top, edges by size and sign of their scores.
+// The drawing of a circuit: layers from bottom to top, edges by size and sign of their effects.
 
 import { roomFor, svg } from "./dom.js";
 import { headName } from "./view.js";
@@ -110,10 +110,10 @@ function edgePath(e, a, b, weight, near) {
   const through = ({ q: -9, k: 0, v: 9 })[e.receiver[0]] ?? 0;
   const [y0, y1, x1] = [a.y - HIGH / 2, b.y + HIGH / 2, b.x + through];
   const bend = Math.max(14, (y0 - y1) * 0.45);
-  const sign = e.score === null ? "plain-edge" : e.score < 0 ? "negative" : "positive";
+  const sign = e.effect === null ? "plain-edge" : e.effect < 0 ? "negative" : "positive";
   const path = svg("path", { d: `M${a.x} ${y0}C${a.x} ${y0 - bend} ${x1} ${y1 + bend} ${x1} ${y1}`, class: `edge ${sign}${near ? " near" : ""}`,
     "stroke-width": (0.6 + 4.4 * weight).toFixed(2), "stroke-opacity": (0.25 + 0.65 * weight).toFixed(2) });
-  path.append(svg("title", {}, `${e.sender} → ${e.receiver}: ${e.score === null ? "no score" : e.score.toPrecision(3)}`));
+  path.append(svg("title", {}, `${e.sender} → ${e.receiver}: ${e.effect === null ? "no score" : e.effect.toPrecision(3)}`));
   return path;
 }
 
