@@ -96,8 +96,9 @@ NULLS = {
     ),
 }
 
-# In a mediation all rows of a model go together, since its total effect stands in each: more models.
-SEEDS = {"mediation": 24}
+# In a mediation all rows of a model go together, since its total effect stands in each, and elsewhere most do: more
+# models.
+SEEDS = {"mediation": 24, "replacement": 24, "steering": 24}
 
 
 @pytest.mark.parametrize("recipe", NULLS)

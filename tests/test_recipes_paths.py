@@ -299,7 +299,7 @@ def test_steering_by_the_difference_of_two_prompts_is_patching(tiny) -> None:
     np.testing.assert_allclose(steered, interp.patch(model, PAIR, site, mode="noise").frame()["patched"], atol=1e-9)
     whole = interp.mean_difference(model, ["w1 w2", "w3"], ["w1 w2", "w3"], "resid_pre.L1")
     assert whole.shape == (model.d_model,) and whole.abs().max() == 0
-    with pytest.raises(PromptError, match="at least one negative"):
+    with pytest.raises(PromptError, match="negative texts expected"):
         interp.mean_difference(model, ["w1"], [], site)
 
 

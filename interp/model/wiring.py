@@ -26,7 +26,7 @@ class Missing:
     """Stands for the value of a key that a dict lacks."""
 
 
-@dataclass
+@dataclass(repr=False)
 class _Change:
     """One value that loading changed: ``vars(owner)[key]``, or ``vars(owner)[table][key]``; the class without key."""
 

@@ -61,10 +61,10 @@ def kernel_of(call, target: GPUTarget):
 def plain_of(call, target: GPUTarget):
     """Plain causal attention with the same tiles."""
     _, given, meta, _ = launch.prepare(call, None)
-    q, q_strides, own, _, out, lse, _, cells, *_ = given
+    q, q_strides, own, _, out, shift, log, cells, *_ = given
     meta = {name: x for name, x in meta.items() if name in plain_kernel.arg_names or name.islower()}
-    given = (q, *q_strides, own.k, own.v, *own.k_strides, *own.v_strides, own.n, out, lse, cells.scale, cells.offset,
-             q.shape[1], q.shape[2])  # fmt: skip
+    given = (q, *q_strides, own.k, own.v, *own.k_strides, *own.v_strides, own.n, out, shift, log, cells.scale,
+             cells.offset, q.shape[1], q.shape[2])  # fmt: skip
     return compiled(plain_kernel, given, meta, target)
 
 

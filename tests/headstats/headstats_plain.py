@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN, LOWEST = tl.constexpr(-1e36), tl.constexpr(-1.44e30)
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def plain_loop(b_o, b_m, b_l, b_q, p_k, p_v, s_kn, s_vn, o_m, start, stop, N, of
             b_v = tl.load(p_vt)
         b_x = tl.dot(b_q, b_k) * (scale * LOG2E)
         if MASKED:
-            b_x = tl.where(here[None, :] & (o_m[:, None] + offset - o_n[None, :] >= 0), b_x, -1e30)
+            b_x = tl.where(here[None, :] & (o_m[:, None] + offset - o_n[None, :] >= 0), b_x, HIDDEN)
         b_new = tl.maximum(b_m, tl.max(b_x, 1))
         b_alpha = tl.exp2(b_m - b_new)
         b_w = tl.exp2(b_x - b_new[:, None])
@@ -35,8 +35,8 @@ def plain_loop(b_o, b_m, b_l, b_q, p_k, p_v, s_kn, s_vn, o_m, start, stop, N, of
 
 
 @triton.jit
-def plain_kernel(p_q, s_qb, s_qh, s_qm, p_k, p_v, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, N, p_out, p_lse, scale, offset,
-                 H, M, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+def plain_kernel(p_q, s_qb, s_qh, s_qm, p_k, p_v, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, N, p_out, p_shift, p_log, scale,
+                 offset, H, M, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
                  BN: tl.constexpr):  # fmt: skip
     n_m = tl.cdiv(M, BM)
     i_m = n_m - 1 - tl.program_id(0) % n_m
@@ -54,7 +54,7 @@ def plain_kernel(p_q, s_qb, s_qh, s_qm, p_k, p_v, s_kb, s_kh, s_kn, s_vb, s_vh, 
     p_v += (i_h // G) * s_vh
     p_k += i_b * s_kb
     p_v += i_b * s_vb
-    b_m = tl.full([BM], -5e29, tl.float32)
+    b_m = tl.full([BM], LOWEST, tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BD], tl.float32)
     stop = tl.minimum(N, high + 1)
@@ -69,6 +69,7 @@ def plain_kernel(p_q, s_qb, s_qh, s_qm, p_k, p_v, s_kb, s_kh, s_kn, s_vb, s_vh, 
     b_inv = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, b_l))
     b_log = tl.log2(tl.where(empty, 1.0, b_l))
     o_row = i_bh * M + o_m
-    tl.store(p_lse + o_row, tl.where(empty, float("-inf"), (b_m + b_log) * LN2), mask=rows)
+    tl.store(p_shift + o_row, tl.where(empty, 0.0, b_m), mask=rows)
+    tl.store(p_log + o_row, tl.where(empty, float("-inf"), b_log), mask=rows)
     p_o = p_out + o_row[:, None] * D + o_d[None, :]
     tl.store(p_o, (b_o * b_inv[:, None]).to(p_out.dtype.element_ty), mask=rows[:, None] & (o_d[None, :] < D))
