@@ -287,7 +287,7 @@ def lse_of(norm: Float[Tensor, "2 B H M"]) -> Float[Tensor, "B H M"]:
     norm: the row's largest logit, and log2 of the sum of 2^(logit - largest); 0 and -inf for a row that sees no key.
     Backends keep them apart, because beside a large logit the sum would be lost to rounding.
     """
-    return norm.sum(0) * LN2  # of two numbers
+    return (norm[0] + norm[1]) * LN2
 
 
 def grad_lse_of(grad_norm: Float[Tensor, "2 B H M"]) -> Float[Tensor, "B H M"]:
