@@ -25,7 +25,7 @@ READ = (
 OF_KEYS = {"k", "v", "prefix_k", "prefix_v"}
 # Queries, keys and pipeline stages, for head sizes up to 64, 128 and 256.
 HALF_TILES = ((64, 64, 2), (32, 64, 2), (32, 32, 1))
-FLOAT32_TILES = ((32, 32, 1), (32, 16, 1), (16, 16, 1))
+FLOAT32_TILES = ((32, 32, 1), (16, 32, 1), (16, 16, 1))
 
 
 def unsupported(call: Call, leaf_names: set[str]) -> list[str]:
