@@ -201,5 +201,5 @@ def constants(call: Call, interpreted: bool = False) -> dict[str, Any]:
         return sizes | switches | {"BM": 16, "BN": 16}
     bn, bm, stages = (FLOAT32_TILES if full else HALF_TILES)[0 if d <= 64 else 1 if d <= 128 else 2]
     if call.edit_q_segments is not None or call.bias is not None:
-        bm, stages = min(bm, 32), 1  # their tables take registers
+        bn, bm, stages = min(bn, 64), min(bm, 32), 1  # their tables take registers
     return sizes | switches | {"BM": bm, "BN": bn, "num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}
