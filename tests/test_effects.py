@@ -3,9 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from interp.errors import InterpError
 from interp.results.effects import COLUMNS, Effects
+from interp.utils.provenance import weights_hash
 
 
 def table(values: np.ndarray, **fixed) -> Effects:
@@ -160,3 +162,16 @@ def test_a_table_is_written_as_parquet_or_not_at_all(tmp_path, name: str) -> Non
     effects.frame().to_csv(tmp_path / "x.csv", index=False)
     again = Effects(pd.read_csv(tmp_path / "x.csv")).frame()
     assert again["patched"].equals(effects.frame()["patched"])
+
+
+def test_the_hash_of_weights_reads_their_whole_length() -> None:
+    """At every size, also where 4,096 values are no whole fraction of it, a change of the last half is seen."""
+    for size in (1, 4096, 4097, 5120, 8191, 8192, 12_287, 30_000):
+        weight = torch.zeros(size)
+        changed = weight.clone()
+        changed[size // 2 :] = 1
+        assert weights_hash([("w", weight)]) != weights_hash([("w", changed)]), size
+        assert weights_hash([("w", weight)]) == weights_hash([("w", weight.clone())])
+        changed = weight.clone()
+        changed[-max(1, size // 100) :] = 1  # the last hundredth holds a sampled value if 4,096 of them are spread out
+        assert size < 4097 or weights_hash([("w", weight)]) != weights_hash([("w", changed)]), size

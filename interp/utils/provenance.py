@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -95,11 +96,11 @@ def text_hash(text: str) -> str:
 
 
 def weights_hash(named: Iterable[tuple[str, Any]]) -> str:
-    """Return a short hash of every weight's name, shape and up to 4,096 evenly spaced values."""
+    """Return a short hash of every weight's name, shape and up to 4,096 evenly spaced values of its whole length."""
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in named:
         flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 4096)][:4096].float().cpu().contiguous()
+        sample = flat[:: max(1, math.ceil(flat.numel() / 4096))].float().cpu().contiguous()
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.numpy())
     return digest.hexdigest()
