@@ -123,6 +123,8 @@ def test_long_sweeps_are_asked_about(run, monkeypatch) -> None:
         ("patch --model {f}/m --pairs {f}/facts.csv", "expected PromptPair objects"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory 3kB", "too small for one cell"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --memory lots", "a size like '4GiB'"),
+        ("patch --model nowhere --memory 3foo", "--memory 3foo: a number of bytes is expected"),
+        ("patch --model nowhere --dtype float31", "--dtype float31: did you mean float32? one of float32, float64"),
         ("patch --model {f}/none --pairs {f}/nowhere.csv", "cannot read"),  # before the model is looked for
         ("patch --model {f}/none --pairs {f}/pairs.csv --metric foo", "unknown metric 'foo'"),
         ("patch --model {f}/m --pairs {f}/pairs.csv --group a=z.L0H0 --group a=z.L0H1", "given twice"),

@@ -15,6 +15,7 @@ import typer
 
 from interp.errors import InterpError, Interrupted
 from interp.metrics import METRICS
+from interp.recipes.choices import DTYPES
 from interp.utils.checks import did_you_mean
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         help="float32 (the default), bfloat16, float16 or float64.",
-        autocompletion=offer("float32", "bfloat16", "float16", "float64"),
+        autocompletion=offer(*DTYPES),
     ),
 ]
 BosOption = Annotated[
@@ -136,6 +137,12 @@ class RunOptions:
             raise InterpError(f"--seed {self.seed}: a whole number from 0 on is expected")
         check_choice("--engine", self.engine, ENGINES)
         bos_policy(self.bos)
+        if self.dtype is not None:
+            check_choice("--dtype", self.dtype, DTYPES)
+        if self.memory is not None:
+            from interp.engine.budget import as_bytes
+
+            as_bytes(self.memory)
         if self.pairs is not None:
             _ = self._file_prompts
         if self.metric is not None:

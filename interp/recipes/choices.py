@@ -1,4 +1,4 @@
-"""The words that recipes' options take, kept once; importing this module is light."""
+"""The words that options take, kept once; importing this module is light."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ABLATIONS = {
     "cama": "activation set to its mean over the same token at the same place in clean prompts of the same length",
     "resample": "activation taken, position by position from the last token back, from another example's clean prompt",
 }
+DTYPES = ("float32", "float64", "bfloat16", "float16")  # of a model that is loaded by name
 SCHEDULES = ("each", "cumulative", "all but one")
 TRACED_WINDOWS = {"resid_post": 1, "mlp_out": 10, "attn_out": 10}  # component: published window, in layers
 SEVERED = {"mlp": "mlp_out", "attn": "attn_out"}

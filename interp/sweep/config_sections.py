@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from interp.errors import InterpError
 from interp.metrics import METRICS
 from interp.prompts.special_tokens import BosPolicy
+from interp.recipes.choices import DTYPES
 from interp.recipes.options import RECEIVERS, SITE, SITES, Option
 from interp.recipes.registry import RECIPES, Recipe
 from interp.recipes.selection import layers_text, single_sites, sites_text
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from interp.tasks import Task
 
 MOST_PROMPTS = 10_000_000  # of a task: all are generated before the first is measured
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
