@@ -125,3 +125,16 @@ def test_digits_written_as_text_are_the_name_of_a_span(tiny, tmp_path) -> None:
 def test_texts_may_repeat(pairs) -> None:
     document = config_of("steer", pairs, positive=[*UP, UP[0]])
     assert parse(document, folder=pairs.parent).recipes[0].options["positive"] == [*UP, UP[0]]
+
+
+def test_pairs_with_almost_no_gap_are_told_where_a_sweep_is_read(tiny, pairs, tmp_path, monkeypatch, caplog) -> None:
+    sweep = interp.Sweep(config_of("patch", pairs), tmp_path / "run", models={"tiny": tiny("llama")})
+    sweep.run()
+    monkeypatch.setattr("interp.results.gaps.SMALL", 0.0)
+    sweep.effects()
+    assert "almost no difference" not in caplog.text
+    monkeypatch.setattr("interp.results.gaps.SMALL", 0.99)  # then some gap is below that share of the mean gap
+    (effects,) = sweep.effects().values()
+    gaps = effects.frame().drop_duplicates("example").eval("abs(clean - corrupt)")
+    expected = int((gaps < 0.99 * gaps.mean()).sum())
+    assert 0 < expected < len(PAIRS) and f"{expected} of {len(PAIRS)} pairs have almost no difference" in caplog.text

@@ -96,6 +96,8 @@ def effects_by_combination(store: Store) -> dict[str, Effects]:
         provenance |= {"sweep": store.header["digest"], "seeds": list(seeds), "failed": whole.num_rows - len(frame)}
         frame = frame.drop(columns=[*LABELS, "error"])  # the model and the task are in the provenance
         out[title] = Effects(frame[[c for c in COLUMNS if c in frame]], provenance)
+        if gaps := out[title].small_gaps():
+            store.report(f"{title}: {gaps}")
     return out
 
 
