@@ -107,12 +107,15 @@ def test_device_map_places_the_weights_and_changes_no_logit(folder: Path) -> Non
     [
         ({"device": "cpu", "device_map": "auto"}, "device= .* or device_map= .*not both"),
         ({"quantize": "2bit"}, "quantize='2bit': one of '8bit', '4bit' is expected"),
-        ({"dtype": "float33"}, "dtype must be a floating torch dtype"),
+        ({"dtype": "float33"}, "dtype must be a floating torch dtype.*got 'float33'"),
+        ({"dtype": torch.int8}, "dtype must be a floating torch dtype.*got torch.int8"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(folder: Path, options, words: str) -> None:
-    with pytest.raises(ModelError, match=words):
-        interp.load(folder, **options)
+    for function in (interp.load, interp.doctor.examine):
+        if function is interp.load or "dtype" in options:
+            with pytest.raises(ModelError, match=words):
+                function(folder, **options)
 
 
 @pytest.mark.parametrize(

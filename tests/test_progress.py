@@ -13,6 +13,7 @@ import pytest
 
 import interp
 from interp import circuits
+from interp.doctor.families.text import tiny_hf
 from interp.utils import progress as module
 from interp.utils.progress import is_shown, progress
 
@@ -118,6 +119,7 @@ KNOWN = interp.zoo.induction()
 PAIRS = KNOWN.pairs(8)
 Z = KNOWN.model.sites("z")
 CALLS: dict[str, Callable[[], Any]] = {
+    "load": lambda: interp.load(tiny_hf("llama"), tokenizer=KNOWN.model.tokenizer),
     "patch": lambda: interp.patch(KNOWN.model, PAIRS, Z),
     "ablate": lambda: interp.ablate(KNOWN.model, PAIRS, Z),
     "statistics": lambda: KNOWN.model.attention_stats(PAIRS),

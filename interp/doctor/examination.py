@@ -26,7 +26,7 @@ from interp.model.hf_classes import key_value_cache
 from interp.model.instrument import attend
 from interp.model.loading import wrap
 from interp.model.model import Model, load
-from interp.model.reading import read
+from interp.model.reading import as_dtype, read
 from interp.model.vision_towers import vision_tower
 from interp.prompts.special_tokens import BosPolicy
 from interp.sites import COMPONENTS, Site
@@ -94,9 +94,8 @@ def examine(
     """Examine a model given as in `interp.load`, which takes ``options`` too.
 
     ``context``: number of tokens for which memory is computed (default: the model's context length). ``bos``: as for
-    `interp.load`. A Model or
-    TransformerBridge is wrapped already, so that its logits cannot be compared with those of eager attention: give its
-    name instead for this comparison.
+    `interp.load`. A Model or TransformerBridge is wrapped already, so that its logits cannot be compared with those of
+    eager attention: give its name instead for this comparison.
 
     Raises ModelError if the model cannot be loaded, InterpError for a context longer than the model's.
     """
@@ -106,7 +105,7 @@ def examine(
     if is_wrapped:
         model = load(source, dtype=dtype, device=device, bos=bos)
     else:
-        weights = read(source, dtype=_dtype(dtype), device=device, **options)
+        weights = read(source, dtype=as_dtype(dtype), device=device, **options)
         weights = replace(weights, model=vision_tower(weights.model))
         batches = probe_inputs.batches(weights.model, weights.tokenizer)
         expected = _eager(weights.model, batches)
@@ -128,10 +127,6 @@ def examine(
         *_memory(model, calls, context),
     ]
     return Examination(repr(model), tuple(findings))
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    return getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
 
 
 # ---------------------------------------------------------------- logits

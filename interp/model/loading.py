@@ -185,12 +185,3 @@ def _without_installing() -> Iterator[None]:
             yield
         finally:
             helpers._ensure_torchvision, building.load_modality_processor = originals
-
-
-def check_device(device: Any) -> None:
-    """Raise ModelError for a device that is unknown or that this machine lacks."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(f"cannot use device {str(device)!r}: {first}") from error

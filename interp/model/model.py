@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import headstats
@@ -30,8 +31,9 @@ from interp.model.input_checks import (
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
 from interp.model.layer_progress import by_layer
-from interp.model.loading import alone_with, boot, check_device, special_tokens_of
+from interp.model.loading import alone_with, boot, special_tokens_of
 from interp.model.protocols import Bridge
+from interp.model.reading import as_dtype, check_device
 from interp.model.residual_check import recorded_sum, sum_fault
 from interp.model.session import in_session, plain_settings
 from interp.model.verification import count_hooks, probe, reads_of, verify
@@ -109,20 +111,21 @@ def load(
         if bos is not None and bos != name_or_model.special_tokens.policy:
             raise ModelError(f"bos={bos!r}: {name_or_model.name} is loaded already; give bos= where it is loaded")
         return name_or_model
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ModelError("dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64")
+    dtype = as_dtype(dtype)
     if device is not None:
         check_device(device)
-    with collector_paused(), plain_settings("loading"), alone_with(name_or_model):
+    title = f"load {name_or_model}" if isinstance(name_or_model, str | Path) else f"load {type(name_or_model).__name__}"
+    with collector_paused(), plain_settings("loading"), alone_with(name_or_model), progress(title, 2) as advance:
         wrapped = boot(
             name_or_model, bos, dtype=dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
             revision=revision, device_map=device_map, quantize=quantize, copy=copy,
         )  # fmt: skip
-        return Model(
+        advance(1)
+        model = Model(
             wrapped.bridge, name=wrapped.name, backend=backend, tokenizer=wrapped.tokenizer, special=wrapped.special
         )
+        advance(1)
+    return model
 
 
 class Model(ModelFacts):

@@ -285,3 +285,24 @@ def quiet() -> Iterator[None]:
             logging.getLogger("transformers").setLevel(level)
             if has_progress_bar:
                 hf_logging.enable_progress_bar()
+
+
+def check_device(device: Any) -> None:
+    """Raise ModelError for a device that is unknown or that this machine lacks."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"cannot use device {str(device)!r}: {first}") from error
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a floating dtype that may be given by its name. Raises ModelError for anything else; None stays None."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if named is not None and isinstance(named, torch.dtype) and named.is_floating_point:
+        return named
+    if dtype is None:
+        return None
+    raise ModelError(
+        f"dtype must be a floating torch dtype or its name: float32, bfloat16, float16, float64; got {dtype!r}"
+    )
