@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architectures import EVERY
 
 import interp
 from interp.doctor.examination import examine
@@ -148,3 +149,13 @@ def test_a_norm_between_attention_and_its_output_projection_joins_what_comes_bef
     hf = transformers.BitNetForCausalLM(config).eval()
     model = interp.load(hf, tokenizer=word_tokenizer(WORDS))
     assert not model.head_axes.faults and model.head_axes.joint == {"q", "k", "v"}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_the_check_says_the_same_in_bfloat16(family: str) -> None:
+    """The coded changes are large beside bfloat16's rounding, so that no family is refused or passed by it."""
+    exact = load(family)
+    rounded = interp.load(tiny_hf(family, torch.float32).to(torch.bfloat16), tokenizer=word_tokenizer(WORDS))
+    assert rounded.dtype == torch.bfloat16
+    assert sorted(rounded.head_axes.faults) == sorted(exact.head_axes.faults)
+    assert rounded.head_axes.joint == exact.head_axes.joint
