@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,24 @@ def test_encodings_are_the_prompts_that_they_hold(tiny, word_tokenizer) -> None:
         assert [e.runs["clean"].tokens for e in model.attention_patterns(form).examples] == [
             ["<bos>", "w1", "w2", "w3"], ["<bos>", "w4", "w5"],
         ]  # fmt: skip
+
+
+def test_padding_without_a_mask_is_refused(tiny, word_tokenizer, caplog) -> None:
+    """As words it would change every number. Where the padding token has another use too, several are told."""
+    model, (ids, shorter) = tiny("llama"), IDS
+    pad = word_tokenizer.pad_token_id
+    assert pad == word_tokenizer.eos_token_id  # in this tokenizer
+    model.attention_stats([ids, [*shorter, pad]])
+    assert "padding token" not in caplog.text
+    model.attention_stats(torch.tensor([[*ids, pad], [pad, pad, *shorter]]))
+    assert "2 padding token(s) ('<pad>') at an end of token ids" in caplog.text
+    own_pad = deepcopy(word_tokenizer)
+    own_pad.eos_token = "w0"
+    model = interp.load(tiny_hf("llama"), tokenizer=own_pad)
+    for padded in ([*shorter, pad], [pad, *shorter]):
+        with pytest.raises(PromptError, match=r"1 padding token.*give what the tokenizer returned, with its attention"):
+            model.attention_stats(torch.tensor([ids, padded]))
+    model.attention_stats({"input_ids": [ids, [pad, *shorter]], "attention_mask": [[1] * 4, [0, 1, 1, 1]]})
 
 
 NO_PROMPTS = [

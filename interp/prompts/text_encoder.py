@@ -5,6 +5,7 @@ This includes special tokens, character ranges and continuations.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from interp.prompts.listing import TokenIds, check_text
 from interp.prompts.ranges import Span, continues_word
 from interp.prompts.special_tokens import SpecialTokens
 from interp.prompts.token_bytes import label, offsets_by_bytes, token_bytes
+
+log = logging.getLogger("interp")
 
 ANCHORS = ("a", "(", "\n")  # texts of one token each, that few tokenizers merge with what follows
 
@@ -57,10 +60,12 @@ class TextEncoder:
     def encode(self, text: str | TokenIds) -> list[int]:
         """Encode with the special tokens of the model's prompts; token ids stay as they are.
 
-        Raises PromptError for an empty text, one without tokens, and beyond the context length or the vocabulary.
+        Raises PromptError for an empty text, one without tokens, and beyond the context length or the vocabulary, and
+        for token ids that are padded.
         """
         if isinstance(text, TokenIds):
             self.check(text)
+            self._refuse_padding(text)
             return list(text)
         check_text(text)
         bare = self.bare(text)
@@ -83,6 +88,24 @@ class TextEncoder:
                 f"token {max(ids)} ({self.texts([max(ids)])[0]!r}) is beyond the {self.vocabulary} tokens that "
                 f"{self.name} knows: is the tokenizer another model's?"
             )
+
+    def _refuse_padding(self, ids: Sequence[int]) -> None:
+        """Raise PromptError for padding at an end of token ids, which the model would read as words.
+
+        Where the padding token is also the first or last token of texts, several of them are told, and one is not.
+        """
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        left = next((i for i, token in enumerate(ids) if token != pad), len(ids))
+        right = next((i for i, token in enumerate(reversed(ids)) if token != pad), len(ids))
+        if pad is None or max(left, right) == 0 or len(ids) == 1:
+            return
+        token = self.texts([pad])[0]
+        many = f"{max(left, right)} padding token(s) ({token!r}) at an end of token ids would be read as words"
+        remedy = "give what the tokenizer returned, with its attention_mask, or leave them out"
+        if pad not in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            raise PromptError(f"{many}: {remedy}")
+        if max(left, right) > 1:
+            log.warning("%s: if they are padding, %s", many, remedy)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """One string for each token.
