@@ -83,6 +83,10 @@ def prompt(model: Model) -> Sequence[int]:
     unknown: Any = None if model.tokenizer is None else model.tokenizer.unk_token_id
     if model.tokenizer is None or (ids := model.coder.encode(PROMPTS[0])).count(unknown) * 2 > len(ids):
         last = int(model.bridge.cfg.d_vocab) - 1  # three tokens again and again: heads that look for repeats find some
-        return [0, *(max(0, last - i % 3) for i in range(min(8, model.n_ctx) - 1))]
+        tokens = [0, *(max(0, last - i % 3) for i in range(min(8, model.n_ctx) - 1))]
+        mask_token: Any = getattr(model.tokenizer, "mask_token_id", None)
+        if not model.masked or mask_token is None:
+            return tokens
+        return [*(last - 3 if i == mask_token else i for i in tokens[:-1]), mask_token]
     mask = f" {model.tokenizer.mask_token}" if model.masked else ""
     return model.coder.encode(PROMPTS[0] + mask)

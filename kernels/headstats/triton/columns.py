@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Keys, queries and pipeline stages, for head sizes up to 64, 128 and 256.
-HALF_TILES = ((128, 64, 3), (128, 64, 2), (64, 32, 1))
+HALF_TILES = ((128, 64, 3), (128, 64, 2), (32, 32, 1))
 FLOAT32_TILES = ((64, 32, 2), (32, 32, 1), (32, 16, 1))
 
 
