@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from interp import circuits, corpus, doctor, metrics, prompts, spans, tasks, zoo
     from interp.engine.plan import Plan, explain
     from interp.errors import InterpError
+    from interp.interventions import AttentionEdit
     from interp.metrics import Metric, kl, logit_diff, logprob, prob, rank
     from interp.model.model import Model, load
     from interp.plots.report import Report, report
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from interp.prompts.pair_set import PairSet
     from interp.prompts.pairs import Fact, Prompt, PromptPair
     from interp.recipes.ablation import ablate
+    from interp.recipes.editing import edit
     from interp.recipes.knockout import knock_out
     from interp.recipes.leave_one_out import leave_out
     from interp.recipes.mediation import mediate
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "engine.plan": ("Plan", "explain"),
     "errors": ("InterpError",),
+    "interventions": ("AttentionEdit",),
     "metrics": ("Metric", "kl", "logit_diff", "logprob", "prob", "rank"),
     "model.model": ("Model", "load"),
     "plots.report": ("Report", "report"),
@@ -51,6 +54,7 @@ _EXPORTS = {
     "prompts.pair_set": ("PairSet",),
     "prompts.pairs": ("Fact", "Prompt", "PromptPair"),
     "recipes.ablation": ("ablate",),
+    "recipes.editing": ("edit",),
     "recipes.knockout": ("knock_out",),
     "recipes.leave_one_out": ("leave_out",),
     "recipes.mediation": ("mediate",),
@@ -70,8 +74,9 @@ import_tqdm_quietly()
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
-    "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate", "circuits", "corpus", "doctor", "explain", "kl",
+    "AttentionEdit", "AttentionStats", "Effects", "Fact", "ImagePair",
+    "InterpError", "Metric", "Model", "PairSet", "Plan", "Prompt",
+    "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate", "circuits", "corpus", "doctor", "edit", "explain", "kl",
     "knock_out",
     "leave_out", "load", "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch",
     "peek", "prob", "prompts", "rank", "report", "spans", "steer", "tasks", "trace", "trace_table", "zoo",

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import interp
-from interp.engine import Cut
-from interp.engine.cells import cut_mask, cut_table
 from interp.errors import InterpError, PromptError
+from interp.model.dense_edits import cells_of
 from interp.model.hooks import hooks
+from interp.model.layer_edits import CallSize, LayerEdit, edit_arguments
 
 PAIRS = [interp.PromptPair(f"w{a} w5 w{b} w6 w7", "w8 w5 w9 w6 w7", "w95", "w96") for a in (1, 2) for b in (3, 4)]
 
@@ -24,16 +24,22 @@ def test_segments_cut_what_a_mask_cuts(data) -> None:
     length, start = data.draw(st.integers(1, 8)), 0
     span = st.tuples(st.integers(0, length), st.integers(0, length)).map(sorted)
     one = st.builds(
-        lambda rows, keys, heads: Cut(0, *rows, tuple(keys), heads), span, span,
+        lambda rows, keys, heads: LayerEdit(0, queries=range(*rows), keys=range(*keys), heads=heads), span, span,
         st.one_of(st.none(), st.sets(st.integers(0, 2), min_size=1).map(tuple)),
     )  # fmt: skip
     cells = data.draw(st.lists(st.lists(one, max_size=6), min_size=1, max_size=3))
     start = data.draw(st.integers(0, length - 1))
-    table = cut_table(cells, 3, (start, length), length)
-    for n, cuts in enumerate(cells):
-        q, k = table["q_segments"][n], table["k_segments"][n]
-        got = table["knockout"][n][:, q][:, :, k]
-        assert torch.equal(got, cut_mask(cuts, 3, length)[:, start:])
+    size = CallSize(3, start, length, length)
+    arguments = edit_arguments(cells, size, torch.device("cpu"), torch.float32)
+    for n, edits in enumerate(cells):
+        expected = torch.zeros(3, length - start, length, dtype=torch.bool)
+        for e in edits:
+            expected |= cells_of(e, e.keys, 3, start, length, length)
+        if arguments["edit"].knockout is None:
+            assert not any(cells) and not expected.any()
+            continue
+        q, k = arguments["q_segments"][n], arguments["k_segments"][n]
+        assert torch.equal(arguments["edit"].knockout[n][:, q][:, :, k], expected)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma2"])

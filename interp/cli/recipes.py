@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -97,7 +98,8 @@ def _site_parameters(takes_groups: bool) -> list[inspect.Parameter]:
 
 def run_recipe(recipe: Recipe, run: RunOptions, typed: dict[str, Any]) -> None:
     """Check what was typed, load the model, and run the recipe."""
-    if missing := [f"{o.flag} FILE" for o in recipe.options if o.required and typed[o.name] is None]:
+    required = [o for o in recipe.options if o.required and typed[o.name] in (None, [])]
+    if missing := [f"{o.flag} {'FILE' if o.type.command_line is Path else 'TEXT'}" for o in required]:
         raise InterpError(f"{recipe.verb} needs {' '.join(missing)}")
     if run.engine == "fast" and not recipe.takes("engine"):
         raise InterpError(f"{recipe.verb} runs a full forward per cell: leave --engine out")

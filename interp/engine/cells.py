@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from interp.errors import PromptError
+from interp.model.layer_edits import LayerEdit
 from interp.prompts.coder import Encoded
+from interp.prompts.positions import row_range
 from interp.sites import Site
 
 # A change of these reaches other positions only in later blocks: they come after the keys and values of their block.
@@ -37,33 +37,18 @@ class Write:
         return entry_layer(self.site)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Hide keys from queries in one layer's attention, before the softmax.
-
-    ``keys``: token rows, hidden from queries in rows [start, stop). ``heads``: the query heads that are cut; None for
-    all.
-    """
-
-    layer: int
-    start: int
-    stop: int
-    keys: tuple[int, int]
-    heads: tuple[int, ...] | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Run number ``run`` with all ``writes`` and ``cuts`` applied in one forward."""
+    """Run number ``run`` with all ``writes`` and attention ``edits`` applied in one forward."""
 
     run: int
     writes: tuple[Write, ...] = ()
-    cuts: tuple[Cut, ...] = ()
+    edits: tuple[LayerEdit, ...] = ()
 
     @property
-    def changes(self) -> tuple[Write | Cut, ...]:
-        """All writes and cuts."""
-        return (*self.writes, *self.cuts)
+    def changes(self) -> tuple[Write | LayerEdit, ...]:
+        """All writes and edits."""
+        return (*self.writes, *self.edits)
 
     @property
     def first_row(self) -> int:
@@ -88,7 +73,7 @@ class Cell:
         change too, every later row can differ and the result is ``length``, the length of the run.
         """
         entering = [c for c in self.changes if c.layer == self.first_layer]
-        if all(isinstance(c, Cut) or c.site.component in AFTER_KEYS for c in entering):
+        if all(not c.counts_keys if isinstance(c, LayerEdit) else c.site.component in AFTER_KEYS for c in entering):
             return max(c.stop for c in entering)
         return length
 
@@ -119,21 +104,9 @@ def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
     Raises PromptError if the prompt lacks it. ``"name:first"`` and ``"name:last"`` are the first and last token of the
     span ``name``.
     """
-    position, n = site.position, len(prompt)
-    if position is None:
-        return 0, n
-    if isinstance(position, str):
-        name, colon, end = position.rpartition(":")
-        if colon and position not in prompt.spans and end in ("first", "last") and name in prompt.spans:
-            start, stop = prompt.spans[name]
-            return (start, start + 1) if end == "first" else (stop - 1, stop)
-        if position not in prompt.spans:
-            names = ", ".join(map(repr, prompt.spans)) or "none"
-            raise PromptError(f"site {site} names the span {position!r}, but the prompt's spans are: {names}")
-        return prompt.spans[position]
-    if not -n <= position < n:
-        raise PromptError(f"site {site}: position {position} is outside a prompt of {n} tokens {list(prompt.tokens)}")
-    return position % n, position % n + 1
+    if site.position is None:
+        return 0, len(prompt)
+    return row_range(site.position, prompt, f"site {site}")
 
 
 def write_into(activation: Tensor, write: Write, value: Tensor | None = None) -> Tensor:
@@ -150,44 +123,3 @@ def write_into(activation: Tensor, write: Write, value: Tensor | None = None) ->
     value = value.to(changed.dtype)
     target[rows] = value if write.how == "set" else target[rows] + value
     return changed
-
-
-def cut_table(cuts: list[list[Cut]], n_heads: int, rows: tuple[int, int], keys: int) -> dict[str, Tensor]:
-    """Express the cuts of several cells in one layer as headstats arguments.
-
-    Queries that the same cuts name share a segment, and so do keys. A pair of segments is cut where some cut names
-    both.  ``rows``: [start, stop) of the queries.
-
-    Returns q_segments [cells, rows], k_segments [cells, keys], knockout [cells, heads, Sq, Sk].
-    """
-    parts = [_segments(of_cell, n_heads, rows, keys) for of_cell in cuts]
-    size = [max(table.shape[i] for *_, table in parts) for i in (1, 2)]
-    whole = torch.zeros(len(cuts), n_heads, *size, dtype=torch.bool)
-    for cell, (*_, table) in enumerate(parts):
-        whole[cell, :, : table.shape[1], : table.shape[2]] = table
-    q, k = (torch.stack([p[i] for p in parts]) for i in (0, 1))
-    return {"q_segments": q, "k_segments": k, "knockout": whole}
-
-
-def _segments(cuts: list[Cut], n_heads: int, rows: tuple[int, int], keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one cell's query and key segments, and the cut pairs [heads, Sq, Sk]."""
-    columns = max(1, len(cuts))
-    query_in_cut, key_in_cut = torch.zeros(rows[1] - rows[0], columns), torch.zeros(keys, columns)
-    head_in_cut = torch.zeros(n_heads, columns)
-    for i_cut, cut in enumerate(cuts):
-        query_in_cut[max(cut.start - rows[0], 0) : max(cut.stop - rows[0], 0), i_cut] = 1
-        key_in_cut[slice(*cut.keys), i_cut] = 1
-        head_in_cut[slice(None) if cut.heads is None else list(cut.heads), i_cut] = 1
-    query_segments, q = torch.unique(query_in_cut, dim=0, return_inverse=True)
-    key_segments, k = torch.unique(key_in_cut, dim=0, return_inverse=True)
-    return q, k, torch.einsum("he,qe,ke->hqk", head_in_cut, query_segments, key_segments) > 0
-
-
-def cut_mask(cuts: list[Cut], n_heads: int, length: int) -> Bool[Tensor, "heads length length"]:
-    """Express one cell's cuts in one layer as a mask: True where attention is cut."""
-    mask = torch.zeros(n_heads, length, length, dtype=torch.bool)
-    for cut in cuts:
-        heads = range(n_heads) if cut.heads is None else cut.heads
-        for head in heads:
-            mask[head, cut.start : cut.stop, slice(*cut.keys)] = True
-    return mask

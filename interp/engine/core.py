@@ -29,6 +29,7 @@ from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.buffers import buffer_state
+from interp.model.layer_edits import LayerEdit
 from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
@@ -176,6 +177,8 @@ class Engine:
         They can if they were verified on this model with a frame of prompts as long.
         """
         verified = Verified.of(self.model).plain_base_runs
+        if self.model.instrument.edited is not None:
+            return False  # its prompts do not know their edits
         if verified is None or verified.setting != self._setting() or verified.frame.length < longest:
             return False
         self.frame = verified.frame
@@ -193,7 +196,7 @@ class Engine:
         The model itself has computed ``run``.
         """
         assert self.plain_blocks is not None
-        if not has_fixed_rotary(self.model):
+        if not has_fixed_rotary(self.model) or self.model.instrument.edited is not None:
             return
         (plain_run,) = record_with_plain_blocks(self.model, self.plain_blocks, self.frame, [run.ids], (), [run.noise])
         pairs = zip(plain_run.tensors(), replace(run, acts={}).tensors(), strict=True)
@@ -337,8 +340,9 @@ class Engine:
         packed path exact is the model's structure. A prompt of a few tokens shows all of that structure, a prompt of a
         single token shows nothing.
         """
-        components = {c.site.component if isinstance(c, Write) else "cut" for cell in cells for c in cell.changes}
-        kind = frozenset(components)
+        components = {name for cell in cells for c in cell.changes for name in _kinds(c)}
+        edited = self.model.instrument.edited
+        kind = frozenset(components if edited is None else components | {f"under {name}" for name in edited.changes})
         if kind in Verified.of(self.model).packed_changes:
             return
         run = max((c.run for c in cells), key=lambda i: len(runs[i]))
@@ -372,3 +376,8 @@ class Engine:
 
     def _extra_hooks(self, components: Sequence[str]) -> ResultHooks:
         return ResultHooks(self.model, "result" in components)
+
+
+def _kinds(change: Write | LayerEdit) -> tuple[str, ...]:
+    """What is checked once for each model: a component that is written, a field of an edit."""
+    return (change.site.component,) if isinstance(change, Write) else change.edit.changes

@@ -5,15 +5,16 @@ It is slow and simple, and the reference in tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.cells import Cell, Write, cut_mask, write_into
+from interp.engine.cells import Cell, Write, write_into
 from interp.engine.runs import Run
+from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
 from interp.model.model import Model
 
@@ -29,31 +30,18 @@ def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
         pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
     for write in sorted(cell.writes, key=lambda w: w.site.component == "resid_mid"):  # it replaces earlier writes
         pairs += _write_hooks(write)
-    for layer in {c.layer for c in cell.cuts}:
-        mask = cut_mask([c for c in cell.cuts if c.layer == layer], model.n_heads, len(run)).to(model.device)
-        pairs += _cut_hooks(layer, mask)
-    with hooks(model, *pairs):
+    with hooks(model, *pairs), model.instrument.editing(_edit(cell), dense=True):
         return model.last_logits([run.ids])[0]
 
 
-def _cut_hooks(layer: int, mask: Tensor) -> list[tuple[str, Any]]:
-    """Hooks that cut attention where ``mask`` is True.
+def _edit(cell: Cell) -> Callable[[AttentionCall], AttentionCall]:
+    """Return a function that adds the cell's edits to a call of attention."""
 
-    They make the layer dense: its scores are lowered. A row that is cut from every key reads nothing: its pattern,
-    which softmax made uniform, is set to zero where it was cut and where the model's own mask (causal or not) lowered
-    the score.
-    """
-    hidden: list[Tensor] = []
+    def add(call: AttentionCall) -> AttentionCall:
+        edits = tuple(e for e in cell.edits if e.layer == call.layer)
+        return replace(call, edits=tuple((*own, *edits) for own in call.edits_by_row())) if edits else call
 
-    def lower(scores: Tensor, hook: Any) -> Tensor:
-        minimum = torch.finfo(scores.dtype).min
-        hidden.append(mask | (scores <= minimum))
-        return scores.masked_fill(mask, minimum)
-
-    return [
-        (f"blocks.{layer}.attn.hook_attn_scores", lower),
-        (f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x.masked_fill(hidden[-1], 0)),
-    ]
+    return add
 
 
 def _write_hooks(write: Write) -> list[tuple[str, Any]]:

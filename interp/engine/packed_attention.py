@@ -10,18 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.engine.packing import Piece
 from interp.model.attention_call import AttentionCall
 from interp.model.instrument import attend
+from interp.model.layer_edits import LayerEdit
 
 SHARED_KEYS = 2048  # prefix keys × cells from which sharing the prefix is faster than copying it for every cell
 SHORT = 64  # up to so many keys, cells of other runs or with other first rows go into one joint call
 WASTED = 8192  # padding, in cells of attention patterns, that costs as much as another call
 
-CutArguments = Callable[[Piece], dict[str, Any]]
+EditsByRow = tuple[tuple[LayerEdit, ...], ...]  # the edits of each cell of a piece; empty if there are none
 
 
 def packed_attention(
@@ -32,22 +34,22 @@ def packed_attention(
     v: Float[Tensor, "key_rows kv_heads d_value"],
     queries: Sequence[Piece],
     keys: Sequence[Piece],
-    cuts: CutArguments,
+    edits: Callable[[Piece], EditsByRow],
 ) -> Float[Tensor, "query_rows heads d_value"]:
     """Compute attention for all packed rows.
 
     ``like``: the layer's recorded call, for its window, scale and so on.  ``queries``: the pieces whose rows ``q``
-    holds.  ``keys``: for each of them the piece of the same cells whose rows ``k`` and ``v`` hold.  ``cuts``: further
-    arguments of headstats for a piece that has cuts.
+    holds.  ``keys``: for each of them the piece of the same cells whose rows ``k`` and ``v`` hold.  ``edits``: those
+    of a piece's cells.
     """
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     out[queries[-1].span.stop :] = 0  # padding rows
-    for bundle in _bundles(queries, keys, cuts):
+    for bundle in _bundles(queries, keys, edits):
+        by_row: EditsByRow = ()
         if len(bundle) == 1:
             query_piece, key_piece = queries[bundle[0]], keys[bundle[0]]
-            q_part = query_piece.by_cell(q)
+            q_part, by_row = query_piece.by_cell(q), edits(query_piece)
             k_part, v_part, more = _single_keys(like.layer, key_piece, k, v)
-            more |= cuts(query_piece)
         else:
             q_part = _right_aligned(q, [queries[i] for i in bundle])
             k_part, v_part = _joint_keys(like.layer, [keys[i] for i in bundle], k, v)
@@ -56,9 +58,9 @@ def packed_attention(
         bias = None if like.bias is None else like.bias[:1, ..., :stop]  # per key: the same for every run
         call = replace(
             like, q=q_part.transpose(1, 2), k=k_part.transpose(1, 2), v=v_part.transpose(1, 2), key_padding=None,
-            bias=bias,
+            bias=bias, edits=by_row,
         )  # fmt: skip
-        result = attend(call, backend=backend, **more).out.transpose(1, 2)
+        result = _attend(call, backend, more).transpose(1, 2)
         first = 0
         for piece in (queries[i] for i in bundle):
             cells = len(piece.cells)
@@ -67,7 +69,22 @@ def packed_attention(
     return out
 
 
-def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: CutArguments) -> list[list[int]]:
+def _attend(call: AttentionCall, backend: str, more: dict[str, Any]) -> Tensor:
+    """Compute a call's output.
+
+    Random edits depend on the number of the batch row: a cell that has one is computed alone, like a full forward.
+    """
+    if not any(e.is_random for edits in call.edits for e in edits):
+        return attend(call, backend=backend, **more).out
+    parts = []
+    for i, edits in enumerate(call.edits):
+        part = slice(i, i + 1)
+        part_call = replace(call, q=call.q[part], k=call.k[part], v=call.v[part], edits=(edits,))
+        parts.append(attend(part_call, backend=backend, **more).out)
+    return torch.cat(parts)
+
+
+def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], edits: Callable[[Piece], EditsByRow]) -> list[list[int]]:
     """Group the numbers of pieces that go into one call.
 
     These are short ones with as many keys and about as many rows.
@@ -75,7 +92,7 @@ def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], cuts: CutArguments
     joint: dict[int, list[int]] = defaultdict(list)
     out: list[list[int]] = []
     for i, (piece, key_piece) in enumerate(zip(queries, keys, strict=True)):
-        if key_piece.stop > SHORT or cuts(piece):
+        if key_piece.stop > SHORT or edits(piece):
             out.append([i])
         else:
             joint[key_piece.stop].append(i)

@@ -5,8 +5,8 @@ It is exact for causal decoders, for these reasons:
 * Blocks before the first change see the base run's input: a cell enters at its first changed block.
 * Under causal attention, positions before the first changed one never change: only rows from there on are
   computed, and their attention reads the base run's keys and values for the rest.
-* In its first block, a change that comes after the keys and values (z, attn_out, mlp_out, q, a cut) stays in its
-  own rows: no other rows are computed there.
+* In its first block, a change that comes after the keys and values (z, attn_out, mlp_out, q, an edit of attention)
+  stays in its own rows: no other rows are computed there.
 * Everything except attention acts on each token separately: rows of all cells are packed into one [1, rows, d]
   hidden state, so that short prompts still fill the matrix products.
 * The metric reads the last position: the last block computes keys and values for all rows, and everything else for
@@ -19,15 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import headstats
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from interp.engine.cells import Cell, cut_table
+from interp.engine.cells import Cell
 from interp.engine.matmul import choose_products, redirect_products
-from interp.engine.packed_attention import packed_attention
+from interp.engine.packed_attention import EditsByRow, packed_attention
 from interp.engine.packing import Changes, Group, Piece, lay_out, positions, unpack
 from interp.engine.plain_blocks import PlainBlock, WriterOf, rotation
 from interp.engine.runs import Frame, Run
@@ -250,7 +249,7 @@ class PackedForward:
         kwargs = self._kwargs(layer, pieces)
         with ExitStack() as stack:
             stack.enter_context(hooks(self.model, *self._write_hooks(layer, pieces, packed)))
-            stack.enter_context(self.model.instrument.handled_by(handler))
+            stack.enter_context(self.model.instrument.handled_by(handler, packed=True))
             stack.enter_context(redirect_products(packed.dtype, packed.device))
             out = self.model.bridge.blocks[layer](packed, **kwargs)
         return (out[0] if isinstance(out, tuple) else out)[0]
@@ -309,17 +308,14 @@ class PackedForward:
     ) -> Float[Tensor, "rows heads d_value"]:
         """Compute attention of packed rows, each after its base run's shared prefix."""
         like, backend = self.frame.calls[layer], self.model.instrument.backend
-        return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._cuts(layer, piece))
+        return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._edits(layer, piece))
 
-    def _cuts(self, layer: int, piece: Piece) -> dict[str, Any]:
-        """Express a piece's cuts in a layer as arguments of headstats."""
-        by_number = self.changes.cuts.get(layer, {})
-        cuts = [by_number.get(i, []) for i in piece.cells]
-        if not any(cuts):
-            return {}
-        table = cut_table(cuts, self.model.n_heads, (piece.start, piece.stop), piece.stop)
-        moved = {name: x.to(self.model.device) for name, x in table.items()}
-        return {"edit": headstats.Edit(knockout=moved.pop("knockout")), **moved}
+    def _edits(self, layer: int, piece: Piece) -> EditsByRow:
+        """The edits of a piece's cells in a layer; empty if there are none."""
+        by_number, edited = self.changes.edits.get(layer, {}), self.model.instrument.edited
+        base = () if edited is None else edited.of_prompt(piece.group.run.ids).get(layer, ())
+        edits = tuple((*base, *by_number.get(i, ())) for i in piece.cells)
+        return edits if any(edits) else ()
 
 
 def rows_first(x: Tensor) -> Tensor:

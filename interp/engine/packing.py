@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.engine.cells import Cell, Cut, Write
+from interp.engine.cells import Cell, Write
 from interp.engine.runs import Run
+from interp.model.layer_edits import LayerEdit
 
 
 @dataclass
@@ -129,19 +130,19 @@ class RowWrites:
 
 
 class Changes:
-    """All writes and cuts of a batch, by the block and component on which they act."""
+    """All writes and edits of a batch, by the block and component on which they act."""
 
     def __init__(self, cells: Sequence[Cell]):
         self.writes: dict[tuple[int, str], list[tuple[int, Write]]] = defaultdict(list)
-        self.cuts: dict[int, dict[int, list[Cut]]] = defaultdict(lambda: defaultdict(list))
+        self.edits: dict[int, dict[int, tuple[LayerEdit, ...]]] = defaultdict(dict)
         for i, cell in enumerate(cells):
             for write in cell.writes:
                 layer, component = write.site.layer or 0, write.site.component
                 if component == "resid_post":  # the same activation as the next block's resid_pre
                     layer, component = layer + 1, "resid_pre"
                 self.writes[layer, component].append((i, write))
-            for cut in cell.cuts:
-                self.cuts[cut.layer][i].append(cut)
+            for edit in cell.edits:
+                self.edits[edit.layer][i] = (*self.edits[edit.layer].get(i, ()), edit)
 
     def components(self, layer: int) -> list[str]:
         """Components written inside a block."""

@@ -28,7 +28,7 @@ class Verified:
     """
 
     packed_changes: set[frozenset[str]] = field(default_factory=set)
-    """Sets of components (and ``"cut"``) whose packed cells agreed with full forwards."""
+    """Sets of components, and of fields of edits, whose packed cells agreed with full forwards."""
 
     plain_blocks_differ: bool = False
     """Whether plain blocks gave other numbers than the model's own blocks, so that they are not used."""

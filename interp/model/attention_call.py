@@ -7,12 +7,15 @@ names the layers that took the dense path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from interp.model.dense_edits import DenseEdits
+from interp.model.layer_edits import LayerEdit
 
 UNKNOWN = -1
 
@@ -25,6 +28,7 @@ class AttentionCall:
     itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is added to the scores and broadcastable to
     [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H]. ``first_key``: the position of the first of
     the N keys, not 0 where a sliding cache has dropped earlier ones; `UNKNOWN` if some of those were padding.
+    ``edits``: those of each batch row, or none.
     """
 
     layer: int
@@ -39,6 +43,11 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
     first_key: int = 0
+    edits: tuple[tuple[LayerEdit, ...], ...] = ()
+
+    def edits_by_row(self) -> tuple[tuple[LayerEdit, ...], ...]:
+        """The edits of each batch row; empty ones if there are none."""
+        return self.edits or ((),) * self.q.shape[0]
 
     def visible(self) -> Bool[Tensor, "#batch 1 query key"] | None:
         """Which keys each query may see, without regard to the bias; None if all."""
@@ -72,20 +81,39 @@ def dense_attention(
     groups = call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))
     scores = call.q @ k.transpose(-2, -1) * call.scale
+    edits = DenseEdits.of_rows(call.edits, call.q, k.shape[2])
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = _each_row(edits, DenseEdits.change_logits, scores)
     if call.bias is not None:
         scores = scores + call.bias.to(scores.dtype)
+    sinks = None if call.sinks is None else call.sinks.to(scores).reshape(1, -1, 1, 1)
+    if edits:
+        temperature = _each_row(edits, DenseEdits.temperatures, scores)
+        scores = _each_row(edits, DenseEdits.change_scores, scores / temperature)
+        sinks = None if sinks is None else sinks / temperature
     visible = call.visible()
+    if edits:
+        hidden = scores <= torch.finfo(scores.dtype).min
+        visible = ~hidden if visible is None else visible & ~hidden
     if visible is not None:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     scores = hook_scores(scores)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if call.sinks is not None:
-        column = call.sinks.to(wide).reshape(1, -1, 1, 1).expand(*wide.shape[:-1], 1)
-        wide = torch.cat([wide, column], dim=-1)
+    if sinks is not None:
+        wide = torch.cat([wide, sinks.to(wide).expand(*wide.shape[:-1], 1)], dim=-1)
     pattern = wide.softmax(-1)[..., : scores.shape[-1]]
     if visible is not None:
         pattern = pattern.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    if edits:
+        assert visible is not None
+        seen = visible.expand_as(pattern)
+        rows = zip(edits, pattern, seen, strict=True)
+        pattern = torch.stack([edit.change_pattern(p, s, i) for i, (edit, p, s) in enumerate(rows)])
     pattern = hook_pattern(pattern.to(call.q.dtype))
-    return pattern @ v
+    return _each_row(edits, DenseEdits.change_output, pattern @ v)
+
+
+def _each_row(edits: Sequence[DenseEdits], change: Callable[[DenseEdits, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a step of every batch row's edits to x [batch, ...]."""
+    return x if not edits else torch.stack([change(edit, row) for edit, row in zip(edits, x, strict=True)])

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall, dense_attention
+from interp.model.layer_edits import CallSize, compatible_groups, edit_arguments, select_rows
 from interp.model.protocols import AttentionLayer
 from interp.model.session import ModelLock
 
@@ -45,6 +46,14 @@ class LayerRecord:
     dense_because: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Editor:
+    """A function that adds edits to calls, and whether edited layers are computed densely."""
+
+    edit: Callable[[AttentionCall], AttentionCall]
+    dense: bool = False
+
+
 class Instrument:
     """Computes attention for every layer of one model, and records how.
 
@@ -59,6 +68,9 @@ class Instrument:
         self.spec: headstats.StatSpec | None = None
         self.collected: dict[int, headstats.AttentionStats] = {}
         self.layers: dict[int, LayerRecord] = {}
+        self.editors: list[Editor] = []
+        self.edited: Any = None  # the innermost `interp.model.edited.EditedForwards`, inside `Model.edited`
+        self.packed = False  # whether the handler computes packed cells, whose batch rows are not prompts
 
     def record(self, layer: int) -> LayerRecord:
         """The record of a layer, created at the first call."""
@@ -71,6 +83,13 @@ class Instrument:
         """
         record = self.record(call.layer)
         record.calls += 1
+        if self.edited is not None and not self.packed:
+            call = self.edited.add(call)
+        for editor in self.editors:
+            call = editor.edit(call)
+        if any(call.edits) and any(editor.dense for editor in self.editors):
+            record.backends["dense"] += 1
+            return dense_attention(call, *(getattr(bridge, n, _same) for n in ("hook_attn_scores", "hook_pattern")))
         hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
         if hook_names and self.spec is None and self.handler is None:
             record.backends["dense"] += 1
@@ -86,16 +105,32 @@ class Instrument:
         return result.out
 
     @contextmanager
-    def handled_by(self, handler: Handler) -> Iterator[None]:
-        """Let ``handler`` compute attention inside the block."""
+    def handled_by(self, handler: Handler, packed: bool = False) -> Iterator[None]:
+        """Let ``handler`` compute attention inside the block.
+
+        ``packed``: it computes packed cells, and adds the edits of `Model.edited` by itself.
+        """
         with self.lock:
             if self.handler is not None:
                 raise RuntimeError("an attention handler is already active; handlers do not nest")
-            self.handler = handler
+            self.handler, self.packed = handler, packed
             try:
                 yield
             finally:
-                self.handler = None
+                self.handler, self.packed = None, False
+
+    @contextmanager
+    def editing(self, edit: Callable[[AttentionCall], AttentionCall], dense: bool = False) -> Iterator[None]:
+        """Let ``edit`` add edits to every call of attention inside the block; blocks nest, the outer one first.
+
+        ``dense``: compute edited layers densely, by `dense_attention`.
+        """
+        editor = Editor(edit, dense)
+        self.editors.append(editor)
+        try:
+            yield
+        finally:
+            self.editors.remove(editor)
 
     @contextmanager
     def collecting(self, spec: headstats.StatSpec) -> Iterator[dict[int, headstats.AttentionStats]]:
@@ -111,11 +146,14 @@ class Instrument:
 def attend(
     call: AttentionCall, *, spec: headstats.StatSpec | None = None, backend: str = "auto", **more: Any
 ) -> headstats.Attended:
-    """Run a layer's attention through headstats.
+    """Run a layer's attention, with its edits, through headstats.
 
-    Under `torch.autocast` queries, keys and values get its dtype, as those of PyTorch's own attention do. ``more``:
-    further arguments of `headstats.attend`.
+    Edits that one call cannot hold take a call each, from which the rows and heads are taken on which they act. Under
+    `torch.autocast` queries, keys and values get its dtype, as those of PyTorch's own attention do. ``more``: further
+    arguments of `headstats.attend`.
     """
+    if any(call.edits):
+        return _attend_edited(call, spec, backend, more)
     q, k, v = call.q, call.k, call.v
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -163,6 +201,28 @@ def count_from_first_key(
 
 def _shift(keys: Any, first: int) -> Tensor:
     return torch.where(keys >= 0, keys + first, -1)
+
+
+def _attend_edited(
+    call: AttentionCall, spec: headstats.StatSpec | None, backend: str, more: dict[str, Any]
+) -> headstats.Attended:
+    """Run the edits of a call, in as few calls of headstats as they need."""
+    n = call.k.shape[2] + (more["prefix"][0].shape[2] if more.get("prefix") is not None else 0)
+    size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
+    plain = replace(call, edits=())
+    groups = compatible_groups(call.edits)
+    first, *others = (
+        attend(plain, spec=spec, backend=backend, **more, **edit_arguments(g, size, call.q.device, call.q.dtype))
+        for g in groups
+    )
+    for group, result in zip(groups[1:], others, strict=True):
+        acts = torch.stack([select_rows(edits, size) for edits in group]).to(call.q.device)
+        first.out = torch.where(acts[..., None], result.out, first.out)
+    return first
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _has_hooks(bridge: AttentionLayer, name: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import ModelError, SiteError
+from interp.interventions import AttentionEdit
 from interp.model.batching import collate, equal_length_batches
 from interp.model.buffers import buffer_state
 from interp.model.collect_statistics import prompt_stats, tower_stats
+from interp.model.edited import edited
 from interp.model.encoder_decoder import stack_stats
 from interp.model.facts import ModelFacts
 from interp.model.head_checks import check_heads, recorded
@@ -240,6 +243,21 @@ class Model(ModelFacts):
                 )
         return self.bridge.run_with_cache(tokens, **kwargs)
 
+    @contextmanager
+    def edited(self, *edits: AttentionEdit) -> Iterator[Model]:
+        """Edit every forward inside the block: plain calls, statistics, recipes, circuits.
+
+            with model.edited(interp.AttentionEdit(keys="image", gain=0.5, layers=range(8, 20))):
+                model.attention_stats(prompts)
+                interp.patch(model, pairs, sites)      # a patch of the edited model
+
+        Blocks nest: the outer edits act too. Provenance of results inside names the edits under ``edited``. Edits name
+        tokens by position, or by the spans of the prompts that are run. Raises SiteError for a layer or a head that the
+        model does not have, and PromptError where a prompt does not have the tokens.
+        """
+        with edited(self, edits):
+            yield self
+
     @in_session
     @torch.no_grad()
     def next_token_logits(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "prompts vocab"]:
@@ -389,6 +407,7 @@ class Model(ModelFacts):
             "bos": self.special_tokens.stand_in_front(()),
             "versions": versions(),
             **({} if precision == "highest" else {"matmul_precision": precision}),
+            **({} if self.instrument.edited is None else {"edited": self.instrument.edited.texts}),
         }
 
     # ------------------------------------------------------------ trust

@@ -20,4 +20,5 @@ SEVERED = {"mlp": "mlp_out", "attn": "attn_out"}
 PATH_MLPS = ("frozen", "recomputed")
 PATH_ABLATIONS = ("patch", "zero", "mean")
 LOGITS = "logits"  # the receiver of paths that end at the unembedding
+EDITED_ALONE = ("layer", "head")  # what an attention edit changes alone
 PEEK_CONTEXTS = ("mean", "keep")

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from interp.engine import Cell, Cut
+from interp.engine import Cell
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
 from interp.model.attention_call import AttentionCall
+from interp.model.layer_edits import LayerEdit
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
@@ -125,7 +126,9 @@ class _KnockOutCells(CellSource):
 
     def _cell(self, run: int, site: Site, number: int) -> Cell:
         (start, stop), keys = self.spans[number]
-        return Cell(run, cuts=tuple(Cut(layer, start, stop, keys, self.heads) for layer in self.layers[site.layer]))
+        queries = range(start, stop)
+        edits = [LayerEdit(i, queries=queries, keys=range(*keys), heads=self.heads) for i in self.layers[site.layer]]
+        return Cell(run, edits=tuple(edits))
 
 
 def _visible_keys(call: AttentionCall, row: int, length: int) -> Bool[Tensor, " key"]:

@@ -151,6 +151,34 @@ def _table_of_texts(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _edits_by_name(value: Any) -> dict[str, str | list[str]]:
+    from interp.interventions import AttentionEdit
+
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError('a table of attention edits by name expected: {cut = "knockout keys=subject"}')
+    for texts in value.values():
+        for text in texts if isinstance(texts, list) else [texts]:
+            AttentionEdit.parse(checks.text(text))
+    return dict(value)
+
+
+def _edits(_model: Any, value: Mapping[str, str | list[str]]) -> dict[str, Any]:
+    from interp.interventions import AttentionEdit
+
+    lists = {name: texts if isinstance(texts, list) else [texts] for name, texts in value.items()}
+    return {name: [AttentionEdit.parse(text) for text in texts] for name, texts in lists.items()}
+
+
+def _typed_edits(items: list[str]) -> dict[str, list[str]]:
+    """Read ``name: fields`` (several of a name act at once), or the fields of one edit."""
+    edits: dict[str, list[str]] = {}
+    for item in items:
+        name, colon, text = item.partition(":")
+        is_named = colon and "=" not in name and " " not in name.strip()
+        edits.setdefault(name.strip() if is_named else "edit", []).append(text.strip() if is_named else item)
+    return edits
+
+
 ANY_NUMBER = OptionType(_any_number, float)
 LAYERS = OptionType(layers_text, argument=lambda model, value: layer_list(value))
 POSITION = OptionType(position_value, from_command_line=typed_position)
@@ -165,4 +193,5 @@ SITES = OptionType(sites_text, argument=sites_of)
 RECEIVERS = OptionType(receivers_text, argument=receivers_of)
 TEXTS = OptionType(checks.list_of(checks.text, distinct=False), Path, _texts_of_file)
 NAMES = OptionType(checks.list_of(checks.text), str, _comma_separated)
+EDITS = OptionType(_edits_by_name, list[str], _typed_edits, _edits)
 WORDS_BY_NAME = OptionType(_table_of_texts, list[str], _words_by_name)

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
-from interp.engine import Cell, Cut, Write
+from interp.engine import Cell, Write
 from interp.engine.core import EngineKind
 from interp.engine.packed_forward import find_other_mixer
 from interp.errors import InterpError, SiteError
 from interp.metrics import Metric, MetricFn, logit_diff
+from interp.model.layer_edits import LayerEdit
 from interp.model.model import Model
 from interp.model.prompt_provenance import hash_of_prompts
 from interp.model.session import in_session
@@ -113,9 +114,9 @@ class _PeekCells(CellSource):
         assert site.layer is not None
         n = len(prompt)
         writes = () if self.means is None else (Write(site, 0, n, self.means.value(site, prompt.clean, 0, n)),)
-        cuts: list[Cut] = []
+        edits: list[LayerEdit] = []
         for layer in range(site.layer + 1, self.n_layers):
             # the row of the last token is masked after its full peek
             stop = n - 1 if layer <= site.layer + self.full else n
-            cuts += [Cut(layer, row, row + 1, (1, row)) for row in range(2, stop)]
-        return Cell(run, writes, tuple(cuts)) if writes or cuts else None
+            edits += [LayerEdit(layer, queries=(row,), keys=range(1, row)) for row in range(2, stop)]
+        return Cell(run, writes, tuple(edits)) if writes or edits else None

@@ -13,6 +13,7 @@ from typing import Any
 
 from interp.recipes.choices import (
     ABLATIONS,
+    EDITED_ALONE,
     MODES,
     PATH_ABLATIONS,
     PATH_MLPS,
@@ -23,6 +24,7 @@ from interp.recipes.choices import (
 )
 from interp.recipes.options import (
     ANY_NUMBER,
+    EDITS,
     LAYERS,
     NAMES,
     POSITION,
@@ -210,6 +212,17 @@ RECIPES = {
                 Option("heads", LAYERS, "Query heads: 0-3,7. Default: all."),
             ),
             facts=True, traces_facts=True, metric="logprob",
+        ),
+        Recipe(
+            "edit", "editing:edit",
+            "Attention edits: change how queries read keys (cut, sharpen, even out, redistribute, gate).",
+            (
+                Option("edit", EDITS, "'name: fields', e.g. 'cut: knockout queries=-1 keys=subject layers=8-19'. May "
+                       "be repeated; edits of one name act at once.", keyword="edits", required=True),
+                Option("mode", MODE, "noise: edit the clean run; denoise: the corrupt run.", default="noise"),
+                Option("each", choice(*EDITED_ALONE), "Edit every layer or head alone. Default: all at once."),
+            ),
+            facts=True,
         ),
         Recipe(
             "peek", "peeking:peek",

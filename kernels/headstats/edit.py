@@ -45,9 +45,9 @@ class Edit:
     `attend`'s q_segments and k_segments. Id -1 is in no segment, and no table applies to it. knockout, take and give
     are bool, the others floating and finite. temperature, gate and keep_fraction: two or fewer dimensions broadcast
     over [B, H], three over [B, H, M]; keep_fraction may be a plain number. replacement: three or fewer dimensions
-    broadcast over [B, H, Dv], four over [B, H, M, Dv]. pattern_heads, counterfactual_heads: bool [H] or [B, H], None =
-    all heads. Every field except counterfactual, seed and the flags may differ between batch rows, so that one call
-    carries many interventions.
+    broadcast over [B, H, Dv], four over [B, H, M, Dv]. pattern_heads, counterfactual_heads: bool [H], [B, H] or
+    [B, H, M], None = all heads. Every field except counterfactual, seed and the flags may differ between batch rows, so
+    that one call carries many interventions.
 
     counterfactual, with n the number of keys that the query sees and m = sum_j p_ij, which is 1 without a learned sink:
 

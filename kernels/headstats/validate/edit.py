@@ -106,11 +106,13 @@ def _check_heads(edit: Edit, name: str, heads: tuple[int, int], q: Tensor, rows:
     check_tensor(f"Edit.{name}", t, q, floating=False)
     if t.dtype != torch.bool:
         raise TypeError(f"Edit.{name} has dtype {t.dtype}: bool expected")
-    if tuple(t.shape) not in (heads[1:], heads):
+    shapes = heads[1:], heads, (*heads, q.shape[2])
+    if tuple(t.shape) not in shapes:
         raise ValueError(
-            f"Edit.{name} has shape {list(t.shape)}: [H] = [{heads[1]}] or [B, H] = {list(heads)} expected"
+            f"Edit.{name} has shape {list(t.shape)}: [H] = {list(shapes[0])}, [B, H] = {list(shapes[1])} or "
+            f"[B, H, M] = {list(shapes[2])} expected"
         )
-    t = t.reshape(-1, heads[1], 1)
+    t = t if t.dim() == 3 else t.reshape(-1, heads[1], 1)
     return t if acting is None else t & acting
 
 

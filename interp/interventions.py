@@ -1,0 +1,238 @@
+"""Interventions inside attention, addressed by heads of a model and tokens of a prompt.
+
+`AttentionEdit` changes how queries read keys; its fields are those of `headstats.Edit`, where each is defined.
+`interp.edit` compares several of them, and ``model.edited(…)`` applies them to every forward.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from interp.errors import InterpError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from interp.prompts.positions import Tokens
+
+Counterfactual = Literal["uniform", "reversed", "shuffled", "random", "identity"]
+COUNTERFACTUALS = ("uniform", "reversed", "shuffled", "random", "identity")
+RANGES = {"gain": (0.0, math.inf), "temperature": (0.0, math.inf), "keep_fraction": (0.0, 1.0)}
+ON_CELLS = ("logit_factor", "logit_raise", "bias", "gain")  # scalars that act on pairs of a query and a key
+ON_ROWS = ("temperature", "gate")  # scalars that act on whole rows of a head
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionEdit:
+    """A change of attention weights or of heads' outputs, for some tokens, heads and layers.
+
+        interp.AttentionEdit(queries="question", keys="image", layers=range(8, 20), heads=["L9H6"], logit_factor=1.5)
+        interp.AttentionEdit(heads=["L5H1"], counterfactual="uniform")          # at all tokens
+        interp.AttentionEdit(queries=-1, keys="subject", knockout=True)         # cut, in all layers and heads
+
+    ``queries``: the tokens whose attention changes; None: all. ``keys``: what those read differently; None: every key
+    that they see. ``layers``: default all layers with attention. ``heads``: numbers (in each of the layers), names such
+    as ``"L9H6"`` or (layer, head); default all.
+
+    Fields, as `headstats.Edit` defines them. On pairs of a query and a key: ``logit_factor`` (z → factor · z),
+    ``logit_raise`` (z → z + raise · |z|), ``bias`` (added to the logit, in nats), ``gain`` (≥ 0; multiplies the weight)
+    and ``knockout``. ``renormalise``: whether gain, knockout and counterfactual act before the softmax, so that the row
+    keeps its sum. On rows: ``temperature`` (> 0), ``counterfactual`` (another distribution over the visible keys, for
+    ``seed``), ``gate`` (multiplies the head's output) and ``replacement`` ([d_v] or [heads, d_v]; takes the place of
+    the output, mixed by the gate). ``take``, ``give``, ``keep_fraction``: tokens whose weight is kept to that fraction;
+    what they lose goes to the tokens of ``give``. ``phase``: only while the prompt is read, or only while decoding.
+
+    Raises InterpError for a field out of range, fields that exclude each other, and an edit that changes nothing.
+    """
+
+    queries: Tokens | None = None
+    keys: Tokens | None = None
+    layers: Iterable[int] | int | None = None
+    heads: Iterable[Any] | int | str | None = None
+    knockout: bool = False
+    gain: float | None = None
+    bias: float | None = None
+    logit_factor: float | None = None
+    logit_raise: float | None = None
+    renormalise: bool = True
+    temperature: float | None = None
+    counterfactual: Counterfactual | None = None
+    seed: int = 0
+    take: Tokens | None = None
+    give: Tokens | None = None
+    keep_fraction: float | None = None
+    gate: float | None = None
+    replacement: Tensor | None = None
+    phase: Literal["prompt", "decoding"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "keys", "layers", "heads", "take", "give"):
+            value = getattr(self, name)
+            if isinstance(value, Iterable) and not isinstance(value, str | range | tuple):
+                object.__setattr__(self, name, tuple(value))  # an iterator can be read once
+        for name in (*ON_CELLS, *ON_ROWS, "keep_fraction"):
+            _check_number(name, getattr(self, name))
+        if self.counterfactual is not None and self.counterfactual not in COUNTERFACTUALS:
+            raise InterpError(
+                f"AttentionEdit(counterfactual={self.counterfactual!r}): one of "
+                f"{', '.join(map(repr, COUNTERFACTUALS))} expected"
+            )
+        if self.phase not in (None, "prompt", "decoding"):
+            raise InterpError(f"AttentionEdit(phase={self.phase!r}): 'prompt' or 'decoding' expected")
+        redistribution = [name for name in ("take", "give", "keep_fraction") if getattr(self, name) is None]
+        if 0 < len(redistribution) < 3:
+            raise InterpError(
+                "AttentionEdit: take, give and keep_fraction go together, and "
+                f"{' and '.join(redistribution)} {'is' if len(redistribution) == 1 else 'are'} missing"
+            )
+        if not self.changes:
+            raise InterpError(
+                "AttentionEdit changes nothing: set a field, e.g. knockout=True, gain=0.5 or counterfactual='uniform'"
+            )
+        if not self.renormalise and not (self.knockout or self.gain is not None or self.counterfactual):
+            raise InterpError(
+                "AttentionEdit(renormalise=False) says how knockout, gain and counterfactual act, and none is set"
+            )
+        if self.keys is not None and not any(name in self.changes for name in (*ON_CELLS, "knockout")):
+            raise InterpError(
+                f"AttentionEdit: keys={self.keys!r} is set, but {' and '.join(self.changes)} act on whole rows"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> AttentionEdit:
+        """Read an edit as it is written on the command line and in configs; ``text`` of an edit is read back.
+
+            interp.AttentionEdit.parse("knockout queries=-1 keys=subject layers=8-19 heads=0-3")
+            interp.AttentionEdit.parse("logit_factor=1.5 queries=question keys=image,S2:last heads=L9H6,L10H0")
+
+        Fields are separated by spaces, the items of a list by commas. Raises InterpError for anything else.
+        """
+        values: dict[str, Any] = {}
+        for word in text.split():
+            name, equals, value = word.partition("=")
+            read = READERS.get(name)
+            if read is None or name in values or not (equals or name == "knockout"):
+                raise InterpError(
+                    f"cannot read {word!r} in the attention edit {text!r}: fields are written name=value, once each, "
+                    f"separated by spaces; they are {', '.join(READERS)}"
+                )
+            try:
+                values[name] = read(value or "true")
+            except ValueError:
+                raise InterpError(f"cannot read {word!r} in the attention edit {text!r}: bad value") from None
+        return cls(**values)
+
+    @property
+    def text(self) -> str:
+        """The edit in the form that `parse` reads; a replacement is written as its shape."""
+        words = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is field.default or (field.name == "seed" and value == 0):
+                continue
+            words.append("knockout" if field.name == "knockout" else f"{field.name}={_written(value)}")
+        return " ".join(words)
+
+    def __repr__(self) -> str:
+        return f"AttentionEdit({self.text})"
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Names of the fields that this edit sets, in the order in which they act."""
+        order = ("logit_factor", "logit_raise", "temperature", "bias", "gain", "knockout", "counterfactual", "take")
+        values = {name: getattr(self, name) for name in (*order, "gate", "replacement")}
+        return tuple(name for name, value in values.items() if value is not None and value is not False)
+
+    def __str__(self) -> str:
+        words = []
+        for name in self.changes:
+            value = getattr(self, name)
+            if name == "take":
+                words.append(
+                    f"moves weight from {_say(self.take)} to {_say(self.give)}, keeping {self.keep_fraction:g}"
+                )
+            elif name == "replacement":
+                words.append(f"replaces the output by a vector of {list(value.shape)}")
+            elif name == "knockout":
+                words.append("cuts")
+            else:
+                words.append(f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}")
+        where = f"queries {_say(self.queries)}" + ("" if self.keys is None else f" → keys {_say(self.keys)}")
+        return f"{', '.join(words)}; {where}; layers {_say(self.layers)}, heads {_say(self.heads)}" + (
+            "" if self.phase is None else f"; {self.phase} only"
+        )
+
+
+def _read_flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
+def _read_items(text: str) -> Sequence[int | str]:
+    """Read comma-separated numbers, ranges (``8-19``) and names."""
+    if match := re.fullmatch(r"(\d+)-(\d+)", text):
+        return range(int(match[1]), int(match[2]) + 1)
+    items: list[int | str] = []
+    for item in text.split(","):
+        if match := re.fullmatch(r"(\d+)-(\d+)", item):
+            items += range(int(match[1]), int(match[2]) + 1)
+        elif re.fullmatch(r"-?\d+", item):
+            items.append(int(item))
+        elif item:
+            items.append(item)
+        else:
+            raise ValueError
+    return items
+
+
+def _read_tokens(text: str) -> Tokens:
+    items = _read_items(text)
+    return items[0] if len(items) == 1 else items
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float | str):
+        return format(value, ".17g") if isinstance(value, float) else str(value)
+    if hasattr(value, "shape"):
+        return f"<{'×'.join(map(str, value.shape))}>"
+    if isinstance(value, range) and value.step == 1 and len(value) > 1 and value.start >= 0:
+        return f"{value.start}-{value.stop - 1}"
+    return ",".join(f"L{x[0]}H{x[1]}" if isinstance(x, tuple) else str(x) for x in value)
+
+
+READERS = {
+    "queries": _read_tokens, "keys": _read_tokens, "layers": _read_items, "heads": _read_items, "knockout": _read_flag,
+    "gain": float, "bias": float, "logit_factor": float, "logit_raise": float, "renormalise": _read_flag,
+    "temperature": float, "counterfactual": str, "seed": int, "take": _read_tokens, "give": _read_tokens,
+    "keep_fraction": float, "gate": float, "phase": str,
+}  # fmt: skip
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise InterpError unless a field is None or a number in its range."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InterpError(f"AttentionEdit({name}={value!r}): a finite number expected")
+    low, high = RANGES.get(name, (-math.inf, math.inf))
+    if not low <= value <= high or (name == "temperature" and value == 0):
+        bounds = "between 0 and 1" if high == 1 else "greater than 0" if name == "temperature" else "not negative"
+        raise InterpError(f"AttentionEdit({name}={value!r}): a number {bounds} expected")
+
+
+def _say(tokens: Any) -> str:
+    """Write tokens, layers or heads in words."""
+    if tokens is None:
+        return "all"
+    if isinstance(tokens, range):
+        return f"{tokens.start}–{tokens.stop - 1}" if tokens.step == 1 and len(tokens) > 1 else _say(list(tokens))
+    if isinstance(tokens, str | int):
+        return str(tokens)
+    return ", ".join(map(str, tokens))

@@ -1,0 +1,179 @@
+"""Edits of every forward inside a block: what `Model.edited` enters.
+
+A forward's token ids say which prompt each batch row holds, and with it which rows its named spans are. Recipes name
+the tokens of their prompts with `EditedForwards.name_tokens` before they run them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from interp.errors import InterpError, PromptError
+from interp.interventions import AttentionEdit
+from interp.model.attention_call import AttentionCall
+from interp.model.layer_edits import LayerEdit
+from interp.model.loaded_model import LoadedModel
+from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
+from interp.prompts.pairs import Span
+
+Ids = tuple[int, ...]
+FOR_EVER = 2**31  # rows of tokens that are decoded later
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """The tokens of one prompt, and its named spans."""
+
+    tokens: Sequence[str]
+    spans: Mapping[str, Span] = field(default_factory=dict)
+
+
+@dataclass
+class _BatchRow:
+    """One row of the batch that the model is running: the prompt, and how many padding tokens stand before it."""
+
+    ids: Ids
+    padding: int = 0
+
+
+class EditedForwards:
+    """Edits of one model's forwards, resolved for the prompts that it runs.
+
+    Raises SiteError at once for a layer or a head that the model does not have.
+    """
+
+    def __init__(self, model: LoadedModel, edits: Sequence[AttentionEdit], outer: EditedForwards | None = None):
+        self.model, self.edits = model, edits
+        self.heads: list[HeadsByLayer] = [heads_by_layer(model, e) for e in edits]
+        self.outer = outer
+        self.names: dict[Ids, TokenNames] = {} if outer is None else outer.names
+        self._resolved: dict[Ids, dict[int, tuple[LayerEdit, ...]]] = {}
+        self._batch: list[_BatchRow] = []
+
+    @property
+    def texts(self) -> list[str]:
+        """All edits, the outer ones first, as provenance states them."""
+        return [*([] if self.outer is None else self.outer.texts), *(e.text for e in self.edits)]
+
+    @property
+    def changes(self) -> set[str]:
+        """The fields that the edits set."""
+        outer = set() if self.outer is None else self.outer.changes
+        return outer.union(*(e.changes for e in self.edits))
+
+    def name_tokens(self, ids: Sequence[int], tokens: Sequence[str], spans: Mapping[str, Span]) -> None:
+        """Name the tokens of a prompt that will be run.
+
+        Raises PromptError if an edit names tokens that it does not have.
+        """
+        key = tuple(ids)
+        self.names[key] = TokenNames(tokens, spans)
+        self._resolved.pop(key, None)
+        self.of_prompt(key)
+
+    def of_prompt(self, ids: Sequence[int]) -> Mapping[int, tuple[LayerEdit, ...]]:
+        """The edits of a prompt by layer, the outer ones first."""
+        key = tuple(ids)
+        if key not in self._resolved:
+            by_layer: dict[int, list[LayerEdit]] = {}
+            if self.outer is not None:
+                by_layer = {layer: list(edits) for layer, edits in self.outer.of_prompt(key).items()}
+            for edit, heads in zip(self.edits, self.heads, strict=True):
+                for e in self._edits(edit, heads, key):
+                    by_layer.setdefault(e.layer, []).append(e)
+            self._resolved[key] = {layer: tuple(edits) for layer, edits in by_layer.items()}
+        return self._resolved[key]
+
+    def _edits(self, edit: AttentionEdit, heads: HeadsByLayer, ids: Ids) -> list[LayerEdit]:
+        """One edit's changes of a prompt; those of all tokens go on while tokens are decoded."""
+        n = len(ids)
+        if edit.phase == "decoding":
+            return layer_edits(edit, heads, {"queries": range(n, FOR_EVER), **self._keys(edit, ids)})
+        rows = edited_rows(edit, self._names_of(ids))
+        assert rows is not None  # it is not an edit of decoding alone
+        queries = range(FOR_EVER) if edit.queries is None and edit.phase is None else rows["queries"]
+        return layer_edits(edit, heads, {**rows, "queries": queries, **self._keys(edit, ids)})
+
+    def _keys(self, edit: AttentionEdit, ids: Ids) -> dict[str, Sequence[int]]:
+        rows = edited_rows(replace(edit, phase=None, queries=None), self._names_of(ids))
+        assert rows is not None
+        return {
+            **{k: v for k, v in rows.items() if k != "queries"},
+            **({"keys": range(FOR_EVER)} if edit.keys is None else {}),
+        }
+
+    def _names_of(self, ids: Ids) -> TokenNames:
+        return self.names.get(ids) or TokenNames([str(i) for i in ids])
+
+    # ------------------------------------------------------------ forwards
+
+    def read_inputs(self, _module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note which prompts a forward of the Hugging Face model holds; a forward that continues a cache keeps them."""
+        ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and getattr(cache, "get_seq_length", lambda: 0)():
+            return
+        if ids is None:
+            raise InterpError("attention edits of a forward without input_ids: the tokens that they name are unknown")
+        mask = kwargs.get("attention_mask")
+        self._batch = [_batch_row(row, None if mask is None else mask[i]) for i, row in enumerate(ids)]
+
+    def add(self, call: AttentionCall) -> AttentionCall:
+        """Add the edits of every batch row to a call of attention."""
+        if len(self._batch) != call.q.shape[0]:
+            raise InterpError(
+                f"attention edits: a forward of {call.q.shape[0]} rows runs prompts that were not seen (expected "
+                f"{len(self._batch)}): run the model through model(…), model.bridge(…) or a recipe"
+            )
+        edits = tuple(_shifted(self.of_prompt(row.ids).get(call.layer, ()), row.padding) for row in self._batch)
+        if not any(edits):
+            return call
+        rows = zip(call.edits_by_row(), edits, strict=True)
+        return replace(call, edits=tuple((*own, *new) for own, new in rows))
+
+
+def _batch_row(ids: Tensor, mask: Tensor | None) -> _BatchRow:
+    if mask is None or mask.ndim != 1:
+        return _BatchRow(tuple(ids.tolist()))
+    real = mask[: len(ids)].bool().nonzero()[:, 0].tolist()
+    first = real[0] if real else 0
+    return _BatchRow(tuple(ids[first : real[-1] + 1].tolist()) if real else (), first)
+
+
+def _shifted(edits: tuple[LayerEdit, ...], padding: int) -> tuple[LayerEdit, ...]:
+    """Edits of a prompt that stands behind padding."""
+    if not padding:
+        return edits
+    return tuple(
+        replace(e, **{name: _shift(getattr(e, name), padding) for name in ("queries", "keys", "take", "give")})
+        for e in edits
+    )
+
+
+def _shift(rows: Sequence[int] | None, by: int) -> Sequence[int] | None:
+    if isinstance(rows, range):
+        return range(rows.start + by, rows.stop + by)
+    return None if rows is None else tuple(row + by for row in rows)
+
+
+@contextmanager
+def edited(model: LoadedModel, edits: Iterable[AttentionEdit]) -> Iterator[EditedForwards]:
+    """Edit every forward inside the block; see `Model.edited`."""
+    several = list(edits)
+    if wrong := [e for e in several if not isinstance(e, AttentionEdit)]:
+        raise InterpError(f"model.edited takes AttentionEdits, got {wrong[0]!r:.60}")
+    if model.stacks or model.reads == "images":
+        raise PromptError(f"{model.name}: attention edits need a model that reads one sequence of tokens")
+    with model.session, ExitStack() as stack:
+        instrument = model.instrument
+        forwards = EditedForwards(model, several, instrument.edited)
+        instrument.edited, outer = forwards, instrument.edited
+        stack.callback(setattr, instrument, "edited", outer)
+        handle = model.bridge.original_model.register_forward_pre_hook(forwards.read_inputs, with_kwargs=True)
+        stack.callback(handle.remove)
+        yield forwards

@@ -1,0 +1,294 @@
+"""Edits of one layer's attention, on token rows, as arguments of headstats.
+
+A `LayerEdit` is an `AttentionEdit` whose tokens, layers and heads have been resolved for one prompt. Each batch row of
+a call has its own list of them. `edit_arguments` merges those lists into the tables that one call of headstats takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import headstats
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp.errors import InterpError
+from interp.interventions import ON_CELLS, AttentionEdit
+
+Rows = Sequence[int]  # token rows of a prompt: a range, or their numbers in ascending order
+KNOCK_OUT = AttentionEdit(knockout=True)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerEdit:
+    """What ``edit`` does in one layer: to the queries in rows ``queries``, of ``heads`` (None: all).
+
+    ``keys``: the rows that fields on pairs of a query and a key act on; None: all. ``take`` and ``give``: rows.
+    ``queries`` is None only for an edit of every forward, whose prompts have any length.
+    """
+
+    layer: int
+    edit: AttentionEdit = KNOCK_OUT
+    queries: Rows | None = None
+    keys: Rows | None = None
+    heads: Rows | None = None
+    take: Rows = ()
+    give: Rows = ()
+
+    @property
+    def start(self) -> int:
+        """The first query that changes."""
+        return 0 if self.queries is None else self.queries[0]
+
+    @property
+    def stop(self) -> int:
+        """The row after the last query that changes."""
+        assert self.queries is not None  # it is a change of one prompt
+        return self.queries[-1] + 1
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it depends on a hash of the batch row."""
+        return self.edit.counterfactual in ("shuffled", "random")
+
+    @property
+    def counts_keys(self) -> bool:
+        """Whether it depends on how many keys there are, also on those that a query does not see."""
+        return not self.edit.renormalise and self.edit.counterfactual in ("uniform", "random")
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What one call of headstats has once: edits that differ in it need a call each."""
+        edit = self.edit
+        flags = edit.renormalise if edit.knockout or edit.gain is not None or edit.counterfactual else None
+        return flags, edit.counterfactual, edit.seed if edit.counterfactual else 0
+
+
+def compatible_groups(by_row: Sequence[Sequence[LayerEdit]]) -> list[list[list[LayerEdit]]]:
+    """Share edits out among calls of headstats, each with one `LayerEdit.kind`.
+
+    Returns for each call a list of edits for each batch row. Edits that fit into any call go into the first.
+    """
+    kinds = list(dict.fromkeys(e.kind for edits in by_row for e in edits if e.kind != NO_KIND))
+    merged: list[tuple[Any, ...]] = []
+    place: dict[tuple[Any, ...], int] = {NO_KIND: 0}
+    for kind in kinds:
+        for i, other in enumerate(merged):
+            if (both := _merge(kind, other)) is not None:
+                merged[i], place[kind] = both, i
+                break
+        else:
+            place[kind] = len(merged)
+            merged.append(kind)
+    groups = [[[e for e in edits if place[e.kind] == i] for edits in by_row] for i in range(max(1, len(merged)))]
+    return groups
+
+
+NO_KIND = (None, None, 0)
+
+
+def _merge(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The kind of a call that does edits of both kinds; None if no call does."""
+    if None not in (a[0], b[0]) and a[0] != b[0]:
+        return None
+    if None not in (a[1], b[1]) and a[1:] != b[1:]:
+        return None
+    return b[0] if a[0] is None else a[0], *(b[1:] if a[1] is None else a[1:])
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """Sizes of a call: its queries are rows [first, stop) of the prompt; keys are rows [0, keys)."""
+
+    heads: int
+    first: int
+    stop: int
+    keys: int
+
+    @property
+    def rows(self) -> int:
+        """Number of queries."""
+        return self.stop - self.first
+
+
+def edit_arguments(
+    by_row: Sequence[Sequence[LayerEdit]], size: CallSize, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Express the edits of every batch row, all of one kind, as arguments of headstats.
+
+    Returns q_segments [batch, queries], k_segments [batch, keys] and edit. Queries that the same edits name share a
+    segment, and so do keys. In one cell, factors and gains are multiplied, raises and biases added, and any knockout
+    cuts it; temperatures and gates of a row are multiplied. Raises InterpError for two edits of one row of a head that
+    both redistribute, replace or lay out its weights.
+    """
+    tables = [_Tables(edits, size) for edits in by_row]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments: dict[str, Any] = {}
+    if any(t.has_tables for t in tables):
+        arguments |= {name: torch.stack([getattr(t, name) for t in tables]).to(device) for name in SEGMENTS}
+    fields: dict[str, Any] = {}
+    for name in TABLES:
+        if any(name in t.used for t in tables):
+            fields[name] = _stack(name, [t.table(name) for t in tables], wide).to(device)
+    for name in ROW_FIELDS:
+        if any(name in t.used for t in tables):
+            fields[name] = torch.stack([t.row_numbers(name) for t in tables]).to(device, wide)
+    edits = [e for row in by_row for e in row]
+    if any("replacement" in t.used for t in tables):
+        width = max(e.edit.replacement.shape[-1] for e in edits if e.edit.replacement is not None)
+        fields["replacement"] = torch.stack([t.replacement(width) for t in tables]).to(device, wide)
+    for e in edits:
+        renormalise, counterfactual, seed = e.kind
+        if renormalise is not None:
+            fields["renormalise"] = renormalise
+        if counterfactual is not None:
+            fields |= {"counterfactual": counterfactual, "seed": seed}
+    if "counterfactual" in fields:
+        fields["counterfactual_heads"] = torch.stack([t.laid_out() for t in tables]).to(device)
+    return {**arguments, "edit": headstats.Edit(**fields)}
+
+
+SEGMENTS = ("q_segments", "k_segments")
+TABLES = (*ON_CELLS, "knockout", "take", "give")
+ROW_FIELDS = ("temperature", "gate", "keep_fraction")
+NEUTRAL = {"logit_factor": 1.0, "logit_raise": 0.0, "bias": 0.0, "gain": 1.0, "temperature": 1.0, "gate": 1.0,
+           "keep_fraction": 1.0, "knockout": False, "take": False, "give": False}  # fmt: skip
+
+
+def _stack(name: str, tables: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Stack tables [heads, Sq, Sk] of different sizes; what is added is neutral."""
+    neutral = NEUTRAL[name]
+    sq, sk = (max(t.shape[i] for t in tables) for i in (1, 2))
+    whole = torch.full((len(tables), tables[0].shape[0], sq, sk), neutral, dtype=None if neutral is False else dtype)
+    for row, table in enumerate(tables):
+        whole[row, :, : table.shape[1], : table.shape[2]] = table
+    return whole
+
+
+class _Tables:
+    """The tables of one batch row."""
+
+    def __init__(self, edits: Sequence[LayerEdit], size: CallSize):
+        self.edits, self.size = edits, size
+        self.used = {name for e in edits for name in _fields_used(e)}
+        self.has_tables = bool(self.used.intersection(TABLES))
+        n = max(1, len(edits))
+        queries = torch.zeros(size.rows, n, dtype=torch.bool)
+        self.heads = torch.zeros(n, size.heads, dtype=torch.bool)
+        for i, e in enumerate(edits):
+            queries[_inside(e.queries, size.first, size.stop), i] = True
+            self.heads[i, slice(None) if e.heads is None else list(e.heads)] = True
+        sets = [(i, "keys", e.keys) for i, e in enumerate(edits)]
+        sets += [(i, name, getattr(e, name)) for i, e in enumerate(edits) if e.take for name in ("take", "give")]
+        keys = torch.zeros(size.keys, max(1, len(sets)), dtype=torch.bool)
+        for column, (*_, rows) in enumerate(sets):
+            keys[_inside(rows, 0, size.keys), column] = True
+        self.column = {(i, name): column for column, (i, name, _) in enumerate(sets)}
+        self.queries = queries  # [queries, edits]
+        self.query_segments, self.q_segments = torch.unique(queries, dim=0, return_inverse=True)
+        self.key_segments, self.k_segments = torch.unique(keys, dim=0, return_inverse=True)
+        self._refuse_overlap()
+
+    def _cells(self, i: int, name: str) -> Bool[Tensor, "heads Sq Sk"]:
+        """Which pairs of segments an edit's ``keys``, ``take`` or ``give`` names."""
+        pairs = self.query_segments[:, i, None] & self.key_segments[:, self.column[i, name]]
+        return self.heads[i, :, None, None] & pairs
+
+    def table(self, name: str) -> Tensor:
+        """A field's table [heads, Sq, Sk]."""
+        shape = (self.size.heads, len(self.query_segments), len(self.key_segments))
+        neutral = NEUTRAL[name]
+        table = torch.full(shape, neutral, dtype=torch.bool if neutral is False else torch.float64)
+        for i, e in enumerate(self.edits):
+            if name not in _fields_used(e):
+                continue
+            cells = self._cells(i, name if name in ("take", "give") else "keys")
+            if neutral is False:
+                table |= cells
+            elif name in ("logit_raise", "bias"):
+                table[cells] += getattr(e.edit, name)
+            else:
+                table[cells] *= getattr(e.edit, name)
+        return table
+
+    def _acts(self, i: int) -> Bool[Tensor, "heads queries"]:
+        return self.heads[i, :, None] & self.queries[:, i]
+
+    def row_numbers(self, name: str) -> Float[Tensor, "heads queries"]:
+        """A number for each head and query."""
+        numbers = torch.ones(self.size.heads, self.size.rows, dtype=torch.float64)
+        for i, e in enumerate(self.edits):
+            value = getattr(e.edit, name)
+            if name == "gate" and value is None and e.edit.replacement is not None:
+                value = 0.0
+            if value is not None:
+                numbers[self._acts(i)] *= value
+        return numbers
+
+    def replacement(self, width: int) -> Float[Tensor, "heads queries d_v"]:
+        """The vector that takes a place in the output of each head and query; 0 where there is none."""
+        vectors = torch.zeros(self.size.heads, self.size.rows, width, dtype=torch.float64)
+        for i, e in enumerate(self.edits):
+            if e.edit.replacement is not None:
+                value = e.edit.replacement.detach().cpu().double()
+                value = value[:, None] if value.ndim == 2 else value
+                vectors = torch.where(self._acts(i)[..., None], value, vectors)
+        return vectors
+
+    def laid_out(self) -> Bool[Tensor, "heads queries"]:
+        """The heads and queries whose weights a counterfactual replaces."""
+        acts = torch.zeros(self.size.heads, self.size.rows, dtype=torch.bool)
+        for i, e in enumerate(self.edits):
+            if e.edit.counterfactual is not None:
+                acts |= self._acts(i)
+        return acts
+
+    def _refuse_overlap(self) -> None:
+        """Raise InterpError if two edits that cannot be combined act on one row of a head."""
+        for names, what in EXCLUSIVE:
+            users = [i for i, e in enumerate(self.edits) if names & _fields_used(e)]
+            for n, i in enumerate(users):
+                for j in users[:n]:
+                    if bool((self._acts(i) & self._acts(j)).any()):
+                        raise InterpError(
+                            f"two edits {what} of the same tokens and heads in layer {self.edits[i].layer}: "
+                            f"({self.edits[j].edit}) and ({self.edits[i].edit}). Combine them, or part their tokens or "
+                            "heads"
+                        )
+
+
+EXCLUSIVE = (
+    ({"take"}, "redistribute the weights"),
+    ({"replacement"}, "replace the output"),
+    ({"counterfactual"}, "replace the weights"),
+)
+
+
+def _fields_used(e: LayerEdit) -> set[str]:
+    names = set(e.edit.changes)
+    if "take" in names:
+        names |= {"give", "keep_fraction"}
+    if "replacement" in names:
+        names.add("gate")
+    return names
+
+
+def _inside(rows: Rows | None, first: int, stop: int) -> slice | list[int]:
+    """Index the given rows in an axis that holds rows [first, stop)."""
+    if rows is None:
+        return slice(None)
+    if isinstance(rows, range) and rows.step == 1:
+        return slice(max(rows.start - first, 0), max(min(rows.stop, stop) - first, 0))
+    return [row - first for row in rows if first <= row < stop]
+
+
+def select_rows(edits: Sequence[LayerEdit], size: CallSize) -> Bool[Tensor, "heads queries"]:
+    """The heads and queries on which any of the edits acts."""
+    tables = _Tables(edits, size)
+    acts = torch.zeros(size.heads, size.rows, dtype=torch.bool)
+    for i in range(len(edits)):
+        acts |= tables._acts(i)
+    return acts

@@ -1,0 +1,162 @@
+"""Attention edits: change how queries read keys, inside attention, and read the metric.
+
+What the fields of an edit do is defined, with its sources, in `headstats.Edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from interp.engine import Cell
+from interp.engine.core import EngineKind
+from interp.errors import InterpError
+from interp.interventions import AttentionEdit
+from interp.metrics import Metric, MetricFn, logit_diff
+from interp.model.layer_edits import LayerEdit
+from interp.model.model import Model
+from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
+from interp.prompts.pairs import Fact, PromptPair
+from interp.recipes.choices import EDITED_ALONE
+from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
+from interp.recipes.targets import Address
+from interp.results.effects import Effects
+from interp.sites import COMPONENTS
+
+Edits = Mapping[str, AttentionEdit | Sequence[AttentionEdit]]
+
+
+def edit(
+    model: Model,
+    prompts: PromptPair | Fact | Iterable[PromptPair | Fact],
+    edits: Edits | AttentionEdit,
+    metric: Metric | MetricFn | str = logit_diff,
+    mode: Literal["noise", "denoise"] = "noise",
+    *,
+    each: Literal["layer", "head"] | None = None,
+    engine: EngineKind = "auto",
+    show_progress: bool | None = None,
+    memory: int | str | None = None,
+    subset: Subset = WHOLE_SET,
+) -> Effects:
+    """Apply each of ``edits`` to attention in the clean run, one at a time.
+
+        sharper = interp.AttentionEdit(queries=-1, keys="subject", logit_factor=1.5)
+        effects = interp.edit(model, pairs, {"sharper": sharper, "cut": interp.AttentionEdit(keys="S2", knockout=True)})
+        interp.edit(model, pairs, {"uniform": interp.AttentionEdit(counterfactual="uniform")}, each="head")
+
+    ``edits``: by name; a list of edits acts at once. ``each="layer"`` or ``"head"``: apply an edit in every one of its
+    layers, or to every one of its heads, alone. ``mode="denoise"``: in the corrupt run. One row per (prompt, edit[,
+    layer[, head]]), whose component is the edit's name: ``raw`` is patched − clean (or − corrupt) in the metric's
+    units; ``effect`` is on the recovery scale, NaN for a Fact. ``subset``: for `interp.sweep`.
+
+    Raises PromptError, SiteError or InterpError for bad input, before any forward.
+    """
+    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=mode == "noise")
+    if mode not in ("noise", "denoise"):
+        raise InterpError(f"mode={mode!r}: 'noise' (edit the clean run) or 'denoise' (the corrupt run) expected")
+    if each not in (None, *EDITED_ALONE):
+        raise InterpError(f"each={each!r}: None, 'layer' or 'head' expected")
+    named = _named(edits)
+    cells = _EditCells(loop, named, mode, each)
+    recipe: dict[str, Any] = {"edits": {name: [e.text for e in several] for name, several in named.items()}}
+    return loop.run(cells, "attention edit", mode, **recipe, each=each or "all at once")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What one cell changes: the edits of a name, and the heads by layer in which each of them acts."""
+
+    address: Address
+    edits: Sequence[AttentionEdit]
+    heads: Sequence[HeadsByLayer]
+
+
+class _EditCells(CellSource):
+    """One cell per prompt and edit, or per prompt, edit and layer or head."""
+
+    def __init__(self, loop: SweepLoop, named: Mapping[str, Sequence[AttentionEdit]], mode: str, each: str | None):
+        self.mode, self.title = mode, f"edit attention: {', '.join(named)}"
+        self.places = [p for name, edits in named.items() for p in _places(loop.model, name, edits, each)]
+        self.token_rows = [{id(e): edited_rows(e, p) for edits in named.values() for e in edits} for p in loop.prompts]
+        self.size = len(self.places) * len(loop.prompts)
+
+    def batch(self, loop: SweepLoop, numbers: range) -> Batch:
+        """Clean runs, and corrupt runs if there are any; the edits go into one of them."""
+        if self.mode == "noise":
+            return loop.record_clean_first(numbers)
+        batch = loop.record_pairs(numbers)
+        batch.runs = batch.corrupt_runs
+        return batch
+
+    def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
+        """Every edit of every prompt, in one group."""
+        unchanged = batch.clean if self.mode == "noise" else batch.corrupt
+        yield [
+            CellRow(n, place.address, self._cell(n, i, place), unchanged[n])
+            for n, i in enumerate(batch.numbers)
+            for place in self.places
+        ]
+
+    def _cell(self, run: int, number: int, place: _Place) -> Cell | None:
+        """Return a prompt's cell; None if its edits only act while decoding."""
+        edits: list[LayerEdit] = []
+        for e, by_layer in zip(place.edits, place.heads, strict=True):
+            rows = self.token_rows[number][id(e)]
+            edits += [] if rows is None else layer_edits(e, by_layer, rows)
+        return Cell(run, edits=tuple(edits)) if edits else None
+
+
+def _named(edits: Any) -> dict[str, list[AttentionEdit]]:
+    """Return the edits as lists by name. Raises InterpError for anything else."""
+    by_name = {"edit": edits} if isinstance(edits, AttentionEdit) else edits
+    if not isinstance(by_name, Mapping) or not by_name:
+        raise InterpError(f"edits={edits!r:.80}: a dict of AttentionEdits by name expected, e.g. {{'cut': interp."
+                          "AttentionEdit(keys='subject', knockout=True)}")  # fmt: skip
+    named: dict[str, list[AttentionEdit]] = {}
+    for name, several in by_name.items():
+        if str(name) in COMPONENTS:
+            raise InterpError(f"an edit is called {name!r}, which is the name of a component: choose another name")
+        named[str(name)] = [several] if isinstance(several, AttentionEdit) else list(several)
+        wrong = [e for e in named[str(name)] if not isinstance(e, AttentionEdit)]
+        if wrong or not named[str(name)]:
+            raise InterpError(f"edit {name!r}: one AttentionEdit or a list of them expected, got {several!r:.80}")
+    return named
+
+
+def _places(model: Model, name: str, edits: Sequence[AttentionEdit], each: str | None) -> list[_Place]:
+    """Return what the cells of a name change: all at once, or every layer or head alone."""
+    heads = [heads_by_layer(model, e) for e in edits]
+    if each is None:
+        return [_Place(Address(name, *_shared(heads)), edits, heads)]
+    layers = sorted({layer for by_layer in heads for layer in by_layer})
+    places = []
+    for layer in layers:
+        one = [{layer: by_layer[layer]} if layer in by_layer else {} for by_layer in heads]
+        if each == "layer":
+            places.append(_Place(Address(name, layer), edits, one))
+            continue
+        acting = [{*_acting(by_layer, layer, model.n_heads)} for by_layer in heads]
+        for head in sorted(set().union(*acting)):
+            alone = [{layer: (head,)} if head in of_edit else {} for of_edit in acting]
+            places.append(_Place(Address(name, layer, head), edits, alone))
+    return places
+
+
+def _acting(heads: HeadsByLayer, layer: int, n_heads: int) -> Iterable[int]:
+    """Return the heads of a layer that an edit changes."""
+    if layer not in heads:
+        return ()
+    of_layer = heads[layer]
+    return range(n_heads) if of_layer is None else of_layer
+
+
+def _shared(heads: Sequence[HeadsByLayer]) -> tuple[int | None, int | None]:
+    """Return the layer and the head, where there is only one."""
+    layers = {layer for by_layer in heads for layer in by_layer}
+    if len(layers) > 1:
+        return None, None
+    of_layer = {by_layer[layer] for by_layer in heads for layer in by_layer}
+    (only,) = of_layer if len(of_layer) == 1 else (None,)
+    return next(iter(layers)), only[0] if only is not None and len(only) == 1 else None

@@ -1,0 +1,150 @@
+"""Attention edits of a model, against dense attention inside an untouched Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import EVERY
+from torch import Tensor
+
+import interp
+from interp import AttentionEdit
+from interp.doctor.families.text import tiny_hf
+
+PAIRS = [
+    interp.PromptPair(f"w{a} w5 w{b} w6 w7 w2", "w8 w5 w9 w6 w7 w2", "w95", "w96", {"start": (0, 5)})
+    for a, b in ((1, 3), (2, 4))
+]
+KEYS, QUERIES = ["start", -4], [-3, -1]  # of the six words: keys 0, 1, 2, queries 3, 5
+SMALLEST = torch.finfo(torch.float32).min
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One edit by hand. Each function gets a tensor [batch, heads, queries, keys], and where the edit acts."""
+
+    fields: dict[str, Any]
+    logits: Callable[[Tensor], Tensor] | None = None  # before masks
+    scores: Callable[[Tensor], Tensor] | None = None  # after masks
+    weights: Callable[[Tensor, Tensor], Tensor] | None = None  # of (weights, visible cells); whole rows
+    cells: Callable[[Tensor], Tensor] | None = None  # weights of the edit's cells
+    output: Callable[[Tensor], Tensor] | None = None
+
+
+def uniform(p: Tensor, seen: Tensor) -> Tensor:
+    return seen / seen.sum(-1, keepdim=True)
+
+
+def reverse(p: Tensor, seen: Tensor) -> Tensor:
+    new = (p.amax(-1, keepdim=True) - p) * seen
+    total = new.sum(-1, keepdim=True)
+    return torch.where(total > 0, new / total.clamp_min(1e-30), p)
+
+
+def look_at_itself(p: Tensor, seen: Tensor) -> Tensor:
+    return torch.eye(p.shape[-1], dtype=p.dtype).expand_as(p)
+
+
+def give_to_the_last_two(p: Tensor, seen: Tensor) -> Tensor:
+    """Words 0 and 1 keep a quarter; words 3 and 4 get the rest in proportion, where they are seen."""
+    new, take, give = p.clone(), slice(-6, -4), slice(-3, -1)
+    new[..., take] *= 0.25
+    received = p[..., give].sum(-1, keepdim=True)
+    new[..., give] += 0.75 * p[..., take].sum(-1, keepdim=True) * p[..., give] / received.clamp_min(1e-30)
+    return torch.where(received > 0, new, p)
+
+
+VECTOR = 0.3
+CASES = {
+    "knockout": Dense({"keys": KEYS, "knockout": True}, scores=lambda z: torch.full_like(z, SMALLEST)),
+    "gain 0": Dense({"keys": KEYS, "gain": 0.0}, scores=lambda z: torch.full_like(z, SMALLEST)),
+    "gain": Dense({"keys": KEYS, "gain": 2.5}, scores=lambda z: z + np.log(2.5)),
+    "gain after": Dense({"keys": KEYS, "gain": 2.5, "renormalise": False}, cells=lambda p: 2.5 * p),
+    "knockout after": Dense({"keys": KEYS, "knockout": True, "renormalise": False}, cells=lambda p: 0 * p),
+    "bias": Dense({"keys": KEYS, "bias": -1.5}, scores=lambda z: z - 1.5),
+    "factor": Dense({"keys": KEYS, "logit_factor": 2.0}, logits=lambda z: 2 * z),
+    "raise": Dense({"keys": KEYS, "logit_raise": 0.5}, logits=lambda z: z + 0.5 * z.abs()),
+    "gate": Dense({"gate": 0.25}, output=lambda z: 0.25 * z),
+    "replacement": Dense({"replacement": VECTOR, "gate": 0.5}, output=lambda z: 0.5 * z + 0.5 * VECTOR),
+    "uniform": Dense({"counterfactual": "uniform"}, weights=uniform),
+    "reversed": Dense({"counterfactual": "reversed"}, weights=reverse),
+    "identity": Dense({"counterfactual": "identity"}, weights=look_at_itself),
+    "redistribution": Dense(
+        {"take": "start", "give": [-3, -2], "keep_fraction": 0.25}, weights=give_to_the_last_two
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def attention_by_hand(hf: Any, case: Dense, layer: int, head: int) -> Iterator[None]:
+    """Compute one head's attention with the edit, in the queries of `QUERIES`; everything else as eager does."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def attend(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
+        softcap: float | None = None, s_aux: Tensor | None = None, **rest: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        n, groups = q.shape[2], q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        z = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        softcap = getattr(module, "attn_logit_softcapping", None) if softcap is None else softcap
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        rows = torch.zeros(q.shape[1], n, 1, dtype=torch.bool)
+        rows[head, [n - 3, n - 1]] = getattr(module, "layer_idx", None) == layer
+        columns = torch.zeros(n, dtype=torch.bool)
+        columns[[n - 6, n - 5, n - 4]] = True
+        acts = rows & columns
+        z = z if case.logits is None else torch.where(acts, case.logits(z), z)
+        visible = torch.ones(n, n).tril().bool() if mask is None else mask[..., :n] > SMALLEST / 2
+        z = (z if mask is None else z + mask[..., :n]).masked_fill(~visible, SMALLEST)
+        z = z if case.scores is None else torch.where(acts, case.scores(z), z)
+        columns_and_sink = z if s_aux is None else torch.cat([z, s_aux.view(1, -1, 1, 1).expand(*z.shape[:3], 1)], -1)
+        p = columns_and_sink.softmax(-1)[..., :n]
+        if case.weights is not None:
+            total = p.sum(-1, keepdim=True)
+            p = torch.where(rows, total * case.weights(p / total, visible.to(p).expand_as(p)), p)
+        p = p if case.cells is None else torch.where(acts, case.cells(p), p)
+        out = p @ v
+        out = out if case.output is None else torch.where(rows, case.output(out), out)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("by_hand", attend)
+    AttentionMaskInterface.register("by_hand", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    hf.set_attn_implementation("by_hand")
+    yield
+
+
+def edit_of(case: Dense, layer: int, head: int) -> AttentionEdit:
+    fields = dict(case.fields)
+    if "replacement" in fields:
+        fields["replacement"] = torch.full((1,), fields["replacement"])  # every channel
+    return AttentionEdit(queries=QUERIES, layers=layer, heads=[head], **fields)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_field_equals_dense_attention_in_an_untouched_model(word_tokenizer, family: str) -> None:
+    model, hf = interp.load(tiny_hf(family), tokenizer=word_tokenizer), tiny_hf(family)
+    try:
+        hf.set_attn_implementation("eager")
+    except (ValueError, NotImplementedError):
+        pytest.skip(f"{family} does not use transformers' attention interface")
+    layer, head = model.attention_layers[-1], model.n_heads - 1
+    edits = {name: edit_of(case, layer, head) for name, case in CASES.items()}
+    for engine in ("auto", "naive"):
+        frame = interp.edit(model, PAIRS, edits, engine=engine, show_progress=False).frame()
+        for name, case in CASES.items():
+            rows = frame[frame["component"] == name].sort_values("example")
+            with torch.no_grad(), attention_by_hand(hf, case, layer, head):
+                ids = torch.tensor([model.coder.encode(p.clean) for p in PAIRS])
+                logits = hf(input_ids=ids).logits[:, -1]
+            answer, foil = (model.coder.continuation(x)[0] for x in ("w95", "w96"))
+            expected = (logits[:, answer] - logits[:, foil]).numpy()
+            np.testing.assert_allclose(rows["patched"], expected, atol=1e-5, err_msg=f"{family} {name} {engine}")
+            assert (rows["raw"].abs() > 1e-7).any(), (family, name)
