@@ -17,7 +17,7 @@ from interp.errors import InterpError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from interp.prompts.positions import Tokens
+    from interp.sites import Tokens
 
 Counterfactual = Literal["uniform", "reversed", "shuffled", "random", "identity"]
 COUNTERFACTUALS = ("uniform", "reversed", "shuffled", "random", "identity")

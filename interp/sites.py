@@ -25,6 +25,8 @@ from interp.utils.html_card import card
 
 EACH, ALL = "each", "all"
 PLAIN_TYPES = (int, str, type(None))
+Tokens = int | str | Sequence[int | str]
+"""A position (negative ones count from the end), a named span, ``"subject:last"``, or a list of these."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,55 @@ def attention_by_hand(hf: Any, case: Dense, layer: int, head: int) -> Iterator[N
     yield
 
 
+OWN_ATTENTION = {"gpt_neo": ".attn.attention", "gptj": ".attn", "bloom": ".self_attention", "mpt": ".attn",
+                 "falcon": ".self_attention", "falcon_grouped": ".self_attention",
+                 "falcon_alibi": ".self_attention"}  # fmt: skip
+
+
+@contextmanager
+def softmax_by_hand(hf: Any, case: Dense, layer: int, head: int, attention: str) -> Iterator[None]:
+    """Change what enters and leaves one attention module's own softmax: families that compute attention themselves."""
+    functional, inside = torch.nn.functional, []
+    softmax, attention_of_torch = functional.softmax, functional.scaled_dot_product_attention
+
+    def edited(z: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        if not inside:
+            return softmax(z, dim=dim, dtype=dtype, **rest)
+        inside.append(z)
+        n = z.shape[-1]
+        rows = torch.zeros(z.shape[1], n, 1, dtype=torch.bool)
+        rows[head, [n - 3, n - 1]] = True
+        columns = torch.zeros(n, dtype=torch.bool)
+        columns[[n - 6, n - 5, n - 4]] = True
+        seen = ((z > SMALLEST / 2) & torch.ones(n, n).tril().bool()).to(z)
+        z = z if case.scores is None else torch.where(rows & columns, case.scores(z), z)
+        p = softmax(z, dim=-1)
+        if case.weights is not None:
+            p = torch.where(rows, case.weights(p, seen), p)
+        return p if case.cells is None else torch.where(rows & columns, case.cells(p), p)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool, **_: Any
+    ) -> Tensor:
+        z = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        hidden = ~torch.ones(z.shape[-2:]).tril().bool() if is_causal else torch.zeros(z.shape[-2:]).bool()
+        z = z.masked_fill(hidden, SMALLEST) + (0 if attn_mask is None else attn_mask)
+        return edited(z, dim=-1) @ v
+
+    (module,) = (m for name, m in hf.named_modules() if name.endswith(f".{layer}{attention}"))
+    handles = [
+        module.register_forward_pre_hook(lambda *_: inside.append(None)),
+        module.register_forward_hook(lambda *_: inside.clear()),
+    ]
+    functional.softmax, functional.scaled_dot_product_attention = edited, attend
+    try:
+        yield
+    finally:
+        functional.softmax, functional.scaled_dot_product_attention = softmax, attention_of_torch
+        for handle in handles:
+            handle.remove()
+
+
 def edit_of(case: Dense, layer: int, head: int) -> AttentionEdit:
     fields = dict(case.fields)
     if "replacement" in fields:
@@ -132,19 +181,26 @@ def edit_of(case: Dense, layer: int, head: int) -> AttentionEdit:
 def test_every_field_equals_dense_attention_in_an_untouched_model(word_tokenizer, family: str) -> None:
     model, hf = interp.load(tiny_hf(family), tokenizer=word_tokenizer), tiny_hf(family)
     try:
-        hf.set_attn_implementation("eager")
+        if family not in OWN_ATTENTION:
+            hf.set_attn_implementation("eager")
     except (ValueError, NotImplementedError):
         pytest.skip(f"{family} does not use transformers' attention interface")
     layer, head = model.attention_layers[-1], model.n_heads - 1
-    edits = {name: edit_of(case, layer, head) for name, case in CASES.items()}
+    own = OWN_ATTENTION.get(family)
+    cases = {k: c for k, c in CASES.items() if own is None or not (c.logits or c.output)}
+    edits = {name: edit_of(case, layer, head) for name, case in cases.items()}
     for engine in ("auto", "naive"):
         frame = interp.edit(model, PAIRS, edits, engine=engine, show_progress=False).frame()
-        for name, case in CASES.items():
+        for name, case in cases.items():
+            by_hand = attention_by_hand(hf, case, layer, head)
+            if own is not None:
+                by_hand = softmax_by_hand(hf, case, layer, head, own)
             rows = frame[frame["component"] == name].sort_values("example")
-            with torch.no_grad(), attention_by_hand(hf, case, layer, head):
+            with torch.no_grad(), by_hand:
                 ids = torch.tensor([model.coder.encode(p.clean) for p in PAIRS])
                 logits = hf(input_ids=ids).logits[:, -1]
             answer, foil = (model.coder.continuation(x)[0] for x in ("w95", "w96"))
             expected = (logits[:, answer] - logits[:, foil]).numpy()
             np.testing.assert_allclose(rows["patched"], expected, atol=1e-5, err_msg=f"{family} {name} {engine}")
-            assert (rows["raw"].abs() > 1e-7).any(), (family, name)
+            if (family, name) != ("gpt_neo", "redistribution"):  # its window hides the words that lose weight
+                assert (rows["raw"].abs() > 1e-7).any(), (family, name)

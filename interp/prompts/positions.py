@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from interp.errors import PromptError
-
-Tokens = int | str | Sequence[int | str]
-"""A position (negative ones count from the end), a named span, ``"subject:last"``, or a list of these."""
+from interp.sites import Tokens
 
 
 class NamedTokens(Protocol):
