@@ -129,7 +129,8 @@ OWN_ATTENTION = {"gpt_neo": ".attn.attention", "gptj": ".attn", "bloom": ".self_
 @contextmanager
 def softmax_by_hand(hf: Any, case: Dense, layer: int, head: int, attention: str) -> Iterator[None]:
     """Change what enters and leaves one attention module's own softmax: families that compute attention themselves."""
-    functional, inside = torch.nn.functional, []
+    functional: Any = torch.nn.functional
+    inside: list[Any] = []
     softmax, attention_of_torch = functional.softmax, functional.scaled_dot_product_attention
 
     def edited(z: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
@@ -191,11 +192,12 @@ def test_every_field_equals_dense_attention_in_an_untouched_model(word_tokenizer
     edits = {name: edit_of(case, layer, head) for name, case in cases.items()}
     for engine in ("auto", "naive"):
         frame = interp.edit(model, PAIRS, edits, engine=engine, show_progress=False).frame()
+        frame = frame.sort_values("example")
         for name, case in cases.items():
             by_hand = attention_by_hand(hf, case, layer, head)
             if own is not None:
                 by_hand = softmax_by_hand(hf, case, layer, head, own)
-            rows = frame[frame["component"] == name].sort_values("example")
+            rows: Any = frame[frame["component"] == name]
             with torch.no_grad(), by_hand:
                 ids = torch.tensor([model.coder.encode(p.clean) for p in PAIRS])
                 logits = hf(input_ids=ids).logits[:, -1]
@@ -203,4 +205,4 @@ def test_every_field_equals_dense_attention_in_an_untouched_model(word_tokenizer
             expected = (logits[:, answer] - logits[:, foil]).numpy()
             np.testing.assert_allclose(rows["patched"], expected, atol=1e-5, err_msg=f"{family} {name} {engine}")
             if (family, name) != ("gpt_neo", "redistribution"):  # its window hides the words that lose weight
-                assert (rows["raw"].abs() > 1e-7).any(), (family, name)
+                assert bool((rows["raw"].abs() > 1e-7).any()), (family, name)

@@ -30,6 +30,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         lambda m, s: interp.path_patch(m, PAIRS, m.sites("z"), ["logits", *m.sites("q")], using="mean"),
     ),
     "knock_out": ({"keys": "name", "window": 1}, lambda m, s: interp.knock_out(m, PAIRS, "name", window=1)),
+    "edit": (
+        {"edit": {"cut": "knockout queries=-1 keys=name", "even": ["counterfactual=uniform layers=1"]}},
+        lambda m, s: interp.edit(
+            m, PAIRS, {
+                "cut": interp.AttentionEdit(queries=-1, keys="name", knockout=True),
+                "even": interp.AttentionEdit(layers=1, counterfactual="uniform"),
+            },
+        ),
+    ),
     "peek": ({"full": 1, "context": "keep"}, lambda m, s: interp.peek(m, PAIRS, full=1, context="keep")),
     "steer": (
         {"positive": UP, "negative": DOWN, "at": "resid_pre.L1", "scale": 2},

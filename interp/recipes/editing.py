@@ -17,6 +17,7 @@ from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.layer_edits import LayerEdit
 from interp.model.model import Model
 from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
+from interp.model.session import in_session
 from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.choices import EDITED_ALONE
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
@@ -27,6 +28,7 @@ from interp.sites import COMPONENTS
 Edits = Mapping[str, AttentionEdit | Sequence[AttentionEdit]]
 
 
+@in_session
 def edit(
     model: Model,
     prompts: PromptPair | Fact | Iterable[PromptPair | Fact],
