@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import interp
 from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.doctor.matrix import WORDS
-from interp.engine import Cell, Engine, Write
+from interp.engine import Cell, CellWrite, Engine
 from interp.engine.verified import VERIFIED, Verified
 from interp.errors import InterpError, ModelError
 from interp.sites import COMPONENTS, Site
@@ -198,7 +198,7 @@ def test_groups_of_writes_in_several_layers(tiny) -> None:
                 start = int(torch.randint(0, length, (), generator=generator))
                 width = {"z": 8, "k": 8}.get(site.component, 32)
                 value = torch.randn(1, width, generator=generator, dtype=torch.float64)
-                writes.append(Write(site, start, length, value))
+                writes.append(CellWrite(site, start, length, value))
             cells.append(Cell(run, tuple(writes)))
     out = [e.score(e.runs, cells, lambda logits, _: logits[:, 7], lambda n: None) for e in (runner, oracle)]
     torch.testing.assert_close(*out, **EXACT)

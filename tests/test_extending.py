@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TOY_MODULE = '''
 """Damping: multiply an activation by a factor in the clean run."""
 
-from interp.engine import Cell, Write
+from interp.engine import Cell, CellWrite
 from interp.engine.cells import rows_of
 from interp.metrics import logit_diff
 from interp.recipes.inputs import expand_sites
@@ -62,7 +62,7 @@ class _DampingCells(CellSource):
 
     def _write(self, site, prompt, run):
         start, stop = rows_of(site, prompt)
-        return Write(site, start, stop, self.factor * run.value(site, start, stop))
+        return CellWrite(site, start, stop, self.factor * run.value(site, start, stop))
 '''
 TOY_ROW = Recipe(
     "damp", "damping:damp", "Damping: multiply an activation by a factor.",

@@ -19,7 +19,7 @@ from torch import Tensor
 from interp.doctor import probe_inputs
 from interp.doctor.matrix import difference
 from interp.doctor.memory import memory_needs
-from interp.engine import Cell, Engine, Write
+from interp.engine import Cell, CellWrite, Engine
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
 from interp.model.hf_classes import key_value_cache
@@ -287,7 +287,7 @@ def _patch_every_layer(model: Model, component: str) -> str:
         runner.check_sites(patched)
         (run,) = runner.record([probe_inputs.prompt(model)], [component])
         new_values = [torch.full_like(run.value(s, 0, len(run)), value) for s in patched]
-        cells = [Cell(0, (Write(s, 0, len(run), x),)) for s, x in zip(patched, new_values, strict=True)]
+        cells = [Cell(0, (CellWrite(s, 0, len(run), x),)) for s, x in zip(patched, new_values, strict=True)]
         base = run.logits
         gaps[kind] = runner.score([run], cells, lambda logits, _, b=base: (logits - b).abs().amax(-1), lambda _: None)
         engine = engine or runner.describe()

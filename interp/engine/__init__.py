@@ -3,9 +3,9 @@
 Sweeps run forwards only here.
 """
 
-from interp.engine.cells import Cell, Write
+from interp.engine.cells import Cell, CellWrite
 from interp.engine.core import Engine
 from interp.engine.plan import Plan, explain
 from interp.engine.runs import Run
 
-__all__ = ["Cell", "Engine", "Plan", "Run", "Write", "explain"]
+__all__ = ["Cell", "CellWrite", "Engine", "Plan", "Run", "explain"]

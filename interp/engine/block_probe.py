@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.cells import Cell, Write
+from interp.engine.cells import Cell, CellWrite
 from interp.engine.packed_forward import PackedForward, StopForward
 from interp.engine.packing import Changes, Group, Piece, lay_out
 from interp.engine.runs import Frame, Run
@@ -60,7 +60,7 @@ class Probe:
         """
         frozen = self.run.acts["attn_out"][layer][self.start :] + attention
         site, n = Site("attn_out", layer), len(self.run)
-        cells = [Cell(0, (Write(site, self.start, n, x),)) for x in frozen]
+        cells = [Cell(0, (CellWrite(site, self.start, n, x),)) for x in frozen]
         return self._run(layer, cells, self.run.resid[layer][self.start :] + delta, components)
 
     def attention(self, layer: int, cells: Sequence[Cell]) -> Float[Tensor, "cells rows d_model"]:

@@ -18,7 +18,7 @@ AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_post",
 
 
 @dataclass(frozen=True, eq=False)
-class Write:
+class CellWrite:
     """Set the activation at ``site`` to ``value``, or add ``value`` to it.
 
     It acts on token rows [start, stop). ``value`` is broadcast over rows; it is None only in cells that are planned and
@@ -42,11 +42,11 @@ class Cell:
     """Run number ``run`` with all ``writes`` and attention ``edits`` applied in one forward."""
 
     run: int
-    writes: tuple[Write, ...] = ()
+    writes: tuple[CellWrite, ...] = ()
     edits: tuple[LayerEdit, ...] = ()
 
     @property
-    def changes(self) -> tuple[Write | LayerEdit, ...]:
+    def changes(self) -> tuple[CellWrite | LayerEdit, ...]:
         """All writes and edits."""
         return (*self.writes, *self.edits)
 
@@ -109,7 +109,7 @@ def rows_of(site: Site, prompt: Encoded) -> tuple[int, int]:
     return row_range(site.position, prompt, f"site {site}")
 
 
-def write_into(activation: Tensor, write: Write, value: Tensor | None = None) -> Tensor:
+def write_into(activation: Tensor, write: CellWrite, value: Tensor | None = None) -> Tensor:
     """Return a copy of ``activation`` with the write applied.
 
     ``activation``: [1, position, (head,) width]. ``value``: used in place of the write's own.

@@ -19,7 +19,7 @@ from interp.engine import naive
 from interp.engine import packed_forward as packed
 from interp.engine.base_runs import record_with_plain_blocks
 from interp.engine.budget import Budget, as_bytes
-from interp.engine.cells import Cell, Write
+from interp.engine.cells import Cell, CellWrite
 from interp.engine.matmul import redirect_products
 from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, read_plain_blocks
 from interp.engine.planner import PLANNING
@@ -348,7 +348,7 @@ class Engine:
         run = max((c.run for c in cells), key=lambda i: len(runs[i]))
         site = Site("resid_pre", 0, position=0)
         middle = len(runs[run]) // 2
-        unpatched = Cell(run, (Write(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
+        unpatched = Cell(run, (CellWrite(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
         sample = random.Random(len(cells)).sample(list(cells), min(2, len(cells)))
         naive_logits = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, sample)])
         allowed = CHECK_TOLERANCE * max(naive_logits.abs().max().item(), 1.0)
@@ -378,6 +378,6 @@ class Engine:
         return ResultHooks(self.model, "result" in components)
 
 
-def _kinds(change: Write | LayerEdit) -> tuple[str, ...]:
+def _kinds(change: CellWrite | LayerEdit) -> tuple[str, ...]:
     """What is checked once for each model: a component that is written, a field of an edit."""
-    return (change.site.component,) if isinstance(change, Write) else change.edit.changes
+    return (change.site.component,) if isinstance(change, CellWrite) else change.edit.changes

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.cells import Cell, Write, write_into
+from interp.engine.cells import Cell, CellWrite, write_into
 from interp.engine.runs import Run
 from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
@@ -44,7 +44,7 @@ def _edit(cell: Cell) -> Callable[[AttentionCall], AttentionCall]:
     return add
 
 
-def _write_hooks(write: Write) -> list[tuple[str, Any]]:
+def _write_hooks(write: CellWrite) -> list[tuple[str, Any]]:
     site = write.site
     if site.component != "resid_mid":
         return [(site.hook_name, lambda x, hook: write_into(x, write))]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.engine.cells import Cell, Write
+from interp.engine.cells import Cell, CellWrite
 from interp.engine.runs import Run
 from interp.model.layer_edits import LayerEdit
 
@@ -133,7 +133,7 @@ class Changes:
     """All writes and edits of a batch, by the block and component on which they act."""
 
     def __init__(self, cells: Sequence[Cell]):
-        self.writes: dict[tuple[int, str], list[tuple[int, Write]]] = defaultdict(list)
+        self.writes: dict[tuple[int, str], list[tuple[int, CellWrite]]] = defaultdict(list)
         self.edits: dict[int, dict[int, tuple[LayerEdit, ...]]] = defaultdict(dict)
         for i, cell in enumerate(cells):
             for write in cell.writes:

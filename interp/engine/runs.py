@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.cells import Write
+from interp.engine.cells import CellWrite
 from interp.model.attention_call import AttentionCall
 from interp.model.batching import equal_length_batches
 from interp.model.hooks import hooks
@@ -64,7 +64,7 @@ class Run:
         return rows if site.head is None else rows[:, site.head]
 
 
-def is_change(write: Write, run: Run) -> bool:
+def is_change(write: CellWrite, run: Run) -> bool:
     """Whether a write changes any value of ``run``.
 
     The run holds the write's component.

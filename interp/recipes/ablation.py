@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from interp.engine import Cell, Engine, Run, Write
+from interp.engine import Cell, CellWrite, Engine, Run
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError
@@ -202,13 +202,13 @@ class _Writer:
 
     def __init__(self, prompts: Sequence[Encoded], donors: Sequence[Run], means: Means | None, using: Using):
         self.prompts, self.donors, self.means, self.using = prompts, donors, means, using
-        self.writes: dict[tuple[int, Site], Write] = {}
+        self.writes: dict[tuple[int, Site], CellWrite] = {}
 
-    def write(self, n: int, site: Site) -> Write:
+    def write(self, n: int, site: Site) -> CellWrite:
         """Return the write at a site of the batch's example ``n``."""
         if (n, site) not in self.writes:
             start, stop = rows_of(site, self.prompts[n])
-            self.writes[n, site] = Write(site, start, stop, self._value(n, site, start, stop))
+            self.writes[n, site] = CellWrite(site, start, stop, self._value(n, site, start, stop))
         return self.writes[n, site]
 
     def _value(self, n: int, site: Site, start: int, stop: int) -> Tensor:

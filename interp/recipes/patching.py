@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from interp.engine import Cell, Engine, Run, Write
+from interp.engine import Cell, CellWrite, Engine, Run
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.engine.runs import is_change
@@ -161,11 +161,11 @@ class _PatchCells(CellSource):
             start, stop = rows_of(site, prompt)
             start = max(start, first)
             if start < stop:
-                writes.append(Write(site, start, stop, donor.value(site, start, stop)))
+                writes.append(CellWrite(site, start, stop, donor.value(site, start, stop)))
         is_changing = any(is_change(w, into) for w in writes) if self.runner.fast else bool(writes)
         return Cell(number, tuple(writes)) if is_changing else None
 
-    def _leading_write(self, cell: Cell, first: int, donor: Run) -> Write | None:
+    def _leading_write(self, cell: Cell, first: int, donor: Run) -> CellWrite | None:
         """Return the write after which all rows up to its last equal the donor run's; None if there is none.
 
         It sets the residual stream from row ``first`` on, before which the two runs are equal. Further writes to these
@@ -178,12 +178,12 @@ class _PatchCells(CellSource):
         return lead if is_covered else None
 
 
-def _depth(write: Write) -> int:
+def _depth(write: CellWrite) -> int:
     """Return where in a block a write sets the residual stream; -1 if it does not."""
     return STREAM.index(write.site.component) if write.site.component in STREAM else -1
 
 
-def _mirrored(write: Write, donor: Run, into: Run, number: int) -> Cell | None:
+def _mirrored(write: CellWrite, donor: Run, into: Run, number: int) -> Cell | None:
     """Return the same intervention as a cell of the ``donor`` run (run ``number``); None if it equals that run.
 
     From the write on, the rows before ``write.stop`` compute what they compute in ``donor``. So it is enough to change
@@ -192,7 +192,7 @@ def _mirrored(write: Write, donor: Run, into: Run, number: int) -> Cell | None:
     start, stop = write.stop, len(donor)
     if start == stop:
         return None
-    other = Write(write.site, start, stop, into.value(write.site, start, stop))
+    other = CellWrite(write.site, start, stop, into.value(write.site, start, stop))
     return Cell(number, (other,)) if is_change(other, donor) else None
 
 

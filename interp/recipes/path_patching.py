@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from interp.engine import Cell, Engine, Run, Write
+from interp.engine import Cell, CellWrite, Engine, Run
 from interp.engine.block_probe import Probe
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
@@ -268,7 +268,7 @@ class _Paths:
             for site in heads:
                 start, stop = rows_of(site, self.prompt)
                 start = max(start, self.probe.start)
-                writes = (Write(site, start, stop, self.source.value(site, start, stop)),) if start < stop else ()
+                writes = (CellWrite(site, start, stop, self.source.value(site, start, stop)),) if start < stop else ()
                 cells.append(Cell(0, writes))
             base = self.base.acts["attn_out"][layer][self.probe.start :]
             out |= dict(zip(heads, self.probe.attention(layer, cells) - base, strict=True))
@@ -288,4 +288,4 @@ class _Paths:
         if rows.start >= rows.stop:
             return None
         first = self.probe.start
-        return Cell(0, (Write(edge.receiver, first + rows.start, first + rows.stop, value[rows]),))
+        return Cell(0, (CellWrite(edge.receiver, first + rows.start, first + rows.stop, value[rows]),))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
-from interp.engine import Cell, Write
+from interp.engine import Cell, CellWrite
 from interp.engine.core import EngineKind
 from interp.engine.packed_forward import find_other_mixer
 from interp.errors import InterpError, SiteError
@@ -113,7 +113,7 @@ class _PeekCells(CellSource):
         """Return the waiting tokens' residual stream and the masks of all later layers; None if nothing changes."""
         assert site.layer is not None
         n = len(prompt)
-        writes = () if self.means is None else (Write(site, 0, n, self.means.value(site, prompt.clean, 0, n)),)
+        writes = () if self.means is None else (CellWrite(site, 0, n, self.means.value(site, prompt.clean, 0, n)),)
         edits: list[LayerEdit] = []
         for layer in range(site.layer + 1, self.n_layers):
             # the row of the last token is masked after its full peek

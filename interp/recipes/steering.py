@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine import Cell, Engine, Run, Write
+from interp.engine import Cell, CellWrite, Engine, Run
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError, PromptError, SiteError
@@ -87,7 +87,7 @@ class _SteerCells(CellSource):
     def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
         """Every site of every prompt, in one group."""
         yield [
-            CellRow(n, s, Cell(n, (Write(s, *rows_of(s, batch.prompts[n]), self.addend[None], "add"),)))
+            CellRow(n, s, Cell(n, (CellWrite(s, *rows_of(s, batch.prompts[n]), self.addend[None], "add"),)))
             for n, i in enumerate(batch.numbers)
             for s in self.sites[i]
         ]

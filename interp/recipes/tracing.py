@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from interp.engine import Cell, Run, Write
+from interp.engine import Cell, CellWrite, Run
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import InterpError
@@ -190,7 +190,9 @@ class _Restore:
             return None
         assert site.layer is not None
         layers = window_with(self.model, site.component, site.layer, self.window)
-        writes = [Write(s, start, stop, clean.value(s, start, stop)) for s in (Site(site.component, i) for i in layers)]
+        writes = [
+            CellWrite(s, start, stop, clean.value(s, start, stop)) for s in (Site(site.component, i) for i in layers)
+        ]
         severed = self._severed_after(layers[-1])
-        writes += [Write(s, start, stop, corrupted.value(s, start, stop)) for s in severed]
+        writes += [CellWrite(s, start, stop, corrupted.value(s, start, stop)) for s in severed]
         return Cell(run, tuple(writes))

@@ -9,7 +9,7 @@ import torch
 import interp
 from interp import zoo
 from interp.circuits import attribute_sites, screen
-from interp.engine import Cell, Engine, Write
+from interp.engine import Cell, CellWrite, Engine
 from interp.engine.naive import run_cell
 from interp.errors import InterpError, SiteError
 
@@ -60,7 +60,7 @@ def test_estimates_are_the_limit_of_the_engines_exact_effects(tiny, kind: str) -
     n, step = len(base), 1e-3  # transformers' norms round to float32, hence the coarse step and tolerance
     for site, estimate in zip(sites, table["raw"], strict=True):
         change = source.value(site, 0, n) - base.value(site, 0, n)
-        cells = [Cell(0, (Write(site, 0, n, e * change, "add"),)) for e in (-step, step)]
+        cells = [Cell(0, (CellWrite(site, 0, n, e * change, "add"),)) for e in (-step, step)]
         with torch.no_grad():
             ends = [run_cell(model, base, cell) for cell in cells]
         slope = (ends[1] - ends[0]) / (2 * step)
