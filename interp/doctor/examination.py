@@ -30,6 +30,7 @@ from interp.model.reading import as_dtype, read
 from interp.model.vision_towers import vision_tower
 from interp.prompts.special_tokens import BosPolicy
 from interp.sites import COMPONENTS, Site
+from interp.utils.progress import progress
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit; other dtypes: HALF
 HALF = 5e-2
@@ -117,15 +118,20 @@ def examine(
             f"--context {context}: {model.name} has a context of {model.n_ctx} tokens; give 1 to {model.n_ctx}"
         )
     calls = _calls(model)
-    findings = [
-        *_logits(model, batches, expected, is_wrapped),
-        *_special_tokens(model),
-        *_layers(model),
-        *_heads(model),
-        *_sites(model),
-        *_precision(model),
-        *_memory(model, calls, context),
-    ]
+    sections = (
+        lambda: _logits(model, batches, expected, is_wrapped),
+        lambda: _special_tokens(model),
+        lambda: _layers(model),
+        lambda: _heads(model),
+        lambda: _sites(model),
+        lambda: _precision(model),
+        lambda: _memory(model, calls, context),
+    )
+    findings: list[Finding] = []
+    with progress("examine the model", len(sections)) as advance:
+        for section in sections:
+            findings += section()
+            advance(1)
     return Examination(repr(model), tuple(findings))
 
 

@@ -26,6 +26,7 @@ Random weights: every matrix is drawn from a normal distribution with its own me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -191,14 +192,22 @@ class _MapFits:
         """
         cases = self.data["train"]
         epochs = max(1, round(steps * min(self.batch_size, len(cases.base)) / len(cases.base)))
+        batches = epochs * math.ceil(len(cases.base) / self.batch_size)
+
+        left = iter(range(batches))
+
+        def logits(inputs: Tensor) -> Tensor:
+            if next(left, None) is not None:  # a few forwards more than batches: before and after the fit
+                advance(steps / batches)
+            return self.logits(inputs)
+
         fit = tl.fit_das(
-            self.model.bridge, self.hook, cases.base, cases.source, cases.targets, self.logits, rank=self.rank,
+            self.model.bridge, self.hook, cases.base, cases.source, cases.targets, logits, rank=self.rank,
             base_positions=cases.positions, source_positions=cases.positions, epochs=epochs,
             batch_size=self.batch_size, lr=lr, seed=self.seed,
         )  # fmt: skip
         last_loss = torch.tensor(fit.losses[-1])
         require_finite(last_loss, "the loss of the linear map", "its fit diverged; use a smaller lr")
-        advance(steps)
         return tl.SubspaceInterchange(fit.basis)
 
     def nonlinear(self, steps: int, lr: float, blocks: int, hidden: int, advance: Advance) -> Exchange:
