@@ -1,18 +1,17 @@
-"""Interventions inside attention, addressed by heads of a model and tokens of a prompt.
+"""AttentionEdit: a change of how queries read keys, by heads of a model and tokens of a prompt.
 
-`AttentionEdit` changes how queries read keys; its fields are those of `headstats.Edit`, where each is defined.
-`interp.edit` compares several of them, and ``model.edited(…)`` applies them to every forward.
+Its fields are those of `headstats.Edit`, where each is defined.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from interp.errors import InterpError
+from interp.interventions.words import read_flag, read_items, read_tokens, say, written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +133,7 @@ class AttentionEdit:
             value = getattr(self, field.name)
             if value is field.default or (field.name == "seed" and value == 0):
                 continue
-            words.append("knockout" if field.name == "knockout" else f"{field.name}={_written(value)}")
+            words.append("knockout" if field.name == "knockout" else f"{field.name}={written(value)}")
         return " ".join(words)
 
     def __repr__(self) -> str:
@@ -152,65 +151,23 @@ class AttentionEdit:
         for name in self.changes:
             value = getattr(self, name)
             if name == "take":
-                words.append(
-                    f"moves weight from {_say(self.take)} to {_say(self.give)}, keeping {self.keep_fraction:g}"
-                )
+                words.append(f"moves weight from {say(self.take)} to {say(self.give)}, keeping {self.keep_fraction:g}")
             elif name == "replacement":
                 words.append(f"replaces the output by a vector of {list(value.shape)}")
             elif name == "knockout":
                 words.append("cuts")
             else:
                 words.append(f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}")
-        where = f"queries {_say(self.queries)}" + ("" if self.keys is None else f" → keys {_say(self.keys)}")
-        return f"{', '.join(words)}; {where}; layers {_say(self.layers)}, heads {_say(self.heads)}" + (
+        where = f"queries {say(self.queries)}" + ("" if self.keys is None else f" → keys {say(self.keys)}")
+        return f"{', '.join(words)}; {where}; layers {say(self.layers)}, heads {say(self.heads)}" + (
             "" if self.phase is None else f"; {self.phase} only"
         )
 
 
-def _read_flag(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError
-    return text == "true"
-
-
-def _read_items(text: str) -> Sequence[int | str]:
-    """Read comma-separated numbers, ranges (``8-19``) and names."""
-    if match := re.fullmatch(r"(\d+)-(\d+)", text):
-        return range(int(match[1]), int(match[2]) + 1)
-    items: list[int | str] = []
-    for item in text.split(","):
-        if match := re.fullmatch(r"(\d+)-(\d+)", item):
-            items += range(int(match[1]), int(match[2]) + 1)
-        elif re.fullmatch(r"-?\d+", item):
-            items.append(int(item))
-        elif item:
-            items.append(item)
-        else:
-            raise ValueError
-    return items
-
-
-def _read_tokens(text: str) -> Tokens:
-    items = _read_items(text)
-    return items[0] if len(items) == 1 else items
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float | str):
-        return format(value, ".17g") if isinstance(value, float) else str(value)
-    if hasattr(value, "shape"):
-        return f"<{'×'.join(map(str, value.shape))}>"
-    if isinstance(value, range) and value.step == 1 and len(value) > 1 and value.start >= 0:
-        return f"{value.start}-{value.stop - 1}"
-    return ",".join(f"L{x[0]}H{x[1]}" if isinstance(x, tuple) else str(x) for x in value)
-
-
 READERS = {
-    "queries": _read_tokens, "keys": _read_tokens, "layers": _read_items, "heads": _read_items, "knockout": _read_flag,
-    "gain": float, "bias": float, "logit_factor": float, "logit_raise": float, "renormalise": _read_flag,
-    "temperature": float, "counterfactual": str, "seed": int, "take": _read_tokens, "give": _read_tokens,
+    "queries": read_tokens, "keys": read_tokens, "layers": read_items, "heads": read_items, "knockout": read_flag,
+    "gain": float, "bias": float, "logit_factor": float, "logit_raise": float, "renormalise": read_flag,
+    "temperature": float, "counterfactual": str, "seed": int, "take": read_tokens, "give": read_tokens,
     "keep_fraction": float, "gate": float, "phase": str,
 }  # fmt: skip
 
@@ -225,14 +182,3 @@ def _check_number(name: str, value: Any) -> None:
     if not low <= value <= high or (name == "temperature" and value == 0):
         bounds = "between 0 and 1" if high == 1 else "greater than 0" if name == "temperature" else "not negative"
         raise InterpError(f"AttentionEdit({name}={value!r}): a number {bounds} expected")
-
-
-def _say(tokens: Any) -> str:
-    """Write tokens, layers or heads in words."""
-    if tokens is None:
-        return "all"
-    if isinstance(tokens, range):
-        return f"{tokens.start}–{tokens.stop - 1}" if tokens.step == 1 and len(tokens) > 1 else _say(list(tokens))
-    if isinstance(tokens, str | int):
-        return str(tokens)
-    return ", ".join(map(str, tokens))
