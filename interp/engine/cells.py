@@ -19,17 +19,20 @@ AFTER_KEYS = frozenset({"q", "z", "result", "attn_out", "resid_mid", "mlp_post",
 
 @dataclass(frozen=True, eq=False)
 class CellWrite:
-    """Set the activation at ``site`` to ``value``, or add ``value`` to it.
+    """Set the activation at ``site`` to ``value``, add ``value`` to it, or set it to the mean of ``others``.
 
-    It acts on token rows [start, stop). ``value`` is broadcast over rows; it is None only in cells that are planned and
-    not run. ``site.position`` is ignored: `rows_of` has resolved it to rows.
+    It acts on token rows [start, stop). ``value`` is broadcast over rows; it is None for a mean, and in cells that are
+    planned and not run. ``others``: heads of the layer, of which the mean is taken in the same rows of the same
+    forward, after everything that is set or added there. ``site.position`` is ignored: `rows_of` has resolved it to
+    rows.
     """
 
     site: Site
     start: int
     stop: int
     value: Float[Tensor, "#rows width"] | None
-    how: Literal["set", "add"] = "set"
+    how: Literal["set", "add", "mean"] = "set"
+    others: tuple[int, ...] = ()
 
     @property
     def layer(self) -> int:
@@ -114,12 +117,15 @@ def write_into(activation: Tensor, write: CellWrite, value: Tensor | None = None
 
     ``activation``: [1, position, (head,) width]. ``value``: used in place of the write's own.
     """
-    value = write.value if value is None else value
-    assert value is not None  # the cell is being run
     changed = activation.clone()
     whole = changed[0].unsqueeze(-1) if write.site.spec.heads == "neuron" else changed[0]
     target = whole if write.site.head is None else whole[:, write.site.head]
     rows = slice(write.start, write.stop)
+    if write.how == "mean":
+        target[rows] = whole[rows, list(write.others)].mean(1)
+        return changed
+    value = write.value if value is None else value
+    assert value is not None  # the cell is being run
     value = value.to(changed.dtype)
     target[rows] = value if write.how == "set" else target[rows] + value
     return changed

@@ -380,4 +380,7 @@ class Engine:
 
 def _kinds(change: CellWrite | LayerEdit) -> tuple[str, ...]:
     """What is checked once for each model: a component that is written, a field of an edit."""
-    return (change.site.component,) if isinstance(change, CellWrite) else change.edit.changes
+    if isinstance(change, LayerEdit):
+        return change.edit.changes
+    component = change.site.component
+    return (f"{component} by a mean of heads",) if change.how == "mean" else (component,)

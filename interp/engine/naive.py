@@ -28,7 +28,8 @@ def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
     if run.noise is not None:
         noise = run.noise
         pairs.append(("hook_embed", lambda x, hook: x + noise.to(x)))
-    for write in sorted(cell.writes, key=lambda w: w.site.component == "resid_mid"):  # it replaces earlier writes
+    # a write to resid_mid replaces earlier ones, and a mean is taken after them
+    for write in sorted(cell.writes, key=lambda w: (w.site.component == "resid_mid", w.how == "mean")):
         pairs += _write_hooks(write)
     with hooks(model, *pairs), model.instrument.editing(_edit(cell), dense=True):
         return model.last_logits([run.ids])[0]

@@ -294,6 +294,7 @@ class PackedForward:
             name = spec.hook.format(layer=layer)
             if component == "resid_mid":  # see naive._write_hooks: the residual itself, not the MLP branch
                 name = f"blocks.{layer}.hook_attn_out"
+                assert rows.value is not None  # means are of heads
                 relative = rows.value - packed[0, rows.at]
                 rows.value = relative if rows.add is None else torch.where(rows.add, rows.value, relative)
             yield name, lambda x, hook, rows=rows, headed=spec.heads is not None: rows.put(x, headed)

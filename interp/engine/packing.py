@@ -104,14 +104,24 @@ def positions(pieces: Sequence[Piece], device: torch.device) -> Int[Tensor, " ro
     return torch.cat([torch.arange(p.start, p.stop, device=device).repeat(len(p.cells)) for p in pieces])
 
 
+@dataclass(frozen=True)
+class HeadMean:
+    """A write that sets a head to the mean of ``others``, in packed rows."""
+
+    rows: range
+    head: int
+    others: tuple[int, ...]
+
+
 @dataclass
 class RowWrites:
     """Writes expressed as rows of a packed state."""
 
     at: Int[Tensor, " R"]  # numbers of the rows
     head: Int[Tensor, " R"]
-    value: Tensor  # [R, width]
+    value: Tensor | None  # [R, width]; None if R is 0
     add: Tensor | None  # bool [R, 1]; None if all are set
+    means: Sequence[HeadMean] = ()
 
     def put(self, x: Tensor, headed: bool) -> Tensor:
         """Return a copy of x [1, rows, (heads,) width] with the writes applied.
@@ -124,9 +134,24 @@ class RowWrites:
 
     def put_(self, x: Tensor, headed: bool) -> None:
         """Apply the writes in place to x [rows, (heads,) width]."""
-        index = (self.at, self.head) if headed else (self.at,)
-        value = self.value.to(x.dtype)
-        x[index] = value if self.add is None else torch.where(self.add, x[index] + value, value)
+        if self.value is not None:
+            index = (self.at, self.head) if headed else (self.at,)
+            value = self.value.to(x.dtype)
+            x[index] = value if self.add is None else torch.where(self.add, x[index] + value, value)
+        if self.means:
+            self._put_means_(x)
+
+    def _put_means_(self, x: Float[Tensor, "rows heads width"]) -> None:
+        """Set heads to means of others, which no mean of the same row changes."""
+        n = sum(len(m.rows) for m in self.means)
+        share = torch.zeros(n, x.shape[1], dtype=x.dtype)
+        first = 0
+        for m in self.means:
+            share[first : first + len(m.rows), list(m.others)] = 1 / len(m.others)
+            first += len(m.rows)
+        at = torch.tensor([row for m in self.means for row in m.rows], device=x.device)
+        head = torch.tensor([m.head for m in self.means for _ in m.rows], device=x.device)
+        x[at, head] = (share.to(x.device)[:, None] @ x[at])[:, 0]
 
 
 class Changes:
@@ -158,6 +183,7 @@ class Changes:
         heads: list[int] = []
         add: list[bool] = []
         values: list[Tensor] = []
+        means: list[HeadMean] = []
         for i, write in writes:
             if i not in piece_of_cell:
                 continue
@@ -165,18 +191,21 @@ class Changes:
             low, high = max(write.start, piece.start), min(write.stop, piece.stop)
             if low >= high:
                 continue
-            assert write.value is not None  # the cell is being run
             first = piece.offset + n * piece.rows - piece.start
+            if write.how == "mean":
+                means.append(HeadMean(range(first + low, first + high), write.site.head or 0, write.others))
+                continue
+            assert write.value is not None  # the cell is being run
             at += range(first + low, first + high)
             heads += [write.site.head or 0] * (high - low)
             add += [write.how == "add"] * (high - low)
             value = write.value.expand(write.stop - write.start, -1)
             values.append(value[low - write.start : high - write.start])
-        if not at:
+        if not at and not means:
             return None
         is_added = torch.tensor(add, device=device)[:, None] if any(add) else None
         widths = {v.shape[-1] for v in values}
         if len(widths) > 1:  # zero ablation writes one scalar to the whole width
             values = [v.expand(-1, max(widths)) for v in values]
         rows, head = (torch.tensor(x, device=device) for x in (at, heads))
-        return RowWrites(rows, head, torch.cat(values), is_added)
+        return RowWrites(rows, head, torch.cat(values) if values else None, is_added, means)

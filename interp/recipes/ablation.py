@@ -34,13 +34,14 @@ from interp.recipes.mean_activations import (
     means_of,
     reference_ids,
 )
+from interp.recipes.other_heads import check_other_heads, other_heads_writes
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
 from interp.utils.arguments import check_seed
 
-Using = Literal["zero", "mean", "position_mean", "cama", "resample"]
+Using = Literal["zero", "mean", "position_mean", "cama", "resample", "other_heads"]
 Schedule = Literal["each", "cumulative", "all but one"]
 MOST_WRITES = 5_000_000  # that the cells of one call may hold: each takes a few microseconds to make
 
@@ -73,7 +74,9 @@ def ablate(
     of one template); ``"cama"``, context-aware: over the same token at the same place, which keeps what the token
     itself says and removes what its context added (arXiv 2509.09650, "All for One"); ``"resample"``, the clean prompt
     of another example, drawn by ``seed`` among those of the same token length if there are any, else of the nearest
-    length, aligned at the last token. ``reference``: the prompts (of a pair: the clean one) that means are taken over
+    length, aligned at the last token; ``"other_heads"``, for sites of ``z``: the mean z of the layer's other heads at
+    the same tokens of the same run (V-SEAM, arXiv 2509.14837). Heads that are ablated together are not in that mean.
+    ``reference``: the prompts (of a pair: the clean one) that means are taken over
     and examples drawn from; default the clean prompts given.
 
     ``schedule``: ``"each"`` site alone; ``"cumulative"``: each with all before it, in the order given; ``"all but
@@ -92,6 +95,8 @@ def ablate(
     loop.runner.check_sites(every_site)
     plan = {i: _scheduled(list(expand_each(targets, loop.prompts[i])), schedule) for i in loop.selected}
     _check_writes(plan.values())
+    if using == "other_heads":
+        check_other_heads(plan.values(), model.n_heads)
     reference_prompts = listed_reference(reference)
     ids = reference_ids(reference_prompts, loop.prompts, model.coder)
     source = _AblationSource(loop, every_site, using, ids, reference_prompts is None, seed)
@@ -167,7 +172,7 @@ class _AblationSource:
             donors = self.runner.record([self.donors[i] for i in batch.numbers], self.components)
         else:
             donors = batch.clean_runs
-        return _Writer(batch.prompts, donors, self.means, self.using)
+        return _Writer(batch.prompts, donors, self.means, self.using, self.runner.model.n_heads)
 
 
 @dataclass
@@ -191,7 +196,7 @@ class _AblationCells(CellSource):
         """Every target of every example, in one group."""
         writer = self.source.writer(batch)
         yield [
-            CellRow(n, target.address, Cell(n, tuple(writer.write(n, site) for site in target.sites)))
+            CellRow(n, target.address, Cell(n, writer.writes_of(n, target.sites)))
             for n, i in enumerate(batch.numbers)
             for target in self.plan[i]
         ]
@@ -200,9 +205,18 @@ class _AblationCells(CellSource):
 class _Writer:
     """Makes the write that ablates a site in an example's clean run, once for all cells that share it."""
 
-    def __init__(self, prompts: Sequence[Encoded], donors: Sequence[Run], means: Means | None, using: Using):
+    def __init__(
+        self, prompts: Sequence[Encoded], donors: Sequence[Run], means: Means | None, using: Using, n_heads: int
+    ):
         self.prompts, self.donors, self.means, self.using = prompts, donors, means, using
+        self.n_heads = n_heads
         self.writes: dict[tuple[int, Site], CellWrite] = {}
+
+    def writes_of(self, n: int, sites: Sequence[Site]) -> tuple[CellWrite, ...]:
+        """Return the writes that ablate the sites together in the batch's example ``n``."""
+        if self.using == "other_heads":
+            return tuple(other_heads_writes(sites, self.prompts[n], self.n_heads))
+        return tuple(self.write(n, site) for site in sites)
 
     def write(self, n: int, site: Site) -> CellWrite:
         """Return the write at a site of the batch's example ``n``."""

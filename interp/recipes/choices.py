@@ -11,6 +11,7 @@ ABLATIONS = {
     "mean": "activation set to its mean over all tokens of all clean prompts of the set",
     "position_mean": "activation set to its mean over tokens at the same place in clean prompts of the same length",
     "cama": "activation set to its mean over the same token at the same place in clean prompts of the same length",
+    "other_heads": "a head's z set to the mean z of the layer's other heads, at the same tokens of the same run",
     "resample": "activation taken, position by position from the last token back, from another example's clean prompt",
 }
 DTYPES = ("float32", "float64", "bfloat16", "float16")  # of a model that is loaded by name

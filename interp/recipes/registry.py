@@ -155,8 +155,8 @@ RECIPES = {
             "ablate", "ablation:ablate",
             "Ablation: replace a component's activation in the clean run, by a stated recipe.",
             (
-                Option("using", choice(*ABLATIONS), "zero; mean; position_mean; cama (context-aware mean); resample.",
-                       default="mean"),
+                Option("using", choice(*ABLATIONS), "zero; mean; position_mean; cama (context-aware mean); resample; "
+                       "other_heads (mean of the layer's other heads, for z).", default="mean"),
                 Option("schedule", choice(*SCHEDULES), "each; cumulative (in the order given); all-but-one.",
                        default="each"),
                 WINDOW,
