@@ -43,15 +43,19 @@ def made(bench: Workbench, kind: str):
         return bench.ablation(kind, [PAIR, PAIR], 2, 4)
     if kind == "tracing":
         return bench.tracing(kind, interp.Fact("w1 w2 w3 w4", "w2", "w95"), 2, 4)
+    if kind == "edits":
+        return bench.edits(
+            kind, interp.PromptPair(*(f"{p} w8 w3 w4 w5 w6" for p in (PAIR.clean, PAIR.corrupt)), "w95", "w96")
+        )
     return bench.edges(kind, PAIR, [1], 12, one=0.0)
 
 
-@pytest.mark.parametrize("kind", ["resid_pre", "z", "z by position", "ablation", "tracing", "edges"])
+@pytest.mark.parametrize("kind", ["resid_pre", "z", "z by position", "ablation", "tracing", "edges", "edits"])
 def test_all_libraries_agree(bench, peers, kind: str) -> None:
     case = made(bench, kind)
     found = sweeps.measure(case, peers, 1, PEAKS)
     used = [peers[k].name for k in case.peers if k in peers]
-    assert set(found["paths"]) == {"interp", *used} and len(used) >= 2
+    assert set(found["paths"]) == {"interp", *used} and len(used) >= (1 if kind == "edits" else 2)
     assert all(found["paths"][name]["max_gap"] < 1e-4 for name in used)
     assert found["gflop"] > 0 and found["bound_s"]["torch"] == 2 * found["bound_s"]["engine"]
     text = sweeps.table(found)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from interp import tasks
-from interp.bench.peers import HuggingFace, Loop, NNsight, OneByOne, PeerCell, PeerJob, Pyvene, Record, TransformerLens
+from interp.bench.peers import (
+    DenseHooks,
+    HuggingFace,
+    Loop,
+    NNsight,
+    OneByOne,
+    PatternCell,
+    PeerCell,
+    PeerJob,
+    Pyvene,
+    Record,
+    TransformerLens,
+)
 from interp.engine.cells import rows_of
 from interp.engine.plan import Plan, explain
+from interp.interventions import AttentionEdit
 from interp.model.model import Model
 from interp.model.protocols import Bridge
 from interp.prompts.coder import Encoded
@@ -211,6 +225,35 @@ class Workbench:
             note=_share(len(sample), len(every)), order=order,
         )  # fmt: skip
 
+    # ------------------------------------------------------------ attention edits
+
+    def edits(self, name: str, pair: PromptPair, **targets: float) -> SweepCase:
+        """Edit attention to four tokens by five fields, in every layer alone: 20 edits.
+
+        In 15 edits the last token reads its key differently, in 5 every token does.
+        """
+        prompt, n = self.encode(pair), self.model.n_layers
+        reads = ((2, -1), (4, -1), (8, -1), (10, None))  # key, query
+        named = {
+            f"{field} {key}": AttentionEdit(queries=query, keys=key, **{field: value})
+            for key, query in reads
+            for field, value in EDIT_FIELDS.items()
+        }
+
+        def make(_record: Callable[[Sequence[int]], Record]) -> list[PatternCell]:
+            cells = [_pattern_cell(key, query, field) for key, query in reads for field in EDIT_FIELDS]
+            return [replace(cell, layer=layer) for cell in cells for layer in range(n)]
+
+        def order(frame: pd.DataFrame) -> np.ndarray:
+            value = frame.set_index(["component", "layer"])["patched"]
+            return value.loc[[(name, layer) for name in named for layer in range(n)]].to_numpy()
+
+        job = PeerJob(prompt.clean, prompt.answer, prompt.foil, make)
+        return SweepCase(
+            name, str(len(prompt)), "none (clean runs)", *_ours("edit", self.model, pair, named, each="layer"),
+            [PeerShare(job, range(n * len(named)))], peers=(DenseHooks,), targets=_targets(targets), order=order,
+        )  # fmt: skip
+
     @torch.no_grad()
     def _edge(self, sender: Site, receiver: Site, base: Record, source: Record) -> PeerCell:
         """The receiver's projection with only the sender's output from the other run."""
@@ -229,6 +272,27 @@ class Workbench:
         return int(self.model.bridge.cfg.d_head)
 
 
+EDIT_FIELDS: dict[str, Any] = {"knockout": True, "gain": 0.5, "bias": -2.0, "logit_factor": 1.5, "logit_raise": 0.5}
+ON_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "knockout": lambda z: torch.full_like(z, -torch.inf),
+    "gain": lambda z: z + np.log(0.5),
+    "bias": lambda z: z - 2.0,
+    "logit_factor": lambda z: torch.where(z > -torch.inf, z * 1.5, z),
+    "logit_raise": lambda z: torch.where(z > -torch.inf, z + 0.5 * z.abs(), z),
+}
+
+
+def _pattern_cell(key: int, query: int | None, field: str) -> PatternCell:
+    """Return a field's change as a person writes it for a hook on scores."""
+
+    def change(scores: Tensor) -> Tensor:
+        rows = slice(None) if query is None else slice(query, None)
+        scores[:, rows, key] = ON_SCORES[field](scores[:, rows, key])
+        return scores
+
+    return PatternCell(0, change)
+
+
 def _head(head: int | None, width: int) -> slice:
     assert head is not None
     return slice(head * width, (head + 1) * width)
@@ -239,7 +303,7 @@ def _share(n_run: int, n: int) -> str:
 
 
 def _targets(named: dict[str, float]) -> dict[type, float]:
-    kinds = {"loop": TransformerLens, "hf": HuggingFace, "one": OneByOne}
+    kinds = {"loop": TransformerLens, "hf": HuggingFace, "one": OneByOne, "dense": DenseHooks}
     return {kinds[name]: value for name, value in named.items()}
 
 
@@ -284,6 +348,7 @@ def cases(bench: Workbench) -> dict[str, Callable[[], SweepCase]]:
         "edges": lambda: bench.edges(
             "direct edges, every head → q, k, v of one head a layer", late, [0], 64, one=40
         ),
+        "edits": lambda: bench.edits("20 attention edits in every layer", late, dense=4),
         "edges-all": lambda: bench.edges(
             "all direct edges between heads", late, range(bench.model.n_heads), 48, (OneByOne,), one=40
         ),
@@ -304,5 +369,5 @@ def cases(bench: Workbench) -> dict[str, Callable[[], SweepCase]]:
     return builders
 
 
-NAMES = ("resid-early", "resid-late", "z", "z-positions", "ablation", "tracing", "edges",
+NAMES = ("resid-early", "resid-late", "z", "z-positions", "ablation", "tracing", "edges", "edits",
          "edges-all", "resid-128", "z-128", "resid-512", "z-512")  # fmt: skip

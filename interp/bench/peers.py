@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from interp.model.protocols import Bridge
 from interp.sites import Site
@@ -58,7 +60,7 @@ class PeerJob:
     ids: Sequence[int]
     answer: int
     foil: int | None
-    make: Callable[[Callable[[Sequence[int]], Record]], list[PeerCell]]
+    make: Callable[[Callable[[Sequence[int]], Record]], Sequence[Any]]  # PeerCells, or PatternCells for `DenseHooks`
     loop: Loop | None = None
 
     def read(self, logits: Float[Tensor, "cells vocab"]) -> Float[Tensor, " cells"]:
@@ -170,6 +172,70 @@ class HuggingFace:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class PatternCell:
+    """One forward in which one layer's scores, or its pattern, are changed by a function.
+
+    ``scores``: of [heads, query, key] after the mask; ``pattern``: of the same after the softmax.
+    """
+
+    layer: int
+    scores: Callable[[Tensor], Tensor] | None = None
+    pattern: Callable[[Tensor], Tensor] | None = None
+
+
+class DenseHooks(HuggingFace):
+    """Hooks on dense scores and patterns of the plain model, in batches.
+
+    Layers that no cell of a batch changes keep SDPA attention.
+    """
+
+    name = "Hugging Face, hooks on dense attention, batched"
+
+    @torch.no_grad()
+    def sweep(self, job: PeerJob) -> np.ndarray:
+        """One number per cell."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        cells: Sequence[Any] = job.make(self.record)
+        step = max(1, self.tokens_per_forward // len(job.ids))
+        AttentionMaskInterface.register("dense_hooks", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        before, values = self.hf.config._attn_implementation, []
+        try:
+            for first in range(0, len(cells), step):
+                batch = cells[first : first + step]
+                AttentionInterface.register("dense_hooks", partial(_attend_with_hooks, batch))
+                self.hf.set_attn_implementation("dense_hooks")
+                tokens = torch.tensor([list(job.ids)]).expand(len(batch), -1)
+                values.append(job.read(self.hf(tokens, use_cache=False, logits_to_keep=1).logits[:, -1]))
+        finally:
+            self.hf.set_attn_implementation(before)
+        return torch.cat(values).numpy()
+
+
+def _attend_with_hooks(
+    cells: Sequence[PatternCell], module: Any, q: Tensor, k: Tensor, v: Tensor, _mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention in which the rows of a batch whose cell is in this layer are computed densely."""
+    rows = [i for i, cell in enumerate(cells) if cell.layer == module.layer_idx]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    if rows:
+        n, groups = q.shape[2], q.shape[1] // k.shape[1]
+        k, v = (x[rows].repeat_interleave(groups, 1) for x in (k, v))
+        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        scores = (q[rows] @ k.transpose(-1, -2) * scaling).masked_fill(hidden, -torch.inf)
+        for i, row in enumerate(rows):
+            if (change := cells[row].scores) is not None:
+                scores[i] = change(scores[i])
+        pattern = scores.softmax(-1)
+        for i, row in enumerate(rows):
+            if (change := cells[row].pattern) is not None:
+                pattern[i] = change(pattern[i])
+        out[rows] = pattern @ v
+    return out.transpose(1, 2), None
 
 
 class OneByOne(HuggingFace):

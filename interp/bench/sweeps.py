@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from interp.bench.cases import NAMES, SweepCase, Workbench, cases
-from interp.bench.peers import OPTIONAL, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
+from interp.bench.peers import OPTIONAL, DenseHooks, HuggingFace, NNsight, OneByOne, Pyvene, TransformerLens, missing
 from interp.engine.matmul import PLAIN, Products, choose_products
 from interp.errors import InterpError
 from interp.utils.files import result_file
@@ -94,7 +94,8 @@ def peers_of(bench: Workbench, tokenizer: Any) -> dict[type, Any]:
     hf = HuggingFace(bench.hf)
     makers: dict[type, Callable[[], Any]] = {
         TransformerLens: lambda: TransformerLens(bench.bridge, hf), HuggingFace: lambda: hf,
-        OneByOne: lambda: OneByOne(bench.hf), NNsight: lambda: NNsight(hf, tokenizer), Pyvene: lambda: Pyvene(hf),
+        OneByOne: lambda: OneByOne(bench.hf), DenseHooks: lambda: DenseHooks(bench.hf),
+        NNsight: lambda: NNsight(hf, tokenizer), Pyvene: lambda: Pyvene(hf),
     }  # fmt: skip
     return {kind: make() for kind, make in makers.items() if missing(kind) is None}
 

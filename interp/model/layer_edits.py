@@ -124,7 +124,8 @@ def edit_arguments(
     cuts it; temperatures and gates of a row are multiplied. Raises InterpError for two edits of one row of a head that
     both redistribute, replace or lay out its weights.
     """
-    tables = [_Tables(edits, size) for edits in by_row]
+    untouched = _Tables((), size)
+    tables = [_Tables(edits, size) if edits else untouched for edits in by_row]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     arguments: dict[str, Any] = {}
     if any(t.has_tables for t in tables):
@@ -132,7 +133,7 @@ def edit_arguments(
     fields: dict[str, Any] = {}
     for name in TABLES:
         if any(name in t.used for t in tables):
-            fields[name] = _stack(name, [t.table(name) for t in tables], wide).to(device)
+            fields[name] = _stack(name, tables, wide).to(device)
     for name in ROW_FIELDS:
         if any(name in t.used for t in tables):
             fields[name] = torch.stack([t.row_numbers(name) for t in tables]).to(device, wide)
@@ -158,12 +159,13 @@ NEUTRAL = {"logit_factor": 1.0, "logit_raise": 0.0, "bias": 0.0, "gain": 1.0, "t
            "keep_fraction": 1.0, "knockout": False, "take": False, "give": False}  # fmt: skip
 
 
-def _stack(name: str, tables: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Stack tables [heads, Sq, Sk] of different sizes; what is added is neutral."""
+def _stack(name: str, rows: list[_Tables], dtype: torch.dtype) -> Tensor:
+    """Stack the tables [heads, Sq, Sk] of batch rows, which differ in size; what is added is neutral."""
     neutral = NEUTRAL[name]
-    sq, sk = (max(t.shape[i] for t in tables) for i in (1, 2))
-    whole = torch.full((len(tables), tables[0].shape[0], sq, sk), neutral, dtype=None if neutral is False else dtype)
-    for row, table in enumerate(tables):
+    tables = {row: t.table(name) for row, t in enumerate(rows) if name in t.used}
+    sq, sk = max(len(t.query_segments) for t in rows), max(len(t.key_segments) for t in rows)
+    whole = torch.full((len(rows), rows[0].size.heads, sq, sk), neutral, dtype=None if neutral is False else dtype)
+    for row, table in tables.items():
         whole[row, :, : table.shape[1], : table.shape[2]] = table
     return whole
 
