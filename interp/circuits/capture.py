@@ -12,8 +12,8 @@ from torch import Tensor
 
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall
+from interp.model.edited_attention import attend
 from interp.model.hooks import hooks
-from interp.model.instrument import attend
 from interp.model.model import Model
 from interp.model.session import in_session
 

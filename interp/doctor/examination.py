@@ -22,8 +22,8 @@ from interp.doctor.memory import memory_needs
 from interp.engine import Cell, CellWrite, Engine
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
+from interp.model.edited_attention import attend
 from interp.model.hf_classes import key_value_cache
-from interp.model.instrument import attend
 from interp.model.loading import wrap
 from interp.model.model import Model, load
 from interp.model.reading import as_dtype, read

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.engine.packing import Piece
 from interp.model.attention_call import AttentionCall
-from interp.model.instrument import attend
+from interp.model.edited_attention import attend
 from interp.model.layer_edits import LayerEdit
 
 SHARED_KEYS = 2048  # prefix keys × cells from which sharing the prefix is faster than copying it for every cell
@@ -60,28 +59,13 @@ def packed_attention(
             like, q=q_part.transpose(1, 2), k=k_part.transpose(1, 2), v=v_part.transpose(1, 2), key_padding=None,
             bias=bias, edits=by_row,
         )  # fmt: skip
-        result = _attend(call, backend, more).transpose(1, 2)
+        result = attend(call, backend=backend, **more).out.transpose(1, 2)
         first = 0
         for piece in (queries[i] for i in bundle):
             cells = len(piece.cells)
             piece.by_cell(out).copy_(result[first : first + cells, result.shape[1] - piece.rows :])
             first += cells
     return out
-
-
-def _attend(call: AttentionCall, backend: str, more: dict[str, Any]) -> Tensor:
-    """Compute a call's output.
-
-    Random edits depend on the number of the batch row: a cell that has one is computed alone, like a full forward.
-    """
-    if not any(e.is_random for edits in call.edits for e in edits):
-        return attend(call, backend=backend, **more).out
-    parts = []
-    for i, edits in enumerate(call.edits):
-        part = slice(i, i + 1)
-        part_call = replace(call, q=call.q[part], k=call.k[part], v=call.v[part], edits=(edits,))
-        parts.append(attend(part_call, backend=backend, **more).out)
-    return torch.cat(parts)
 
 
 def _bundles(queries: Sequence[Piece], keys: Sequence[Piece], edits: Callable[[Piece], EditsByRow]) -> list[list[int]]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from interp.engine.cells import CellWrite
 from interp.model.attention_call import AttentionCall
 from interp.model.batching import equal_length_batches
+from interp.model.edited_attention import attend
 from interp.model.hooks import hooks
-from interp.model.instrument import attend
 from interp.model.model import Model
 from interp.prompts.model_input import as_hashable
 from interp.sites import COMPONENTS, Site

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from interp.errors import InterpError, PromptError, SiteError
 from interp.model.attention_call import AttentionCall
-from interp.model.instrument import attend
+from interp.model.edited_attention import attend, edit_options
 from interp.model.layer_progress import by_layer
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
 from interp.prompts.coder import Encoded
 from interp.prompts.listing import listed
-from interp.prompts.pairs import Fact, Prompt, PromptPair, encode_pairs, text_of
+from interp.prompts.pairs import Fact, Prompt, PromptPair, encode_pairs, encode_prompt, text_of
 from interp.prompts.spans import sentence_spans
 from interp.results.attention_patterns import (
     AttentionPatterns,
@@ -107,7 +107,7 @@ def _parse_heads(heads: Iterable[Any], all_heads: Sequence[Head]) -> list[Head]:
 
 def _encoded(model: LoadedModel, prompt: Any) -> Encoded | list[int]:
     coder = model.coder
-    return encode_pairs(prompt, coder)[0] if isinstance(prompt, PromptPair) else coder.encode(text_of(prompt))
+    return encode_pairs(prompt, coder)[0] if isinstance(prompt, PromptPair) else encode_prompt(prompt, coder)
 
 
 def _example(model: LoadedModel, prompt: Any, encoded: Encoded | list[int], request: PatternRequest) -> PatternExample:
@@ -202,7 +202,7 @@ class _Collector:
         return result.out
 
     def _store_maps(self, call: AttentionCall, heads: list[int]) -> None:
-        part, options = _of_heads(call, heads)
+        part, options, numbers = _of_heads(call, heads)
         spec = replace(headstats.StatSpec.none(), received=True, entropy=True)
         stats = attend(part, spec=spec, backend=self.backend)
         size = (len(self.edges) - 1, len(self.edges) - 1)
@@ -210,7 +210,7 @@ class _Collector:
         received, entropy = stats.stats.received, stats.stats.entropy
         assert received is not None and entropy is not None  # requested above
         mass = segment_mass(part.q, part.k, stats.lse, self.numbers, self.numbers, **options)
-        for i, head in enumerate(heads):
+        for i, head in zip(numbers, heads, strict=True):
             self.arrays[call.layer, head] = {
                 "map": roots(_numpy(pooled.values[0, i])),
                 "blocks": _numpy(mass[0, i]),
@@ -219,14 +219,14 @@ class _Collector:
             }
 
     def _store_exact(self, call: AttentionCall, heads: list[int]) -> None:
-        part, options = _of_heads(call, heads)
+        part, options, numbers = _of_heads(call, heads)
         spec = replace(headstats.StatSpec.none(), topk=min(self.request.topk, part.k.shape[2]))
         stats = attend(part, spec=spec, backend=self.backend)
         assert stats.stats.topk is not None  # requested above
         values, indices = stats.stats.topk
         queries = torch.from_numpy(self.queries).to(part.q.device)
         rows = pattern_rows(part.q, part.k, stats.lse, queries, **options) if len(queries) else None
-        for i, head in enumerate(heads):
+        for i, head in zip(numbers, heads, strict=True):
             arrays = self.arrays[call.layer, head]
             arrays["top_index"], arrays["top_value"] = _numpy(indices[0, i]), _numpy(values[0, i])
             n = part.k.shape[2]
@@ -237,11 +237,14 @@ class _Collector:
         return np.add.reduceat(values.astype(float), self.edges[:-1]) / np.diff(self.edges)
 
 
-def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dict[str, Any]]:
-    """Restrict attention to some query heads, each with its own key head.
+def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dict[str, Any], list[int]]:
+    """Restrict attention to some query heads, each with its own key head; edited attention keeps all heads.
 
-    Also returns the options of its weights.
+    Also returns the options of its weights, and the numbers of the heads in it.
     """
+    names = ("causal", "window", "softcap", "scale", "bias", "sinks", "key_padding")
+    if any(call.edits):
+        return call, {**{name: getattr(call, name) for name in names}, **edit_options(call)}, heads
     groups = call.q.shape[1] // call.k.shape[1]
     key_heads = [h // groups for h in heads]
     bias = call.bias
@@ -249,8 +252,7 @@ def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dic
         bias = bias[:, heads]
     sinks = None if call.sinks is None else call.sinks[heads]
     part = replace(call, q=call.q[:, heads], k=call.k[:, key_heads], v=call.v[:, key_heads], bias=bias, sinks=sinks)
-    names = ("causal", "window", "softcap", "scale", "bias", "sinks", "key_padding")
-    return part, {name: getattr(part, name) for name in names}
+    return part, {name: getattr(part, name) for name in names}, list(range(len(heads)))
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
 from interp.prompts.images import layout_of
 from interp.prompts.model_input import ModelInput
-from interp.prompts.pairs import listed_texts
+from interp.prompts.pairs import encode_prompt, listed_of_any_kind, text_of
 from interp.results.attention_stats import AttentionStats
 from interp.utils.progress import progress
 
@@ -28,9 +28,9 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
 
     See `Model.attention_stats`.
     """
-    inputs = listed_texts(prompts) if model.pictures is None else model.pictures.prompts(prompts)
+    inputs = listed_of_any_kind(prompts) if model.pictures is None else model.pictures.prompts(prompts)
     spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
-    ids: list[Sequence[int]] = [p if isinstance(p, ModelInput) else model.coder.encode(p) for p in inputs]
+    ids = [_encoded(model, p) for p in inputs]
     values: dict[str, list[Any]] = {}
     with progress("attention statistics", len(ids)) as advance:
         for batch in equal_length_batches(ids):
@@ -42,10 +42,19 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
                     rows[i] = row
     backends = {i: ", ".join(model.instrument.record(i).backends) for i in range(model.n_layers)}
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
-    items = [p.digest.hex() if isinstance(p, ModelInput) else p for p in inputs]
+    items = [p.digest.hex() if isinstance(p, ModelInput) else text_of(p) for p in inputs]
     provenance = {**prompt_provenance(model, items, ids), "definitions": definitions, "left_out": left_out}
     tokens = [list(p.texts) if isinstance(p, ModelInput) else model.coder.texts(p) for p in ids]
     return AttentionStats(tokens, values, backends, provenance)
+
+
+def _encoded(model: LoadedModel, prompt: Any) -> Sequence[int]:
+    """Token ids of a prompt, of which edits of `Model.edited` know the named spans."""
+    if not isinstance(prompt, ModelInput):
+        return encode_prompt(prompt, model.coder)
+    if (edited := model.instrument.edited) is not None:
+        edited.name_tokens(prompt, prompt.texts, prompt.spans)
+    return prompt
 
 
 @torch.no_grad()

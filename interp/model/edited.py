@@ -1,7 +1,7 @@
 """Edits of every forward inside a block: what `Model.edited` enters.
 
-A forward's token ids say which prompt each batch row holds, and with it which rows its named spans are. Recipes name
-the tokens of their prompts with `EditedForwards.name_tokens` before they run them.
+A forward's token ids say which prompt each batch row holds, and with it which rows its named spans are. Prompts that
+are encoded inside the block tell their spans to `EditedForwards.name_tokens`, through `Coder.name`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor
 from interp.errors import InterpError, PromptError
 from interp.interventions import AttentionEdit
 from interp.model.attention_call import AttentionCall
-from interp.model.layer_edits import LayerEdit
+from interp.model.layer_edits import LayerEdit, refuse_clashes, shifted
 from interp.model.loaded_model import LoadedModel
 from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
 from interp.prompts.pairs import Span
 
 Ids = tuple[int, ...]
 FOR_EVER = 2**31  # rows of tokens that are decoded later
+PROMPTS = "_interp_prompts"  # attribute of a cache of keys and values: the prompts that filled it, with their edits
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,39 @@ class EditedForwards:
     def name_tokens(self, ids: Sequence[int], tokens: Sequence[str], spans: Mapping[str, Span]) -> None:
         """Name the tokens of a prompt that will be run.
 
-        Raises PromptError if an edit names tokens that it does not have.
+        Raises PromptError if an edit names tokens that the prompt does not have, and if a prompt of the same tokens was
+        encoded earlier in the block whose spans give the edits other tokens; InterpError for edits that clash.
         """
         key = tuple(ids)
-        self.names[key] = TokenNames(tokens, spans)
-        self._resolved.pop(key, None)
-        self.of_prompt(key)
+        names = self.names.get(key)
+        before = None if names is None else self.of_prompt(key)
+        self._rename(key, TokenNames(tokens, spans))
+        try:
+            if before is not None and _rows_of(self.of_prompt(key)) != _rows_of(before):
+                raise PromptError(
+                    f"two prompts have the same tokens {_shortened(tokens)} and spans at different places, which "
+                    f"attention edits name ({'; '.join(self.texts)}): run each in a `with model.edited(…)` block of "
+                    "its own"
+                )
+            self.of_prompt(key)
+        except InterpError:
+            self._rename(key, names)
+            raise
+
+    def _rename(self, ids: Ids, names: TokenNames | None) -> None:
+        self.names.pop(ids, None)
+        if names is not None:
+            self.names[ids] = names
+        forwards: EditedForwards | None = self
+        while forwards is not None:
+            forwards._resolved.pop(ids, None)
+            forwards = forwards.outer
 
     def of_prompt(self, ids: Sequence[int]) -> Mapping[int, tuple[LayerEdit, ...]]:
-        """The edits of a prompt by layer, the outer ones first."""
+        """The edits of a prompt by layer, the outer ones first.
+
+        Raises PromptError if an edit names tokens that the prompt does not have; InterpError for edits that clash.
+        """
         key = tuple(ids)
         if key not in self._resolved:
             by_layer: dict[int, list[LayerEdit]] = {}
@@ -86,6 +111,8 @@ class EditedForwards:
             for edit, heads in zip(self.edits, self.heads, strict=True):
                 for e in self._edits(edit, heads, key):
                     by_layer.setdefault(e.layer, []).append(e)
+            for of_layer in by_layer.values():
+                refuse_clashes(of_layer)
             self._resolved[key] = {layer: tuple(edits) for layer, edits in by_layer.items()}
         return self._resolved[key]
 
@@ -108,7 +135,15 @@ class EditedForwards:
         }
 
     def _names_of(self, ids: Ids) -> TokenNames:
-        return self.names.get(ids) or TokenNames([str(i) for i in ids])
+        if ids in self.names:
+            return self.names[ids]
+        if names := [e for e in self.edits if _names_spans(e)]:
+            raise PromptError(
+                f"{names[0]!r} names a span, and this prompt of {len(ids)} tokens was given as token ids or as text "
+                "without spans: pass an interp.Prompt or PromptPair that has it, inside the block, or name tokens by "
+                "number"
+            )
+        return TokenNames([str(i) for i in ids])
 
     # ------------------------------------------------------------ forwards
 
@@ -117,11 +152,23 @@ class EditedForwards:
         ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
         cache = kwargs.get("past_key_values")
         if cache is not None and getattr(cache, "get_seq_length", lambda: 0)():
+            owner, self._batch = getattr(cache, PROMPTS, (None, []))
+            if owner is not self:
+                raise InterpError(
+                    "attention edits of a forward that continues a cache of keys and values: it was filled under other "
+                    "edits or none. Fill it inside the same `with model.edited(…)` block"
+                )
             return
         if ids is None:
             raise InterpError("attention edits of a forward without input_ids: the tokens that they name are unknown")
         mask = kwargs.get("attention_mask")
         self._batch = [_batch_row(row, None if mask is None else mask[i]) for i, row in enumerate(ids)]
+
+    def mark_cache(self, _module: Any, _args: Any, output: Any) -> None:
+        """Note on a forward's cache of keys and values which prompts it holds."""
+        cache = getattr(output, "past_key_values", None)
+        if hasattr(cache, "get_seq_length"):
+            setattr(cache, PROMPTS, (self, self._batch))
 
     def add(self, call: AttentionCall) -> AttentionCall:
         """Add the edits of every batch row to a call of attention."""
@@ -130,7 +177,7 @@ class EditedForwards:
                 f"attention edits: a forward of {call.q.shape[0]} rows runs prompts that were not seen (expected "
                 f"{len(self._batch)}): run the model through model(…), model.bridge(…) or a recipe"
             )
-        edits = tuple(_shifted(self.of_prompt(row.ids).get(call.layer, ()), row.padding) for row in self._batch)
+        edits = tuple(shifted(self.of_prompt(row.ids).get(call.layer, ()), row.padding) for row in self._batch)
         if not any(edits):
             return call
         rows = zip(call.edits_by_row(), edits, strict=True)
@@ -145,20 +192,23 @@ def _batch_row(ids: Tensor, mask: Tensor | None) -> _BatchRow:
     return _BatchRow(tuple(ids[first : real[-1] + 1].tolist()) if real else (), first)
 
 
-def _shifted(edits: tuple[LayerEdit, ...], padding: int) -> tuple[LayerEdit, ...]:
-    """Edits of a prompt that stands behind padding."""
-    if not padding:
-        return edits
-    return tuple(
-        replace(e, **{name: _shift(getattr(e, name), padding) for name in ("queries", "keys", "take", "give")})
-        for e in edits
-    )
+def _names_spans(edit: AttentionEdit) -> bool:
+    """Whether an edit names tokens by a span."""
+    for name in ("queries", "keys", "take", "give"):
+        tokens = getattr(edit, name)
+        if isinstance(tokens, str) or (isinstance(tokens, tuple) and any(isinstance(t, str) for t in tokens)):
+            return True
+    return False
 
 
-def _shift(rows: Sequence[int] | None, by: int) -> Sequence[int] | None:
-    if isinstance(rows, range):
-        return range(rows.start + by, rows.stop + by)
-    return None if rows is None else tuple(row + by for row in rows)
+def _rows_of(by_layer: Mapping[int, Sequence[LayerEdit]]) -> list[Any]:
+    """The token rows of edits, to compare them."""
+    return [(layer, e.queries, e.keys, e.take, e.give) for layer, edits in by_layer.items() for e in edits]
+
+
+def _shortened(tokens: Sequence[str]) -> str:
+    text = "".join(tokens)
+    return repr(text if len(text) < 60 else f"{text[:60]}…")
 
 
 @contextmanager
@@ -174,6 +224,7 @@ def edited(model: LoadedModel, edits: Iterable[AttentionEdit]) -> Iterator[Edite
         forwards = EditedForwards(model, several, instrument.edited)
         instrument.edited, outer = forwards, instrument.edited
         stack.callback(setattr, instrument, "edited", outer)
-        handle = model.bridge.original_model.register_forward_pre_hook(forwards.read_inputs, with_kwargs=True)
-        stack.callback(handle.remove)
+        root = model.bridge.original_model
+        stack.callback(root.register_forward_pre_hook(forwards.read_inputs, with_kwargs=True).remove)
+        stack.callback(root.register_forward_hook(forwards.mark_cache).remove)
         yield forwards

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.model.attention_call import AttentionCall
+from interp.model.edited_attention import attend
 from interp.model.hooks import hooks_at
-from interp.model.instrument import Instrument, attend
+from interp.model.instrument import Instrument
 from interp.model.protocols import Bridge
 
 INPUTS = ("q", "k", "v")

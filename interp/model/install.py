@@ -10,7 +10,8 @@ from torch import Tensor
 from interp.errors import ModelError
 from interp.model.attention_bridges import adapt
 from interp.model.attention_call import AttentionCall
-from interp.model.instrument import LINK, Instrument, Link, attend
+from interp.model.edited_attention import attend
+from interp.model.instrument import LINK, Instrument, Link
 from interp.model.masks import compact_mask, read_mask
 from interp.model.protocols import Bridge
 

@@ -27,12 +27,11 @@ from torch import Tensor
 
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall, dense_attention
-from interp.model.layer_edits import CallSize, compatible_groups, edit_arguments, select_rows
+from interp.model.edited_attention import attend
 from interp.model.protocols import AttentionLayer
 from interp.model.session import ModelLock
 
 LINK = "_interp_link"  # attribute of attention modules and bridges that holds their `Link`
-NO_STATISTICS = headstats.StatSpec.none()
 
 Handler = Callable[[AttentionCall], Tensor]
 
@@ -143,28 +142,6 @@ class Instrument:
                 self.spec = None
 
 
-def attend(
-    call: AttentionCall, *, spec: headstats.StatSpec | None = None, backend: str = "auto", **more: Any
-) -> headstats.Attended:
-    """Run a layer's attention, with its edits, through headstats.
-
-    Edits that one call cannot hold take a call each, from which the rows and heads are taken on which they act. Under
-    `torch.autocast` queries, keys and values get its dtype, as those of PyTorch's own attention do. ``more``: further
-    arguments of `headstats.attend`.
-    """
-    if any(call.edits):
-        return _attend_edited(call, spec, backend, more)
-    q, k, v = call.q, call.k, call.v
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return headstats.attend(
-        q, k, v,
-        causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
-        sinks=call.sinks, key_padding=call.key_padding,
-        spec=NO_STATISTICS if spec is None else spec, backend=backend, **more,
-    )  # fmt: skip
-
-
 def held_keys_only(spec: headstats.StatSpec, call: AttentionCall) -> headstats.StatSpec:
     """Return the spec for the keys that a sliding cache still holds.
 
@@ -201,24 +178,6 @@ def count_from_first_key(
 
 def _shift(keys: Any, first: int) -> Tensor:
     return torch.where(keys >= 0, keys + first, -1)
-
-
-def _attend_edited(
-    call: AttentionCall, spec: headstats.StatSpec | None, backend: str, more: dict[str, Any]
-) -> headstats.Attended:
-    """Run the edits of a call, in as few calls of headstats as they need."""
-    n = call.k.shape[2] + (more["prefix"][0].shape[2] if more.get("prefix") is not None else 0)
-    size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
-    plain = replace(call, edits=())
-    groups = compatible_groups(call.edits)
-    first, *others = (
-        attend(plain, spec=spec, backend=backend, **more, **edit_arguments(g, size, call.q.device, call.q.dtype))
-        for g in groups
-    )
-    for group, result in zip(groups[1:], others, strict=True):
-        acts = torch.stack([select_rows(edits, size) for edits in group]).to(call.q.device)
-        first.out = torch.where(acts[..., None], result.out, first.out)
-    return first
 
 
 def _same(x: Tensor) -> Tensor:

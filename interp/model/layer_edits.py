@@ -7,7 +7,7 @@ a call has its own list of them. `edit_arguments` merges those lists into the ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import headstats
@@ -51,7 +51,7 @@ class LayerEdit:
 
     @property
     def is_random(self) -> bool:
-        """Whether it depends on a hash of the batch row."""
+        """Whether it depends on a hash of the batch row and of token positions, padding included."""
         return self.edit.counterfactual in ("shuffled", "random")
 
     @property
@@ -67,11 +67,25 @@ class LayerEdit:
         return flags, edit.counterfactual, edit.seed if edit.counterfactual else 0
 
 
-def compatible_groups(by_row: Sequence[Sequence[LayerEdit]]) -> list[list[list[LayerEdit]]]:
+@dataclass(frozen=True)
+class EditGroup:
+    """Edits, for each batch row, that one call of headstats can hold.
+
+    ``own``: those for which the call is made; its results count in their rows and heads, before earlier groups' ones.
+    ``edits``: these and all others that the call can hold, so that the results of those rows are complete.
+    """
+
+    edits: list[list[LayerEdit]]
+    own: list[list[LayerEdit]]
+
+
+def compatible_groups(by_row: Sequence[Sequence[LayerEdit]]) -> list[EditGroup]:
     """Share edits out among calls of headstats, each with one `LayerEdit.kind`.
 
-    Returns for each call a list of edits for each batch row. Edits that fit into any call go into the first.
+    Raises InterpError for two edits of one row of a head that no single call can hold.
     """
+    for edits in by_row:
+        refuse_clashes(edits)
     kinds = list(dict.fromkeys(e.kind for edits in by_row for e in edits if e.kind != NO_KIND))
     merged: list[tuple[Any, ...]] = []
     place: dict[tuple[Any, ...], int] = {NO_KIND: 0}
@@ -83,8 +97,67 @@ def compatible_groups(by_row: Sequence[Sequence[LayerEdit]]) -> list[list[list[L
         else:
             place[kind] = len(merged)
             merged.append(kind)
-    groups = [[[e for e in edits if place[e.kind] == i] for edits in by_row] for i in range(max(1, len(merged)))]
-    return groups
+    merged = merged or [NO_KIND]
+    return [
+        EditGroup(
+            [[e for e in edits if _merge(e.kind, kind) == kind] for edits in by_row],
+            [[e for e in edits if place[e.kind] == i and e.kind != NO_KIND] for edits in by_row],
+        )
+        for i, kind in enumerate(merged)
+    ]
+
+
+def refuse_clashes(edits: Sequence[LayerEdit]) -> None:
+    """Raise InterpError for two edits of one row of a head that cannot act together."""
+    for n, b in enumerate(edits):
+        for a in edits[:n]:
+            if (
+                a.layer == b.layer
+                and (why := _clash(a, b))
+                and _share(a.heads, b.heads)
+                and _share(a.queries, b.queries)
+            ):
+                raise InterpError(
+                    f"two edits {why} of the same tokens and heads in layer {a.layer}: ({a.edit}) and ({b.edit}). "
+                    "Combine them, or part their tokens or heads"
+                )
+
+
+def _clash(a: LayerEdit, b: LayerEdit) -> str:
+    """Why two edits cannot act on one row of a head, in words; '' if they can."""
+    used = _fields_used(a), _fields_used(b)
+    for name, why in EXCLUSIVE.items():
+        if all(name in names for names in used):
+            return why
+    if any("replacement" in names for names in used) and all("gate" in names for names in used):
+        return "replace and gate the output"
+    return "" if _merge(a.kind, b.kind) else "act before (renormalise=True) and after the softmax on the weights"
+
+
+def _share(a: Rows | None, b: Rows | None) -> bool:
+    """Whether two sets of rows or heads have a member in common; None is all."""
+    if a is None or b is None:
+        return True
+    if isinstance(a, range) and isinstance(b, range) and a.step == b.step == 1:
+        return max(a.start, b.start) < min(a.stop, b.stop)
+    rows, other = (b, a) if isinstance(a, range) else (a, b)
+    return any(row in other for row in rows)
+
+
+def shifted(edits: Sequence[LayerEdit], by: int) -> tuple[LayerEdit, ...]:
+    """Return edits whose tokens stand ``by`` rows further on."""
+    if not by:
+        return tuple(edits)
+    return tuple(
+        replace(e, **{name: _shift(getattr(e, name), by) for name in ("queries", "keys", "take", "give")})
+        for e in edits
+    )
+
+
+def _shift(rows: Rows | None, by: int) -> Rows | None:
+    if isinstance(rows, range):
+        return range(rows.start + by, rows.stop + by, rows.step)
+    return None if rows is None else tuple(row + by for row in rows)
 
 
 NO_KIND = (None, None, 0)
@@ -121,8 +194,7 @@ def edit_arguments(
 
     Returns q_segments [batch, queries], k_segments [batch, keys] and edit. Queries that the same edits name share a
     segment, and so do keys. In one cell, factors and gains are multiplied, raises and biases added, and any knockout
-    cuts it; temperatures and gates of a row are multiplied. Raises InterpError for two edits of one row of a head that
-    both redistribute, replace or lay out its weights.
+    cuts it; temperatures and gates of a row are multiplied.
     """
     untouched = _Tables((), size)
     tables = [_Tables(edits, size) if edits else untouched for edits in by_row]
@@ -192,7 +264,6 @@ class _Tables:
         self.queries = queries  # [queries, edits]
         self.query_segments, self.q_segments = torch.unique(queries, dim=0, return_inverse=True)
         self.key_segments, self.k_segments = torch.unique(keys, dim=0, return_inverse=True)
-        self._refuse_overlap()
 
     def _cells(self, i: int, name: str) -> Bool[Tensor, "heads Sq Sk"]:
         """Which pairs of segments an edit's ``keys``, ``take`` or ``give`` names."""
@@ -248,25 +319,9 @@ class _Tables:
                 acts |= self._acts(i)
         return acts
 
-    def _refuse_overlap(self) -> None:
-        """Raise InterpError if two edits that cannot be combined act on one row of a head."""
-        for names, what in EXCLUSIVE:
-            users = [i for i, e in enumerate(self.edits) if names & _fields_used(e)]
-            for n, i in enumerate(users):
-                for j in users[:n]:
-                    if bool((self._acts(i) & self._acts(j)).any()):
-                        raise InterpError(
-                            f"two edits {what} of the same tokens and heads in layer {self.edits[i].layer}: "
-                            f"({self.edits[j].edit}) and ({self.edits[i].edit}). Combine them, or part their tokens or "
-                            "heads"
-                        )
 
-
-EXCLUSIVE = (
-    ({"take"}, "redistribute the weights"),
-    ({"replacement"}, "replace the output"),
-    ({"counterfactual"}, "replace the weights"),
-)
+EXCLUSIVE = {"take": "redistribute the weights", "replacement": "replace the output",
+             "counterfactual": "replace the weights"}  # fmt: skip
 
 
 def _fields_used(e: LayerEdit) -> set[str]:

@@ -188,8 +188,9 @@ class Model(ModelFacts):
         encode_image_pair = None if self.pictures is None else self.pictures.encode_pair
         encode = partial(refuse_text, self.name) if needs_images(self) else text.encode
         return Coder(
-            encode, text.texts, text.offsets, text.continuation, encode_image_pair, text.unknown, text.following
-        )
+            encode, text.texts, text.offsets, text.continuation, encode_image_pair, text.unknown, text.following,
+            None if self.instrument.edited is None else self.instrument.edited.name_tokens,
+        )  # fmt: skip
 
     def _text_encoder(self) -> TextEncoder:
         # not all models are classes of transformers

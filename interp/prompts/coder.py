@@ -66,6 +66,7 @@ class Coder:
     ``following(prompt, text)`` gives the ids of a text after this prompt, and a note if there is something to know.
     ``encode_image_pair(index, pair)`` encodes a pair of prompts with images, for a model that reads images.
     ``unknown``: the id that stands for every word that the vocabulary lacks; None if it can spell all words.
+    ``name(ids, tokens, spans)``: told the named spans of every prompt that is encoded, for `Model.edited`.
     """
 
     encode: Callable[[Any], list[int]]
@@ -75,3 +76,4 @@ class Coder:
     encode_image_pair: Callable[[int, Any], Encoded] | None = field(default=None, repr=False)
     unknown: int | None = None
     following: Callable[[Any, str], tuple[list[int], str]] | None = field(default=None, repr=False)
+    name: Callable[[Sequence[int], Sequence[str], Mapping[str, Span]], None] | None = field(default=None, repr=False)

@@ -132,11 +132,18 @@ def listed_texts(prompts: Any, expected: str = "prompts (strings, Prompts or Pro
 
     Raises PromptError, which names ``expected``, for anything that is no prompt, and if there are none.
     """
-    kinds = (str, Prompt, PromptPair, Fact)
-    texts = [text_of(p) for p in listed(prompts, kinds, expected, takes_ids=True)]
-    if not texts:
+    return [text_of(p) for p in listed_of_any_kind(prompts, expected)]
+
+
+def listed_of_any_kind(prompts: Any, expected: str = "prompts (strings, Prompts or PromptPairs)") -> list[Any]:
+    """Return one prompt or several as a list, of those kinds whose ids `encode_prompt` returns.
+
+    Raises PromptError, which names ``expected``, for anything that is no prompt, and if there are none.
+    """
+    items = listed(prompts, (str, Prompt, PromptPair, Fact), expected, takes_ids=True)
+    if not items:
         raise PromptError(f"there are no prompts: {expected} expected")
-    return texts
+    return items
 
 
 def text_of(prompt: Any) -> Any:
@@ -145,6 +152,19 @@ def text_of(prompt: Any) -> Any:
         prompt.clean if isinstance(prompt, PromptPair) else getattr(prompt, "prompt", getattr(prompt, "text", prompt))
     )
     return text if isinstance(text, str | TokenIds) else listed(text, (str,), "a text", takes_ids=True)[0]
+
+
+def encode_prompt(prompt: Any, coder: Coder) -> list[int]:
+    """Return the token ids that a model reads of a text, token ids, a Prompt, a Fact or a pair (its clean prompt).
+
+    Inside `Model.edited`, edits find the prompt's named spans.
+    """
+    text = text_of(prompt)
+    ids = coder.encode(text)
+    if coder.name is not None:
+        spans = {"subject": prompt.subject_span} if isinstance(prompt, Fact) else getattr(prompt, "spans", {})
+        coder.name(ids, coder.texts(ids), token_spans(spans, coder.offsets(text)) if spans else {})
+    return ids
 
 
 def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
@@ -169,6 +189,14 @@ def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) ->
             encoded.append(encode(i, prompt, coder, notes))
         except PromptError as error:
             problems.append(str(error))
+            continue
+        if coder.name is None:
+            continue
+        try:
+            for ids in dict.fromkeys((encoded[-1].clean, encoded[-1].corrupt)):
+                coder.name(ids, encoded[-1].tokens, encoded[-1].spans)
+        except PromptError as error:
+            problems.append(f"{what.removesuffix('s')} {i}: {error}")
     if problems:
         raise PromptError(in_one_message(problems, f"{len(problems)} of {len(prompts)} {what} cannot be used"))
     if notes:

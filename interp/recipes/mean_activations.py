@@ -16,7 +16,7 @@ from interp.errors import PromptError
 from interp.model.layer_progress import by_layer
 from interp.prompts.coder import Coder, Encoded
 from interp.prompts.listing import listed
-from interp.prompts.pairs import Prompt, PromptPair, encode_pairs, text_of
+from interp.prompts.pairs import Prompt, PromptPair, encode_pairs, encode_prompt
 from interp.sites import Site, Sites
 from interp.utils.progress import progress
 
@@ -160,7 +160,7 @@ def reference_ids(
     if not reference:
         raise PromptError("reference= is empty: give prompts to average over, or leave it out")
     return [
-        encode_pairs(r, coder)[0].clean if isinstance(r, PromptPair) else tuple(coder.encode(text_of(r)))
+        encode_pairs(r, coder)[0].clean if isinstance(r, PromptPair) else tuple(encode_prompt(r, coder))
         for r in reference
     ]
 

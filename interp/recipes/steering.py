@@ -22,7 +22,7 @@ from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.listing import TokenIds
-from interp.prompts.pairs import Fact, PromptPair, listed_texts
+from interp.prompts.pairs import Fact, PromptPair, encode_prompt, listed_of_any_kind, text_of
 from interp.recipes.inputs import expand_sites
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import as_sites
@@ -131,7 +131,7 @@ def mean_difference(
     runner.check_sites([site])
     means = []
     for name, argument in (("positive", positive), ("negative", negative)):
-        texts = [] if isinstance(argument, str) else listed_texts(argument, f"{name} texts")
+        texts = [] if isinstance(argument, str) else listed_of_any_kind(argument, f"{name} texts")
         if not texts:
             raise PromptError(f"mean_difference needs a list of at least one {name} text, got {argument!r:.60}")
         activations = []
@@ -139,8 +139,10 @@ def mean_difference(
             for i in range(0, len(texts), TEXTS_AT_ONCE):
                 chunk = texts[i : i + TEXTS_AT_ONCE]
                 with by_layer(model, advance, len(chunk)):
-                    runs = runner.record([model.coder.encode(t) for t in chunk], [site.component])
-                activations += [_text_mean(model, run, site, text) for run, text in zip(runs, chunk, strict=True)]
+                    runs = runner.record([encode_prompt(t, model.coder) for t in chunk], [site.component])
+                activations += [
+                    _text_mean(model, run, site, text_of(text)) for run, text in zip(runs, chunk, strict=True)
+                ]
         means.append(torch.stack(activations).mean(0))
     return means[0] - means[1]
 

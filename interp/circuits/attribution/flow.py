@@ -42,7 +42,7 @@ from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import encode_pairs, listed_prompts, listed_texts
+from interp.prompts.pairs import encode_pairs, encode_prompt, listed_of_any_kind, listed_prompts
 from interp.utils.progress import progress
 
 EPSILON = 1e-5
@@ -167,7 +167,7 @@ def flow_routes(model: Model, prompt: str, threshold: float, *, position: int = 
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1:
         raise InterpError(f"threshold={threshold!r}: expected a number from 0 to below 1, the range of importances")
     wiring = Wiring(model)
-    graph, ids = wiring.graph, model.coder.encode(listed_texts([prompt])[0])
+    graph, ids = wiring.graph, encode_prompt(listed_of_any_kind([prompt])[0], model.coder)
     if graph.parallel:
         raise InterpError(f"{model.name}: attention and MLPs are parallel, so routes over tokens are not defined")
     wiring.check(ids)

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import headstats
 import numpy as np
 import pandas as pd
 import torch
@@ -33,7 +32,7 @@ from interp.circuits.learned.hard_concrete import HardConcrete
 from interp.circuits.learned.next_token import Unembedding
 from interp.errors import InterpError, PromptError
 from interp.model.attention_call import AttentionCall
-from interp.model.instrument import attend
+from interp.model.edited_attention import attend, attend_gated
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
@@ -191,8 +190,7 @@ class _MaskFit:
             ones = torch.ones(*call.q.shape[:3], dtype=call.q.dtype, device=call.q.device)
             at_end = (1 - draw[:, row[call.layer]]).to(ones)[..., None]
             gate = torch.cat([ones[..., :-1], at_end], dim=-1)
-            edit = headstats.Edit(gate=gate, replacement=corrupt[call.layer])
-            return attend(call, backend=self.model.instrument.backend, edit=edit).out
+            return attend_gated(call, gate, corrupt[call.layer], backend=self.model.instrument.backend)
 
         with self.model.instrument.handled_by(mask):
             return self.model.last_logits([p.clean for p in prompts])

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import headstats
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.learned.next_token import Sample, Unembedding
 from interp.model.attention_call import AttentionCall
-from interp.model.instrument import attend
+from interp.model.edited_attention import attend_gated
 from interp.model.model import Model
 
 TOKENS = 4096  # of a forward, over all copies of a batch
@@ -34,8 +33,7 @@ class GatedModel:
         row = {layer: i for i, layer in enumerate(self.layers)}
 
         def gate(call: AttentionCall) -> Tensor:
-            edit = headstats.Edit(gate=gates[:, row[call.layer]].to(call.q))
-            return attend(call, backend=self.model.instrument.backend, edit=edit).out
+            return attend_gated(call, gates[:, row[call.layer]].to(call.q), backend=self.model.instrument.backend)
 
         with self.model.instrument.handled_by(gate):
             return self.unembedding.hidden(ids)

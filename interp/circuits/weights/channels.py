@@ -35,7 +35,7 @@ from interp.model.hooks import hooks
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
-from interp.prompts.pairs import PromptPair, listed_texts
+from interp.prompts.pairs import PromptPair, encode_prompt, listed_of_any_kind, text_of
 from interp.results.parquet import read_parquet, write_parquet
 from interp.sites import Site
 from interp.utils.arguments import check_positive
@@ -127,8 +127,8 @@ def attention_channels(
     PromptError, SiteError or ModelError for bad input, and InterpError if no head fires.
     """
     check_positive(1, coverage=coverage, upstream=upstream)
-    prompt_list = listed_texts(prompts)
-    ids = [model.coder.encode(text) for text in prompt_list]
+    prompt_list = listed_of_any_kind(prompts)
+    ids = [encode_prompt(prompt, model.coder) for prompt in prompt_list]
     weights = WeightCircuits(model)
     sites = _head_sites(model, heads)
     trace, rows = _Trace(weights, coverage, upstream), []
@@ -142,7 +142,7 @@ def attention_channels(
             "score above 0: there is nothing to decompose"
         )
     provenance = {
-        **prompt_provenance(model, prompt_list, ids),
+        **prompt_provenance(model, [text_of(p) for p in prompt_list], ids),
         "method": "sparse attention decomposition", "firing": FIRING, "coverage": coverage, "upstream": upstream,
     }  # fmt: skip
     return Channels(pd.DataFrame(rows), provenance)

@@ -14,7 +14,7 @@ from torch import Tensor
 from interp.doctor.matrix.case import ALLOWED, DECODERS, FamilyCase, difference
 from interp.doctor.matrix.outputs import halve_head
 from interp.errors import InterpError
-from interp.model.instrument import attend
+from interp.model.edited_attention import attend
 from interp.model.protocols import Bridge
 
 HIDDEN = -1e30  # scores below this are masked; how negative they are is a convention

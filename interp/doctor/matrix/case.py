@@ -13,8 +13,8 @@ from torch import Tensor
 from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.model import dummy_inputs
 from interp.model.attention_call import AttentionCall
+from interp.model.edited_attention import attend
 from interp.model.install import stacks
-from interp.model.instrument import attend
 from interp.model.loading import wrap
 from interp.model.model import Model, load
 from interp.model.protocols import Bridge
