@@ -12,12 +12,14 @@ from torch import Tensor
 from interp.engine.packed_forward import PackedForward, compute_final_logits
 from interp.engine.packing import Group, Piece, lay_out
 from interp.engine.plain_blocks import PlainBlock, WriterOf
-from interp.engine.runs import Frame, Run
+from interp.engine.runs import Frame, ReadRows, Run
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
 from interp.prompts.model_input import as_hashable
 
-_RunKey = tuple[tuple[int, ...], int | None]  # token ids; for a run with noise also its number, so that it is unique
+_Input = tuple[tuple[int, ...], Tensor | None, tuple[int, ...] | None]  # token ids, noise, and the rows that are read
+# token ids; for a run with noise also its number, so that it is unique; the rows that are read
+_RunKey = tuple[tuple[int, ...], int | None, tuple[int, ...] | None]
 
 
 def record_with_plain_blocks(
@@ -27,15 +29,17 @@ def record_with_plain_blocks(
     prompts: Sequence[Sequence[int]],
     components: Sequence[str] = (),
     noise: Sequence[Tensor | None] | None = None,
+    read: ReadRows | None = None,
 ) -> list[Run]:
     """Record base runs with plain blocks, as `interp.engine.runs.record` does.
 
     ``frame``: recorded on prompts at least as long.  ``components``: some of `interp.engine.plain_blocks.WRITABLE`.
     """
     noises = [None] * len(prompts) if noise is None else noise
-    inputs = [(as_hashable(p), n) for p, n in zip(prompts, noises, strict=True)]
+    reads: ReadRows = [None] * len(prompts) if read is None else read
+    inputs = [(as_hashable(p), n, rows) for p, n, rows in zip(prompts, noises, reads, strict=True)]
     runs: dict[_RunKey, Run] = {}
-    keys = [(ids, None if n is None else i) for i, (ids, n) in enumerate(inputs)]
+    keys = [(ids, None if n is None else i, rows) for i, (ids, n, rows) in enumerate(inputs)]
     distinct = dict(zip(keys, inputs, strict=True))
     for batch in _batches(list(distinct), TOKENS_PER_FORWARD):
         batch_runs = _forward(model, blocks, frame, [distinct[key] for key in batch], components)
@@ -61,7 +65,7 @@ def _forward(
     model: Model,
     blocks: Sequence[PlainBlock],
     frame: Frame,
-    prompts: Sequence[tuple[tuple[int, ...], Tensor | None]],
+    prompts: Sequence[_Input],
     components: Sequence[str],
 ) -> list[Run]:
     """Run one packed forward of prompts that are in order of length."""
@@ -78,21 +82,26 @@ def _forward(
         values.append(v)
     resid[-1] = packed
     spans = [slice(p.offset + n * p.rows, p.offset + (n + 1) * p.rows) for p in pieces for n in range(len(p.cells))]
-    logits = compute_final_logits(model, packed[[span.stop - 1 for span in spans]])
+    rows = [
+        [span.stop - 1] if read is None else [span.start + r for r in read]
+        for (_, _, read), span in zip(prompts, spans, strict=True)
+    ]
+    logits = compute_final_logits(model, packed[[r for of_run in rows for r in of_run]]).split([*map(len, rows)])
     return [
         Run(
-            ids, resid[:, span], logits[i], [k[span].transpose(0, 1) for k in keys],
+            ids, resid[:, span], logits[i] if read else logits[i][0], [k[span].transpose(0, 1) for k in keys],
             [v[span].transpose(0, 1) for v in values],
             {c: {layer: x[span] for layer, x in layers.items()} for c, layers in store.activations.items()}, noise,
+            read,
         )
-        for i, ((ids, noise), span) in enumerate(zip(prompts, spans, strict=True))
+        for i, ((ids, noise, read), span) in enumerate(zip(prompts, spans, strict=True))
     ]  # fmt: skip
 
 
-def _pieces(model: Model, prompts: Sequence[tuple[tuple[int, ...], Tensor | None]]) -> list[Piece]:
+def _pieces(model: Model, prompts: Sequence[_Input]) -> list[Piece]:
     """One piece for each length: embedded tokens with their noise."""
     by_length: dict[int, list[int]] = defaultdict(list)
-    for i, (ids, _) in enumerate(prompts):
+    for i, (ids, _, _) in enumerate(prompts):
         by_length[len(ids)].append(i)
     pieces = []
     for length, members in by_length.items():

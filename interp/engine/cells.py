@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,14 +81,20 @@ class Cell:
             return max(c.stop for c in entering)
         return length
 
-    def cannot_reach_logits(self, n_layers: int, length: int) -> bool:
-        """Whether the last position's logits cannot depend on this cell.
+    def cannot_reach_logits(self, n_layers: int, length: int, read: Sequence[int] | None = None) -> bool:
+        """Whether the logits of the rows in ``read`` (default: the last row) cannot depend on this cell.
 
         This is so if nothing reads the rows that it changes.
         """
+        return not any(self.reaches(row, n_layers, length) for row in ((length - 1,) if read is None else read))
+
+    def reaches(self, row: int, n_layers: int, length: int) -> bool:
+        """Whether the logits of a row can depend on this cell, under causal attention."""
+        if row < self.first_row:
+            return False
         if self.first_layer >= n_layers:
-            return max(c.stop for c in self.changes) < length
-        return self.first_layer == n_layers - 1 and self._late_stop(n_layers, length) < length
+            return row < max(c.stop for c in self.changes)
+        return self.first_layer < n_layers - 1 or row < self._late_stop(n_layers, length)
 
     def _late_stop(self, n_layers: int, length: int) -> int:
         beyond = [c.stop for c in self.changes if c.layer >= n_layers]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.engine import naive
@@ -23,7 +23,7 @@ from interp.engine.cells import Cell, CellWrite
 from interp.engine.matmul import redirect_products
 from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, read_plain_blocks
 from interp.engine.planner import PLANNING
-from interp.engine.runs import Frame, Run, record
+from interp.engine.runs import Frame, ReadRows, ReadRun, Run, join_logits, record
 from interp.engine.site_checks import ResultHooks, check_sites
 from interp.engine.verified import Verified, VerifiedFrame
 from interp.errors import InterpError, SiteError
@@ -131,22 +131,25 @@ class Engine:
         components: Sequence[str] = (),
         noise: Sequence[Tensor | None] | None = None,
         keep_kv: bool = False,
+        read: ReadRows | None = None,
     ) -> list[Run]:
         """Record base runs of the prompts, with the components that are needed.
 
-        ``keep_kv``: store keys and values even where cells are full forwards, which do not need them.
+        ``keep_kv``: store keys and values even where cells are full forwards, which do not need them. ``read``: the
+        rows of each prompt whose logits are read, of the run and of cells in it (None: the last).
         """
         if self.fast:
             self._decide(self._obstacle())
         if self.fast:
             self.plain_blocks = None if Verified.of(self.model).plain_blocks_differ else read_plain_blocks(self.model)
             if self.plain_blocks and self._can_use_plain_runs(max(map(len, prompts)), components):
-                return record_with_plain_blocks(self.model, self.plain_blocks, self.frame, prompts, components, noise)
+                plain = self.plain_blocks
+                return record_with_plain_blocks(self.model, plain, self.frame, prompts, components, noise, read)
         with self._extra_hooks(components):
             if self.kind == "naive":
-                return record(self.model, prompts, components, noise, self.frame, keep_kv)
+                return record(self.model, prompts, components, noise, self.frame, keep_kv, read)
             with redirect_products(self.model.dtype, self.model.device):
-                runs = record(self.model, prompts, components, noise, self.frame)
+                runs = record(self.model, prompts, components, noise, self.frame, read=read)
         if self.fast:
             self._decide(packed.why_not_packed(self.model, self.frame))
         if self.fast and self.plain_blocks:
@@ -198,7 +201,9 @@ class Engine:
         assert self.plain_blocks is not None
         if not has_fixed_rotary(self.model) or self.model.instrument.edited is not None:
             return
-        (plain_run,) = record_with_plain_blocks(self.model, self.plain_blocks, self.frame, [run.ids], (), [run.noise])
+        (plain_run,) = record_with_plain_blocks(
+            self.model, self.plain_blocks, self.frame, [run.ids], (), [run.noise], [run.read]
+        )
         pairs = zip(plain_run.tensors(), replace(run, acts={}).tensors(), strict=True)
         if all((a - b).abs().max().item() <= CHECK_TOLERANCE * max(b.abs().max().item(), 1.0) for a, b in pairs):
             Verified.of(self.model).plain_base_runs = VerifiedFrame(self._setting(), self.frame)
@@ -215,16 +220,20 @@ class Engine:
         score: Score,
         advance: Advance,
         columns: Int[Tensor, "runs k"] | None = None,
-    ) -> Tensor:
-        """Compute ``score`` of every cell's last-position logits, in order.
+        width: int | None = None,
+    ) -> Float[Tensor, "cells ..."]:
+        """Compute ``score`` of the logits of every cell's rows that are read, in order.
 
         Calls ``advance(n)`` as layers of a batch of cells are finished, with shares of the cells. ``columns``: for each
-        run, the token ids of the only logits that ``score`` reads; it then receives only those.
+        run, the token ids of the only logits that ``score`` reads; it then receives only those. ``width``: how many
+        values ``score`` gives for a cell (None: one, without an axis). The rows of a run that holds several
+        (`Run.read`) come one after the other, cell after cell.
         """
+        shape = (len(cells),) if width is None else (len(cells), width)
         if self.planner is not None:
             self.planner.add(self, runs, cells, None if columns is None else columns.shape[1])
-            return torch.zeros(len(cells), dtype=torch.float64)
-        values = torch.full((len(cells),), float("nan"), dtype=torch.float64)
+            return torch.zeros(shape, dtype=torch.float64)
+        values = torch.full(shape, float("nan"), dtype=torch.float64)
         components = {w.site.component for c in cells for w in c.writes}
         self.written |= components
         with self._extra_hooks(tuple(components)):
@@ -282,8 +291,10 @@ class Engine:
                 logits = self._forward(runs, batch_cells).logits(cell_columns, share.to)
             else:
                 unchanged = [runs[c.run].logits for c in batch_cells]
-                logits = torch.stack(unchanged if self.fast else naive.run_cells(self.model, runs, batch_cells))
-                logits = logits if cell_columns is None else logits.gather(1, cell_columns)
+                logits = join_logits(unchanged if self.fast else naive.run_cells(self.model, runs, batch_cells))
+                if cell_columns is not None:
+                    n_read = torch.tensor([len(runs[c.run].read_rows) for c in batch_cells], device=logits.device)
+                    logits = logits.gather(1, cell_columns.repeat_interleave(n_read, 0))
             return score(logits, batch).cpu().double()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -299,37 +310,44 @@ class Engine:
         halves = batch[:half], batch[half:]
         return torch.cat([self._run(runs, cells, part, score, columns, share) for part in halves])
 
-    def cannot_reach_logits(self, runs: Sequence[Sized], cell: Cell) -> bool:
+    def cannot_reach_logits(self, runs: Sequence[ReadRun], cell: Cell) -> bool:
         """Whether a cell changes nothing that is read, so that the base run answers it."""
-        return self.fast and cell.cannot_reach_logits(self.model.n_layers, len(runs[cell.run]))
+        run = runs[cell.run]
+        return self.fast and cell.cannot_reach_logits(self.model.n_layers, len(run), run.read_rows)
 
     def _forward(self, runs: Sequence[Run], cells: Sequence[Cell]) -> packed.PackedForward:
         is_writable = all(w.site.component in WRITABLE for c in cells for w in c.writes)
         return packed.PackedForward(self.model, runs, cells, self.frame, self.plain_blocks if is_writable else None)
 
-    def batches(self, runs: Sequence[Sized], cells: Sequence[Cell], columns: int | None = None) -> Iterator[list[int]]:
+    def batches(
+        self, runs: Sequence[ReadRun], cells: Sequence[Cell], columns: int | None = None
+    ) -> Iterator[list[int]]:
         """Cut the cells into batches within the limits on rows and logits.
 
         Cells are in order of (run, start). ``columns``: how many logits of a cell are read; None: all. Cells that
         cannot change anything come first, together: the base runs answer them.
         """
-        most_cells = self.cells_per_batch if columns is None else len(cells)
+        most_logits = self.cells_per_batch if columns is None else float("inf")
         changing = [i for i in range(len(cells)) if not self.cannot_reach_logits(runs, cells[i])]
         unchanging = sorted(set(range(len(cells))) - set(changing))
-        for i in range(0, len(unchanging), self.cells_per_batch):
-            yield unchanging[i : i + self.cells_per_batch]
+        most_read = max((len(run.read_rows) for run in runs), default=1)
+        step = max(1, self.cells_per_batch // most_read)
+        for i in range(0, len(unchanging), step):
+            yield unchanging[i : i + step]
         if not self.fast:
             yield from ([i] for i in changing)
             return
         batch: list[int] = []
-        rows = 0
+        rows = logits = 0
         for i in sorted(changing, key=lambda i: (cells[i].run, cells[i].first_row)):
-            n = len(runs[cells[i].run]) - cells[i].first_row
-            if batch and (rows + n > self.rows_per_batch or len(batch) == most_cells):
+            read = runs[cells[i].run].read_rows
+            n = read[-1] + 1 - cells[i].first_row
+            if batch and (rows + n > self.rows_per_batch or logits + len(read) > most_logits):
                 yield batch
-                batch, rows = [], 0
+                batch, rows, logits = [], 0, 0
             batch.append(i)
             rows += n
+            logits += len(read)
         if batch:
             yield batch
 
@@ -347,10 +365,10 @@ class Engine:
             return
         run = max((c.run for c in cells), key=lambda i: len(runs[i]))
         site = Site("resid_pre", 0, position=0)
-        middle = len(runs[run]) // 2
+        middle = (runs[run].read_rows[-1] + 1) // 2
         unpatched = Cell(run, (CellWrite(site, middle, middle + 1, runs[run].resid[0][middle : middle + 1]),))
         sample = random.Random(len(cells)).sample(list(cells), min(2, len(cells)))
-        naive_logits = torch.stack([runs[run].logits, *naive.run_cells(self.model, runs, sample)])
+        naive_logits = join_logits([runs[run].logits, *naive.run_cells(self.model, runs, sample)])
         allowed = CHECK_TOLERANCE * max(naive_logits.abs().max().item(), 1.0)
         gap = self._gap(runs, [unpatched, *sample], naive_logits)
         if self.plain_blocks and not gap <= allowed:

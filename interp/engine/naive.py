@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.engine.cells import Cell, CellWrite, write_into
-from interp.engine.runs import Run
+from interp.engine.runs import Run, read_logits
 from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
 from interp.model.model import Model
 
 
-def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
-    """Compute the last-position logits of ``run`` with the cell's changes.
+def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, "*read vocab"]:
+    """Compute the logits of the rows of ``run`` that are read, with the cell's changes.
 
     This takes one forward over the whole prompt.
     """
@@ -32,7 +32,7 @@ def run_cell(model: Model, run: Run, cell: Cell) -> Float[Tensor, " vocab"]:
     for write in sorted(cell.writes, key=lambda w: (w.site.component == "resid_mid", w.how == "mean")):
         pairs += _write_hooks(write)
     with hooks(model, *pairs), model.instrument.editing(_edit(cell), dense=True):
-        return model.last_logits([run.ids])[0]
+        return read_logits(model, [run.ids], [run.read])[0]
 
 
 def _edit(cell: Cell) -> Callable[[AttentionCall], AttentionCall]:
@@ -69,6 +69,6 @@ def _write_hooks(write: CellWrite) -> list[tuple[str, Any]]:
     ]
 
 
-def run_cells(model: Model, runs: Sequence[Run], cells: Sequence[Cell]) -> list[Float[Tensor, " vocab"]]:
+def run_cells(model: Model, runs: Sequence[Run], cells: Sequence[Cell]) -> list[Float[Tensor, "*read vocab"]]:
     """Run `run_cell` for every cell."""
     return [run_cell(model, runs[c.run], c) for c in cells]

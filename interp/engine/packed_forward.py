@@ -9,8 +9,9 @@ It is exact for causal decoders, for these reasons:
   stays in its own rows: no other rows are computed there.
 * Everything except attention acts on each token separately: rows of all cells are packed into one [1, rows, d]
   hidden state, so that short prompts still fill the matrix products.
-* The metric reads the last position: the last block computes keys and values for all rows, and everything else for
-  the last row only, which is the only row that is unembedded.
+* The metric reads some rows, mostly the last one alone: rows after the last one that is read are not computed, the
+  last block computes everything but keys and values for rows from the first one that is read, and only rows that are
+  read are unembedded.
 """
 
 from __future__ import annotations
@@ -103,14 +104,15 @@ class PackedForward:
         self.changes = Changes(cells)
         groups: dict[tuple[int, int], Group] = {}
         for i in sorted(range(len(cells)), key=lambda i: cells[i].first_layer):
-            key = (cells[i].run, cells[i].first_row)
-            groups.setdefault(key, Group(runs[cells[i].run], cells[i].first_row)).waiting.append(i)
+            run = runs[cells[i].run]
+            start = min(cells[i].first_row, run.read_rows[-1])
+            groups.setdefault((cells[i].run, start), Group(run, start)).waiting.append(i)
         self.groups = list(groups.values())
 
     def logits(
         self, columns: Int[Tensor, "cells k"] | None = None, done: Callable[[float], None] | None = None
     ) -> Float[Tensor, "cells vocab"]:
-        """Compute last-position logits of every cell, in order.
+        """Compute the logits of every cell's last row, or of its run's rows that are read, cell after cell.
 
         With ``columns``, only the logits of these token ids [cells, k] are computed. ``done`` is called before each
         layer with the share of the layers that are finished.
@@ -126,12 +128,40 @@ class PackedForward:
                 self._last_block(layer, pieces)
         for group in self.groups:  # cells that change only the last block's output
             if group.waiting:
-                group.admit(group.waiting, group.run.resid[n][-1:].expand(len(group.waiting), -1, -1))
-        final = [Piece(g, g.active, len(g.run) - 1, len(g.run), g.parts) for g in self.groups]
+                last = group.run.resid[n][group.first_read : group.stop]
+                group.admit(group.waiting, last.expand(len(group.waiting), -1, -1))
+        final = [Piece(g, g.active, g.first_read, g.stop, g.parts) for g in self.groups]
         rows = lay_out(final)
         self._write_residual(n, final, rows)
+        if any(g.run.read is not None for g in self.groups):
+            return self._read_logits(final, rows, columns)
         order = torch.argsort(torch.tensor([i for piece in final for i in piece.cells], device=rows.device))
         return compute_final_logits(self.model, rows[order], columns)
+
+    def _read_logits(self, final: list[Piece], rows: Tensor, columns: Tensor | None) -> Float[Tensor, "reads vocab"]:
+        """Compute the logits of the rows that are read; those that a cell cannot change are the base run's."""
+        n, piece_of_cell = self.model.n_layers, {i: (p, k) for p in final for k, i in enumerate(p.cells)}
+        base: list[Tensor] = []
+        changed: list[int] = []  # numbers among all logits
+        computed: list[int] = []  # packed rows
+        owners: list[int] = []  # cells
+        n_read = 0
+        for i, cell in enumerate(self.cells):
+            piece, k = piece_of_cell[i]
+            run = piece.group.run
+            of_run = run.logits.view(-1, run.logits.shape[-1])
+            base.append(of_run if columns is None else of_run[:, columns[i]])
+            for number, row in enumerate(run.read_rows):
+                if cell.reaches(row, n, len(run)):
+                    changed.append(n_read + number)
+                    computed.append(piece.offset + k * piece.rows + row - piece.start)
+                    owners.append(i)
+            n_read += len(run.read_rows)
+        logits = torch.cat(base)
+        if changed:
+            of_cells = None if columns is None else columns[owners]
+            logits[changed] = compute_final_logits(self.model, rows[computed], of_cells).to(logits.dtype)
+        return logits
 
     # ------------------------------------------------------------ which rows
 
@@ -142,14 +172,14 @@ class PackedForward:
         """
         pieces = []
         for group in self.groups:
-            n, resid = len(group.run), group.run.resid[layer]
+            n, resid = group.stop, group.run.resid[layer]
             narrow: dict[int, list[int]] = {}
             while group.waiting and self.cells[group.waiting[0]].first_layer <= layer:
                 i = group.waiting.pop(0)
-                narrow.setdefault(self.cells[i].entry_stop(n), []).append(i)
+                narrow.setdefault(min(n, self.cells[i].entry_stop(len(group.run))), []).append(i)
             wide = narrow.pop(n, [])
             if wide:
-                group.admit(wide, resid[group.start :].expand(len(wide), -1, -1))
+                group.admit(wide, resid[group.start : n].expand(len(wide), -1, -1))
             if group.parts:
                 pieces.append(Piece(group, group.active, group.start, n, group.parts))
             for stop, cells in narrow.items():
@@ -164,8 +194,11 @@ class PackedForward:
 
     # ------------------------------------------------------------ one block
 
-    def _block(self, layer: int, pieces: list[Piece]) -> None:
-        """Run one block on the packed rows of all cells that have entered."""
+    def _block(self, layer: int, pieces: list[Piece], since: Callable[[Group], int] | None = None) -> None:
+        """Run one block on the packed rows of all cells that have entered.
+
+        ``since``: the first row of a group that goes on; default its first row.
+        """
         packed = lay_out(pieces, self.layout)
         self._write_residual(layer, pieces, packed)
         if self.plain_blocks is None:
@@ -178,28 +211,32 @@ class PackedForward:
         for piece in pieces:
             if piece.narrow:  # from the next block on with all rows: those not computed are the base run's
                 group = piece.group
-                whole = group.run.resid[layer + 1][group.start :].repeat(len(piece.cells), 1, 1)
-                whole[:, : piece.rows] = piece.parts[0]
+                first = group.start if since is None else since(group)
+                whole = group.run.resid[layer + 1][first : group.stop].repeat(len(piece.cells), 1, 1)
+                whole[:, : piece.stop - first] = piece.parts[0][:, first - piece.start :]
                 group.admit(piece.cells, whole)
 
     def _last_block(self, layer: int, pieces: list[Piece]) -> None:
-        """Run the last block, with everything but keys and values for last rows only."""
+        """Run the last block, with everything but keys and values for the rows that are read only."""
         unpack(packed := lay_out(pieces), pieces)
         self._write_residual(layer, pieces, packed)
         wide = [p for p in pieces if not p.narrow]
         if wide:
-            last = [p.last_rows() for p in wide]
+            last = [p.read_rows() for p in wide]
             compute = self._last_rows if self.plain_blocks is None else self._plain_last_rows
             rows = compute(layer, wide, last)
             for piece in last:
                 piece.group.parts = [piece.by_cell(rows)]
-        for piece in pieces:
-            if piece.narrow:  # its changed rows are not read by anything later
-                base = piece.group.run.resid[layer + 1][-1:]
+        narrow = [p for p in pieces if p.narrow]
+        if read := [p for p in narrow if p.group.first_read < p.stop]:
+            self._block(layer, read, lambda group: group.first_read)
+        for piece in narrow:
+            if piece.group.first_read >= piece.stop:  # its changed rows are not read by anything later
+                base = piece.group.run.resid[layer + 1][piece.group.first_read : piece.group.stop]
                 piece.group.admit(piece.cells, base.expand(len(piece.cells), -1, -1))
 
     def _last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
-        """Compute the block's output in each cell's last row, by the model's own block."""
+        """Compute the block's output in each cell's rows that are read, by the model's own block."""
         kv: dict[str, Tensor] = {}
 
         def keep(call: AttentionCall) -> Tensor:
@@ -215,7 +252,7 @@ class PackedForward:
         return self.run_block(layer, last, lay_out(last), handler)
 
     def _plain_last_rows(self, layer: int, wide: list[Piece], last: list[Piece]) -> Tensor:
-        """Compute the block's output in the last row of every cell, by a plain block."""
+        """Compute the block's output in the rows of every cell that are read, by a plain block."""
         assert self.plain_blocks is not None
         block, packed = self.plain_blocks[layer], lay_out(wide, self.layout)
         rows = self._writer_of(layer, wide, packed.device)

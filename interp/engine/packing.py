@@ -21,7 +21,7 @@ class Group:
 
     They share the prefix keys and values of the run. ``parts``, each [cells, rows from ``start``, d_model], hold the
     rows of the cells that have entered, in the order of ``active``. A part may be a view of a base run: `lay_out` makes
-    a copy, and only that copy is ever written to.
+    a copy, and only that copy is ever written to. Only rows before ``stop`` are computed: none after it is read.
     """
 
     run: Run
@@ -29,6 +29,16 @@ class Group:
     waiting: list[int] = field(default_factory=list)  # numbers within the batch, in order of entry
     active: list[int] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one that is read."""
+        return self.run.read_rows[-1] + 1
+
+    @property
+    def first_read(self) -> int:
+        """The first row that is computed and read."""
+        return next(row for row in self.run.read_rows if row >= self.start)
 
     def admit(self, cells: list[int], hidden: Tensor) -> None:
         """Let cells enter, with their hidden rows."""
@@ -66,9 +76,10 @@ class Piece:
         """View the piece's rows of ``packed`` [packed rows, ...] as [cells, rows, ...]."""
         return packed[self.span].unflatten(0, (len(self.cells), self.rows))
 
-    def last_rows(self) -> Piece:
-        """The piece of the same cells with only their last rows."""
-        return Piece(self.group, self.cells, self.stop - 1, self.stop, [part[:, -1:] for part in self.parts])
+    def read_rows(self) -> Piece:
+        """The piece of the same cells with only their rows from the first one that is read."""
+        first = self.group.first_read
+        return Piece(self.group, self.cells, first, self.stop, [part[:, first - self.start :] for part in self.parts])
 
 
 def lay_out(pieces: Sequence[Piece], layout: Callable[[int], int] = int) -> Float[Tensor, "rows d_model"]:

@@ -34,20 +34,35 @@ SAVINGS = (
 class Extent:
     """What runs for a cell: blocks from ``layer`` on, rows from ``row`` on.
 
-    ``stop``: the first block runs only rows before this one. ``last_only``: the last block runs one row, except for
-    keys and values.
+    ``stop``: the first block runs only rows before this one. ``end``: the row after the last one that any block runs.
+    ``read_from``: the last block runs only rows from this one on, except for keys and values.
     """
 
     layer: int = 0
     row: int = 0
     stop: int | None = None
-    last_only: bool = False
+    end: int | None = None
+    read_from: int | None = None
 
 
-def _extents(cell: Cell, length: int) -> tuple[Extent, ...]:
-    """What runs for a cell after each of the `SAVINGS`."""
+def _extents(cell: Cell, length: int, read: Sequence[int]) -> tuple[Extent, ...]:
+    """What runs for a cell after each of the `SAVINGS`. ``read``: the rows that are read."""
+    end = read[-1] + 1
     layer, row, stop = cell.first_layer, cell.first_row, cell.entry_stop(length)
-    return Extent(), Extent(layer), Extent(layer, row), Extent(layer, row, stop), Extent(layer, row, stop, True)
+    first = next((r for r in read if r >= row), read[-1])
+    last = Extent(layer, min(row, end - 1), min(stop, end), end, first)
+    return Extent(), Extent(layer), Extent(layer, row), Extent(layer, row, stop), last
+
+
+@dataclass(frozen=True)
+class _PlannedRun:
+    """What batches need to know of a base run."""
+
+    length: int
+    read_rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.length
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,8 @@ class Plan:
     ``print(plan)`` describes its cost. ``lengths``: tokens of each base run.  ``cells``: without their values.
     ``unasked``: number of cells that the recipe answers from base runs by itself.  ``runs_bytes``: bytes of the base
     runs that are held at one time. ``columns``: how many logits of a cell are computed, if not all.  ``whole``: tokens
-    of each prompt that is a cell by itself, which takes a full forward.
+    of each prompt that is a cell by itself, which takes a full forward.  ``read``: the rows of each base run whose
+    logits are read.
     """
 
     engine: Engine
@@ -67,6 +83,7 @@ class Plan:
     runs_bytes: float = 0
     columns: int | None = None
     whole: Sequence[int] = ()
+    read: Sequence[tuple[int, ...]] = ()
 
     @cached_property
     def cost(self) -> BlockCost:
@@ -79,7 +96,7 @@ class Plan:
 
         On the naive path each takes a full forward.
         """
-        runs = [range(n) for n in self.lengths]
+        runs = [_PlannedRun(n, read) for n, read in zip(self.lengths, self.read, strict=True)]
         cut = self.engine.batches(runs, self.cells, self.columns)
         return [b for b in cut if not self.engine.cannot_reach_logits(runs, self.cells[b[0]])]
 
@@ -98,20 +115,25 @@ class Plan:
         """FLOPs of the sweep with one full forward per cell, then after each saving."""
         model = self.engine.model
         unembed = 2 * model.d_model * int(model.bridge.cfg.d_vocab)
-        full = self.n_cells * unembed + sum(self._rows(c, Extent()) for c in self.cells)
+        full = (self.n_cells - len(self.cells)) * unembed + self._n_read(self.cells) * unembed
+        full += sum(self._rows(c, Extent()) for c in self.cells)
         full += self.unasked * self._mean_full() + sum(map(self._whole, self.whole))
         steps = {"one full forward per cell": full}
         if not self.engine.fast:
             return steps
         run_cells = [self.cells[i] for b in self.batches for i in b]
-        head = len(run_cells) * unembed
-        reduced_head = len(run_cells) * 2 * model.d_model * self.columns if self.columns else head
-        extents = [_extents(c, self.lengths[c.run]) for c in run_cells]
+        head = self._n_read(run_cells) * unembed
+        reduced_head = self._n_read(run_cells) * 2 * model.d_model * self.columns if self.columns else head
+        extents = [_extents(c, self.lengths[c.run], self.read[c.run]) for c in run_cells]
         for i_saving, name in enumerate(SAVINGS):
             steps[name] = head + sum(self._rows(c, e[i_saving]) for c, e in zip(run_cells, extents, strict=True))
         if self.columns:
             steps["without logits that the metric does not read"] = list(steps.values())[-1] - head + reduced_head
         return steps
+
+    def _n_read(self, cells: Sequence[Cell]) -> int:
+        """Number of rows whose logits are computed."""
+        return sum(len(self.read[c.run]) for c in cells)
 
     def _mean_full(self) -> float:
         """FLOPs of a full forward, averaged over base runs."""
@@ -123,7 +145,8 @@ class Plan:
     def _rows(self, cell: Cell, extent: Extent) -> float:
         """FLOPs of the blocks that run for a cell."""
         row, stop = extent.row, extent.stop
-        n, cost, blocks = self.lengths[cell.run], self.cost, self.engine.model.n_layers - extent.layer
+        n = self.lengths[cell.run] if extent.end is None else extent.end
+        cost, blocks = self.cost, self.engine.model.n_layers - extent.layer
         if blocks <= 0:
             return 0
         rows = n - row
@@ -132,11 +155,12 @@ class Plan:
         total = blocks * block
         if stop is not None and stop < n:
             total -= (n - stop) * cost.row + cost.pattern * (n * (n + 1) - stop * (stop + 1)) / 2
-        if extent.last_only:
+        if extent.read_from is not None:
             # Other rows need keys and values alone. The model's own blocks also compute their queries, and run twice.
-            saved = rows * cost.row - (rows * cost.qkv + cost.row)
-            saved = saved if self.engine.plain_blocks is None else (rows - 1) * (cost.row - cost.kv)
-            total -= saved + cost.pattern * (n_visible - n)
+            read = n - extent.read_from
+            saved = rows * cost.row - (rows * cost.qkv + read * cost.row)
+            saved = saved if self.engine.plain_blocks is None else (rows - read) * (cost.row - cost.kv)
+            total -= saved + cost.pattern * (n_visible - (n * (n + 1) - (n - read) * (n - read + 1)) / 2)
         return total
 
     @property
@@ -178,7 +202,7 @@ class Plan:
     @property
     def batch_bytes(self) -> float:
         """Bytes of the largest batch's activations at their widest."""
-        rows = (sum(self.lengths[self.cells[i].run] - self.cells[i].first_row for i in b) for b in self.batches)
+        rows = (sum(self.read[(c := self.cells[i]).run][-1] + 1 - c.first_row for i in b) for b in self.batches)
         most_rows = max(rows, default=0) if self.engine.fast else max(self.lengths, default=0)
         prompt_rows = max((len(b) * self.whole[b[0]] for b in self.engine.prompt_batches(self.whole)), default=0)
         return max(most_rows, prompt_rows) * self.cost.bytes
@@ -189,7 +213,8 @@ class Plan:
         lines = [f"{self.n_cells} cells on {len(self.lengths)} base run(s), engine: {engine.describe()}"]
         if self.n_answered:
             lines.append(f"  {self.n_answered} change nothing that the answer reads: taken from the base run")
-        lines.append(f"  {self.n_cells - self.n_answered} in {self.n_forwards} forward(s)")
+        several = "" if (most := max(map(len, self.read), default=1)) == 1 else f", up to {most} positions read of each"
+        lines.append(f"  {self.n_cells - self.n_answered} in {self.n_forwards} forward(s){several}")
         for name, flops in self.steps.items():
             lines.append(f"  {_unit(flops, 'FLOP'):>12}  {flops / full:6.1%}  {name}")
         lines.append(
@@ -230,7 +255,7 @@ def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         raise InterpError(f"{getattr(recipe, '__name__', recipe)} asked the engine for nothing: there is no sweep")
     return Plan(
         planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes, planner.columns,
-        planner.whole,
+        planner.whole, planner.read,
     )  # fmt: skip
 
 

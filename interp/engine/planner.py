@@ -16,6 +16,7 @@ class Planner:
     def __init__(self) -> None:
         self.engine: object = None  # the one that was used last
         self.lengths: list[int] = []
+        self.read: list[tuple[int, ...]] = []  # rows of each run that are read
         self.cells: list[Cell] = []
         self.unasked = 0  # cells that the recipe answers from base runs by itself
         self.runs_bytes = 0.0
@@ -30,6 +31,7 @@ class Planner:
         self.columns = columns
         first, self.engine = len(self.lengths), engine
         self.lengths += [len(r) for r in runs]
+        self.read += [r.read_rows for r in runs]
         for cell in cells:
             writes = tuple(replace(w, value=None) for w in cell.writes)
             self.cells.append(replace(cell, run=cell.run + first, writes=writes))

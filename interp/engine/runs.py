@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from interp.model.model import Model
 from interp.prompts.model_input import as_hashable
 from interp.sites import COMPONENTS, Site
 
+ReadRows = Sequence[tuple[int, ...] | None]  # of each prompt; None: the last
+READ_ROWS = 512  # rows of logits that one forward of base runs computes
+
 
 @dataclass
 class Run:
@@ -30,19 +33,26 @@ class Run:
 
     ``resid[l]`` enters block l, and ``resid[n_layers]`` leaves the last one. ``keys`` and ``values`` are those that
     attention used (rotated), per layer. ``acts[component][layer]`` holds the requested components, with heads as the
-    last axis but one. ``noise`` was added to the token embeddings.
+    last axis but one. ``noise`` was added to the token embeddings. ``logits``: those of the last row; with ``read``,
+    those of these rows (ascending), which are then all that is read of the run and of cells in it.
     """
 
     ids: tuple[int, ...]
     resid: Float[Tensor, "layers_plus_1 position d_model"]
-    logits: Float[Tensor, " vocab"]
+    logits: Float[Tensor, "*read vocab"]
     keys: list[Float[Tensor, "kv_heads position d_head"]] = field(default_factory=list)
     values: list[Float[Tensor, "kv_heads position d_head"]] = field(default_factory=list)
     acts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     noise: Float[Tensor, "position d_model"] | None = None
+    read: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def read_rows(self) -> tuple[int, ...]:
+        """The rows whose logits are read."""
+        return (len(self.ids) - 1,) if self.read is None else self.read
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that the run holds."""
@@ -62,6 +72,24 @@ class Run:
         """The activation at a site in rows [start, stop)."""
         rows = self.whole(site.component, site.layer)[start:stop]
         return rows if site.head is None else rows[:, site.head]
+
+
+class ReadRun(Protocol):
+    """The length of a base run, and which of its rows are read."""
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        ...
+
+    @property
+    def read_rows(self) -> Sequence[int]:
+        """The rows whose logits are read, in ascending order."""
+        ...
+
+
+def join_logits(logits: Sequence[Float[Tensor, "*read vocab"]]) -> Float[Tensor, "rows vocab"]:
+    """Return the logits of all rows that are read, run after run."""
+    return torch.cat([x.view(-1, x.shape[-1]) for x in logits])
 
 
 def is_change(write: CellWrite, run: Run) -> bool:
@@ -106,27 +134,52 @@ def record(
     noise: Sequence[Tensor | None] | None = None,
     frame: Frame | None = None,
     keep_kv: bool = True,
+    read: ReadRows | None = None,
 ) -> list[Run]:
     """Run every prompt once and store what a sweep needs.
 
     Prompts are batched by length, unpadded. ``noise[i]`` [position, d_model] is added to prompt i's token embeddings.
-    Without noise, equal prompts share a run. ``frame``: filled with the blocks' arguments.
+    Without noise, equal prompts share a run. ``frame``: filled with the blocks' arguments. ``read``: the rows of each
+    prompt whose logits are read (None: the last).
     """
+    reads: ReadRows = [None] * len(prompts) if read is None else read
     if noise is None:
-        distinct = list(dict.fromkeys(map(as_hashable, prompts)))
+        keys = list(zip(map(as_hashable, prompts), reads, strict=True))
+        distinct = list(dict.fromkeys(keys))
         if len(distinct) < len(prompts):
-            runs = dict(zip(distinct, record(model, distinct, components, None, frame, keep_kv), strict=True))
-            return [runs[as_hashable(p)] for p in prompts]
+            ids, rows = zip(*distinct, strict=True)
+            runs = dict(zip(distinct, record(model, ids, components, None, frame, keep_kv, rows), strict=True))
+            return [runs[key] for key in keys]
     noises = list(noise) if noise is not None else [None] * len(prompts)
     out: list[Run | None] = [None] * len(prompts)
     for batch in equal_length_batches(prompts):
-        recorder = _Recorder(model, components, keep_kv, frame)
-        batch_noise = _stack_noise([noises[i] for i in batch])
-        with recorder.attached(batch_noise):
-            logits = model.last_logits([prompts[i] for i in batch])
-        for row, i in enumerate(batch):
-            out[i] = recorder.run(row, as_hashable(prompts[i]), logits[row], noises[i])
+        for part in _small_enough(batch, prompts, reads):
+            recorder = _Recorder(model, components, keep_kv, frame)
+            batch_noise = _stack_noise([noises[i] for i in part])
+            with recorder.attached(batch_noise):
+                logits = read_logits(model, [prompts[i] for i in part], [reads[i] for i in part])
+            for row, i in enumerate(part):
+                run = recorder.run(row, as_hashable(prompts[i]), logits[row], noises[i])
+                run.read = reads[i]
+                out[i] = run
     return [run for run in out if run is not None]
+
+
+def read_logits(
+    model: Model, prompts: Sequence[Sequence[int]], read: ReadRows
+) -> Sequence[Float[Tensor, "*read vocab"]]:
+    """Return the logits of the rows of each prompt that are read, for prompts of equal shape."""
+    if all(rows is None for rows in read):
+        return list(model.last_logits(prompts))
+    logits, first = model.logits_from(prompts, min(min(rows) for rows in read if rows is not None))
+    return [x[-1] if rows is None else x[[r - first for r in rows]] for x, rows in zip(logits, read, strict=True)]
+
+
+def _small_enough(batch: list[int], prompts: Sequence[Sequence[int]], reads: ReadRows) -> Iterator[list[int]]:
+    """Cut a batch of prompts so that not too many rows of logits exist at the same time."""
+    computed = [len(prompts[i]) - min(rows) for i in batch if (rows := reads[i]) is not None]
+    step = max(1, READ_ROWS // max(computed)) if computed else len(batch)
+    yield from (batch[i : i + step] for i in range(0, len(batch), step))
 
 
 def _stack_noise(noises: list[Tensor | None]) -> Tensor | None:

@@ -291,6 +291,16 @@ class Model(ModelFacts):
             return logits[torch.arange(len(tokens)), mask_positions(self, tokens)]
         return logits[:, -1]
 
+    @in_session
+    def logits_from(self, prompts: Sequence[Sequence[int]], row: int) -> tuple[Float[Tensor, "batch rows vocab"], int]:
+        """The logits after every token from ``row`` on, for prompts of equal shape, and the row of the first of them.
+
+        Models that take no ``logits_to_keep`` compute all: the first row is then 0.
+        """
+        n = len(prompts[0])
+        logits = self.forward(prompts, n - row)
+        return logits, n - logits.shape[1]
+
     @property
     def headless(self) -> bool:
         """Whether this is a language model without its head (BertModel).
@@ -309,26 +319,28 @@ class Model(ModelFacts):
         return type(self.bridge.original_model).__name__.endswith("ForMaskedLM")
 
     @in_session
-    def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def forward(self, prompts: Tensor | Sequence[Sequence[int]], last: int = 1) -> Tensor:
         """Run prompts of equal shape, with hooks.
 
-        Returns logits [batch, position, vocab], or one row for each prompt for a vision encoder.
+        Returns logits [batch, position, vocab], or one row for each prompt for a vision encoder. ``last``: how many of
+        the last positions need logits; models that cannot leave the others out return all.
         """
+        options = self._forward_options(last)
         if isinstance(prompts, Tensor):
-            return self.bridge(prompts, **self._forward_options())
+            return self.bridge(prompts, **options)
         inputs = collate(prompts, self.device, self.dtype)
         if list(inputs) == ["input_ids"]:
-            return self.bridge(inputs["input_ids"], **self._forward_options())
-        output = self.bridge.original_model(**inputs, **self._forward_options())
+            return self.bridge(inputs["input_ids"], **options)
+        output = self.bridge.original_model(**inputs, **options)
         return output_of(output) if self.reads == "images" else output.logits
 
-    def _forward_options(self) -> dict[str, Any]:
+    def _forward_options(self, last: int) -> dict[str, Any]:
         """Options that avoid a KV cache and logits of earlier positions.
 
         Options that the model does not support are left out.
         """
         accepted = inspect.signature(self.bridge.original_model.forward).parameters
-        return {k: v for k, v in {"use_cache": False, "logits_to_keep": 1}.items() if k in accepted}
+        return {k: v for k, v in {"use_cache": False, "logits_to_keep": last}.items() if k in accepted}
 
     @in_session
     @torch.no_grad()
