@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from text_loss import documentation
 
 import interp
 
@@ -30,9 +31,7 @@ def main() -> None:
     config = tomllib.loads((HERE / "head_statistics.toml").read_text(encoding="utf-8"))
     runs = Path(*(sys.argv[1:2] or [HERE / "runs"]))
     model = interp.load(config["load"])
-    pages = sorted((HERE.parent / "docs").rglob("*.md"))
-    text = "\n".join(p.read_text(encoding="utf-8") for p in (HERE.parent / "README.md", *pages))
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][: config["tokens"]]
+    ids = model.tokenizer(documentation(), add_special_tokens=False)["input_ids"][: config["tokens"]]
     runs.mkdir(parents=True, exist_ok=True)
     data = runs / "head_statistics.npy"
     np.save(data, np.array(ids, dtype=np.int32))

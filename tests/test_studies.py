@@ -1,0 +1,38 @@
+"""Studies run from end to end with tiny settings, and their null controls hold exactly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from interp.doctor.families.text import tiny_hf
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import head_routing
+import replaced_mixing
+
+
+@pytest.fixture(scope="module")
+def folder(word_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model and its tokenizer on disk, which knows few words of the text."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_hf("llama").save_pretrained(path)
+    word_tokenizer.save_pretrained(path)
+    return path
+
+
+def test_replaced_mixing(folder: Path, tmp_path: Path) -> None:
+    written = tmp_path / "new" / "result.json"
+    result = replaced_mixing.main(["--model", str(folder), "--windows", "2", "--length", "12", "--json", str(written)])
+    assert set(result["null_differences"].values()) == {0.0}
+    assert json.loads(written.read_text())["losses"] == result["losses"]
+
+
+def test_head_routing(folder: Path) -> None:
+    result = head_routing.main(["--model", str(folder), "--windows", "2", "--length", "12", "--open", "2", "1"])
+    assert result["gates_of_1_minus_unedited"] == 0.0
+    losses = {(row["open_heads"], row["choice"]): row["loss"] for row in result["losses"]}
+    assert len(losses) == 6
