@@ -87,11 +87,6 @@ def test_what_cannot_be_loaded_is_explained(source, words: str) -> None:
         interp.load(source)
 
 
-def test_a_model_object_needs_its_tokenizer() -> None:
-    with pytest.raises(ModelError, match="pass tokenizer="):
-        interp.load(tiny_hf("llama"))
-
-
 def test_folders_that_are_not_models(tmp_path) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         interp.load(str(tmp_path))

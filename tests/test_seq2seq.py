@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_explained(paired, tiny) -> None:
         model.attention_stats(SOURCE, target=TARGET, stack="middle")
     with pytest.raises(PromptError, match="not an encoder–decoder"):
         tiny("llama").attention_stats(SOURCE, target=TARGET)
-    with pytest.raises(PromptError, match="takes as its source text"):
+    with pytest.raises(PromptError, match="takes as its source a non-empty text, or token ids"):
         model.attention_stats(torch.zeros(8, 24), target=TARGET)
     with pytest.raises(SiteError, match=r"is an encoder–decoder.*decoder_blocks\.1\.cross_attn\.hook_z"):
         interp.patch(model, interp.PromptPair("w1 w2", "w1 w3", "w4", "w5"), model.sites("z", layers=0))

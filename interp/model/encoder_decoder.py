@@ -6,7 +6,6 @@ Of the encoder, of the decoder, and of what decoder heads read of the source.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import headstats
@@ -16,7 +15,8 @@ from torch import Tensor
 from interp.errors import PromptError
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import hash_of_prompts
-from interp.prompts.listing import listed
+from interp.prompts.listing import TokenIds, listed
+from interp.prompts.text_encoder import no_tokenizer
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.utils.progress import progress
 from interp.utils.provenance import now
@@ -50,7 +50,7 @@ def stack_stats(
             for name in layers[0]:
                 values.setdefault(name, []).append(torch.stack([x[name][0] for x in layers]).cpu().numpy())
             source_texts = _texts(model, source)
-            target_texts = [model.tokenizer.decode([i]) for i in target[0].tolist()]
+            target_texts = model.coder.texts(target[0].tolist())
             tokens.append(source_texts if stack == "encoder" else target_texts)
             keys.append(target_texts if stack == "decoder" else source_texts)
             advance(1)
@@ -65,8 +65,8 @@ def stack_stats(
 
 
 def _pairs(model: LoadedModel, sources: Any, targets: Any) -> list[tuple[dict[str, Tensor], Tensor]]:
-    all_sources = listed(sources, (str, Tensor), "sources (texts, or input features)")
-    all_targets = [] if targets is None else listed(targets, (str,), "targets (texts)")
+    all_sources = _listed_sources(sources)
+    all_targets = [] if targets is None else listed(targets, (str,), "targets (texts or token ids)", takes_ids=True)
     if not all_sources or len(all_sources) != len(all_targets):
         raise PromptError(
             f"{len(all_sources)} source(s) and {len(all_targets)} target(s) were given; an encoder–decoder is run on "
@@ -75,30 +75,45 @@ def _pairs(model: LoadedModel, sources: Any, targets: Any) -> list[tuple[dict[st
     return [(_source(model, s), _target(model, t)) for s, t in zip(all_sources, all_targets, strict=True)]
 
 
-def _source(model: LoadedModel, source: str | Tensor) -> dict[str, Tensor]:
+def _listed_sources(sources: Any) -> list[Any]:
+    """Return sources as texts, `TokenIds` or tensors of features."""
+    expected = "sources (texts, token ids, or input features)"
+    items: list[Any] = []
+    for source in listed(sources, (str, Tensor), expected, takes_ids=True):
+        is_features = isinstance(source, Tensor) and source.is_floating_point()
+        items += [source] if is_features else listed(source, (str,), expected, takes_ids=True)
+    return items
+
+
+def _source(model: LoadedModel, source: str | TokenIds | Tensor) -> dict[str, Tensor]:
     reads_features = model.bridge.original_model.main_input_name == "input_features"
     if reads_features and isinstance(source, Tensor) and source.ndim == 2:
         return {"input_features": source[None].to(model.device, model.dtype)}
-    if not reads_features and isinstance(source, str) and source:
+    if not reads_features and isinstance(source, str | TokenIds) and source:
         return {"input_ids": torch.tensor([model.coder.encode(source)], device=model.device)}
-    expected = "input features, a tensor [mel bins, frames]" if reads_features else "text, a non-empty string"
+    expected = "input features, a tensor [mel bins, frames]" if reads_features else "a non-empty text, or token ids"
     raise PromptError(f"{model.name} takes as its source {expected}; got {type(source).__name__}")
 
 
-def _target(model: LoadedModel, target: Sequence[str] | str) -> Tensor:
+def _target(model: LoadedModel, target: str | TokenIds) -> Tensor:
     """The decoder's input: its start token, then the target's tokens.
 
     Special tokens are not added.
     """
-    if not isinstance(target, str) or not target:
+    if not target:
         raise PromptError(f"a target must be a non-empty string, got {target!r}")
     start = model.bridge.original_model.config.decoder_start_token_id
-    ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+    if isinstance(target, TokenIds):
+        ids = model.coder.encode(target)
+    elif model.tokenizer is None:
+        raise no_tokenizer(model.name)
+    else:
+        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
     return torch.tensor([[start, *ids]], device=model.device)
 
 
 def _texts(model: LoadedModel, source: dict[str, Tensor]) -> list[str]:
     """One string for each position of the encoder; frames of sound are numbered."""
     if "input_ids" in source:
-        return [model.tokenizer.decode([i]) for i in source["input_ids"][0].tolist()]
+        return model.coder.texts(source["input_ids"][0].tolist())
     return [f"frame {i}" for i in range(model.bridge.original_model.config.max_source_positions)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp.errors import ModelError, PromptError
 from interp.model.loaded_model import LoadedModel
+from interp.prompts.text_encoder import no_tokenizer
 
 IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "input_features")
 
@@ -51,6 +52,10 @@ def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]
             f"{unread[0]} was given to {model.name}, a {type(model.bridge.original_model).__name__}, which reads no "
             "images or sound: load a model that does, or leave it out"
         )
+    if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and any(isinstance(t, str) for t in tokens)):
+        if model.tokenizer is None:
+            raise no_tokenizer(model.name)
+        return
     if not isinstance(tokens, Tensor):
         return
     if tokens.device.type != model.device.type:
@@ -58,11 +63,26 @@ def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]
             f"the tokens are on {tokens.device} and {model.name} is on {model.device}: "
             f"pass tokens.to({str(model.device)!r}), or load the model with device={str(tokens.device)!r}"
         )
+    if not tokens.is_floating_point() and tokens.numel():
+        least, most = (int(x) for x in tokens.aminmax())
+        size = vocabulary_size(model)
+        if least < 0 or (size is not None and most >= size):
+            raise PromptError(
+                f"token {least if least < 0 else most} is outside {model.name}'s vocabulary"
+                + ("" if size is None else f" of {size} tokens, 0 to {size - 1}")
+            )
     if not tokens.is_floating_point() and tokens.ndim == 2 and tokens.shape[1] > model.n_ctx:
         raise PromptError(
             f"{tokens.shape[1]} tokens are more than {model.name}'s context of {model.n_ctx}: shorten them, or call "
             "model.bridge(tokens) if you want to see what the model does beyond it"
         )
+
+
+def vocabulary_size(model: LoadedModel) -> int | None:
+    """Number of tokens that the model embeds; None if unknown (not all models are classes of transformers)."""
+    get_embeddings = getattr(model.bridge.original_model, "get_input_embeddings", None)
+    table = getattr(get_embeddings and get_embeddings(), "weight", None)
+    return None if table is None else len(table)
 
 
 def mask_positions(model: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -72,7 +92,10 @@ def mask_positions(model: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
     """
     mask = getattr(model.tokenizer, "mask_token_id", None)
     if mask is None:
-        raise PromptError(f"{model.name} is a masked language model, but its tokenizer has no mask token")
+        lacks = "it has no tokenizer, which would say which token that is" if model.tokenizer is None else (
+            "its tokenizer has no mask token"
+        )  # fmt: skip
+        raise PromptError(f"{model.name} is a masked language model, read at its mask token, but {lacks}")
     is_mask = tokens == mask
     counts = is_mask.sum(-1)
     if (counts != 1).any():

@@ -168,20 +168,25 @@ def _refuse_unusable(name: str, model: Any) -> None:
 
 @contextlib.contextmanager
 def _without_installing() -> Iterator[None]:
-    """Replace two functions of TransformerLens while it builds a bridge.
+    """Replace three functions of TransformerLens while it builds a bridge.
 
-    Afterwards they are its own again. For a model that reads images TransformerLens would request a processor from the
-    hub and pip-install torchvision. That torchvision would bring another torch with it, and a model object need not be
-    on any hub.
+    Afterwards they are its own again. For a model without a tokenizer TransformerLens would request one from the hub,
+    and for a model that reads images a processor; it would also pip-install torchvision. That torchvision would bring
+    another torch with it, and a model object need not be on any hub.
     """
     from transformer_lens.model_bridge.sources.transformers import helpers, source
 
     building: Any = source
     with BUILDING:
-        originals = helpers._ensure_torchvision, building.load_modality_processor
+        originals = (
+            helpers._ensure_torchvision, building.load_modality_processor, building.skip_tokenizer_for_modality,
+        )  # fmt: skip
+        building.skip_tokenizer_for_modality = lambda _config: True
         helpers._ensure_torchvision = lambda: importlib.util.find_spec("torchvision") is not None
         building.load_modality_processor = lambda *_args, **_options: None
         try:
             yield
         finally:
-            helpers._ensure_torchvision, building.load_modality_processor = originals
+            (
+                helpers._ensure_torchvision, building.load_modality_processor, building.skip_tokenizer_for_modality,
+            ) = originals  # fmt: skip

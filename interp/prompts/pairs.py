@@ -27,7 +27,7 @@ Encode = Callable[[int, Any, Coder, list[str]], Encoded]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text with named spans by character range.
+    """One text with named spans by character range; or token ids with spans by token range.
 
     `interp.spans` makes them from chats and sentences.
     """
@@ -37,11 +37,12 @@ class Prompt:
 
     def span(self, name: str, words: str | None = None, *, occurrence: int | None = None) -> Prompt:
         """Return a copy in which ``words`` (default: the name itself) is a named span; see `PromptPair.span`."""
-        return Prompt(self.text, {**self.spans, name: _named_span(self.text, name, words, occurrence)})
+        text = _words_only(self.text, name)
+        return Prompt(self.text, {**self.spans, name: _named_span(text, name, words, occurrence)})
 
     def token_spans(self, coder: Coder) -> dict[str, Span]:
         """The spans as token ranges of one tokenizer (``model.coder``)."""
-        return token_spans(self.spans, coder.offsets(self.text))
+        return _token_ranges(self.spans, text_of(self), coder)
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class PromptPair:
         effects = interp.patch(model, pair, model.sites("resid_pre", positions="each"))
 
     Answer and foil are single tokens, written with their leading space (or token ids). Prompts are texts, or token ids
-    with their special tokens, which have no words to name spans by. ``spans`` names stretches of the clean text by
-    character range, e.g. ``{"subject": (4, 16)}``; `span` adds one by its words.
+    with their special tokens. ``spans`` names stretches of the clean prompt: of a text by character range, e.g.
+    ``{"subject": (4, 16)}`` (`span` adds one by its words), of token ids by token range, ``{"subject": (1, 4)}``.
     """
 
     clean: str
@@ -64,7 +65,7 @@ class PromptPair:
     spans: Mapping[str, Span] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
-        spans = ", ".join(f"{name}: {str(self.clean)[a:b]!r}" for name, (a, b) in self.spans.items())
+        spans = ", ".join(f"{name}: {self.clean[a:b]!r}" for name, (a, b) in self.spans.items())
         facts = {"clean": self.clean, "corrupt": self.corrupt, "answer": repr(self.answer), "foil": repr(self.foil)}
         return card("PromptPair", {**facts, "spans": spans or "–"})
 
@@ -75,10 +76,18 @@ class PromptPair:
         ``occurrence``: which place, if the words stand in several: 0 for the first (the default, with a warning), −1
         for the last. Raises PromptError if the words are not in the text.
         """
-        if not isinstance(self.clean, str):
-            raise PromptError(f"span {name!r}: the clean prompt is token ids, in which no words can be found")
-        spans = {**self.spans, name: _named_span(self.clean, name, words, occurrence)}
+        spans = {**self.spans, name: _named_span(_words_only(self.clean, name), name, words, occurrence)}
         return PromptPair(self.clean, self.corrupt, self.answer, self.foil, spans)
+
+
+def _words_only(text: Any, name: str) -> str:
+    """Return a text; raise PromptError for token ids, which have no words to name a span by."""
+    if not isinstance(text, str):
+        raise PromptError(
+            f"span {name!r}: the prompt is token ids, in which no words can be found: name its range of tokens, "
+            f"spans={{{name!r}: (start, stop)}}"
+        )
+    return text
 
 
 def _named_span(text: str, name: str, words: str | None, occurrence: int | None) -> Span:
@@ -218,10 +227,21 @@ def _encode_pair(index: int, pair: PromptPair, coder: Coder, notes: list[str]) -
             + _side_by_side(coder.texts(clean), coder.texts(corrupt))
         )
     answer, foil = answer_ids(texts[0], pair.answer, pair.foil, coder, what, notes)
-    if pair.spans and not isinstance(texts[0], str):
-        raise PromptError(f"{what}: spans are ranges of characters, and the clean prompt is token ids")
-    spans = token_spans(pair.spans, coder.offsets(texts[0])) if pair.spans else {}
+    spans = _token_ranges(pair.spans, texts[0], coder)
     return Encoded(tuple(clean), tuple(corrupt), answer, foil, tuple(coder.texts(clean)), spans)
+
+
+def _token_ranges(spans: Mapping[str, Span], text: str | TokenIds, coder: Coder) -> dict[str, Span]:
+    """Return named spans as token ranges: of token ids they are ranges of tokens already."""
+    if isinstance(text, str):
+        return token_spans(spans, coder.offsets(text)) if spans else {}
+    for name, span in spans.items():
+        is_range = isinstance(span, Sequence) and len(span) == 2 and all(type(x) is int for x in span)
+        if not is_range or not 0 <= span[0] < span[1] <= len(text):
+            raise PromptError(
+                f"span {name!r} is {span!r:.60}: a range (start, stop) of the {len(text)} tokens expected"
+            )
+    return {name: (start, stop) for name, (start, stop) in spans.items()}
 
 
 def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:

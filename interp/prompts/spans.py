@@ -54,6 +54,8 @@ def with_sentences(prompt: P) -> P:
     For a PromptPair these are the sentences of the clean text.
     """
     text = prompt.clean if isinstance(prompt, PromptPair) else prompt.text
+    if not isinstance(text, str):
+        raise PromptError(f"sentences are found in a text, and this prompt is token ids: {text!r:.60}")
     return replace(prompt, spans={**prompt.spans, **sentence_spans(text)})
 
 

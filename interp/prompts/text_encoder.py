@@ -21,6 +21,14 @@ log = logging.getLogger("interp")
 ANCHORS = ("a", "(", "\n")  # texts of one token each, that few tokenizers merge with what follows
 
 
+def no_tokenizer(name: str) -> PromptError:
+    """Return the error for text that is given to a model without a tokenizer."""
+    return PromptError(
+        f"{name} has no tokenizer, so that prompts and answers cannot be texts: load it with tokenizer=…, or give "
+        "token ids"
+    )
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Encodes text for one model.
@@ -51,10 +59,7 @@ class TextEncoder:
     def bare(self, text: str) -> list[int]:
         """Encode without special tokens."""
         if self.tokenizer is None:
-            raise PromptError(
-                f"{self.name} has no tokenizer, so that prompts cannot be texts: load it with tokenizer=…, or give "
-                "token ids"
-            )
+            raise no_tokenizer(self.name)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, text: str | TokenIds) -> list[int]:
@@ -84,6 +89,11 @@ class TextEncoder:
         if len(ids) > self.n_ctx:
             raise PromptError(f"a prompt of {len(ids)} tokens is longer than {self.name}'s context of {self.n_ctx}")
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            if self.tokenizer is None:
+                raise PromptError(
+                    f"token {max(ids)} is beyond {self.name}'s vocabulary of {self.vocabulary} tokens, 0 to "
+                    f"{self.vocabulary - 1}"
+                )
             raise PromptError(
                 f"token {max(ids)} ({self.texts([max(ids)])[0]!r}) is beyond the {self.vocabulary} tokens that "
                 f"{self.name} knows: is the tokenizer another model's?"

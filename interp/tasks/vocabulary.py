@@ -88,6 +88,7 @@ def words_of_tokenizer(model: TaskModel, *, fewest: int, most: int) -> list[str]
     too. Raises TaskError if the total is still below ``fewest``.
     """
     coder = model.coder
+    coder.continuation("a")  # raises if there is no tokenizer
     long: list[str] = []
     short: list[str] = []
     for i in range(len(model.tokenizer)):
