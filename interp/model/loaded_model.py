@@ -90,7 +90,7 @@ class LoadedModel(Protocol):
         """As `Model.masked`."""
         ...
 
-    def forward(self, prompts: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def forward(self, prompts: Tensor | Sequence[Sequence[int]], last: int = 1) -> Tensor:
         """As `Model.forward`."""
         ...
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import headstats
 import torch
@@ -51,6 +51,9 @@ from interp.results.attention_stats import AttentionStats
 from interp.utils.gc_pause import collector_paused
 from interp.utils.progress import progress
 from interp.utils.provenance import versions
+
+if TYPE_CHECKING:
+    from interp.model.likelihood import Masking
 
 log = logging.getLogger("interp")
 
@@ -401,6 +404,41 @@ class Model(ModelFacts):
         from interp.model.collect_patterns import prompt_patterns
 
         return prompt_patterns(self, prompts, heads, exact, resolution, topk, rows)
+
+    @in_session
+    @torch.no_grad()
+    def confidence(self, prompts: str | Prompt | PromptPair | Tensor | Mapping[str, Any] | Iterable[Any]) -> Any:
+        """How sure the model is along each prompt: a DataFrame with one row for each token.
+
+            table = model.confidence("The Eiffel Tower is in Paris")
+            table[["token", "next", "probability", "entropy", "margin"]]
+            table.groupby("example")["logprob"].sum()     # log-likelihood of each prompt
+
+        Columns: example, position, token; ``next``, the token that follows it in the prompt; ``probability`` and
+        ``logprob`` (nats) of ``next`` (NaN after the last token); ``entropy`` (nats) of the distribution over the next
+        token; ``margin``, the largest probability minus the second largest; ``best``, the most probable token. Only a
+        few positions' logits exist at a time. Raises PromptError for a masked language model and for bad prompts, and
+        ModelError for a model without a language-model head.
+        """
+        from interp.model.likelihood import confidence_table
+
+        return confidence_table(self, prompts)
+
+    @in_session
+    @torch.no_grad()
+    def token_logprobs(self, prompts: Any, *, masking: Masking = "word") -> list[Float[Tensor, " tokens"]]:
+        """Log-probabilities of each prompt's own tokens, in nats: one tensor for each prompt, float64 on the CPU.
+
+            sums = [x.sum() for x in model.token_logprobs(["Paris is in France", "Paris is in Italy"])]
+
+        A causal model scores every token but the first, given those before it. A masked model scores every token but
+        its special ones, given all others (pseudo-likelihood). ``masking``: "word" masks the later tokens of the
+        token's word too, so that they do not give it away (Kauf & Ivanova 2023); "token" masks the token alone
+        (Salazar et al. 2020). Words of token ids are unknown: each token is one. Raises as `confidence` does.
+        """
+        from interp.model.likelihood import statement_logprobs
+
+        return statement_logprobs(self, prompts, masking)
 
     def provenance(self) -> dict[str, Any]:
         """What reproducing a result requires.

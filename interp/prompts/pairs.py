@@ -172,7 +172,7 @@ def encode_prompt(prompt: Any, coder: Coder) -> list[int]:
     ids = coder.encode(text)
     if coder.name is not None:
         spans = {"subject": prompt.subject_span} if isinstance(prompt, Fact) else getattr(prompt, "spans", {})
-        coder.name(ids, coder.texts(ids), token_spans(spans, coder.offsets(text)) if spans else {})
+        coder.name(ids, coder.texts(ids), _token_ranges(spans, text, coder))
     return ids
 
 

@@ -14,8 +14,9 @@ all of them. The functions that make the tasks are listed in `interp.tasks.regis
 from interp.tasks import registry
 from interp.tasks.behaviour import Behaviour, check
 from interp.tasks.known_facts import Facts, facts
+from interp.tasks.ranking import rank
 from interp.tasks.registry import *  # noqa: F403  (every task, by the registry's __all__)
 from interp.tasks.vocabulary import TaskPairs
 
-__all__ = ["Behaviour", "Facts", "TaskPairs", "check", "facts"]
+__all__ = ["Behaviour", "Facts", "TaskPairs", "check", "facts", "rank"]
 __all__ += registry.__all__
