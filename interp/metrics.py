@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from interp.errors import InterpError
 from interp.utils.checks import did_you_mean
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 class Readout:
     """What a metric may read besides logits: token ids and the clean run's logits.
 
-    One of each per row.
+    One of each per row. ``run_logits``: of the run that is changed, before the change. ``tokens``: for a metric over
+    several positions, the tokens of the clean prompt at the positions that are named; for an answer of several tokens,
+    these.
     """
 
     answer: Int[Tensor, " batch"]
     foil: Int[Tensor, " batch"] | None = None
-    clean_logits: Float[Tensor, "batch vocab"] | None = None
+    clean_logits: Float[Tensor, "batch *read vocab"] | None = None
+    run_logits: Float[Tensor, "batch *read vocab"] | None = None
+    tokens: Int[Tensor, "batch read"] | None = None
 
     def rows(self, index: Int[Tensor, " rows"]) -> Readout:
         """Return the readout of the rows in ``index``, which may repeat rows."""
         index = index.to(self.answer.device)
-        foil, clean = self.foil, self.clean_logits
-        return Readout(
-            self.answer[index],
-            None if foil is None else foil[index],
-            None if clean is None else clean[index],
-        )
+        others = (self.foil, self.clean_logits, self.run_logits, self.tokens)
+        return Readout(self.answer[index], *(None if x is None else x[index] for x in others))
 
 
-MetricFn = Callable[["Float[Tensor, 'batch vocab']", Readout], "Float[Tensor, ' batch']"]
+MetricFn = Callable[["Float[Tensor, 'batch *read vocab']", Readout], "Float[Tensor, ' batch']"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Metric:
     axes. ``needs_foil`` lets a recipe refuse a pair without a foil before any forward is run. ``reads_pair``: the
     metric reads only the logits of the answer and the foil, so that no others need to be computed.
     ``differentiable``: attribution methods can use it.
+
+    ``over="positions"``: ``fn`` takes the logits of all positions that are read, [batch, read, vocab], and returns one
+    number for them. ``predicts``: it reads the rows in which the tokens at these positions are predicted, the ones
+    before. ``reads_run``: it reads ``readout.run_logits``. ``reads_answer``: it depends on the answer. ``whole``: the
+    metric of an answer of several tokens, from the logits [batch, tokens, vocab] of the rows that predict them.
     """
 
     name: str
@@ -64,9 +69,18 @@ class Metric:
     needs_foil: bool = False
     reads_pair: bool = False
     differentiable: bool = True
+    over: Literal["position", "positions"] = "position"
+    predicts: bool = False
+    reads_run: bool = False
+    reads_answer: bool = True
+    whole: MetricFn | None = None
 
-    def __call__(self, logits: Float[Tensor, "batch vocab"], readout: Readout) -> Float[Tensor, " batch"]:
-        """Evaluate on a batch of final-position logits."""
+    def __post_init__(self) -> None:
+        if self.over not in ("position", "positions"):
+            raise InterpError(f"over={self.over!r}: 'position' (of each alone) or 'positions' (of all) expected")
+
+    def __call__(self, logits: Float[Tensor, "batch *read vocab"], readout: Readout) -> Float[Tensor, " batch"]:
+        """Evaluate on a batch of logits: of one position each, or of several (``over="positions"``)."""
         if self.needs_foil and readout.foil is None:
             raise InterpError(f"metric {self.name!r} needs a foil: give every PromptPair foil=…, or use interp.logprob")
         from torch import Tensor
@@ -103,23 +117,57 @@ def _kl(logits: Tensor, r: Readout) -> Tensor:
     return (clean.exp() * (clean - _wide(logits).log_softmax(-1))).sum(-1)
 
 
-logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True)
-"""logit(answer) − logit(foil) (Wang et al. 2022)."""
+def _token_kl(logits: Tensor, r: Readout) -> Tensor:
+    if r.run_logits is None:
+        raise InterpError("metric 'token_kl' needs the logits of the run that is changed: recipes with cells give them")
+    return _kl(logits, Readout(r.answer, clean_logits=r.run_logits))
 
-prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability")
-"""Probability of the answer token (Meng et al. 2022)."""
 
-logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats")
-"""Log-probability of the answer token."""
+def _token_logprobs(logits: Float[Tensor, "batch read vocab"], r: Readout) -> Float[Tensor, "batch read"]:
+    if r.tokens is None:
+        raise InterpError("a metric of several tokens needs the tokens that are read: recipes with at= give them")
+    return _wide(logits).log_softmax(-1).gather(-1, r.tokens[..., None])[..., 0]
+
+
+def _sum_logprob(logits: Tensor, r: Readout) -> Tensor:
+    return _token_logprobs(logits, r).sum(-1)
+
+
+def _worst_rank(logits: Tensor, r: Readout) -> Tensor:
+    assert r.tokens is not None
+    return (logits > logits.gather(-1, r.tokens[..., None])).sum(-1).amax(-1).float()
+
+
+logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True, whole=_sum_logprob)
+"""logit(answer) − logit(foil) (Wang et al. 2022). Of several tokens: the difference of summed log-probabilities."""
+
+prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability",
+    whole=lambda x, r: _sum_logprob(x, r).exp())  # fmt: skip
+"""Probability of the answer (Meng et al. 2022). Of several tokens: the product of their probabilities."""
+
+logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats", whole=_sum_logprob)
+"""Log-probability of the answer. Of several tokens: the sum over the tokens (chain rule)."""
 
 rank = Metric("rank", lambda x, r: (x > _pick(x, r.answer)[:, None]).sum(-1).float(), unit="rank", direction=-1,
-    differentiable=False)  # fmt: skip
-"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice."""
+    differentiable=False, whole=_worst_rank)  # fmt: skip
+"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice.
 
-kl = Metric("kl", _kl, unit="nats", direction=-1)
+Of several tokens: the largest rank among them; 0 means that the model writes the whole answer by itself.
+"""
+
+kl = Metric("kl", _kl, unit="nats", direction=-1, reads_answer=False)
 """KL(clean ‖ run) over the whole vocabulary; 0 for the clean run itself."""
 
-METRICS: dict[str, Metric] = {m.name: m for m in (logit_diff, prob, logprob, rank, kl)}
+token_kl = Metric("token_kl", _token_kl, unit="nats", direction=-1, reads_run=True, reads_answer=False)
+"""KL(unchanged ‖ changed) at each position that is read; exactly 0 where the change cannot reach.
+
+Unchanged is the run that is patched into: the corrupt one when denoising, else the clean one.
+"""
+
+seq_logprob = Metric("seq_logprob", _sum_logprob, unit="nats", over="positions", predicts=True, reads_answer=False)
+"""Sum of the log-probabilities of the clean prompt's own tokens at the positions that are read."""
+
+METRICS: dict[str, Metric] = {m.name: m for m in (logit_diff, prob, logprob, rank, kl, token_kl, seq_logprob)}
 
 
 def as_metric(metric: Metric | str | MetricFn) -> Metric:
@@ -137,7 +185,7 @@ def as_metric(metric: Metric | str | MetricFn) -> Metric:
 
 
 def rounding(
-    metric: Metric, logits: Float[Tensor, "batch vocab"], readout: Readout, dtype: torch.dtype
+    metric: Metric, logits: Float[Tensor, "batch *read vocab"], readout: Readout, dtype: torch.dtype
 ) -> Float[Tensor, " batch"]:
     """Return how far rounding of the logits can move the metric.
 
@@ -155,11 +203,12 @@ def rounding(
     columns = torch.arange(logits.shape[-1], device=logits.device)
     against_all = -torch.ones_like(logits)
     in_turn = torch.where(columns % 2 == 0, 1.0, -1.0).to(logits.dtype).expand_as(logits).clone()
-    if readout.foil is not None:
+    answer = readout.answer[:, None] if readout.tokens is None else readout.tokens[..., None]
+    if readout.foil is not None and logits.ndim == 2:
         in_turn[columns == readout.foil[:, None]] = -1
     bound = torch.zeros_like(before)
     for signs in (against_all, in_turn):
-        signs[columns == readout.answer[:, None]] = 1
+        signs[columns == answer] = 1
         bound = torch.maximum(bound, (metric(logits + signs * step, readout).double() - before).abs())
     return bound
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -25,10 +26,15 @@ def test_values_against_numpy() -> None:
         "logprob": [np.log(p[0, 0]), np.log(p[1, 1])],
         "rank": [0, 1],
         "kl": (q * np.log(q / p)).sum(-1),
+        "token_kl": (q * np.log(q / p)).sum(-1),
     }
-    assert set(expected) == set(METRICS)
+    assert {*expected, "seq_logprob"} == set(METRICS)
+    read = dataclasses.replace(READ, run_logits=LOGITS.flip(0), tokens=torch.tensor([[0, 2], [1, 0]]))
+    both = np.stack([np.log(p), np.log(p)[::-1]], 1)
+    sums = [both[0, 0, 0] + both[0, 1, 2], both[1, 0, 1] + both[1, 1, 0]]
+    np.testing.assert_allclose(interp.seq_logprob(torch.stack([LOGITS, LOGITS.flip(0)], 1), read), sums, atol=1e-6)
     for name, value in expected.items():
-        np.testing.assert_allclose(METRICS[name](LOGITS, READ), value, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(METRICS[name](LOGITS, read), value, atol=1e-6, err_msg=name)
 
 
 def test_recovery_ends_and_undefined() -> None:

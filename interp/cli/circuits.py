@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from interp.model.model import Model
 
 SELECTIONS = get_args(Selection)
-METRICS = tuple(name for name, metric in ALL_METRICS.items() if metric.differentiable)
+METRICS = tuple(
+    name for name, m in ALL_METRICS.items() if m.differentiable and m.over == "position" and not m.reads_run
+)
 DEFAULT_EDGES = 200
 METHODS = (*get_args(EdgeMethod), "flow", "acdc")
 

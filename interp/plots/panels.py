@@ -44,7 +44,7 @@ COMPONENT_WORDS = {
     "result": "attention heads (result, after the output projection)",
     "mlp_post": "neurons of each MLP",
 }
-VARIANT_KEYS = ("intervention", "mode", "metric", "model", "task")  # in the order of Variant's fields
+VARIANT_KEYS = ("intervention", "mode", "metric", "model", "task", "read_at")  # in the order of Variant's fields
 MODE_WORDS = {"denoise": "denoising", "noise": "noising"}
 OTHER_ROLE = "other tokens"
 
@@ -53,7 +53,7 @@ OTHER_ROLE = "other tokens"
 class Variant:
     """One (intervention, mode, metric) of a panel, and its rows.
 
-    ``model`` and ``task`` are "" unless results of several were joined.
+    ``model`` and ``task`` are "" unless results of several were joined; ``read_at`` is "" for the last position.
     """
 
     intervention: str
@@ -61,13 +61,15 @@ class Variant:
     metric: str
     model: str
     task: str
+    read_at: str
     effects: Effects
     rows: np.ndarray  # row numbers in the table that was split
 
     @property
     def label(self) -> str:
         """A title: ``patch, denoising, logit_diff``, with model and task if there are several."""
-        parts = (self.intervention, MODE_WORDS.get(self.mode, self.mode), self.metric, self.model, self.task)
+        metric = f"{self.metric} read at {self.read_at}" if self.read_at else self.metric
+        parts = (self.intervention, MODE_WORDS.get(self.mode, self.mode), metric, self.model, self.task)
         return ", ".join(x for x in parts if x)
 
     @cached_property

@@ -64,7 +64,8 @@ def _single(text: str, ids: list[int], coder: Coder, what: str) -> int:
     hint = "" if text.startswith(" ") else f" (did you mean {' ' + text!r}, with a leading space?)"
     raise PromptError(
         f"{what} {text!r} is {len(ids)} tokens {coder.texts(ids)}, but must be exactly one{hint}. "
-        "Metrics read one next-token logit; choose another word."
+        "Metrics read one next-token logit; choose another word. For the log-probability of several tokens, write them "
+        "at the end of both prompts as a span, and read it with metric='seq_logprob' and at= the span's name."
     )
 
 

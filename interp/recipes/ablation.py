@@ -35,6 +35,7 @@ from interp.recipes.mean_activations import (
     reference_ids,
 )
 from interp.recipes.other_heads import check_other_heads, other_heads_writes
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
@@ -63,6 +64,7 @@ def ablate(
     reference: Iterable[str | Prompt | PromptPair] | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Ablate every site in the clean run of every pair, one site at a time.
 
@@ -89,7 +91,7 @@ def ablate(
     two prompts for each), before any sweep.
     """
     _check_recipe(using, schedule, seed)
-    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at)
     targets = targets_of(sites, groups, window, model)
     every_site = all_sites(targets)
     loop.runner.check_sites(every_site)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp.engine import Engine, Run
 from interp.engine.packed_forward import StopForward
+from interp.engine.runs import ReadRows
 from interp.errors import InterpError
 from interp.model.batching import equal_length_batches
 from interp.model.hooks import hooks
@@ -31,12 +32,15 @@ class NoiseCorruption:
     samples: int
     seed: int
 
-    def runs(self, runner: Engine, prompts: Sequence[Encoded], numbers: range, components: Sequence[str]) -> list[Run]:
-        """Record ``samples`` corrupted runs of each prompt, which keep ``components``."""
+    def runs(
+        self, runner: Engine, prompts: Sequence[Encoded], numbers: range, components: Sequence[str],
+        read: ReadRows | None = None,
+    ) -> list[Run]:  # fmt: skip
+        """Record ``samples`` corrupted runs of each prompt, which keep ``components``. ``read``: rows of each run."""
         jobs = [(i, p, s) for i, p in zip(numbers, prompts, strict=True) for s in range(self.samples)]
         std = self.multiple * self.sigma
         noises = [subject_noise(self.model, p, std, self.seed, i, s) for i, p, s in jobs]
-        return runner.record([p.clean for _, p, _ in jobs], components, noises)
+        return runner.record([p.clean for _, p, _ in jobs], components, noises, read=read)
 
     def first(self, prompt: Encoded) -> int:
         """Return the first row that the corruption changes."""
@@ -54,9 +58,12 @@ class PairCorruption:
 
     samples: int = 1
 
-    def runs(self, runner: Engine, prompts: Sequence[Encoded], numbers: range, components: Sequence[str]) -> list[Run]:
-        """Record the corrupt run of each pair, which keeps ``components``."""
-        return runner.record([p.corrupt for p in prompts], components)
+    def runs(
+        self, runner: Engine, prompts: Sequence[Encoded], numbers: range, components: Sequence[str],
+        read: ReadRows | None = None,
+    ) -> list[Run]:  # fmt: skip
+        """Record the corrupt run of each pair, which keeps ``components``. ``read``: rows of each run."""
+        return runner.record([p.corrupt for p in prompts], components, read=read)
 
     def first(self, prompt: Encoded) -> int:
         """Return the first row that the corruption changes."""

@@ -20,6 +20,7 @@ from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer
 from interp.model.session import in_session
 from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.choices import EDITED_ALONE
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Address
 from interp.results.effects import Effects
@@ -41,6 +42,7 @@ def edit(
     show_progress: bool | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Apply each of ``edits`` to attention in the clean run, one at a time.
 
@@ -55,7 +57,7 @@ def edit(
 
     Raises PromptError, SiteError or InterpError for bad input, before any forward.
     """
-    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=mode == "noise")
+    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=mode == "noise", at=at)
     if mode not in ("noise", "denoise"):
         raise InterpError(f"mode={mode!r}: 'noise' (edit the clean run) or 'denoise' (the corrupt run) expected")
     if each not in (None, *EDITED_ALONE):
@@ -88,9 +90,7 @@ class _EditCells(CellSource):
         """Clean runs, and corrupt runs if there are any; the edits go into one of them."""
         if self.mode == "noise":
             return loop.record_clean_first(numbers)
-        batch = loop.record_pairs(numbers)
-        batch.runs = batch.corrupt_runs
-        return batch
+        return loop.record_pairs(numbers, into="corrupt")
 
     def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
         """Every edit of every prompt, in one group."""

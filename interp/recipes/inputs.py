@@ -30,12 +30,25 @@ def provenance_of(prompts: Any) -> dict[str, Any]:
     return {"task": prompts.task, "seed": prompts.seed} if isinstance(prompts, PairSet) else {}
 
 
-def check_metric(metric: Metric, prompts: Sequence[Encoded], model: Model) -> None:
+def check_readable(model: Model, at: Any, metric: Metric) -> None:
+    """Raise InterpError if only one position of the model's output can be read, or if it is none of the prompt's."""
+    if model.reads == "images" or model.masked or model.headless:
+        why = "reads images" if model.reads == "images" else "fills in a mask" if model.masked else "has no LM head"
+        raise InterpError(f"{model.name} {why}, so that at={at!r} and metric {metric.name!r} cannot be read from it")
+
+
+def check_metric(metric: Metric, prompts: Sequence[Encoded], model: Model, any_position: bool = False) -> None:
     """Raise, before any forward, if the metric cannot be read from these prompts and this model.
 
     A built-in metric needs a language-model head (a custom metric may read the hidden states of a model without one),
-    and a metric with ``needs_foil`` needs a foil in every pair.
+    and a metric with ``needs_foil`` needs a foil in every pair. ``any_position``: the caller can read several
+    positions, and the run before a change; others take no metric that needs them.
     """
+    if not any_position and (metric.over == "positions" or metric.reads_run):
+        raise InterpError(
+            f"metric {metric.name!r} reads several positions or the run before a change, which recipes with at= can; "
+            "here one position of each run is read: use interp.logprob, interp.kl or a metric of one position"
+        )
     if model.headless and METRICS.get(metric.name) is metric:
         raise InterpError(
             f"{model.name} has no language-model head and ends in hidden states, and metric {metric.name!r} reads "

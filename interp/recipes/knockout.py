@@ -25,6 +25,7 @@ from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Fact, PromptPair
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import window_layers
 from interp.results.effects import Effects
@@ -49,6 +50,7 @@ def knock_out(
     show_progress: bool | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Block attention from ``queries`` to ``keys``, in ``window`` layers around each of ``layers``, in the clean run.
 
@@ -66,7 +68,7 @@ def knock_out(
     Raises PromptError, SiteError or InterpError for bad input, also where a query would have no key left to read, in
     every layer or in one that slides a window.
     """
-    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True)
+    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True, at=at)
     window = max(1, model.n_layers // 5) if window is None else window
     queries = None if queries == ALL else queries
     check_window(window)

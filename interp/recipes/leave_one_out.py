@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from interp.errors import PromptError
-from interp.metrics import Metric, MetricFn, logprob
+from interp.errors import InterpError, PromptError
+from interp.metrics import Metric, MetricFn, Readout, logprob
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
 from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import Fact, PromptPair
+from interp.recipes.scoring import Value
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site
@@ -54,6 +55,11 @@ def leave_out(
     (bytes besides the weights, or ``"4GiB"``) that does not hold one prompt.
     """
     loop = SweepLoop(model, prompts, metric, "naive", memory, subset, show_progress, takes_facts=True)
+    if loop.outs is not None:
+        raise InterpError(
+            f"interp.leave_out moves tokens, and metric {loop.metric.name!r} compares positions: use a metric of the "
+            "last position, such as interp.logprob or interp.kl"
+        )
     loop.runner.reason = "tokens move, so that nothing can be reused"
     if instead is not None and not (
         isinstance(instead, Mapping) and all(isinstance(text, str) for text in instead.values())
@@ -88,12 +94,15 @@ class _LeaveOutCells(CellSource):
             for name, _ in self.shortened[i]
         ]
 
-    def evaluate(self, loop: SweepLoop, batch: Batch, rows: Sequence[CellRow], advance: Advance) -> list[float]:
+    def evaluate(self, loop: SweepLoop, batch: Batch, rows: Sequence[CellRow], advance: Advance) -> list[Value]:
         """Return the metric of every shortened prompt."""
         ids = [remaining for i in batch.numbers for _, remaining in self.shortened[i]]
 
+        read = batch.read
+        assert isinstance(read, Readout)  # checked above
+
         def score(logits: Tensor, indices: Sequence[int]) -> Tensor:
-            return loop.metric(logits, batch.read.rows(torch.tensor([rows[i].index for i in indices])))
+            return loop.metric(logits, read.rows(torch.tensor([rows[i].index for i in indices])))
 
         return loop.runner.score_prompts(batch.clean_runs, ids, score, advance).tolist()
 

@@ -18,13 +18,14 @@ import numpy as np
 import pandas as pd
 
 from interp.engine.core import EngineKind
-from interp.errors import Interrupted
-from interp.metrics import Metric, MetricFn, logit_diff
+from interp.errors import InterpError, Interrupted
+from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.pairs import PromptPair
 from interp.recipes.inputs import as_prompts
 from interp.recipes.patching import patch
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Subset
 from interp.recipes.targets import Groups
 from interp.results.effects import Effects
@@ -51,6 +52,7 @@ def mediate(
     window: int = 1,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Measure the total, direct and indirect effect of the change from clean to corrupt prompt, for each mediator.
 
@@ -68,8 +70,12 @@ def mediate(
     `interp.patch`.
     """
     items = as_prompts(model, pairs)
+    if as_metric(metric).reads_run:
+        raise InterpError(
+            "interp.mediate compares changes of two runs, and metric 'token_kl' of each is its own: use interp.kl"
+        )
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
-    options: dict[str, Any] = {"groups": groups, "window": window, "memory": memory, "subset": subset}
+    options: dict[str, Any] = {"groups": groups, "window": window, "memory": memory, "subset": subset, "at": at}
     try:
         indirect = patch(model, items, sites, metric, "noise", engine, show_progress, **options)
     except Interrupted:

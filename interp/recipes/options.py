@@ -131,6 +131,12 @@ def _texts_of_file(path: Path) -> list[str]:
     return read_texts(path)
 
 
+def _typed_positions(value: str) -> int | str | list[int | str]:
+    """Read positions and names of spans, comma-separated."""
+    items = [typed_position(item.strip()) for item in value.split(",")]
+    return items[0] if len(items) == 1 else items
+
+
 def _comma_separated(value: str) -> list[str]:
     return [item.strip() for item in value.split(",")]
 
@@ -187,6 +193,11 @@ POSITIONS = OptionType(
     checks.either(position_value, checks.list_of(position_value)),
     from_command_line=typed_position,
     argument=lambda model, value: typed_position(value) if isinstance(value, str) else value,
+)
+PLACES = OptionType(
+    checks.either(position_value, checks.list_of(position_value)),
+    from_command_line=_typed_positions,
+    argument=lambda model, value: _typed_positions(value) if isinstance(value, str) else value,
 )
 SITE = OptionType(_one_site)
 SITES = OptionType(sites_text, argument=sites_of)

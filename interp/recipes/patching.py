@@ -24,6 +24,8 @@ from interp.model.prompt_provenance import hash_of_prompts
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded, first_difference
 from interp.prompts.pairs import PromptPair, encode_pairs, listed_prompts
+from interp.recipes.read_out import LAST, At
+from interp.recipes.scoring import Value
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
@@ -48,6 +50,7 @@ def patch(
     sources: PromptPair | Iterable[PromptPair] | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Patch every site of every pair, one site at a time.
 
@@ -73,7 +76,7 @@ def patch(
     """
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
-    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at)
     targets = targets_of(sites, groups, window, model)
     loop.runner.check_sites(all_sites(targets))
     if sources is None:
@@ -93,8 +96,8 @@ class _PatchBatch(Batch):
     """``donors``: the runs that activations come from; ``donor_scores``: their metric."""
 
     donors: list[Run]
-    donor_scores: list[float]
-    unchanged: list[float]
+    donor_scores: list[Value]
+    unchanged: list[Value]
 
 
 class _PatchCells(CellSource):
@@ -120,8 +123,8 @@ class _PatchCells(CellSource):
         prompts = [loop.prompts[i] for i in numbers]
         # equal prompts share a run, so that with a pair's own runs as donors nothing is run twice
         ids = [row for i, p in zip(numbers, prompts, strict=True) for row in (p.clean, p.corrupt, self.donors[i])]
-        runs = loop.runner.record(ids, self.components)
-        base = loop.scored(numbers, prompts, runs[::3], runs[1::3])
+        runs = loop.runner.record(ids, self.components, read=loop.read_rows(numbers, 3))
+        base = loop.scored(numbers, prompts, runs[::3], runs[1::3], "corrupt" if self.mode == "denoise" else "clean")
         donors = runs[2::3]
         donor_scores = loop.score(donors, base.read).tolist()
         if self.mode == "denoise":
@@ -171,7 +174,11 @@ class _PatchCells(CellSource):
         It sets the residual stream from row ``first`` on, before which the two runs are equal. Further writes to these
         rows in later layers then find the values that they would set.
         """
-        if not self.runner.fast or self.runner.cannot_reach_logits([donor], replace(cell, run=0)):
+        if (
+            not self.runner.fast
+            or donor.read is not None
+            or self.runner.cannot_reach_logits([donor], replace(cell, run=0))
+        ):
             return None
         lead = min(cell.writes, key=lambda w: (w.site.layer or 0, _depth(w)))
         is_covered = all(_depth(w) >= 0 and w.start <= first and w.stop <= lead.stop for w in cell.writes)

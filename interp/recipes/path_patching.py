@@ -30,6 +30,7 @@ from interp.prompts.coder import Encoded
 from interp.prompts.pairs import PromptPair
 from interp.recipes.choices import LOGITS, MODES, PATH_ABLATIONS, PATH_MLPS
 from interp.recipes.mean_activations import Means
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
@@ -54,6 +55,7 @@ def path_patch(
     using: Literal["patch", "zero", "mean"] = "patch",
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Measure the effect of every path from a sender to a later receiver, one path at a time.
 
@@ -76,7 +78,7 @@ def path_patch(
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")
     if using not in PATH_ABLATIONS or (using != "patch" and mode != "noise"):
         raise InterpError(f"using={using!r}, mode={mode!r}: 'patch', or 'zero' or 'mean' with mode='noise' expected")
-    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at)
     sender_sites, receiver_sites = _at_all_positions(as_sites(senders)), _receivers(model, receivers)
     edges = _edges(loop.runner, sender_sites, receiver_sites)
     for prompt in loop.prompts:
@@ -107,12 +109,10 @@ class _PathCells(CellSource):
         """Clean and corrupt run of one pair. Raises InterpError where the model cannot be run packed."""
         prompts = [loop.prompts[i] for i in numbers]
         ids = [row for p in prompts for row in (p.clean, p.corrupt)]
-        clean, corrupt = loop.runner.record(ids, self.components, keep_kv=True)
+        clean, corrupt = loop.runner.record(ids, self.components, keep_kv=True, read=loop.read_rows(numbers, 2))
         if why := loop.runner.unpackable():  # what receivers would read is computed block by block, on either engine
             raise InterpError(f"path patching needs blocks that can be run packed, and this model's cannot: {why}")
-        batch = loop.scored(numbers, prompts, [clean], [corrupt])
-        batch.runs = [clean if self.mode == "noise" else corrupt]
-        return batch
+        return loop.scored(numbers, prompts, [clean], [corrupt], "clean" if self.mode == "noise" else "corrupt")
 
     def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
         """The cells of all edges, some senders at a time."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -27,6 +27,7 @@ from interp.recipes.options import (
     EDITS,
     LAYERS,
     NAMES,
+    PLACES,
     POSITION,
     POSITIONS,
     RECEIVERS,
@@ -136,6 +137,10 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 MODE = choice(*MODES)
+AT = Option(
+    "at", PLACES, "Where the metric is read: last; a position; a span (subject, subject:mean); each. Comma-separated.",
+    default="last",
+)  # fmt: skip
 WINDOW = Option("window", whole(1), "Layers changed together around each layer.", default=1)
 REFERENCE = "Texts that means are taken over (and donors drawn from), one per line. Default: the prompts."
 
@@ -148,6 +153,7 @@ RECIPES = {
             (
                 Option("mode", MODE, "denoise: clean into corrupt; noise: corrupt into clean.", default="denoise"),
                 WINDOW,
+                AT,
             ),
             sites=SiteOptions(),
         ),
@@ -161,6 +167,7 @@ RECIPES = {
                        default="each"),
                 WINDOW,
                 Option("reference", TEXTS, REFERENCE),
+                AT,
             ),
             sites=SiteOptions(), whole_set=True, seeded=True, seeded_if={"using": "resample"},
         ),
@@ -176,6 +183,7 @@ RECIPES = {
                 Option("samples", whole(1), "Corrupted runs of each fact. Default: 10."),
                 Option("sigma", number(0, above=True), "The standard deviation. Default: that of these subjects."),
                 Option("sever", choice(*SEVERED), "mlp or attn: keep later ones at their corrupted values."),
+                AT,
             ),
             facts=True, traces_facts=True, whole_set=True, seeded=True, metric="prob",
             needs=(("sever", None, "component", ("resid_post", None)),),
@@ -183,7 +191,7 @@ RECIPES = {
         Recipe(
             "mediate", "mediation:mediate",
             "Causal mediation: total, natural direct and indirect effect, and interaction, of each mediator.",
-            (WINDOW,),
+            (WINDOW, AT),
             sites=SiteOptions(keyword="mediators"),
         ),
         Recipe(
@@ -197,6 +205,7 @@ RECIPES = {
                 Option("mode", MODE, "noise (as published) or denoise.", default="noise"),
                 Option("mlps", choice(*PATH_MLPS), "frozen, or recomputed along the path.", default="frozen"),
                 Option("using", choice(*PATH_ABLATIONS), "patch; zero or mean: ablate the edge.", default="patch"),
+                AT,
             ),
             whole_set=True,
             needs=(("using", "zero", "mode", ("noise", None)), ("using", "mean", "mode", ("noise", None))),
@@ -210,6 +219,7 @@ RECIPES = {
                 Option("layers", LAYERS, "Centres of the windows: 0-5,9. Default: all layers."),
                 Option("window", whole(1), "Layers blocked together. Default: a fifth of the model's."),
                 Option("heads", LAYERS, "Query heads: 0-3,7. Default: all."),
+                AT,
             ),
             facts=True, traces_facts=True, metric="logprob",
         ),
@@ -221,6 +231,7 @@ RECIPES = {
                        "be repeated; edits of one name act at once.", keyword="edits", required=True),
                 Option("mode", MODE, "noise: edit the clean run; denoise: the corrupt run.", default="noise"),
                 Option("each", choice(*EDITED_ALONE), "Edit every layer or head alone. Default: all at once."),
+                AT,
             ),
             facts=True,
         ),
@@ -242,8 +253,10 @@ RECIPES = {
             (
                 Option("positive", TEXTS, "Texts to steer towards, one per line.", required=True),
                 Option("negative", TEXTS, "Texts to steer away from, one per line.", required=True),
-                Option("at", SITE, "The site whose mean difference is the direction. Default: the first of the sites."),
+                Option("at", SITE, "The site whose mean difference is the direction. Default: the first of the sites.",
+                       keyword="direction_at"),
                 Option("scale", ANY_NUMBER, "How many times the direction is added.", default=1.0),
+                replace(AT, name="read_at", keyword="at"),
             ),
             sites=SiteOptions("resid_pre@all", groups=False), facts=True, prepare="steering:direction_between",
         ),

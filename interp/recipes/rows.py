@@ -37,12 +37,12 @@ class EffectRows:
 
     def add(
         self, example: int, site: Site | Address, prompt: Encoded, clean: float, corrupt: float, patched: float,
-        sender: Site | None = None, no_gap: bool = False,
+        sender: Site | None = None, no_gap: bool = False, read_at: str | None = None,
     ) -> None:  # fmt: skip
         """Add one row; position, token and role follow from the site.
 
         ``sender``: the other end, if the row is about an edge.  ``no_gap``: clean and corrupt score the same within
-        rounding, so that the effect is NaN.
+        rounding, so that the effect is NaN.  ``read_at``: the name of the position that is read; None: the last one.
         """
         # a position counted from the end stays so: it is the same address in prompts of any length
         position = site.position if isinstance(site.position, int) else None
@@ -55,7 +55,7 @@ class EffectRows:
             "position": position, "sender": None if sender is None else str(sender),
             "token": "" if position is None else prompt.tokens[position], "role": role,
             "intervention": self.intervention, "mode": self.mode, "metric": self.metric.name,
-            "clean": clean, "corrupt": corrupt, "patched": patched,
+            "clean": clean, "corrupt": corrupt, "patched": patched, "read_at": read_at,
         }  # fmt: skip
         for name, value in values.items():
             self.columns[name].append(value)

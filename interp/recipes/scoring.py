@@ -8,12 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from interp.engine import Cell, Engine, Run
+from interp.engine.runs import join_logits
 from interp.errors import InterpError, ModelError
 from interp.metrics import Metric, Readout, rounding
 from interp.prompts.coder import Encoded
+from interp.recipes.read_out import RunsReadout
 from interp.utils.progress import Advance
 
 log = logging.getLogger("interp")
+
+Value = float | list[float]  # the metric of a run or a cell: one number, or one of each read-out
 
 
 def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) -> Readout:
@@ -36,12 +40,17 @@ def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) ->
     )
 
 
-def score_runs(metric: Metric, runs: Sequence[Run], read: Readout, keep_nan: bool = False) -> torch.Tensor:
-    """Return the metric of base runs, float64 on the CPU [runs].
+def score_runs(
+    metric: Metric, runs: Sequence[Run], read: Readout | RunsReadout, keep_nan: bool = False
+) -> torch.Tensor:
+    """Return the metric of base runs, float64 on the CPU: [runs], or [runs, read-outs].
 
     Raises InterpError, before any cell is run, if it is NaN or infinite, unless ``keep_nan``.
     """
-    scores = metric(torch.stack([r.logits for r in runs]), read).cpu().double()
+    if isinstance(read, RunsReadout):
+        scores = read.values(metric, join_logits([r.logits for r in runs]), range(len(runs)))
+    else:
+        scores = metric(torch.stack([r.logits for r in runs]), read).cpu().double()
     if (broken := int((~scores.isfinite()).sum())) and not keep_nan:
         raise InterpError(
             f"metric {metric.name!r} returned NaN or infinity for {broken} of {len(scores)} prompts as they are, "
@@ -50,8 +59,14 @@ def score_runs(metric: Metric, runs: Sequence[Run], read: Readout, keep_nan: boo
     return scores
 
 
-def rounding_of(metric: Metric, runs: Sequence[Run], read: Readout, dtype: torch.dtype) -> torch.Tensor:
-    """Return how far rounding can move the metric of each run, float64 on the CPU [runs]."""
+def rounding_of(metric: Metric, runs: Sequence[Run], read: Readout | RunsReadout, dtype: torch.dtype) -> torch.Tensor:
+    """Return how far rounding can move the metric of each run, float64 on the CPU: [runs], or [runs, read-outs]."""
+    if isinstance(read, RunsReadout):
+
+        def bound(logits: torch.Tensor, one: Readout) -> torch.Tensor:
+            return rounding(metric, logits, one, dtype)
+
+        return read.values(metric, join_logits([r.logits for r in runs]), range(len(runs)), bound)
     return rounding(metric, torch.stack([r.logits for r in runs]), read, dtype).cpu()
 
 
@@ -65,9 +80,18 @@ def warn_if_no_gap(metric: Metric, no_gap: Sequence[bool]) -> None:
 
 
 def evaluate(
-    runner: Engine, metric: Metric, runs: Sequence[Run], cells: Sequence[Cell], read: Readout, advance: Advance
-) -> torch.Tensor:
-    """Return the metric of every cell; row i of ``read`` belongs to run i."""
+    runner: Engine, metric: Metric, runs: Sequence[Run], cells: Sequence[Cell], read: Readout | RunsReadout,
+    advance: Advance,
+) -> torch.Tensor:  # fmt: skip
+    """Return the metric of every cell: [cells], or [cells, read-outs]; row i of ``read`` belongs to run i."""
+    if isinstance(read, RunsReadout):
+        foil = read.foil if metric.reads_pair else None
+
+        def score_read_outs(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+            return read.values(metric, logits, [cells[i].run for i in indices], is_pair=foil is not None)
+
+        columns = None if foil is None else torch.stack([read.answer, foil], dim=1)
+        return runner.score(runs, cells, score_read_outs, advance, columns, read.width)
     if metric.reads_pair and read.foil is not None:
         # only two columns of logits are computed: the answer's and the foil's
         def score_columns(logits: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
@@ -87,10 +111,10 @@ def evaluate_or_keep(
     metric: Metric,
     runs: Sequence[Run],
     cells: Sequence[Cell | None],
-    unchanged: Sequence[float],
-    read: Readout,
+    unchanged: Sequence[Value],
+    read: Readout | RunsReadout,
     advance: Advance,
-) -> list[float]:
+) -> list[Value]:
     """Return the metric of every cell, and the ``unchanged`` value for a cell that is None and changes nothing."""
     changing = [c for c in cells if c is not None]
     advance(runner.count_answered(len(cells) - len(changing)))

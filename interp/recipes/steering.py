@@ -24,6 +24,7 @@ from interp.model.session import in_session
 from interp.prompts.listing import TokenIds
 from interp.prompts.pairs import Fact, PromptPair, encode_prompt, listed_of_any_kind, text_of
 from interp.recipes.inputs import expand_sites
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import as_sites
 from interp.results.effects import Effects
@@ -46,6 +47,7 @@ def steer(
     show_progress: bool | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Add ``scale`` × ``direction`` to the activation at every site in the clean run, one site at a time.
 
@@ -57,7 +59,7 @@ def steer(
     site): ``raw`` is patched − clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact).
     ``subset``: for `interp.sweep`. Raises SiteError or PromptError for bad input, before the sweep.
     """
-    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True)
+    loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True, at=at)
     sites = as_sites(sites)
     loop.runner.check_sites(sites)
     cells = _SteerCells(loop, sites, _scaled_direction(direction, scale).to(model.device))
@@ -164,11 +166,12 @@ def _text_mean(model: Model, run: Run, site: Site, text: str | TokenIds) -> Tens
 def direction_between(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `steer` with the difference of means of two lists of texts as direction.
 
-    ``arguments``: those of `steer`, with ``positive`` and ``negative`` (texts) and ``at`` (a site as text; default the
-    first of ``sites``, at all positions) in place of ``direction``.
+    ``arguments``: those of `steer`, with ``positive`` and ``negative`` (texts) and ``direction_at`` (a site as text;
+    default the first of ``sites``, at all positions) in place of ``direction``.
     """
     if not arguments["sites"]:
         raise SiteError("there are no sites to steer at: name some, e.g. resid_pre@all")
-    others = {name: value for name, value in arguments.items() if name not in ("positive", "negative", "at")}
-    site = next(iter(arguments["sites"])).at(None) if "at" not in arguments else Site.parse(arguments["at"])
+    others = {name: value for name, value in arguments.items() if name not in ("positive", "negative", "direction_at")}
+    first, place = next(iter(arguments["sites"])), arguments.get("direction_at")
+    site = first.at(None) if place is None else Site.parse(place)
     return {**others, "direction": mean_difference(model, arguments["positive"], arguments["negative"], site)}

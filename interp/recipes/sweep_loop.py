@@ -19,9 +19,10 @@ from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import encode_any, encode_pairs
-from interp.recipes.inputs import as_prompts, check_metric, provenance_of
+from interp.recipes.inputs import as_prompts, check_metric, check_readable, provenance_of
+from interp.recipes.read_out import LAST, At, ReadOut, RunsReadout, check_at, read_outs, rows_of_all
 from interp.recipes.rows import EffectRows
-from interp.recipes.scoring import evaluate_or_keep, readout, rounding_of, score_runs, warn_if_no_gap
+from interp.recipes.scoring import Value, evaluate_or_keep, readout, rounding_of, score_runs, warn_if_no_gap
 from interp.recipes.targets import Address
 from interp.results.effects import Effects
 from interp.sites import Site
@@ -63,7 +64,7 @@ class CellRow:
     index: int
     address: Site | Address
     cell: Cell | None
-    unchanged: float = float("nan")
+    unchanged: Value = float("nan")
     sender: Site | None = None
 
 
@@ -72,7 +73,8 @@ class Batch:
     """Base runs of some examples, and their scores.
 
     ``runs``: the runs that cells change; row i of ``read`` belongs to run i.  ``clean`` and ``corrupt``: the metric by
-    example (NaN where there is no corrupt run).  ``no_gap``: whether the two are the same within rounding.
+    example (NaN where there is no corrupt run).  ``no_gap``: whether the two are the same within rounding.  Where other
+    positions than the last are read, each of these is a list, of the read-outs.
     """
 
     numbers: range
@@ -80,10 +82,10 @@ class Batch:
     clean_runs: list[Run]
     corrupt_runs: list[Run]
     runs: list[Run]
-    read: Readout
-    clean: list[float]
-    corrupt: list[float]
-    no_gap: list[bool]
+    read: Readout | RunsReadout
+    clean: list[Value]
+    corrupt: list[Value]
+    no_gap: list[Any]
 
 
 class CellSource:
@@ -104,7 +106,7 @@ class CellSource:
         """Yield the rows of a batch, in groups that are evaluated together."""
         raise NotImplementedError
 
-    def evaluate(self, loop: SweepLoop, batch: Batch, rows: Sequence[CellRow], advance: Advance) -> list[float]:
+    def evaluate(self, loop: SweepLoop, batch: Batch, rows: Sequence[CellRow], advance: Advance) -> list[Value]:
         """Return the metric of every row's cell."""
         cells, unchanged = [row.cell for row in rows], [row.unchanged for row in rows]
         return evaluate_or_keep(loop.runner, loop.metric, batch.runs, cells, unchanged, batch.read, advance)
@@ -114,8 +116,9 @@ class CellSource:
 class SweepLoop:
     """The inputs of one call of a recipe, checked and encoded; `run` does the work.
 
-    ``takes_facts``: prompts may be Facts, which have no corrupt prompt.  Raises InterpError or PromptError for a model,
-    prompts, a metric or a ``memory`` that cannot be used, before any forward.
+    ``takes_facts``: prompts may be Facts, which have no corrupt prompt.  ``at``: the positions at which the metric is
+    read (`interp.recipes.read_out`).  Raises InterpError or PromptError for a model, prompts, a metric, positions or a
+    ``memory`` that cannot be used, before any forward.
     """
 
     model: Model
@@ -126,11 +129,13 @@ class SweepLoop:
     subset: Subset = WHOLE_SET
     show_progress: bool | None = None
     takes_facts: bool = False
+    at: At = LAST
     items: list[Any] = field(init=False)
     metric: Metric = field(init=False)
     prompts: list[Encoded] = field(init=False)
     has_pairs: bool = field(init=False, default=True)
     runner: Engine = field(init=False)
+    outs: list[list[ReadOut]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.items = as_prompts(self.model, self.given_prompts)
@@ -139,7 +144,11 @@ class SweepLoop:
             self.prompts, self.has_pairs = encode_any(self.items, self.model.coder)
         else:
             self.prompts = encode_pairs(self.items, self.model.coder)
-        check_metric(self.metric, self.prompts, self.model)
+        check_metric(self.metric, self.prompts, self.model, any_position=True)
+        places = check_at(self.at)
+        if places != (LAST,) or self.metric.over == "positions" or self.metric.reads_run:
+            check_readable(self.model, self.at, self.metric)
+            self.outs = read_outs(places, self.metric, self.prompts)
         self.runner = Engine(self.model, self.engine, self.memory)
 
     @property
@@ -147,11 +156,28 @@ class SweepLoop:
         """Numbers of the examples to run."""
         return self.subset.selected(len(self.prompts))
 
-    def record_pairs(self, numbers: range, components: Sequence[str] = ()) -> Batch:
-        """Record clean and corrupt runs of some pairs in one go; cells go into the clean runs."""
+    def read_rows(self, numbers: Sequence[int], runs: int = 1) -> list[tuple[int, ...]] | None:
+        """Return the rows that are read of the prompts of some examples, each ``runs`` times; None: the last ones."""
+        if self.outs is None:
+            return None
+        return [rows for i in numbers for rows in [rows_of_all(self.outs[i])] * runs]
+
+    def readout(
+        self, numbers: Sequence[int], prompts: Sequence[Encoded], clean: Sequence[Run], changed: Sequence[Run]
+    ) -> Readout | RunsReadout:
+        """Return the readout of some examples, of which ``changed`` are the runs that cells go into."""
+        if self.outs is None:
+            return readout(prompts, [r.logits for r in clean])
+        last = readout(prompts, [r.logits[-1] for r in clean])
+        outs = [self.outs[i] for i in numbers]
+        return RunsReadout(outs, last.answer, last.foil, [r.logits for r in clean], [r.logits for r in changed])
+
+    def record_pairs(self, numbers: range, components: Sequence[str] = (), into: str = "clean") -> Batch:
+        """Record clean and corrupt runs of some pairs in one go. ``into``: the runs that cells change."""
         prompts = [self.prompts[i] for i in numbers]
-        runs = self.runner.record([ids for p in prompts for ids in (p.clean, p.corrupt)], components)
-        return self.scored(numbers, prompts, runs[::2], runs[1::2])
+        ids = [ids for p in prompts for ids in (p.clean, p.corrupt)]
+        runs = self.runner.record(ids, components, read=self.read_rows(numbers, 2))
+        return self.scored(numbers, prompts, runs[::2], runs[1::2], into)
 
     def record_clean_first(self, numbers: range, components: Sequence[str] = ()) -> Batch:
         """Record the clean runs of some prompts, then the corrupt ones if they are pairs; cells go into the clean runs.
@@ -159,34 +185,48 @@ class SweepLoop:
         ``components``: what the clean runs keep.
         """
         prompts = [self.prompts[i] for i in numbers]
-        clean = self.runner.record([p.clean for p in prompts], components)
-        read = readout(prompts, [r.logits for r in clean])
+        rows = self.read_rows(numbers)
+        clean = self.runner.record([p.clean for p in prompts], components, read=rows)
+        read = self.readout(numbers, prompts, clean, clean)
         scores = self.score(clean, read)
-        corrupt = self.runner.record([p.corrupt for p in prompts]) if self.has_pairs else []
+        corrupt = self.runner.record([p.corrupt for p in prompts], read=rows) if self.has_pairs else []
         return self._batch(numbers, prompts, clean, corrupt, read, scores)
 
-    def scored(self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run]) -> Batch:
-        """Score recorded runs; warn about pairs whose two runs score the same."""
-        read = readout(prompts, [r.logits for r in clean])
-        return self._batch(numbers, prompts, clean, corrupt, read, self.score(clean, read))
+    def scored(
+        self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run], into: str = "clean"
+    ) -> Batch:
+        """Score recorded runs; warn about pairs whose two runs score the same. Cells go into ``into``."""
+        runs = clean if into == "clean" else corrupt
+        read = self.readout(numbers, prompts, clean, runs)
+        batch = self._batch(numbers, prompts, clean, corrupt, read, self.score(clean, read))
+        batch.runs = runs
+        return batch
 
     def _batch(
-        self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run], read: Readout,
-        scores: torch.Tensor,
+        self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run],
+        read: Readout | RunsReadout, scores: torch.Tensor,
     ) -> Batch:  # fmt: skip
-        corrupt_scores, no_gap = torch.full_like(scores, torch.nan), [False] * len(prompts)
+        corrupt_scores, no_gap = torch.full_like(scores, torch.nan), torch.zeros_like(scores, dtype=torch.bool).tolist()
         if corrupt:
             corrupt_scores = self.score(corrupt, read)
             no_gap = self.have_no_gap(scores, corrupt_scores, [(clean, read), (corrupt, read)])
-            no_gap = [same or p.clean == p.corrupt for same, p in zip(no_gap, prompts, strict=True)]
+            if self.outs is None:
+                no_gap = [same or p.clean == p.corrupt for same, p in zip(no_gap, prompts, strict=True)]
             if not self.subset.keep_nan:
-                warn_if_no_gap(self.metric, no_gap)
+                warn_if_no_gap(self.metric, self._flat(no_gap, numbers))
         return Batch(numbers, prompts, clean, corrupt, clean, read, scores.tolist(), corrupt_scores.tolist(), no_gap)
 
+    def _flat(self, of_examples: Sequence[Any], numbers: range) -> list[Any]:
+        """Return the values of every read-out of some examples."""
+        if self.outs is None:
+            return list(of_examples)
+        outs = self.outs
+        return [v for i, values in zip(numbers, of_examples, strict=True) for v in values[: len(outs[i])]]
+
     def have_no_gap(
-        self, clean: torch.Tensor, corrupt: torch.Tensor, runs: Sequence[tuple[Sequence[Run], Readout]]
-    ) -> list[bool]:
-        """Return for each example whether its clean and corrupt scores are the same within rounding.
+        self, clean: torch.Tensor, corrupt: torch.Tensor, runs: Sequence[tuple[Sequence[Run], Readout | RunsReadout]]
+    ) -> list[Any]:
+        """Return for each example (and read-out) whether its clean and corrupt scores are the same within rounding.
 
         ``runs``: the runs that were scored, one list for each score, whose logits say how far rounding can go.
         """
@@ -195,8 +235,11 @@ class SweepLoop:
         )
         return ((clean - corrupt).abs() <= bounds.amax(0)).tolist()
 
-    def score(self, runs: Sequence[Run], read: Readout) -> torch.Tensor:
-        """Return the metric of base runs, float64 [runs]; InterpError if it is NaN, unless the subset keeps NaN."""
+    def score(self, runs: Sequence[Run], read: Readout | RunsReadout) -> torch.Tensor:
+        """Return the metric of base runs, float64 [runs] or [runs, read-outs].
+
+        Raises InterpError if it is NaN, unless the subset keeps NaN.
+        """
         return score_runs(self.metric, runs, read, self.subset.keep_nan)
 
     def run(self, source: CellSource, intervention: str, mode: str, **recipe: Any) -> Effects:
@@ -206,6 +249,8 @@ class SweepLoop:
         of the examples that are finished when Ctrl-C is pressed.
         """
         table, finished = EffectRows(intervention, mode, self.metric), 0
+        if self.outs is not None:
+            recipe["read"] = self._read_words()
         try:
             with progress(source.title, source.size, self.show_progress) as advance:
                 for numbers in self._batches(source):
@@ -232,10 +277,25 @@ class SweepLoop:
         for rows in source.rows(batch):
             values = source.evaluate(self, batch, rows, advance)
             for row, value in _averaged(rows, values, source.samples):
-                number, prompt = batch.numbers[row.index], batch.prompts[row.index]
-                clean, corrupt = batch.clean[row.index], batch.corrupt[row.index]
-                no_gap = batch.no_gap[row.index]
-                table.add(number, row.address, prompt, clean, corrupt, value, row.sender, no_gap)
+                self._add_row(table, batch, row, value)
+
+    def _add_row(self, table: EffectRows, batch: Batch, row: CellRow, value: Any) -> None:
+        """Add a row, or one for each read-out."""
+        number, prompt = batch.numbers[row.index], batch.prompts[row.index]
+        scores: list[Any] = [batch.clean[row.index], batch.corrupt[row.index], value]
+        sender = row.sender
+        no_gap = batch.no_gap[row.index]
+        if self.outs is None:
+            table.add(number, row.address, prompt, scores[0], scores[1], scores[2], sender, no_gap)
+            return
+        for k, out in enumerate(self.outs[number]):
+            clean, corrupt, patched = (x[k] for x in scores)
+            table.add(number, row.address, prompt, clean, corrupt, patched, sender, no_gap[k], out.label)
+
+    def _read_words(self) -> str:
+        """Say at which positions the metric is read."""
+        how = {"position": "at each position", "positions": "over all positions together"}[self.metric.over]
+        return f"at {self.at!r}, {how}"
 
     def _batches(self, source: CellSource) -> Iterator[range]:
         if not source.one_at_a_time:
@@ -276,7 +336,7 @@ def batches(
         yield numbers
 
 
-def _averaged(rows: Sequence[CellRow], values: Sequence[float], samples: int) -> Iterator[tuple[CellRow, float]]:
+def _averaged(rows: Sequence[CellRow], values: Sequence[Value], samples: int) -> Iterator[tuple[CellRow, Value]]:
     """Yield each row with its value: with several samples, the mean over an example's equal lists of rows."""
     if samples == 1:
         yield from zip(rows, values, strict=True)
@@ -286,6 +346,6 @@ def _averaged(rows: Sequence[CellRow], values: Sequence[float], samples: int) ->
         stop = start
         while stop < len(rows) and rows[stop].index == rows[start].index:
             stop += 1
-        by_sample = torch.tensor(values[start:stop], dtype=torch.float64).view(samples, -1)
+        by_sample = torch.tensor(values[start:stop], dtype=torch.float64).unflatten(0, (samples, -1))
         yield from zip(rows[start : start + by_sample.shape[1]], by_sample.mean(0).tolist(), strict=True)
         start = stop

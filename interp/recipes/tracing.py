@@ -27,7 +27,7 @@ from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.choices import SEVERED, TRACED_WINDOWS
 from interp.recipes.corruption import NoiseCorruption, PairCorruption, corruption_of
 from interp.recipes.inputs import expand_sites
-from interp.recipes.scoring import readout
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import window_with
 from interp.recipes.trace_table import trace_table
@@ -59,6 +59,7 @@ def trace(
     show_progress: bool | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Trace facts through the model.
 
@@ -85,7 +86,11 @@ def trace(
     """
     window = _checked_window(component, window, sever)
     check_seed(seed)
-    loop = SweepLoop(model, facts, metric, engine, memory, subset, show_progress, takes_facts=True)
+    loop = SweepLoop(model, facts, metric, engine, memory, subset, show_progress, takes_facts=True, at=at)
+    if loop.metric.reads_run:
+        raise InterpError(
+            f"a trace has several corrupted runs, and metric {loop.metric.name!r} reads one: use interp.kl"
+        )
     corruption = corruption_of(model, loop.prompts, loop.has_pairs, noise, samples, sigma, seed)
     sites = model.sites(component, layers=layers, positions=positions)
     restore = _Restore(model, window, None if sever is None else SEVERED[sever])
@@ -116,13 +121,14 @@ class _TraceCells(CellSource):
     def batch(self, loop: SweepLoop, numbers: range) -> Batch:
         """Clean runs, and corrupted runs that cells go into; a fact's corrupt score is the mean over its runs."""
         prompts = [loop.prompts[i] for i in numbers]
-        clean = loop.runner.record([p.clean for p in prompts], [self.component])
-        corrupted = self.corruption.runs(loop.runner, prompts, numbers, self.restore.frozen)
-        read = readout(prompts, [r.logits for r in clean])
+        clean = loop.runner.record([p.clean for p in prompts], [self.component], read=loop.read_rows(numbers))
+        rows = loop.read_rows(numbers, self.samples)
+        corrupted = self.corruption.runs(loop.runner, prompts, numbers, self.restore.frozen, rows)
+        read = loop.readout(numbers, prompts, clean, clean)
         corrupted_read = read.rows(torch.arange(len(prompts)).repeat_interleave(self.samples))
         self.corrupted_scores = loop.score(corrupted, corrupted_read)
         scores = loop.score(clean, read)
-        corrupt = torch.stack([x.mean() for x in self.corrupted_scores.split(self.samples)])
+        corrupt = torch.stack([x.mean(0) for x in self.corrupted_scores.split(self.samples)])
         no_gap = loop.have_no_gap(scores, corrupt, [(clean, read)])
         return Batch(numbers, prompts, clean, [], corrupted, corrupted_read, scores.tolist(), corrupt.tolist(), no_gap)
 
@@ -135,7 +141,7 @@ class _TraceCells(CellSource):
             first = self.corruption.first(prompt) if self.is_fast else 0
             for site in self.sites[batch.numbers[n]]:
                 cell = self.restore.cell(r, site, prompt, batch.clean_runs[n], corrupted, first)
-                rows.append(CellRow(n, site, cell, float(self.corrupted_scores[r])))
+                rows.append(CellRow(n, site, cell, self.corrupted_scores[r].tolist()))
         yield rows
 
 

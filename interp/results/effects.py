@@ -36,6 +36,7 @@ COLUMNS: dict[str, str] = {
     "intervention": "string",
     "mode": "string",
     "metric": "string",
+    "read_at": "string",
     "clean": "float64",
     "corrupt": "float64",
     "patched": "float64",
@@ -46,7 +47,7 @@ COLUMNS: dict[str, str] = {
     "task": "string",
 }
 SITE_COLUMNS = ("component", "layer", "head", "position")
-ADDED = ("sender", "prompt", "model", "task")  # columns that tables written by earlier versions lack
+ADDED = ("sender", "read_at", "prompt", "model", "task")  # columns that tables written by earlier versions lack
 
 
 def recovery_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -76,7 +77,8 @@ class Effects:
       prompt, whatever its length. For mlp_post ``head`` is the neuron. A group of sites has its name as component.
     - ``token`` text and ``role`` (named span) of the position; for an edge, the ``sender`` whose path into the site was
       changed.
-    - ``intervention``, ``mode`` (``denoise`` or ``noise``), ``metric``.
+    - ``intervention``, ``mode`` (``denoise`` or ``noise``), ``metric``, and ``read_at``, the position at which it is
+      read (``at=`` of a recipe); missing for the last position.
     - the metric on the ``clean``, ``corrupt`` and ``patched`` runs; ``effect`` on the recovery scale; ``raw`` = patched
       − the run that was patched into.
     - ``prompt``: a hash of the example's prompt. ``model``, ``task``: which part of a joined table a row is from, where
@@ -187,10 +189,10 @@ class Effects:
         - ``n``: number of examples with a recovery, which ``effect`` is the mean of; ``n_raw``: of those with a raw
           change, for ``raw`` and ``pooled``. They differ where clean and corrupt score the same.
 
-        ``by``: columns that define a group; default the site, intervention, mode and metric. Rows that differ in
-        model, task, intervention, mode or metric are never averaged: such a column is added to ``by``. Several rows of
-        one example in a group (noise samples, tokens of a role) are averaged first. Positions of a sweep over prompts
-        of different lengths are counted from the last token (`aligned`).
+        ``by``: columns that define a group; default the site, intervention, mode, metric and read-out. Rows that differ
+        in model, task, intervention, mode, metric or ``read_at`` are never averaged: such a column is added to ``by``.
+        Several rows of one example in a group (noise samples, tokens of a role) are averaged first. Positions of a
+        sweep over prompts of different lengths are counted from the last token (`aligned`).
 
         Intervals are over examples: the studentised bootstrap, and below 8 examples Student's t, which is right for
         normal values only (`interp.results.significance.mean_interval` gives the coverage). They are NaN for a group
@@ -201,7 +203,8 @@ class Effects:
         (`interp.results.significance`).
         """
         edges = ["sender"] if self._frame["sender"].notna().any() else []
-        keys = [*SITE_COLUMNS, *edges, "intervention", "mode", "metric"] if by is None else _columns(by)
+        reads = ["read_at"] if self._frame["read_at"].notna().any() else []
+        keys = [*SITE_COLUMNS, *edges, "intervention", "mode", "metric", *reads] if by is None else _columns(by)
         if not keys:
             raise InterpError("by=[]: name at least one column to group by, for example by='metric'")
         if not is_number(level) or not 0 < level < 1:

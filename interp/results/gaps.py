@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 SMALL = 0.1  # a gap below this share of the mean gap is small
-PAIR_KEYS = ["example", "model", "task", "metric"]
+PAIR_KEYS = ["example", "model", "task", "metric", "read_at"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def small_gaps(frame: Any) -> SmallGaps:
     """
     pairs = frame.loc[frame["effect"].notna(), [*PAIR_KEYS, "clean", "corrupt"]].drop_duplicates(PAIR_KEYS)
     worst = SmallGaps(0, 0, np.nan, np.nan, np.nan, "")
-    for keys, part in pairs.groupby(["model", "task", "metric"], dropna=False, observed=True, sort=False):
+    for keys, part in pairs.groupby(["model", "task", "read_at", "metric"], dropna=False, observed=True, sort=False):
         gap = (part["clean"] - part["corrupt"]).abs().to_numpy(dtype=float)
         small = gap[gap < SMALL * gap.mean()]
         if len(small) > worst.n:

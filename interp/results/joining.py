@@ -22,6 +22,7 @@ ADDRESS = [
     "intervention",
     "mode",
     "metric",
+    "read_at",
     "model",
     "task",
 ]  # of an effect: rows that agree in it are averaged as one

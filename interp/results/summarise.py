@@ -11,7 +11,14 @@ import pandas as pd
 from interp.results.gaps import small_gaps
 from interp.results.significance import benjamini_hochberg, mean_interval, sign_flip
 
-APART = ("model", "task", "intervention", "mode", "metric")  # rows that differ in one of these are never averaged
+APART = (
+    "model",
+    "task",
+    "intervention",
+    "mode",
+    "metric",
+    "read_at",
+)  # rows that differ in one of these are never averaged
 
 
 def summarise(frame: Any, keys: Sequence[str], *, level: float, n_boot: int, seed: int, tests: bool) -> pd.DataFrame:

@@ -22,6 +22,7 @@ SCHEMA = pa.schema([
     ("token", pa.string()), ("role", pa.string()), ("intervention", pa.string()), ("mode", pa.string()),
     ("metric", pa.string()), ("clean", pa.float64()), ("corrupt", pa.float64()), ("patched", pa.float64()),
     ("effect", pa.float32()), ("raw", pa.float32()), ("error", pa.string()),
+    ("read_at", pa.string()),
 ])  # fmt: skip
 LABELS = ("model", "task", "recipe", "sites", "seed", "part")
 NUMBERS = ("clean", "corrupt", "patched", "effect", "raw")
