@@ -45,6 +45,7 @@ from interp.circuits.inputs import Pairs, token_batches
 from interp.errors import InterpError
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.attention_call import AttentionCall
+from interp.model.edited_attention import weight_options
 from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
@@ -178,10 +179,7 @@ def _add_shares(
     """
     for start in range(0, n, ROWS):
         rows = torch.arange(start, min(start + ROWS, n), device=call.q.device)
-        pattern = pattern_rows(
-            call.q, call.k, None, rows, causal=call.causal, window=call.window, softcap=call.softcap,
-            scale=call.scale, bias=call.bias, sinks=call.sinks, key_padding=call.key_padding,
-        ).cpu()  # fmt: skip
+        pattern = pattern_rows(call.q, call.k, None, rows, **weight_options(call)).cpu()
         for row, masks in enumerate(targets):
             for name, mask in masks.items():
                 for site in heads:

@@ -128,6 +128,10 @@ class CorpusJob:
 
         ModelError if its weights are not those that the run began with.
         """
+        if self.model is not None:
+            from interp.model.edited import refuse_edited
+
+            refuse_edited(self.model)
         if not self.ready:
             if self.model is None:
                 from interp.model.model import load

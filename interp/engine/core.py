@@ -237,6 +237,8 @@ class Engine:
         components = {w.site.component for c in cells for w in c.writes}
         self.written |= components
         with self._extra_hooks(tuple(components)):
+            if self.fast and self._counts_keys_after_read(runs, cells):
+                self._decide("edits that divide by the number of all keys read rows before the last one")
             if self.fast and not all(self.cannot_reach_logits(runs, c) for c in cells):
                 self._check(runs, cells)
             for batch in self.batches(runs, cells, None if columns is None else columns.shape[1]):
@@ -244,6 +246,17 @@ class Engine:
                 values[batch] = self._run(runs, cells, batch, score, columns, share)
                 share.to(1.0)
         return values
+
+    def _counts_keys_after_read(self, runs: Sequence[Run], cells: Sequence[Cell]) -> bool:
+        """Whether an edit depends on the number of all keys, and packed cells only hold those before a row read."""
+        edited = self.model.instrument.edited
+        for cell in cells:
+            run = runs[cell.run]
+            if run.read_rows[-1] + 1 < len(run):
+                base = [] if edited is None else [e for edits in edited.of_prompt(run.ids).values() for e in edits]
+                if any(e.counts_keys for e in (*cell.edits, *base)):
+                    return True
+        return False
 
     @in_session
     @torch.no_grad()

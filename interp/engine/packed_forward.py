@@ -33,6 +33,7 @@ from interp.engine.plain_blocks import PlainBlock, WriterOf, rotation
 from interp.engine.runs import Frame, Run
 from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
+from interp.model.layer_edits import LayerEdit
 from interp.model.model import Model
 from interp.sites import COMPONENTS
 
@@ -173,10 +174,12 @@ class PackedForward:
         pieces = []
         for group in self.groups:
             n, resid = group.stop, group.run.resid[layer]
+            counts_keys = any(e.counts_keys for e in self._edits_of_run(layer, group.run))
             narrow: dict[int, list[int]] = {}
             while group.waiting and self.cells[group.waiting[0]].first_layer <= layer:
                 i = group.waiting.pop(0)
-                narrow.setdefault(min(n, self.cells[i].entry_stop(len(group.run))), []).append(i)
+                stop = n if counts_keys else min(n, self.cells[i].entry_stop(len(group.run)))
+                narrow.setdefault(stop, []).append(i)
             wide = narrow.pop(n, [])
             if wide:
                 group.admit(wide, resid[group.start : n].expand(len(wide), -1, -1))
@@ -350,10 +353,14 @@ class PackedForward:
 
     def _edits(self, layer: int, piece: Piece) -> EditsByRow:
         """The edits of a piece's cells in a layer; empty if there are none."""
-        by_number, edited = self.changes.edits.get(layer, {}), self.model.instrument.edited
-        base = () if edited is None else edited.of_prompt(piece.group.run.ids).get(layer, ())
+        by_number, base = self.changes.edits.get(layer, {}), self._edits_of_run(layer, piece.group.run)
         edits = tuple((*base, *by_number.get(i, ())) for i in piece.cells)
         return edits if any(edits) else ()
+
+    def _edits_of_run(self, layer: int, run: Run) -> tuple[LayerEdit, ...]:
+        """The edits of `Model.edited` in a base run."""
+        edited = self.model.instrument.edited
+        return () if edited is None else edited.of_prompt(run.ids).get(layer, ())
 
 
 def rows_first(x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def dense_attention(
     groups = call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))
     scores = call.q @ k.transpose(-2, -1) * call.scale
-    edits = DenseEdits.of_rows(call.edits, call.q, k.shape[2])
+    edits = DenseEdits.of_rows(call.edits, call.q, k.shape[2], call.key_padding)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = _each_row(edits, DenseEdits.change_logits, scores)
@@ -109,7 +109,7 @@ def dense_attention(
         assert visible is not None
         seen = visible.expand_as(pattern)
         rows = zip(edits, pattern, seen, strict=True)
-        pattern = torch.stack([edit.change_pattern(p, s, i) for i, (edit, p, s) in enumerate(rows)])
+        pattern = torch.stack([edit.change_pattern(p, s) for edit, p, s in rows])
     pattern = hook_pattern(pattern.to(call.q.dtype))
     return _each_row(edits, DenseEdits.change_output, pattern @ v)
 

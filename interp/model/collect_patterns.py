@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interp.errors import InterpError, PromptError, SiteError
 from interp.model.attention_call import AttentionCall
-from interp.model.edited_attention import attend, edit_options
+from interp.model.edited_attention import attend, weight_options
 from interp.model.layer_progress import by_layer
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
@@ -242,9 +242,8 @@ def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dic
 
     Also returns the options of its weights, and the numbers of the heads in it.
     """
-    names = ("causal", "window", "softcap", "scale", "bias", "sinks", "key_padding")
     if any(call.edits):
-        return call, {**{name: getattr(call, name) for name in names}, **edit_options(call)}, heads
+        return call, weight_options(call), heads
     groups = call.q.shape[1] // call.k.shape[1]
     key_heads = [h // groups for h in heads]
     bias = call.bias
@@ -252,7 +251,7 @@ def _of_heads(call: AttentionCall, heads: list[int]) -> tuple[AttentionCall, dic
         bias = bias[:, heads]
     sinks = None if call.sinks is None else call.sinks[heads]
     part = replace(call, q=call.q[:, heads], k=call.k[:, key_heads], v=call.v[:, key_heads], bias=bias, sinks=sinks)
-    return part, {name: getattr(part, name) for name in names}, list(range(len(heads)))
+    return part, weight_options(part), list(range(len(heads)))
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -20,6 +20,12 @@ Pattern = Float[Tensor, "heads query key"]
 Masks = Bool[Tensor, "heads query key"]
 
 
+def real_keys(padding: Bool[Tensor, " key"]) -> tuple[int, int]:
+    """The range of keys from the first to the last that is no padding; that of the last key if all are padding."""
+    real = padding.nonzero()[:, 0].tolist() or [len(padding) - 1]
+    return real[0], real[-1] + 1
+
+
 def cells_of(e: LayerEdit, rows: Any, heads: int, first: int, stop: int, keys: int) -> Masks:
     """The pairs of a query and a key, of the edit's heads, with the key in ``rows`` (None: all keys)."""
     mask = torch.zeros(heads, stop - first, keys, dtype=torch.bool)
@@ -37,20 +43,27 @@ class DenseEdits:
     The methods are called in the order in which headstats' Edit acts.
     """
 
-    def __init__(self, edits: Sequence[LayerEdit], heads: int, first: int, stop: int, keys: int, device: torch.device):
+    def __init__(
+        self, edits: Sequence[LayerEdit], heads: int, first: int, stop: int, keys: int, device: torch.device,
+        real: tuple[int, int] | None = None,
+    ):  # fmt: skip
         self.edits, self.first, self.device = edits, first, device
+        self.real = (0, keys) if real is None else real  # keys [start, stop) that are not padding
         self.cells = [cells_of(e, e.keys, heads, first, stop, keys).to(device) for e in edits]
         # [heads, query, 1]: which rows of the pattern each edit changes
         self.rows = [cells_of(e, None, heads, first, stop, keys).to(device)[..., :1] for e in edits]
         self.size = heads, first, stop, keys
 
     @classmethod
-    def of_rows(cls, by_row: Sequence[Sequence[LayerEdit]], q: Tensor, keys: int) -> list[DenseEdits]:
+    def of_rows(
+        cls, by_row: Sequence[Sequence[LayerEdit]], q: Tensor, keys: int, key_padding: Bool[Tensor, "batch key"] | None
+    ) -> list[DenseEdits]:
         """The edits of each batch row of queries q [batch, heads, queries, d]; empty if there are none."""
         if not any(by_row):
             return []
         first = keys - q.shape[2]
-        return [cls(edits, q.shape[1], first, keys, keys, q.device) for edits in by_row]
+        real = [None] * len(by_row) if key_padding is None else [real_keys(padding) for padding in key_padding]
+        return [cls(e, q.shape[1], first, keys, keys, q.device, r) for e, r in zip(by_row, real, strict=True)]
 
     def change_logits(self, z: Pattern) -> Pattern:
         """Apply logit_factor and logit_raise, before biases and masks."""
@@ -82,11 +95,11 @@ class DenseEdits:
                 z = z.masked_fill(cells, -torch.inf)
         return z
 
-    def change_pattern(self, p: Pattern, visible: Masks, batch_row: int = 0) -> Pattern:
+    def change_pattern(self, p: Pattern, visible: Masks) -> Pattern:
         """Apply counterfactuals, then gains and knock-outs of weights, then redistribution."""
         for e, rows in zip(self.edits, self.rows, strict=True):
             if e.edit.counterfactual is not None:
-                p = torch.where(rows, self._lay_out(e, p, visible, batch_row), p)
+                p = torch.where(rows, self._lay_out(e, p, visible), p)
         for e, cells in zip(self.edits, self.cells, strict=True):
             if not e.edit.renormalise and e.edit.gain is not None:
                 p = torch.where(cells, p * e.edit.gain, p)
@@ -111,13 +124,17 @@ class DenseEdits:
             z = torch.where(rows, changed, z)
         return z
 
-    def _lay_out(self, e: LayerEdit, p: Pattern, visible: Masks, batch_row: int) -> Pattern:
-        """Another distribution over the visible keys; see the table in headstats' Edit."""
+    def _lay_out(self, e: LayerEdit, p: Pattern, visible: Masks) -> Pattern:
+        """Another distribution over the visible keys; see the table in headstats' Edit.
+
+        Hashes count tokens without padding, and know nothing of other batch rows.
+        """
         kind, keeps, mass = e.edit.counterfactual, e.edit.renormalise, p.sum(-1, keepdim=True)
         seen = visible.to(p.dtype)
         heads, first, stop, keys = self.size
+        (start, end) = self.real
         if kind == "uniform":
-            return seen * (mass / seen.sum(-1, keepdim=True).clamp_min(1) if keeps else 1 / keys)
+            return seen * (mass / seen.sum(-1, keepdim=True).clamp_min(1) if keeps else 1 / (end - start))
         if kind == "identity":
             own = torch.arange(first, stop)[:, None] == torch.arange(keys)
             return own.to(p) * seen * (mass if keeps else 1.0)
@@ -126,11 +143,16 @@ class DenseEdits:
             total = new.sum(-1, keepdim=True)
             return torch.where(total > 0, new * mass / total.where(total > 0, 1.0), p) if keeps else new
         words = hash_noise.words(
-            e.edit.seed, torch.tensor([batch_row]), torch.arange(heads), torch.arange(first, stop), torch.arange(keys)
-        )[0].to(self.device)
+            e.edit.seed, torch.tensor([0]), torch.arange(heads),
+            torch.arange(first, stop) - start, torch.arange(keys) - start,
+        )[0].to(self.device)  # fmt: skip
         if kind == "random":
             u = hash_noise.uniform(words, p.dtype)
-            return seen * u * (mass / (seen * u).sum(-1, keepdim=True) if keeps else 1 / u.sum(-1, keepdim=True))
+            return (
+                seen
+                * u
+                * (mass / (seen * u).sum(-1, keepdim=True) if keeps else 1 / u[..., start:end].sum(-1, keepdim=True))
+            )
         return _shuffle(p, visible.expand_as(p), words)
 
 

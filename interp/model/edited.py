@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from interp.errors import InterpError, PromptError
+from interp.errors import InterpError, ModelError, PromptError
 from interp.interventions import AttentionEdit
 from interp.model.attention_call import AttentionCall
 from interp.model.layer_edits import LayerEdit, refuse_clashes, shifted
@@ -209,6 +209,15 @@ def _rows_of(by_layer: Mapping[int, Sequence[LayerEdit]]) -> list[Any]:
 def _shortened(tokens: Sequence[str]) -> str:
     text = "".join(tokens)
     return repr(text if len(text) < 60 else f"{text[:60]}…")
+
+
+def refuse_edited(model: LoadedModel) -> None:
+    """Raise ModelError inside `Model.edited`, for run directories, which would mix edited and unedited parts."""
+    if (forwards := model.instrument.edited) is not None:
+        raise ModelError(
+            "a run directory does not record the edits of a `with model.edited(…)` block, so that a resumed run would "
+            f"mix edited and unedited parts ({'; '.join(forwards.texts)}): run the recipe itself, or the recipe 'edit'"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
+from interp.model.dense_edits import real_keys
 from interp.model.layer_edits import CallSize, LayerEdit, compatible_groups, edit_arguments, select_rows, shifted
 
 NO_STATISTICS = headstats.StatSpec.none()
@@ -53,13 +54,20 @@ def attend_gated(
     return weight * out if replacement is None else weight * out + (1 - weight) * replacement
 
 
-def edit_options(call: AttentionCall) -> dict[str, Any]:
-    """Return a call's edits as arguments of headstats; nothing if there are none.
+def weight_options(call: AttentionCall) -> dict[str, Any]:
+    """Return what a call's attention weights depend on besides q and k, for the functions of `headstats.patterns`.
 
-    Raises InterpError for edits that need several calls.
+    Raises InterpError for edits that need several calls of the kernel.
     """
+    names = ("causal", "window", "softcap", "scale", "bias", "sinks", "key_padding")
+    options = {name: getattr(call, name) for name in names}
     if not any(call.edits):
-        return {}
+        return options
+    if call.q.shape[0] > 1 and any(_knows_its_row(e) for edits in call.edits for e in edits):
+        raise InterpError(
+            f"layer {call.layer}: attention weights of several prompts at once, under edits that depend on a prompt's "
+            "place in its batch (random, shuffled, or uniform without renormalise): pass one prompt"
+        )
     groups, n = compatible_groups(call.edits), call.k.shape[2]
     if len(groups) > 1:
         raise InterpError(
@@ -67,7 +75,7 @@ def edit_options(call: AttentionCall) -> dict[str, Any]:
             "renormalise, counterfactual or seed), so its pattern cannot be shown: use one block for each"
         )
     size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
-    return edit_arguments(groups[0].edits, size, call.q.device, call.q.dtype)
+    return {**options, **edit_arguments(groups[0].edits, size, call.q.device, call.q.dtype)}
 
 
 def _attend_edited(
@@ -179,8 +187,7 @@ def _alone(call: AttentionCall, i: int) -> tuple[AttentionCall, slice]:
     m, n, part = call.q.shape[2], call.k.shape[2], slice(i, i + 1)
     start, stop = 0, n
     if call.key_padding is not None:
-        real = call.key_padding[i].nonzero()[:, 0].tolist() or [n - 1]
-        start, stop = real[0], real[-1] + 1
+        start, stop = real_keys(call.key_padding[i])
     first = n - m
     rows = slice(max(start - first, 0), max(stop - first, 0))
     bias = call.bias

@@ -28,6 +28,7 @@ from torch import Tensor
 from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall, dense_attention
 from interp.model.edited_attention import attend
+from interp.model.layer_edits import refuse_clashes
 from interp.model.protocols import AttentionLayer
 from interp.model.session import ModelLock
 
@@ -88,6 +89,8 @@ class Instrument:
             call = editor.edit(call)
         if any(call.edits) and any(editor.dense for editor in self.editors):
             record.backends["dense"] += 1
+            for edits in call.edits:
+                refuse_clashes(edits)
             return dense_attention(call, *(getattr(bridge, n, _same) for n in ("hook_attn_scores", "hook_pattern")))
         hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
         if hook_names and self.spec is None and self.handler is None:

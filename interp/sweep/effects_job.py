@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from interp.errors import InterpError, ModelError, SiteError
 from interp.jobs.job import PartResult, RunFiles
+from interp.model.edited import refuse_edited
 from interp.model.prompt_provenance import hash_of_prompts
 from interp.prompts.pairs import encode_any
 from interp.recipes.registry import RECIPES
@@ -50,6 +51,7 @@ class EffectsJob:
         """Compute one part. Raises ModelError if its model cannot be loaded; all other errors are rows of the table."""
         part = self.config.parts[number]
         model = self.model(part.model)
+        refuse_edited(model)
         prompts = self.prompts(part, model)
         reasons = dict.fromkeys(part.examples, prompts.error) if prompts.error else dict(prompts.failed)
         good = [i for i in part.examples if i not in reasons]

@@ -38,6 +38,7 @@ from interp.circuits.scores import EdgeScores
 from interp.circuits.wiring import Wiring, sender_hooks
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
+from interp.model.edited_attention import weight_options
 from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
@@ -261,11 +262,9 @@ def _row(call: AttentionCall, i: int) -> Float[Tensor, "batch heads keys"]:
 
     It uses the kernel's logsumexp.
     """
-    pattern = pattern_rows(
-        call.q, call.k, None, torch.tensor([i], device=call.q.device),
-        causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
-        sinks=call.sinks, key_padding=call.key_padding,
-    )  # fmt: skip
+    if any(e.edit.gate is not None or e.edit.replacement is not None for edits in call.edits for e in edits):
+        raise InterpError("routes are read from attention weights, and an edit gates or replaces a head's output")
+    pattern = pattern_rows(call.q, call.k, None, torch.tensor([i], device=call.q.device), **weight_options(call))
     return pattern[:, :, 0].to(call.v)
 
 

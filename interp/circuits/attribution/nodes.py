@@ -224,9 +224,15 @@ class _SiteAttribution:
 
     def _fixed_components(self, method: NodeMethod) -> list[str]:
         """The components whose effects the QK fix replaces: among q and k."""
-        if method == "atp-carried":
-            return ["k", "q"]
-        return sorted({s.component for s in self.sites} & {"q", "k"}) if method == "atp-qk" else []
+        fixed = ["k", "q"] if method == "atp-carried" else []
+        if method == "atp-qk":
+            fixed = sorted({s.component for s in self.sites} & {"q", "k"})
+        if "k" in fixed and self.model.instrument.edited is not None:
+            raise InterpError(
+                "the QK fix computes the effect of single keys from scores that know no attention edit: inside "
+                "model.edited, use qk_fix=False or method='atp'"
+            )
+        return fixed
 
 
 class _SiteBatch:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.circuits.capture import capture, capture_calls
-from interp.errors import InterpError, ModelError
+from interp.errors import ModelError
 from interp.model.attention_call import AttentionCall
 from interp.model.edited_attention import attend
 from interp.model.hooks import hooks
@@ -74,11 +74,6 @@ class Rerun:
         It is summed over the rows and query heads that read the key.
         """
         call, source_k = self.base[layer], self.source[layer].k
-        if any(call.edits):
-            raise InterpError(
-                f"layer {layer} is edited, and the effect of single keys is computed from scores that know no edit: "
-                "use method='atp' (without the QK fix) inside model.edited"
-            )
         n, kv_heads = call.k.shape[2], call.k.shape[1]
         total = torch.zeros(len(grads), kv_heads, n, device=grads.device, dtype=_wide(grads))
         rows = max(1, TILE // (len(grads) * call.q.shape[1] * n))

@@ -113,7 +113,7 @@ class Evaluator:
             raise InterpError(f"unknown ablation {using!r}: choose one of {', '.join(map(repr, RECIPES))}")
         check_seed(seed)
         pair_list = listed_prompts(pairs)
-        self.model, self.metric = model, as_metric(metric)
+        self.model, self.metric, self.edited = model, as_metric(metric), model.instrument.edited
         self.prompts = encode_pairs(pair_list, model.coder)
         check_metric(self.metric, self.prompts, model)
         self.wiring = Wiring.checked(model, self.prompts[0].clean)
@@ -144,6 +144,11 @@ class Evaluator:
         As many of them run in one forward as `TOKENS` allows. With ``since``, each circuit continues that circuit's
         runs from the first layer with a receiver whose edges differ.
         """
+        if self.model.instrument.edited is not self.edited:
+            raise InterpError(
+                "these circuits' base runs were recorded under other attention edits: make the Evaluator, and call it, "
+                "in the same `with model.edited(…)` block, or both outside"
+            )
         with progress("circuits", len(masks) * len(self.prompts)) as advance:
             return self._check_values(self._values(masks, since, advance))
 
@@ -264,7 +269,8 @@ class Evaluator:
 
         This is checked once for each model.
         """
-        if Verified.of(self.model).packed_circuits:
+        is_edited = self.model.instrument.edited is not None  # what holds under some edits says nothing of others
+        if Verified.of(self.model).packed_circuits and not is_edited:
             return True
         example = packed.examples[0]
         mask = torch.from_numpy(self.graph.allowed & (np.random.default_rng(0).random(self.graph.allowed.shape) < 0.9))
@@ -273,9 +279,11 @@ class Evaluator:
         gap = (run_circuits(self.wiring, packed.prompts, mask[None])[0, 0] - reference).abs().max().item()
         if not gap <= CHECK_TOLERANCE * max(reference.abs().max().item(), 1.0):
             log.warning("circuits: one full forward each, because packed runs differ by %.1e on this model", gap)
-            Verified.of(self.model).packed_circuits = False
+            if not is_edited:
+                Verified.of(self.model).packed_circuits = False
             return False
-        Verified.of(self.model).packed_circuits = True
+        if not is_edited:
+            Verified.of(self.model).packed_circuits = True
         return True
 
     # ------------------------------------------------------------ details of a run
