@@ -86,6 +86,8 @@ class Cell:
 
         This is so if nothing reads the rows that it changes.
         """
+        if self.first_layer < n_layers - 1:  # it reaches every row from its first one on
+            return (length - 1 if read is None else read[-1]) < self.first_row
         return not any(self.reaches(row, n_layers, length) for row in ((length - 1,) if read is None else read))
 
     def reaches(self, row: int, n_layers: int, length: int) -> bool:

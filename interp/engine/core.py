@@ -352,8 +352,9 @@ class Engine:
             return
         batch: list[int] = []
         rows = logits = 0
+        reads = [run.read_rows for run in runs]
         for i in sorted(changing, key=lambda i: (cells[i].run, cells[i].first_row)):
-            read = runs[cells[i].run].read_rows
+            read = reads[cells[i].run]
             n = read[-1] + 1 - cells[i].first_row
             if batch and (rows + n > self.rows_per_batch or logits + len(read) > most_logits):
                 yield batch
