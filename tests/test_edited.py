@@ -250,7 +250,7 @@ def test_routes_do_not_pass_a_cut(llama: interp.Model) -> None:
         with llama.edited(*edits):
             table = interp.circuits.flow_routes(llama, interp.Prompt(PAIRS[0].clean, PAIRS[0].spans), 0.0)
         rows = table[(table["kind"] == "attention") & (table["target"] == 6) & table["source"].isin([1, 2])]
-        return float(rows["importance"].max())
+        return max(rows["importance"].tolist())
 
     assert importance() > 0.01
     assert importance(AttentionEdit(keys="start", queries=-1, knockout=True)) < 1e-4
@@ -296,11 +296,12 @@ def test_neutral_edits_change_no_bit_and_extreme_ones_are_ablations(llama: inter
 
 
 def test_bad_edits_are_refused_before_a_forward(llama: interp.Model) -> None:
-    for edits, error, message in (
+    wrong: Any = (
         ([AttentionEdit(heads=[99], gate=0.0)], SiteError, "the model has heads 0 to"),
         ([AttentionEdit(layers=17, gate=0.0)], SiteError, "the model has layers 0 to"),
         (["cut"], InterpError, "takes AttentionEdits"),
-    ):
+    )
+    for edits, error, message in wrong:
         with pytest.raises(error, match=message), llama.edited(*edits):
             pass
     clashing: Any = (
@@ -346,3 +347,8 @@ def test_edits_that_count_all_keys_are_exact_where_an_earlier_row_is_read(llama:
     np.testing.assert_allclose(*both(interp.edit, *COUNTING), atol=1e-6)
     with llama.edited(*COUNTING):
         np.testing.assert_allclose(*both(interp.patch, sites), atol=1e-6)
+
+
+def test_queries_of_the_prompt_are_refused_for_decoding_alone() -> None:
+    with pytest.raises(InterpError, match="leave queries out"):
+        AttentionEdit(queries=-1, keys=0, knockout=True, phase="decoding")

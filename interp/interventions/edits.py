@@ -82,6 +82,11 @@ class AttentionEdit:
             )
         if self.phase not in (None, "prompt", "decoding"):
             raise InterpError(f"AttentionEdit(phase={self.phase!r}): 'prompt' or 'decoding' expected")
+        if self.phase == "decoding" and self.queries is not None:
+            raise InterpError(
+                f"AttentionEdit(queries={self.queries!r}, phase='decoding'): queries name tokens of the prompt, and "
+                "only tokens decoded later change: leave queries out"
+            )
         redistribution = [name for name in ("take", "give", "keep_fraction") if getattr(self, name) is None]
         if 0 < len(redistribution) < 3:
             raise InterpError(
