@@ -15,6 +15,8 @@ class Encoded:
 
     ``spans`` are token ranges. For a `Fact` the corrupt ids equal the clean ones; noise is added later.
     ``changed_from``: the first position whose input differs although the ids agree (where another image begins).
+    ``corrupt_side``: the corrupt prompt with its own spans, for pairs that are compared span by span; the two prompts
+    may then differ in length.
     """
 
     clean: tuple[int, ...]
@@ -24,9 +26,15 @@ class Encoded:
     tokens: tuple[str, ...]
     spans: Mapping[str, Span]
     changed_from: int | None = None
+    corrupt_side: Encoded | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer one of the two prompts."""
+        return max(len(self.clean), len(self.corrupt))
 
     @property
     def ids(self) -> list[Any]:

@@ -39,7 +39,7 @@ class ImagePair(PromptPair):
     answer: Any = 0
     foil: Any = None
 
-    def span(self, name: str, words: str | None = None, *, occurrence: int = 0) -> PromptPair:
+    def span(self, name: str, words: str | None = None, **_options: Any) -> PromptPair:
         """Raise PromptError: an ImagePair finds its spans from the tokens.
 
         They are ``image`` and ``text``, or ``cls`` and ``patches``.

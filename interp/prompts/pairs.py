@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 from interp.errors import PromptError
 from interp.prompts.answers import answer_ids
@@ -22,6 +23,8 @@ from interp.utils.html_card import card
 log = logging.getLogger("interp")
 
 MOST_SHOWN = 10  # problems that one message describes
+Align = Literal["position", "span"]
+PairLengths = Align | Literal["declared"]
 Encode = Callable[[int, Any, Coder, list[str]], Encoded]
 
 
@@ -56,6 +59,8 @@ class PromptPair:
     Answer and foil are single tokens, written with their leading space (or token ids). Prompts are texts, or token ids
     with their special tokens. ``spans`` names stretches of the clean prompt: of a text by character range, e.g.
     ``{"subject": (4, 16)}`` (`span` adds one by its words), of token ids by token range, ``{"subject": (1, 4)}``.
+    ``corrupt_spans`` names those of the corrupt prompt, for `interp.patch` with ``align="span"``, which alone takes
+    prompts of different lengths.
     """
 
     clean: str
@@ -63,21 +68,29 @@ class PromptPair:
     answer: str | int
     foil: str | int | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
+    corrupt_spans: Mapping[str, Span] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         spans = ", ".join(f"{name}: {self.clean[a:b]!r}" for name, (a, b) in self.spans.items())
         facts = {"clean": self.clean, "corrupt": self.corrupt, "answer": repr(self.answer), "foil": repr(self.foil)}
         return card("PromptPair", {**facts, "spans": spans or "–"})
 
-    def span(self, name: str, words: str | None = None, *, occurrence: int | None = None) -> PromptPair:
+    def span(
+        self, name: str, words: str | None = None, *, occurrence: int | None = None, corrupt: str | None = None,
+        corrupt_occurrence: int | None = None,
+    ) -> PromptPair:  # fmt: skip
         """Return a copy in which ``words`` of the clean text are a named span.
 
-        ``words`` defaults to the name itself. Whole words count; only where there are none, parts of longer words.
-        ``occurrence``: which place, if the words stand in several: 0 for the first (the default, with a warning), −1
-        for the last. Raises PromptError if the words are not in the text.
+        ``corrupt``: the words that are this span in the corrupt text, with their own occurrence. ``words`` defaults to
+        the name itself. Whole words count; only where there are none, parts of longer words. ``occurrence``: which
+        place, if the words stand in several: 0 for the first (the default, with a warning), −1 for the last. Raises
+        PromptError if the words are not in the text.
         """
         spans = {**self.spans, name: _named_span(_words_only(self.clean, name), name, words, occurrence)}
-        return PromptPair(self.clean, self.corrupt, self.answer, self.foil, spans)
+        if corrupt is None:
+            return replace(self, spans=spans)
+        place = _named_span(_words_only(self.corrupt, name), name, corrupt, corrupt_occurrence)
+        return replace(self, spans=spans, corrupt_spans={**self.corrupt_spans, name: place})
 
 
 def _words_only(text: Any, name: str) -> str:
@@ -176,9 +189,13 @@ def encode_prompt(prompt: Any, coder: Coder) -> list[int]:
     return ids
 
 
-def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list[Encoded]:
+def encode_pairs(
+    pairs: PromptPair | Iterable[PromptPair], coder: Coder, align: PairLengths = "position"
+) -> list[Encoded]:
     """Tokenise and check every pair.
 
+    ``align="span"``: prompts of a pair may differ in length, and `Encoded.corrupt_side` holds the corrupt one's spans.
+    ``"declared"``: they may if they name spans of the corrupt prompt.
     A PromptError names all pairs that cannot be used, and shows both tokenisations of the first whose lengths differ.
     """
     pair_list = listed_prompts(pairs)
@@ -187,7 +204,7 @@ def encode_pairs(pairs: PromptPair | Iterable[PromptPair], coder: Coder) -> list
     wrong = next((p for p in pair_list if not isinstance(p, PromptPair)), None)
     if wrong is not None:
         raise PromptError(f"expected PromptPair objects, got {type(wrong).__name__}: {wrong!r:.80}")
-    return _encoded(pair_list, _encode_pair, coder, "pairs")
+    return _encoded(pair_list, partial(_encode_pair, align=align), coder, "pairs")
 
 
 def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) -> list[Encoded]:
@@ -214,21 +231,29 @@ def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) ->
     return encoded
 
 
-def _encode_pair(index: int, pair: PromptPair, coder: Coder, notes: list[str]) -> Encoded:
+def _encode_pair(
+    index: int, pair: PromptPair, coder: Coder, notes: list[str], align: PairLengths = "position"
+) -> Encoded:
     if coder.encode_image_pair is not None and not isinstance(pair.clean, str):
+        if align == "span":
+            raise PromptError(f'pair {index}: align="span" takes prompts of text or token ids, not images')
         return coder.encode_image_pair(index, pair)
     what = f"pair {index}"
     texts = [_text_or_ids(text, what) for text in (pair.clean, pair.corrupt)]
     clean, corrupt = (coder.encode(text) for text in texts)
-    if len(clean) != len(corrupt):
+    if len(clean) != len(corrupt) and (align == "position" or (align == "declared" and not pair.corrupt_spans)):
         raise PromptError(
             f"{what}: clean and corrupt have different lengths ({len(clean)} and {len(corrupt)} tokens), "
-            "so positions do not correspond. Reword one of them; the tokens, side by side:\n"
-            + _side_by_side(coder.texts(clean), coder.texts(corrupt))
+            "so positions do not correspond. Reword one of them, or patch named spans with align='span'; the tokens, "
+            "side by side:\n" + _side_by_side(coder.texts(clean), coder.texts(corrupt))
         )
     answer, foil = answer_ids(texts[0], pair.answer, pair.foil, coder, what, notes)
     spans = _token_ranges(pair.spans, texts[0], coder)
-    return Encoded(tuple(clean), tuple(corrupt), answer, foil, tuple(coder.texts(clean)), spans)
+    encoded = Encoded(tuple(clean), tuple(corrupt), answer, foil, tuple(coder.texts(clean)), spans)
+    if align != "span":
+        return encoded
+    ids, names = tuple(corrupt), _token_ranges(pair.corrupt_spans, texts[1], coder)
+    return replace(encoded, corrupt_side=Encoded(ids, ids, answer, foil, tuple(coder.texts(corrupt)), names))
 
 
 def _token_ranges(spans: Mapping[str, Span], text: str | TokenIds, coder: Coder) -> dict[str, Span]:
@@ -264,15 +289,17 @@ def _encode_fact(index: int, fact: Fact, coder: Coder, notes: list[str]) -> Enco
     return Encoded(tuple(ids), tuple(ids), answer, None, tuple(coder.texts(ids)), spans)
 
 
-def encode_any(prompts: Sequence[PromptPair | Fact], coder: Coder) -> tuple[list[Encoded], bool]:
+def encode_any(
+    prompts: Sequence[PromptPair | Fact], coder: Coder, align: PairLengths = "position"
+) -> tuple[list[Encoded], bool]:
     """Tokenise pairs or facts.
 
-    Returns also whether they are pairs. Raises PromptError for a mixture.
+    ``align``: see `encode_pairs`. Returns also whether they are pairs. Raises PromptError for a mixture.
     """
     facts = [p for p in prompts if isinstance(p, Fact)]
     if facts and len(facts) < len(prompts):
         raise PromptError("give PromptPairs or Facts, not both in one call")
-    return (encode_facts(facts, coder), False) if facts else (encode_pairs(prompts, coder), True)  # type: ignore[arg-type]
+    return (encode_facts(facts, coder), False) if facts else (encode_pairs(prompts, coder, align), True)  # type: ignore[arg-type]
 
 
 def _text_or_ids(text: Any, what: str) -> str | TokenIds:

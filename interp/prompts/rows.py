@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from interp.errors import PromptError
@@ -14,9 +15,10 @@ from interp.prompts.ranges import Span, find_words
 
 log = logging.getLogger("interp")
 
-PAIR, PAIR_OPTIONS = ("clean", "corrupt", "answer"), ("foil", "spans")
+PAIR, PAIR_OPTIONS = ("clean", "corrupt", "answer"), ("foil", "spans", "corrupt_spans")
 FACT, FACT_OPTIONS = ("prompt", "subject", "answer"), ("occurrence",)
 SPAN = "span:"  # a column that names a span: "span:subject" holds its words in the clean prompt, or "[start:stop]"
+CORRUPT_SPAN = "corrupt_span:"  # the same for the corrupt prompt
 RANGE = re.compile(r"\[(\d+):(\d+)\]")
 
 
@@ -47,7 +49,8 @@ def prompts_of_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Promp
 def row_of(pair: PromptPair) -> dict[str, Any]:
     """Return a pair as a row that `prompts_of_rows` reads back."""
     row: dict[str, Any] = {"clean": pair.clean, "corrupt": pair.corrupt, "answer": pair.answer, "foil": pair.foil}
-    return row | {f"{SPAN}{name}": _written(pair.clean, span) for name, span in pair.spans.items()}
+    row |= {f"{SPAN}{name}": _written(pair.clean, span) for name, span in pair.spans.items()}
+    return row | {f"{CORRUPT_SPAN}{name}": _written(pair.corrupt, span) for name, span in pair.corrupt_spans.items()}
 
 
 def _written(text: str, span: Span) -> str:
@@ -64,7 +67,8 @@ def _is_fact(row: Mapping[str, Any]) -> bool:
 def _other_columns(where: str, row: Mapping[str, Any]) -> list[str]:
     """Return the columns that say nothing about a prompt; PromptError if one is nearly the name of one that does."""
     known = (*FACT, *FACT_OPTIONS) if _is_fact(row) else (*PAIR, *PAIR_OPTIONS)
-    others = [str(n) for n in row if n not in known and not (str(n).startswith(SPAN) and not _is_fact(row))]
+    prefixes = () if _is_fact(row) else (SPAN, CORRUPT_SPAN)
+    others = [str(n) for n in row if n not in known and not str(n).startswith(prefixes)]
     for name in others:
         plain = name.strip().lower()
         close = difflib.get_close_matches(plain, [n for n in known if n not in row], 1, 0.75)
@@ -89,21 +93,27 @@ def _prompt(where: str, row: Mapping[str, Any]) -> PromptPair | Fact:
         raise PromptError(f"{where}: foil must be a text, got {foil!r:.60}")
     pair = PromptPair(row["clean"], row["corrupt"], row["answer"], foil)
     try:
-        for name, place in _spans(where, row).items():
+        for name, place in _spans(where, row, "spans", SPAN).items():
             pair = _with_span(pair, name, place)
+        # found as the spans of a clean prompt are, in a pair whose clean prompt is the corrupt one
+        other = PromptPair(pair.corrupt, pair.corrupt, pair.answer)
+        for name, place in _spans(where, row, "corrupt_spans", CORRUPT_SPAN).items():
+            other = _with_span(other, name, place)
+        pair = replace(pair, corrupt_spans=other.spans)
     except PromptError as error:
         raise PromptError(f"{where}: {error}") from None
     return pair
 
 
-def _spans(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    spans = row.get("spans") or {}
+def _spans(where: str, row: Mapping[str, Any], key: str, prefix: str) -> dict[str, Any]:
+    """Return the places of named spans: under ``key``, and in columns whose names begin with ``prefix``."""
+    spans = row.get(key) or {}
     if not isinstance(spans, Mapping):
         raise PromptError(
-            f'"spans" must name words of the clean prompt, {{"subject": "Mary"}}, got {spans!r:.60}; in a CSV file a '
-            f"span is a column of its own, {SPAN}subject"
+            f'"{key}" must name words of the prompt, {{"subject": "Mary"}}, got {spans!r:.60}; in a CSV file a '
+            f"span is a column of its own, {prefix}subject"
         )
-    columns = {n.removeprefix(SPAN): v for n, v in row.items() if str(n).startswith(SPAN) and v not in (None, "")}
+    columns = {n.removeprefix(prefix): v for n, v in row.items() if str(n).startswith(prefix) and v not in (None, "")}
     return {**spans, **columns}
 
 
@@ -117,8 +127,7 @@ def _with_span(pair: PromptPair, name: str, place: Any) -> PromptPair:
         if isinstance(place[0], str):
             return pair.span(name, place[0], occurrence=place[1])
         if isinstance(place[0], int) and 0 <= place[0] < place[1] <= len(pair.clean):
-            spans = {**pair.spans, name: (place[0], place[1])}
-            return PromptPair(pair.clean, pair.corrupt, pair.answer, pair.foil, spans)
+            return replace(pair, spans={**pair.spans, name: (place[0], place[1])})
     raise PromptError(
         f"span {name!r} must name words of the clean prompt, or characters of it as [start:stop] up to "
         f"{len(pair.clean)}, got {place!r:.60}"

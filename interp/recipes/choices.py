@@ -6,6 +6,7 @@ MODES = {
     "denoise": "write clean activations into the corrupt run",
     "noise": "write corrupt activations into the clean run",
 }
+ALIGNMENTS = ("position", "span")  # how positions of two prompts correspond
 ABLATIONS = {
     "zero": "activation set to 0",
     "mean": "activation set to its mean over all tokens of all clean prompts of the set",

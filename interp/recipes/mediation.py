@@ -22,7 +22,7 @@ from interp.errors import InterpError, Interrupted
 from interp.metrics import Metric, MetricFn, as_metric, logit_diff
 from interp.model.model import Model
 from interp.model.session import in_session
-from interp.prompts.pairs import PromptPair
+from interp.prompts.pairs import Align, PromptPair
 from interp.recipes.inputs import as_prompts
 from interp.recipes.patching import patch
 from interp.recipes.read_out import LAST, At
@@ -50,6 +50,7 @@ def mediate(
     *,
     groups: Groups | None = None,
     window: int = 1,
+    align: Align = "position",
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
     at: At = LAST,
@@ -62,8 +63,8 @@ def mediate(
     Four rows per (pair, mediator), which differ in ``intervention``: "total effect", "natural direct effect", "natural
     indirect effect", "interaction". ``raw`` is the effect in the metric's units, ``effect`` its share of the total
     effect, ``patched`` the metric of the counterfactual run (for the interaction: clean + interaction). A mediator is
-    one site: a head (z), a neuron (mlp_post), a layer's attn_out or mlp_out, …; or several sites as one, by ``groups``
-    and ``window`` as in `interp.patch`. ``subset``: for `interp.sweep`.
+    one site: a head (z), a neuron (mlp_post), a layer's attn_out or mlp_out, …; or several sites as one, by ``groups``,
+    ``window`` and ``align`` as in `interp.patch`. ``subset``: for `interp.sweep`.
 
     Vig et al. report effects relative to Y(x) of a positive ratio metric; with ``metric=interp.prob`` that is
     ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates. Raises the errors of
@@ -75,7 +76,9 @@ def mediate(
             "interp.mediate compares changes of two runs, and metric 'token_kl' of each is its own: use interp.kl"
         )
     sites = list(mediators) if isinstance(mediators, Iterable) and not isinstance(mediators, str) else mediators
-    options: dict[str, Any] = {"groups": groups, "window": window, "memory": memory, "subset": subset, "at": at}
+    options: dict[str, Any] = {
+        "groups": groups, "window": window, "align": align, "memory": memory, "subset": subset, "at": at,
+    }  # fmt: skip
     try:
         indirect = patch(model, items, sites, metric, "noise", engine, show_progress, **options)
     except Interrupted:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,13 +23,15 @@ from interp.model.model import Model
 from interp.model.prompt_provenance import hash_of_prompts
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded, first_difference
-from interp.prompts.pairs import PromptPair, encode_pairs, listed_prompts
+from interp.prompts.pairs import Align, PromptPair, encode_pairs, listed_prompts
+from interp.prompts.positions import row_range
+from interp.recipes.choices import ALIGNMENTS
 from interp.recipes.read_out import LAST, At
 from interp.recipes.scoring import Value
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Groups, Target, all_sites, components_of, expand_each, targets_of
 from interp.results.effects import Effects
-from interp.sites import Site
+from interp.sites import EACH, Site
 
 Mode = Literal["denoise", "noise"]
 STREAM = ("resid_pre", "resid_mid", "resid_post")  # components that hold everything a position passes on
@@ -47,6 +49,7 @@ def patch(
     *,
     groups: Groups | None = None,
     window: int = 1,
+    align: Align = "position",
     sources: PromptPair | Iterable[PromptPair] | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
@@ -70,24 +73,32 @@ def patch(
     remain those of the pair itself (an interchange intervention: Geiger et al. 2021, "Causal abstractions of neural
     networks").
 
+    ``align="span"`` patches role for role, between prompts that may differ in length: sites are at named spans of both
+    prompts (`PromptPair.span` with ``corrupt=``). At ``"subject"`` every token of the target's span gets the mean over
+    the source's span; ``"subject:last"`` and ``"subject:first"`` copy one token's activation to one token.
+
     ``engine="naive"`` runs one full forward per cell; ``"auto"`` re-runs only what a patch can change, where that is
     exact. ``memory``: bytes besides the model's weights, or ``"4GiB"``; batches are cut to fit. ``subset``: for
     `interp.sweep`. Raises PromptError, SiteError or InterpError for bad input, before any sweep begins.
     """
     if mode not in ("denoise", "noise"):
         raise InterpError(f"unknown mode {mode!r}: 'denoise' (clean into corrupt) or 'noise' (corrupt into clean)")
-    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at)
+    check_align(align)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at, align=align)
     targets = targets_of(sites, groups, window, model)
     loop.runner.check_sites(all_sites(targets))
     if sources is None:
         source_pairs = None
     else:
         source_pairs = listed_prompts(sources, "sources=: PromptPairs")
-    cells = _PatchCells(loop.runner, loop.prompts, targets, _donor_ids(loop.prompts, source_pairs, model, mode), mode,
-                        uses_own_runs=source_pairs is None)  # fmt: skip
-    recipe = {"window": window, "groups": _group_members(targets)}
+    donors = _donors(loop.prompts, source_pairs, model, align)
+    kind = _SpanCells if align == "span" else _PatchCells
+    cells = kind(loop.runner, loop.prompts, targets, donors, mode, uses_own_runs=source_pairs is None)
+    recipe: dict[str, Any] = {"window": window, "groups": _group_members(targets)}
+    if align == "span":
+        recipe["align"] = "span: the mean over the source's span; name:first and name:last token to token"
     if source_pairs:
-        recipe["sources"] = hash_of_prompts(source_pairs, encode_pairs(source_pairs, model.coder))
+        recipe["sources"] = hash_of_prompts(source_pairs, encode_pairs(source_pairs, model.coder, align))
     return loop.run(cells, "patch" if window == 1 else f"patch, window of {window} layers", mode, **recipe)
 
 
@@ -103,20 +114,26 @@ class _PatchBatch(Batch):
 class _PatchCells(CellSource):
     """The cells of every pair.
 
-    ``donors``: token ids of the runs that activations come from.  ``uses_own_runs``: they are the pairs' other runs.
+    ``sources``: the pairs from whose runs activations come.  ``uses_own_runs``: they are the pairs' other runs.
     Raises PromptError for a position that a pair does not have.
     """
 
     def __init__(
-        self, runner: Engine, prompts: Sequence[Encoded], targets: Sequence[Target], donors: Sequence[tuple[int, ...]],
+        self, runner: Engine, prompts: Sequence[Encoded], targets: Sequence[Target], sources: Sequence[Encoded],
         mode: Mode, uses_own_runs: bool,
     ):  # fmt: skip
-        self.runner, self.donors, self.mode, self.uses_own_runs = runner, donors, mode, uses_own_runs
+        self.runner, self.sources, self.uses_own_runs = runner, sources, uses_own_runs
+        self.mode: Mode = mode
+        self.donors = [e.clean if mode == "denoise" else e.corrupt for e in sources]
         self.components = components_of(targets)
-        self.targets = [list(expand_each(targets, p)) for p in prompts]
+        self.targets = self._targets(targets, prompts)
         self.size = sum(map(len, self.targets))
         self.runs_per_example = 2 if uses_own_runs else 3
         self.title = f"patch {'+'.join(self.components)} ({mode})"
+
+    def _targets(self, targets: Sequence[Target], prompts: Sequence[Encoded]) -> list[list[Target]]:
+        """Return the targets of each pair."""
+        return [list(expand_each(targets, p)) for p in prompts]
 
     def batch(self, loop: SweepLoop, numbers: range) -> _PatchBatch:
         """Record clean, corrupt and donor runs; cells go into the runs of the mode, or into donor runs."""
@@ -185,6 +202,62 @@ class _PatchCells(CellSource):
         return lead if is_covered else None
 
 
+class _SpanCells(_PatchCells):
+    """The cells of pairs that are compared span by span: the two runs may differ in length."""
+
+    def _targets(self, targets: Sequence[Target], prompts: Sequence[Encoded]) -> list[list[Target]]:
+        for prompt, source in zip(prompts, self.sources, strict=True):
+            for site in (s for t in targets for s in t.sites):
+                span_rows(site, prompt, source, self.mode)
+        return [list(targets) for _ in prompts]
+
+    def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
+        """Every target of every pair, in one group."""
+        assert isinstance(batch, _PatchBatch)
+        yield [
+            CellRow(n, target.address, self._span_cell(batch, n, i, target), batch.unchanged[n])
+            for n, i in enumerate(batch.numbers)
+            for target in self.targets[i]
+        ]
+
+    def _span_cell(self, batch: _PatchBatch, n: int, number: int, target: Target) -> Cell | None:
+        donor, into, writes = batch.donors[n], batch.runs[n], []
+        for site in target.sites:
+            (start, stop), source = span_rows(site, batch.prompts[n], self.sources[number], self.mode)
+            value = donor.value(site, *source).mean(0, keepdim=True)
+            writes.append(CellWrite(site, start, stop, value.expand(stop - start, *value.shape[1:])))
+        is_changing = any(is_change(w, into) for w in writes) if self.runner.fast else True
+        return Cell(n, tuple(writes)) if is_changing else None
+
+
+def check_align(align: str) -> None:
+    """Raise InterpError unless ``align`` is a way in which two prompts can correspond."""
+    if align not in ALIGNMENTS:
+        raise InterpError(f"align={align!r}: one of {', '.join(map(repr, ALIGNMENTS))} expected")
+
+
+def span_rows(site: Site, prompt: Encoded, source: Encoded, mode: Mode) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the rows that a site's span has in the run that is changed, and in the run that values come from.
+
+    Raises PromptError for a site that is not at a named span, and for a span that one of the prompts does not have.
+    """
+    if not isinstance(site.position, str) or site.position == EACH:
+        raise PromptError(
+            f'site {site}: align="span" compares named spans of two prompts, and their positions do not correspond: '
+            'give positions="subject" (the mean over the span), "subject:first" or "subject:last"'
+        )
+    sides = (prompt.corrupt_side, source) if mode == "denoise" else (prompt, source.corrupt_side)
+    rows = []
+    for side, name in zip(sides, ("corrupt", "clean") if mode == "denoise" else ("clean", "corrupt"), strict=True):
+        assert side is not None
+        try:
+            rows.append(row_range(site.position, side, f"site {site}"))
+        except PromptError as error:
+            how = "" if name == "clean" else " (name it with PromptPair.span(name, words, corrupt=words))"
+            raise PromptError(f"the {name} prompt: {error}{how}") from None
+    return rows[0], rows[1]
+
+
 def _depth(write: CellWrite) -> int:
     """Return where in a block a write sets the residual stream; -1 if it does not."""
     return STREAM.index(write.site.component) if write.site.component in STREAM else -1
@@ -203,24 +276,22 @@ def _mirrored(write: CellWrite, donor: Run, into: Run, number: int) -> Cell | No
     return Cell(number, (other,)) if is_change(other, donor) else None
 
 
-def _donor_ids(
-    prompts: Sequence[Encoded], sources: Sequence[PromptPair] | None, model: Model, mode: Mode
-) -> list[tuple[int, ...]]:
-    """Return the token ids of the runs that activations are taken from, one per pair."""
+def _donors(
+    prompts: Sequence[Encoded], sources: Sequence[PromptPair] | None, model: Model, align: Align
+) -> list[Encoded]:
+    """Return the pairs from whose runs activations are taken, one per pair."""
     if sources is None:
-        encoded = list(prompts)
-    else:
-        encoded = encode_pairs(sources, model.coder)
-        if len(encoded) != len(prompts):
-            raise PromptError(f"sources has {len(encoded)} pairs for {len(prompts)}: one for each expected")
-    donors = [e.clean if mode == "denoise" else e.corrupt for e in encoded]
-    for i, (prompt, donor) in enumerate(zip(prompts, donors, strict=True)):
-        if len(prompt) != len(donor):
+        return list(prompts)
+    encoded = encode_pairs(sources, model.coder, align)
+    if len(encoded) != len(prompts):
+        raise PromptError(f"sources has {len(encoded)} pairs for {len(prompts)}: one for each expected")
+    for i, (prompt, donor) in enumerate(zip(prompts, encoded, strict=True)):
+        if len(prompt) != len(donor) and align == "position":
             raise PromptError(
                 f"pair {i} has {len(prompt)} tokens and its source {len(donor)}, so positions do not correspond: "
                 "choose sources of the same length"
             )
-    return donors
+    return encoded
 
 
 def _first_difference(donor: Run, into: Run) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from interp.recipes.choices import (
     ABLATIONS,
+    ALIGNMENTS,
     EDITED_ALONE,
     MODES,
     PATH_ABLATIONS,
@@ -141,6 +142,9 @@ AT = Option(
     "at", PLACES, "Where the metric is read: last; a position; a span (subject, subject:mean); each. Comma-separated.",
     default="last",
 )  # fmt: skip
+ALIGN = Option(
+    "align", choice(*ALIGNMENTS), "position; span: the mean over a named span of the other run. Default: position."
+)
 WINDOW = Option("window", whole(1), "Layers changed together around each layer.", default=1)
 REFERENCE = "Texts that means are taken over (and donors drawn from), one per line. Default: the prompts."
 
@@ -154,6 +158,7 @@ RECIPES = {
                 Option("mode", MODE, "denoise: clean into corrupt; noise: corrupt into clean.", default="denoise"),
                 WINDOW,
                 AT,
+                ALIGN,
             ),
             sites=SiteOptions(),
         ),
@@ -191,7 +196,7 @@ RECIPES = {
         Recipe(
             "mediate", "mediation:mediate",
             "Causal mediation: total, natural direct and indirect effect, and interaction, of each mediator.",
-            (WINDOW, AT),
+            (WINDOW, ALIGN, AT),
             sites=SiteOptions(keyword="mediators"),
         ),
         Recipe(

@@ -14,11 +14,11 @@ import torch
 
 from interp.engine import Cell, Engine, Run
 from interp.engine.core import EngineKind
-from interp.errors import Interrupted
+from interp.errors import InterpError, Interrupted
 from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
 from interp.prompts.coder import Encoded
-from interp.prompts.pairs import encode_any, encode_pairs
+from interp.prompts.pairs import Align, encode_any, encode_pairs
 from interp.recipes.inputs import as_prompts, check_metric, check_readable, provenance_of
 from interp.recipes.read_out import LAST, At, ReadOut, RunsReadout, check_at, read_outs, rows_of_all
 from interp.recipes.rows import EffectRows
@@ -119,6 +119,7 @@ class SweepLoop:
     ``takes_facts``: prompts may be Facts, which have no corrupt prompt.  ``at``: the positions at which the metric is
     read (`interp.recipes.read_out`).  Raises InterpError or PromptError for a model, prompts, a metric, positions or a
     ``memory`` that cannot be used, before any forward.
+    ``align``: whether positions or named spans of a pair's prompts correspond (`encode_pairs`).
     """
 
     model: Model
@@ -130,6 +131,7 @@ class SweepLoop:
     show_progress: bool | None = None
     takes_facts: bool = False
     at: At = LAST
+    align: Align = "position"
     items: list[Any] = field(init=False)
     metric: Metric = field(init=False)
     prompts: list[Encoded] = field(init=False)
@@ -143,10 +145,12 @@ class SweepLoop:
         if self.takes_facts:
             self.prompts, self.has_pairs = encode_any(self.items, self.model.coder)
         else:
-            self.prompts = encode_pairs(self.items, self.model.coder)
+            self.prompts = encode_pairs(self.items, self.model.coder, self.align)
         check_metric(self.metric, self.prompts, self.model, any_position=True)
         places = check_at(self.at)
         if places != (LAST,) or self.metric.over == "positions" or self.metric.reads_run:
+            if self.align == "span":
+                raise InterpError('align="span" compares prompts whose positions do not correspond: leave at="last"')
             check_readable(self.model, self.at, self.metric)
             self.outs = read_outs(places, self.metric, self.prompts)
         self.runner = Engine(self.model, self.engine, self.memory)
@@ -319,12 +323,12 @@ def batches(
     one cell fits next to the base runs of one example.
     """
     budget = runner.budget
-    held = [runs_per_example * budget.run(len(p), components) for p in prompts]
+    held = [runs_per_example * budget.run(p.longest, components) for p in prompts]
     # while it is recorded, a run needs a forward's rows too
-    sizes = [h + runs_per_example * budget.row * len(p) for h, p in zip(held, prompts, strict=True)]
+    sizes = [h + runs_per_example * budget.row * p.longest for h, p in zip(held, prompts, strict=True)]
     limit = RUN_BYTES if budget.limit is None else min(RUN_BYTES, budget.limit / 2)
     for size, run_bytes, prompt in zip(sizes, held, prompts, strict=True):
-        budget.check(len(prompt), max(run_bytes, size - budget.cell(len(prompt))))
+        budget.check(prompt.longest, max(run_bytes, size - budget.cell(prompt.longest)))
     ranges, start, used = [], selected.start, 0.0
     for i in selected:
         if i > start and (used + sizes[i] > limit or i - start == most):
@@ -332,7 +336,7 @@ def batches(
             start, used = i, 0
         used += sizes[i]
     for numbers in [*ranges, range(start, selected.stop)]:
-        runner.fit_batches_to_memory(max(len(prompts[i]) for i in numbers), sum(held[i] for i in numbers))
+        runner.fit_batches_to_memory(max(prompts[i].longest for i in numbers), sum(held[i] for i in numbers))
         yield numbers
 
 

@@ -93,7 +93,7 @@ class EffectsJob:
         key = part.model.name, part.task.name, part.seed
         if key not in self.hashes:
             usable = [prompts.prompts[i] for i in prompts.usable]
-            self.hashes[key] = hash_of_prompts(usable, encode_any(usable, model.coder)[0])
+            self.hashes[key] = hash_of_prompts(usable, encode_any(usable, model.coder, "declared")[0])
         return self.hashes[key]
 
     def prompts(self, part: SweepPart, model: Any) -> PromptSet:

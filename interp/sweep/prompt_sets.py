@@ -51,7 +51,7 @@ class PromptSet:
     def encoded(self) -> bytes:
         """Return the set as JSON."""
         kind = {PromptPair: "pair", Fact: "fact"}
-        prompts = [{"kind": kind[type(p)], **vars(p)} for p in self.prompts]
+        prompts = [{"kind": kind[type(p)], **_fields(p)} for p in self.prompts]
         failed = {str(k): v for k, v in self.failed.items()}
         fields = {"prompts": prompts, "failed": failed, "error": self.error}
         fields |= {"weights": self.weights, "behaviour": self.behaviour}
@@ -84,13 +84,22 @@ class PromptSet:
                 if raw.pop("kind") == "fact":
                     prompts.append(Fact(**raw))
                 else:
-                    spans = {name: (int(a), int(b)) for name, (a, b) in raw.pop("spans").items()}
-                    prompts.append(PromptPair(**raw, spans=spans))
+                    spans, others = _as_spans(raw.pop("spans")), _as_spans(raw.pop("corrupt_spans", {}))
+                    prompts.append(PromptPair(**raw, spans=spans, corrupt_spans=others))
             failed = {int(k): v for k, v in fields["failed"].items()}
             more = fields.get("dtype", ""), fields.get("tokens", "")
             return cls(prompts, failed, fields["error"], fields["weights"], fields["behaviour"], *more)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InterpError(f"the run's frozen prompts cannot be read ({error!r:.200})") from None
+
+
+def _fields(prompt: PromptPair | Fact) -> dict[str, Any]:
+    """Return what a prompt holds; spans of the corrupt prompt only where there are any, as in sets made before them."""
+    return {name: value for name, value in vars(prompt).items() if name != "corrupt_spans" or value}
+
+
+def _as_spans(spans: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: (int(a), int(b)) for name, (a, b) in spans.items()}
 
 
 def file_name(model: str, task: str, seed: int) -> str:
@@ -119,7 +128,7 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Call
     failed: dict[int, str] = {}
     for i, prompt in enumerate(prompts):
         try:
-            encode_any([prompt], model.coder)
+            encode_any([prompt], model.coder, "declared")
         except InterpError as error:
             failed[i] = f"{type(error).__name__}: {error}".replace("pair 0", f"example {i}").replace(
                 "fact 0", f"example {i}"
@@ -147,7 +156,7 @@ def identity_of_model(model: Any, prompts: Prompts, usable: Sequence[int]) -> di
     coder, ids = model.coder, []
     for i in usable:
         try:
-            e = encode_any([prompts[i]], coder)[0][0]
+            e = encode_any([prompts[i]], coder, "declared")[0][0]
             ids.append([e.clean, e.corrupt, e.answer, e.foil])
         except InterpError as error:
             ids.append([str(error)])

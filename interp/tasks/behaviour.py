@@ -65,8 +65,8 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
     kinds = {type(p) for p in items}
     if len(kinds) > 1:
         raise PromptError("check takes PromptPairs or Facts, not a mixture of both")
-    encode = encode_facts if kinds == {Fact} else encode_pairs
-    diffs = margins(model, encode(items, model.coder))
+    encoded = encode_facts(items, model.coder) if kinds == {Fact} else encode_pairs(items, model.coder, "declared")
+    diffs = margins(model, encoded)
     _, lo, hi = mean_interval(diffs[None])
     # without NaN left out: a prompt whose logits are NaN leaves no mean
     mean = float(diffs.mean())

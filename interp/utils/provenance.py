@@ -63,6 +63,8 @@ def prompt_hash(items: Iterable[Any], ids: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for item, read in zip(items, ids, strict=True):
         fields = vars(item) if hasattr(item, "__dict__") and not isinstance(item, tuple) else item
+        if isinstance(fields, dict) and not fields.get("corrupt_spans", True):
+            fields = {name: value for name, value in fields.items() if name != "corrupt_spans"}  # as before it existed
         digest.update(json.dumps([fields, read], sort_keys=True, default=_as_json).encode())
     return digest.hexdigest()
 
