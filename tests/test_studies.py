@@ -13,6 +13,7 @@ from interp.doctor.families.text import tiny_hf
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import head_routing
 import replaced_mixing
+import row_repair
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +37,10 @@ def test_head_routing(folder: Path) -> None:
     assert result["gates_of_1_minus_unedited"] == 0.0
     losses = {(row["open_heads"], row["choice"]): row["loss"] for row in result["losses"]}
     assert len(losses) == 6
+
+
+def test_row_repair() -> None:
+    result = row_repair.main(["--steps", "2", "--prompts", "4", "--draws", "1"])
+    assert len(result["rise_of_logit_difference"]) == 12
+    assert len(result["colored_objects"]) == 8
+    assert all(0 <= share <= 1 for share in result["colored_objects"].values())
