@@ -163,6 +163,8 @@ class Engine:
         """
         if self.model.hooks_added():
             return "hooks were added to the model, which may read or change other positions"
+        if self.model.instrument.edited is not None and self.model.instrument.edited.has_masks:
+            return "an attention mask of model.edited may show earlier tokens what comes after them"
         return None
 
     def unpackable(self) -> str | None:

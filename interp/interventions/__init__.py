@@ -1,9 +1,12 @@
 """Interventions inside attention, addressed by layers and heads of a model and tokens of a prompt.
 
-`AttentionEdit` changes how queries read keys. `interp.edit` compares several of them, and ``model.edited(…)`` applies
-them to every forward.
+`AttentionEdit` changes how queries read keys, `AttentionMask` which keys they see. `interp.edit` compares
+several edits, and ``model.edited(…)`` applies edits and masks to every forward.
 """
 
 from interp.interventions.edits import ON_CELLS, AttentionEdit
+from interp.interventions.masks import AttentionMask
 
-__all__ = ["ON_CELLS", "AttentionEdit"]
+AttentionChange = AttentionEdit | AttentionMask
+
+__all__ = ["ON_CELLS", "AttentionChange", "AttentionEdit", "AttentionMask"]

@@ -8,7 +8,7 @@ names the layers that took the dense path.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.model.dense_edits import DenseEdits
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask, MaskTables, masks_of, window_of
 
 UNKNOWN = -1
 
@@ -28,7 +29,7 @@ class AttentionCall:
     itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is added to the scores and broadcastable to
     [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H]. ``first_key``: the position of the first of
     the N keys, not 0 where a sliding cache has dropped earlier ones; `UNKNOWN` if some of those were padding.
-    ``edits``: those of each batch row, or none.
+    ``edits``: edits and masks of each batch row, or none.
     """
 
     layer: int
@@ -43,9 +44,9 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Float[Tensor, " heads"] | None = None
     first_key: int = 0
-    edits: tuple[tuple[LayerEdit, ...], ...] = ()
+    edits: tuple[tuple[LayerEdit | LayerMask, ...], ...] = ()
 
-    def edits_by_row(self) -> tuple[tuple[LayerEdit, ...], ...]:
+    def edits_by_row(self) -> tuple[tuple[LayerEdit | LayerMask, ...], ...]:
         """The edits of each batch row; empty ones if there are none."""
         return self.edits or ((),) * self.q.shape[0]
 
@@ -65,6 +66,74 @@ class AttentionCall:
             visible = is_real if visible is None else visible & is_real
         return visible
 
+    def mask_tables(self, masks: Sequence[LayerMask], keys: int) -> MaskTables:
+        """The tables of one batch row's masks, for a call of ``keys`` keys, those of a shared prefix included."""
+        held = torch.arange(keys) + max(self.first_key, 0)
+        return MaskTables(masks, held[keys - self.q.shape[2] :], held)
+
+
+def needed_masks(call: AttentionCall, keys: int) -> AttentionCall:
+    """Return the call without masks that show exactly what the model itself shows, so that no bit changes."""
+    if not any(masks_of(edits) for edits in call.edits):
+        return call
+    rows = []
+    for edits in call.edits:
+        masks = masks_of(edits)
+        window = window_of(masks, call.window)
+        reaches_all = window is None or window >= keys
+        is_own = window == call.window or (reaches_all and (call.window is None or call.window >= keys))
+        is_needed = masks and (not is_own or any(call.mask_tables(masks, keys).changing(call.causal, window)))
+        rows.append(edits if is_needed else tuple(e for e in edits if not isinstance(e, LayerMask)))
+    return replace(call, edits=tuple(rows) if any(rows) else ())
+
+
+def apply_masks(call: AttentionCall) -> tuple[AttentionCall, str]:
+    """Return the call without `LayerMask`s, and why it then holds an n×n bias; empty if it does not.
+
+    A window of all rows is the kernel's own argument. Every other mask becomes a bias [batch, #heads, query, key].
+    """
+    keys = call.k.shape[2]
+    call = needed_masks(call, keys)
+    by_row = [masks_of(edits) for edits in call.edits]
+    if not any(by_row):
+        return call, ""
+    windows = {window_of(masks, call.window) for masks in by_row}
+    if len(windows) == 1 and not any(m.rules for masks in by_row for m in masks):
+        return replace(call, window=windows.pop(), edits=_without_masks(call)), ""
+    masks = "; ".join(dict.fromkeys(str(m.mask) for row in by_row for m in row))
+    return dense_masks(call, keys), f"attention mask: {masks}"
+
+
+def _without_masks(call: AttentionCall) -> tuple[tuple[LayerEdit, ...], ...]:
+    edits = tuple(tuple(e for e in row if isinstance(e, LayerEdit)) for row in call.edits)
+    return edits if any(edits) else ()
+
+
+def dense_masks(call: AttentionCall, keys: int) -> AttentionCall:
+    """Return the call with its masks, causality and windows as a bias [batch, #heads, query, key]."""
+    m, device = call.q.shape[2], call.q.device
+    distance = torch.arange(keys - m, keys)[:, None] - torch.arange(keys)
+    biases = []
+    for i, edits in enumerate(call.edits):
+        masks = masks_of(edits)
+        tables, window = call.mask_tables(masks, keys), window_of(masks, call.window)
+        seen = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
+        seen = seen if window is None else seen & (distance.abs() < window)
+        opened, hidden = (tables.cells(t).to(device) for t in (tables.opened, tables.hidden))
+        seen, bias = seen.to(device), torch.zeros(1, 1, 1, device=device, dtype=call.q.dtype)
+        if call.bias is not None:
+            bias = call.bias[i if call.bias.shape[0] > 1 else 0].to(call.q.dtype)
+            shut = _is_hidden(bias)
+            padded = shut.all(-2, keepdim=True)  # keys that no query sees
+            seen, bias = (seen & ~shut | opened) & ~padded, bias.masked_fill(shut, 0)
+        biases.append(bias.masked_fill(~((seen | opened if call.bias is None else seen) & ~hidden), -torch.inf))
+    return replace(call, causal=False, window=None, bias=torch.stack(biases), edits=_without_masks(call))
+
+
+def _is_hidden(bias: Tensor) -> Tensor:
+    """Which cells a bias hides, as headstats reads it."""
+    return bias <= max(torch.finfo(bias.dtype).min, -1e30)
+
 
 Hook = Callable[[Tensor], Tensor]
 
@@ -81,7 +150,7 @@ def dense_attention(
     groups = call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))
     scores = call.q @ k.transpose(-2, -1) * call.scale
-    edits = DenseEdits.of_rows(call.edits, call.q, k.shape[2], call.key_padding)
+    edits = DenseEdits.of_rows(_without_masks(call), call.q, k.shape[2], call.key_padding)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = _each_row(edits, DenseEdits.change_logits, scores)
@@ -93,7 +162,7 @@ def dense_attention(
         scores = _each_row(edits, DenseEdits.change_scores, scores / temperature)
         sinks = None if sinks is None else sinks / temperature
     visible = call.visible()
-    if edits:
+    if edits or (call.bias is not None and call.bias.shape[-2] > 1):
         hidden = scores <= torch.finfo(scores.dtype).min
         visible = ~hidden if visible is None else visible & ~hidden
     if visible is not None:

@@ -14,11 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from interp.errors import InterpError, ModelError, PromptError
-from interp.interventions import AttentionEdit
+from interp.interventions import AttentionChange, AttentionEdit, AttentionMask
 from interp.model.attention_call import AttentionCall
 from interp.model.layer_edits import LayerEdit, refuse_clashes, shifted
+from interp.model.layer_masks import LayerMask
 from interp.model.loaded_model import LoadedModel
 from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
+from interp.model.resolve_masks import layer_masks
 from interp.prompts.pairs import Span
 
 Ids = tuple[int, ...]
@@ -48,12 +50,12 @@ class EditedForwards:
     Raises SiteError at once for a layer or a head that the model does not have.
     """
 
-    def __init__(self, model: LoadedModel, edits: Sequence[AttentionEdit], outer: EditedForwards | None = None):
+    def __init__(self, model: LoadedModel, edits: Sequence[AttentionChange], outer: EditedForwards | None = None):
         self.model, self.edits = model, edits
         self.heads: list[HeadsByLayer] = [heads_by_layer(model, e) for e in edits]
         self.outer = outer
         self.names: dict[Ids, TokenNames] = {} if outer is None else outer.names
-        self._resolved: dict[Ids, dict[int, tuple[LayerEdit, ...]]] = {}
+        self._resolved: dict[Ids, dict[int, tuple[LayerEdit | LayerMask, ...]]] = {}
         self._batch: list[_BatchRow] = []
 
     @property
@@ -98,27 +100,35 @@ class EditedForwards:
             forwards._resolved.pop(ids, None)
             forwards = forwards.outer
 
-    def of_prompt(self, ids: Sequence[int]) -> Mapping[int, tuple[LayerEdit, ...]]:
+    def of_prompt(self, ids: Sequence[int]) -> Mapping[int, tuple[LayerEdit | LayerMask, ...]]:
         """The edits of a prompt by layer, the outer ones first.
 
         Raises PromptError if an edit names tokens that the prompt does not have; InterpError for edits that clash.
         """
         key = tuple(ids)
         if key not in self._resolved:
-            by_layer: dict[int, list[LayerEdit]] = {}
+            by_layer: dict[int, list[LayerEdit | LayerMask]] = {}
             if self.outer is not None:
                 by_layer = {layer: list(edits) for layer, edits in self.outer.of_prompt(key).items()}
             for edit, heads in zip(self.edits, self.heads, strict=True):
                 for e in self._edits(edit, heads, key):
                     by_layer.setdefault(e.layer, []).append(e)
             for of_layer in by_layer.values():
-                refuse_clashes(of_layer)
+                refuse_clashes([e for e in of_layer if isinstance(e, LayerEdit)])
             self._resolved[key] = {layer: tuple(edits) for layer, edits in by_layer.items()}
         return self._resolved[key]
 
-    def _edits(self, edit: AttentionEdit, heads: HeadsByLayer, ids: Ids) -> list[LayerEdit]:
+    @property
+    def has_masks(self) -> bool:
+        """Whether a mask is among the edits."""
+        own = any(isinstance(e, AttentionMask) for e in self.edits)
+        return own or (self.outer is not None and self.outer.has_masks)
+
+    def _edits(self, edit: AttentionChange, heads: HeadsByLayer, ids: Ids) -> list[LayerEdit] | list[LayerMask]:
         """One edit's changes of a prompt; those of all tokens go on while tokens are decoded."""
         n = len(ids)
+        if isinstance(edit, AttentionMask):
+            return layer_masks(edit, heads, self._names_of(ids))
         if edit.phase == "decoding":
             return layer_edits(edit, heads, {"queries": range(n, FOR_EVER), **self._keys(edit, ids)})
         rows = edited_rows(edit, self._names_of(ids))
@@ -192,8 +202,10 @@ def _batch_row(ids: Tensor, mask: Tensor | None) -> _BatchRow:
     return _BatchRow(tuple(ids[first : real[-1] + 1].tolist()) if real else (), first)
 
 
-def _names_spans(edit: AttentionEdit) -> bool:
-    """Whether an edit names tokens by a span."""
+def _names_spans(edit: AttentionChange) -> bool:
+    """Whether an edit or a mask names tokens by a span."""
+    if isinstance(edit, AttentionMask):
+        return edit.names_spans
     for name in ("queries", "keys", "take", "give"):
         tokens = getattr(edit, name)
         if isinstance(tokens, str) or (isinstance(tokens, tuple) and any(isinstance(t, str) for t in tokens)):
@@ -201,9 +213,13 @@ def _names_spans(edit: AttentionEdit) -> bool:
     return False
 
 
-def _rows_of(by_layer: Mapping[int, Sequence[LayerEdit]]) -> list[Any]:
+def _rows_of(by_layer: Mapping[int, Sequence[LayerEdit | LayerMask]]) -> list[Any]:
     """The token rows of edits, to compare them."""
-    return [(layer, e.queries, e.keys, e.take, e.give) for layer, edits in by_layer.items() for e in edits]
+    return [
+        (layer, e.rules if isinstance(e, LayerMask) else (e.queries, e.keys, e.take, e.give))
+        for layer, edits in by_layer.items()
+        for e in edits
+    ]
 
 
 def _shortened(tokens: Sequence[str]) -> str:
@@ -221,11 +237,11 @@ def refuse_edited(model: LoadedModel) -> None:
 
 
 @contextmanager
-def edited(model: LoadedModel, edits: Iterable[AttentionEdit]) -> Iterator[EditedForwards]:
+def edited(model: LoadedModel, edits: Iterable[AttentionChange]) -> Iterator[EditedForwards]:
     """Edit every forward inside the block; see `Model.edited`."""
     several = list(edits)
-    if wrong := [e for e in several if not isinstance(e, AttentionEdit)]:
-        raise InterpError(f"model.edited takes AttentionEdits, got {wrong[0]!r:.60}")
+    if wrong := [e for e in several if not isinstance(e, AttentionEdit | AttentionMask)]:
+        raise InterpError(f"model.edited takes AttentionEdits and AttentionMasks, got {wrong[0]!r:.60}")
     if model.stacks or model.reads == "images":
         raise PromptError(f"{model.name}: attention edits need a model that reads one sequence of tokens")
     with model.session, ExitStack() as stack:

@@ -26,9 +26,10 @@ from headstats.stats import TopK
 from torch import Tensor
 
 from interp.errors import ModelError
-from interp.model.attention_call import AttentionCall, dense_attention
+from interp.model.attention_call import AttentionCall, apply_masks, dense_attention
 from interp.model.edited_attention import attend
 from interp.model.layer_edits import refuse_clashes
+from interp.model.layer_masks import masks_of
 from interp.model.protocols import AttentionLayer
 from interp.model.session import ModelLock
 
@@ -87,6 +88,9 @@ class Instrument:
             call = self.edited.add(call)
         for editor in self.editors:
             call = editor.edit(call)
+        if any(masks_of(edits) for edits in call.edits):
+            call, dense_because = apply_masks(call)
+            record.dense_because = dense_because or record.dense_because
         if any(call.edits) and any(editor.dense for editor in self.editors):
             record.backends["dense"] += 1
             for edits in call.edits:

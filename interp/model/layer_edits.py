@@ -17,6 +17,7 @@ from torch import Tensor
 
 from interp.errors import InterpError
 from interp.interventions import ON_CELLS, AttentionEdit
+from interp.model.layer_masks import LayerMask
 
 Rows = Sequence[int]  # token rows of a prompt: a range, or their numbers in ascending order
 KNOCK_OUT = AttentionEdit(knockout=True)
@@ -144,12 +145,14 @@ def _share(a: Rows | None, b: Rows | None) -> bool:
     return any(row in other for row in rows)
 
 
-def shifted(edits: Sequence[LayerEdit], by: int) -> tuple[LayerEdit, ...]:
-    """Return edits whose tokens stand ``by`` rows further on."""
+def shifted(edits: Sequence[LayerEdit | LayerMask], by: int) -> tuple[LayerEdit | LayerMask, ...]:
+    """Return edits and masks whose tokens stand ``by`` rows further on."""
     if not by:
         return tuple(edits)
     return tuple(
-        replace(e, **{name: _shift(getattr(e, name), by) for name in ("queries", "keys", "take", "give")})
+        e.shifted(by)
+        if isinstance(e, LayerMask)
+        else replace(e, **{name: _shift(getattr(e, name), by) for name in ("queries", "keys", "take", "give")})
         for e in edits
     )
 

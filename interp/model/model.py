@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.errors import ModelError, SiteError
-from interp.interventions import AttentionEdit
+from interp.interventions import AttentionChange
 from interp.model.batching import collate, equal_length_batches
 from interp.model.buffers import buffer_state
 from interp.model.collect_statistics import prompt_stats, tower_stats
@@ -247,7 +247,7 @@ class Model(ModelFacts):
         return self.bridge.run_with_cache(tokens, **kwargs)
 
     @contextmanager
-    def edited(self, *edits: AttentionEdit) -> Iterator[Model]:
+    def edited(self, *edits: AttentionChange) -> Iterator[Model]:
         """Edit every forward inside the block: plain calls, statistics, recipes, circuits.
 
             with model.edited(interp.AttentionEdit(keys="image", gain=0.5, layers=range(8, 20))):

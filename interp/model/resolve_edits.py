@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from interp.errors import InterpError, SiteError
-from interp.interventions import AttentionEdit
+from interp.interventions import AttentionChange, AttentionEdit, AttentionMask
 from interp.model.layer_edits import LayerEdit
 from interp.model.loaded_model import LoadedModel
 from interp.prompts.positions import NamedTokens, token_rows
@@ -16,14 +16,14 @@ from interp.results.attention_patterns import as_head
 HeadsByLayer = Mapping[int, tuple[int, ...] | None]
 
 
-def heads_by_layer(model: LoadedModel, edit: AttentionEdit) -> HeadsByLayer:
+def heads_by_layer(model: LoadedModel, edit: AttentionChange) -> HeadsByLayer:
     """Return the heads that an edit changes in each layer that it changes; None: all heads of the layer.
 
     Raises SiteError for a layer or a head that the model does not have, and for a layer without softmax attention.
     """
     attention_layers = model.attention_layers
     layers = attention_layers if edit.layers is None else _layers(model, edit.layers)
-    if edit.heads is None:
+    if isinstance(edit, AttentionMask) or edit.heads is None:
         return dict.fromkeys(layers)
     heads: dict[int, set[int]] = {}
     for item in [edit.heads] if isinstance(edit.heads, str | int) else edit.heads:
