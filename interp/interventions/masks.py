@@ -66,7 +66,7 @@ class AttentionMask:
         for name in ("prefix", "blocks", "segments", "layers"):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str | range):
-                object.__setattr__(self, name, tuple(value.tolist() if hasattr(value, "tolist") else value))
+                object.__setattr__(self, name, tuple(getattr(value, "tolist", lambda value=value: value)()))
         for name, least in (("window", 1), ("stride", 1), ("blocks", 1)):
             value = getattr(self, name)
             if name == "blocks" and (isinstance(value, tuple | range) or value is None):

@@ -46,6 +46,10 @@ class AttentionCall:
     first_key: int = 0
     edits: tuple[tuple[LayerEdit | LayerMask, ...], ...] = ()
 
+    def without_masks(self) -> tuple[tuple[LayerEdit, ...], ...]:
+        """The edits of each batch row, without masks; empty if there are none."""
+        return tuple(tuple(e for e in edits if isinstance(e, LayerEdit)) for edits in self.edits)
+
     def edits_by_row(self) -> tuple[tuple[LayerEdit | LayerMask, ...], ...]:
         """The edits of each batch row; empty ones if there are none."""
         return self.edits or ((),) * self.q.shape[0]

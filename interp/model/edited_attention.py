@@ -63,12 +63,12 @@ def weight_options(call: AttentionCall) -> dict[str, Any]:
     options = {name: getattr(call, name) for name in names}
     if not any(call.edits):
         return options
-    if call.q.shape[0] > 1 and any(_knows_its_row(e) for edits in call.edits for e in edits):
+    if call.q.shape[0] > 1 and any(_knows_its_row(e) for edits in call.without_masks() for e in edits):
         raise InterpError(
             f"layer {call.layer}: attention weights of several prompts at once, under edits that depend on a prompt's "
             "place in its batch (random, shuffled, or uniform without renormalise): pass one prompt"
         )
-    groups, n = compatible_groups(call.edits), call.k.shape[2]
+    groups, n = compatible_groups(call.without_masks()), call.k.shape[2]
     if len(groups) > 1:
         raise InterpError(
             f"layer {call.layer}: its attention edits need more than one call of the kernel (they differ in "
@@ -87,11 +87,12 @@ def _attend_edited(
     """
     if call.first_key:
         call = _with_rows_of_held_keys(call)
-    if (call.q.shape[0] > 1 or call.key_padding is not None) and any(_knows_its_row(e) for r in call.edits for e in r):
+    edits = call.without_masks()
+    if (call.q.shape[0] > 1 or call.key_padding is not None) and any(_knows_its_row(e) for r in edits for e in r):
         return _attend_each_alone(call, spec, backend, more)
     n = call.k.shape[2] + (more["prefix"][0].shape[2] if more.get("prefix") is not None else 0)
     size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
-    plain, groups = replace(call, edits=()), compatible_groups(call.edits)
+    plain, groups = replace(call, edits=()), compatible_groups(edits)
     if spec is not None:  # segments are those of the edits, of which nobody asked for statistics
         spec = replace(spec, **{s.name: False for s in BY_NAME.values() if s.argument == "k_segments"})
         if len(groups) > 1:
@@ -149,7 +150,7 @@ def _with_rows_of_held_keys(call: AttentionCall) -> AttentionCall:
             f"layer {call.layer}: its sliding cache has dropped padded keys, so attention edits cannot tell which "
             "tokens are left. Decode prompts of one length together"
         )
-    if any(_knows_its_row(e) for edits in call.edits for e in edits):
+    if any(_knows_its_row(e) for edits in call.without_masks() for e in edits):
         raise InterpError(
             f"layer {call.layer}: its sliding cache has dropped keys, and edits with counterfactual='random' or "
             "'shuffled', or 'uniform' without renormalise, depend on all of them. Decode without a cache"

@@ -93,7 +93,7 @@ class Instrument:
             record.dense_because = dense_because or record.dense_because
         if any(call.edits) and any(editor.dense for editor in self.editors):
             record.backends["dense"] += 1
-            for edits in call.edits:
+            for edits in call.without_masks():
                 refuse_clashes(edits)
             return dense_attention(call, *(getattr(bridge, n, _same) for n in ("hook_attn_scores", "hook_pattern")))
         hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]

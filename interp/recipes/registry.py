@@ -143,8 +143,8 @@ AT = Option(
     default="last",
 )  # fmt: skip
 ALIGN = Option(
-    "align", choice(*ALIGNMENTS), "position; span: the mean over a named span of the other run. Default: position."
-)
+    "align", choice(*ALIGNMENTS), "position; span: the mean over a named span of the other run.", default="position",
+)  # fmt: skip
 WINDOW = Option("window", whole(1), "Layers changed together around each layer.", default=1)
 REFERENCE = "Texts that means are taken over (and donors drawn from), one per line. Default: the prompts."
 

@@ -262,7 +262,7 @@ def _row(call: AttentionCall, i: int) -> Float[Tensor, "batch heads keys"]:
 
     It uses the kernel's logsumexp.
     """
-    if any(e.edit.gate is not None or e.edit.replacement is not None for edits in call.edits for e in edits):
+    if any(e.edit.gate is not None or e.edit.replacement is not None for edits in call.without_masks() for e in edits):
         raise InterpError("routes are read from attention weights, and an edit gates or replaces a head's output")
     pattern = pattern_rows(call.q, call.k, None, torch.tensor([i], device=call.q.device), **weight_options(call))
     return pattern[:, :, 0].to(call.v)
