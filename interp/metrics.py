@@ -27,8 +27,7 @@ class Readout:
     """What a metric may read besides logits: token ids and the clean run's logits.
 
     One of each per row. ``run_logits``: of the run that is changed, before the change. ``tokens``: for a metric over
-    several positions, the tokens of the clean prompt at the positions that are named; for an answer of several tokens,
-    these.
+    several positions, the tokens of the clean prompt at the positions that are named.
     """
 
     answer: Int[Tensor, " batch"]
@@ -58,8 +57,7 @@ class Metric:
 
     ``over="positions"``: ``fn`` takes the logits of all positions that are read, [batch, read, vocab], and returns one
     number for them. ``predicts``: it reads the rows in which the tokens at these positions are predicted, the ones
-    before. ``reads_run``: it reads ``readout.run_logits``. ``reads_answer``: it depends on the answer. ``whole``: the
-    metric of an answer of several tokens, from the logits [batch, tokens, vocab] of the rows that predict them.
+    before. ``reads_run``: it reads ``readout.run_logits``. ``reads_answer``: it depends on the answer.
     """
 
     name: str
@@ -73,7 +71,6 @@ class Metric:
     predicts: bool = False
     reads_run: bool = False
     reads_answer: bool = True
-    whole: MetricFn | None = None
 
     def __post_init__(self) -> None:
         if self.over not in ("position", "positions"):
@@ -133,27 +130,18 @@ def _sum_logprob(logits: Tensor, r: Readout) -> Tensor:
     return _token_logprobs(logits, r).sum(-1)
 
 
-def _worst_rank(logits: Tensor, r: Readout) -> Tensor:
-    assert r.tokens is not None
-    return (logits > logits.gather(-1, r.tokens[..., None])).sum(-1).amax(-1).float()
+logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True)
+"""logit(answer) − logit(foil) (Wang et al. 2022)."""
 
+prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability")
+"""Probability of the answer (Meng et al. 2022)."""
 
-logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True, whole=_sum_logprob)
-"""logit(answer) − logit(foil) (Wang et al. 2022). Of several tokens: the difference of summed log-probabilities."""
-
-prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability",
-    whole=lambda x, r: _sum_logprob(x, r).exp())  # fmt: skip
-"""Probability of the answer (Meng et al. 2022). Of several tokens: the product of their probabilities."""
-
-logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats", whole=_sum_logprob)
-"""Log-probability of the answer. Of several tokens: the sum over the tokens (chain rule)."""
+logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats")
+"""Log-probability of the answer."""
 
 rank = Metric("rank", lambda x, r: (x > _pick(x, r.answer)[:, None]).sum(-1).float(), unit="rank", direction=-1,
-    differentiable=False, whole=_worst_rank)  # fmt: skip
-"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice.
-
-Of several tokens: the largest rank among them; 0 means that the model writes the whole answer by itself.
-"""
+    differentiable=False)  # fmt: skip
+"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice."""
 
 kl = Metric("kl", _kl, unit="nats", direction=-1, reads_answer=False)
 """KL(clean ‖ run) over the whole vocabulary; 0 for the clean run itself."""
