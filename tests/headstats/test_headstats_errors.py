@@ -153,7 +153,7 @@ WRONG = {
     ),
     "counterfactual heads shape": (
         {"edit": Edit(counterfactual="uniform", counterfactual_heads=torch.ones(3).bool())}, ValueError,
-        r"Edit.counterfactual_heads has shape \[3\]: \[H\] = \[4\] or \[B, H\] = \[2, 4\]",
+        r"Edit.counterfactual_heads has shape \[3\]: \[H\] = \[4\], \[B, H\] = \[2, 4\] or \[B, H, M\] = \[2, 4, 5\]",
     ),
     "pattern type": ({"edit": Edit(pattern_from=Q)}, TypeError, "Edit.pattern_from is a Tensor: a pair"),
     "pattern shape": (
