@@ -25,6 +25,7 @@ suppressing head: the rise is negative for all 12 heads, and the four highest on
 Null: four heads drawn at random answer 0.81 to 0.98 on the right color (ten draws), so that copying is no property of
 the four, and 0.06 to 0.22 on the wrong colors. The four lowest on the two wrong objects answer 0.19. The right color is
 given to the edit, as the wrong ones are in the paper: the numbers say what heads can do with it, not that they find it.
+The arm on the right color was added after a first run had shown that the repair of the paper does not appear.
 """
 
 from __future__ import annotations
