@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from interp.errors import InterpError
     from interp.interventions import AttentionEdit, AttentionMask
     from interp.metrics import Metric, kl, logit_diff, logprob, prob, rank, seq_logprob, token_kl
-    from interp.model.model import Model, load
+    from interp.model.load_model import load
+    from interp.model.model import Model
     from interp.plots.report import Report, report
     from interp.prompts.images import ImagePair
     from interp.prompts.pair_set import PairSet
@@ -48,7 +49,8 @@ _EXPORTS = {
     "errors": ("InterpError",),
     "interventions": ("AttentionEdit", "AttentionMask"),
     "metrics": ("Metric", "kl", "logit_diff", "logprob", "prob", "rank", "seq_logprob", "token_kl"),
-    "model.model": ("Model", "load"),
+    "model.load_model": ("load",),
+    "model.model": ("Model",),
     "plots.report": ("Report", "report"),
     "prompts.images": ("ImagePair",),
     "prompts.pair_set": ("PairSet",),

@@ -51,7 +51,7 @@ def overhead(say: Say, pairs: int = 32) -> dict[str, Any]:
 
     import torch
 
-    from interp.model.model import load
+    from interp.model.load_model import load
     from interp.recipes.ablation import ablate
     from interp.recipes.patching import patch
     from interp.sweep.api import Sweep
@@ -285,7 +285,7 @@ def corpus(say: Say) -> dict[str, Any]:
 def _corpus(n: int) -> None:
     from interp.corpus import statistics as corpus_statistics
     from interp.doctor.families.text import tiny_hf
-    from interp.model.model import load
+    from interp.model.load_model import load
     from interp.zoo.known import induction
 
     hf = tiny_hf("llama")

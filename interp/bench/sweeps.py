@@ -36,8 +36,8 @@ def workbench(seed: int = 0) -> tuple[Workbench, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from interp.model.embedded import embedded_model
+    from interp.model.load_model import load as load_model
     from interp.model.loading import boot
-    from interp.model.model import load as load_model
 
     folder = embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -78,7 +78,7 @@ class Demo:
 
         Raises InterpError (without leaving partial files) if something is wrong with the input.
         """
-        from interp.model.model import load
+        from interp.model.load_model import load
         from interp.plots.report import report
 
         self.check()

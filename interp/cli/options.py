@@ -171,7 +171,7 @@ class RunOptions:
 
     def load_model(self) -> Model:
         """Load the model."""
-        from interp.model.model import load
+        from interp.model.load_model import load
 
         return load(self.model, dtype=self.dtype, device=self.device, bos=bos_policy(self.bos))
 

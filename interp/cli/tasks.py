@@ -45,7 +45,7 @@ def tasks(
         return
     if n < 1 or split not in (None, "train", "test"):
         raise InterpError(f"--n {n} --split {split}: n of at least 1, and train or test expected")
-    from interp.model.model import load
+    from interp.model.load_model import load
 
     loaded, rows = load(model), []
     typer.echo(

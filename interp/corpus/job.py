@@ -134,7 +134,7 @@ class CorpusJob:
             refuse_edited(self.model)
         if not self.ready:
             if self.model is None:
-                from interp.model.model import load
+                from interp.model.load_model import load
 
                 self.model = load(self.document["load"], **self.document["options"])
             weights = self.model.fingerprint().encode()

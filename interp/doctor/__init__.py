@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from interp.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from interp.doctor.examination import Examination, Finding, examine
+    from interp.doctor.examination import examine
+    from interp.doctor.findings import Examination, Finding
 
 __all__ = ["Examination", "Finding", "examine"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"examination": ("Examination", "Finding", "examine")})
+__getattr__, __dir__ = lazy_exports(__name__, {"examination": ("examine",), "findings": ("Examination", "Finding")})

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import replace
 from typing import Any, cast
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from interp.doctor import probe_inputs
+from interp.doctor.findings import Examination, Finding
 from interp.doctor.matrix import difference
 from interp.doctor.memory import memory_needs
 from interp.engine import Cell, CellWrite, Engine
@@ -24,8 +23,9 @@ from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall
 from interp.model.edited_attention import attend
 from interp.model.hf_classes import key_value_cache
+from interp.model.load_model import load
 from interp.model.loading import wrap
-from interp.model.model import Model, load
+from interp.model.model import Model
 from interp.model.reading import as_dtype, read
 from interp.model.vision_towers import vision_tower
 from interp.prompts.special_tokens import BosPolicy
@@ -34,53 +34,6 @@ from interp.utils.progress import progress
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit; other dtypes: HALF
 HALF = 5e-2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report. ``passed`` is None for information that cannot fail."""
-
-    section: str
-    item: str
-    passed: bool | None
-    value: str
-
-
-@dataclass(frozen=True)
-class Examination:
-    """The findings on one model; prints itself as a report."""
-
-    title: str
-    findings: tuple[Finding, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether no check failed."""
-        return all(f.passed is not False for f in self.findings)
-
-    def frame(self) -> pd.DataFrame:
-        """One row per finding: section, item, passed (empty for information), value."""
-        return pd.DataFrame(
-            [(f.section, f.item, f.passed, f.value) for f in self.findings],
-            columns=["section", "item", "passed", "value"],
-        )
-
-    def __repr__(self) -> str:
-        failed = sum(f.passed is False for f in self.findings)
-        return f"Examination({self.title}: {len(self.findings)} findings, {failed} failed; print it to read them)"
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
-
-    def __str__(self) -> str:
-        lines, width = [self.title], max(len(f.item) for f in self.findings)
-        for section in dict.fromkeys(f.section for f in self.findings):
-            lines += ["", section]
-            for f in self.findings:
-                if f.section == section:
-                    mark = {True: "✓", False: "✗", None: " "}[f.passed]
-                    lines.append(f"  {mark} {f.item:<{width}}  {f.value}")
-        return "\n".join([*lines, "", "all checks passed" if self.passed else "SOME CHECKS FAILED"])
 
 
 def examine(

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.engine.packed_forward import PackedForward, compute_final_logits
+from interp.engine.final_logits import compute_final_logits
+from interp.engine.packed_forward import PackedForward
 from interp.engine.packing import Group, Piece, lay_out
 from interp.engine.plain_blocks import PlainBlock, WriterOf
 from interp.engine.runs import Frame, ReadRows, Run

@@ -25,12 +25,11 @@ from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, r
 from interp.engine.planner import PLANNING
 from interp.engine.runs import Frame, ReadRows, ReadRun, Run, join_logits, record
 from interp.engine.site_checks import ResultHooks, check_sites
-from interp.engine.verified import Verified, VerifiedFrame
+from interp.engine.verified import Verified, VerifiedFrame, kinds_of
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.buffers import buffer_state
-from interp.model.layer_edits import LayerEdit
-from interp.model.layer_progress import by_layer
+from interp.model.layer_progress import Share, by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.sites import Site
@@ -46,19 +45,6 @@ ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix product
 LOGITS_PER_BATCH = 256  # cells whose full logits exist at the same time
 ENOUGH_TOKENS = 4  # a check on a prompt of so many tokens holds for all prompts
 CHECK_TOLERANCE = 1e-3  # relative to the logits' scale; float32 rounding is far below
-
-
-class _Share:
-    """How much of a batch is done: moves a bar by the share of its ``n`` cells, and never back."""
-
-    def __init__(self, advance: Advance, n: int):
-        self.advance, self.n, self.done = advance, n, 0.0
-
-    def to(self, share: float) -> None:
-        """Move to a share between 0 and 1."""
-        if share > self.done:
-            self.advance((share - self.done) * self.n)
-            self.done = share
 
 
 class Engine:
@@ -244,7 +230,7 @@ class Engine:
             if self.fast and not all(self.cannot_reach_logits(runs, c) for c in cells):
                 self._check(runs, cells)
             for batch in self.batches(runs, cells, None if columns is None else columns.shape[1]):
-                share = _Share(advance, len(batch))
+                share = Share(advance, len(batch))
                 values[batch] = self._run(runs, cells, batch, score, columns, share)
                 share.to(1.0)
         return values
@@ -294,7 +280,7 @@ class Engine:
 
     def _run(
         self, runs: Sequence[Run], cells: Sequence[Cell], batch: list[int], score: Score, columns: Tensor | None,
-        share: _Share,
+        share: Share,
     ) -> Tensor:  # fmt: skip
         """Scores of one batch; when memory runs out, of its halves one after the other."""
         batch_cells = [cells[i] for i in batch]
@@ -374,7 +360,7 @@ class Engine:
         packed path exact is the model's structure. A prompt of a few tokens shows all of that structure, a prompt of a
         single token shows nothing.
         """
-        components = {name for cell in cells for c in cell.changes for name in _kinds(c)}
+        components = {name for cell in cells for c in cell.changes for name in kinds_of(c)}
         edited = self.model.instrument.edited
         kind = frozenset(components if edited is None else components | {f"under {name}" for name in edited.changes})
         if kind in Verified.of(self.model).packed_changes:
@@ -410,11 +396,3 @@ class Engine:
 
     def _extra_hooks(self, components: Sequence[str]) -> ResultHooks:
         return ResultHooks(self.model, "result" in components)
-
-
-def _kinds(change: CellWrite | LayerEdit) -> tuple[str, ...]:
-    """What is checked once for each model: a component that is written, a field of an edit."""
-    if isinstance(change, LayerEdit):
-        return change.edit.changes
-    component = change.site.component
-    return (f"{component} by a mean of heads",) if change.how == "mean" else (component,)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from interp.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from interp.model.model import Model, load
+    from interp.model.load_model import load
+    from interp.model.model import Model
 
 __all__ = ["Model", "load"]
 
-__getattr__, __dir__ = lazy_exports(__name__, {"model": ("Model", "load")})
+__getattr__, __dir__ = lazy_exports(__name__, {"load_model": ("load",), "model": ("Model",)})

@@ -34,3 +34,16 @@ def by_layer(model: Any, advance: Advance, n: float, forwards: int = 1) -> Itera
         for handle in handles:
             handle.remove()
     advance(n - done)
+
+
+class Share:
+    """How much of a batch is done: moves a bar by the share of its ``n`` cells, and never back."""
+
+    def __init__(self, advance: Advance, n: int):
+        self.advance, self.n, self.done = advance, n, 0.0
+
+    def to(self, share: float) -> None:
+        """Move to a share between 0 and 1."""
+        if share > self.done:
+            self.advance((share - self.done) * self.n)
+            self.done = share

@@ -78,8 +78,8 @@ def ablate(
     of another example, drawn by ``seed`` among those of the same token length if there are any, else of the nearest
     length, aligned at the last token; ``"other_heads"``, for sites of ``z``: the mean z of the layer's other heads at
     the same tokens of the same run (V-SEAM, arXiv 2509.14837). Heads that are ablated together are not in that mean.
-    ``reference``: the prompts (of a pair: the clean one) that means are taken over
-    and examples drawn from; default the clean prompts given.
+    ``reference``: the prompts (of a pair: the clean one) that means are taken over and examples drawn from; default
+    the clean prompts given. ``at``: where the metric is read (default: the last position).
 
     ``schedule``: ``"each"`` site alone; ``"cumulative"``: each with all before it, in the order given; ``"all but
     one"``: everything except the site of the row. ``window`` and ``groups``: sites ablated together, as in

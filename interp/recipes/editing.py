@@ -53,7 +53,8 @@ def edit(
     ``edits``: by name; a list of edits acts at once. ``each="layer"`` or ``"head"``: apply an edit in every one of its
     layers, or to every one of its heads, alone. ``mode="denoise"``: in the corrupt run. One row per (prompt, edit[,
     layer[, head]]), whose component is the edit's name: ``raw`` is patched − clean (or − corrupt) in the metric's
-    units; ``effect`` is on the recovery scale, NaN for a Fact. ``subset``: for `interp.sweep`.
+    units; ``effect`` is on the recovery scale, NaN for a Fact. ``at``: where the metric is read, as in `interp.patch`.
+    ``subset``: for `interp.sweep`.
 
     Raises PromptError, SiteError or InterpError for bad input, before any forward.
     """

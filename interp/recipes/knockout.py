@@ -62,8 +62,8 @@ def knock_out(
     ``queries=None`` or ``"all"``: all positions. ``window``: number of layers blocked together, centred as in
     `interp.trace`; default a fifth of the model's layers. ``heads``: the query heads that are blocked, default all. One
     row per (prompt, layer), with the layer at the window's centre: ``raw`` is patched − clean in the metric's units;
-    ``effect`` is its share of corrupt − clean, NaN for a Fact, which has no corrupt prompt. ``subset``: for
-    `interp.sweep`.
+    ``effect`` is its share of corrupt − clean, NaN for a Fact, which has no corrupt prompt. ``at``: where the metric is
+    read, as in `interp.patch`. ``subset``: for `interp.sweep`.
 
     Raises PromptError, SiteError or InterpError for bad input, also where a query would have no key left to read, in
     every layer or in one that slides a window.

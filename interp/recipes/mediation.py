@@ -64,7 +64,8 @@ def mediate(
     indirect effect", "interaction". ``raw`` is the effect in the metric's units, ``effect`` its share of the total
     effect, ``patched`` the metric of the counterfactual run (for the interaction: clean + interaction). A mediator is
     one site: a head (z), a neuron (mlp_post), a layer's attn_out or mlp_out, …; or several sites as one, by ``groups``,
-    ``window`` and ``align`` as in `interp.patch`. ``subset``: for `interp.sweep`.
+    ``window`` and ``align`` as in `interp.patch`. ``at``: where the metric is read, as in `interp.patch`. ``subset``:
+    for `interp.sweep`.
 
     Vig et al. report effects relative to Y(x) of a positive ratio metric; with ``metric=interp.prob`` that is
     ``raw / clean``. ``effects.summary(tests=True)`` gives p-values and false discovery rates. Raises the errors of

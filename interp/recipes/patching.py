@@ -58,9 +58,9 @@ def patch(
     """Patch every site of every pair, one site at a time.
 
     ``mode="denoise"`` writes the clean activation into the corrupt run; ``"noise"`` writes the corrupt one into the
-    clean run. ``metric`` reads the next-token logits at the prompt's last position. Returns one row per (pair, site):
-    the metric on the clean, corrupt and patched runs, and ``effect``, which is 0 for a patch that does nothing and 1
-    for one that carries the whole difference over (NaN where clean and corrupt score the same).
+    clean run. ``metric`` reads the next-token logits at the positions of ``at`` (default: the last one). Returns one
+    row per (pair, site, position read): the metric on the clean, corrupt and patched runs, and ``effect``, which is 0
+    for a patch that does nothing and 1 for one that carries the whole difference over (NaN where both score the same).
 
         effects = interp.patch(model, pairs, model.sites("z"))      # every head
         effects = interp.patch(model, pairs, model.sites("resid_pre"), mode="noise")
@@ -76,6 +76,9 @@ def patch(
     ``align="span"`` patches role for role, between prompts that may differ in length: sites are at named spans of both
     prompts (`PromptPair.span` with ``corrupt=``). At ``"subject"`` every token of the target's span gets the mean over
     the source's span; ``"subject:last"`` and ``"subject:first"`` copy one token's activation to one token.
+
+    ``at``: where the metric is read: ``"last"``, a position, a span (``"subject"``: a row for each of its tokens;
+    ``"subject:mean"``: their mean; ``"subject:last"``), ``"each"`` position, or a list of these.
 
     ``engine="naive"`` runs one full forward per cell; ``"auto"`` re-runs only what a patch can change, where that is
     exact. ``memory``: bytes besides the model's weights, or ``"4GiB"``; batches are cut to fit. ``subset``: for

@@ -71,8 +71,9 @@ def path_patch(
     lines of this module. ``using="zero"`` or ``"mean"`` ablates the edge instead of patching it: the sender sends 0, or
     its mean over all tokens of all clean prompts given. The effect keeps its scale, a share of corrupt − clean.
 
-    Returns one row per (pair, edge): the receiver's site, and the ``sender``. ``subset``: for `interp.sweep`. Raises
-    SiteError, PromptError or InterpError for bad input, before the sweep, and where the model cannot be run packed.
+    Returns one row per (pair, edge): the receiver's site, and the ``sender``. ``at``: where the metric is read, as in
+    `interp.patch`. ``subset``: for `interp.sweep`. Raises SiteError, PromptError or InterpError for bad input, before
+    the sweep, and where the model cannot be run packed.
     """
     if mode not in MODES or mlps not in PATH_MLPS:
         raise InterpError(f"mode={mode!r}, mlps={mlps!r}: 'noise' or 'denoise', and 'frozen' or 'recomputed' expected")

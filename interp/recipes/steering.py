@@ -57,7 +57,8 @@ def steer(
 
     ``direction`` has the width of the sites' activation: d_model, or d_head for q, k, v and z. One row per (prompt,
     site): ``raw`` is patched − clean in the metric's units, ``effect`` its share of corrupt − clean (NaN for a Fact).
-    ``subset``: for `interp.sweep`. Raises SiteError or PromptError for bad input, before the sweep.
+    ``read_at``: where the metric is read, as in `interp.patch`. ``subset``: for `interp.sweep`. Raises SiteError or
+    PromptError for bad input, before the sweep.
     """
     loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True, at=at)
     sites = as_sites(sites)

@@ -82,7 +82,8 @@ def trace(
 
     Row values are means over the samples: ``clean`` = P, ``corrupt`` = P*, ``patched`` = P with the state restored.
     Total effect TE = clean − corrupt; indirect effect IE = ``raw``; ``effect`` is IE/TE. `trace_table` averages them
-    over facts. ``subset``: for `interp.sweep`. Raises PromptError or InterpError for bad input, before the sweep.
+    over facts. ``at``: where the metric is read, as in `interp.patch`. ``subset``: for `interp.sweep`. Raises
+    PromptError or InterpError for bad input, before the sweep.
     """
     window = _checked_window(component, window, sever)
     check_seed(seed)

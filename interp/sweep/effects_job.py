@@ -80,7 +80,7 @@ class EffectsJob:
         if spec.name in self.given_models:
             return self.given_models[spec.name]
         if self.loaded is None or self.loaded[0] != spec.name:
-            from interp.model.model import load
+            from interp.model.load_model import load
 
             self.loaded = self.warmed_up_for = None
             self.shared.clear()

@@ -82,7 +82,7 @@ class Known:
     @cached_property
     def model(self) -> Model:
         """The bridge as an `interp.Model`."""
-        from interp.model.model import load
+        from interp.model.load_model import load
 
         return load(self.bridge)
 

@@ -55,7 +55,7 @@ class Trained:
     @cached_property
     def model(self) -> Model:
         """The bridge as an `interp.Model`."""
-        from interp.model.model import load
+        from interp.model.load_model import load
 
         return load(self.bridge)
 

@@ -191,7 +191,7 @@ def test_nothing_is_found_in_random_models() -> None:
 def test_the_verb_finds_writes_and_names(tmp_path, monkeypatch) -> None:
     known = zoo.induction()
     model = known.model
-    monkeypatch.setattr("interp.model.model.load", lambda *_, **__: model)
+    monkeypatch.setattr("interp.model.load_model.load", lambda *_, **__: model)
     lines = ["clean,corrupt,answer,foil", *(f"{p.clean},{p.corrupt},{p.answer},{p.foil}" for p in known.pairs(4))]
     (tmp_path / "mine.csv").write_text("\n".join(lines))
     base = ["circuit", "--pairs", str(tmp_path / "mine.csv"), "--out", str(tmp_path / "c.json")]

@@ -28,7 +28,8 @@ from interp.circuits.evaluation import ablated_forward
 from interp.circuits.evaluation.ablated_forward import Forward
 from interp.circuits.wiring import Wiring
 from interp.engine import Run
-from interp.engine.packed_forward import PackedForward, compute_final_logits
+from interp.engine.final_logits import compute_final_logits
+from interp.engine.packed_forward import PackedForward
 from interp.engine.packing import Group, Piece, lay_out
 from interp.engine.runs import Frame
 from interp.model.hooks import hooks

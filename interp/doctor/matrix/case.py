@@ -15,8 +15,9 @@ from interp.model import dummy_inputs
 from interp.model.attention_call import AttentionCall
 from interp.model.edited_attention import attend
 from interp.model.install import stacks
+from interp.model.load_model import load
 from interp.model.loading import wrap
-from interp.model.model import Model, load
+from interp.model.model import Model
 from interp.model.protocols import Bridge
 from interp.model.reading import Weights
 from interp.prompts.images import output_of
