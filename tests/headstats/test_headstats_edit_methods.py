@@ -237,3 +237,19 @@ def test_gradients_are_those_of_the_reference(name):
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "reversed", "shuffled", "identity", "pattern_from"])
+def test_counterfactuals_of_some_rows_of_some_heads_leave_the_others_alone(attend, kind):
+    """Heads given as [B, H, M]: every row is that of the whole counterfactual, or that of no edit."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, q2, k2 = (torch.randn(2, 3, N, 8, generator=g, dtype=torch.float64).float() for _ in range(5))
+    here = torch.rand(2, 3, N, generator=g) < 0.5
+    if kind == "pattern_from":
+        whole, some = Edit(pattern_from=(q2, k2)), Edit(pattern_from=(q2, k2), pattern_heads=here)
+    else:
+        whole, some = Edit(counterfactual=kind), Edit(counterfactual=kind, counterfactual_heads=here)
+    changed, own = attend(q, k, v, edit=whole).out, attend(q, k, v).out
+    assert not torch.allclose(changed[..., 1:, :], own[..., 1:, :], atol=1e-2)
+    out = attend(q, k, v, edit=some).out
+    torch.testing.assert_close(out, torch.where(here[..., None], changed, own), atol=1e-6, rtol=1e-5)
