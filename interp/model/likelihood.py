@@ -9,6 +9,7 @@ Kauf & Ivanova 2023, "A better way to do masked language model scoring" (the lat
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -158,8 +159,10 @@ def statement_logprobs(model: LoadedModel, prompts: Any, masking: Masking) -> li
         raise InterpError(f"masking={masking!r}: one of {', '.join(map(repr, MASKINGS))} expected")
     items = listed_of_any_kind(prompts)
     ids = [encode_prompt(p, model.coder) for p in items]
-    distinct = list(dict.fromkeys(map(tuple, ids)))  # equal statements have one score, to the bit
-    first_of = {row: ids.index(list(row)) for row in distinct}
+    first_of: dict[tuple[int, ...], int] = {}  # equal statements have one score, to the bit
+    for number, row in enumerate(ids):
+        first_of.setdefault(tuple(row), number)
+    distinct = list(first_of)
     if model.masked:
         scores = _pseudo_logprobs(model, [text_of(items[first_of[row]]) for row in distinct], distinct, masking)
     else:
@@ -193,8 +196,10 @@ def _pseudo_logprobs(
             while end < stop and joined[end - 1]:
                 end += 1
             copies.append((number, position, [*row[:position], *[mask] * (end - position), *row[end:]]))
-    values = [torch.zeros(sum(c[0] == i for c in copies), dtype=torch.float64) for i in range(len(ids))]
-    firsts = [min((c[1] for c in copies if c[0] == i), default=0) for i in range(len(ids))]
+    counts, firsts = Counter(number for number, *_ in copies), dict[int, int]()
+    for number, position, _ in copies:
+        firsts.setdefault(number, position)
+    values = [torch.zeros(counts[i], dtype=torch.float64) for i in range(len(ids))]
     with progress("pseudo-likelihood", len(copies)) as advance:
         for batch in _batches(model, [c[2] for c in copies]):
             places = torch.tensor([copies[i][1] for i in batch], device=model.device)
