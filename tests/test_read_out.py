@@ -320,3 +320,26 @@ def test_an_answer_of_several_tokens_can_be_read_as_a_span_of_the_prompt(tiny) -
     with output_changed(blocks_of(hf)[0].mlp, torch.zeros_like):
         logprobs = logits_of(hf, ids).log_softmax(-1)
     np.testing.assert_allclose(frame["patched"], float(logprobs[4, ids[5]] + logprobs[5, ids[6]]), atol=1e-5)
+
+
+def test_parts_of_a_sweep_name_positions_alike(tiny, tmp_path) -> None:
+    """Each part has prompts of one length, and the set has two: "each" counts from the last token in all of them."""
+    model, file = tiny("llama"), tmp_path / "pairs.csv"
+    pairs = [
+        interp.PromptPair("w1 w2 w3 w4", "w1 w5 w3 w4", "w95", "w96"),
+        interp.PromptPair("w9 w1 w2 w3 w4", "w9 w1 w5 w3 w4", "w95", "w96"),
+    ]
+    interp.PairSet(pairs).frame().to_csv(file, index=False)
+    document = {
+        "name": "read", "models": [{"name": "tiny", "load": "tiny"}], "examples_per_part": 1,
+        "recipes": [{"recipe": "patch", "at": "each", "metric": "logprob"}], "sites": [{"sites": "attn_out"}],
+        "tasks": [{"name": "own", "pairs": str(file), "require": 0}],
+    }  # fmt: skip
+    sweep = interp.Sweep(document, tmp_path / "run", models={"tiny": model})
+    assert sweep.run().failed == 0
+    ((_, effects),) = sweep.effects().items()
+    wanted = interp.patch(model, pairs, model.sites("attn_out"), "logprob", at="each", **QUIET)
+    keys = ["example", "layer", "read_at"]
+    got, want = (e.frame().sort_values(keys)[[*keys, "patched"]].reset_index(drop=True) for e in (effects, wanted))
+    assert got["read_at"].tolist() == want["read_at"].tolist()
+    np.testing.assert_allclose(got["patched"], want["patched"], atol=1e-6)

@@ -47,13 +47,16 @@ def check_at(at: Any) -> tuple[int | str, ...]:
     return tuple(dict.fromkeys(places))
 
 
-def read_outs(places: Sequence[int | str], metric: Metric, prompts: Sequence[Encoded]) -> list[list[ReadOut]]:
+def read_outs(
+    places: Sequence[int | str], metric: Metric, prompts: Sequence[Encoded], lengths_differ: bool | None = None
+) -> list[list[ReadOut]]:
     """Return what is read of each prompt.
 
     Positions of "each" count from the last token (-1) if the prompts differ in length, so that equal names mean equal
-    places. Raises PromptError for a position that a prompt does not have, and where nothing is left to read.
+    places. ``lengths_differ``: whether they do in the set of which these are a part (None: these are all). Raises
+    PromptError for a position that a prompt does not have, and where nothing is left to read.
     """
-    from_end = len({len(p.tokens) for p in prompts}) > 1
+    from_end = len({len(p.tokens) for p in prompts}) > 1 if lengths_differ is None else lengths_differ
     out = []
     for i, prompt in enumerate(prompts):
         by_label: dict[str | None, ReadOut] = {}

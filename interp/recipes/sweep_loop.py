@@ -38,13 +38,15 @@ class Subset:
     ``examples``: which to run, of a set whose means, donors and noise depend on all of it (None: all).
     ``keep_nan``: return rows whose metric is NaN, where a recipe would raise InterpError.  ``means``: mean activations
     computed for earlier parts, to be used again.  ``together``: most examples whose cells run together, so that an
-    interruption loses no more than these (None: as many as fit into memory).
+    interruption loses no more than these (None: as many as fit into memory).  ``lengths_differ``: whether prompts of
+    the whole set differ in length, where a recipe is given a part of it (None: it is given all).
     """
 
     examples: range | None = None
     keep_nan: bool = False
     means: dict[Any, Any] | None = None
     together: int | None = None
+    lengths_differ: bool | None = None
 
     def selected(self, n: int) -> range:
         """Return the numbers of the examples to run, of ``n``."""
@@ -152,7 +154,7 @@ class SweepLoop:
             if self.align == "span":
                 raise InterpError('align="span" compares prompts whose positions do not correspond: leave at="last"')
             check_readable(self.model, self.at, self.metric)
-            self.outs = read_outs(places, self.metric, self.prompts)
+            self.outs = read_outs(places, self.metric, self.prompts, self.subset.lengths_differ)
         self.runner = Engine(self.model, self.engine, self.memory)
 
     @property

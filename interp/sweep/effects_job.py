@@ -42,6 +42,7 @@ class EffectsJob:
         self.warmed_up_for: tuple[str, str, int] | None = None
         self.sets: dict[tuple[str, str, int], PromptSet] = {}
         self.hashes: dict[tuple[str, str, int], str] = {}
+        self.unequal: dict[tuple[str, str, int], bool] = {}
         self.groups = groups(self.config.parts)
         self.shared: dict[Any, Any] = {}  # means over whole sets
 
@@ -95,6 +96,15 @@ class EffectsJob:
             usable = [prompts.prompts[i] for i in prompts.usable]
             self.hashes[key] = hash_of_prompts(usable, encode_any(usable, model.coder, "declared")[0])
         return self.hashes[key]
+
+    def lengths_differ(self, part: SweepPart, prompts: PromptSet, model: Any) -> bool:
+        """Return whether clean prompts of a set differ in length, so that parts of it name positions alike."""
+        key = part.model.name, part.task.name, part.seed
+        if key not in self.unequal:
+            usable = [prompts.prompts[i] for i in prompts.usable]
+            encoded = encode_any(usable, model.coder, "declared")[0] if usable else []
+            self.unequal[key] = len({len(e.clean) for e in encoded}) > 1
+        return self.unequal[key]
 
     def prompts(self, part: SweepPart, model: Any) -> PromptSet:
         """Return the part's frozen prompts, and make them if the run does not have them yet.
@@ -231,7 +241,8 @@ class _PartMeasurement:
 
     def run(self, examples: Sequence[int]) -> pd.DataFrame:
         """Run the recipe on some examples; rows have the examples' numbers in the set, and may be NaN."""
-        numbers, prompts, subset = prompts_of_call(self.part, self.prompts, examples, self.job.shared)
+        differ = self.job.lengths_differ(self.part, self.prompts, self.model)
+        numbers, prompts, subset = prompts_of_call(self.part, self.prompts, examples, differ, self.job.shared)
         recipe, arguments = call_of(self.job.config, self.part, self.model)
         if self.recipe.prepare:  # it has recorded other texts
             self.job.warm_up(self.model, [self.prompts.prompts[i] for i in self.usable])
@@ -264,11 +275,16 @@ def call_of(config: Config, part: SweepPart, model: Any) -> tuple[Callable[..., 
 
 
 def prompts_of_call(
-    part: SweepPart, prompts: PromptSet, examples: Sequence[int], means: dict[Any, Any] | None = None
+    part: SweepPart,
+    prompts: PromptSet,
+    examples: Sequence[int],
+    lengths_differ: bool,
+    means: dict[Any, Any] | None = None,
 ) -> tuple[list[int], Any, Any]:
     """Return the numbers of the prompts that a recipe is given for some examples, the prompts, and a `Subset`.
 
-    A recipe whose means or donors depend on all prompts is given all, and runs the examples.
+    A recipe whose means or donors depend on all prompts is given all, and runs the examples. ``lengths_differ``: of
+    all prompts of the set.
     """
     from interp.recipes.sweep_loop import Subset
 
@@ -277,7 +293,7 @@ def prompts_of_call(
     numbers = usable if whole else list(examples)
     asked = range(index[examples[0]], index[examples[-1]] + 1) if whole else None
     task_prompts = as_task([prompts.prompts[i] for i in numbers], part.task, part.seed)
-    return numbers, task_prompts, Subset(asked, keep_nan=True, means=means)
+    return numbers, task_prompts, Subset(asked, keep_nan=True, means=means, lengths_differ=lengths_differ)
 
 
 def _lacks_number(frame: pd.DataFrame) -> np.ndarray:

@@ -129,7 +129,7 @@ def _plan_combination(job: EffectsJob, config: Config, parts: list[SweepPart]) -
     if prompts.error is not None or not usable:
         why = prompts.error or next(iter(prompts.failed.values()))
         return CombinationPlan(*names, len(parts), examples, 0.0, 0.0, 0.0, why)
-    _, task_prompts, subset = prompts_of_call(first, prompts, usable)
+    _, task_prompts, subset = prompts_of_call(first, prompts, usable, job.lengths_differ(first, prompts, model))
     recipe, options = call_of(config, first, model)
     share = examples / len(usable)
     from interp.engine import explain
