@@ -6,6 +6,7 @@ no change: the module itself calls our registered function.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -244,10 +245,17 @@ def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
     record.dense_because = "use_split_qkv_input or use_attn_in is on"
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     mask = kwargs.get("attention_mask")
+    m = hidden.shape[1]
+    empty = hidden.new_empty(hidden.shape[0], 1, m, 1)
+    call = AttentionCall(link.layer, empty, empty, empty, 1.0)
+    if any(link.instrument.with_edits(call).edits):
+        raise ModelError(
+            f"layer {link.layer}: attention edits and masks do not reach attention whose heads have inputs of their "
+            "own (use_split_qkv_input or use_attn_in is on): turn that off"
+        )
     if mask is not None and mask.ndim == 2:
-        m, n = hidden.shape[1], mask.shape[1]
-        empty = hidden.new_empty(hidden.shape[0], 1, m, 1)
-        call = AttentionCall(0, empty, hidden.new_empty(hidden.shape[0], 1, n, 1), empty, 1.0, **read_mask(mask))
+        n = mask.shape[1]
+        call = replace(call, k=hidden.new_empty(hidden.shape[0], 1, n, 1), **read_mask(mask))
         visible = call.visible()
         zeros = hidden.new_zeros(hidden.shape[0], 1, m, n)
         kwargs["attention_mask"] = (

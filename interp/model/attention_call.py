@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from interp.errors import InterpError
 from interp.model.dense_edits import DenseEdits
 from interp.model.layer_edits import LayerEdit
 from interp.model.layer_masks import LayerMask, MaskTables, masks_of, window_of
 
-UNKNOWN = -1
+UNKNOWN = -1  # as a call's first key: a sliding cache has dropped keys, some of which were padding
+UNALIGNED = -2  # the last query does not stand at the last key, as in a cache of fixed size
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class AttentionCall:
     q [B, H, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]; ``causal`` is aligned bottom-right; ``window`` counts the query
     itself; ``key_padding`` [B, N] is True at real keys; ``bias`` is added to the scores and broadcastable to
     [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H]. ``first_key``: the position of the first of
-    the N keys, not 0 where a sliding cache has dropped earlier ones; `UNKNOWN` if some of those were padding.
+    the N keys, not 0 where a sliding cache has dropped earlier ones; below 0 (`UNKNOWN`, `UNALIGNED`) where rows of
+    the prompt cannot be told.
     ``edits``: edits and masks of each batch row, or none.
     """
 
@@ -86,17 +89,28 @@ def needed_masks(call: AttentionCall, keys: int) -> AttentionCall:
         window = window_of(masks, call.window)
         reaches_all = window is None or window >= keys
         is_own = window == call.window or (reaches_all and (call.window is None or call.window >= keys))
-        is_needed = masks and (not is_own or any(call.mask_tables(masks, keys).changing(call.causal, window)))
+        is_needed = masks and (not is_own or _changes(call, masks, keys, window))
         rows.append(edits if is_needed else tuple(e for e in edits if not isinstance(e, LayerMask)))
     return replace(call, edits=tuple(rows) if any(rows) else ())
+
+
+def _changes(call: AttentionCall, masks: Sequence[LayerMask], keys: int, window: int | None) -> bool:
+    """Whether masks open a cell that causality, the window or the call's bias hides, or hide one that they may show."""
+    tables = call.mask_tables(masks, keys)
+    if call.bias is not None and bool(tables.opened.any()) and bool(_is_hidden(call.bias).any()):
+        return True  # the bias is the mask of the model or of the caller
+    return any(tables.changing(call.causal, window))
 
 
 def apply_masks(call: AttentionCall) -> tuple[AttentionCall, str]:
     """Return the call without `LayerMask`s, and why it then holds an n×n bias; empty if it does not.
 
     A window of all rows is the kernel's own argument. Every other mask becomes a bias [batch, #heads, query, key].
+    Raises InterpError where a cache does not tell which rows its keys are, or has dropped keys that a mask shows.
     """
     keys = call.k.shape[2]
+    if call.first_key:
+        _check_held_keys(call, keys)
     call = needed_masks(call, keys)
     by_row = [masks_of(edits) for edits in call.edits]
     if not any(by_row):
@@ -106,6 +120,40 @@ def apply_masks(call: AttentionCall) -> tuple[AttentionCall, str]:
         return replace(call, window=windows.pop(), edits=_without_masks(call)), ""
     masks = "; ".join(dict.fromkeys(str(m.mask) for row in by_row for m in row))
     return dense_masks(call, keys), f"attention mask: {masks}"
+
+
+def _check_held_keys(call: AttentionCall, keys: int) -> None:
+    """Raise InterpError for masks that need rows which a call's cache does not tell, or keys that it has dropped."""
+    for masks in filter(None, map(masks_of, call.edits)):
+        has_rules = any(m.rules for m in masks)
+        if call.first_key == UNALIGNED or (call.first_key < 0 and has_rules):
+            raise InterpError(rows_unknown(call, "attention masks"))
+        if call.first_key < 0:
+            continue
+        first = call.first_key + keys - call.q.shape[2]  # the row of the first query
+        dropped = torch.arange(call.first_key)
+        tables = MaskTables(masks, torch.arange(first, call.first_key + keys), dropped)
+        window = window_of(masks, call.window)
+        reaches = window is not None and first - window + 1 < call.first_key
+        if reaches or bool(tables.opened.any()):
+            raise InterpError(
+                f"layer {call.layer}: its sliding cache has dropped the keys before {call.first_key}, and an attention "
+                f"mask shows some of them ({'; '.join(str(m.mask) for m in masks)}). Decode without a cache "
+                "(use_cache=False)"
+            )
+
+
+def rows_unknown(call: AttentionCall, what: str) -> str:
+    """Say why the rows of a call's keys are not known, so that ``what`` cannot be computed."""
+    if call.first_key == UNALIGNED:
+        return (
+            f"layer {call.layer}: its cache of keys has a fixed size, so that the last query does not stand at the "
+            f"last key, and {what} cannot tell which tokens are meant. Decode with the default cache, not a static one"
+        )
+    return (
+        f"layer {call.layer}: its sliding cache has dropped padded keys, so {what} cannot tell which tokens are left. "
+        "Decode prompts of one length together"
+    )
 
 
 def _without_masks(call: AttentionCall) -> tuple[tuple[LayerEdit, ...], ...]:

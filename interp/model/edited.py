@@ -157,8 +157,15 @@ class EditedForwards:
 
     # ------------------------------------------------------------ forwards
 
+    @property
+    def _is_innermost(self) -> bool:
+        """Whether no other block has been entered inside this one, which would add these edits too."""
+        return self.model.instrument.edited is self
+
     def read_inputs(self, _module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note which prompts a forward of the Hugging Face model holds; a forward that continues a cache keeps them."""
+        if not self._is_innermost:
+            return
         ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
         cache = kwargs.get("past_key_values")
         if cache is not None and getattr(cache, "get_seq_length", lambda: 0)():
@@ -176,6 +183,8 @@ class EditedForwards:
 
     def mark_cache(self, _module: Any, _args: Any, output: Any) -> None:
         """Note on a forward's cache of keys and values which prompts it holds."""
+        if not self._is_innermost:
+            return
         cache = getattr(output, "past_key_values", None)
         if hasattr(cache, "get_seq_length"):
             setattr(cache, PROMPTS, (self, self._batch))

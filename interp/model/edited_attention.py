@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.errors import InterpError
-from interp.model.attention_call import AttentionCall
+from interp.model.attention_call import AttentionCall, rows_unknown
 from interp.model.dense_edits import real_keys
 from interp.model.layer_edits import CallSize, LayerEdit, compatible_groups, edit_arguments, select_rows, shifted
 
@@ -85,8 +85,7 @@ def _attend_edited(
 
     Raises InterpError for statistics that several calls together do not give.
     """
-    if call.first_key:
-        call = _with_rows_of_held_keys(call)
+    call = with_rows_of_held_keys(call)
     edits = call.without_masks()
     if (call.q.shape[0] > 1 or call.key_padding is not None) and any(_knows_its_row(e) for r in edits for e in r):
         return _attend_each_alone(call, spec, backend, more)
@@ -140,16 +139,15 @@ def _knows_its_row(e: LayerEdit) -> bool:
     return e.is_random or e.counts_keys
 
 
-def _with_rows_of_held_keys(call: AttentionCall) -> AttentionCall:
+def with_rows_of_held_keys(call: AttentionCall) -> AttentionCall:
     """Count the tokens of edits from the first key that a sliding cache still holds.
 
     Raises InterpError for edits that depend on keys that are gone.
     """
+    if not call.first_key or not any(call.edits):
+        return call
     if call.first_key < 0:
-        raise InterpError(
-            f"layer {call.layer}: its sliding cache has dropped padded keys, so attention edits cannot tell which "
-            "tokens are left. Decode prompts of one length together"
-        )
+        raise InterpError(rows_unknown(call, "attention edits"))
     if any(_knows_its_row(e) for edits in call.without_masks() for e in edits):
         raise InterpError(
             f"layer {call.layer}: its sliding cache has dropped keys, and edits with counterfactual='random' or "

@@ -26,8 +26,8 @@ from headstats.stats import TopK
 from torch import Tensor
 
 from interp.errors import ModelError
-from interp.model.attention_call import AttentionCall, apply_masks, dense_attention
-from interp.model.edited_attention import attend
+from interp.model.attention_call import UNALIGNED, AttentionCall, apply_masks, dense_attention, rows_unknown
+from interp.model.edited_attention import attend, with_rows_of_held_keys
 from interp.model.layer_edits import refuse_clashes
 from interp.model.layer_masks import masks_of
 from interp.model.protocols import AttentionLayer
@@ -84,10 +84,7 @@ class Instrument:
         """
         record = self.record(call.layer)
         record.calls += 1
-        if self.edited is not None and not self.packed:
-            call = self.edited.add(call)
-        for editor in self.editors:
-            call = editor.edit(call)
+        call = self.with_edits(call)
         if any(masks_of(edits) for edits in call.edits):
             call, dense_because = apply_masks(call)
             record.dense_because = dense_because or record.dense_because
@@ -95,11 +92,13 @@ class Instrument:
             record.backends["dense"] += 1
             for edits in call.without_masks():
                 refuse_clashes(edits)
+            call = with_rows_of_held_keys(call)
             return dense_attention(call, *(getattr(bridge, n, _same) for n in ("hook_attn_scores", "hook_pattern")))
         hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
         if hook_names and self.spec is None and self.handler is None:
             record.backends["dense"] += 1
             record.dense_because = " and ".join(hook_names) + " hooked"
+            call = with_rows_of_held_keys(call)
             return dense_attention(call, bridge.hook_attn_scores, bridge.hook_pattern)
         if self.handler is not None:
             return self.handler(call)
@@ -109,6 +108,14 @@ class Instrument:
         if self.spec is not None:
             self.collected[call.layer] = count_from_first_key(result, self.spec, call)
         return result.out
+
+    def with_edits(self, call: AttentionCall) -> AttentionCall:
+        """Return a call with the edits and masks of this forward."""
+        if self.edited is not None and not self.packed:
+            call = self.edited.add(call)
+        for editor in self.editors:
+            call = editor.edit(call)
+        return call
 
     @contextmanager
     def handled_by(self, handler: Handler, packed: bool = False) -> Iterator[None]:
@@ -154,6 +161,8 @@ def held_keys_only(spec: headstats.StatSpec, call: AttentionCall) -> headstats.S
 
     Raises ModelError for statistics that cannot be counted from the sequence's first key.
     """
+    if call.first_key == UNALIGNED:
+        raise ModelError(rows_unknown(call, "statistics"))
     if call.first_key < 0:
         raise ModelError(
             f"layer {call.layer}: its sliding cache has dropped padded keys, so statistics cannot count keys from the "

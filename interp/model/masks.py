@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from interp.errors import ModelError
-from interp.model.attention_call import UNKNOWN
+from interp.model.attention_call import UNALIGNED, UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def compact_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs
         )
         if isinstance(mask, Tensor):
-            mask.interp_first_key = int(kv_offset)  # type: ignore[attr-defined]
+            mask.interp_first_key = int(kv_offset) if is_aligned else UNALIGNED  # type: ignore[attr-defined]
         return mask
     if attention_mask is None:
         padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
