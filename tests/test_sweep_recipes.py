@@ -31,11 +31,13 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "knock_out": ({"keys": "name", "window": 1}, lambda m, s: interp.knock_out(m, PAIRS, "name", window=1)),
     "edit": (
-        {"edit": {"cut": "knockout queries=-1 keys=name", "even": ["counterfactual=uniform layers=1"]}},
+        {"edit": {"cut": "knockout queries=-1 keys=name", "even": ["counterfactual=uniform layers=1"],
+                  "blind": "close=*>name layers=0-1"}},
         lambda m, s: interp.edit(
             m, PAIRS, {
                 "cut": interp.AttentionEdit(queries=-1, keys="name", knockout=True),
                 "even": interp.AttentionEdit(layers=1, counterfactual="uniform"),
+                "blind": interp.AttentionMask(close=[(None, "name")], layers=range(2)),
             },
         ),
     ),

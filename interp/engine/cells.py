@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask
 from interp.prompts.coder import Encoded
 from interp.prompts.positions import row_range
 from interp.sites import Site
@@ -47,10 +48,10 @@ class Cell:
 
     run: int
     writes: tuple[CellWrite, ...] = ()
-    edits: tuple[LayerEdit, ...] = ()
+    edits: tuple[LayerEdit | LayerMask, ...] = ()  # with a mask, only full forwards are exact
 
     @property
-    def changes(self) -> tuple[CellWrite | LayerEdit, ...]:
+    def changes(self) -> tuple[CellWrite | LayerEdit | LayerMask, ...]:
         """All writes and edits."""
         return (*self.writes, *self.edits)
 
@@ -77,15 +78,15 @@ class Cell:
         change too, every later row can differ and the result is ``length``, the length of the run.
         """
         entering = [c for c in self.changes if c.layer == self.first_layer]
-        if all(not c.counts_keys if isinstance(c, LayerEdit) else c.site.component in AFTER_KEYS for c in entering):
-            return max(c.stop for c in entering)
-        return length
+        return max(c.stop for c in entering) if all(map(_comes_after_keys, entering)) else length
 
     def cannot_reach_logits(self, n_layers: int, length: int, read: Sequence[int] | None = None) -> bool:
         """Whether the logits of the rows in ``read`` (default: the last row) cannot depend on this cell.
 
-        This is so if nothing reads the rows that it changes.
+        This is so if nothing reads the rows that it changes. A mask may let any row read them.
         """
+        if any(isinstance(e, LayerMask) for e in self.edits):
+            return False
         if self.first_layer < n_layers - 1:  # it reaches every row from its first one on
             return (length - 1 if read is None else read[-1]) < self.first_row
         return not any(self.reaches(row, n_layers, length) for row in ((length - 1,) if read is None else read))
@@ -101,6 +102,13 @@ class Cell:
     def _late_stop(self, n_layers: int, length: int) -> int:
         beyond = [c.stop for c in self.changes if c.layer >= n_layers]
         return max([self.entry_stop(length), *beyond])
+
+
+def _comes_after_keys(change: CellWrite | LayerEdit | LayerMask) -> bool:
+    """Whether a change leaves the keys and values of its block alone, and what other queries read of them."""
+    if isinstance(change, CellWrite):
+        return change.site.component in AFTER_KEYS
+    return isinstance(change, LayerEdit) and not change.counts_keys
 
 
 def entry_layer(site: Site) -> int:

@@ -29,6 +29,7 @@ from interp.engine.verified import Verified, VerifiedFrame, kinds_of
 from interp.errors import InterpError, SiteError
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.buffers import buffer_state
+from interp.model.layer_edits import LayerEdit
 from interp.model.layer_progress import Share, by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
@@ -71,6 +72,7 @@ class Engine:
         self.rows_per_batch, self.cells_per_batch = ROWS_PER_BATCH, LOGITS_PER_BATCH
         self.plain_blocks: list[PlainBlock] | None = None
         self.written: set[str] = set()  # components that cells have changed
+        self.needs_full_forwards: str | None = None  # why a recipe's cells cannot be packed
         self.planner = PLANNING.get()  # inside `explain`, cells are recorded instead of run
 
     @property
@@ -147,6 +149,8 @@ class Engine:
 
         Returns None if it does not.
         """
+        if self.needs_full_forwards is not None:
+            return self.needs_full_forwards
         if self.model.hooks_added():
             return "hooks were added to the model, which may read or change other positions"
         if self.model.instrument.edited is not None and self.model.instrument.edited.has_masks:
@@ -242,7 +246,7 @@ class Engine:
             run = runs[cell.run]
             if run.read_rows[-1] + 1 < len(run):
                 base = [] if edited is None else [e for edits in edited.of_prompt(run.ids).values() for e in edits]
-                if any(e.counts_keys for e in (*cell.edits, *base)):
+                if any(isinstance(e, LayerEdit) and e.counts_keys for e in (*cell.edits, *base)):
                     return True
         return False
 

@@ -178,6 +178,7 @@ class Changes:
                     layer, component = layer + 1, "resid_pre"
                 self.writes[layer, component].append((i, write))
             for edit in cell.edits:
+                assert isinstance(edit, LayerEdit)  # cells with masks are full forwards
                 self.edits[edit.layer][i] = (*self.edits[edit.layer].get(i, ()), edit)
 
     def components(self, layer: int) -> list[str]:

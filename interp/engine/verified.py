@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from interp.engine.cells import CellWrite
 from interp.engine.runs import Frame
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask
 from interp.model.model import Model
 
 
@@ -55,9 +56,11 @@ class Verified:
 VERIFIED: WeakKeyDictionary[Model, Verified] = WeakKeyDictionary()  # an entry goes with its model
 
 
-def kinds_of(change: CellWrite | LayerEdit) -> tuple[str, ...]:
+def kinds_of(change: CellWrite | LayerEdit | LayerMask) -> tuple[str, ...]:
     """What is checked once for each model: a component that is written, a field of an edit."""
     if isinstance(change, LayerEdit):
         return change.edit.changes
+    if isinstance(change, LayerMask):
+        return change.mask.changes
     component = change.site.component
     return (f"{component} by a mean of heads",) if change.how == "mean" else (component,)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     Pairs = Sequence[tuple[Tokens | None, Tokens | None]]
 
 RULES = ("open", "close", "prefix", "blocks", "segments", "window", "stride")  # an AttentionMask sets one at least
+MASK_FIELDS = (*RULES, "sees", "future")  # what no AttentionEdit has
 
 
 @dataclass(frozen=True, eq=False, repr=False)

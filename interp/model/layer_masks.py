@@ -41,6 +41,16 @@ class LayerMask:
         return range(int(changed[0]), int(changed[-1]) + 1) if len(changed) else range(0)
 
     @property
+    def start(self) -> int:
+        """The first query whose keys may change."""
+        return self.rows.start
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one."""
+        return self.rows.stop
+
+    @property
     def window(self) -> int | None:
         """The window that takes the place of the model's own; None: that one stays."""
         return None if self.mask.stride is not None else self.mask.window

@@ -1,23 +1,26 @@
-"""Attention edits: change how queries read keys, inside attention, and read the metric.
+"""Attention edits and masks: change how queries read keys, or which they see, and read the metric.
 
 What the fields of an edit do is defined, with its sources, in `headstats.Edit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from interp.engine import Cell
 from interp.engine.core import EngineKind
 from interp.errors import InterpError
-from interp.interventions import AttentionEdit
+from interp.interventions import AttentionChange, AttentionMask
 from interp.metrics import Metric, MetricFn, logit_diff
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask
 from interp.model.model import Model
 from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
+from interp.model.resolve_masks import layer_masks
 from interp.model.session import in_session
+from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Fact, PromptPair
 from interp.recipes.choices import EDITED_ALONE
 from interp.recipes.read_out import LAST, At
@@ -26,14 +29,14 @@ from interp.recipes.targets import Address
 from interp.results.effects import Effects
 from interp.sites import COMPONENTS
 
-Edits = Mapping[str, AttentionEdit | Sequence[AttentionEdit]]
+Edits = Mapping[str, AttentionChange | Sequence[AttentionChange]]
 
 
 @in_session
 def edit(
     model: Model,
     prompts: PromptPair | Fact | Iterable[PromptPair | Fact],
-    edits: Edits | AttentionEdit,
+    edits: Edits | AttentionChange,
     metric: Metric | MetricFn | str = logit_diff,
     mode: Literal["noise", "denoise"] = "noise",
     *,
@@ -44,17 +47,18 @@ def edit(
     subset: Subset = WHOLE_SET,
     at: At = LAST,
 ) -> Effects:
-    """Apply each of ``edits`` to attention in the clean run, one at a time.
+    """Apply each of ``edits`` (or masks) to attention in the clean run, one at a time.
 
         sharper = interp.AttentionEdit(queries=-1, keys="subject", logit_factor=1.5)
         effects = interp.edit(model, pairs, {"sharper": sharper, "cut": interp.AttentionEdit(keys="S2", knockout=True)})
         interp.edit(model, pairs, {"uniform": interp.AttentionEdit(counterfactual="uniform")}, each="head")
+        interp.edit(model, pairs, {"blind": interp.AttentionMask(close=[(None, "subject")])}, each="layer")
 
-    ``edits``: by name; a list of edits acts at once. ``each="layer"`` or ``"head"``: apply an edit in every one of its
-    layers, or to every one of its heads, alone. ``mode="denoise"``: in the corrupt run. One row per (prompt, edit[,
-    layer[, head]]), whose component is the edit's name: ``raw`` is patched − clean (or − corrupt) in the metric's
-    units; ``effect`` is on the recovery scale, NaN for a Fact. ``at``: where the metric is read, as in `interp.patch`.
-    ``subset``: for `interp.sweep`.
+    ``edits``: by name; a list acts at once. If a mask is among them, every cell takes a full forward. ``each="layer"``
+    or ``"head"``: apply an edit in every one of its layers, or to every one of its heads, alone. ``mode="denoise"``: in
+    the corrupt run. One row per (prompt, edit[, layer[, head]]), whose component is the edit's name: ``raw`` is patched
+    − clean (or − corrupt) in the metric's units; ``effect`` is on the recovery scale, NaN for a Fact. ``at``: where the
+    metric is read, as in `interp.patch`. ``subset``: for `interp.sweep`.
 
     Raises PromptError, SiteError or InterpError for bad input, before any forward.
     """
@@ -64,6 +68,11 @@ def edit(
     if each not in (None, *EDITED_ALONE):
         raise InterpError(f"each={each!r}: None, 'layer' or 'head' expected")
     named = _named(edits)
+    masks = [e for several in named.values() for e in several if isinstance(e, AttentionMask)]
+    if masks and each == "head":
+        raise InterpError(f"each='head': a mask acts on all heads of a layer, and one is given ({masks[0]})")
+    if masks:
+        loop.runner.needs_full_forwards = "an attention mask may show earlier tokens what comes after them"
     cells = _EditCells(loop, named, mode, each)
     recipe: dict[str, Any] = {"edits": {name: [e.text for e in several] for name, several in named.items()}}
     return loop.run(cells, "attention edit", mode, **recipe, each=each or "all at once")
@@ -74,17 +83,18 @@ class _Place:
     """What one cell changes: the edits of a name, and the heads by layer in which each of them acts."""
 
     address: Address
-    edits: Sequence[AttentionEdit]
+    edits: Sequence[AttentionChange]
     heads: Sequence[HeadsByLayer]
 
 
 class _EditCells(CellSource):
     """One cell per prompt and edit, or per prompt, edit and layer or head."""
 
-    def __init__(self, loop: SweepLoop, named: Mapping[str, Sequence[AttentionEdit]], mode: str, each: str | None):
+    def __init__(self, loop: SweepLoop, named: Mapping[str, Sequence[AttentionChange]], mode: str, each: str | None):
         self.mode, self.title = mode, f"edit attention: {', '.join(named)}"
         self.places = [p for name, edits in named.items() for p in _places(loop.model, name, edits, each)]
-        self.token_rows = [{id(e): edited_rows(e, p) for edits in named.values() for e in edits} for p in loop.prompts]
+        changes = [e for several in named.values() for e in several]
+        self.layer_changes = [{id(e): _resolver(e, p) for e in changes} for p in loop.prompts]
         self.size = len(self.places) * len(loop.prompts)
 
     def batch(self, loop: SweepLoop, numbers: range) -> Batch:
@@ -103,32 +113,44 @@ class _EditCells(CellSource):
         ]
 
     def _cell(self, run: int, number: int, place: _Place) -> Cell | None:
-        """Return a prompt's cell; None if its edits only act while decoding."""
-        edits: list[LayerEdit] = []
-        for e, by_layer in zip(place.edits, place.heads, strict=True):
-            rows = self.token_rows[number][id(e)]
-            edits += [] if rows is None else layer_edits(e, by_layer, rows)
+        """Return a prompt's cell; None if its edits only act while decoding, or its masks change no row."""
+        resolve = self.layer_changes[number]
+        edits = [x for e, heads in zip(place.edits, place.heads, strict=True) for x in resolve[id(e)](heads)]
         return Cell(run, edits=tuple(edits)) if edits else None
 
 
-def _named(edits: Any) -> dict[str, list[AttentionEdit]]:
-    """Return the edits as lists by name. Raises InterpError for anything else."""
-    by_name = {"edit": edits} if isinstance(edits, AttentionEdit) else edits
+def _resolver(change: AttentionChange, prompt: Encoded) -> Callable[[HeadsByLayer], Sequence[LayerEdit | LayerMask]]:
+    """Return a function that gives a change of one prompt in some layers; nothing if it only acts while decoding.
+
+    Raises PromptError for tokens that the prompt does not have.
+    """
+    if isinstance(change, AttentionMask):
+        layer_masks(change, (), prompt)
+        return lambda heads: layer_masks(change, heads, prompt)
+    rows = edited_rows(change, prompt)
+    return lambda heads: [] if rows is None else layer_edits(change, heads, rows)
+
+
+def _named(edits: Any) -> dict[str, list[AttentionChange]]:
+    """Return edits and masks as lists by name. Raises InterpError for anything else."""
+    by_name = {"edit": edits} if isinstance(edits, AttentionChange) else edits
     if not isinstance(by_name, Mapping) or not by_name:
-        raise InterpError(f"edits={edits!r:.80}: a dict of AttentionEdits by name expected, e.g. {{'cut': interp."
-                          "AttentionEdit(keys='subject', knockout=True)}")  # fmt: skip
-    named: dict[str, list[AttentionEdit]] = {}
+        raise InterpError(
+            f"edits={edits!r:.80}: a dict of AttentionEdits or AttentionMasks by name expected, e.g. "
+            "{'cut': interp.AttentionEdit(keys='subject', knockout=True)}"
+        )
+    named: dict[str, list[AttentionChange]] = {}
     for name, several in by_name.items():
         if str(name) in COMPONENTS:
             raise InterpError(f"an edit is called {name!r}, which is the name of a component: choose another name")
-        named[str(name)] = [several] if isinstance(several, AttentionEdit) else list(several)
-        wrong = [e for e in named[str(name)] if not isinstance(e, AttentionEdit)]
+        named[str(name)] = [several] if isinstance(several, AttentionChange) else list(several)
+        wrong = [e for e in named[str(name)] if not isinstance(e, AttentionChange)]
         if wrong or not named[str(name)]:
-            raise InterpError(f"edit {name!r}: one AttentionEdit or a list of them expected, got {several!r:.80}")
+            raise InterpError(f"edit {name!r}: AttentionEdits or AttentionMasks expected, got {several!r:.80}")
     return named
 
 
-def _places(model: Model, name: str, edits: Sequence[AttentionEdit], each: str | None) -> list[_Place]:
+def _places(model: Model, name: str, edits: Sequence[AttentionChange], each: str | None) -> list[_Place]:
     """Return what the cells of a name change: all at once, or every layer or head alone."""
     heads = [heads_by_layer(model, e) for e in edits]
     if each is None:

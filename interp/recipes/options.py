@@ -158,21 +158,21 @@ def _table_of_texts(value: Any) -> dict[str, str]:
 
 
 def _edits_by_name(value: Any) -> dict[str, str | list[str]]:
-    from interp.interventions import AttentionEdit
+    from interp.interventions import parse_change
 
     if not isinstance(value, Mapping) or not value:
         raise ValueError('a table of attention edits by name expected: {cut = "knockout keys=subject"}')
     for texts in value.values():
         for text in texts if isinstance(texts, list) else [texts]:
-            AttentionEdit.parse(checks.text(text))
+            parse_change(checks.text(text))
     return dict(value)
 
 
 def _edits(_model: Any, value: Mapping[str, str | list[str]]) -> dict[str, Any]:
-    from interp.interventions import AttentionEdit
+    from interp.interventions import parse_change
 
     lists = {name: texts if isinstance(texts, list) else [texts] for name, texts in value.items()}
-    return {name: [AttentionEdit.parse(text) for text in texts] for name, texts in lists.items()}
+    return {name: [parse_change(text) for text in texts] for name, texts in lists.items()}
 
 
 def _typed_edits(items: list[str]) -> dict[str, list[str]]:
