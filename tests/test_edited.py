@@ -315,9 +315,10 @@ def test_bad_edits_are_refused_before_a_forward(llama: interp.Model) -> None:
         for engine in ("auto", "naive"):
             with pytest.raises(InterpError, match=message), llama.edited(AttentionEdit(**first)):
                 interp.edit(llama, PAIRS, AttentionEdit(**second), engine=engine, show_progress=False)
+    hooks = dict(llama.bridge.original_model._forward_pre_hooks)
     with llama.edited(AttentionEdit(queries=50, gate=0.0)), pytest.raises(PromptError, match=r"pair 0: .* position 50"):
         interp.patch(llama, PAIRS, llama.sites("z"))
-    assert llama.instrument.edited is None and not llama.bridge.original_model._forward_pre_hooks
+    assert llama.instrument.edited is None and llama.bridge.original_model._forward_pre_hooks == hooks
 
 
 def test_blocks_nest_and_leave_nothing_behind(llama: interp.Model) -> None:

@@ -45,6 +45,69 @@ def test_nested_blocks_decode_with_a_cache(llama: Any) -> None:
     torch.testing.assert_close(torch.cat(nested.scores), whole.float(), atol=1e-5, rtol=1e-5)
 
 
+BY_NUMBER = {  # what an edit of a prompt of N tokens is in a forward of N tokens and the decoded ones
+    "last query": (AttentionEdit(queries=-1, keys=1, bias=3.0), AttentionEdit(queries=N - 1, keys=1, bias=3.0)),
+    "last key": (AttentionEdit(keys=-1, bias=3.0), AttentionEdit(keys=N - 1, bias=3.0)),
+    "prompt": (AttentionEdit(counterfactual="uniform", phase="prompt"),
+               AttentionEdit(counterfactual="uniform", queries=range(N))),
+    "decoding": (AttentionEdit(keys=2, knockout=True, phase="decoding"),
+                 AttentionEdit(keys=2, knockout=True, queries=[*range(N, N + 7)])),
+    "last hidden": (AttentionMask(close=[(None, -1)]), AttentionMask(close=[(None, N - 1)])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", BY_NUMBER)
+@torch.no_grad()
+def test_edits_of_a_prompt_keep_its_tokens_while_others_are_decoded(llama: Any, name: str, use_cache: bool) -> None:
+    model, hf = llama
+    of_prompt, by_number = BY_NUMBER[name]
+    left_padded = torch.cat([torch.cat([torch.ones(1, 2).long(), IDS + 1], 1), torch.cat([IDS, IDS[:, :2]], 1)])
+    mask = torch.ones_like(left_padded)
+    mask[0, :2] = 0
+    with model.edited(of_prompt):
+        decoded = hf.generate(IDS, use_cache=use_cache, **OPTIONS)
+        alone = hf.generate(IDS + 1, use_cache=use_cache, **OPTIONS)
+        padded = hf.generate(left_padded, attention_mask=mask, use_cache=use_cache, **OPTIONS)
+        beams = [hf.generate(IDS, use_cache=x, num_beams=3, max_new_tokens=4, pad_token_id=1) for x in (True, False)]
+    with model.edited(by_number):
+        whole = hf(decoded.sequences[:, :-1], use_cache=False).logits[0, N - 1 :]
+    torch.testing.assert_close(torch.cat(decoded.scores), whole.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(padded.scores)[:, 0], torch.cat(alone.scores), atol=1e-5, rtol=1e-5)
+    assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_the_bridge_generates_under_the_same_edits(word_tokenizer: Any, use_cache: bool) -> None:
+    model = interp.load(tiny_hf("gpt2"), tokenizer=word_tokenizer)
+    bridge: Any = model.bridge
+    hf = bridge.original_model
+    plain: Any = {"max_new_tokens": 8, "do_sample": False}
+    own = {**plain, "use_past_kv_cache": use_cache, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
+    with model.edited(BY_NUMBER["last query"][0], BY_NUMBER["decoding"][0]):
+        theirs = hf.generate(IDS, eos_token_id=None, pad_token_id=1, **plain)
+        assert torch.equal(bridge.generate(IDS, **own), theirs)
+        assert torch.equal(torch.cat(list(bridge.generate_stream(IDS, **own)), 1)[:, -8:], theirs[:, -8:])
+        again = model(theirs[:, :10])  # a prompt of its own: the generations are over
+    assert "generate" not in vars(hf) and "generate" not in vars(bridge)
+    with model.edited(BY_NUMBER["last query"][0], BY_NUMBER["decoding"][0]):
+        torch.testing.assert_close(model(theirs[:, :10]), again, atol=0, rtol=0)
+    assert not torch.equal(theirs, hf.generate(IDS, eos_token_id=None, pad_token_id=1, **plain))
+
+
+@torch.no_grad()
+def test_decoding_is_refused_where_every_token_changes_the_weights(llama: Any) -> None:
+    model, hf = llama
+    for name in ("uniform", "random"):
+        fields: Any = {"counterfactual": name, "renormalise": False}
+        for use_cache in (True, False):
+            with model.edited(AttentionEdit(**fields)), pytest.raises(InterpError, match="grows with every decoded"):
+                hf.generate(IDS, use_cache=use_cache, **OPTIONS)
+        with model.edited(AttentionEdit(**fields, phase="prompt")):
+            hf.generate(IDS, **OPTIONS)
+
+
 @torch.no_grad()
 def test_generated_tokens_are_in_the_last_segment(llama: Any) -> None:
     model, hf = llama

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from headstats import StatSpec
@@ -156,3 +158,21 @@ def test_prompts_beyond_the_context_and_empty_sets_are_refused(tiny) -> None:
     assert model.attention_stats("w1 w2", StatSpec(topk=2)).provenance["left_out"] == ["topk"]
     with pytest.raises(PromptError, match="spec asks for topk: attention_stats keeps"):
         model.attention_stats("w1 w2", StatSpec(**dict.fromkeys(StatSpec().requested(), False), topk=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 would also lose its causal mask
+def test_another_attention_implementation_chosen_after_loading_is_refused(family: str, word_tokenizer) -> None:
+    ids, untouched = torch.arange(8)[None] + 5, tiny_hf(family)
+    model = interp.load(tiny_hf(family), tokenizer=word_tokenizer)
+    hf: Any = model.bridge.original_model
+    ours = hf.config._attn_implementation
+    hf.set_attn_implementation("sdpa")
+    runs = (lambda: model(ids), lambda: hf(ids), lambda: model.attention_stats("w1 w2"))
+    for run in runs:
+        with pytest.raises(ModelError, match=r"was changed to 'sdpa' after it was loaded.*release\(\)"):
+            run()
+    hf.set_attn_implementation(ours)
+    torch.testing.assert_close(hf(ids).logits, untouched(ids).logits, atol=1e-5, rtol=0)
+    hf.set_attn_implementation("sdpa")
+    model.release()  # the user's choice stays
+    torch.testing.assert_close(hf(ids).logits, untouched(ids).logits, atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from torch import Tensor
 from interp.errors import InterpError, ModelError, PromptError
 from interp.interventions import AttentionChange, AttentionEdit, AttentionMask
 from interp.model.attention_call import AttentionCall
+from interp.model.generation_hooks import Watch, watched
 from interp.model.layer_edits import LayerEdit, refuse_clashes, shifted
 from interp.model.layer_masks import LayerMask
 from interp.model.loaded_model import LoadedModel
@@ -57,6 +58,8 @@ class EditedForwards:
         self.names: dict[Ids, TokenNames] = {} if outer is None else outer.names
         self._resolved: dict[Ids, dict[int, tuple[LayerEdit | LayerMask, ...]]] = {}
         self._batch: list[_BatchRow] = []
+        self._decodes = False  # whether the forward reads tokens that come after a prompt's own
+        self._generation: list[_BatchRow] | None = None  # the prompts of a running `generate`, once it has read them
 
     @property
     def texts(self) -> list[str]:
@@ -163,7 +166,10 @@ class EditedForwards:
         return self.model.instrument.edited is self
 
     def read_inputs(self, _module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note which prompts a forward of the Hugging Face model holds; a forward that continues a cache keeps them."""
+        """Note which prompts a forward of the Hugging Face model holds.
+
+        A forward that continues a cache keeps them, and so does one of ``generate`` that repeats them for want of one.
+        """
         if not self._is_innermost:
             return
         ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
@@ -175,11 +181,37 @@ class EditedForwards:
                     "attention edits of a forward that continues a cache of keys and values: it was filled under other "
                     "edits or none. Fill it inside the same `with model.edited(…)` block"
                 )
+            self._decodes = True
             return
         if ids is None:
             raise InterpError("attention edits of a forward without input_ids: the tokens that they name are unknown")
         mask = kwargs.get("attention_mask")
-        self._batch = [_batch_row(row, None if mask is None else mask[i]) for i, row in enumerate(ids)]
+        batch = [_batch_row(row, None if mask is None else mask[i]) for i, row in enumerate(ids)]
+        prompts = self._generation or []
+        self._decodes = len(prompts) == len(batch) and all(map(_repeats, batch, prompts))
+        if self._decodes:
+            batch = [replace(row, ids=prompt.ids) for row, prompt in zip(batch, prompts, strict=True)]
+        elif self._generation == []:
+            self._generation = batch
+        self._batch = batch
+
+    def generation(self) -> Watch:
+        """A new run of ``generate``: makes the context of each of its stretches."""
+        prompts: list[_BatchRow] = []
+
+        @contextmanager
+        def stretch() -> Iterator[None]:
+            nonlocal prompts
+            if self._generation is not None:  # TransformerLens' generate may call that of transformers
+                yield
+                return
+            self._generation = prompts
+            try:
+                yield
+            finally:
+                prompts, self._generation = self._generation, None
+
+        return stretch
 
     def mark_cache(self, _module: Any, _args: Any, output: Any) -> None:
         """Note on a forward's cache of keys and values which prompts it holds."""
@@ -199,6 +231,8 @@ class EditedForwards:
         edits = tuple(shifted(self.of_prompt(row.ids).get(call.layer, ()), row.padding) for row in self._batch)
         if not any(edits):
             return call
+        if self._decodes:
+            _refuse_counting(edits, is_cached=call.q.shape[2] < call.k.shape[2])
         rows = zip(call.edits_by_row(), edits, strict=True)
         return replace(call, edits=tuple((*own, *new) for own, new in rows))
 
@@ -209,6 +243,23 @@ def _batch_row(ids: Tensor, mask: Tensor | None) -> _BatchRow:
     real = mask[: len(ids)].bool().nonzero()[:, 0].tolist()
     first = real[0] if real else 0
     return _BatchRow(tuple(ids[first : real[-1] + 1].tolist()) if real else (), first)
+
+
+def _repeats(row: _BatchRow, prompt: _BatchRow) -> bool:
+    """Whether a row holds a prompt and tokens after it."""
+    n = len(prompt.ids)
+    return len(row.ids) > n and row.ids[:n] == prompt.ids
+
+
+def _refuse_counting(edits: Iterable[Sequence[LayerEdit | LayerMask]], is_cached: bool) -> None:
+    """Raise InterpError for decoding under edits that depend on the number of keys, which every token changes."""
+    for e in (e for row in edits for e in row if isinstance(e, LayerEdit) and e.counts_keys):
+        if not is_cached or e.stop == FOR_EVER:
+            raise InterpError(
+                f"({e.edit}) divides by the number of all keys, which grows with every decoded token, so that the same "
+                "token would have other weights in a full forward: set renormalise=True, or phase='prompt' and decode "
+                "with a cache"
+            )
 
 
 def _names_spans(edit: AttentionChange) -> bool:
@@ -261,4 +312,5 @@ def edited(model: LoadedModel, edits: Iterable[AttentionChange]) -> Iterator[Edi
         root = model.bridge.original_model
         stack.callback(root.register_forward_pre_hook(forwards.read_inputs, with_kwargs=True).remove)
         stack.callback(root.register_forward_hook(forwards.mark_cache).remove)
+        stack.enter_context(watched([root, model.bridge], forwards.generation))
         yield forwards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from interp.model.masks import compact_mask, read_mask
 from interp.model.protocols import Bridge
 
 IMPLEMENTATION = "interp_headstats"
+CHOICE = "_attn_implementation"  # field of a config: which attention function its modules call
 
 
 def _hf_attention(
@@ -99,5 +101,28 @@ def _select(hf: Any) -> None:
         hf.set_attn_implementation(IMPLEMENTATION)
     for module in hf.modules():
         config = getattr(module, "config", None)
-        if config is not None and getattr(config, "_attn_implementation", None) == "eager":
-            config._attn_implementation = IMPLEMENTATION
+        if config is not None and getattr(config, CHOICE, None) == "eager":
+            setattr(config, CHOICE, IMPLEMENTATION)
+    configs = {id(c): c for module in hf.modules() if hasattr(c := getattr(module, "config", None), CHOICE)}
+    hf.register_forward_pre_hook(ChosenAttention([(c, getattr(c, CHOICE)) for c in configs.values()]))
+
+
+@dataclass
+class ChosenAttention:
+    """Forward pre-hook of a model: raises ModelError once another attention implementation has been chosen.
+
+    Attention would then bypass the instrument: hooks, statistics and edits would be left out without a word, and some
+    families would lose their causal mask.
+    """
+
+    configs: list[tuple[Any, str | None]]  # each config of the model, and its choice after `install`
+
+    def __call__(self, _module: Any, _args: Any) -> None:
+        """Compare each config's choice with that of loading."""
+        for config, chosen in self.configs:
+            if (now := getattr(config, CHOICE, None)) != chosen:
+                raise ModelError(
+                    f"the attention implementation of this model was changed to {now!r} after it was loaded, so that "
+                    f"attention would bypass interp's hooks, statistics and edits: set_attn_implementation({chosen!r}) "
+                    "puts it back; model.release() gives the plain model back"
+                )
