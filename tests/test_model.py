@@ -171,6 +171,35 @@ def test_only_the_hooked_layer_goes_dense_and_is_reported(tiny) -> None:
     assert (report["calls"] == 1).all()
 
 
+def test_the_report_says_why_the_latest_call_was_dense(tiny) -> None:
+    model = tiny("llama")
+    hook = ("blocks.1.attn.hook_pattern", lambda x, hook: None)
+    outer = interp.AttentionMask(close=[(-1, 0)], layers=1)
+    inner = interp.AttentionMask(open=[(0, 1)], layers=1)
+
+    def why() -> list[str]:
+        return model.backend_report()["dense_because"].tolist()[:2]
+
+    model(tokens())
+    assert why() == ["", ""]
+    with model.edited(outer):
+        model(tokens())
+        assert why() == ["", f"attention mask: {outer}"]
+        with model.edited(inner):
+            model.bridge.run_with_hooks(tokens(), fwd_hooks=[hook])
+            assert why() == ["", f"attention mask: {outer}; {inner}; hook_pattern hooked"]
+        model(tokens())
+        assert why() == ["", f"attention mask: {outer}"]
+    with pytest.raises(ZeroDivisionError), model.edited(inner):
+        model(tokens())
+        raise ZeroDivisionError
+    stats = model.attention_stats("w1 w2 w3")  # as all of the model's earlier calls of layer 1 were not
+    assert why() == ["", ""] and "dense" not in stats.backends[1]
+    with model.edited(interp.AttentionMask(window=2, layers=1)):
+        model(tokens())
+    assert why() == ["", ""]  # the kernel has windows
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_per_head_results_sum_to_the_attention_output(tiny, kind: str) -> None:
     model = tiny(kind)

@@ -241,8 +241,7 @@ def _tl_forward(self: Any, args: Any, kwargs: Any) -> Any:
     link = self.__dict__[LINK]
     record = link.instrument.record(link.layer)
     record.calls += 1
-    record.backends["transformer_lens"] += 1
-    record.dense_because = "use_split_qkv_input or use_attn_in is on"
+    record.count("transformer_lens", "use_split_qkv_input or use_attn_in is on")
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     mask = kwargs.get("attention_mask")
     m = hidden.shape[1]

@@ -40,7 +40,7 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
                 rows = values.setdefault(name, [None] * len(ids))
                 for i, row in zip(batch, stacked, strict=True):
                     rows[i] = row
-    backends = {i: ", ".join(model.instrument.record(i).backends) for i in range(model.n_layers)}
+    backends = {i: model.instrument.record(i).statistics_by for i in range(model.n_layers)}
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     items = [p.digest.hex() if isinstance(p, ModelInput) else text_of(p) for p in inputs]
     provenance = {**prompt_provenance(model, items, ids), "definitions": definitions, "left_out": left_out}
@@ -82,7 +82,7 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
     definitions = {s.name: f"{s.definition} ({s.unit})" for s in headstats.STATISTICS if s.name in values}
     items = [p.digest.hex() for p in inputs]
     provenance = {**prompt_provenance(model, items, inputs), "definitions": definitions, "left_out": left_out}
-    backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
+    backends = {i: instrument.record(i).statistics_by for i in collected}
     return AttentionStats(tokens, values, backends, provenance, "vision", tokens)
 
 

@@ -60,7 +60,7 @@ def stack_stats(
         **model.provenance(), "prompts": hash_of_prompts(list(zip(keys, tokens, strict=True)), read),
         "n_prompts": len(read), "created": now(), "definitions": definitions, "left_out": left_out,
     }  # fmt: skip
-    backends = {i: ", ".join(instrument.record(i).backends) for i in collected}
+    backends = {i: instrument.record(i).statistics_by for i in collected}
     return AttentionStats(tokens, values, backends, provenance, stack, keys)
 
 

@@ -152,9 +152,9 @@ class ModelFacts(Owner):
         )  # fmt: skip
 
     def backend_report(self) -> pd.DataFrame:
-        """One row per layer: which backends computed its attention.
+        """One row per layer: which backends computed its attention since loading, and in how many calls.
 
-        Further columns hold how many calls there were since loading, and why the layer was dense if it was.
+        The column dense_because says why the latest call was computed densely, and is empty if it was not.
         """
         rows = []
         for stack, attentions in stacks(self.bridge).items():

@@ -40,11 +40,21 @@ Handler = Callable[[AttentionCall], Tensor]
 
 @dataclass
 class LayerRecord:
-    """How one layer's attention was computed since the last reset."""
+    """How one layer's attention was computed since loading.
+
+    ``dense_because`` is of the latest call, and empty if that was not dense. ``statistics_by``: the backend of the
+    latest statistics.
+    """
 
     calls: int = 0
     backends: Counter[str] = field(default_factory=Counter)
     dense_because: str = ""
+    statistics_by: str = ""
+
+    def count(self, backend: str, *dense_because: str) -> None:
+        """Count a call that ``backend`` computes, and note why it is dense; empty reasons are left out."""
+        self.backends[backend] += 1
+        self.dense_because = "; ".join(filter(None, dense_because))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,28 +94,28 @@ class Instrument:
         """
         record = self.record(call.layer)
         record.calls += 1
-        call = self.with_edits(call)
+        call, masked = self.with_edits(call), ""
         if any(masks_of(edits) for edits in call.edits):
-            call, dense_because = apply_masks(call)
-            record.dense_because = dense_because or record.dense_because
+            call, masked = apply_masks(call)
         if any(call.edits) and any(editor.dense for editor in self.editors):
-            record.backends["dense"] += 1
+            record.count("dense", masked, "the naive engine edits whole patterns")
             for edits in call.without_masks():
                 refuse_clashes(edits)
             call = with_rows_of_held_keys(call)
             return dense_attention(call, *(getattr(bridge, n, _same) for n in ("hook_attn_scores", "hook_pattern")))
         hook_names = [n for n in ("hook_attn_scores", "hook_pattern") if _has_hooks(bridge, n)]
         if hook_names and self.spec is None and self.handler is None:
-            record.backends["dense"] += 1
-            record.dense_because = " and ".join(hook_names) + " hooked"
+            record.count("dense", masked, " and ".join(hook_names) + " hooked")
             call = with_rows_of_held_keys(call)
             return dense_attention(call, bridge.hook_attn_scores, bridge.hook_pattern)
         if self.handler is not None:
+            record.dense_because = masked
             return self.handler(call)
         spec = self.spec if self.spec is None or not call.first_key else held_keys_only(self.spec, call)
         result = attend(call, spec=spec, backend=self.backend)
-        record.backends[result.backend] += 1
+        record.count(result.backend, masked)
         if self.spec is not None:
+            record.statistics_by = result.backend
             self.collected[call.layer] = count_from_first_key(result, self.spec, call)
         return result.out
 
