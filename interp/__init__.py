@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from interp.model.load_model import load
     from interp.model.model import Model
     from interp.plots.report import Report, report
+    from interp.prompts.embeddings import Embeddings
     from interp.prompts.images import ImagePair
     from interp.prompts.pair_set import PairSet
     from interp.prompts.pairs import Fact, Prompt, PromptPair
@@ -52,6 +53,7 @@ _EXPORTS = {
     "model.load_model": ("load",),
     "model.model": ("Model",),
     "plots.report": ("Report", "report"),
+    "prompts.embeddings": ("Embeddings",),
     "prompts.images": ("ImagePair",),
     "prompts.pair_set": ("PairSet",),
     "prompts.pairs": ("Fact", "Prompt", "PromptPair"),
@@ -76,11 +78,11 @@ import_tqdm_quietly()
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttentionEdit", "AttentionMask", "AttentionStats", "Effects", "Fact", "ImagePair", "InterpError", "Metric",
-    "Model", "PairSet", "Plan", "Prompt", "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate", "circuits",
-    "corpus", "doctor", "edit", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff", "logprob",
-    "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "prompts", "rank", "report",
-    "seq_logprob", "spans", "steer", "tasks", "token_kl", "trace", "trace_table", "zoo",
+    "AttentionEdit", "AttentionMask", "AttentionStats", "Effects", "Embeddings", "Fact", "ImagePair", "InterpError",
+    "Metric", "Model", "PairSet", "Plan", "Prompt", "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate",
+    "circuits", "corpus", "doctor", "edit", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff",
+    "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "prompts", "rank",
+    "report", "seq_logprob", "spans", "steer", "tasks", "token_kl", "trace", "trace_table", "zoo",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS, _MODULES)

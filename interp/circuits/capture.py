@@ -37,7 +37,7 @@ def capture(model: Model, prompts: Sequence[Sequence[int]], names: Sequence[str]
     missing = next((n for n in names if n not in hook_names), None)
     if missing is None:
         with torch.no_grad(), hooks(model, *map(recorder, names)):
-            acts["logits"] = model.last_logits(torch.tensor([list(p) for p in prompts], device=model.device))
+            acts["logits"] = model.last_logits(prompts)
         missing = next((n for n in names if n not in acts), None)
     if missing is not None:
         raise ModelError(f"{model.name} has no {missing}: its edges cannot be told apart")

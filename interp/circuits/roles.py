@@ -49,6 +49,7 @@ from interp.model.edited_attention import weight_options
 from interp.model.layer_progress import by_layer
 from interp.model.model import Model
 from interp.model.session import in_session
+from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.pairs import listed_prompts
 from interp.sites import Site
 from interp.utils.progress import Advance, progress
@@ -154,6 +155,7 @@ def attention_shares(
     layers = sorted({s.layer or 0 for s in heads})
     for batch in token_batches(evaluate.prompts):
         prompts = [evaluate.prompts[i] for i in batch]
+        refuse_vectors([p.clean for p in prompts], "roles are about equal tokens")
         ids = torch.tensor([list(p.clean) for p in prompts], device=evaluate.model.device)
         with torch.no_grad(), capture_calls(evaluate.model) as calls, by_layer(evaluate.model, advance, len(batch)):
             evaluate.model.last_logits(ids)

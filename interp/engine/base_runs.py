@@ -16,6 +16,7 @@ from interp.engine.plain_blocks import PlainBlock, WriterOf
 from interp.engine.runs import Frame, ReadRows, Run
 from interp.model.batching import TOKENS_PER_FORWARD
 from interp.model.model import Model
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.model_input import as_hashable
 
 _Input = tuple[tuple[int, ...], Tensor | None, tuple[int, ...] | None]  # token ids, noise, and the rows that are read
@@ -106,13 +107,24 @@ def _pieces(model: Model, prompts: Sequence[_Input]) -> list[Piece]:
         by_length[len(ids)].append(i)
     pieces = []
     for length, members in by_length.items():
-        hidden = model.bridge.embed(torch.tensor([list(prompts[i][0]) for i in members], device=model.device))
+        hidden = _embedded(model, [prompts[i][0] for i in members])
         noises = [prompts[i][1] for i in members]
         if any(n is not None for n in noises):
             hidden = hidden + torch.stack([torch.zeros_like(hidden[0]) if n is None else n.to(hidden) for n in noises])
         no_prefix = Run((), hidden[0, :0], hidden[0, 0, :0])
         pieces.append(Piece(Group(no_prefix, 0), members, 0, length, [hidden]))
     return pieces
+
+
+def _embedded(model: Model, prompts: Sequence[tuple[int, ...]]) -> Float[Tensor, "prompts position d_model"]:
+    """The output of the token embedding; vectors stand there as they are."""
+    if not any(isinstance(ids, Embeddings) for ids in prompts):
+        return model.bridge.embed(torch.tensor([list(ids) for ids in prompts], device=model.device))
+    each = [
+        ids.vectors.to(model.device, model.dtype) if isinstance(ids, Embeddings) else _embedded(model, [ids])[0]
+        for ids in prompts
+    ]
+    return model.bridge.embed.hook_out(torch.stack(each))
 
 
 class _ComponentStore:

@@ -22,9 +22,11 @@ from interp.model.edited_attention import attend, weight_options
 from interp.model.layer_progress import by_layer
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
-from interp.prompts.coder import Encoded
+from interp.prompts.coder import Coder, Encoded
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.listing import listed
 from interp.prompts.pairs import Fact, Prompt, PromptPair, encode_pairs, encode_prompt, text_of
+from interp.prompts.ranges import Span
 from interp.prompts.spans import sentence_spans
 from interp.results.attention_patterns import (
     AttentionPatterns,
@@ -110,13 +112,19 @@ def _encoded(model: LoadedModel, prompt: Any) -> Encoded | list[int]:
     return encode_pairs(prompt, coder)[0] if isinstance(prompt, PromptPair) else encode_prompt(prompt, coder)
 
 
+def _spans(prompt: Any, coder: Coder) -> dict[str, Span]:
+    if isinstance(prompt, Prompt):
+        return prompt.token_spans(coder)
+    return dict(prompt.spans) if isinstance(prompt, Embeddings) else {}
+
+
 def _example(model: LoadedModel, prompt: Any, encoded: Encoded | list[int], request: PatternRequest) -> PatternExample:
     """Collect the patterns of one prompt, or of both prompts of a pair."""
     coder, text = model.coder, text_of(prompt)
     if isinstance(encoded, Encoded):
         ids, spans = {"clean": encoded.clean, "corrupt": encoded.corrupt}, dict(encoded.spans)
     else:
-        ids, spans = {"clean": encoded}, prompt.token_spans(coder) if isinstance(prompt, Prompt) else {}
+        ids, spans = {"clean": encoded}, _spans(prompt, coder)
     n = len(ids["clean"])
     if not spans and isinstance(text, str):
         sentences = sentence_spans(text)
@@ -128,12 +136,12 @@ def _example(model: LoadedModel, prompt: Any, encoded: Encoded | list[int], requ
     bins = min(request.resolution, n)
     width, n_longer = divmod(n, bins)
     edges = np.concatenate([[0], np.cumsum(width + (np.arange(bins) < n_longer))])
-    runs = {name: _run(model, list(row), segments, edges, request) for name, row in ids.items()}
+    runs = {name: _run(model, row, segments, edges, request) for name, row in ids.items()}
     return PatternExample(segments, edges, runs)
 
 
 def _run(
-    model: LoadedModel, ids: list[int], segments: list[Segment], edges: np.ndarray, request: PatternRequest
+    model: LoadedModel, ids: Sequence[int], segments: list[Segment], edges: np.ndarray, request: PatternRequest
 ) -> PatternRun:
     """Run one forward and collect the patterns of every layer's attention.
 

@@ -15,6 +15,7 @@ from interp.model.batching import equal_length_batches
 from interp.model.layer_progress import by_layer
 from interp.model.loaded_model import LoadedModel
 from interp.model.prompt_provenance import prompt_provenance
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.images import layout_of
 from interp.prompts.model_input import ModelInput
 from interp.prompts.pairs import encode_prompt, listed_of_any_kind, text_of
@@ -50,7 +51,7 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
 
 def _encoded(model: LoadedModel, prompt: Any) -> Sequence[int]:
     """Token ids of a prompt, of which edits of `Model.edited` know the named spans."""
-    if not isinstance(prompt, ModelInput):
+    if isinstance(prompt, Embeddings) or not isinstance(prompt, ModelInput):
         return encode_prompt(prompt, model.coder)
     if (edited := model.instrument.edited) is not None:
         edited.name_tokens(prompt, prompt.texts, prompt.spans)

@@ -22,6 +22,7 @@ from interp.model.layer_masks import LayerMask
 from interp.model.loaded_model import LoadedModel
 from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
 from interp.model.resolve_masks import layer_masks
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.pairs import Span
 
 Ids = tuple[int, ...]
@@ -60,6 +61,7 @@ class EditedForwards:
         self._batch: list[_BatchRow] = []
         self._decodes = False  # whether the forward reads tokens that come after a prompt's own
         self._generation: list[_BatchRow] | None = None  # the prompts of a running `generate`, once it has read them
+        self.vectors: Sequence[Embeddings] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -78,7 +80,7 @@ class EditedForwards:
         Raises PromptError if an edit names tokens that the prompt does not have, and if a prompt of the same tokens was
         encoded earlier in the block whose spans give the edits other tokens; InterpError for edits that clash.
         """
-        key = tuple(ids)
+        key = _key(ids)
         names = self.names.get(key)
         before = None if names is None else self.of_prompt(key)
         self._rename(key, TokenNames(tokens, spans))
@@ -108,7 +110,7 @@ class EditedForwards:
 
         Raises PromptError if an edit names tokens that the prompt does not have; InterpError for edits that clash.
         """
-        key = tuple(ids)
+        key = _key(ids)
         if key not in self._resolved:
             by_layer: dict[int, list[LayerEdit | LayerMask]] = {}
             if self.outer is not None:
@@ -183,6 +185,9 @@ class EditedForwards:
                 )
             self._decodes = True
             return
+        if ids is None and self.vectors:
+            self._batch, self.vectors, self._decodes = [_BatchRow(p) for p in self.vectors], (), False
+            return
         if ids is None:
             raise InterpError("attention edits of a forward without input_ids: the tokens that they name are unknown")
         mask = kwargs.get("attention_mask")
@@ -213,6 +218,10 @@ class EditedForwards:
 
         return stretch
 
+    def expect(self, prompts: Sequence[Embeddings]) -> None:
+        """Say which prompts of vectors the next forward holds, which its inputs do not tell."""
+        self.vectors = prompts
+
     def mark_cache(self, _module: Any, _args: Any, output: Any) -> None:
         """Note on a forward's cache of keys and values which prompts it holds."""
         if not self._is_innermost:
@@ -235,6 +244,10 @@ class EditedForwards:
             _refuse_counting(edits, is_cached=call.q.shape[2] < call.k.shape[2])
         rows = zip(call.edits_by_row(), edits, strict=True)
         return replace(call, edits=tuple((*own, *new) for own, new in rows))
+
+
+def _key(ids: Sequence[int]) -> Ids:
+    return ids if isinstance(ids, Embeddings) else tuple(ids)
 
 
 def _batch_row(ids: Tensor, mask: Tensor | None) -> _BatchRow:

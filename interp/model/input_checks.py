@@ -10,6 +10,7 @@ from torch import Tensor
 
 from interp.errors import ModelError, PromptError
 from interp.model.loaded_model import LoadedModel
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.text_encoder import no_tokenizer
 
 IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "input_features")
@@ -52,6 +53,10 @@ def refuse_wrong_inputs(model: LoadedModel, tokens: Any, options: dict[str, Any]
             f"{unread[0]} was given to {model.name}, a {type(model.bridge.original_model).__name__}, which reads no "
             "images or sound: load a model that does, or leave it out"
         )
+    if isinstance(tokens, Embeddings):
+        raise PromptError(
+            "a prompt of vectors goes into model(prompt) alone, into statistics and recipes; here tokens are expected"
+        )
     if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and any(isinstance(t, str) for t in tokens)):
         if model.tokenizer is None:
             raise no_tokenizer(model.name)
@@ -83,6 +88,15 @@ def vocabulary_size(model: LoadedModel) -> int | None:
     get_embeddings = getattr(model.bridge.original_model, "get_input_embeddings", None)
     table = getattr(get_embeddings and get_embeddings(), "weight", None)
     return None if table is None else len(table)
+
+
+def vector_width(model: LoadedModel) -> int | None:
+    """Numbers of a vector that the model reads in the place of a token; None if it reads tokens only."""
+    hf = model.bridge.original_model
+    if model.stacks or model.reads != "text" or "inputs_embeds" not in inspect.signature(hf.forward).parameters:
+        return None
+    table = getattr(getattr(hf, "get_input_embeddings", lambda: None)(), "weight", None)
+    return None if table is None or not hasattr(model.bridge, "embed") else int(table.shape[1])
 
 
 def mask_positions(model: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:

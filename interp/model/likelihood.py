@@ -24,6 +24,7 @@ from interp.errors import InterpError, ModelError, PromptError
 from interp.model.batching import equal_length_batches
 from interp.model.input_checks import needs_images
 from interp.model.loaded_model import LoadedModel
+from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.listing import TokenIds
 from interp.prompts.pairs import encode_prompt, listed_of_any_kind, text_of
 from interp.prompts.ranges import continues_word
@@ -56,6 +57,7 @@ def confidence_table(model: LoadedModel, prompts: Any) -> pd.DataFrame:
             "statements by pseudo-likelihood"
         )
     ids = [encode_prompt(p, model.coder) for p in listed_of_any_kind(prompts)]
+    refuse_vectors(ids, "confidence reads the probabilities of the prompt's own tokens")
     parts = []
     for example, scores in enumerate(token_scores(model, ids)):
         tokens = model.coder.texts(ids[example])
@@ -159,6 +161,7 @@ def statement_logprobs(model: LoadedModel, prompts: Any, masking: Masking) -> li
         raise InterpError(f"masking={masking!r}: one of {', '.join(map(repr, MASKINGS))} expected")
     items = listed_of_any_kind(prompts)
     ids = [encode_prompt(p, model.coder) for p in items]
+    refuse_vectors(ids, "rank reads the probabilities of the statements' own tokens")
     first_of: dict[tuple[int, ...], int] = {}  # equal statements have one score, to the bit
     for number, row in enumerate(ids):
         first_of.setdefault(tuple(row), number)

@@ -29,6 +29,7 @@ from interp.model.input_checks import (
     refuse_nan_weights,
     refuse_text,
     refuse_wrong_inputs,
+    vector_width,
     vocabulary_size,
 )
 from interp.model.install import install, stacks
@@ -40,6 +41,7 @@ from interp.model.residual_check import recorded_sum, sum_fault
 from interp.model.session import in_session
 from interp.model.verification import count_hooks, probe, reads_of, verify
 from interp.prompts.coder import Coder
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.images import ImageReader, layout_of, output_of
 from interp.prompts.pairs import Prompt, PromptPair
 from interp.prompts.special_tokens import SpecialTokens
@@ -129,7 +131,8 @@ class Model(ModelFacts):
 
     def _text_encoder(self) -> TextEncoder:
         mask = getattr(self.tokenizer, "mask_token", None) if self.masked else None
-        return TextEncoder(self.name, self.tokenizer, self.special_tokens, self.n_ctx, vocabulary_size(self), mask)
+        n_tokens, width = vocabulary_size(self), vector_width(self)
+        return TextEncoder(self.name, self.tokenizer, self.special_tokens, self.n_ctx, n_tokens, mask, width)
 
     @property
     def pictures(self) -> ImageReader | None:
@@ -153,6 +156,8 @@ class Model(ModelFacts):
         Raises PromptError for images passed to a text model, for tokens on another device, and for more tokens than
         the model's context (``model.bridge(tokens)`` runs these nevertheless).
         """
+        if isinstance(tokens, Embeddings) and not kwargs:
+            return self.forward([self.coder.encode(tokens)], len(tokens))
         refuse_wrong_inputs(self, tokens, kwargs)
         return self.bridge(tokens, **kwargs)
 
@@ -260,6 +265,10 @@ class Model(ModelFacts):
         if isinstance(prompts, Tensor):
             return self.bridge(prompts, **options)
         inputs = collate(prompts, self.device, self.dtype)
+        if "inputs_embeds" in inputs:  # hooks of the token embedding see the vectors in its output's place
+            if self.instrument.edited is not None:
+                self.instrument.edited.expect([p for p in prompts if isinstance(p, Embeddings)])
+            inputs["inputs_embeds"] = self.bridge.embed.hook_out(inputs["inputs_embeds"])
         if list(inputs) == ["input_ids"]:
             return self.bridge(inputs["input_ids"], **options)
         output = self.bridge.original_model(**inputs, **options)
@@ -277,7 +286,7 @@ class Model(ModelFacts):
     @torch.no_grad()
     def attention_stats(
         self,
-        prompts: str | Prompt | PromptPair | Tensor | Mapping[str, Any] | Iterable[Any] = (),
+        prompts: str | Prompt | PromptPair | Embeddings | Tensor | Mapping[str, Any] | Iterable[Any] = (),
         spec: headstats.StatSpec | None = None,
         *,
         pixel_values: Tensor | None = None,

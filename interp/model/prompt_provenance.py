@@ -7,6 +7,7 @@ from typing import Any
 
 from interp.model.loaded_model import LoadedModel
 from interp.prompts.coder import Encoded
+from interp.prompts.model_input import as_listed
 from interp.utils.provenance import now, prompt_hash
 
 
@@ -25,4 +26,4 @@ def prompt_provenance(model: LoadedModel, items: Sequence[Any], encoded: Sequenc
 
 def hash_of_prompts(items: Sequence[Any], encoded: Sequence[Any]) -> str:
     """Return a short hash of prompts and of the token ids that one tokenizer makes of them."""
-    return prompt_hash(items, [e.ids if isinstance(e, Encoded) else list(e) for e in encoded])
+    return prompt_hash(items, [e.ids if isinstance(e, Encoded) else as_listed(e) for e in encoded])

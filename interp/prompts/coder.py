@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from interp.prompts.model_input import as_listed
 from interp.prompts.ranges import Span
 
 
@@ -39,7 +40,7 @@ class Encoded:
     @property
     def ids(self) -> list[Any]:
         """All token ids, for hashing: clean, corrupt, answer and foil."""
-        return [list(self.clean), list(self.corrupt), self.answer, self.foil]
+        return [as_listed(self.clean), as_listed(self.corrupt), self.answer, self.foil]
 
     @property
     def first_difference(self) -> int:

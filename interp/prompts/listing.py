@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from interp.errors import PromptError
+from interp.prompts.embeddings import Embeddings
 
 # What a tokenizer may return besides input_ids and attention_mask, and a model of text alone does not read.
 BOOKKEEPING = {"length", "offset_mapping", "special_tokens_mask", "overflow_to_sample_mapping", "num_truncated_tokens"}
@@ -33,8 +34,9 @@ def listed(prompts: Any, kinds: tuple[type, ...], expected: str, *, takes_ids: b
     if ids is None:
         _refuse_whole(prompts, expected)
         ids = [one for i, item in enumerate(prompts) for one in _items(i, item, kinds, expected)]
-    if not takes_ids and any(isinstance(one, TokenIds) for one in ids):
-        raise PromptError(f"{expected} expected, got token ids: this needs the prompt's words")
+    if not takes_ids and any(isinstance(one, TokenIds | Embeddings) for one in ids):
+        got = "token ids" if any(isinstance(one, TokenIds) for one in ids) else "vectors"
+        raise PromptError(f"{expected} expected, got {got}: this needs the prompt's words")
     return ids
 
 
@@ -95,9 +97,9 @@ def check_text(text: Any) -> None:
 # ---------------------------------------------------------------- token ids
 
 
-def _as_ids(item: Any, expected: str) -> list[TokenIds] | None:
+def _as_ids(item: Any, expected: str) -> list[Any] | None:
     """Return the token ids that an object stands for, one for each prompt; None if it holds none."""
-    if isinstance(item, TokenIds):
+    if isinstance(item, TokenIds | Embeddings):
         return [item]
     if isinstance(item, Mapping):
         return _of_encoding(item, expected)

@@ -63,3 +63,8 @@ class ModelInput(tuple[int, ...]):
 def as_hashable(ids: Sequence[int]) -> tuple[int, ...]:
     """Ids as a hashable sequence; a ModelInput keeps its extra inputs."""
     return ids if isinstance(ids, ModelInput) else tuple(ids)
+
+
+def as_listed(ids: Sequence[int]) -> list[int | str]:
+    """Ids as a list that tells prompts apart: in the place of ids that are no tokens or patches, a digest."""
+    return [ids.digest.hex()] if isinstance(ids, ModelInput) and "inputs_embeds" in ids.extra_inputs else list(ids)

@@ -16,7 +16,9 @@ from typing import Any, Literal
 from interp.errors import PromptError
 from interp.prompts.answers import answer_ids
 from interp.prompts.coder import Coder, Encoded
+from interp.prompts.embeddings import first_changed
 from interp.prompts.listing import TokenIds, check_text, listed
+from interp.prompts.model_input import as_hashable
 from interp.prompts.ranges import Span, find_all, find_span, find_subject, find_words, token_spans
 from interp.utils.html_card import card
 
@@ -249,10 +251,13 @@ def _encode_pair(
         )
     answer, foil = answer_ids(texts[0], pair.answer, pair.foil, coder, what, notes)
     spans = _token_ranges(pair.spans, texts[0], coder)
-    encoded = Encoded(tuple(clean), tuple(corrupt), answer, foil, tuple(coder.texts(clean)), spans)
+    encoded = Encoded(
+        as_hashable(clean), as_hashable(corrupt), answer, foil, tuple(coder.texts(clean)), spans,
+        first_changed(clean, corrupt),
+    )  # fmt: skip
     if align != "span":
         return encoded
-    ids, names = tuple(corrupt), _token_ranges(pair.corrupt_spans, texts[1], coder)
+    ids, names = as_hashable(corrupt), _token_ranges(pair.corrupt_spans, texts[1], coder)
     return replace(encoded, corrupt_side=Encoded(ids, ids, answer, foil, tuple(coder.texts(corrupt)), names))
 
 
@@ -260,6 +265,7 @@ def _token_ranges(spans: Mapping[str, Span], text: str | TokenIds, coder: Coder)
     """Return named spans as token ranges: of token ids they are ranges of tokens already."""
     if isinstance(text, str):
         return token_spans(spans, coder.offsets(text)) if spans else {}
+    spans = {**getattr(text, "spans", {}), **spans}
     for name, span in spans.items():
         is_range = isinstance(span, Sequence) and len(span) == 2 and all(type(x) is int for x in span)
         if not is_range or not 0 <= span[0] < span[1] <= len(text):

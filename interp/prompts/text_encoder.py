@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp.errors import PromptError
+from interp.prompts.embeddings import Embeddings
 from interp.prompts.listing import TokenIds, check_text
 from interp.prompts.ranges import Span, continues_word
 from interp.prompts.special_tokens import SpecialTokens
@@ -34,7 +35,8 @@ class TextEncoder:
     """Encodes text for one model.
 
     ``special``: the special tokens around every text. ``vocabulary``: the number of tokens that the model embeds; None
-    if unknown. ``mask``: the mask token, for a model that fills it in.
+    if unknown. ``mask``: the mask token, for a model that fills it in. ``width``: numbers of a vector in the token's
+    place; None if the model takes none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class TextEncoder:
     n_ctx: int
     vocabulary: int | None = None
     mask: str | None = None
+    width: int | None = None
 
     @property
     def unknown(self) -> int | None:
@@ -68,6 +71,9 @@ class TextEncoder:
         Raises PromptError for an empty text, one without tokens, and beyond the context length or the vocabulary, and
         for token ids that are padded.
         """
+        if isinstance(text, Embeddings):
+            self._check_vectors(text)
+            return text  # type: ignore[return-value]
         if isinstance(text, TokenIds):
             self.check(text)
             self._refuse_padding(text)
@@ -78,6 +84,20 @@ class TextEncoder:
         ids = [*before, *bare, *after]
         self.check(ids)
         return ids
+
+    def _check_vectors(self, prompt: Embeddings) -> None:
+        """Raise PromptError for vectors that the model does not read, of another width, or too many of them."""
+        if self.width is None:
+            raise PromptError(
+                f"{self.name} reads no vectors in the place of tokens (inputs_embeds): its prompts must be tokens"
+            )
+        if prompt.vectors.shape[1] != self.width:
+            raise PromptError(
+                f"{self.name} reads vectors of {self.width} numbers, as its token embedding gives them; these have "
+                f"{prompt.vectors.shape[1]}"
+            )
+        if len(prompt) > self.n_ctx:
+            raise PromptError(f"a prompt of {len(prompt)} vectors is longer than {self.name}'s context of {self.n_ctx}")
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise PromptError for no token, more tokens than the context, or tokens without an embedding."""
@@ -122,11 +142,13 @@ class TextEncoder:
 
         A token that is not a whole character shows its bytes.
         """
+        if isinstance(ids, Embeddings):
+            return list(ids.texts)
         return [str(i) if self.tokenizer is None else label(self.tokenizer, i) for i in ids]
 
     def offsets(self, text: str | TokenIds) -> list[Span]:
-        """The character range of each token of `encode`; (0, 0) for special tokens, and for token ids."""
-        if isinstance(text, TokenIds):
+        """The character range of each token of `encode`; (0, 0) for special tokens, and for prompts of no text."""
+        if not isinstance(text, str):
             return [(0, 0)] * len(text)
         bare = self.bare(text)
         before, after = self.special.around(bare)
@@ -160,7 +182,7 @@ class TextEncoder:
         Returns also a note, "" if there is nothing to know. Raises PromptError for a prompt whose last space belongs to
         the text's first token.
         """
-        if isinstance(prompt, TokenIds):
+        if not isinstance(prompt, str):
             return self.continuation(text), ""
         if self.mask is not None:
             return self._filling(prompt, text, self.mask), ""

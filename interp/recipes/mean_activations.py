@@ -15,6 +15,7 @@ from interp.engine.cells import rows_of
 from interp.errors import PromptError
 from interp.model.layer_progress import by_layer
 from interp.prompts.coder import Coder, Encoded
+from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.listing import listed
 from interp.prompts.pairs import Prompt, PromptPair, encode_pairs, encode_prompt
 from interp.sites import Site, Sites
@@ -106,6 +107,8 @@ def check_support(kind: str, prompts: Sequence[Encoded], reference: Sequence[Ids
     """
     if kind == "mean":
         return
+    if kind == "cama":
+        refuse_vectors([p.clean for p in prompts], "using='cama' averages over the same token")
     counts: dict[tuple[int, ...], int] = {}
     before: dict[tuple[int, int], set[Ids]] = {}
     for ids in reference:

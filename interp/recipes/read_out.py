@@ -13,6 +13,7 @@ from torch import Tensor
 from interp.errors import InterpError, PromptError
 from interp.metrics import Metric, Readout
 from interp.prompts.coder import Encoded
+from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.positions import row_range
 
 LAST, EACH, ALL, MEAN = "last", "each", "all", ":mean"
@@ -107,6 +108,8 @@ def _read_out(label: str | None, rows: range, metric: Metric, prompt: Encoded, w
             f"{what}: metric {metric.name!r} reads how a token is predicted by those before it, and nothing stands "
             "before the first token"
         )
+    if metric.predicts:
+        refuse_vectors([prompt.clean], f"metric {metric.name!r} reads the prompt's own tokens")
     tokens = tuple(prompt.clean[r] for r in places)
     return ReadOut(label, tuple(r - metric.predicts for r in places), tokens)
 

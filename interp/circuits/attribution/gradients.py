@@ -89,7 +89,7 @@ class _Backward:
             stack.enter_context(hooks(self.model, *self._hooks()))
             for block in self.model.bridge.blocks:
                 stack.callback(block.register_forward_pre_hook(self._keep_call, with_kwargs=True).remove)
-            logits = self.model.last_logits(torch.tensor([list(p) for p in ids], device=self.model.device))
+            logits = self.model.last_logits(ids)
             total = metric(logits, read).sum()
             if not total.requires_grad:
                 raise InterpError(f"metric {metric.name!r} has no gradient: attribution needs one")

@@ -53,7 +53,7 @@ def hook_gradients(
         gate = _gradient_gate(layer, dropped)
         pairs += [(name, gate) for name in _output_hooks(model, layer)]
     with without_weight_gradients(model), torch.enable_grad(), hooks(model, *pairs):
-        total = metric(model.last_logits(torch.tensor([list(p) for p in ids], device=model.device)), read).sum()
+        total = metric(model.last_logits(ids), read).sum()
     if not total.requires_grad:
         raise InterpError(f"metric {metric.name!r} has no gradient: attribution needs one")
     for layers in ([], *([x] for x in drops)):

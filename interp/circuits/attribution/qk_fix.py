@@ -222,7 +222,7 @@ def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str
     """
     layer = model.attention_layers[0]
     with capture_calls(model) as calls:
-        model.last_logits(torch.tensor([list(ids)], device=model.device))
+        model.last_logits([ids])
         before = calls[layer]
         like_z = before.q[..., :1].expand(*before.q.shape[:3], before.v.shape[-1])
         expected = {"q": before.q, "k": before.k, "z": like_z}
@@ -241,7 +241,7 @@ def check_heads_apart(model: Model, ids: Sequence[int], components: Sequence[str
                 return x
 
             with hooks(model, (COMPONENTS[component].hook.format(layer=layer), nudge)):
-                model.last_logits(torch.tensor([list(ids)], device=model.device))
+                model.last_logits([ids])
             change = (getattr(calls[layer], component) - getattr(before, component)).abs().amax((0, 2, 3))
             if not change[0] > 0 or (change[1:] > 0).any():
                 raise ModelError(

@@ -61,7 +61,7 @@ class Forward:
         model, last = self.wiring.model, self.graph.n_layers - 1
         final = f"blocks.{last}.hook_resid_post", lambda x, hook: self._final_stream(x)
         with hooks(model, *self._hooks(range(last + 1)), final), redirect_products(model.dtype, model.device):
-            return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
+            return model.last_logits(ids)
 
     def _hooks(self, layers: range) -> list[tuple[str, Any]]:
         """The hooks inside the blocks."""

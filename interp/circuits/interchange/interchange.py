@@ -47,6 +47,7 @@ from interp.model.model import Model
 from interp.model.prompt_provenance import prompt_provenance
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
+from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.pairs import encode_pairs, listed_prompts
 from interp.recipes.inputs import provenance_of
 from interp.results.significance import share_interval
@@ -165,6 +166,7 @@ class _Cases:
         assert isinstance(position, int)
         if not -length <= position < length:
             raise SiteError(f"{site}: the prompts have {length} tokens")
+        refuse_vectors([p.clean for p in prompts] + [p.corrupt for p in prompts], "interchange trains on tokens")
         clean, corrupt = ([list(getattr(p, run)) for p in prompts] for run in ("clean", "corrupt"))
         self.base = torch.tensor(corrupt + clean, device=model.device)
         self.source = torch.tensor(clean + corrupt, device=model.device)

@@ -21,6 +21,7 @@ from interp.circuits.wiring import module_behind
 from interp.errors import ModelError, PromptError
 from interp.model.hooks import hooks
 from interp.model.model import Model
+from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.listing import listed
 from interp.prompts.pairs import PromptPair, encode_pairs
 
@@ -67,6 +68,7 @@ def samples(data: Text | Iterable[Text], model: Model) -> list[Sample]:
 def _sample(index: int, item: Any, model: Model) -> Sample:
     if isinstance(item, PromptPair):
         pair = encode_pairs(item, model.coder)[0]
+        refuse_vectors([pair.clean], "gates are trained on next tokens")
         foils = None if pair.foil is None else (pair.foil,)
         return Sample(pair.clean, (len(pair.clean) - 1,), (pair.answer,), foils)
     prompt: Any

@@ -102,7 +102,7 @@ class _WeightedForward:
                 pairs.append((at + "hook_mlp_out", self._store(at + "hook_mlp_out")))
         pairs.append((f"blocks.{self.graph.n_layers - 1}.hook_resid_post", self._final))
         with hooks(model, *pairs):
-            return model.last_logits(torch.tensor([list(p) for p in ids], device=model.device))
+            return model.last_logits(ids)
 
     def _store(self, name: str) -> Any:
         def hook(x: Tensor, hook: Any) -> None:
