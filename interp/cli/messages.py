@@ -53,4 +53,4 @@ def spoken(message: str, options: Mapping[str, str]) -> str:
 
     named = "|".join(map(re.escape, options)) or "(?!)"
     message = re.sub(rf"\bleave (?:out )?({named})=None\b", lambda m: f"leave {options[m[1]]} out", message)
-    return re.sub(rf"(?<![\w.(])({named})={VALUE}", option, message)
+    return re.sub(rf"(?<![\w.(:,'\"])({named})={VALUE}", option, message)
