@@ -1,6 +1,6 @@
 """Mixture of heads: gates on heads chosen once for all tokens, and for every token.
 
-Run: python experiments/head_routing.py [--json experiments/results/head_routing.json] [--windows 4] [--length 96]
+Run: python experiments/head_routing.py --windows 8 [--json experiments/results/head_routing.json] [--length 96]
 
 Claim (after MoH, mixture-of-head attention, arXiv 2410.11842): a token needs only some heads of a layer, and which ones
 differs from token to token. A model therefore loses less if k heads of each layer are chosen for every token than if
@@ -22,21 +22,17 @@ Null: random heads cost more for every k: 5.218, 5.683, 6.300 and 8.435. Gates o
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import headstats
 import numpy as np
 import torch
 from resource_meter import ResourceMeter
+from study_record import study_parser, study_record, write_record
 from text_loss import about_text, loss, windows
 
 import interp
-from interp.utils.provenance import now, versions
 
 CHOICES = ("token", "static", "random")
 NORMS = headstats.StatSpec(value_norm=True)
@@ -73,8 +69,7 @@ def gated_loss(model: interp.Model, ids: torch.Tensor, scores: np.ndarray, k: in
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure the loss for each number of open heads and each choice, print and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = study_parser(__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--windows", type=int, default=4, help="windows of text, and as many for the static choice")
     parser.add_argument("--length", type=int, default=96, help="tokens of a window")
@@ -98,16 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             for choice in CHOICES:
                 rows.append({"open_heads": k, "choice": choice, "loss": gated_loss(model, ids, scores[choice], k)})
                 print("{open_heads} heads, {choice:>6}: {loss:.3f}".format(**rows[-1]), flush=True)
-    result = {
-        "command": " ".join(["python", *sys.argv]), "made": now(), "model": model.provenance(), "versions": versions(),
-        **about_text(ids), "heads_of_a_layer": model.n_heads, "unedited_loss": unedited,
-        "gates_of_1_minus_unedited": null, "losses": rows, **meter.facts(),
-    }  # fmt: skip
     print(f"unedited {unedited:.3f}; gates of 1 change it by {null}; {meter.seconds:.0f} s")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    numbers = {
+        **about_text(ids), "heads_of_a_layer": model.n_heads, "unedited_loss": unedited,
+        "gates_of_1_minus_unedited": null, "losses": rows,
+    }  # fmt: skip
+    return write_record(study_record(model, meter, numbers), options.json)
 
 
 if __name__ == "__main__":

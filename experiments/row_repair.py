@@ -23,29 +23,26 @@ suppressing head: the rise is negative for all 12 heads, and the four highest on
 0.38 to 0.20. What reading can repair is repaired by copying: the four lowest, on the right color, answer 0.98.
 
 Null: four heads drawn at random answer 0.81 to 0.98 on the right color (ten draws), so that copying is no property of
-the four, and 0.06 to 0.22 on the wrong colors. The four lowest on the two wrong objects answer 0.19. The right color is
+the four, and 0.07 to 0.22 on the wrong colors. The four lowest on the two wrong objects answer 0.19. The right color is
 given to the edit, as the wrong ones are in the paper: the numbers say what heads can do with it, not that they find it.
 The arm on the right color was added after a first run had shown that the repair of the paper does not appear.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from resource_meter import ResourceMeter
+from study_record import study_parser, study_record, write_record
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import interp
-from interp.utils.provenance import now, versions
 from interp.zoo.tokenizer import word_tokenizer
 
 NAMES, OBJECTS = [f"w{i}" for i in range(24)], [f"o{i}" for i in range(12)]
@@ -137,8 +134,7 @@ def accuracies(
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, choose heads on IOI, overwrite their rows on colored objects, print and write the accuracies."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = study_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="updates of the training")
     parser.add_argument("--prompts", type=int, default=256, help="prompts of each task")
     parser.add_argument("--draws", type=int, default=10, help="random sets of other heads")
@@ -163,18 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             }
         colors = accuracies(model, second, edits)
         repeated = accuracies(model, first, {"highest four on the repeated name": on(["first", "second"], high)})
-    result = {
-        "command": " ".join(["python", *sys.argv]), "made": now(), "model": model.provenance(), "versions": versions(),
+    numbers = {
         "steps": options.steps, "prompts": options.prompts,
         "rise_of_logit_difference": {f"L{layer}H{head}": rises[layer, head] for layer, head in order},
         "colored_objects": colors, "ioi": repeated,
-        **meter.facts(),
     }  # fmt: skip
-    print(json.dumps({k: v for k, v in result.items() if k not in ("model", "versions")}, indent=1))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    print(json.dumps(numbers, indent=1))
+    return write_record(study_record(model, meter, numbers), options.json)
 
 
 if __name__ == "__main__":

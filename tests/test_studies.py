@@ -12,6 +12,7 @@ from interp.doctor.families.text import tiny_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import head_routing
+import mask_catalogue
 import replaced_mixing
 import row_repair
 
@@ -37,6 +38,18 @@ def test_head_routing(folder: Path) -> None:
     assert result["gates_of_1_minus_unedited"] == 0.0
     losses = {(row["open_heads"], row["choice"]): row["loss"] for row in result["losses"]}
     assert len(losses) == 6
+
+
+def test_mask_catalogue() -> None:
+    result = mask_catalogue.main([])
+    rows = result["masks"]
+    assert len({row["mask"] for row in rows}) == len(rows) / 2 == 11
+    assert max(row["logits"] for row in rows) < 1e-5
+    assert max(row["weights"] for row in rows) < 1e-6
+    assert {row["forbidden_mass"] for row in rows} == {0.0}
+    assert min(row["unmasked"] for row in rows) > 1
+    assert {d for nulls in result["null_differences"].values() for d in nulls.values()} == {0.0}
+    assert {row["computed"] for row in rows if row["mask"] == "window"} == {"in the kernel"}
 
 
 def test_row_repair() -> None:
