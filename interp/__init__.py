@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from interp.recipes.tracing import trace, trace_table
     from interp.results.attention_stats import AttentionStats
     from interp.results.effects import Effects
+    from interp.results.span_stats import SpanStats
     from interp.sites import Site, Sites
     from interp.sweep.api import Sweep
 
@@ -69,6 +70,7 @@ _EXPORTS = {
     "recipes.tracing": ("trace", "trace_table"),
     "results.attention_stats": ("AttentionStats",),
     "results.effects": ("Effects",),
+    "results.span_stats": ("SpanStats",),
     "sites": ("Site", "Sites"),
     "sweep.api": ("Sweep",),
 }
@@ -79,8 +81,8 @@ import_tqdm_quietly()
 __version__ = "0.1.0"
 __all__ = [
     "AttentionEdit", "AttentionMask", "AttentionStats", "Effects", "Embeddings", "Fact", "ImagePair", "InterpError",
-    "Metric", "Model", "PairSet", "Plan", "Prompt", "PromptPair", "Report", "Site", "Sites", "Sweep", "ablate",
-    "circuits", "corpus", "doctor", "edit", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff",
+    "Metric", "Model", "PairSet", "Plan", "Prompt", "PromptPair", "Report", "Site", "Sites", "SpanStats", "Sweep",
+    "ablate", "circuits", "corpus", "doctor", "edit", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff",
     "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "prompts", "rank",
     "report", "seq_logprob", "spans", "steer", "tasks", "token_kl", "trace", "trace_table", "zoo",
 ]  # fmt: skip

@@ -24,14 +24,14 @@ from interp.utils.progress import progress
 
 
 @torch.no_grad()
-def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec) -> AttentionStats:
     """Compute statistics of every layer and head of a model with one stack.
 
     See `Model.attention_stats`.
     """
-    inputs = listed_of_any_kind(prompts) if model.pictures is None else model.pictures.prompts(prompts)
-    spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
-    ids = [_encoded(model, p) for p in inputs]
+    inputs = listed_inputs(model, prompts)
+    spec, left_out = one_number_each(spec)
+    ids = [encoded(model, p) for p in inputs]
     values: dict[str, list[Any]] = {}
     with progress("attention statistics", len(ids)) as advance:
         for batch in equal_length_batches(ids):
@@ -49,7 +49,12 @@ def prompt_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | No
     return AttentionStats(tokens, values, backends, provenance)
 
 
-def _encoded(model: LoadedModel, prompt: Any) -> Sequence[int]:
+def listed_inputs(model: LoadedModel, prompts: Any) -> list[Any]:
+    """Return one prompt or several, of text or with images, as a list. Raises PromptError for anything else."""
+    return listed_of_any_kind(prompts) if model.pictures is None else model.pictures.prompts(prompts)
+
+
+def encoded(model: LoadedModel, prompt: Any) -> Sequence[int]:
     """Token ids of a prompt, of which edits of `Model.edited` know the named spans."""
     if isinstance(prompt, Embeddings) or not isinstance(prompt, ModelInput):
         return encode_prompt(prompt, model.coder)
@@ -59,18 +64,15 @@ def _encoded(model: LoadedModel, prompt: Any) -> Sequence[int]:
 
 
 @torch.no_grad()
-def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | None) -> AttentionStats:
+def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec) -> AttentionStats:
     """Compute statistics of a vision–language model's vision tower.
 
     There is one example for each image (or tile) of each prompt.
     """
     instrument = model.instruments["vision"]
-    spec, left_out = one_number_each(headstats.StatSpec() if spec is None else spec)
+    spec, left_out = one_number_each(spec)
     values: dict[str, list[Any]] = {}
-    assert model.pictures is not None  # the model has a vision tower
-    inputs = [p for p in model.pictures.prompts(prompts) if isinstance(p, ModelInput)]
-    if not inputs:
-        raise PromptError("the vision tower reads images, and no prompt holds one")
+    inputs = tower_inputs(model, prompts)
     with progress("attention statistics", len(inputs)) as advance:
         for prompt in inputs:
             with instrument.collecting(spec) as collected, by_layer(model, advance, 1):
@@ -87,13 +89,27 @@ def tower_stats(model: LoadedModel, prompts: Any, spec: headstats.StatSpec | Non
     return AttentionStats(tokens, values, backends, provenance, "vision", tokens)
 
 
+def tower_inputs(model: LoadedModel, prompts: Any) -> list[ModelInput]:
+    """Return the prompts that hold images. Raises PromptError if none does."""
+    inputs = [p for p in listed_inputs(model, prompts) if isinstance(p, ModelInput)]
+    if not inputs:
+        raise PromptError("the vision tower reads images, and no prompt holds one")
+    return inputs
+
+
+def check_kind(spec: Any) -> headstats.StatSpec:
+    """Return a spec; None: the default one. Raises PromptError for anything else."""
+    spec = headstats.StatSpec() if spec is None else spec
+    if not isinstance(spec, headstats.StatSpec):
+        raise PromptError(f"spec={spec!r}: a headstats.StatSpec is expected, e.g. StatSpec(entropy=True, sink=4)")
+    return spec
+
+
 def one_number_each(spec: headstats.StatSpec) -> tuple[headstats.StatSpec, list[str]]:
     """Return the spec with only one-number statistics, and the omitted names.
 
     Omitted are statistics with more than one number per position.
     """
-    if not isinstance(spec, headstats.StatSpec):
-        raise PromptError(f"spec={spec!r}: a headstats.StatSpec is expected, e.g. StatSpec(entropy=True, sink=4)")
     shapes = {s.name: s.shape for s in headstats.STATISTICS}
     left_out = [name for name in spec.requested() if shapes[name] not in ("B H M", "B H N")]
     reduced = dataclasses.replace(spec, **dict.fromkeys(left_out, False))

@@ -8,15 +8,25 @@ from typing import Any
 import headstats
 import torch
 from headstats.stats import BY_NAME, TopK, tensors
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall, rows_unknown
 from interp.model.dense_edits import real_keys
-from interp.model.layer_edits import CallSize, LayerEdit, compatible_groups, edit_arguments, select_rows, shifted
+from interp.model.layer_edits import (
+    TABLES,
+    CallSize,
+    LayerEdit,
+    compatible_groups,
+    edit_arguments,
+    select_rows,
+    shifted,
+)
 
 NO_STATISTICS = headstats.StatSpec.none()
+BY_SEGMENT = tuple(name for name, s in BY_NAME.items() if s.argument == "k_segments")
+OF_TOKENS = ("k_segments", "targets", "key_features")  # arguments of statistics, with a batch axis
 
 
 def attend(
@@ -92,18 +102,48 @@ def _attend_edited(
     n = call.k.shape[2] + (more["prefix"][0].shape[2] if more.get("prefix") is not None else 0)
     size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
     plain, groups = replace(call, edits=()), compatible_groups(edits)
-    if spec is not None:  # segments are those of the edits, of which nobody asked for statistics
-        spec = replace(spec, **{s.name: False for s in BY_NAME.values() if s.argument == "k_segments"})
+    spans, more = more.get("k_segments"), {name: x for name, x in more.items() if name != "k_segments"}
+    if spec is not None:
+        if spans is None:  # segments are those of the edits, of which nobody asked for statistics
+            spec = replace(spec, **dict.fromkeys(BY_SEGMENT, False))
         if len(groups) > 1:
             _refuse_key_statistics(call.layer, spec)
-    result, *others = (
-        attend(plain, spec=spec, backend=backend, **more, **edit_arguments(g.edits, size, call.q.device, call.q.dtype))
-        for g in groups
-    )
+    results = []
+    for group in groups:
+        arguments = edit_arguments(group.edits, size, call.q.device, call.q.dtype)
+        if spans is None:
+            results.append(attend(plain, spec=spec, backend=backend, **more, **arguments))
+            continue
+        width = int(spans.max()) + 1
+        crossed = attend(plain, spec=spec, backend=backend, **more, **_cross_segments(arguments, spans, width))
+        results.append(replace(crossed, stats=_sum_segments(crossed.stats, width)))
+    result, *others = results
     for group, other in zip(groups[1:], others, strict=True):
         acts = torch.stack([select_rows(edits, size) for edits in group.own]).to(call.q.device)
         result = _where(acts, other, result)
     return result
+
+
+def _cross_segments(arguments: dict[str, Any], spans: Int[Tensor, "batch key"], width: int) -> dict[str, Any]:
+    """Return arguments of `headstats.attend` in which every key segment of an edit is divided by span.
+
+    Segment s and span t become number s * width + t, and the edit's tables hold each column ``width`` times.
+    """
+    if "k_segments" not in arguments:
+        return {**arguments, "k_segments": spans}
+    edit = arguments["edit"]
+    tables = {name: getattr(edit, name) for name in TABLES}
+    wide = {name: t.repeat_interleave(width, dim=-1) for name, t in tables.items() if t is not None}
+    return {**arguments, "k_segments": arguments["k_segments"] * width + spans, "edit": replace(edit, **wide)}
+
+
+def _sum_segments(stats: headstats.AttentionStats, width: int) -> headstats.AttentionStats:
+    """Return statistics of `_cross_segments` by span: sums over the edit's segments."""
+    values = stats.as_dict()
+    for name in BY_SEGMENT:
+        if name in values:
+            values[name] = tensors(values[name])[0].unflatten(3, (-1, width)).sum(3)
+    return headstats.AttentionStats(**values)
 
 
 def _where(
@@ -171,7 +211,8 @@ def _attend_each_alone(
                 f"layer {call.layer}: statistics of padded prompts under edits that depend on a token's position "
                 "(random, shuffled, or uniform without renormalise): run prompts of one length together"
             )
-        result = attend(one, spec=spec, backend=backend, **more)
+        own = {name: x[i : i + 1] if name in OF_TOKENS else x for name, x in more.items()}
+        result = attend(one, spec=spec, backend=backend, **own)
         if rows != slice(0, call.q.shape[2]):
             out = result.out.new_zeros(1, *call.q.shape[1:3], call.v.shape[-1])
             lse = result.lse.new_full(out.shape[:3], -torch.inf)

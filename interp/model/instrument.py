@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import headstats
 import torch
@@ -65,19 +65,32 @@ class Editor:
     dense: bool = False
 
 
+class Reader(Protocol):
+    """Collects statistics that depend on more than queries, keys and values."""
+
+    def arguments(self, call: AttentionCall) -> dict[str, Tensor]:
+        """Return further arguments of `headstats.attend`."""
+        ...
+
+    def reduced(self, stats: headstats.AttentionStats) -> Any:
+        """Return what is stored of a layer's statistics."""
+        ...
+
+
 class Instrument:
     """Computes attention for every layer of one model, and records how.
 
     ``handler``, when set, replaces the computation; the engine uses it to pack many runs into one forward. ``spec``,
-    when set, requests statistics from the kernel, which are stored in ``collected[layer]``. Both are set under the
-    model's ``lock``.
+    when set, requests statistics from the kernel, which are stored in ``collected[layer]``; ``reader`` then says what
+    else they depend on, and what is stored of them. All are set under the model's ``lock``.
     """
 
     def __init__(self, backend: str = "auto", lock: ModelLock | None = None):
         self.backend, self.lock = backend, lock or ModelLock()
         self.handler: Handler | None = None
         self.spec: headstats.StatSpec | None = None
-        self.collected: dict[int, headstats.AttentionStats] = {}
+        self.reader: Reader | None = None
+        self.collected: dict[int, Any] = {}
         self.layers: dict[int, LayerRecord] = {}
         self.editors: list[Editor] = []
         self.edited: Any = None  # the innermost `interp.model.edited.EditedForwards`, inside `Model.edited`
@@ -112,11 +125,13 @@ class Instrument:
             record.dense_because = masked
             return self.handler(call)
         spec = self.spec if self.spec is None or not call.first_key else held_keys_only(self.spec, call)
-        result = attend(call, spec=spec, backend=self.backend)
+        more = {} if self.reader is None else self.reader.arguments(call)
+        result = attend(call, spec=spec, backend=self.backend, **more)
         record.count(result.backend, masked)
         if self.spec is not None:
             record.statistics_by = result.backend
-            self.collected[call.layer] = count_from_first_key(result, self.spec, call)
+            stats = count_from_first_key(result, self.spec, call)
+            self.collected[call.layer] = stats if self.reader is None else self.reader.reduced(stats)
         return result.out
 
     def with_edits(self, call: AttentionCall) -> AttentionCall:
@@ -156,14 +171,17 @@ class Instrument:
             self.editors.remove(editor)
 
     @contextmanager
-    def collecting(self, spec: headstats.StatSpec) -> Iterator[dict[int, headstats.AttentionStats]]:
-        """Collect per-layer statistics of forwards inside the block."""
+    def collecting(self, spec: headstats.StatSpec, reader: Reader | None = None) -> Iterator[dict[int, Any]]:
+        """Collect per-layer statistics of forwards inside the block.
+
+        Without a ``reader`` they are `headstats.AttentionStats`.
+        """
         with self.lock:
-            self.spec, self.collected = spec, {}
+            self.spec, self.reader, self.collected = spec, reader, {}
             try:
                 yield self.collected
             finally:
-                self.spec = None
+                self.spec = self.reader = None
 
 
 def held_keys_only(spec: headstats.StatSpec, call: AttentionCall) -> headstats.StatSpec:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import headstats
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,10 +17,7 @@ from interp.errors import SiteError
 from interp.interventions import AttentionChange
 from interp.model.batching import collate, equal_length_batches
 from interp.model.buffers import buffer_state
-from interp.model.collect_statistics import prompt_stats, tower_stats
 from interp.model.edited import edited
-from interp.model.encoder_decoder import stack_stats
-from interp.model.facts import ModelFacts
 from interp.model.head_checks import check_heads, recorded
 from interp.model.input_checks import (
     mask_positions,
@@ -36,6 +32,7 @@ from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
 from interp.model.layer_progress import by_layer
 from interp.model.loading import special_tokens_of
+from interp.model.measures import Measures
 from interp.model.protocols import Bridge
 from interp.model.residual_check import recorded_sum, sum_fault
 from interp.model.session import in_session
@@ -43,16 +40,13 @@ from interp.model.verification import count_hooks, probe, reads_of, verify
 from interp.prompts.coder import Coder
 from interp.prompts.embeddings import Embeddings
 from interp.prompts.images import ImageReader, layout_of, output_of
-from interp.prompts.pairs import Prompt, PromptPair
 from interp.prompts.special_tokens import SpecialTokens
 from interp.prompts.text_encoder import TextEncoder
-from interp.results.attention_patterns import AttentionPatterns
-from interp.results.attention_stats import AttentionStats
 from interp.utils.progress import progress
 from interp.utils.provenance import versions
 
 if TYPE_CHECKING:
-    from interp.model.likelihood import Masking
+    pass
 
 log = logging.getLogger("interp")
 
@@ -68,7 +62,7 @@ GATED_HOOKS = {
 }
 
 
-class Model(ModelFacts):
+class Model(Measures):
     """A model, its tokenizer, and the instrument that computes its attention.
 
     ``bridge`` is TransformerLens' TransformerBridge; all its hooks work. ``model(tokens)`` returns logits.
@@ -281,102 +275,6 @@ class Model(ModelFacts):
         """
         accepted = inspect.signature(self.bridge.original_model.forward).parameters
         return {k: v for k, v in {"use_cache": False, "logits_to_keep": last}.items() if k in accepted}
-
-    @in_session
-    @torch.no_grad()
-    def attention_stats(
-        self,
-        prompts: str | Prompt | PromptPair | Embeddings | Tensor | Mapping[str, Any] | Iterable[Any] = (),
-        spec: headstats.StatSpec | None = None,
-        *,
-        pixel_values: Tensor | None = None,
-        target: str | Sequence[str] | None = None,
-        stack: str | None = None,
-    ) -> AttentionStats:
-        """Per-head attention statistics of one prompt or several.
-
-        Of a pair, the clean prompt is used.
-
-            stats = model.attention_stats("When Mary and John went to the store, John gave a drink to")
-            stats.frame()      # example, layer, head, position, one column per statistic
-            model.attention_stats(prompts, spec=headstats.StatSpec(entropy=True, sink=4))
-
-        ``spec`` selects the statistics (default: `headstats.StatSpec()`). Those with more than one number per position
-        (topk) are left out, and ``provenance["left_out"]`` names them. No n×n pattern is built, on any backend
-        except ``reference``. Layers without softmax attention (in hybrid models) hold NaN, and −1 for indices.
-
-        A vision encoder takes images [channel, height, width] as its processor returns them (or ``pixel_values=``, a
-        batch of them); its positions are CLS, registers and patches. A vision–language model takes what its processor
-        returns for images and text; ``stack="vision"`` measures the heads of its vision tower instead, with one
-        example for each image.
-
-        An encoder–decoder takes a source (text, or a speech model's input features) and its ``target``, and measures
-        one ``stack``: "encoder", "decoder" (its self-attention) or "cross" (default: what each decoder head reads of
-        the source).
-        """
-        if stack == "vision" and "vision" in self.instruments and target is None:
-            return tower_stats(self, prompts, spec)
-        if self.stacks or target is not None or stack is not None:
-            return stack_stats(self, prompts, target, stack, headstats.StatSpec() if spec is None else spec)
-        return prompt_stats(self, prompts if pixel_values is None else pixel_values, spec)
-
-    @in_session
-    def attention_patterns(
-        self,
-        prompts: str | Prompt | PromptPair | Iterable[str | Prompt | PromptPair],
-        heads: Iterable[Any] | None = None,
-        exact: Iterable[Any] = (),
-        *,
-        resolution: int = 256,
-        topk: int = 8,
-        rows: int = 8,
-    ) -> AttentionPatterns:
-        """Attention maps of one prompt or a few, for viewing: see `AttentionPatterns`.
-
-        No n×n pattern is built. ``heads``: the heads whose maps are stored, as (layer, head), ``"L9H6"`` or sites
-        (default: all). ``exact``: heads for which, on a prompt longer than ``resolution`` tokens, every query's
-        ``topk`` largest weights and ``rows`` whole rows are stored as well. For a pair both prompts are run. Segments
-        are the prompt's named spans, else its sentences, else stretches of equal length. Raises PromptError or
-        SiteError before any forward.
-        """
-        from interp.model.collect_patterns import prompt_patterns
-
-        return prompt_patterns(self, prompts, heads, exact, resolution, topk, rows)
-
-    @in_session
-    @torch.no_grad()
-    def confidence(self, prompts: str | Prompt | PromptPair | Tensor | Mapping[str, Any] | Iterable[Any]) -> Any:
-        """How sure the model is along each prompt: a DataFrame with one row for each token.
-
-            table = model.confidence("The Eiffel Tower is in Paris")
-            table[["token", "next", "probability", "entropy", "margin"]]
-            table.groupby("example")["logprob"].sum()     # log-likelihood of each prompt
-
-        Columns: example, position, token; ``next``, the token that follows it in the prompt; ``probability`` and
-        ``logprob`` (nats) of ``next`` (NaN after the last token); ``entropy`` (nats) of the distribution over the next
-        token; ``margin``, the largest probability minus the second largest; ``best``, the most probable token. Only a
-        few positions' logits exist at a time. Raises PromptError for a masked language model and for bad prompts, and
-        ModelError for a model without a language-model head.
-        """
-        from interp.model.likelihood import confidence_table
-
-        return confidence_table(self, prompts)
-
-    @in_session
-    @torch.no_grad()
-    def token_logprobs(self, prompts: Any, *, masking: Masking = "word") -> list[Float[Tensor, " tokens"]]:
-        """Log-probabilities of each prompt's own tokens, in nats: one tensor for each prompt, float64 on the CPU.
-
-            sums = [x.sum() for x in model.token_logprobs(["Paris is in France", "Paris is in Italy"])]
-
-        A causal model scores every token but the first, given those before it. A masked model scores every token but
-        its special ones, given all others (pseudo-likelihood). ``masking``: "word" masks the later tokens of the
-        token's word too, so that they do not give it away (Kauf & Ivanova 2023); "token" masks the token alone
-        (Salazar et al. 2020). Words of token ids are unknown: each token is one. Raises as `confidence` does.
-        """
-        from interp.model.likelihood import statement_logprobs
-
-        return statement_logprobs(self, prompts, masking)
 
     def provenance(self) -> dict[str, Any]:
         """What reproducing a result requires.

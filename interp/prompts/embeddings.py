@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.errors import PromptError
 from interp.prompts.model_input import ModelInput
-from interp.prompts.ranges import Span
+from interp.prompts.ranges import Span, check_token_ranges
 
 NO_TOKEN = -1  # in the place of a token id: no model embeds it
 
@@ -40,10 +40,7 @@ class Embeddings(ModelInput):
         texts = [f"vector {i}" for i in range(n)] if texts is None else list(texts)
         if len(texts) != n or not all(isinstance(text, str) for text in texts):
             raise PromptError(f"texts must name each of the {n} positions, got {len(texts)} names")
-        for name, span in dict(spans or {}).items():
-            is_range = isinstance(span, Sequence) and len(span) == 2 and all(type(x) is int for x in span)
-            if not is_range or not 0 <= span[0] < span[1] <= n:
-                raise PromptError(f"span {name!r} is {span!r:.60}: a range (start, stop) of the {n} positions expected")
+        spans = check_token_ranges(spans or {}, n)
         extra_inputs = {"inputs_embeds": vectors[None]}
         return super().__new__(cls, [NO_TOKEN] * n, extra_inputs, texts=texts, spans=spans, has_token_ids=False)  # type: ignore[return-value]
 

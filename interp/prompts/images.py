@@ -17,8 +17,8 @@ from interp.prompts.answers import single_token
 from interp.prompts.coder import Coder, Encoded
 from interp.prompts.listing import listed
 from interp.prompts.model_input import ModelInput
-from interp.prompts.pairs import PromptPair
-from interp.prompts.ranges import Span
+from interp.prompts.pairs import Prompt, PromptPair
+from interp.prompts.ranges import Span, check_token_ranges
 from interp.prompts.spans import image_spans
 
 BOOKKEEPING = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # processors add these for any model
@@ -107,7 +107,7 @@ class ImageReader:
     coder: Coder | None
     n_ctx: int
 
-    def prompts(self, items: Any) -> list[ModelInput | str]:
+    def prompts(self, items: Any) -> list[ModelInput | str | Prompt | PromptPair]:
         """Split an argument of ``Model.attention_stats`` into prompts.
 
         Prompts are images or processor outputs; text stays unchanged.
@@ -116,11 +116,20 @@ class ImageReader:
             items = items.get("pixel_values", items)
         if self.layout is not None and isinstance(items, Tensor) and items.ndim == 4:
             items = list(items)
-        prompts = listed(items, (Mapping, Tensor, str, PromptPair), "prompts or images")
-        prompts = [p.clean if isinstance(p, PromptPair) else p for p in prompts]
+        prompts = listed(items, (Mapping, Tensor, str, Prompt, PromptPair), "prompts or images")
         if not prompts:
             raise PromptError("there are no images: pass one, or a list of them")
-        return [p if isinstance(p, str) and self.layout is None else self.read(p) for p in prompts]
+        return [self._prompt(p) for p in prompts]
+
+    def _prompt(self, item: Any) -> ModelInput | str | Prompt | PromptPair:
+        """One prompt: text with its named spans, or an image with its own spans and those that an ImagePair names."""
+        words = item.clean if isinstance(item, PromptPair) else item
+        if self.layout is None and isinstance(words, str | Prompt):
+            return item
+        prompt = self.read(words)
+        if isinstance(item, PromptPair) and item.spans:
+            return prompt.with_spans(check_token_ranges(item.spans, len(prompt)))
+        return prompt
 
     def read(self, item: Any) -> ModelInput:
         """Read one prompt with its image.

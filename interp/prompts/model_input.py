@@ -45,6 +45,12 @@ class ModelInput(tuple[int, ...]):
         self.digest = hashed.digest()
         return self
 
+    def with_spans(self, spans: Mapping[str, Span]) -> ModelInput:
+        """Return the same prompt with further named spans."""
+        merged = {**self.spans, **spans}
+        texts, has_token_ids = self.texts, self.has_token_ids
+        return ModelInput(self, self.extra_inputs, texts=texts, spans=merged, has_token_ids=has_token_ids)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelInput) and tuple(self) == tuple(other) and self.digest == other.digest
 

@@ -19,7 +19,7 @@ from interp.prompts.coder import Coder, Encoded
 from interp.prompts.embeddings import first_changed
 from interp.prompts.listing import TokenIds, check_text, listed
 from interp.prompts.model_input import as_hashable
-from interp.prompts.ranges import Span, find_all, find_span, find_subject, find_words, token_spans
+from interp.prompts.ranges import Span, check_token_ranges, find_all, find_span, find_subject, find_words, token_spans
 from interp.utils.html_card import card
 
 log = logging.getLogger("interp")
@@ -183,12 +183,16 @@ def encode_prompt(prompt: Any, coder: Coder) -> list[int]:
 
     Inside `Model.edited`, edits find the prompt's named spans.
     """
-    text = text_of(prompt)
-    ids = coder.encode(text)
+    ids = coder.encode(text_of(prompt))
     if coder.name is not None:
-        spans = {"subject": prompt.subject_span} if isinstance(prompt, Fact) else getattr(prompt, "spans", {})
-        coder.name(ids, coder.texts(ids), _token_ranges(spans, text, coder))
+        coder.name(ids, coder.texts(ids), spans_of(prompt, coder))
     return ids
+
+
+def spans_of(prompt: Any, coder: Coder) -> dict[str, Span]:
+    """Return the named spans of what `encode_prompt` takes as token ranges; of a Fact, its subject."""
+    spans = {"subject": prompt.subject_span} if isinstance(prompt, Fact) else getattr(prompt, "spans", {})
+    return _token_ranges(spans, text_of(prompt), coder)
 
 
 def encode_pairs(
@@ -265,14 +269,7 @@ def _token_ranges(spans: Mapping[str, Span], text: str | TokenIds, coder: Coder)
     """Return named spans as token ranges: of token ids they are ranges of tokens already."""
     if isinstance(text, str):
         return token_spans(spans, coder.offsets(text)) if spans else {}
-    spans = {**getattr(text, "spans", {}), **spans}
-    for name, span in spans.items():
-        is_range = isinstance(span, Sequence) and len(span) == 2 and all(type(x) is int for x in span)
-        if not is_range or not 0 <= span[0] < span[1] <= len(text):
-            raise PromptError(
-                f"span {name!r} is {span!r:.60}: a range (start, stop) of the {len(text)} tokens expected"
-            )
-    return {name: (start, stop) for name, (start, stop) in spans.items()}
+    return check_token_ranges({**getattr(text, "spans", {}), **spans}, len(text))
 
 
 def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:

@@ -96,6 +96,15 @@ def _word_around(text: str, start: int, stop: int) -> str:
     return text[start:stop]
 
 
+def check_token_ranges(spans: Mapping[str, Span], n_tokens: int) -> dict[str, Span]:
+    """Return named token ranges. Raises PromptError for one that is not a range of a prompt's tokens."""
+    for name, span in spans.items():
+        is_range = isinstance(span, Sequence) and len(span) == 2 and all(type(x) is int for x in span)
+        if not is_range or not 0 <= span[0] < span[1] <= n_tokens:
+            raise PromptError(f"span {name!r} is {span!r:.60}: a range (start, stop) of the {n_tokens} tokens expected")
+    return {name: (start, stop) for name, (start, stop) in spans.items()}
+
+
 def token_spans(spans: Mapping[str, Span], offsets: Sequence[Span]) -> dict[str, Span]:
     """Convert character ranges to token ranges.
 
