@@ -68,9 +68,13 @@ class Variant:
     @property
     def label(self) -> str:
         """A title: ``patch, denoising, logit_diff``, with model and task if there are several."""
-        metric = f"{self.metric} read at {self.read_at}" if self.read_at else self.metric
-        parts = (self.intervention, MODE_WORDS.get(self.mode, self.mode), metric, self.model, self.task)
+        parts = (self.intervention, MODE_WORDS.get(self.mode, self.mode), self.metric_words, self.model, self.task)
         return ", ".join(x for x in parts if x)
+
+    @property
+    def metric_words(self) -> str:
+        """The metric, and where it is read if that is not the last position."""
+        return f"{self.metric} read at {self.read_at}" if self.read_at else self.metric
 
     @cached_property
     def small_gaps(self) -> SmallGaps:
@@ -129,7 +133,7 @@ class Variant:
     def _undefined_words(self) -> str:
         if self.undefined == 0:
             return ""
-        why = f"clean and corrupt {self.metric} are equal, so the recovery scale is undefined"
+        why = f"clean and corrupt {self.metric_words} are equal, so the recovery scale is undefined"
         if self.default_value == "raw":
             return f"In all {self.undefined} examples {why}: the raw change is shown instead."
         return f"In {self.undefined} of {self.n_examples} examples {why}; the mean recovery leaves them out."

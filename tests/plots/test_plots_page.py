@@ -13,6 +13,7 @@ import pytest
 from plots_browser import Browser
 from test_plots_report import hostile
 
+import interp
 from interp.plots import Report, report, template
 from interp.plots.kinds import KINDS, ResultKind
 from interp.results.attention_patterns import AttentionPatterns, PatternExample
@@ -232,6 +233,26 @@ def test_undefined_recovery_and_missing_cells(browser: Browser, tmp_path: Path):
     assert browser.evaluate("document.querySelectorAll('.cell.missing').length") == 1
     assert texts(browser, "#heads .caution")[0].startswith("In all 2 examples")
     assert texts(browser, ".legend .caption")[0] == "colour: patch, denoising, change of logit_diff"
+    assert_quiet(browser, path)
+
+
+def test_positions_that_are_read_are_named_and_chosen(browser: Browser, tmp_path: Path):
+    known = interp.zoo.one_head()
+    model, pairs = known.model, known.pairs(8, seed=0)
+    heads = interp.ablate(model, pairs, model.sites("z"), metric=interp.token_kl, using="zero", at=["marked", "last"])
+    stream = interp.patch(model, pairs, model.sites("resid_pre", positions="each"), at=["marked", "last"])
+    path = report(heads, stream).write(tmp_path / "r.html")
+    browser.open(path)
+    browser.until("document.querySelectorAll('#heads .cell').length === 12")
+    of_mover = browser.page.inner_text("#heads .readout")
+    assert "read at the last position" in of_mover and "read at marked" in of_mover
+    card = "#result-1-0 .kind"
+    assert texts(browser, card)[0].endswith("patch, denoising"), "it opens where something is to be seen"
+    choose(browser, "read at", "marked")
+    browser.until(f"document.querySelector({card!r}).textContent.endsWith('read at marked')")
+    mover = heads.summary().query("layer == 1 and head == 2")
+    raw = dict(zip(mover["read_at"].fillna("last"), mover["raw"], strict=True))
+    assert raw["last"] > 1 and raw["marked"] == 0
     assert_quiet(browser, path)
 
 

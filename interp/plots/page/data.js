@@ -4,7 +4,7 @@
 /** @typedef {{values: (string|number|null)[], index: Packed}} Dictionary */
 /** @typedef {{kind: string, values: (string|number|null)[], labels: string[]}} Axis */
 /** @typedef {Object<string, (number|null)[]>} Cells  dense [slices, rows, columns] arrays by name */
-/** @typedef {{intervention: string, mode: string, metric: string, model: string, task: string, unit: string, n: number, value: string,
+/** @typedef {{intervention: string, mode: string, metric: string, model: string, task: string, read_at: string, unit: string, n: number, value: string,
  *             scale: string, spread: string, caution: string, cells: Cells}} Variant */
 /** @typedef {{component: string, words: string, averages_positions: boolean, note: string, rows: Axis, columns: Axis, slices: Axis|null,
  *             edge: {receiver: string}|null, variants: Variant[]}} Panel */

@@ -8,7 +8,7 @@ import { heatmap } from "./heatmap.js";
 import { INDIRECT, mediationOf, mediationTable } from "./mediation.js";
 import { effectsReadout, strongest } from "./readout.js";
 import { dataTable } from "./tables.js";
-import { axisTitle, endsOf, MODES, siteAddress, siteName, sliceOf, valueName } from "./view.js";
+import { axisTitle, endsOf, isZero, MODES, readAt, siteAddress, siteName, sliceOf, valueName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
@@ -43,7 +43,7 @@ function limitOf(view) {
  */
 export function effectsCard(result, panel, id, folded) {
   const mediation = mediationOf(panel);
-  const first = mediation?.[INDIRECT] ?? panel.variants[0]; // the total effect is the same for every mediator
+  const first = mediation?.[INDIRECT] ?? panel.variants.find((v) => !isZero(v)) ?? panel.variants[0]; // the total effect is the same for every mediator
   /** @type {View} */
   const view = { panel, variant: first, value: first.value, slice: 0, example: "", columns: panel.columns, cells: first.cells };
   const kind = el("p", { class: "kind" });
@@ -60,7 +60,8 @@ export function effectsCard(result, panel, id, folded) {
     keepFocus(body, () => body.replaceChildren(effectsControls(result, view, update), ...effectsBody(view)));
   };
   const describe = () => kind.replaceChildren(el("code", {}, panel.component),
-    ` ${view.columns.kind === "head" ? `layer × ${axisTitle(panel, "head")}` : ACROSS[view.columns.kind]}: ${view.variant.intervention}, ${MODES[view.variant.mode] ?? view.variant.mode}`);
+    ` ${view.columns.kind === "head" ? `layer × ${axisTitle(panel, "head")}` : ACROSS[view.columns.kind]}: `,
+    [view.variant.intervention, MODES[view.variant.mode] ?? view.variant.mode, readAt(view.variant)].filter(Boolean).join(", "));
   const draw = () => update().catch((error) => body.replaceChildren(el("p", { class: "caution" }, `This panel could not be drawn: ${error}`)));
   const title = el("h3", {}, capital(panel.words));
   const inside = mediation ? [mediationTable(panel, mediation), body] : [body];
@@ -84,7 +85,8 @@ export function effectsCard(result, panel, id, folded) {
 function effectsControls(result, view, update) {
   const { panel, variant } = view;
   const box = el("div", { class: "controls" });
-  const keys = /** @type {("model"|"task"|"intervention"|"mode"|"metric")[]} */ (["model", "task", "intervention", "mode", "metric"]);
+  const keys = /** @type {("model"|"task"|"intervention"|"mode"|"metric"|"read_at")[]} */ (["model", "task", "intervention", "mode", "metric", "read_at"]);
+  const words = (/** @type {string} */ key, /** @type {string} */ value) => key === "read_at" ? value || "last position" : MODES[value] ?? value;
   for (const key of keys) {
     const values = [...new Set(panel.variants.map((v) => v[key]))];
     const pick = (/** @type {string} */ value) => {
@@ -94,7 +96,7 @@ function effectsControls(result, view, update) {
       view.value = view.value === "effect" ? view.variant.value : view.value;
       update();
     };
-    box.append(...some(chooser(key, values.map((v) => ({ value: v, text: MODES[v] ?? v })), variant[key], pick)));
+    box.append(...some(chooser(key.replace("_", " "), values.map((v) => ({ value: v, text: words(key, v) })), variant[key], pick)));
   }
   const values = ["effect", "pooled", "raw"].filter((name) => variant.cells[name].some((x) => x !== null));
   const texts = /** @type {Object<string, string>} */ ({ effect: "recovery, mean", pooled: "recovery, ratio of means", raw: `raw change (${variant.metric})` });

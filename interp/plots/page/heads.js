@@ -7,7 +7,7 @@ import { headList, headReadout } from "./headlist.js";
 import { heatmap } from "./heatmap.js";
 import { INDIRECT, mediationOf } from "./mediation.js";
 import { on, say, set, state } from "./state.js";
-import { endsOf, headName, headNumbers, INTERVALS, MODES, valueName } from "./view.js";
+import { endsOf, headName, headNumbers, INTERVALS, isZero, MODES, readAt, valueName } from "./view.js";
 
 /** @typedef {import("./data.js").Panel} Panel */
 /** @typedef {import("./data.js").Variant} Variant */
@@ -46,7 +46,8 @@ export function gatherHeads(results) {
   const counted = stats.flatMap((r) => countedOf(r, `${results.indexOf(r)}`));
   const duplicates = new Set(measures.map((m) => m.label).filter((label, i, all) => all.indexOf(label) < i));
   for (const m of measures) if (duplicates.has(m.label) && !m.label.endsWith(m.variant.metric)) m.label += `, ${m.variant.metric}`;
-  measures.sort((a, b) => countCells(b) - countCells(a) || Number(isSameForAllHeads(a)) - Number(isSameForAllHeads(b))); // sweeps of all heads first
+  measures.sort((a, b) => countCells(b) - countCells(a) || Number(isSameForAllHeads(a)) - Number(isSameForAllHeads(b))
+    || Number(isZero(a.variant)) - Number(isZero(b.variant))); // sweeps of all heads first
   return { layers, heads, measures, counted };
 }
 
@@ -55,7 +56,7 @@ export function gatherHeads(results) {
  * @param {Measure} m
  */
 function isSameForAllHeads(m) {
-  const mediation = mediationOf(m.panel);
+  const mediation = mediationOf(m.panel, m.variant);
   return mediation !== null && m.variant !== mediation[INDIRECT];
 }
 
@@ -81,8 +82,9 @@ function measureOf(id, panel, variant, heads) {
   };
   const intervention = [panel.edge ? `path into ${panel.edge.receiver}` : variant.intervention, MODES[variant.mode] ?? variant.mode];
   const metric = new Set(panel.variants.map((v) => v.metric)).size > 1 ? [variant.metric] : [];
+  const read = new Set(panel.variants.map((v) => v.read_at)).size > 1 ? [readAt(variant) || "read at the last position"] : [readAt(variant)];
   const component = panel.component === "z" || panel.edge ? [] : [panel.component];
-  const joined = [variant.model, variant.task].filter(Boolean);
+  const joined = [...read, variant.model, variant.task].filter(Boolean);
   return { id, label: [...component, ...intervention, ...metric, ...joined].join(", "), panel, variant, at };
 }
 

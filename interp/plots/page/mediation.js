@@ -12,15 +12,19 @@ const EFFECTS = ["total effect", "natural direct effect", "natural indirect effe
 /** @type {Object<string, string>} */
 const SHORT = { "total effect": "TE", "natural direct effect": "NDE", "natural indirect effect": "NIE", interaction: "interaction" };
 const MEDIATORS = 15;
+/** @type {("mode"|"metric"|"model"|"task"|"read_at")[]}  what the effects of one analysis share */
+const ALIKE = ["mode", "metric", "model", "task", "read_at"];
 export const INDIRECT = 2; // index of the indirect effect in EFFECTS
 
 /**
  * The four variants of a mediation analysis, for one metric; null if the panel is not one.
  * @param {Panel} panel
+ * @param {Variant} like  one of its variants
  * @returns {Variant[]|null}
  */
-export function mediationOf(panel) {
-  const variants = EFFECTS.map((name) => panel.variants.find((v) => v.intervention === name));
+export function mediationOf(panel, like = panel.variants[0]) {
+  const alike = panel.variants.filter((v) => ALIKE.every((key) => v[key] === like[key]));
+  const variants = EFFECTS.map((name) => alike.find((v) => v.intervention === name));
   return variants.every((v) => v !== undefined) ? /** @type {Variant[]} */ (variants) : null;
 }
 

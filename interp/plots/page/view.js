@@ -110,9 +110,19 @@ export function siteAddress(view, cell) {
   return panel.component + layer + (where === undefined || where === "" ? "" : `@${where}`);
 }
 
-/** The metric and its unit. @param {View} view */
+/** Where the metric is read, in words; empty for the last position. @param {{read_at: string}} variant */
+export function readAt(variant) {
+  return variant.read_at ? `read at ${variant.read_at}` : "";
+}
+
+/** Whether every effect is 0, as where nothing reaches the position that is read. @param {Variant} variant */
+export function isZero(variant) {
+  return variant.cells.raw.every((x) => !x);
+}
+
+/** The metric, where it is read, and its unit. @param {View} view */
 export function metricOf(view) {
-  return view.variant.metric + (view.variant.unit ? ` (${view.variant.unit})` : "");
+  return [view.variant.metric, readAt(view.variant)].filter(Boolean).join(" ") + (view.variant.unit ? ` (${view.variant.unit})` : "");
 }
 
 /** The name of the value that the card shows. @param {View} view */
