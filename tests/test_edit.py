@@ -206,3 +206,41 @@ def test_every_field_equals_dense_attention_in_an_untouched_model(word_tokenizer
             np.testing.assert_allclose(rows["patched"], expected, atol=1e-5, err_msg=f"{family} {name} {engine}")
             if (family, name) != ("gpt_neo", "redistribution"):  # its window hides the words that lose weight
                 assert bool((rows["raw"].abs() > 1e-7).any()), (family, name)
+
+
+def patched(effects: interp.Effects) -> np.ndarray:
+    frame = effects.frame().sort_values(["example", "layer", "head", "component"], kind="stable")
+    return frame["patched"].to_numpy()
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_extreme_edits_are_ablations_and_neutral_ones_nothing_to_the_bit(word_tokenizer, family: str) -> None:
+    model = interp.load(tiny_hf(family).to(torch.float32), tokenizer=word_tokenizer)
+    layer = model.attention_layers[-1]
+    sites = model.sites("z", layers=layer)
+    in_rows = [f"z.L{layer}H1@{row}" for row in (2, 3, -1)]
+    closed = AttentionEdit(layers=layer, gate=0.0)
+    with_another = AttentionEdit(layers=layer, heads=[1], queries=[2, 3, -1], gate=0.0, gain=2.0)
+    neutral: Any = {name: {name: 1.0} for name in ("gain", "logit_factor", "temperature", "gate")}
+    neutral |= {name: {name: 0.0} for name in ("bias", "logit_raise")}
+    neutral["moves nothing"] = {"take": 1, "give": 2, "keep_fraction": 1.0}
+    neutral["after"] = {"gain": 1.0, "renormalise": False}
+    neutral["replaces nothing"] = {"gate": 1.0, "replacement": torch.ones(1)}
+    for engine in ("auto", "naive"):
+        options: Any = {"engine": engine, "show_progress": False}
+        ablated = interp.ablate(model, PAIRS, sites, using="zero", **options)
+        np.testing.assert_array_equal(
+            patched(interp.edit(model, PAIRS, closed, each="head", **options)), patched(ablated)
+        )
+        ablated = interp.ablate(model, PAIRS, groups={"rows": in_rows}, using="zero", **options)
+        np.testing.assert_array_equal(
+            patched(interp.edit(model, PAIRS, {"rows": with_another}, **options)), patched(ablated)
+        )
+        cut = interp.knock_out(model, PAIRS, "start", layers=layer, window=1, metric="logit_diff", **options)
+        cuts: Any = ({"knockout": True}, {"gain": 0.0})
+        for fields in cuts:
+            cells = AttentionEdit(queries=-1, keys="start", layers=layer, **fields)
+            np.testing.assert_array_equal(patched(interp.edit(model, PAIRS, cells, **options)), patched(cut))
+        edits = {name: AttentionEdit(**fields) for name, fields in neutral.items()}
+        frame = interp.edit(model, PAIRS, edits, **options).frame()
+        np.testing.assert_array_equal(frame["patched"], frame["clean"])

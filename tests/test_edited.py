@@ -285,10 +285,16 @@ def test_neutral_edits_change_no_bit_and_extreme_ones_are_ablations(llama: inter
             assert torch.equal(llama(ids), plain), fields
             for name, values in llama.attention_stats("w1 w2 w3").values.items():
                 np.testing.assert_array_equal(values, stats[name], err_msg=f"{fields} {name}")
+
+    def silent(z: Tensor, hook: Any) -> Tensor:
+        return z.index_fill(2, torch.tensor([2]), 0.0)
+
+    by_hook = llama.bridge.run_with_hooks(ids, fwd_hooks=[("blocks.1.attn.hook_z", silent)])
     ablated = interp.ablate(llama, PAIRS, sites, using="zero", show_progress=False).frame()["patched"]
     with llama.edited(AttentionEdit(layers=1, heads=[2], gate=0.0)):
+        assert torch.equal(llama(ids), by_hook)
         gated = interp.patch(llama, PAIRS, sites, show_progress=False).frame()["clean"]
-    np.testing.assert_allclose(gated, ablated, atol=1e-6)
+    np.testing.assert_allclose(gated, ablated, atol=1e-6)  # a whole forward, and packed rows
     with llama.edited(AttentionEdit(keys=[1, 2], queries=-1, gain=0.0)):
         gain = llama(ids)
     with llama.edited(AttentionEdit(keys=[1, 2], queries=-1, knockout=True)):

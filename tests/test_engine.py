@@ -114,6 +114,15 @@ def test_ablation_fast_equals_naive(tiny, kind: str, using: str) -> None:
     assert fast["raw"].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_the_first_sweep_of_a_model_has_the_same_bits_as_later_ones(kind: str) -> None:
+    model = interp.load(tiny_hf(kind).to(torch.float32), tokenizer=word_tokenizer(WORDS))
+    pairs = [interp.PromptPair(words([i, 5, 9, i + 1]), words([i, 6, 9, 2]), "w95", "w96") for i in (10, 20, 30)]
+    first, second = (interp.ablate(model, pairs, model.sites("z"), using="zero").frame() for _ in range(2))
+    for column in ("clean", "corrupt", "patched"):
+        np.testing.assert_array_equal(first[column], second[column])
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("component", ["resid_post", "mlp_out", "attn_out"])
 def test_tracing_fast_equals_naive(tiny, kind: str, component: str) -> None:

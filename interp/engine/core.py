@@ -142,6 +142,11 @@ class Engine:
             self._decide(packed.why_not_packed(self.model, self.frame))
         if self.fast and self.plain_blocks:
             self._check_base(max(runs, key=len))
+            if self.plain_blocks and self._can_use_plain_runs(max(map(len, prompts)), components):
+                del runs  # these would differ from those of later calls by rounding
+                return record_with_plain_blocks(
+                    self.model, self.plain_blocks, self.frame, prompts, components, noise, read
+                )
         return runs
 
     def _obstacle(self) -> str | None:

@@ -61,6 +61,22 @@ class LayerEdit:
         return not self.edit.renormalise and self.edit.counterfactual in ("uniform", "random")
 
     @property
+    def is_neutral(self) -> bool:
+        """Whether every field that it sets leaves attention as it is."""
+        edit = self.edit
+        values = {name: getattr(edit, name) for name in edit.changes if name != "take"}
+        if edit.keep_fraction is not None:
+            values["keep_fraction"] = edit.keep_fraction
+        if edit.gate == 1:
+            values.pop("replacement", None)  # of which the gate leaves nothing
+        return all(name in NEUTRAL and value == NEUTRAL[name] for name, value in values.items())
+
+    @property
+    def silences(self) -> bool:
+        """Whether the output of its heads becomes 0 in its rows, whatever else it sets."""
+        return self.edit.gate == 0 and self.edit.replacement is None
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """What one call of headstats has once: edits that differ in it need a call each."""
         edit = self.edit

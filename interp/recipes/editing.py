@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from interp.engine import Cell
+import torch
+
+from interp.engine import Cell, CellWrite
 from interp.engine.core import EngineKind
 from interp.errors import InterpError
-from interp.interventions import AttentionChange, AttentionMask
+from interp.interventions import AttentionChange, AttentionEdit, AttentionMask
 from interp.metrics import Metric, MetricFn, logit_diff
-from interp.model.layer_edits import LayerEdit
+from interp.model.layer_edits import LayerEdit, refuse_clashes
 from interp.model.layer_masks import LayerMask
 from interp.model.model import Model
 from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
@@ -27,7 +29,7 @@ from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.recipes.targets import Address
 from interp.results.effects import Effects
-from interp.sites import COMPONENTS
+from interp.sites import COMPONENTS, Site
 
 Edits = Mapping[str, AttentionChange | Sequence[AttentionChange]]
 
@@ -94,14 +96,20 @@ class _EditCells(CellSource):
         self.mode, self.title = mode, f"edit attention: {', '.join(named)}"
         self.places = [p for name, edits in named.items() for p in _places(loop.model, name, edits, each)]
         changes = [e for several in named.values() for e in several]
+        self.silences = any(isinstance(e, AttentionEdit) and e.gate == 0 and e.replacement is None for e in changes)
         self.layer_changes = [{id(e): _resolver(e, p) for e in changes} for p in loop.prompts]
         self.size = len(self.places) * len(loop.prompts)
+        self.with_z, self.n_heads, self.prompts = loop.model.layers_with("z"), loop.model.n_heads, loop.prompts
 
     def batch(self, loop: SweepLoop, numbers: range) -> Batch:
-        """Clean runs, and corrupt runs if there are any; the edits go into one of them."""
-        if self.mode == "noise":
+        """Clean runs, and corrupt runs if there are any; the edits go into one of them.
+
+        Numbers depend on what is recorded together in their last bits: knock-outs are recorded as `interp.knock_out`
+        records them, edits that silence heads as `interp.ablate` does.
+        """
+        if self.mode == "noise" and not (self.silences and loop.has_pairs):
             return loop.record_clean_first(numbers)
-        return loop.record_pairs(numbers, into="corrupt")
+        return loop.record_pairs(numbers, into="clean" if self.mode == "noise" else "corrupt")
 
     def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
         """Every edit of every prompt, in one group."""
@@ -113,10 +121,29 @@ class _EditCells(CellSource):
         ]
 
     def _cell(self, run: int, number: int, place: _Place) -> Cell | None:
-        """Return a prompt's cell; None if its edits only act while decoding, or its masks change no row."""
+        """Return a prompt's cell; None if its edits only act while decoding or are neutral, or its masks change no row.
+
+        Edits that silence heads are zeros written to z, so that they equal the ablation by zeros to the bit.
+        """
         resolve = self.layer_changes[number]
-        edits = [x for e, heads in zip(place.edits, place.heads, strict=True) for x in resolve[id(e)](heads)]
-        return Cell(run, edits=tuple(edits)) if edits else None
+        changes = [x for e, heads in zip(place.edits, place.heads, strict=True) for x in resolve[id(e)](heads)]
+        if len(changes) > 1:
+            refuse_clashes([e for e in changes if isinstance(e, LayerEdit)])
+        silent = [e for e in changes if isinstance(e, LayerEdit) and e.silences and e.layer in self.with_z]
+        edits = [e for e in changes if e not in silent and not (isinstance(e, LayerEdit) and e.is_neutral)]
+        writes = [w for e in silent for w in _zeros(e, self.n_heads, len(self.prompts[number]))]
+        return Cell(run, tuple(writes), tuple(edits)) if writes or edits else None
+
+
+def _zeros(edit: LayerEdit, n_heads: int, length: int) -> Iterator[CellWrite]:
+    """The writes of zeros to z that an edit which silences heads is: one for each head and stretch of its rows."""
+    rows = range(length) if edit.queries is None else edit.queries
+    starts = [row for row in rows if row - 1 not in rows]
+    stops = [row + 1 for row in rows if row + 1 not in rows]
+    for head in range(n_heads) if edit.heads is None else edit.heads:
+        site = Site("z", edit.layer, head)
+        for start, stop in zip(starts, stops, strict=True):
+            yield CellWrite(site, start, stop, torch.zeros(1, 1))
 
 
 def _resolver(change: AttentionChange, prompt: Encoded) -> Callable[[HeadsByLayer], Sequence[LayerEdit | LayerMask]]:
