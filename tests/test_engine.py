@@ -115,8 +115,8 @@ def test_ablation_fast_equals_naive(tiny, kind: str, using: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_the_first_sweep_of_a_model_has_the_same_bits_as_later_ones(kind: str) -> None:
-    model = interp.load(tiny_hf(kind).to(torch.float32), tokenizer=word_tokenizer(WORDS))
+def test_the_first_sweep_of_a_model_has_the_same_bits_as_later_ones(word_tokenizer, kind: str) -> None:
+    model = interp.load(tiny_hf(kind).to(torch.float32), tokenizer=word_tokenizer)
     pairs = [interp.PromptPair(words([i, 5, 9, i + 1]), words([i, 6, 9, 2]), "w95", "w96") for i in (10, 20, 30)]
     first, second = (interp.ablate(model, pairs, model.sites("z"), using="zero").frame() for _ in range(2))
     for column in ("clean", "corrupt", "patched"):
