@@ -19,6 +19,7 @@ from interp.plots.labels import visible
 from interp.plots.panels import COUNTS, VARIANT_KEYS, Axis, EdgePanel, Panel, Variant, split
 from interp.results.attention_stats import KEY_STATISTICS, AttentionStats
 from interp.results.effects import ADDED, COLUMNS, Effects, recovery_columns
+from interp.sites import COMPONENTS
 from interp.utils.damage import Budget
 
 
@@ -96,6 +97,7 @@ def _encode_panel(panel: Panel) -> dict[str, Any]:
     return {
         "component": panel.component,
         "words": panel.words,
+        "is_site": panel.component in COMPONENTS,
         "averages_positions": panel.averages_positions,
         "note": panel.note,
         "rows": _encode_axis(panel.rows),

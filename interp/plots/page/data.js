@@ -6,7 +6,7 @@
 /** @typedef {Object<string, (number|null)[]>} Cells  dense [slices, rows, columns] arrays by name */
 /** @typedef {{intervention: string, mode: string, metric: string, model: string, task: string, read_at: string, unit: string, n: number, value: string,
  *             scale: string, spread: string, caution: string, cells: Cells}} Variant */
-/** @typedef {{component: string, words: string, averages_positions: boolean, note: string, rows: Axis, columns: Axis, slices: Axis|null,
+/** @typedef {{component: string, words: string, is_site: boolean, averages_positions: boolean, note: string, rows: Axis, columns: Axis, slices: Axis|null,
  *             edge: {receiver: string}|null, variants: Variant[]}} Panel */
 /** @typedef {{name: string|null, provenance: Object<string, any>, rows: number, panels: Panel[],
  *             token_labels: string[], examples: {id: number, text: string}[],

@@ -96,6 +96,7 @@ export function siteName(view, cell) {
  */
 export function siteAddress(view, cell) {
   const { panel, columns } = view;
+  if (!panel.is_site && !panel.edge) return "";  // the name of an edit
   if (panel.averages_positions && columns.kind === "role") return "";
   const [r, c] = [Math.floor(cell / columns.values.length), cell % columns.values.length];
   if (panel.edge) {
