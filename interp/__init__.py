@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from interp import circuits, corpus, doctor, metrics, prompts, spans, tasks, zoo
     from interp.engine.plan import Plan, explain
     from interp.errors import InterpError
-    from interp.interventions import AttentionEdit, AttentionMask
+    from interp.interventions import AttentionEdit, AttentionMask, Write
     from interp.metrics import Metric, kl, logit_diff, logprob, prob, rank, seq_logprob, token_kl
     from interp.model.load_model import load
     from interp.model.model import Model
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "engine.plan": ("Plan", "explain"),
     "errors": ("InterpError",),
-    "interventions": ("AttentionEdit", "AttentionMask"),
+    "interventions": ("AttentionEdit", "AttentionMask", "Write"),
     "metrics": ("Metric", "kl", "logit_diff", "logprob", "prob", "rank", "seq_logprob", "token_kl"),
     "model.load_model": ("load",),
     "model.model": ("Model",),
@@ -82,9 +82,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionEdit", "AttentionMask", "AttentionStats", "Effects", "Embeddings", "Fact", "ImagePair", "InterpError",
     "Metric", "Model", "PairSet", "Plan", "Prompt", "PromptPair", "Report", "Site", "Sites", "SpanStats", "Sweep",
-    "ablate", "circuits", "corpus", "doctor", "edit", "explain", "kl", "knock_out", "leave_out", "load", "logit_diff",
-    "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "prompts", "rank",
-    "report", "seq_logprob", "spans", "steer", "tasks", "token_kl", "trace", "trace_table", "zoo",
+    "Write", "ablate", "circuits", "corpus", "doctor", "edit", "explain", "kl", "knock_out", "leave_out", "load",
+    "logit_diff", "logprob", "mean_difference", "mediate", "metrics", "patch", "path_patch", "peek", "prob", "prompts",
+    "rank", "report", "seq_logprob", "spans", "steer", "tasks", "token_kl", "trace", "trace_table", "zoo",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS, _MODULES)

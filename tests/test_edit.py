@@ -34,6 +34,7 @@ class Dense:
     scores: Callable[[Tensor], Tensor] | None = None  # after masks
     weights: Callable[[Tensor, Tensor], Tensor] | None = None  # of (weights, visible cells); whole rows
     cells: Callable[[Tensor], Tensor] | None = None  # weights of the edit's cells
+    row: Callable[[Tensor], Tensor] | None = None  # whole rows, which sum to 1 even beside a learned sink
     output: Callable[[Tensor], Tensor] | None = None
 
 
@@ -60,6 +61,19 @@ def give_to_the_last_two(p: Tensor, seen: Tensor) -> Tensor:
     return torch.where(received > 0, new, p)
 
 
+def given_row(p: Tensor) -> Tensor:
+    """Word 2 has 0.7, word 3 has 0.3: both queries see them in every window."""
+    new = torch.zeros_like(p)
+    new[..., -4:-2] = torch.tensor([0.7, 0.3])
+    return new
+
+
+def gate_by_query(z: Tensor) -> Tensor:
+    gates = torch.ones(z.shape[2], 1)
+    gates[[-3, -1], 0] = torch.tensor([0.25, -0.5])
+    return gates * z
+
+
 VECTOR = 0.3
 CASES = {
     "knockout": Dense({"keys": KEYS, "knockout": True}, scores=lambda z: torch.full_like(z, SMALLEST)),
@@ -75,6 +89,9 @@ CASES = {
     "uniform": Dense({"counterfactual": "uniform"}, weights=uniform),
     "reversed": Dense({"counterfactual": "reversed"}, weights=reverse),
     "identity": Dense({"counterfactual": "identity"}, weights=look_at_itself),
+    "weights": Dense({"weights": {-4: 0.7, -3: 0.3}}, row=given_row),
+    "gates of heads": Dense({"gate": torch.tensor([[0.25]])}, output=lambda z: 0.25 * z),
+    "gates of queries": Dense({"gate": torch.tensor([[0.25, -0.5]])}, output=gate_by_query),
     "redistribution": Dense(
         {"take": "start", "give": [-3, -2], "keep_fraction": 0.25}, weights=give_to_the_last_two
     ),
@@ -111,6 +128,7 @@ def attention_by_hand(hf: Any, case: Dense, layer: int, head: int) -> Iterator[N
             total = p.sum(-1, keepdim=True)
             p = torch.where(rows, total * case.weights(p / total, visible.to(p).expand_as(p)), p)
         p = p if case.cells is None else torch.where(acts, case.cells(p), p)
+        p = p if case.row is None else torch.where(rows, case.row(p), p)
         out = p @ v
         out = out if case.output is None else torch.where(rows, case.output(out), out)
         return out.transpose(1, 2).contiguous(), None
@@ -147,6 +165,7 @@ def softmax_by_hand(hf: Any, case: Dense, layer: int, head: int, attention: str)
         p = softmax(z, dim=-1)
         if case.weights is not None:
             p = torch.where(rows, case.weights(p, seen), p)
+        p = p if case.row is None else torch.where(rows, case.row(p), p)
         return p if case.cells is None else torch.where(rows & columns, case.cells(p), p)
 
     def attend(
@@ -171,8 +190,12 @@ def softmax_by_hand(hf: Any, case: Dense, layer: int, head: int, attention: str)
             handle.remove()
 
 
-def edit_of(case: Dense, layer: int, head: int) -> AttentionEdit:
+def edit_of(case: Dense, layer: int, head: int, n_heads: int = 4) -> AttentionEdit:
     fields = dict(case.fields)
+    if isinstance(gate := fields.get("gate"), Tensor):  # those of other heads do not act
+        fields["gate"] = torch.full((n_heads, gate.shape[1]), 9.0)
+        fields["gate"][head] = gate[0]
+        fields["gate"] = fields["gate"][:, 0] if gate.shape[1] == 1 else fields["gate"]
     if "replacement" in fields:
         fields["replacement"] = torch.full((1,), fields["replacement"])  # every channel
     return AttentionEdit(queries=QUERIES, layers=layer, heads=[head], **fields)
@@ -189,7 +212,7 @@ def test_every_field_equals_dense_attention_in_an_untouched_model(word_tokenizer
     layer, head = model.attention_layers[-1], model.n_heads - 1
     own = OWN_ATTENTION.get(family)
     cases = {k: c for k, c in CASES.items() if own is None or not (c.logits or c.output)}
-    edits = {name: edit_of(case, layer, head) for name, case in cases.items()}
+    edits = {name: edit_of(case, layer, head, model.n_heads) for name, case in cases.items()}
     for engine in ("auto", "naive"):
         frame = interp.edit(model, PAIRS, edits, engine=engine, show_progress=False).frame()
         frame = frame.sort_values("example")

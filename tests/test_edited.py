@@ -68,7 +68,7 @@ def patched_by_hand(hf: Any, model: interp.Model, case: Any, layer: int, head: i
     return (logits[:, answer] - logits[:, foil]).numpy()
 
 
-@pytest.mark.parametrize("name", ["knockout", "uniform", "gate", "knockout after", "redistribution"])
+@pytest.mark.parametrize("name", ["knockout", "uniform", "gate", "knockout after", "redistribution", "weights"])
 def test_a_patch_under_an_edit_is_a_patch_of_the_edited_model(llama: interp.Model, hf: Any, name: str) -> None:
     case, sites = CASES[name], llama.sites("z", layers=[0, 1], heads=[0, 1])
     unedited = interp.patch(llama, PAIRS, sites, show_progress=False).frame()
@@ -125,12 +125,17 @@ SEVERAL_KINDS = (
     AttentionEdit(keys=0, bias=1.0),  # acts on all of these rows
 )
 RANDOM = (AttentionEdit(counterfactual="random", seed=1, heads=[0, 2]),)
+ROWS = (
+    AttentionEdit(queries=[-2, -1], heads=[1], weights={1: 0.25, 2: 0.5, 3: 0.25}),
+    AttentionEdit(gate=torch.linspace(-1, 1, 4 * 7).view(4, 7), layers=1),
+    AttentionEdit(gain=2.0, renormalise=False, heads=[0]),
+)  # of 7 tokens
 COUNTING = (AttentionEdit(counterfactual="uniform", renormalise=False, heads=[1]),)  # 1 / number of all keys
 
 
 @pytest.mark.parametrize(
     "edits",
-    [(edit_of(CASES["knockout"], 0, 1),), (edit_of(CASES["redistribution"], 1, 0),), SEVERAL_KINDS, RANDOM],
+    [(edit_of(CASES["knockout"], 0, 1),), (edit_of(CASES["redistribution"], 1, 0),), SEVERAL_KINDS, RANDOM, ROWS],
 )
 def test_statistics_are_those_of_the_edited_attention(llama: interp.Model, edits: tuple[AttentionEdit, ...]) -> None:
     prompts = [interp.Prompt(p.clean, p.spans) for p in PAIRS]
@@ -155,7 +160,7 @@ def test_statistics_are_those_of_the_edited_attention(llama: interp.Model, edits
     assert llama.backend_report()["dense_because"].str.contains("hook_pattern").all()
 
 
-@pytest.mark.parametrize("edits", [RANDOM, COUNTING, SEVERAL_KINDS])
+@pytest.mark.parametrize("edits", [RANDOM, COUNTING, SEVERAL_KINDS, ROWS])
 def test_packed_cells_equal_full_forwards(llama: interp.Model, edits: tuple[AttentionEdit, ...]) -> None:
     sites = llama.sites("z", heads=1, positions=[1, 3, -1]) | llama.sites("k", layers=0, positions=2)
     patched = []
@@ -166,7 +171,7 @@ def test_packed_cells_equal_full_forwards(llama: interp.Model, edits: tuple[Atte
     np.testing.assert_allclose(*patched, atol=1e-6)
 
 
-@pytest.mark.parametrize("edits", [RANDOM, COUNTING])
+@pytest.mark.parametrize("edits", [RANDOM, COUNTING, ROWS])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_prompt_has_the_same_numbers_in_any_batch(llama: interp.Model, edits: Any, side: str) -> None:
@@ -184,7 +189,10 @@ def test_a_prompt_has_the_same_numbers_in_any_batch(llama: interp.Model, edits: 
         torch.testing.assert_close(logits[:, width], alone, atol=1e-5, rtol=1e-5)  # positions are rounded
 
 
-@pytest.mark.parametrize("name", ["knockout", "uniform", "reversed", "redistribution", "factor", "replacement"])
+@pytest.mark.parametrize(
+    "name",
+    ["knockout", "uniform", "reversed", "redistribution", "factor", "replacement", "weights", "gates of queries"],
+)
 def test_gradients_are_those_of_the_edited_attention(llama: interp.Model, hf: Any, name: str) -> None:
     case, ids = CASES[name], torch.tensor([llama.coder.encode(p.clean) for p in PAIRS])
     with attention_by_hand(hf, case, LAYER, HEAD):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 import interp
 from interp.errors import InterpError, PromptError
 from interp.model.dense_edits import cells_of
+from interp.model.edit_tables import CallSize, edit_arguments
 from interp.model.hooks import hooks
-from interp.model.layer_edits import CallSize, LayerEdit, edit_arguments
+from interp.model.layer_edits import LayerEdit
 
 PAIRS = [interp.PromptPair(f"w{a} w5 w{b} w6 w7", "w8 w5 w9 w6 w7", "w95", "w96") for a in (1, 2) for b in (3, 4)]
 

@@ -32,12 +32,15 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "knock_out": ({"keys": "name", "window": 1}, lambda m, s: interp.knock_out(m, PAIRS, "name", window=1)),
     "edit": (
         {"edit": {"cut": "knockout queries=-1 keys=name", "even": ["counterfactual=uniform layers=1"],
-                  "blind": "close=*>name layers=0-1"}},
+                  "blind": "close=*>name layers=0-1",
+                  "both": ["site=z.L1H2 tokens=name set=0.5", "weights=name=0.75,0=0.25 queries=-1"]}},
         lambda m, s: interp.edit(
             m, PAIRS, {
                 "cut": interp.AttentionEdit(queries=-1, keys="name", knockout=True),
                 "even": interp.AttentionEdit(layers=1, counterfactual="uniform"),
                 "blind": interp.AttentionMask(close=[(None, "name")], layers=range(2)),
+                "both": [interp.Write("z.L1H2", "name", set=0.5),
+                         interp.AttentionEdit(queries=-1, weights={"name": 0.75, 0: 0.25})],
             },
         ),
     ),

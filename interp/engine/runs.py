@@ -97,7 +97,9 @@ def is_change(write: CellWrite, run: Run) -> bool:
 
     The run holds the write's component.
     """
-    return write.value is None or not torch.equal(write.value, run.value(write.site, write.start, write.stop))
+    if write.how == "add":
+        return write.value is None or bool(write.value.any())
+    return write.value is None or bool((write.value != run.value(write.site, write.start, write.stop)).any())
 
 
 @dataclass

@@ -6,12 +6,22 @@ Its fields are those of `headstats.Edit`, where each is defined.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from interp.errors import InterpError
-from interp.interventions.words import read_flag, read_items, read_tokens, say, written
+from interp.interventions.distributions import as_gate, as_weights, by_name
+from interp.interventions.words import (
+    parse_fields,
+    read_flag,
+    read_items,
+    read_shares,
+    read_tokens,
+    say,
+    shortened,
+    written,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +32,7 @@ Counterfactual = Literal["uniform", "reversed", "shuffled", "random", "identity"
 COUNTERFACTUALS = ("uniform", "reversed", "shuffled", "random", "identity")
 RANGES = {"gain": (0.0, math.inf), "temperature": (0.0, math.inf), "keep_fraction": (0.0, 1.0)}
 ON_CELLS = ("logit_factor", "logit_raise", "bias", "gain")  # scalars that act on pairs of a query and a key
-ON_ROWS = ("temperature", "gate")  # scalars that act on whole rows of a head
+OF_WEIGHTS = frozenset({*ON_CELLS, "temperature", "knockout", "counterfactual", "take"})  # change attention weights
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,9 +51,16 @@ class AttentionEdit:
     ``logit_raise`` (z → z + raise · |z|), ``bias`` (added to the logit, in nats), ``gain`` (≥ 0; multiplies the weight)
     and ``knockout``. ``renormalise``: whether gain, knockout and counterfactual act before the softmax, so that the row
     keeps its sum. On rows: ``temperature`` (> 0), ``counterfactual`` (another distribution over the visible keys, for
-    ``seed``), ``gate`` (multiplies the head's output) and ``replacement`` ([d_v] or [heads, d_v]; takes the place of
-    the output, mixed by the gate). ``take``, ``give``, ``keep_fraction``: tokens whose weight is kept to that fraction;
-    what they lose goes to the tokens of ``give``. ``phase``: only while the prompt is read, or only while decoding.
+    ``seed``), ``weights`` (the row becomes this distribution), ``gate`` (multiplies the head's output) and
+    ``replacement`` ([d_v] or [heads, d_v]; takes the place of the output, mixed by the gate). ``take``, ``give``,
+    ``keep_fraction``: tokens whose weight is kept to that fraction; what they lose goes to the tokens of ``give``.
+    ``phase``: only while the prompt is read, or only while decoding.
+
+    ``weights`` are numbers of at least 0 that sum to 1: by position or span (``{"S1": 0.5, -4: 0.5}``, spread evenly
+    over a span's tokens), or one for each token of the prompt. A learned sink then takes nothing. They are refused on
+    keys that a query does not see. ``gate`` is a number, or a tensor (used without its gradient): [heads of the layer],
+    or [heads of the layer, queries] with a column for each token of ``queries`` (None: of the prompt), in the order of
+    the prompt. Tokens decoded later have no column and are not gated.
 
     Raises InterpError for a field out of range, fields that exclude each other, and an edit that changes nothing.
     """
@@ -64,7 +81,8 @@ class AttentionEdit:
     take: Tokens | None = None
     give: Tokens | None = None
     keep_fraction: float | None = None
-    gate: float | None = None
+    weights: Mapping[int | str, float] | Sequence[float] | Tensor | None = None
+    gate: float | Tensor | None = None
     replacement: Tensor | None = None
     phase: Literal["prompt", "decoding"] | None = None
 
@@ -73,8 +91,11 @@ class AttentionEdit:
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str | range | tuple):
                 object.__setattr__(self, name, tuple(value))  # an iterator can be read once
-        for name in (*ON_CELLS, *ON_ROWS, "keep_fraction"):
-            _check_number(name, getattr(self, name))
+        object.__setattr__(self, "weights", as_weights(self.weights))
+        object.__setattr__(self, "gate", as_gate(self.gate))
+        for name in (*ON_CELLS, "temperature", "keep_fraction", "gate"):
+            if name != "gate" or not self.has_gates:
+                _check_number(name, getattr(self, name))
         if self.counterfactual is not None and self.counterfactual not in COUNTERFACTUALS:
             raise InterpError(
                 f"AttentionEdit(counterfactual={self.counterfactual!r}): one of "
@@ -87,6 +108,7 @@ class AttentionEdit:
                 f"AttentionEdit(queries={self.queries!r}, phase='decoding'): queries name tokens of the prompt, and "
                 "only tokens decoded later change: leave queries out"
             )
+        self._check_rows()
         redistribution = [name for name in ("take", "give", "keep_fraction") if getattr(self, name) is None]
         if 0 < len(redistribution) < 3:
             raise InterpError(
@@ -106,6 +128,37 @@ class AttentionEdit:
                 f"AttentionEdit: keys={self.keys!r} is set, but {' and '.join(self.changes)} act on whole rows"
             )
 
+    def _check_rows(self) -> None:
+        """Raise InterpError for weights beside other changes of weights, and gates of tokens that are not known."""
+        if self.weights is not None and (others := [name for name in self.changes if name in OF_WEIGHTS]):
+            raise InterpError(
+                f"AttentionEdit: weights overwrites whole rows, so {' and '.join(others)} would have no effect: give "
+                "one of them"
+            )
+        if self.phase == "decoding" and getattr(self.gate, "ndim", 0) == 2:
+            raise InterpError(
+                "AttentionEdit(gate=…, phase='decoding'): gates by query belong to tokens of the prompt; give a number "
+                "or [heads of the layer]"
+            )
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether ``gate`` is a tensor, by head and perhaps by query."""
+        return hasattr(self.gate, "shape")
+
+    @property
+    def single_gate(self) -> float | None:
+        """The gate, if it is a number or a tensor of equal numbers."""
+        if not self.has_gates:
+            return self.gate  # pyright: ignore[reportReturnType]
+        gates: Any = self.gate
+        return float(gates.flatten()[0]) if bool((gates == gates.flatten()[0]).all()) else None
+
+    @property
+    def silences(self) -> bool:
+        """Whether the output of its heads becomes 0 in its rows, whatever else it sets."""
+        return self.single_gate == 0 and self.replacement is None
+
     @classmethod
     def parse(cls, text: str) -> AttentionEdit:
         """Read an edit as it is written on the command line and in configs; ``text`` of an edit is read back.
@@ -115,20 +168,7 @@ class AttentionEdit:
 
         Fields are separated by spaces, the items of a list by commas. Raises InterpError for anything else.
         """
-        values: dict[str, Any] = {}
-        for word in text.split():
-            name, equals, value = word.partition("=")
-            read = READERS.get(name)
-            if read is None or name in values or not (equals or name == "knockout"):
-                raise InterpError(
-                    f"cannot read {word!r} in the attention edit {text!r}: fields are written name=value, once each, "
-                    f"separated by spaces; they are {', '.join(READERS)}"
-                )
-            try:
-                values[name] = read(value or "true")
-            except ValueError:
-                raise InterpError(f"cannot read {word!r} in the attention edit {text!r}: bad value") from None
-        return cls(**values)
+        return cls(**parse_fields(text, READERS, "attention edit", bare=("knockout",)))
 
     @property
     def text(self) -> str:
@@ -138,6 +178,7 @@ class AttentionEdit:
             value = getattr(self, field.name)
             if value is field.default or (field.name == "seed" and value == 0):
                 continue
+            value = by_name(value) if field.name == "weights" else value
             words.append("knockout" if field.name == "knockout" else f"{field.name}={written(value)}")
         return " ".join(words)
 
@@ -148,7 +189,7 @@ class AttentionEdit:
     def changes(self) -> tuple[str, ...]:
         """Names of the fields that this edit sets, in the order in which they act."""
         order = ("logit_factor", "logit_raise", "temperature", "bias", "gain", "knockout", "counterfactual", "take")
-        values = {name: getattr(self, name) for name in (*order, "gate", "replacement")}
+        values = {name: getattr(self, name) for name in (*order, "weights", "gate", "replacement")}
         return tuple(name for name, value in values.items() if value is not None and value is not False)
 
     def __str__(self) -> str:
@@ -161,6 +202,11 @@ class AttentionEdit:
                 words.append(f"replaces the output by a vector of {list(value.shape)}")
             elif name == "knockout":
                 words.append("cuts")
+            elif name == "weights":
+                shares = ", ".join(f"{share:g} on {name}" for name, share in by_name(value).items())
+                words.append(f"sets weights to {shortened(shares)}")
+            elif name == "gate" and self.has_gates:
+                words.append(f"gates by {'head' if value.ndim == 1 else 'head and query'}")
             else:
                 words.append(f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}")
         where = f"queries {say(self.queries)}" + ("" if self.keys is None else f" → keys {say(self.keys)}")
@@ -173,7 +219,7 @@ READERS = {
     "queries": read_tokens, "keys": read_tokens, "layers": read_items, "heads": read_items, "knockout": read_flag,
     "gain": float, "bias": float, "logit_factor": float, "logit_raise": float, "renormalise": read_flag,
     "temperature": float, "counterfactual": str, "seed": int, "take": read_tokens, "give": read_tokens,
-    "keep_fraction": float, "gate": float, "phase": str,
+    "keep_fraction": float, "weights": read_shares, "gate": float, "phase": str,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError
-from interp.interventions.words import read_flag, read_items, read_tokens, say, written
+from interp.interventions.words import parse_fields, read_flag, read_items, read_tokens, say, written
 
 if TYPE_CHECKING:
     from interp.sites import Tokens
@@ -140,20 +140,7 @@ class AttentionMask:
         The items of a list are separated by commas, the tokens of one item by ``+``. Raises InterpError for anything
         else.
         """
-        values: dict[str, Any] = {}
-        for word in text.split():
-            name, equals, value = word.partition("=")
-            read = READERS.get(name)
-            if read is None or name in values or not equals:
-                raise InterpError(
-                    f"cannot read {word!r} in the attention mask {text!r}: fields are written name=value, once each, "
-                    f"separated by spaces; they are {', '.join(READERS)}"
-                )
-            try:
-                values[name] = read(value)
-            except ValueError:
-                raise InterpError(f"cannot read {word!r} in the attention mask {text!r}: bad value") from None
-        return cls(**values)
+        return cls(**parse_fields(text, READERS, "attention mask"))
 
     @property
     def text(self) -> str:

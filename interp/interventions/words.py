@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from interp.errors import InterpError
 
 if TYPE_CHECKING:
     from interp.sites import Tokens
+
+
+def parse_fields(
+    text: str, readers: Mapping[str, Callable[[str], Any]], what: str, bare: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Read ``name=value`` fields, separated by spaces; those of ``bare`` may be written without a value, as true.
+
+    Raises InterpError for a name that has no reader, a repeated one, and a value that its reader refuses.
+    """
+    values: dict[str, Any] = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        read = readers.get(name)
+        if read is None or name in values or not (equals or name in bare):
+            raise InterpError(
+                f"cannot read {word!r} in the {what} {text!r}: fields are written name=value, once each, separated by "
+                f"spaces; they are {', '.join(readers)}"
+            )
+        try:
+            values[name] = read(value or "true" if name in bare else value)
+        except ValueError:
+            why = "tensors are given in Python alone" if value.startswith("<") else "bad value"
+            raise InterpError(f"cannot read {word!r} in the {what} {text!r}: {why}") from None
+    return values
 
 
 def read_flag(text: str) -> bool:
@@ -40,17 +66,35 @@ def read_tokens(text: str) -> Tokens:
     return items[0] if len(items) == 1 else items
 
 
+def read_shares(text: str) -> dict[int | str, float]:
+    """Read numbers by position or span: ``S1=0.5,-4=0.5``."""
+    shares: dict[int | str, float] = {}
+    for item in text.split(","):
+        name, equals, share = item.rpartition("=")
+        if not (name and equals) or name in shares:
+            raise ValueError
+        shares[int(name) if re.fullmatch(r"-?\d+", name) else name] = float(share)
+    return shares
+
+
 def written(value: Any) -> str:
     """Write a value in the form that these functions read."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float | str):
         return format(value, ".17g") if isinstance(value, float) else str(value)
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={written(float(share))}" for name, share in value.items())
     if hasattr(value, "shape"):
         return f"<{'×'.join(map(str, value.shape))}>"
     if isinstance(value, range) and value.step == 1 and len(value) > 1 and value.start >= 0:
         return f"{value.start}-{value.stop - 1}"
     return ",".join(f"L{x[0]}H{x[1]}" if isinstance(x, tuple) else str(x) for x in value)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Cut a text that is longer than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def say(tokens: Any) -> str:

@@ -97,7 +97,7 @@ def needed_masks(call: AttentionCall, keys: int) -> AttentionCall:
 def _changes(call: AttentionCall, masks: Sequence[LayerMask], keys: int, window: int | None) -> bool:
     """Whether masks open a cell that causality, the window or the call's bias hides, or hide one that they may show."""
     tables = call.mask_tables(masks, keys)
-    if call.bias is not None and bool(tables.opened.any()) and bool(_is_hidden(call.bias).any()):
+    if call.bias is not None and bool(tables.opened.any()) and bool(is_hidden(call.bias).any()):
         return True  # the bias is the mask of the model or of the caller
     return any(tables.changing(call.causal, window))
 
@@ -175,14 +175,14 @@ def dense_masks(call: AttentionCall, keys: int) -> AttentionCall:
         seen, bias = seen.to(device), torch.zeros(1, 1, 1, device=device, dtype=call.q.dtype)
         if call.bias is not None:
             bias = call.bias[i if call.bias.shape[0] > 1 else 0].to(call.q.dtype)
-            shut = _is_hidden(bias)
+            shut = is_hidden(bias)
             padded = shut.all(-2, keepdim=True)  # keys that no query sees
             seen, bias = (seen & ~shut | opened) & ~padded, bias.masked_fill(shut, 0)
         biases.append(bias.masked_fill(~((seen | opened if call.bias is None else seen) & ~hidden), -torch.inf))
     return replace(call, causal=False, window=None, bias=torch.stack(biases), edits=_without_masks(call))
 
 
-def _is_hidden(bias: Tensor) -> Tensor:
+def is_hidden(bias: Tensor) -> Tensor:
     """Which cells a bias hides, as headstats reads it."""
     return bias <= max(torch.finfo(bias.dtype).min, -1e30)
 

@@ -14,7 +14,8 @@ from headstats.edits import hash_noise
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.model.layer_edits import LayerEdit
+from interp.model.edit_tables import CallSize, gate_numbers
+from interp.model.layer_edits import LayerEdit, hidden_weight
 
 Pattern = Float[Tensor, "heads query key"]
 Masks = Bool[Tensor, "heads query key"]
@@ -96,10 +97,12 @@ class DenseEdits:
         return z
 
     def change_pattern(self, p: Pattern, visible: Masks) -> Pattern:
-        """Apply counterfactuals, then gains and knock-outs of weights, then redistribution."""
+        """Apply counterfactuals and given weights, then gains and knock-outs of weights, then redistribution."""
         for e, rows in zip(self.edits, self.rows, strict=True):
             if e.edit.counterfactual is not None:
                 p = torch.where(rows, self._lay_out(e, p, visible), p)
+            if e.targets:
+                p = torch.where(rows, self._distribution(e, p, rows & ~visible), p)
         for e, cells in zip(self.edits, self.cells, strict=True):
             if not e.edit.renormalise and e.edit.gain is not None:
                 p = torch.where(cells, p * e.edit.gain, p)
@@ -116,13 +119,25 @@ class DenseEdits:
         for e, rows in zip(self.edits, self.rows, strict=True):
             if e.edit.gate is None and e.edit.replacement is None:
                 continue
-            gate = 0.0 if e.edit.gate is None else e.edit.gate
+            gate: Any = 0.0 if e.edit.gate is None else e.edit.gate
+            if e.edit.has_gates:
+                gate = gate_numbers(e, CallSize(*self.size)).to(z)[..., None]
             changed = gate * z
             if e.edit.replacement is not None:
                 value = e.edit.replacement.to(z)
                 changed = changed + (1 - gate) * (value[:, None] if value.ndim == 2 else value)
             z = torch.where(rows, changed, z)
         return z
+
+    def _distribution(self, e: LayerEdit, p: Pattern, hidden: Masks) -> Pattern:
+        """The weights that an edit gives to every row. Raises InterpError for weight on ``hidden`` keys."""
+        new = torch.zeros_like(p)
+        for key, share in zip(e.targets, e.shares, strict=True):
+            blind = hidden.any(0)[:, key].nonzero()[:, 0].tolist() if 0 <= key < p.shape[-1] else [0]
+            if blind:
+                raise hidden_weight(e, self.first + blind[0], key)
+            new[..., key] = share
+        return new
 
     def _lay_out(self, e: LayerEdit, p: Pattern, visible: Masks) -> Pattern:
         """Another distribution over the visible keys; see the table in headstats' Edit.

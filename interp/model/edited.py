@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from interp.errors import InterpError, ModelError, PromptError
-from interp.interventions import AttentionChange, AttentionEdit, AttentionMask
+from interp.interventions import AttentionChange, AttentionEdit, AttentionMask, Write
 from interp.model.attention_call import AttentionCall
 from interp.model.generation_hooks import Watch, watched
 from interp.model.layer_edits import LayerEdit, refuse_clashes, shifted
 from interp.model.layer_masks import LayerMask
 from interp.model.loaded_model import LoadedModel
-from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, layer_edits
+from interp.model.resolve_edits import HeadsByLayer, edited_rows, heads_by_layer, key_rows, layer_edits
 from interp.model.resolve_masks import layer_masks
 from interp.prompts.embeddings import Embeddings
 from interp.prompts.pairs import Span
@@ -141,13 +141,9 @@ class EditedForwards:
         queries = range(FOR_EVER) if edit.queries is None and edit.phase is None else rows["queries"]
         return layer_edits(edit, heads, {**rows, "queries": queries, **self._keys(edit, ids)})
 
-    def _keys(self, edit: AttentionEdit, ids: Ids) -> dict[str, Sequence[int]]:
-        rows = edited_rows(replace(edit, phase=None, queries=None), self._names_of(ids))
-        assert rows is not None
-        return {
-            **{k: v for k, v in rows.items() if k != "queries"},
-            **({"keys": range(FOR_EVER)} if edit.keys is None else {}),
-        }
+    def _keys(self, edit: AttentionEdit, ids: Ids) -> dict[str, Sequence[Any]]:
+        rows = key_rows(edit, self._names_of(ids))
+        return {**rows, "keys": range(FOR_EVER)} if edit.keys is None else rows
 
     def _names_of(self, ids: Ids) -> TokenNames:
         if ids in self.names:
@@ -279,8 +275,8 @@ def _names_spans(edit: AttentionChange) -> bool:
     """Whether an edit or a mask names tokens by a span."""
     if isinstance(edit, AttentionMask):
         return edit.names_spans
-    for name in ("queries", "keys", "take", "give"):
-        tokens = getattr(edit, name)
+    named = [*edit.weights] if isinstance(edit.weights, Mapping) else ()
+    for tokens in (edit.queries, edit.keys, edit.take, edit.give, tuple(named)):
         if isinstance(tokens, str) or (isinstance(tokens, tuple) and any(isinstance(t, str) for t in tokens)):
             return True
     return False
@@ -289,7 +285,7 @@ def _names_spans(edit: AttentionChange) -> bool:
 def _rows_of(by_layer: Mapping[int, Sequence[LayerEdit | LayerMask]]) -> list[Any]:
     """The token rows of edits, to compare them."""
     return [
-        (layer, e.rules if isinstance(e, LayerMask) else (e.queries, e.keys, e.take, e.give))
+        (layer, e.rules if isinstance(e, LayerMask) else (e.queries, e.keys, e.take, e.give, e.targets, e.shares))
         for layer, edits in by_layer.items()
         for e in edits
     ]
@@ -314,7 +310,8 @@ def edited(model: LoadedModel, edits: Iterable[AttentionChange]) -> Iterator[Edi
     """Edit every forward inside the block; see `Model.edited`."""
     several = list(edits)
     if wrong := [e for e in several if not isinstance(e, AttentionEdit | AttentionMask)]:
-        raise InterpError(f"model.edited takes AttentionEdits and AttentionMasks, got {wrong[0]!r:.60}")
+        hint = " (interp.edit takes writes, beside edits and masks)" if isinstance(wrong[0], Write) else ""
+        raise InterpError(f"model.edited takes AttentionEdits and AttentionMasks{hint}, got {wrong[0]!r:.60}")
     if model.stacks or model.reads == "images":
         raise PromptError(f"{model.name}: attention edits need a model that reads one sequence of tokens")
     with model.session, ExitStack() as stack:

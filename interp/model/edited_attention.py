@@ -14,15 +14,9 @@ from torch import Tensor
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall, rows_unknown
 from interp.model.dense_edits import real_keys
-from interp.model.layer_edits import (
-    TABLES,
-    CallSize,
-    LayerEdit,
-    compatible_groups,
-    edit_arguments,
-    select_rows,
-    shifted,
-)
+from interp.model.edit_tables import TABLES, CallSize, edit_arguments, select_rows
+from interp.model.layer_edits import LayerEdit, compatible_groups, shifted
+from interp.model.overwritten_rows import check_seen
 
 NO_STATISTICS = headstats.StatSpec.none()
 BY_SEGMENT = tuple(name for name, s in BY_NAME.items() if s.argument == "k_segments")
@@ -84,7 +78,7 @@ def weight_options(call: AttentionCall) -> dict[str, Any]:
             f"layer {call.layer}: its attention edits need more than one call of the kernel (they differ in "
             "renormalise, counterfactual or seed), so its pattern cannot be shown: use one block for each"
         )
-    size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
+    size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n, call.sinks is not None)
     return {**options, **edit_arguments(groups[0].edits, size, call.q.device, call.q.dtype)}
 
 
@@ -100,7 +94,8 @@ def _attend_edited(
     if (call.q.shape[0] > 1 or call.key_padding is not None) and any(_knows_its_row(e) for r in edits for e in r):
         return _attend_each_alone(call, spec, backend, more)
     n = call.k.shape[2] + (more["prefix"][0].shape[2] if more.get("prefix") is not None else 0)
-    size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n)
+    check_seen(call, n)
+    size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n, call.sinks is not None)
     plain, groups = replace(call, edits=()), compatible_groups(edits)
     spans, more = more.get("k_segments"), {name: x for name, x in more.items() if name != "k_segments"}
     if spec is not None:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from interp.errors import InterpError, SiteError
+from torch import Tensor
+
+from interp.errors import InterpError, PromptError, SiteError
 from interp.interventions import AttentionChange, AttentionEdit, AttentionMask
-from interp.model.layer_edits import LayerEdit
+from interp.model.layer_edits import LayerEdit, hidden_weight
 from interp.model.loaded_model import LoadedModel
 from interp.prompts.positions import NamedTokens, token_rows
 from interp.results.attention_patterns import as_head
@@ -21,6 +23,11 @@ def heads_by_layer(model: LoadedModel, edit: AttentionChange) -> HeadsByLayer:
 
     Raises SiteError for a layer or a head that the model does not have, and for a layer without softmax attention.
     """
+    if isinstance(edit, AttentionEdit) and isinstance(edit.gate, Tensor) and len(edit.gate) != model.n_heads:
+        raise SiteError(
+            f"AttentionEdit(gate=…) has shape {list(edit.gate.shape)}, one for each head of a layer first, and "
+            f"{model.name} has {model.n_heads} heads"
+        )
     attention_layers = model.attention_layers
     layers = attention_layers if edit.layers is None else _layers(model, edit.layers)
     if isinstance(edit, AttentionMask) or edit.heads is None:
@@ -66,21 +73,69 @@ def _head(item: Any) -> tuple[int | None, int]:
     raise SiteError(f"{item!r} is no head: write its number, 'L9H6', (9, 6) or a site of z")
 
 
-def edited_rows(edit: AttentionEdit, prompt: NamedTokens) -> dict[str, Sequence[int]] | None:
+def edited_rows(edit: AttentionEdit, prompt: NamedTokens) -> dict[str, Sequence[Any]] | None:
     """Return the token rows of one prompt that an edit names, by the field of `LayerEdit`.
 
     None if the edit only acts while decoding. Raises PromptError for tokens that the prompt does not have.
     """
     if edit.phase == "decoding":
         return None
-    named = {name: getattr(edit, name) for name in ("queries", "keys", "take", "give")}
-    return {
+    queries = token_rows(edit.queries, prompt, f"AttentionEdit(queries={edit.queries!r})")
+    gate = edit.gate
+    if isinstance(gate, Tensor) and gate.ndim == 2 and gate.shape[1] != len(queries):
+        raise PromptError(
+            f"AttentionEdit(gate=…) has shape {list(gate.shape)}, [heads of the layer, queries], and the edit has "
+            f"{len(queries)} queries in this prompt of {len(prompt.tokens)} tokens"
+        )
+    return {"queries": queries, **key_rows(edit, prompt)}
+
+
+def key_rows(edit: AttentionEdit, prompt: NamedTokens) -> dict[str, Sequence[Any]]:
+    """Return the rows of keys that an edit names, by the field of `LayerEdit`, and its weights there.
+
+    Raises PromptError for tokens that the prompt does not have.
+    """
+    named = {name: getattr(edit, name) for name in ("keys", "take", "give")}
+    rows: dict[str, Sequence[Any]] = {
         name: token_rows(tokens, prompt, f"AttentionEdit({name}={tokens!r})")
         for name, tokens in named.items()
-        if tokens is not None or name in ("queries", "keys")
+        if tokens is not None or name == "keys"
     }
+    if edit.weights is None:
+        return rows
+    shares = _shares(edit.weights, prompt)
+    total = sum(shares)
+    targets = tuple(row for row, share in enumerate(shares) if share > 0)
+    return {**rows, "targets": targets, "shares": tuple(shares[row] / total for row in targets)}
 
 
-def layer_edits(edit: AttentionEdit, by_layer: HeadsByLayer, rows: Mapping[str, Sequence[int]]) -> list[LayerEdit]:
+def _shares(weights: Mapping[int | str, float] | Sequence[float] | Tensor, prompt: NamedTokens) -> Sequence[float]:
+    """Return the weight of every token of a prompt; that of a span is spread evenly over its tokens."""
+    n = len(prompt.tokens)
+    if not isinstance(weights, Mapping):
+        if len(weights) != n:
+            raise PromptError(
+                f"AttentionEdit(weights=…) has {len(weights)} numbers, one for each token, and the prompt has {n} "
+                f"tokens {list(prompt.tokens)}"
+            )
+        return [float(share) for share in weights]
+    shares = [0.0] * n
+    for name, share in weights.items():
+        rows = token_rows(name, prompt, f"AttentionEdit(weights={dict(weights)!r})")
+        for row in rows:
+            shares[row] += share / len(rows)
+    return shares
+
+
+def layer_edits(edit: AttentionEdit, by_layer: HeadsByLayer, rows: Mapping[str, Sequence[Any]]) -> list[LayerEdit]:
     """Return an edit's changes of several layers, on the token rows of one prompt."""
     return [LayerEdit(layer, edit, heads=heads, **rows) for layer, heads in by_layer.items()]
+
+
+def check_order(model: LoadedModel, edits: Sequence[LayerEdit]) -> None:
+    """Raise InterpError, before any forward, for weights on keys after a query, in models that read left to right."""
+    if model.reads != "text" or model.masked or model.stacks or model.headless:
+        return
+    for e in edits:
+        if e.targets and max(e.targets) > e.start:
+            raise hidden_weight(e, e.start, max(e.targets))

@@ -230,10 +230,11 @@ RECIPES = {
         ),
         Recipe(
             "edit", "editing:edit",
-            "Attention edits: change how queries read keys (cut, sharpen, even out, redistribute, gate).",
+            "Attention edits: change how queries read keys (cut, sharpen, even out, overwrite, redistribute, gate).",
             (
                 Option("edit", EDITS, "'name: fields', e.g. 'cut: knockout queries=-1 keys=subject layers=8-19', or of "
-                       "a mask, 'blind: close=*>subject'. May be repeated; edits of one name act at once.",
+                       "a mask, 'blind: close=*>subject', or of a write, 'off: site=z.L9H6@-1 set=0'. May be "
+                       "repeated; edits of one name act at once.",
                        keyword="edits", required=True),
                 Option("mode", MODE, "noise: edit the clean run; denoise: the corrupt run.", default="noise"),
                 Option("each", choice(*EDITED_ALONE), "Edit every layer or head alone. Default: all at once."),
