@@ -7,24 +7,25 @@ is given the same mask as a 4-D tensor, and no weight falls on a forbidden key. 
 weights (Llama with rotary positions and grouped queries, GPT-2), and read 24 random tokens, float32 on the CPU.
 
 Result (results/mask_catalogue.json): one mask says each of them, and none needs a dense table written by hand. Logits
-differ by at most 4e-6 and weights by at most 4e-7; the mass on forbidden keys is exactly 0. `model.backend_report()`
-tells which of them stay in the kernel, and which become an n×n bias there ("dense"; column "computed" of the file):
+differ by at most 4e-6 and weights by at most 4e-7; the mass on forbidden keys is exactly 0. All stay in the kernel, as
+tables over segments (column "computed" of the file). In prompts of more than 64 tokens, those that treat every token in
+its own way become an n×n bias ("dense"), and `model.backend_report()` says so:
 
-=======================  ===================================================  =============
-mask                     source                                               computed
-=======================  ===================================================  =============
-intra-document           packed documents, arXiv 2402.13991                   dense
-prefix-LM                arXiv 1910.10683                                     dense
-modality-mutual          AKI, arXiv 2503.02597: the image sees the question   dense
-frame-wise block-causal  TC-LLaVA, arXiv 2409.03206 (our reading)             dense
-SCAM                     ACDiT, arXiv 2412.07720, appendix C                  dense
-NXTP                     arXiv 2312.02142, the mask of training               dense
+=======================  ===================================================  ================
+mask                     source                                               beyond 64 tokens
+=======================  ===================================================  ================
+intra-document           packed documents, arXiv 2402.13991                   in the kernel
+prefix-LM                arXiv 1910.10683                                     in the kernel
+modality-mutual          AKI, arXiv 2503.02597: the image sees the question   in the kernel
+frame-wise block-causal  TC-LLaVA, arXiv 2409.03206 (our reading)             in the kernel
+SCAM                     ACDiT, arXiv 2412.07720, appendix C                  in the kernel
+NXTP                     arXiv 2312.02142, the mask of training               in the kernel
 tree                     SpecInfer, arXiv 2305.09781: ancestors only          dense
 window                   Longformer, arXiv 2004.05150                         in the kernel
-window and sinks         StreamingLLM, arXiv 2309.17453                       dense
-stride                   a token of four, at multiples of the distance        dense
+window and sinks         StreamingLLM, arXiv 2309.17453                       in the kernel
+stride                   a token of four, at multiples of the distance        in the kernel
 stride and window        sparse transformer, arXiv 1904.10509                 dense
-=======================  ===================================================  =============
+=======================  ===================================================  ================
 
 A mask says nothing of positions: methods that number tokens anew (depth in a tree, position in a label) need position
 ids of their own as well.

@@ -48,7 +48,7 @@ class Cell:
 
     run: int
     writes: tuple[CellWrite, ...] = ()
-    edits: tuple[LayerEdit | LayerMask, ...] = ()  # with a mask, only full forwards are exact
+    edits: tuple[LayerEdit | LayerMask, ...] = ()
 
     @property
     def changes(self) -> tuple[CellWrite | LayerEdit | LayerMask, ...]:
@@ -83,9 +83,9 @@ class Cell:
     def cannot_reach_logits(self, n_layers: int, length: int, read: Sequence[int] | None = None) -> bool:
         """Whether the logits of the rows in ``read`` (default: the last row) cannot depend on this cell.
 
-        This is so if nothing reads the rows that it changes. A mask may let any row read them.
+        This is so if nothing reads the rows that it changes. A mask may let earlier rows read them.
         """
-        if any(isinstance(e, LayerMask) for e in self.edits):
+        if any(isinstance(e, LayerMask) and e.opens_later for e in self.edits):
             return False
         if self.first_layer < n_layers - 1:  # it reaches every row from its first one on
             return (length - 1 if read is None else read[-1]) < self.first_row
@@ -108,7 +108,7 @@ def _comes_after_keys(change: CellWrite | LayerEdit | LayerMask) -> bool:
     """Whether a change leaves the keys and values of its block alone, and what other queries read of them."""
     if isinstance(change, CellWrite):
         return change.site.component in AFTER_KEYS
-    return isinstance(change, LayerEdit) and not change.counts_keys
+    return isinstance(change, LayerMask) or not change.counts_keys
 
 
 def entry_layer(site: Site) -> int:

@@ -45,6 +45,7 @@ Score = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [cells, vocab or co
 ROWS_PER_BATCH = 4096  # packed token rows per forward: fills the matrix products, keeps memory at ~100 MB
 LOGITS_PER_BATCH = 256  # cells whose full logits exist at the same time
 ENOUGH_TOKENS = 4  # a check on a prompt of so many tokens holds for all prompts
+OPENS_LATER = "an attention mask shows tokens what comes after them"
 CHECK_TOLERANCE = 1e-3  # relative to the logits' scale; float32 rounding is far below
 
 
@@ -126,6 +127,8 @@ class Engine:
         ``keep_kv``: store keys and values even where cells are full forwards, which do not need them. ``read``: the
         rows of each prompt whose logits are read, of the run and of cells in it (None: the last).
         """
+        if (edited := self.model.instrument.edited) is not None and edited.opens_later(prompts):
+            self.needs_full_forwards = OPENS_LATER
         if self.fast:
             self._decide(self._obstacle())
         if self.fast:
@@ -158,8 +161,6 @@ class Engine:
             return self.needs_full_forwards
         if self.model.hooks_added():
             return "hooks were added to the model, which may read or change other positions"
-        if self.model.instrument.edited is not None and self.model.instrument.edited.has_masks:
-            return "an attention mask of model.edited may show earlier tokens what comes after them"
         return None
 
     def unpackable(self) -> str | None:

@@ -14,20 +14,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.engine.packing import Piece
+from interp.model.apply_masks import apply_masks
 from interp.model.attention_call import AttentionCall
 from interp.model.edited_attention import attend
+from interp.model.instrument import Instrument
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask, masks_of
 
 SHARED_KEYS = 2048  # prefix keys × cells from which sharing the prefix is faster than copying it for every cell
 SHORT = 64  # up to so many keys, cells of other runs or with other first rows go into one joint call
 WASTED = 8192  # padding, in cells of attention patterns, that costs as much as another call
 
-EditsByRow = tuple[tuple[LayerEdit, ...], ...]  # the edits of each cell of a piece; empty if there are none
+EditsByRow = tuple[tuple[LayerEdit | LayerMask, ...], ...]  # of each cell of a piece; empty if there are none
 
 
 def packed_attention(
     like: AttentionCall,
-    backend: str,
+    instrument: Instrument,
     q: Float[Tensor, "query_rows heads d_head"],
     k: Float[Tensor, "key_rows kv_heads d_head"],
     v: Float[Tensor, "key_rows kv_heads d_value"],
@@ -37,9 +40,9 @@ def packed_attention(
 ) -> Float[Tensor, "query_rows heads d_value"]:
     """Compute attention for all packed rows.
 
-    ``like``: the layer's recorded call, for its window, scale and so on.  ``queries``: the pieces whose rows ``q``
-    holds.  ``keys``: for each of them the piece of the same cells whose rows ``k`` and ``v`` hold.  ``edits``: those
-    of a piece's cells.
+    ``like``: the layer's recorded call, without masks, for its window, scale and so on.  ``queries``: the pieces whose
+    rows ``q`` holds.  ``keys``: for each of them the piece of the same cells whose rows ``k`` and ``v`` hold.
+    ``edits``: those of a piece's cells.
     """
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     out[queries[-1].span.stop :] = 0  # padding rows
@@ -59,7 +62,10 @@ def packed_attention(
             like, q=q_part.transpose(1, 2), k=k_part.transpose(1, 2), v=v_part.transpose(1, 2), key_padding=None,
             bias=bias, edits=by_row,
         )  # fmt: skip
-        result = attend(call, backend=backend, **more).out.transpose(1, 2)
+        if any(map(masks_of, by_row)):
+            call, dense_because = apply_masks(call, stop)
+            instrument.record(like.layer).dense_because = dense_because
+        result = attend(call, backend=instrument.backend, **more).out.transpose(1, 2)
         first = 0
         for piece in (queries[i] for i in bundle):
             cells = len(piece.cells)

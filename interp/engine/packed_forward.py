@@ -35,6 +35,7 @@ from interp.engine.runs import Frame, Run
 from interp.model.attention_call import AttentionCall
 from interp.model.hooks import hooks
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask
 from interp.model.model import Model
 from interp.sites import COMPONENTS
 
@@ -175,7 +176,8 @@ class PackedForward:
         pieces = []
         for group in self.groups:
             n, resid = group.stop, group.run.resid[layer]
-            counts_keys = any(e.counts_keys for e in self._edits_of_run(layer, group.run))
+            edits = self._edits_of_run(layer, group.run)
+            counts_keys = any(isinstance(e, LayerEdit) and e.counts_keys for e in edits)
             narrow: dict[int, list[int]] = {}
             while group.waiting and self.cells[group.waiting[0]].first_layer <= layer:
                 i = group.waiting.pop(0)
@@ -349,8 +351,8 @@ class PackedForward:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, queries: list[Piece], keys: list[Piece]
     ) -> Float[Tensor, "rows heads d_value"]:
         """Compute attention of packed rows, each after its base run's shared prefix."""
-        like, backend = self.frame.calls[layer], self.model.instrument.backend
-        return packed_attention(like, backend, q, k, v, queries, keys, lambda piece: self._edits(layer, piece))
+        like, instrument = self.frame.calls[layer], self.model.instrument
+        return packed_attention(like, instrument, q, k, v, queries, keys, lambda piece: self._edits(layer, piece))
 
     def _edits(self, layer: int, piece: Piece) -> EditsByRow:
         """The edits of a piece's cells in a layer; empty if there are none."""
@@ -358,8 +360,8 @@ class PackedForward:
         edits = tuple((*base, *by_number.get(i, ())) for i in piece.cells)
         return edits if any(edits) else ()
 
-    def _edits_of_run(self, layer: int, run: Run) -> tuple[LayerEdit, ...]:
-        """The edits of `Model.edited` in a base run."""
+    def _edits_of_run(self, layer: int, run: Run) -> tuple[LayerEdit | LayerMask, ...]:
+        """The edits and masks of `Model.edited` in a base run."""
         edited = self.model.instrument.edited
         return () if edited is None else edited.of_prompt(run.ids).get(layer, ())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from interp.engine.cells import Cell, CellWrite
 from interp.engine.runs import Run
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import LayerMask
 
 
 @dataclass
@@ -170,7 +171,7 @@ class Changes:
 
     def __init__(self, cells: Sequence[Cell]):
         self.writes: dict[tuple[int, str], list[tuple[int, CellWrite]]] = defaultdict(list)
-        self.edits: dict[int, dict[int, tuple[LayerEdit, ...]]] = defaultdict(dict)
+        self.edits: dict[int, dict[int, tuple[LayerEdit | LayerMask, ...]]] = defaultdict(dict)
         for i, cell in enumerate(cells):
             for write in cell.writes:
                 layer, component = write.site.layer or 0, write.site.component
@@ -178,7 +179,6 @@ class Changes:
                     layer, component = layer + 1, "resid_pre"
                 self.writes[layer, component].append((i, write))
             for edit in cell.edits:
-                assert isinstance(edit, LayerEdit)  # cells with masks are full forwards
                 self.edits[edit.layer][i] = (*self.edits[edit.layer].get(i, ()), edit)
 
     def components(self, layer: int) -> list[str]:

@@ -259,8 +259,9 @@ class _Recorder:
         if self.frame is not None:
             empty = call.q.new_empty(0)
             earlier = self.frame.calls.get(call.layer)
-            bias = call.bias if earlier is None or earlier.bias is None else max(earlier.bias, call.bias, key=_n_keys)
-            self.frame.calls[call.layer] = replace(call, q=empty, k=empty, v=empty, bias=bias)
+            own = call.unmasked()
+            bias = own.bias if earlier is None or earlier.bias is None else max(earlier.bias, own.bias, key=_n_keys)
+            self.frame.calls[call.layer] = replace(own, q=empty, k=empty, v=empty, bias=bias)
         result = attend(call, backend=self.model.instrument.backend)
         self.model.instrument.record(call.layer).backends[result.backend] += 1
         return result.out

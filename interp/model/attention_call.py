@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp.errors import InterpError
 from interp.model.dense_edits import DenseEdits
 from interp.model.layer_edits import LayerEdit
-from interp.model.layer_masks import LayerMask, MaskTables, masks_of, window_of
+from interp.model.layer_masks import LayerMask
+from interp.model.segment_masks import SegmentMasks
 
 UNKNOWN = -1  # as a call's first key: a sliding cache has dropped keys, some of which were padding
 UNALIGNED = -2  # the last query does not stand at the last key, as in a cache of fixed size
@@ -32,7 +32,8 @@ class AttentionCall:
     [B, H, M, N] (−inf or the dtype's minimum where hidden); ``sinks`` [H]. ``first_key``: the position of the first of
     the N keys, not 0 where a sliding cache has dropped earlier ones; below 0 (`UNKNOWN`, `UNALIGNED`) where rows of
     the prompt cannot be told.
-    ``edits``: edits and masks of each batch row, or none.
+    ``edits``: edits and masks of each batch row, or none. ``masks``: what `interp.model.apply_masks` has made of the
+    masks among them; ``own_mask`` is then the causality, window and bias of the model.
     """
 
     layer: int
@@ -48,10 +49,18 @@ class AttentionCall:
     sinks: Float[Tensor, " heads"] | None = None
     first_key: int = 0
     edits: tuple[tuple[LayerEdit | LayerMask, ...], ...] = ()
+    masks: SegmentMasks | None = None
+    own_mask: tuple[bool, int | None, Tensor | None] | None = None
 
     def without_masks(self) -> tuple[tuple[LayerEdit, ...], ...]:
         """The edits of each batch row, without masks; empty if there are none."""
-        return tuple(tuple(e for e in edits if isinstance(e, LayerEdit)) for edits in self.edits)
+        edits = tuple(tuple(e for e in row if isinstance(e, LayerEdit)) for row in self.edits)
+        return edits if any(edits) else ()
+
+    def unmasked(self) -> AttentionCall:
+        """The call before masks were applied, without edits."""
+        causal, window, bias = self.own_mask or (self.causal, self.window, self.bias)
+        return replace(self, causal=causal, window=window, bias=bias, masks=None, own_mask=None, edits=())
 
     def edits_by_row(self) -> tuple[tuple[LayerEdit | LayerMask, ...], ...]:
         """The edits of each batch row; empty ones if there are none."""
@@ -68,79 +77,13 @@ class AttentionCall:
             if self.window is not None:
                 visible = visible & (distance.abs() < self.window)
             visible = visible[None, None]
+        if self.masks is not None:
+            every = torch.ones(m, n, dtype=torch.bool, device=self.q.device)
+            visible = self.masks.visible(every if visible is None else visible[0, 0])
         if self.key_padding is not None:
             is_real = self.key_padding[:, None, None, :]
             visible = is_real if visible is None else visible & is_real
         return visible
-
-    def mask_tables(self, masks: Sequence[LayerMask], keys: int) -> MaskTables:
-        """The tables of one batch row's masks, for a call of ``keys`` keys, those of a shared prefix included."""
-        held = torch.arange(keys) + max(self.first_key, 0)
-        return MaskTables(masks, held[keys - self.q.shape[2] :], held)
-
-
-def needed_masks(call: AttentionCall, keys: int) -> AttentionCall:
-    """Return the call without masks that show exactly what the model itself shows, so that no bit changes."""
-    if not any(masks_of(edits) for edits in call.edits):
-        return call
-    rows = []
-    for edits in call.edits:
-        masks = masks_of(edits)
-        window = window_of(masks, call.window)
-        reaches_all = window is None or window >= keys
-        is_own = window == call.window or (reaches_all and (call.window is None or call.window >= keys))
-        is_needed = masks and (not is_own or _changes(call, masks, keys, window))
-        rows.append(edits if is_needed else tuple(e for e in edits if not isinstance(e, LayerMask)))
-    return replace(call, edits=tuple(rows) if any(rows) else ())
-
-
-def _changes(call: AttentionCall, masks: Sequence[LayerMask], keys: int, window: int | None) -> bool:
-    """Whether masks open a cell that causality, the window or the call's bias hides, or hide one that they may show."""
-    tables = call.mask_tables(masks, keys)
-    if call.bias is not None and bool(tables.opened.any()) and bool(is_hidden(call.bias).any()):
-        return True  # the bias is the mask of the model or of the caller
-    return any(tables.changing(call.causal, window))
-
-
-def apply_masks(call: AttentionCall) -> tuple[AttentionCall, str]:
-    """Return the call without `LayerMask`s, and why it then holds an n×n bias; empty if it does not.
-
-    A window of all rows is the kernel's own argument. Every other mask becomes a bias [batch, #heads, query, key].
-    Raises InterpError where a cache does not tell which rows its keys are, or has dropped keys that a mask shows.
-    """
-    keys = call.k.shape[2]
-    if call.first_key:
-        _check_held_keys(call, keys)
-    call = needed_masks(call, keys)
-    by_row = [masks_of(edits) for edits in call.edits]
-    if not any(by_row):
-        return call, ""
-    windows = {window_of(masks, call.window) for masks in by_row}
-    if len(windows) == 1 and not any(m.rules for masks in by_row for m in masks):
-        return replace(call, window=windows.pop(), edits=_without_masks(call)), ""
-    masks = "; ".join(dict.fromkeys(str(m.mask) for row in by_row for m in row))
-    return dense_masks(call, keys), f"attention mask: {masks}"
-
-
-def _check_held_keys(call: AttentionCall, keys: int) -> None:
-    """Raise InterpError for masks that need rows which a call's cache does not tell, or keys that it has dropped."""
-    for masks in filter(None, map(masks_of, call.edits)):
-        has_rules = any(m.rules for m in masks)
-        if call.first_key == UNALIGNED or (call.first_key < 0 and has_rules):
-            raise InterpError(rows_unknown(call, "attention masks"))
-        if call.first_key < 0:
-            continue
-        first = call.first_key + keys - call.q.shape[2]  # the row of the first query
-        dropped = torch.arange(call.first_key)
-        tables = MaskTables(masks, torch.arange(first, call.first_key + keys), dropped)
-        window = window_of(masks, call.window)
-        reaches = window is not None and first - window + 1 < call.first_key
-        if reaches or bool(tables.opened.any()):
-            raise InterpError(
-                f"layer {call.layer}: its sliding cache has dropped the keys before {call.first_key}, and an attention "
-                f"mask shows some of them ({'; '.join(str(m.mask) for m in masks)}). Decode without a cache "
-                "(use_cache=False)"
-            )
 
 
 def rows_unknown(call: AttentionCall, what: str) -> str:
@@ -154,32 +97,6 @@ def rows_unknown(call: AttentionCall, what: str) -> str:
         f"layer {call.layer}: its sliding cache has dropped padded keys, so {what} cannot tell which tokens are left. "
         "Decode prompts of one length together"
     )
-
-
-def _without_masks(call: AttentionCall) -> tuple[tuple[LayerEdit, ...], ...]:
-    edits = tuple(tuple(e for e in row if isinstance(e, LayerEdit)) for row in call.edits)
-    return edits if any(edits) else ()
-
-
-def dense_masks(call: AttentionCall, keys: int) -> AttentionCall:
-    """Return the call with its masks, causality and windows as a bias [batch, #heads, query, key]."""
-    m, device = call.q.shape[2], call.q.device
-    distance = torch.arange(keys - m, keys)[:, None] - torch.arange(keys)
-    biases = []
-    for i, edits in enumerate(call.edits):
-        masks = masks_of(edits)
-        tables, window = call.mask_tables(masks, keys), window_of(masks, call.window)
-        seen = distance >= 0 if call.causal else torch.ones_like(distance, dtype=torch.bool)
-        seen = seen if window is None else seen & (distance.abs() < window)
-        opened, hidden = (tables.cells(t).to(device) for t in (tables.opened, tables.hidden))
-        seen, bias = seen.to(device), torch.zeros(1, 1, 1, device=device, dtype=call.q.dtype)
-        if call.bias is not None:
-            bias = call.bias[i if call.bias.shape[0] > 1 else 0].to(call.q.dtype)
-            shut = is_hidden(bias)
-            padded = shut.all(-2, keepdim=True)  # keys that no query sees
-            seen, bias = (seen & ~shut | opened) & ~padded, bias.masked_fill(shut, 0)
-        biases.append(bias.masked_fill(~((seen | opened if call.bias is None else seen) & ~hidden), -torch.inf))
-    return replace(call, causal=False, window=None, bias=torch.stack(biases), edits=_without_masks(call))
 
 
 def is_hidden(bias: Tensor) -> Tensor:
@@ -202,7 +119,7 @@ def dense_attention(
     groups = call.q.shape[1] // call.k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (call.k, call.v))
     scores = call.q @ k.transpose(-2, -1) * call.scale
-    edits = DenseEdits.of_rows(_without_masks(call), call.q, k.shape[2], call.key_padding)
+    edits = DenseEdits.of_rows(call.without_masks(), call.q, k.shape[2], call.key_padding)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = _each_row(edits, DenseEdits.change_logits, scores)

@@ -123,11 +123,10 @@ class EditedForwards:
             self._resolved[key] = {layer: tuple(edits) for layer, edits in by_layer.items()}
         return self._resolved[key]
 
-    @property
-    def has_masks(self) -> bool:
-        """Whether a mask is among the edits."""
-        own = any(isinstance(e, AttentionMask) for e in self.edits)
-        return own or (self.outer is not None and self.outer.has_masks)
+    def opens_later(self, prompts: Iterable[Sequence[int]]) -> bool:
+        """Whether a mask shows tokens of a prompt what comes after them."""
+        changes = (e for ids in prompts for edits in self.of_prompt(ids).values() for e in edits)
+        return any(isinstance(e, LayerMask) and e.opens_later for e in changes)
 
     def _edits(self, edit: AttentionChange, heads: HeadsByLayer, ids: Ids) -> list[LayerEdit] | list[LayerMask]:
         """One edit's changes of a prompt; those of all tokens go on while tokens are decoded."""

@@ -17,9 +17,9 @@ from interp.model.dense_edits import real_keys
 from interp.model.edit_tables import TABLES, CallSize, edit_arguments, select_rows
 from interp.model.layer_edits import LayerEdit, compatible_groups, shifted
 from interp.model.overwritten_rows import check_seen
+from interp.model.segment_masks import BY_SEGMENT, without_segments
 
 NO_STATISTICS = headstats.StatSpec.none()
-BY_SEGMENT = tuple(name for name, s in BY_NAME.items() if s.argument == "k_segments")
 OF_TOKENS = ("k_segments", "targets", "key_features")  # arguments of statistics, with a batch axis
 
 
@@ -37,12 +37,17 @@ def attend(
     q, k, v = call.q, call.k, call.v
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return headstats.attend(
+    spec, restore = NO_STATISTICS if spec is None else spec, None
+    if call.masks is not None:
+        if more.get("k_segments") is None:
+            spec = without_segments(spec)
+        more, restore = call.masks.joined(more)
+    result = headstats.attend(
         q, k, v,
         causal=call.causal, window=call.window, softcap=call.softcap, scale=call.scale, bias=call.bias,
-        sinks=call.sinks, key_padding=call.key_padding,
-        spec=NO_STATISTICS if spec is None else spec, backend=backend, **more,
+        sinks=call.sinks, key_padding=call.key_padding, spec=spec, backend=backend, **more,
     )  # fmt: skip
+    return result if restore is None else replace(result, stats=restore(result.stats))
 
 
 def attend_gated(
@@ -66,7 +71,7 @@ def weight_options(call: AttentionCall) -> dict[str, Any]:
     names = ("causal", "window", "softcap", "scale", "bias", "sinks", "key_padding")
     options = {name: getattr(call, name) for name in names}
     if not any(call.edits):
-        return options
+        return options if call.masks is None else call.masks.joined(options)[0]
     if call.q.shape[0] > 1 and any(_knows_its_row(e) for edits in call.without_masks() for e in edits):
         raise InterpError(
             f"layer {call.layer}: attention weights of several prompts at once, under edits that depend on a prompt's "
@@ -79,7 +84,8 @@ def weight_options(call: AttentionCall) -> dict[str, Any]:
             "renormalise, counterfactual or seed), so its pattern cannot be shown: use one block for each"
         )
     size = CallSize(call.q.shape[1], n - call.q.shape[2], n, n, call.sinks is not None)
-    return {**options, **edit_arguments(groups[0].edits, size, call.q.device, call.q.dtype)}
+    options |= edit_arguments(groups[0].edits, size, call.q.device, call.q.dtype)
+    return options if call.masks is None else call.masks.joined(options)[0]
 
 
 def _attend_edited(
@@ -100,7 +106,7 @@ def _attend_edited(
     spans, more = more.get("k_segments"), {name: x for name, x in more.items() if name != "k_segments"}
     if spec is not None:
         if spans is None:  # segments are those of the edits, of which nobody asked for statistics
-            spec = replace(spec, **dict.fromkeys(BY_SEGMENT, False))
+            spec = without_segments(spec)
         if len(groups) > 1:
             _refuse_key_statistics(call.layer, spec)
     results = []
@@ -230,9 +236,10 @@ def _alone(call: AttentionCall, i: int) -> tuple[AttentionCall, slice]:
         bias = bias[part] if bias.shape[0] > 1 else bias
         bias = bias[..., rows, :] if bias.shape[-2] > 1 else bias
         bias = bias[..., start:stop] if bias.shape[-1] > 1 else bias
+    masks = None if call.masks is None else call.masks.of_row(i, rows, slice(start, stop))
     one = replace(
         call, q=call.q[part, :, rows], k=call.k[part, :, start:stop], v=call.v[part, :, start:stop], bias=bias,
-        key_padding=None, edits=(shifted(call.edits[i], -start),),
+        key_padding=None, masks=masks, edits=(shifted(call.edits[i], -start),),
     )  # fmt: skip
     return one, rows
 

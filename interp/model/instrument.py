@@ -26,7 +26,8 @@ from headstats.stats import TopK
 from torch import Tensor
 
 from interp.errors import ModelError
-from interp.model.attention_call import UNALIGNED, AttentionCall, apply_masks, dense_attention, rows_unknown
+from interp.model.apply_masks import apply_masks
+from interp.model.attention_call import UNALIGNED, AttentionCall, dense_attention, rows_unknown
 from interp.model.edited_attention import attend, with_rows_of_held_keys
 from interp.model.layer_edits import refuse_clashes
 from interp.model.layer_masks import masks_of

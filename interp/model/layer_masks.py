@@ -55,6 +55,11 @@ class LayerMask:
         """The window that takes the place of the model's own; None: that one stays."""
         return None if self.mask.stride is not None else self.mask.window
 
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a key that comes after it."""
+        return any(rule.opens_later for rule in self.rules)
+
     def shifted(self, by: int) -> LayerMask:
         """Return the mask of the prompt behind ``by`` padding tokens."""
         return replace(self, shift=self.shift + by)

@@ -42,6 +42,11 @@ class Rule(Protocol):
         """The queries of a prompt of ``length`` tokens whose visible keys may change."""
         ...
 
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a key that comes after it."""
+        ...
+
 
 def _is_in(rows: Numbers, tokens: Rows | None) -> Bool[Tensor, " tokens"]:
     """Which rows are among the tokens; None: all but padding."""
@@ -78,6 +83,11 @@ class Opened:
         acts, keys = _is_in(every, self.of_queries), _is_in(every, self.of_keys)
         return acts & ~(keys & (keys.sum() == 1)) if self.opens else acts & keys.any()
 
+    @property
+    def opens_later(self) -> bool:
+        """Whether its last key comes after its first query."""
+        return self.of_keys is None or max(self.of_keys) > (0 if self.of_queries is None else min(self.of_queries))
+
 
 @dataclass(frozen=True)
 class Closed(Opened):
@@ -85,10 +95,20 @@ class Closed(Opened):
 
     opens: ClassVar[bool] = False
 
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a later key: never."""
+        return False
+
 
 @dataclass(frozen=True)
 class OpenedPast(Opened):
     """Every query sees those keys of a set of tokens that do not come after it."""
+
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a later key: never."""
+        return False
 
     @property
     def needs_rows(self) -> bool:
@@ -121,6 +141,11 @@ class Blocks:
     of: int | tuple[Rows, ...]
     opens: ClassVar[bool] = True
 
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a later key: in every block of several tokens."""
+        return self.of != 1
+
     def queries(self, rows: Numbers) -> Numbers:
         """The number of a token's block; −1 in none."""
         if isinstance(self.of, int):
@@ -147,6 +172,11 @@ class Segments:
     sees: frozenset[tuple[int, int]] = frozenset()
     last: int | None = None  # the prompt's last row, whose segment later rows are in
     opens: ClassVar[bool] = False
+
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a later key: never."""
+        return False
 
     def queries(self, rows: Numbers) -> Numbers:
         """The number of a token's segment; −1 in none."""
@@ -177,6 +207,11 @@ class Strided:
     stride: int
     window: int | None = None
     opens: ClassVar[bool] = False
+
+    @property
+    def opens_later(self) -> bool:
+        """Whether a query may see a later key: never."""
+        return False
 
     @property
     def needs_rows(self) -> bool:

@@ -37,6 +37,9 @@ def _seen(call: AttentionCall, e: LayerEdit, batch_row: int, queries: list[int],
     if call.window is not None:
         seen = seen & (distance.abs() < call.window)
     held = keys.clamp(0, n_keys - 1).to(call.q.device)
+    if call.masks is not None:
+        rows = torch.tensor(queries, dtype=torch.long, device=held.device) - (n_keys - call.q.shape[2])
+        seen = inside & call.masks.visible_in_row(batch_row, seen.to(held.device), rows, held).cpu()
     if call.key_padding is not None:
         seen = seen & call.key_padding[batch_row, held].cpu()
     if call.bias is not None and queries:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from interp.engine import Cell, CellWrite, Run
-from interp.engine.core import EngineKind
+from interp.engine.core import OPENS_LATER, EngineKind
 from interp.engine.runs import is_change
 from interp.errors import InterpError
 from interp.interventions import AttentionChange, AttentionEdit, AttentionMask, Change, Write
@@ -21,7 +21,7 @@ from interp.model.layer_edits import LayerEdit, refuse_clashes
 from interp.model.layer_masks import LayerMask
 from interp.model.model import Model
 from interp.model.resolve_edits import HeadsByLayer, check_order, edited_rows, heads_by_layer, layer_edits
-from interp.model.resolve_masks import layer_masks
+from interp.model.resolve_masks import layer_masks, mask_rules
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Fact, PromptPair
@@ -61,12 +61,12 @@ def edit(
         interp.edit(model, pairs, {"blind": interp.AttentionMask(close=[(None, "subject")])}, each="layer")
         interp.edit(model, pairs, {"both": [interp.Write("z.L9H6", "END", set=0.0), sharper]})
 
-    ``edits``: by name; a list acts at once. If a mask is among them, every cell takes a full forward. ``each="layer"``
-    or ``"head"``: apply an edit in every one of its layers, or to every one of its heads, alone; writes, which have one
-    place, are refused then. ``mode="denoise"``: in the corrupt run. One row per (prompt, edit[, layer[, head]]), whose
-    component is the edit's name: ``raw`` is patched − clean (or − corrupt) in the metric's units; ``effect`` is on the
-    recovery scale, NaN for a Fact. ``at``: where the metric is read, as in `interp.patch`. ``subset``: for
-    `interp.sweep`.
+    ``edits``: by name; a list acts at once. If one of the masks shows tokens what comes after them, every cell takes a
+    full forward. ``each="layer"`` or ``"head"``: apply an edit in every one of its layers, or to every one of its
+    heads, alone; writes, which have one place, are refused then. ``mode="denoise"``: in the corrupt run. One row per
+    (prompt, edit[, layer[, head]]), whose component is the edit's name: ``raw`` is patched − clean (or − corrupt) in
+    the metric's units; ``effect`` is on the recovery scale, NaN for a Fact. ``at``: where the metric is read, as in
+    `interp.patch`. ``subset``: for `interp.sweep`.
 
     Raises PromptError, SiteError or InterpError for bad input, before any forward.
     """
@@ -82,8 +82,8 @@ def edit(
         raise InterpError(f"each={each!r}: a write acts at its own site alone, and one is given ({writes[0].text})")
     if masks and each == "head":
         raise InterpError(f"each='head': a mask acts on all heads of a layer, and one is given ({masks[0]})")
-    if masks:
-        loop.runner.needs_full_forwards = "an attention mask may show earlier tokens what comes after them"
+    if any(rule.opens_later for m in masks for prompt in loop.prompts for rule in mask_rules(m, prompt)):
+        loop.runner.needs_full_forwards = OPENS_LATER
     check_writes(loop.runner, writes)
     cells = _EditCells(loop, named, mode, each)
     recipe: dict[str, Any] = {"edits": {name: [e.text for e in several] for name, several in named.items()}}

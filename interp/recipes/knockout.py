@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
-
 from interp.engine import Cell
 from interp.engine.cells import rows_of
 from interp.engine.core import EngineKind
 from interp.errors import PromptError
 from interp.metrics import Metric, MetricFn, logprob
-from interp.model.attention_call import AttentionCall
+from interp.model.apply_masks import visible_keys
 from interp.model.layer_edits import LayerEdit
+from interp.model.layer_masks import masks_of
 from interp.model.model import Model
 from interp.model.session import in_session
 from interp.prompts.coder import Encoded
@@ -111,10 +108,11 @@ class _KnockOutCells(CellSource):
     def _check_what_is_left(self, loop: SweepLoop, number: int) -> None:
         """Raise PromptError if a query has no key left in a layer whose own mask, such as a window, hides others."""
         queries, (start, stop) = self.spans[number]
-        prompt, calls = loop.prompts[number], loop.runner.frame.calls
+        prompt, calls, edited = loop.prompts[number], loop.runner.frame.calls, loop.model.instrument.edited
+        masks = {} if edited is None else {i: masks_of(e) for i, e in edited.of_prompt(prompt.clean).items()}
         for layer in sorted(set().union(*self.layers.values()) & set(calls)):
             for row in range(*queries):
-                seen = _visible_keys(calls[layer], row, len(prompt))
+                seen = visible_keys(calls[layer], masks.get(layer, ()), row, len(prompt))
                 if seen.any() and not (seen[:start].any() or seen[stop:].any()):
                     raise PromptError(
                         f"cutting tokens {start} to {stop - 1} leaves the query at token {row} "
@@ -131,18 +129,6 @@ class _KnockOutCells(CellSource):
         queries = range(start, stop)
         edits = [LayerEdit(i, queries=queries, keys=range(*keys), heads=self.heads) for i in self.layers[site.layer]]
         return Cell(run, edits=tuple(edits))
-
-
-def _visible_keys(call: AttentionCall, row: int, length: int) -> Bool[Tensor, " key"]:
-    """Return which tokens of a prompt a layer's own mask shows to the query at ``row``."""
-    distance = row - torch.arange(length)
-    seen = distance >= 0 if call.causal else torch.ones(length, dtype=torch.bool)
-    if call.window is not None:
-        seen &= distance.abs() < call.window
-    if call.bias is not None and call.bias.shape[-2] > row and call.bias.shape[-1] >= length:
-        bias = call.bias[0, :, row, :length]
-        seen &= (bias > torch.finfo(bias.dtype).min).any(0).cpu()
-    return seen
 
 
 def _blocked_rows(prompt: Encoded, keys: int | str, queries: int | str | None) -> tuple[Rows, Rows]:
