@@ -270,8 +270,6 @@ def test_metrics_that_need_more_are_refused(tiny) -> None:
         interp.trace(model, interp.Fact("w3 w4 w5 w6", "w4", "w9"), metric="token_kl", **QUIET)
     with pytest.raises(InterpError, match="token_kl"):
         interp.mediate(model, PAIRS, model.sites("z"), metric="token_kl", **QUIET)
-    with pytest.raises(InterpError, match="moves tokens"):
-        interp.leave_out(model, PAIRS, metric="seq_logprob", **QUIET)
 
 
 def test_sweeps_and_the_command_line_say_where_to_read() -> None:
@@ -280,11 +278,10 @@ def test_sweeps_and_the_command_line_say_where_to_read() -> None:
     for name, recipe in RECIPES.items():
         options = {o.name: o for o in recipe.options}
         option = options.get("read_at" if name == "steer" else "at")
-        assert (option is None) == (name in ("peek", "leave_out")) == (not recipe.takes("at"))
-        if option is not None:
-            read = [option.type.argument(None, option.checked(x)) for x in ("last", "-2", "subject:mean", "each, 3")]
-            assert read == ["last", -2, "subject:mean", ["each", 3]]
-            assert option.type.check([1, "subject"]) == [1, "subject"]
+        assert option is not None and recipe.takes("at")
+        read = [option.type.argument(None, option.checked(x)) for x in ("last", "-2", "subject:mean", "each, 3")]
+        assert read == ["last", -2, "subject:mean", ["each", 3]]
+        assert option.type.check([1, "subject"]) == [1, "subject"]
 
 
 def test_a_sweep_stores_the_positions_that_are_read(tiny, tmp_path) -> None:

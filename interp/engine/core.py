@@ -23,7 +23,7 @@ from interp.engine.cells import Cell, CellWrite
 from interp.engine.matmul import redirect_products
 from interp.engine.plain_blocks import WRITABLE, PlainBlock, has_fixed_rotary, read_plain_blocks
 from interp.engine.planner import PLANNING
-from interp.engine.runs import Frame, ReadRows, ReadRun, Run, join_logits, record
+from interp.engine.runs import Frame, ReadRows, ReadRun, Run, join_logits, read_logits, record, small_enough
 from interp.engine.site_checks import ResultHooks, check_sites
 from interp.engine.verified import Verified, VerifiedFrame, kinds_of
 from interp.errors import InterpError, SiteError
@@ -259,20 +259,26 @@ class Engine:
     @in_session
     @torch.no_grad()
     def score_prompts(
-        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Advance
-    ) -> Tensor:
-        """Compute ``score`` of prompts that are cells by themselves, in order.
+        self, runs: Sequence[Run], prompts: Sequence[tuple[int, ...]], score: Score, advance: Advance,
+        read: ReadRows | None = None, width: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Compute ``score`` of prompts that are cells by themselves, in order: [prompts], or [prompts, width].
 
-        Each takes a full forward. ``runs``: the base runs with which they are compared.
+        Each takes a full forward. ``runs``: the base runs with which they are compared.  ``read``: the rows of each
+        whose logits are read (None: the last).
         """
-        values = torch.full((len(prompts),), float("nan"), dtype=torch.float64)
+        shape, reads = (len(prompts),) if width is None else (len(prompts), width), read or [None] * len(prompts)
+        values = torch.full(shape, float("nan"), dtype=torch.float64)
         if self.planner is not None:
             self.planner.add(self, runs, (), None)
             self.planner.whole += map(len, prompts)
+            self.planner.more_read += sum(len(rows) - 1 for rows in reads if rows is not None)
             return values.zero_()
-        for batch in self.prompt_batches([len(p) for p in prompts]):
-            with by_layer(self.model, advance, len(batch)):
-                values[batch] = score(self.model.last_logits([prompts[i] for i in batch]), batch).cpu().double()
+        for same_length in self.prompt_batches([len(p) for p in prompts]):
+            for batch in small_enough(same_length, prompts, reads):
+                with by_layer(self.model, advance, len(batch)):
+                    logits = read_logits(self.model, [prompts[i] for i in batch], [reads[i] for i in batch])
+                    values[batch] = score(join_logits(logits), batch).cpu().double()
         return values
 
     def prompt_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

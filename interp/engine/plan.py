@@ -73,7 +73,7 @@ class Plan:
     ``unasked``: number of cells that the recipe answers from base runs by itself.  ``runs_bytes``: bytes of the base
     runs that are held at one time. ``columns``: how many logits of a cell are computed, if not all.  ``whole``: tokens
     of each prompt that is a cell by itself, which takes a full forward.  ``read``: the rows of each base run whose
-    logits are read.
+    logits are read. ``more_read``: rows that are read of the whole prompts besides one of each.
     """
 
     engine: Engine
@@ -84,6 +84,7 @@ class Plan:
     columns: int | None = None
     whole: Sequence[int] = ()
     read: Sequence[tuple[int, ...]] = ()
+    more_read: int = 0
 
     @cached_property
     def cost(self) -> BlockCost:
@@ -115,7 +116,7 @@ class Plan:
         """FLOPs of the sweep with one full forward per cell, then after each saving."""
         model = self.engine.model
         unembed = 2 * model.d_model * int(model.bridge.cfg.d_vocab)
-        full = (self.n_cells - len(self.cells)) * unembed + self._n_read(self.cells) * unembed
+        full = (self.n_cells - len(self.cells) + self.more_read) * unembed + self._n_read(self.cells) * unembed
         full += sum(self._rows(c, Extent()) for c in self.cells)
         full += self.unasked * self._mean_full() + sum(map(self._whole, self.whole))
         steps = {"one full forward per cell": full}
@@ -255,7 +256,7 @@ def explain(recipe: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
         raise InterpError(f"{getattr(recipe, '__name__', recipe)} asked the engine for nothing: there is no sweep")
     return Plan(
         planner.engine, planner.lengths, planner.cells, planner.unasked, planner.runs_bytes, planner.columns,
-        planner.whole, planner.read,
+        planner.whole, planner.read, planner.more_read,
     )  # fmt: skip
 
 

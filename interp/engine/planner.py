@@ -22,6 +22,7 @@ class Planner:
         self.runs_bytes = 0.0
         self.columns: int | None = None
         self.whole: list[int] = []  # tokens of prompts that are cells of their own
+        self.more_read = 0  # rows of these whose logits are read, besides one of each
 
     def add(self, engine: object, runs: Sequence[Run], cells: Sequence[Cell], columns: int | None) -> None:
         """Add cells on some runs.

@@ -155,7 +155,7 @@ def record(
     noises = list(noise) if noise is not None else [None] * len(prompts)
     out: list[Run | None] = [None] * len(prompts)
     for batch in equal_length_batches(prompts):
-        for part in _small_enough(batch, prompts, reads):
+        for part in small_enough(batch, prompts, reads):
             recorder = _Recorder(model, components, keep_kv, frame)
             batch_noise = _stack_noise([noises[i] for i in part])
             with recorder.attached(batch_noise):
@@ -177,7 +177,7 @@ def read_logits(
     return [x[-1] if rows is None else x[[r - first for r in rows]] for x, rows in zip(logits, read, strict=True)]
 
 
-def _small_enough(batch: list[int], prompts: Sequence[Sequence[int]], reads: ReadRows) -> Iterator[list[int]]:
+def small_enough(batch: list[int], prompts: Sequence[Sequence[int]], reads: ReadRows) -> Iterator[list[int]]:
     """Cut a batch of prompts so that not too many rows of logits exist at the same time."""
     computed = [len(prompts[i]) - min(rows) for i in batch if (rows := reads[i]) is not None]
     step = max(1, READ_ROWS // max(computed)) if computed else len(batch)

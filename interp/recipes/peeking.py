@@ -26,6 +26,7 @@ from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Prompt, PromptPair
 from interp.recipes.choices import PEEK_CONTEXTS
 from interp.recipes.mean_activations import Means, check_support, listed_reference, means_of, reference_ids
+from interp.recipes.read_out import LAST, At
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
 from interp.results.effects import Effects
 from interp.sites import Site, Sites
@@ -46,6 +47,7 @@ def peek(
     show_progress: bool | None = None,
     memory: int | str | None = None,
     subset: Subset = WHOLE_SET,
+    at: At = LAST,
 ) -> Effects:
     """Run the clean prompt with tokens waiting up to each layer of ``wait`` (default: all) and then peeking.
 
@@ -58,12 +60,13 @@ def peek(
     residual stream unchanged, and only attention is masked.
 
     One row per (pair, layer): ``effect`` on the noising scale, 0 where nothing is lost, so that 1 − effect is the
-    subgraph's faithfulness; ``raw`` is patched − clean. ``subset``: for `interp.sweep`. Raises SiteError, PromptError
-    or InterpError for bad input, before the sweep.
+    subgraph's faithfulness; ``raw`` is patched − clean. ``at``: where the metric is read, as in `interp.patch`; it is
+    the last token that peeks wherever the metric is read, and all others see only themselves and the first token.
+    ``subset``: for `interp.sweep`. Raises SiteError, PromptError or InterpError for bad input, before the sweep.
     """
     if not is_whole(full, 0) or context not in PEEK_CONTEXTS:
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
-    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at)
     if len(model.attention_layers) < model.n_layers or any(
         map(partial(find_other_mixer, model), range(model.n_layers))
     ):

@@ -145,6 +145,23 @@ class RunsReadout:
         index = index.to(self.answer.device)
         return RunsReadout(outs, self.answer[index], None if self.foil is None else self.foil[index], clean, unchanged)
 
+    def moved(self, run: int, number: int, out: ReadOut) -> RunsReadout:
+        """Return the readout of one read-out of a run whose tokens stand at other rows, those of ``out``."""
+        place = {row: k for k, row in enumerate(rows_of_all(self.outs[run]))}
+        rows = [place[row] for row in self.outs[run][number].rows]
+        of_run = self.rows(torch.tensor([run]))
+        return replace(of_run, outs=[[out]], clean=[self.clean[run][rows]], unchanged=[self.unchanged[run][rows]])
+
+    @staticmethod
+    def joined(parts: Sequence[RunsReadout]) -> RunsReadout:
+        """Return the readout of all runs of several."""
+        answer = torch.cat([part.answer for part in parts])
+        foils = [part.foil for part in parts if part.foil is not None]
+        outs, clean, unchanged = (
+            [x for part in parts for x in getattr(part, n)] for n in ("outs", "clean", "unchanged")
+        )
+        return RunsReadout(outs, answer, torch.cat(foils) if foils else None, clean, unchanged)
+
     def changing(self, unchanged: Sequence[Float[Tensor, "read vocab"]]) -> RunsReadout:
         """Return the same readout for cells in other runs, with these logits."""
         return replace(self, unchanged=unchanged)

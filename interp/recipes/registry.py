@@ -251,6 +251,7 @@ RECIPES = {
                 Option("context", choice(*PEEK_CONTEXTS), "mean: remove context while waiting; keep: only mask.",
                        default="mean"),
                 Option("reference", TEXTS, REFERENCE),
+                AT,
             ),
             whole_set=True,
         ),
@@ -273,6 +274,7 @@ RECIPES = {
             (
                 Option("spans", NAMES, "Names of spans, comma-separated. Default: all of each prompt."),
                 Option("instead", WORDS_BY_NAME, "Words in a span's place: 'name=other words'. May be repeated."),
+                AT,
             ),
             facts=True, metric="logprob",
         ),

@@ -296,6 +296,8 @@ class SweepLoop:
             return
         for k, out in enumerate(self.outs[number]):
             clean, corrupt, patched = (x[k] for x in scores)
+            if patched is None:  # the cell has no such position
+                continue
             table.add(number, row.address, prompt, clean, corrupt, patched, sender, no_gap[k], out.label)
 
     def _read_words(self) -> str:
