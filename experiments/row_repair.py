@@ -108,11 +108,8 @@ def trained_model(steps: int, seed: int = 0) -> interp.Model:
 
 
 def on(keys: Sequence[str], heads: Sequence[Head] | None = None) -> interp.AttentionEdit:
-    """Overwrite rows at the last token with equal weights on ``keys`` and 0 elsewhere.
-
-    The temperature makes all logits 0, and the bias makes the other keys' share e^-100.
-    """
-    return interp.AttentionEdit(queries=-1, keys=keys, heads=heads, temperature=1e9, bias=100.0)
+    """Overwrite rows at the last token with equal weights on ``keys`` and 0 elsewhere."""
+    return interp.AttentionEdit(queries=-1, heads=heads, weights=dict.fromkeys(keys, 1 / len(keys)))
 
 
 def suppression(model: interp.Model, pairs: Sequence[interp.PromptPair]) -> dict[Head, float]:

@@ -176,3 +176,22 @@ def test_text_is_read_back(text: str) -> None:
     by_token = AttentionEdit(weights=[0.0, 0.25, 0.75])
     assert by_token.text == "weights=1=0.25,2=0.75"
     assert str(by_token) == "sets weights to 0.25 on 1, 0.75 on 2; queries all; layers all, heads all"
+
+
+def test_gates_of_zeros_are_the_ablation_and_gates_of_ones_nothing(llama: interp.Model) -> None:
+    pair = interp.PromptPair("w1 w2 w3 w4", "w5 w2 w3 w4", "w95", "w96")
+    n = len(llama.coder.encode(pair.clean))
+    ablated = interp.ablate(llama, pair, "z.L1H2", using="zero", show_progress=False).frame()["patched"].item()
+    for gates in (0.0, torch.zeros(4), torch.zeros(4, n)):
+        edit = AttentionEdit(gate=gates, heads=[2], layers=1)
+        frame = interp.edit(llama, pair, edit, show_progress=False).frame()
+        assert frame["patched"].item() == ablated
+        neutral = AttentionEdit(gate=torch.as_tensor(gates) + 1)
+        assert interp.edit(llama, pair, neutral, show_progress=False).frame()["raw"].item() == 0
+        later = [edit, interp.Write("z.L1H2", add=1.0)]  # a write to z acts after the gate
+        numbers = [
+            interp.edit(llama, pair, {"a": changes}, engine=engine, show_progress=False).frame()["patched"].item()
+            for changes in (later, interp.Write("z.L1H2", set=1.0))
+            for engine in ("auto", "naive")
+        ]
+        np.testing.assert_allclose(numbers, numbers[0], atol=1e-6)
