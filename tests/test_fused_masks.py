@@ -15,7 +15,7 @@ from torch import Tensor
 import interp
 from interp import AttentionEdit, AttentionMask
 from interp.doctor.families.text import tiny_hf
-from interp.errors import PromptError
+from interp.errors import InterpError, PromptError
 from interp.model.apply_masks import apply_masks, dense_masks
 from interp.model.attention_call import AttentionCall, dense_attention
 from interp.model.edited_attention import attend, weight_options
@@ -89,9 +89,10 @@ def test_statistics_by_segment_are_those_of_the_asked_segments(name: str, edit: 
     whole = call_of(CASES[name][0], (layer_edit(EDITS[edit]),) if edit else (), torch.float64)
     spans = torch.tensor([[0, 0, 1, 1, -1, 2, 2, 0]] * 2)
     spec = replace(headstats.StatSpec.none(), segments=True, segment_outputs=True, entropy=True)
-    fused = replace(apply_masks(whole)[0], edits=())
+    fused = apply_masks(whole)[0]
     result = attend(fused, spec=spec, k_segments=spans, backend="blocked")
-    pattern = pattern_by_hand(fused, CASES[name][1])
+    every_key = torch.eye(N, dtype=torch.float64).expand(2, 3, N, N)
+    pattern = dense_attention(replace(dense_masks(whole), v=every_key))
     for span in range(3):
         mass = pattern[..., spans[0] == span].sum(-1)
         torch.testing.assert_close(result.stats.segments[..., span], mass, atol=1e-10, rtol=0)
@@ -114,6 +115,19 @@ def test_gradients_are_those_of_the_written_out_softmax(name: str) -> None:
     by_hand = torch.autograd.grad(((scores.softmax(-1) @ leaves[2]) * weights).sum(), leaves)
     for a, b in zip(ours, by_hand, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def test_overwritten_rows_lie_on_keys_that_a_mask_shows(word_tokenizer) -> None:
+    model = interp.load(tiny_hf("llama"), tokenizer=word_tokenizer)
+    onto_later = AttentionEdit(queries=1, weights={5: 0.75, 0: 0.25}, layers=0)
+    with model.edited(AttentionMask(open=[([1], [5])]), onto_later):
+        _, cache = model.run_with_cache(torch.tensor(IDS))
+    z, v = cache["blocks.0.attn.hook_z"][0], cache["blocks.0.attn.hook_v"][0]
+    expected = (0.75 * v[5] + 0.25 * v[0]).repeat_interleave(z.shape[1] // v.shape[1], 0)
+    torch.testing.assert_close(z[1], expected, atol=1e-6, rtol=0)
+    for mask in (AttentionMask(close=[([1], [0])]), AttentionMask(open=[([1], [4])])):
+        with model.edited(mask, onto_later), pytest.raises(InterpError, match="does not see"):
+            model(torch.tensor(IDS))
 
 
 def test_the_first_rows_see_no_later_sink() -> None:

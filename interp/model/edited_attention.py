@@ -8,16 +8,16 @@ from typing import Any
 import headstats
 import torch
 from headstats.stats import BY_NAME, TopK, tensors
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.errors import InterpError
 from interp.model.attention_call import AttentionCall, rows_unknown
 from interp.model.dense_edits import real_keys
-from interp.model.edit_tables import TABLES, CallSize, edit_arguments, select_rows
+from interp.model.edit_tables import CallSize, edit_arguments, select_rows
 from interp.model.layer_edits import LayerEdit, compatible_groups, shifted
 from interp.model.overwritten_rows import check_seen
-from interp.model.segment_masks import BY_SEGMENT, without_segments
+from interp.model.segment_masks import with_spans, without_segments
 
 NO_STATISTICS = headstats.StatSpec.none()
 OF_TOKENS = ("k_segments", "targets", "key_features")  # arguments of statistics, with a batch axis
@@ -112,39 +112,14 @@ def _attend_edited(
     results = []
     for group in groups:
         arguments = edit_arguments(group.edits, size, call.q.device, call.q.dtype)
-        if spans is None:
-            results.append(attend(plain, spec=spec, backend=backend, **more, **arguments))
-            continue
-        width = int(spans.max()) + 1
-        crossed = attend(plain, spec=spec, backend=backend, **more, **_cross_segments(arguments, spans, width))
-        results.append(replace(crossed, stats=_sum_segments(crossed.stats, width)))
+        arguments, restore = with_spans(arguments, spans)
+        of_group = attend(plain, spec=spec, backend=backend, **more, **arguments)
+        results.append(replace(of_group, stats=restore(of_group.stats)))
     result, *others = results
     for group, other in zip(groups[1:], others, strict=True):
         acts = torch.stack([select_rows(edits, size) for edits in group.own]).to(call.q.device)
         result = _where(acts, other, result)
     return result
-
-
-def _cross_segments(arguments: dict[str, Any], spans: Int[Tensor, "batch key"], width: int) -> dict[str, Any]:
-    """Return arguments of `headstats.attend` in which every key segment of an edit is divided by span.
-
-    Segment s and span t become number s * width + t, and the edit's tables hold each column ``width`` times.
-    """
-    if "k_segments" not in arguments:
-        return {**arguments, "k_segments": spans}
-    edit = arguments["edit"]
-    tables = {name: getattr(edit, name) for name in TABLES}
-    wide = {name: t.repeat_interleave(width, dim=-1) for name, t in tables.items() if t is not None}
-    return {**arguments, "k_segments": arguments["k_segments"] * width + spans, "edit": replace(edit, **wide)}
-
-
-def _sum_segments(stats: headstats.AttentionStats, width: int) -> headstats.AttentionStats:
-    """Return statistics of `_cross_segments` by span: sums over the edit's segments."""
-    values = stats.as_dict()
-    for name in BY_SEGMENT:
-        if name in values:
-            values[name] = tensors(values[name])[0].unflatten(3, (-1, width)).sum(3)
-    return headstats.AttentionStats(**values)
 
 
 def _where(

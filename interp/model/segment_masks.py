@@ -79,11 +79,27 @@ class SegmentMasks:
         arguments = {**more, "q_segments": q_segments, "k_segments": k_segments}
         arguments |= {name: t[..., of_masks, :][..., columns] for name, t in self.tables.items()}
         if (edit := more.get("edit")) is not None:
-            tables = {name: t for name in TABLES if (t := getattr(edit, name)) is not None}
-            width = max([width, *(t.shape[-1] for t in tables.values())])
-            divided = {name: t[..., of_more, :][..., columns_of_more] for name, t in tables.items()}
-            arguments["edit"] = replace(edit, **divided)
+            arguments["edit"] = _with_divided_tables(edit, of_more, columns_of_more)
         return arguments, partial(_sum_columns, columns=columns_of_more, width=width)
+
+
+def with_spans(arguments: dict[str, Any], spans: Int[Tensor, "#batch key"] | None) -> tuple[dict[str, Any], Restore]:
+    """Divide the key segments of an edit's arguments further, by the spans of which statistics are asked.
+
+    Returns the arguments, and a function that turns statistics by key segment into those of the spans.
+    """
+    if spans is None or arguments.get("k_segments") is None:
+        return arguments if spans is None else {**arguments, "k_segments": spans}, _unchanged
+    k_segments, columns, of_spans = _crossed(arguments["k_segments"], spans)
+    edit = _with_divided_tables(arguments["edit"], EVERY, columns)
+    restore = partial(_sum_columns, columns=of_spans, width=int(spans.max()) + 1)
+    return {**arguments, "k_segments": k_segments, "edit": edit}, restore
+
+
+def _with_divided_tables(edit: headstats.Edit, rows: Rows, columns: Rows) -> headstats.Edit:
+    """Return an edit whose tables have a row and a column for each divided segment, given the segment that held it."""
+    tables = {name: t for name in TABLES if (t := getattr(edit, name)) is not None}
+    return replace(edit, **{name: t[..., rows, :][..., columns] for name, t in tables.items()})
 
 
 def _unchanged(stats: headstats.AttentionStats) -> headstats.AttentionStats:

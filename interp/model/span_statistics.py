@@ -19,7 +19,7 @@ from torch import Tensor
 
 from interp.errors import ModelError, PromptError
 from interp.model.attention_call import AttentionCall
-from interp.model.edited_attention import BY_SEGMENT
+from interp.model.segment_masks import BY_SEGMENT
 from interp.model.token_numbers import TokenNumbers
 from interp.prompts.division import Division
 
