@@ -446,3 +446,58 @@ def test_prompts_of_vectors_have_spans(tiny: Any) -> None:
     np.testing.assert_allclose(ours.between["segments"][0], of_words.between["segments"][0], atol=1e-6)
     with pytest.raises(PromptError, match="prompt 0 is not a text"):
         model.attention_stats(prompt, by="sentence")
+
+
+# ---------------------------------------------------------------- figures and the command line
+
+
+def test_a_head_is_drawn_by_span(tiny: Any, tmp_path: Any) -> None:
+    from interp.plots import span_map
+    from interp.plots.read_results import read_results
+
+    other = interp.Prompt("w1 w2 w3", {"c": (0, 2)})
+    stats = tiny("llama").attention_stats([LONG, other], SPEC, by="span")
+    (trace,) = span_map(stats, "L1H2").data
+    assert list(trace.y) == list(trace.x) == ["a", "b", "(other)", "c"]
+    assert trace.z[1, 0] == pytest.approx(stats.between["segments"][0][1, 2, 1, 0])
+    assert np.isnan(trace.z[0, 3])  # no prompt has both
+    means = [stats.between["segments"][0][1, 2, 2, 2], stats.between["segments"][1][1, 2, 1, 1]]
+    assert trace.z[2, 2] == pytest.approx(np.mean(means))
+    for wrong, why in (({"statistic": "segment_outputs"}, "a number for each pair"), ({"head": "L9H0"}, "no head")):
+        with pytest.raises(InterpError, match=why):
+            span_map(stats, **{"head": "L0H0", **wrong})
+    file = stats.write(tmp_path / "spans.parquet")
+    with pytest.raises(InterpError, match="the page does not show"):
+        read_results(file)
+    tiny("llama").attention_stats(LONG).write(tmp_path / "tokens.parquet")
+    assert list(read_results(tmp_path)) == ["tokens"]
+
+
+def test_the_command_line_measures_prompts_of_a_file(tiny: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    from pathlib import Path
+
+    from typer.testing import CliRunner
+
+    from interp.cli.main import app
+
+    monkeypatch.setattr("interp.model.load_model.load", lambda *args, **options: tiny("llama"))
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.csv").write_text("clean,corrupt,answer,foil,span:a\nw1 w2 w3 w4,w1 w5 w3 w4,w95,w96,w2 w3\n")
+    Path("texts.txt").write_text("w1 w2 w3\nw4 w5\n")
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(app, ["stats", "tiny", *words])
+
+    assert run("--by", "span", "--data", "pairs.csv", "--statistics", "segment_value_norms").exit_code == 0
+    stats = SpanStats.read("spans.parquet")
+    assert stats.names == ["segments", "segment_value_norms"] and stats.spans == ["a", "(other)"]
+    assert run("--by", "sentence", "--data", "texts.txt", "-o", "table.csv").exit_code == 0
+    assert Path("table.csv").read_text().startswith("example,layer,head,query_span,key_span,query_tokens,key_tokens,")
+    for words, why in (
+        (("--by", "word", "--data", "texts.txt"), "--by word"),
+        (("--by", "span", "--data", "texts.txt"), "prompt 0 has no named span"),
+        (("--by", "span", "--data", "pairs.csv", "--workers", "2"), "--workers is of runs over a corpus"),
+        (("--by", "span", "--data", "pairs.csv", "-o", "table.txt"), "a .parquet or .csv file"),
+        (("--spans", "a", "--data", "pairs.csv"), "--spans goes with --by span"),
+    ):
+        assert why in str(run(*words).exception)

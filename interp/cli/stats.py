@@ -22,9 +22,22 @@ def stats(
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a hub id, a local model folder or a .gguf file.")],
     data: Annotated[
         list[Path],
-        typer.Option(help="Text (one document per line), .jsonl (key text) or .npy token ids. Can be repeated."),
+        typer.Option(
+            help="Text (one document per line), .jsonl (key text) or .npy token ids. Can be repeated. With --by: "
+            "prompts, as for --pairs of other commands, or text."
+        ),
     ],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run directory. Default: runs/stats-….")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Run directory. Default: runs/stats-…. With --by: a .parquet or .csv file."),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(help="token; span or sentence: what each span of a prompt reads of each, in one table."),
+    ] = "token",
+    spans: Annotated[
+        str | None, typer.Option(help="Names of the spans that divide the prompts, comma-separated. Default: all.")
+    ] = None,
     context: Annotated[int, typer.Option(help="Documents are cut to windows of this many tokens.")] = 512,
     statistics: Annotated[
         str | None, typer.Option(help="Fields of headstats.StatSpec: entropy,sink=4,previous. Default: StatSpec().")
@@ -47,7 +60,23 @@ def stats(
     during the run.
 
     Writes statistics.csv (count, mean, variance, quantiles by layer and head) into the run directory.
+
+    With --by span or --by sentence it measures a few prompts instead, and writes one table: a row for each prompt,
+    layer, head, query span and key span.
     """
+    if by != "token" or spans is not None:
+        from interp.cli.span_stats import write_by_span
+
+        if by == "token":
+            raise InterpError("--spans goes with --by span")
+        given = {"--context": context != 512, "--bytes-per-part": bytes_per_part != 2**19, "--workers": bool(workers),
+                 "--executor": executor != "auto", "--threads": threads != 1, "--shard": shard is not None,
+                 "--show": show != "auto"}  # fmt: skip
+        fields = parse_statistics(statistics)
+        write_by_span(
+            model, data, out, by, spans, fields, dtype=dtype, device=device, bos=bos, of_corpora=given,
+        )  # fmt: skip
+        return
     from interp.corpus import statistics as measure
     from interp.utils.files import result_file
 

@@ -40,18 +40,25 @@ def spec_of(statistics: dict[str, Any] | None) -> Any:
 
     Only statistics with one number per position have a mean, and are allowed.
     """
-    import headstats
-
     from interp.model.collect_statistics import one_number_each
 
-    try:
-        spec = headstats.StatSpec() if statistics is None else headstats.StatSpec(**{**_off(), **statistics})
-    except (TypeError, ValueError) as error:
-        raise InterpError(f"--statistics: {error}") from None
-    spec, left_out = one_number_each(replace(spec, argmax=False))
+    spec, left_out = one_number_each(replace(requested_spec(statistics), argmax=False))
     if statistics is not None and left_out:
         raise InterpError(f"--statistics: {', '.join(left_out)} has more than one number per position, and no mean")
     return spec
+
+
+def requested_spec(statistics: dict[str, Any] | None) -> Any:
+    """Return the StatSpec of some fields, without the default statistics; None: the default ones.
+
+    Raises InterpError for what is no field, or no value of it.
+    """
+    import headstats
+
+    try:
+        return headstats.StatSpec() if statistics is None else headstats.StatSpec(**{**_off(), **statistics})
+    except (TypeError, ValueError) as error:
+        raise InterpError(f"--statistics: {error}") from None
 
 
 def _off() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from interp.results.attention_patterns import AttentionPatterns
 from interp.results.attention_stats import AttentionStats
 from interp.results.effects import Effects
 from interp.results.parquet import kind_of_parquet
+
+log = logging.getLogger("interp")
 
 Result = Any  # Effects, AttentionStats, AttentionPatterns or Circuit
 
@@ -25,7 +28,7 @@ def read_results(path: Path) -> dict[str, Result]:
         raise InterpError(f"{path} does not exist: pass the folder that a run wrote to")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if path.suffix != ".json" else []
     circuits = [p for p in (sorted(path.glob("*.json")) if path.is_dir() else [path]) if _is_circuit(p)]
-    results: dict[str, Result] = {file.stem: _read(file) for file in files}
+    results: dict[str, Result] = {file.stem: _read(file) for file in _shown(files, path.is_dir())}
     if circuits:
         from interp.circuits import Circuit
 
@@ -34,6 +37,20 @@ def read_results(path: Path) -> dict[str, Result]:
         raise InterpError(f"{path} holds no .parquet results and no circuits")
     created = {name: str(result.provenance.get("created", "")) for name, result in results.items()}
     return dict(sorted(results.items(), key=lambda item: (not isinstance(item[1], Effects), created[item[0]])))
+
+
+def _shown(files: list[Path], is_folder: bool) -> list[Path]:
+    """Return the files that a page can show. Raises InterpError if the only one that was named is not among them."""
+    shown = []
+    for file in files:
+        if kind_of_parquet(file) != "span_stats":
+            shown.append(file)
+            continue
+        why = f"{file} holds statistics by span, which the page does not show: interp.plots.span_map draws them"
+        if not is_folder:
+            raise InterpError(why)
+        log.warning("%s", why)
+    return shown
 
 
 def _is_circuit(file: Path) -> bool:

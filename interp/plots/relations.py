@@ -20,6 +20,7 @@ from interp.plots.labels import visible
 from interp.plots.panels import INTERVALS, VARIANT_KEYS
 from interp.results.attention_patterns import AttentionPatterns, Head, as_head, head_name
 from interp.results.effects import SITE_COLUMNS, Effects
+from interp.results.span_stats import SpanStats
 
 LINE = DIVERGING[2]
 
@@ -47,6 +48,42 @@ def attention_map(
         ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels}
         figure.update_xaxes(**ticks, tickangle=-45)
         figure.update_yaxes(**ticks)
+    return figure
+
+
+def span_map(stats: SpanStats, head: Head | str, *, statistic: str = "segments", title: str | None = None) -> go.Figure:
+    """Draw what each span reads of each, by one head: query spans down, key spans across; the mean over examples.
+
+        from interp.plots import span_map
+        span_map(model.attention_stats(prompts, by="span"), "L9H6").show()
+
+    ``statistic``: one between spans with a number for each pair. A pair of spans that no example has is empty. Raises
+    InterpError for a head or a statistic that was not collected.
+    """
+    layer, number = as_head(head)
+    arrays = stats.between.get(statistic)
+    if arrays is None or arrays[0].ndim != 4:
+        names = ", ".join(name for name, x in stats.between.items() if x[0].ndim == 4)
+        raise InterpError(
+            f"statistic {statistic!r}: one number for each pair of spans expected, as in {names or 'none'}"
+        )
+    if not (0 <= layer < arrays[0].shape[0] and 0 <= number < arrays[0].shape[1]):
+        raise InterpError(f"{head_name((layer, number))} is no head of {arrays[0].shape[0]} layers")
+    queries, keys = (list(dict.fromkeys(n for one in s for n in one)) for s in (stats.query_spans, stats.key_spans))
+    together = [set(q) for q in stats.query_spans], [set(k) for k in stats.key_spans]
+    z = np.full((len(queries), len(keys)), np.nan)
+    for row, query in enumerate(queries):
+        for column, key in enumerate(keys):
+            if any(query in q and key in k for q, k in zip(*together, strict=True)):
+                z[row, column] = stats.per_head(query, key, statistic)[layer, number]
+    bar = {"title": {"text": statistic, "side": "right"}, "thickness": 12}
+    figure = go.Figure(
+        go.Heatmap(z=z, x=[escape(k) for k in keys], y=[escape(q) for q in queries], colorscale=scale(SEQUENTIAL),
+                   zmin=0, xgap=1, ygap=1, hovertemplate="%{y} → %{x}: %{z:.3f}<extra></extra>", colorbar=bar)
+    )  # fmt: skip
+    figure.update_layout(**_theme(title or f"{head_name((layer, number))}: {statistic}"), width=560, height=480)
+    figure.update_yaxes(title_text="query span", autorange="reversed", showgrid=False)
+    figure.update_xaxes(title_text="key span", showgrid=False)
     return figure
 
 
