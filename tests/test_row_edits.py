@@ -45,9 +45,9 @@ def test_weights_of_a_span_lie_evenly_on_its_tokens(llama: interp.Model) -> None
     by_token = [0.0] * n
     by_token[-4:-1] = [0.2, 0.2, 0.2]
     by_token[-1] = 0.4
-    of_span, of_tokens = {"middle": 0.6, -1: 0.4}, torch.tensor(by_token)
+    several: Any = ({"middle": 0.6, -1: 0.4}, torch.tensor(by_token), np.array(by_token), tuple(by_token))
     rows = []
-    for weights in (of_span, of_tokens, np.array(by_token), tuple(by_token)):
+    for weights in several:
         with llama.edited(AttentionEdit(queries=-1, heads=[1], weights=weights)):
             rows.append(llama.attention_patterns(prompt).map("L1H1")[-1])  # of the kernel, rounded to 8 bits
     for row in rows:

@@ -166,8 +166,8 @@ def test_different_tensors_have_different_provenance(llama: interp.Model) -> Non
     hashes = []
     for x in (1.0, 2.0):
         effects = interp.edit(llama, PAIRS[0], Write("z.L1H2", set=torch.full((8,), x)), show_progress=False)
-        hashes.append(effects.provenance["tensors"])
-    assert hashes[0] != hashes[1]
+        hashes.append(effects.provenance["edits"]["edit"])
+    assert hashes[0] != hashes[1] and hashes[0][0].startswith("site=z.L1H2 set=<8:")
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ class AttentionEdit:
 
     @property
     def text(self) -> str:
-        """The edit in the form that `parse` reads; a replacement is written as its shape."""
+        """The edit in the form that `parse` reads; a tensor is written as its shape and a hash."""
         words = []
         for field in fields(self):
             value = getattr(self, field.name)

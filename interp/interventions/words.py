@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from interp.errors import InterpError
+from interp.utils.provenance import weights_hash
 
 if TYPE_CHECKING:
     from interp.sites import Tokens
@@ -78,7 +79,7 @@ def read_shares(text: str) -> dict[int | str, float]:
 
 
 def written(value: Any) -> str:
-    """Write a value in the form that these functions read."""
+    """Write a value in the form that these functions read; of a tensor, which they do not, its shape and a hash."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float | str):
@@ -86,7 +87,7 @@ def written(value: Any) -> str:
     if isinstance(value, Mapping):
         return ",".join(f"{name}={written(float(share))}" for name, share in value.items())
     if hasattr(value, "shape"):
-        return f"<{'×'.join(map(str, value.shape))}>"
+        return f"<{'×'.join(map(str, value.shape))}:{weights_hash([('', value)])[:12]}>"
     if isinstance(value, range) and value.step == 1 and len(value) > 1 and value.start >= 0:
         return f"{value.start}-{value.stop - 1}"
     return ",".join(f"L{x[0]}H{x[1]}" if isinstance(x, tuple) else str(x) for x in value)

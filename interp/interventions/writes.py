@@ -96,7 +96,7 @@ class Write:
 
     @property
     def text(self) -> str:
-        """The write in the form that `parse` reads; a tensor is written as its shape."""
+        """The write in the form that `parse` reads; a tensor is written as its shape and a hash."""
         tokens = "" if self.tokens is None else f" tokens={written(self.tokens)}"
         return f"site={self.site}{tokens} {self.how}={written(self.value)}"
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
 from interp.engine import Cell, CellWrite, Run
 from interp.engine.core import OPENS_LATER, EngineKind
 from interp.engine.runs import is_change
@@ -32,7 +30,6 @@ from interp.recipes.targets import Address
 from interp.recipes.written_cells import RowWrites, check_overlap, check_widths, check_writes
 from interp.results.effects import Effects
 from interp.sites import COMPONENTS, Site
-from interp.utils.provenance import weights_hash
 
 Edits = Mapping[str, Change | Sequence[Change]]
 Places = Mapping[Any, tuple[int, ...] | None]  # heads by layer; None: all heads, or a change before layer 0
@@ -87,8 +84,6 @@ def edit(
     check_writes(loop.runner, writes)
     cells = _EditCells(loop, named, mode, each)
     recipe: dict[str, Any] = {"edits": {name: [e.text for e in several] for name, several in named.items()}}
-    if tensors := [(f, x) for several in named.values() for e in several for f, x in vars(e).items() if _is_tensor(x)]:
-        recipe["tensors"] = weights_hash(tensors)
     return loop.run(cells, _kinds(writes, cells.edits), mode, **recipe, each=each or "all at once")
 
 
@@ -209,10 +204,6 @@ def _named(edits: Any) -> dict[str, list[Change]]:
 
 def _kinds(writes: Sequence[Write], edits: Sequence[AttentionChange]) -> str:
     return " and ".join([*(["attention edit"] if edits else ()), *(["write"] if writes else ())])
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _places(model: Model, name: str, changes: Sequence[Change], each: str | None) -> list[_Place]:
