@@ -15,13 +15,18 @@ from torch import Tensor
 
 import interp
 from interp import AttentionEdit, AttentionMask
-from interp.doctor.families.text import tiny_hf
+from interp.doctor.families.text import FAMILIES, tiny_hf
 from interp.errors import InterpError, PromptError
 from interp.model import dummy_inputs
 from interp.results.span_stats import SpanStats
 from interp.zoo.tokenizer import SPECIALS, word_tokenizer
 
 Array = np.ndarray
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name, family in FAMILIES.items()
+    if family.kind == "decoder" and family.eager and name not in ARCHITECTURES
+]
 SPEC = StatSpec(
     entropy=True, argmax=True, topk=3, received=True, received_max=True, segment_value_norms=True, segment_outputs=True
 )
@@ -129,6 +134,17 @@ def test_statistics_equal_sums_over_the_patterns_of_a_padded_batch(family: str, 
         # the spans' outputs, over all keys, are what the head writes
         whole = np.stack([(p @ v)[:, :, of_span].mean(2) for of_span in rows.values()], 2)
         np.testing.assert_allclose(stats.between["segment_outputs"][i].sum(3), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_mass_on_spans_on_every_family_of_decoders(family: str, tiny: Any) -> None:
+    model, hf = tiny(family), tiny_hf(family)
+    hf.set_attn_implementation("eager")
+    stats = model.attention_stats(LONG, StatSpec(topk=3), by="span")
+    with torch.no_grad():
+        out = hf.eval()(input_ids=torch.tensor([model.coder.encode(LONG.text)]), output_attentions=True)
+    expected = by_hand(torch.stack(out.attentions, 1)[0].double().numpy(), None, ROWS[0])
+    assert_equal(stats, 0, {key: expected[key] for key in ("segments", "argmax", "topk_mass", "topk_keys", "entropy")})
 
 
 def test_targets_and_features_are_read_at_the_tokens_that_are_named(tiny: Any) -> None:
@@ -463,7 +479,7 @@ def test_a_head_is_drawn_by_span(tiny: Any, tmp_path: Any) -> None:
     assert np.isnan(trace.z[0, 3])  # no prompt has both
     means = [stats.between["segments"][0][1, 2, 2, 2], stats.between["segments"][1][1, 2, 1, 1]]
     assert trace.z[2, 2] == pytest.approx(np.mean(means))
-    for wrong, why in (({"statistic": "segment_outputs"}, "a number for each pair"), ({"head": "L9H0"}, "no head")):
+    for wrong, why in (({"statistic": "segment_outputs"}, "one number for each pair"), ({"head": "L9H0"}, "no head")):
         with pytest.raises(InterpError, match=why):
             span_map(stats, **{"head": "L0H0", **wrong})
     file = stats.write(tmp_path / "spans.parquet")
