@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from interp.doctor.families.text import tiny_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import deductive_trace
+import head_modulation
 import head_routing
 import mask_catalogue
 import replaced_mixing
@@ -57,3 +60,39 @@ def test_row_repair() -> None:
     assert len(result["rise_of_logit_difference"]) == 12
     assert len(result["colored_objects"]) == 8
     assert all(0 <= share <= 1 for share in result["colored_objects"].values())
+
+
+def test_head_modulation() -> None:
+    result = head_modulation.main(["--steps", "2", "--prompts", "4", "--draws", "1"])
+    for arm in (result["trained"], result["planted"]):
+        unchanged = arm["scaled"][0]
+        assert unchanged["lambda"] == unchanged["largest_change"] == 0
+        assert unchanged["accuracy"] == unchanged["permuted"][0] == unchanged["mean_gate_on_all"] == arm["accuracy"]
+        assert arm["scaled"][-1]["largest_change"] > 0
+
+
+def test_derivations_follow_from_their_rules() -> None:
+    for seed in range(20):
+        pair = deductive_trace.derivation(random.Random(seed))
+        rules, corrupt_rules = (
+            dict(x.split(" -> ") for x in text.split("Rules: ")[-1].split(". ")[0].split(", "))
+            for text in (pair.clean, pair.corrupt)
+        )
+        start, stop = pair.spans["choice"]
+        asked = pair.clean[start - 2]
+        assert pair.clean[start:stop] == "->"
+        assert pair.clean[stop : stop + 2] == pair.answer == f" {rules[asked]}"
+        assert pair.foil == f" {corrupt_rules[asked]}"
+        assert sum(rules[a] != corrupt_rules[a] for a in rules) == 2
+        trace = [x.split(" -> ") for x in pair.clean.split("Trace: ")[-1].rstrip(".").split(", ")]
+        assert all(rules[a] == b for a, b in trace)
+        assert pair.clean.split("Trace: ")[-1] == pair.corrupt.split("Trace: ")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_deductive_trace() -> None:
+    result = deductive_trace.main(["--prompts", "2", "--draws", "1"])
+    assert sum(result["share_of_unsure_tokens"].values()) == pytest.approx(1)
+    assert set(result["closed"]) == {"none", "best", "random 0"}
+    assert list(result["aie"].values()) == sorted(result["aie"].values(), reverse=True)
