@@ -35,6 +35,7 @@ class Dense:
     weights: Callable[[Tensor, Tensor], Tensor] | None = None  # of (weights, visible cells); whole rows
     cells: Callable[[Tensor], Tensor] | None = None  # weights of the edit's cells
     row: Callable[[Tensor], Tensor] | None = None  # whole rows, which sum to 1 even beside a learned sink
+    tempered: Callable[[Tensor], Tensor] | None = None  # whole rows of masked scores, and learned sinks
     output: Callable[[Tensor], Tensor] | None = None
 
 
@@ -74,6 +75,36 @@ def gate_by_query(z: Tensor) -> Tensor:
     return gates * z
 
 
+def mix(x: int) -> int:
+    """MurmurHash3's finaliser of x + 0x9E3779B9, in 32 bits."""
+    x = (x + 0x9E3779B9) % 2**32
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+
+def hashes(heads: int, n: int, seed: int) -> Tensor:
+    """The documented hash of (seed, batch row 0, head, query, key)."""
+    of_head = [mix(head ^ mix(0 ^ mix(seed))) for head in range(heads)]
+    return torch.tensor(
+        [[[mix(mix(key) ^ mix(query ^ state)) for key in range(n)] for query in range(n)] for state in of_head]
+    )
+
+
+def at_random(p: Tensor, seen: Tensor) -> Tensor:
+    u = seen * ((hashes(p.shape[1], p.shape[-1], seed=5) // 2**9).to(p) + 0.5) / 2**23
+    return u / u.sum(-1, keepdim=True)
+
+
+def shuffle(p: Tensor, seen: Tensor) -> Tensor:
+    """Of the visible keys, the k-th gets the weight of the one with the k-th smallest hash."""
+    new, word = torch.zeros_like(p), hashes(p.shape[1], p.shape[-1], seed=6)
+    for b, h, i in np.ndindex(*p.shape[:3]):
+        keys = seen[b, h, i].nonzero()[:, 0].tolist()
+        new[b, h, i, keys] = p[b, h, i, sorted(keys, key=lambda j: word[h, i, j].item())]
+    return new
+
+
 VECTOR = 0.3
 CASES = {
     "knockout": Dense({"keys": KEYS, "knockout": True}, scores=lambda z: torch.full_like(z, SMALLEST)),
@@ -88,6 +119,9 @@ CASES = {
     "replacement": Dense({"replacement": VECTOR, "gate": 0.5}, output=lambda z: 0.5 * z + 0.5 * VECTOR),
     "uniform": Dense({"counterfactual": "uniform"}, weights=uniform),
     "reversed": Dense({"counterfactual": "reversed"}, weights=reverse),
+    "temperature": Dense({"temperature": 2.5}, tempered=lambda z: z / 2.5),
+    "random": Dense({"counterfactual": "random", "seed": 5}, weights=at_random),
+    "shuffled": Dense({"counterfactual": "shuffled", "seed": 6}, weights=shuffle),
     "identity": Dense({"counterfactual": "identity"}, weights=look_at_itself),
     "weights": Dense({"weights": {-4: 0.7, -3: 0.3}}, row=given_row),
     "gates of heads": Dense({"gate": torch.tensor([[0.25]])}, output=lambda z: 0.25 * z),
@@ -123,6 +157,8 @@ def attention_by_hand(hf: Any, case: Dense, layer: int, head: int) -> Iterator[N
         z = (z if mask is None else z + mask[..., :n]).masked_fill(~visible, SMALLEST)
         z = z if case.scores is None else torch.where(acts, case.scores(z), z)
         columns_and_sink = z if s_aux is None else torch.cat([z, s_aux.view(1, -1, 1, 1).expand(*z.shape[:3], 1)], -1)
+        if case.tempered is not None:
+            columns_and_sink = torch.where(rows, case.tempered(columns_and_sink), columns_and_sink)
         p = columns_and_sink.softmax(-1)[..., :n]
         if case.weights is not None:
             total = p.sum(-1, keepdim=True)
@@ -162,6 +198,7 @@ def softmax_by_hand(hf: Any, case: Dense, layer: int, head: int, attention: str)
         columns[[n - 6, n - 5, n - 4]] = True
         seen = ((z > SMALLEST / 2) & torch.ones(n, n).tril().bool()).to(z)
         z = z if case.scores is None else torch.where(rows & columns, case.scores(z), z)
+        z = z if case.tempered is None else torch.where(rows, case.tempered(z), z)
         p = softmax(z, dim=-1)
         if case.weights is not None:
             p = torch.where(rows, case.weights(p, seen), p)
@@ -267,3 +304,24 @@ def test_extreme_edits_are_ablations_and_neutral_ones_nothing_to_the_bit(word_to
         edits = {name: AttentionEdit(**fields) for name, fields in neutral.items()}
         frame = interp.edit(model, PAIRS, edits, **options).frame()
         np.testing.assert_array_equal(frame["patched"], frame["clean"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_half_precision_have_the_same_edits_within_their_rounding(word_tokenizer, dtype: torch.dtype) -> None:
+    model, hf = interp.load(tiny_hf("llama").to(dtype), tokenizer=word_tokenizer), tiny_hf("llama").to(dtype).float()
+    layer, head = model.attention_layers[0], 1
+    edits = {name: edit_of(case, layer, head) for name, case in CASES.items()}
+    ids = torch.tensor([model.coder.encode(p.clean) for p in PAIRS])
+    answer, foil = (model.coder.continuation(x)[0] for x in ("w95", "w96"))
+    allowed = 8 * torch.finfo(dtype).eps  # of logits that are smaller than 2
+    for engine in ("auto", "naive"):
+        options: Any = {"engine": engine, "show_progress": False}
+        frame: Any = interp.edit(model, PAIRS, edits, **options).frame().sort_values("example")
+        kl: Any = interp.edit(model, PAIRS, edits, metric="token_kl", at="each", **options).frame()
+        before = kl["patched"][kl["read_at"].astype(int) < 4]  # no edit reaches it
+        assert 0 <= before.max() < 1e-3 < kl["patched"].max()
+        for name, case in CASES.items():
+            with torch.no_grad(), attention_by_hand(hf, case, layer, head):
+                logits = hf(input_ids=ids).logits[:, -1]
+            rows = frame[frame["component"] == name]["patched"]
+            np.testing.assert_allclose(rows, logits[:, answer] - logits[:, foil], atol=allowed, err_msg=name)

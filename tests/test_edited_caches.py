@@ -214,3 +214,19 @@ def test_attention_that_edits_do_not_reach_is_refused(llama: Any, option: str, c
             model(IDS)
     finally:
         switch(False)
+
+
+@torch.no_grad()
+def test_a_part_of_the_model_called_alone_is_refused(llama: Any) -> None:
+    model, hf = llama
+    with model.edited(AttentionEdit(queries=-1, gate=0.0)):
+        model(IDS)
+        with pytest.raises(InterpError, match=r"has read 0\. A part of the model that is called alone"):
+            hf.model(IDS[:, :4])  # as many rows as the forward before
+        with (
+            pytest.raises(ZeroDivisionError),
+            model.bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: 1 / 0)]),
+        ):
+            model(IDS)
+        with pytest.raises(InterpError, match="called alone"):
+            hf.model(IDS)

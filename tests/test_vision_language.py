@@ -12,7 +12,7 @@ from pictured import blocks_of, cut
 
 import interp
 from interp.doctor.families.text import tiny_hf
-from interp.errors import ModelError, PromptError
+from interp.errors import InterpError, ModelError, PromptError
 from interp.model import dummy_inputs as made_up
 from interp.zoo.tokenizer import SPECIALS, word_tokenizer
 
@@ -99,6 +99,42 @@ def test_what_text_reads_of_the_image_can_be_cut(built, family: str) -> None:
     with torch.no_grad():
         logits = eager(**clean).logits[0, -1]
     assert max(abs(v - (logits[20] - logits[30]).item()) for v in found) > 1e-3  # it matters
+
+
+@pytest.mark.parametrize("change", [
+    interp.AttentionEdit(queries="text", keys="image", layers=0, knockout=True),
+    interp.AttentionMask(close=[("text", "image")], layers=0),
+])  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edits_and_masks_between_text_and_image(built, family: str, change: Any) -> None:
+    eager, model, (clean, corrupt) = built(family)
+    pair = interp.ImagePair(clean, corrupt, answer=20, foil=30)
+    (a, b), (c, d) = (model.pictures.read(clean).spans[name] for name in ("image", "text"))
+    with torch.no_grad(), cut(blocks_of(eager, model)[0], slice(c, d), slice(a, b)):
+        done = eager(**clean, output_attentions=True)
+    attentions = getattr(done, "attentions", None) or done.language_model_outputs.attentions
+    p = torch.stack(attentions, dim=1)[0].double().numpy()
+    by_hand = (done.logits[0, -1, 20] - done.logits[0, -1, 30]).item()
+    for engine in ("auto", "naive"):
+        frame = interp.edit(model, pair, {"blind": change}, engine=engine, show_progress=False).frame()
+        assert frame["patched"][0] == pytest.approx(by_hand, abs=1e-5)
+        assert abs(frame["raw"][0]) > 1e-3  # it matters
+    with model.edited(change):
+        entropy = model.attention_stats(clean).values["entropy"][0]
+        np.testing.assert_allclose(entropy, -(p * np.log(np.where(p > 0, p, 1))).sum(-1), atol=1e-5)
+        with torch.no_grad():  # the block knows the spans now
+            logits = model.bridge.original_model(**clean).logits
+        torch.testing.assert_close(logits, done.logits, atol=1e-5, rtol=1e-5)
+        sites = model.sites("resid_pre", layers=1, positions="image")
+        frame = interp.patch(model, pair, sites, show_progress=False).frame()
+        assert frame["clean"][0] == pytest.approx(by_hand, abs=1e-5)
+        options: Any = {**clean, "max_new_tokens": 3, "do_sample": False}
+        if family == "blip2":  # it generates by its language model alone
+            with pytest.raises(InterpError, match="called alone"):
+                model.bridge.original_model.generate(**options)
+            return
+        generated = [model.bridge.original_model.generate(**options, use_cache=x) for x in (True, False)]
+    assert torch.equal(*generated)
 
 
 def test_text_alone_and_pictures_of_other_shapes(built, words) -> None:

@@ -58,7 +58,8 @@ class EditedForwards:
         self.outer = outer
         self.names: dict[Ids, TokenNames] = {} if outer is None else outer.names
         self._resolved: dict[Ids, dict[int, tuple[LayerEdit | LayerMask, ...]]] = {}
-        self._batch: list[_BatchRow] = []
+        self._batch: list[_BatchRow] = []  # of the running forward, and of the last one
+        self._last: list[_BatchRow] = []
         self._decodes = False  # whether the forward reads tokens that come after a prompt's own
         self._generation: list[_BatchRow] | None = None  # the prompts of a running `generate`, once it has read them
         self.vectors: Sequence[Embeddings] = ()
@@ -217,20 +218,34 @@ class EditedForwards:
         """Say which prompts of vectors the next forward holds, which its inputs do not tell."""
         self.vectors = prompts
 
-    def mark_cache(self, _module: Any, _args: Any, output: Any) -> None:
-        """Note on a forward's cache of keys and values which prompts it holds."""
+    def end_forward(self, _module: Any, _args: Any, output: Any) -> None:
+        """Note on a forward's cache of keys and values which prompts it holds, and forget them.
+
+        A part of the model that is called alone does not say which prompts it runs.
+        """
         if not self._is_innermost:
             return
         cache = getattr(output, "past_key_values", None)
         if hasattr(cache, "get_seq_length"):
             setattr(cache, PROMPTS, (self, self._batch))
+        self._last, self._batch = self._batch, []
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Blocks that are called alone inside run the prompts of the last forward."""
+        self._batch = self._last
+        try:
+            yield
+        finally:
+            self._batch = []
 
     def add(self, call: AttentionCall) -> AttentionCall:
         """Add the edits of every batch row to a call of attention."""
         if len(self._batch) != call.q.shape[0]:
             raise InterpError(
-                f"attention edits: a forward of {call.q.shape[0]} rows runs prompts that were not seen (expected "
-                f"{len(self._batch)}): run the model through model(…), model.bridge(…) or a recipe"
+                f"attention edits: layer {call.layer} runs {call.q.shape[0]} prompts, and the model's own forward has "
+                f"read {len(self._batch)}. A part of the model that is called alone, as some models' generate does, "
+                "does not know its prompts: run the whole model, through model(…), model.bridge(…) or a recipe"
             )
         edits = tuple(shifted(self.of_prompt(row.ids).get(call.layer, ()), row.padding) for row in self._batch)
         if not any(edits):
@@ -320,6 +335,6 @@ def edited(model: LoadedModel, edits: Iterable[AttentionChange]) -> Iterator[Edi
         stack.callback(setattr, instrument, "edited", outer)
         root = model.bridge.original_model
         stack.callback(root.register_forward_pre_hook(forwards.read_inputs, with_kwargs=True).remove)
-        stack.callback(root.register_forward_hook(forwards.mark_cache).remove)
+        stack.callback(root.register_forward_hook(forwards.end_forward, always_call=True).remove)
         stack.enter_context(watched([root, model.bridge], forwards.generation))
         yield forwards

@@ -101,6 +101,8 @@ class _Backward:
             receive(LayerGradients(n, {"logits": leaving}, {}))
             self.recomputing, after = True, self.final.detach()
             self.final = None
+            if (edited := self.model.instrument.edited) is not None:
+                stack.enter_context(edited.repeating())
             for layer in reversed(range(n)):
                 leaving, after = self._back(layer, leaving, after, receive)
 
