@@ -253,3 +253,26 @@ def test_knocking_out_all_that_a_mask_shows_is_refused(tiny) -> None:
         pytest.raises(PromptError, match="nothing to read"),
     ):
         interp.knock_out(model, pair, keys=-1, queries=-1, show_progress=False)
+
+
+@pytest.mark.parametrize("edit", [AttentionEdit(counterfactual="shuffled"), AttentionEdit(gain=0.3)])
+@pytest.mark.parametrize("name", ["close", "sinks under a window", "bias"])
+def test_a_shared_prefix_counts_among_the_keys(name: str, edit: AttentionEdit) -> None:
+    """Random edits are computed row by row, with the masks and the bias of all keys."""
+    masked = AttentionMask(window=N) if name == "bias" else CASES[name][0]
+    whole = call_of(masked, (LayerEdit(0, edit, range(N)),), torch.float64)
+    k, v = (x[:1].expand(2, -1, -1, -1) for x in (whole.k, whole.v))
+    bias = torch.linspace(-1, 1, N, dtype=torch.float64).view(1, 1, 1, N) if name == "bias" else None
+    whole = replace(whole, k=k, v=v, q=whole.q[:, :, 3:], bias=bias)
+    own = replace(whole, k=k[:, :, 3:], v=v[:, :, 3:])
+    expected = attend(apply_masks(whole)[0]).out
+    shared = k[:1, :, :3], v[:1, :, :3]
+    torch.testing.assert_close(attend(apply_masks(own, N)[0], prefix=shared).out, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(dense_attention(dense_masks(whole)), expected, atol=1e-10, rtol=0)
+
+
+def test_a_single_query_without_keys_gives_zero_densely_too() -> None:
+    whole = call_of(AttentionMask(close=[([N - 1], None)]))
+    last = replace(whole, q=whole.q[:, :, -1:])
+    for out in (attend(apply_masks(last)[0]).out, dense_attention(dense_masks(last))):
+        assert not out.any()

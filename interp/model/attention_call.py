@@ -131,7 +131,7 @@ def dense_attention(
         scores = _each_row(edits, DenseEdits.change_scores, scores / temperature)
         sinks = None if sinks is None else sinks / temperature
     visible = call.visible()
-    if edits or (call.bias is not None and call.bias.shape[-2] > 1):
+    if edits or (call.bias is not None and bool(is_hidden(call.bias).any())):
         hidden = scores <= torch.finfo(scores.dtype).min
         visible = ~hidden if visible is None else visible & ~hidden
     if visible is not None:

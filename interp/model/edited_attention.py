@@ -200,21 +200,20 @@ def _attend_each_alone(
 
 def _alone(call: AttentionCall, i: int) -> tuple[AttentionCall, slice]:
     """The call of one batch row without padding, and the rows of its queries in the batch."""
-    m, n, part = call.q.shape[2], call.k.shape[2], slice(i, i + 1)
-    start, stop = 0, n
+    part, start = slice(i, i + 1), 0
+    rows, keys = slice(0, call.q.shape[2]), slice(None)  # all keys: those of a shared prefix too
     if call.key_padding is not None:
         start, stop = real_keys(call.key_padding[i])
-    first = n - m
-    rows = slice(max(start - first, 0), max(stop - first, 0))
+        first = call.k.shape[2] - call.q.shape[2]
+        rows, keys = slice(max(start - first, 0), max(stop - first, 0)), slice(start, stop)
     bias = call.bias
     if bias is not None:
         bias = bias[part] if bias.shape[0] > 1 else bias
         bias = bias[..., rows, :] if bias.shape[-2] > 1 else bias
-        bias = bias[..., start:stop] if bias.shape[-1] > 1 else bias
-    masks = None if call.masks is None else call.masks.of_row(i, rows, slice(start, stop))
+        bias = bias[..., keys] if bias.shape[-1] > 1 else bias
     one = replace(
-        call, q=call.q[part, :, rows], k=call.k[part, :, start:stop], v=call.v[part, :, start:stop], bias=bias,
-        key_padding=None, masks=masks, edits=(shifted(call.edits[i], -start),),
+        call, q=call.q[part, :, rows], k=call.k[part, :, keys], v=call.v[part, :, keys], bias=bias, key_padding=None,
+        masks=None if call.masks is None else call.masks.of_row(i, rows, keys), edits=(shifted(call.edits[i], -start),),
     )  # fmt: skip
     return one, rows
 
