@@ -153,7 +153,7 @@ def test_targets_and_features_are_read_at_the_tokens_that_are_named(tiny: Any) -
     before = [[-1, *range(len(row) - 1)] for row in ids]  # the key before each query
     weights = [np.linspace(-1, 2, len(row)) for row in ids]
     stats = model.attention_stats([LONG, SHORT], by="span", targets={"before": before}, key_features={"x": weights})
-    named = model.attention_stats([LONG, SHORT], by="span", targets=["a:last", -2])
+    named = model.attention_stats([LONG, SHORT], by="span", targets=["a:last", np.int64(-2)])
     for i, row in enumerate(ids):
         with torch.no_grad():
             out = hf(input_ids=torch.tensor([row]), output_attentions=True)
@@ -415,6 +415,8 @@ def test_statistics_of_tokens_keep_every_bit(tiny: Any) -> None:
     ({"targets": 0}, "targets= is read with by='span'"),
     ({"by": "span", "spans": ["a", "c"]}, "prompt 0 has no span 'c'; its spans: 'a', 'b'"),
     ({"by": "span", "spans": []}, "names of the prompts' spans"),
+    ({"by": "span", "spans": 3}, "names of the prompts' spans"),
+    ({"by": "span", "spans": {"a": (0, 2)}}, "names of the prompts' spans"),
     ({"by": "span", "targets": "b"}, "the span 'b' has 3 tokens, and a target is one key"),
     ({"by": "span", "targets": 40}, "position 40 is outside"),
     ({"by": "span", "targets": []}, "positions, ends of spans"),
@@ -446,6 +448,8 @@ def test_refusals_of_prompts(tiny: Any) -> None:
         model.attention_stats("w1 w2", by="span")
     with pytest.raises(PromptError, match="a span named '\\(other\\)'"):
         model.attention_stats(interp.Prompt("w1 w2", {"(other)": (0, 2)}), by="span")
+    with pytest.raises(PromptError, match="prompt 0 holds no sentence"):
+        model.attention_stats("  ", by="sentence")
     with pytest.raises(PromptError, match="prompt 0 is not a text"):
         model.attention_stats([0, 4, 5], by="sentence")
     ids: Any = [0, 4, 5, 6]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def read_targets(targets: Any, prompts: Sequence[NamedTokens], n_queries: Sequen
                         "or -1 for none"
                     )
         return _stacked(columns, torch.int64)
-    places = [targets] if isinstance(targets, int | str) else targets
+    places = [targets] if isinstance(targets, Integral | str) else targets
     if not isinstance(places, Iterable) or not (places := list(places)):
         raise PromptError(f"targets={targets!r:.60}: positions, ends of spans ('subject:last'), or {{name: keys}}")
     keys = {
@@ -57,6 +58,7 @@ def read_targets(targets: Any, prompts: Sequence[NamedTokens], n_queries: Sequen
 
 
 def _key(place: Any, prompt: NamedTokens) -> int:
+    place = int(place) if isinstance(place, np.integer) else place
     if isinstance(place, bool) or not isinstance(place, int | str):
         raise PromptError(f"targets: a position or the end of a span ('subject:last') expected, got {place!r:.60}")
     start, stop = row_range(place, prompt, "targets")

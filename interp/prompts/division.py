@@ -103,7 +103,10 @@ def _sentences(prompt: Any, coder: Coder, what: str) -> dict[str, Span]:
     text = None if isinstance(prompt, ModelInput) else text_of(prompt)
     if not isinstance(text, str):
         raise PromptError(f"{what} is not a text, in which sentences can be found: name its spans, and use by='span'")
-    ranges = token_spans(sentence_spans(text), coder.offsets(text))
+    sentences = sentence_spans(text)
+    if not sentences:
+        raise PromptError(f"{what} holds no sentence: {text!r:.60}")
+    ranges = token_spans(sentences, coder.offsets(text))
     spans, end = {}, 0
     for name, (start, stop) in ranges.items():
         start = max(start, end)
@@ -116,7 +119,9 @@ def check_names(spans: Iterable[str] | str | None) -> list[str] | None:
     """Return names of spans as a list; None: all spans. Raises PromptError for what names none."""
     if spans is None:
         return None
-    names = [spans] if isinstance(spans, str) else list(spans)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise PromptError(f"spans={spans!r:.60}: names of the prompts' spans expected")
+    names = [spans] if isinstance(spans, str) else list(spans) if isinstance(spans, Iterable) else []
+    if isinstance(spans, Mapping) or not names or not all(isinstance(name, str) for name in names):
+        raise PromptError(
+            f"spans={spans!r:.60}: names of the prompts' spans expected. Prompt(text, spans) says where they are"
+        )
     return list(dict.fromkeys(names))
