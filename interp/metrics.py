@@ -1,8 +1,9 @@
 """Metrics: named functions of the final logits, with a direction.
 
 A metric reads the logits at the answer position, one row per run, and a `Readout` with the token ids to look for.
-Effects report its raw value and the recovery scale, on which 0 is the run that is patched into and 1 the run that is
-patched from.
+Of an answer of several tokens, it reads the rows in which each of them is predicted (`Metric.of_string`). Effects
+report its raw value and the recovery scale, on which 0 is the run that is patched into and 1 the run that is patched
+from.
 
 Importing this module does not import torch, so that the command line can list metrics quickly.
 """
@@ -58,6 +59,11 @@ class Metric:
     ``over="positions"``: ``fn`` takes the logits of all positions that are read, [batch, read, vocab], and returns one
     number for them. ``predicts``: it reads the rows in which the tokens at these positions are predicted, the ones
     before. ``reads_run``: it reads ``readout.run_logits``. ``reads_answer``: it depends on the answer.
+
+    ``of_string``: the metric of an answer of several tokens, a function like ``fn`` of the logits [batch, tokens,
+    vocab] of the rows that predict each token after the prompt and the answer's tokens before it (teacher forcing), and
+    of ``readout.tokens``, the answer's tokens. With ``needs_foil``, its value for the foil is subtracted. None: such
+    answers are refused.
     """
 
     name: str
@@ -71,6 +77,7 @@ class Metric:
     predicts: bool = False
     reads_run: bool = False
     reads_answer: bool = True
+    of_string: MetricFn | None = None
 
     def __post_init__(self) -> None:
         if self.over not in ("position", "positions"):
@@ -130,18 +137,38 @@ def _sum_logprob(logits: Tensor, r: Readout) -> Tensor:
     return _token_logprobs(logits, r).sum(-1)
 
 
-logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True)
-"""logit(answer) − logit(foil) (Wang et al. 2022)."""
+def _string_prob(logits: Tensor, r: Readout) -> Tensor:
+    return _sum_logprob(logits, r).exp()
 
-prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability")
-"""Probability of the answer (Meng et al. 2022)."""
 
-logprob = Metric("logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats")
-"""Log-probability of the answer."""
+def _string_rank(logits: Float[Tensor, "batch read vocab"], r: Readout) -> Tensor:
+    if r.tokens is None:
+        raise InterpError("the rank of a string needs the tokens that are read: recipes give them")
+    return (logits > logits.gather(-1, r.tokens[..., None])).sum(-1).amax(-1).float()
+
+
+logit_diff = Metric("logit_diff", _logit_diff, unit="logits", needs_foil=True, reads_pair=True, of_string=_sum_logprob)
+"""logit(answer) − logit(foil) (Wang et al. 2022).
+
+Of several tokens: log P(answer) − log P(foil), each the sum over its tokens (not the mean: a longer string is less
+probable). For single tokens the two are the same number.
+"""
+
+prob = Metric("prob", lambda x, r: _pick(_wide(x).softmax(-1), r.answer), unit="probability", of_string=_string_prob)
+"""Probability of the answer (Meng et al. 2022): of several tokens, the product of theirs."""
+
+logprob = Metric(
+    "logprob", lambda x, r: _pick(_wide(x).log_softmax(-1), r.answer), unit="nats", of_string=_sum_logprob
+)  # fmt: skip
+"""Log-probability of the answer: of several tokens, the sum of theirs (not the mean)."""
 
 rank = Metric("rank", lambda x, r: (x > _pick(x, r.answer)[:, None]).sum(-1).float(), unit="rank", direction=-1,
-    differentiable=False)  # fmt: skip
-"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice."""
+    differentiable=False, of_string=_string_rank)  # fmt: skip
+"""How many tokens have a larger logit than the answer; 0 means that the answer is the model's first choice.
+
+Of several tokens: the largest of their ranks, each after the answer's tokens before it. 0 means that greedy decoding
+gives the answer.
+"""
 
 kl = Metric("kl", _kl, unit="nats", direction=-1, reads_answer=False)
 """KL(clean ‖ run) over the whole vocabulary; 0 for the clean run itself."""

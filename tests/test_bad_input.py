@@ -102,7 +102,7 @@ def test_words_that_the_vocabulary_lacks_are_no_answers(tiny) -> None:
         interp.patch(model, interp.PromptPair("w1 w2", "w1 w3", "zebra", "w96"), "z.L0H0")
     with pytest.raises(PromptError, match="pair 0: foil 'zebra' is not in"):
         interp.patch(model, interp.PromptPair("w1 w2", "w1 w3", "w96", "zebra"), "z.L0H0")
-    with pytest.raises(PromptError, match="pair 0: answer must be a word, with its leading space, got None"):
+    with pytest.raises(PromptError, match="pair 0: answer must be text, with its leading space, got None"):
         interp.patch(model, interp.PromptPair("w1 w2", "w1 w3", None, "w96"), "z.L0H0")  # pyright: ignore[reportArgumentType]
 
 

@@ -309,14 +309,15 @@ def test_a_sweep_stores_the_positions_that_are_read(tiny, tmp_path) -> None:
 def test_an_answer_of_several_tokens_can_be_read_as_a_span_of_the_prompt(tiny) -> None:
     """log P(w7 w2 | w1 w5 w3 w6) with an MLP ablated, against a full forward with a hook."""
     model, hf = tiny("gpt2"), tiny_hf("gpt2")
-    with pytest.raises(PromptError, match="seq_logprob"):
-        interp.ablate(model, interp.PromptPair("w1 w5 w3 w6", "w8 w5 w3 w6", "w7 w2"), "mlp_out.L0", "logprob")
+    pair = interp.PromptPair("w1 w5 w3 w6", "w8 w5 w3 w6", "w7 w2")
+    as_answer = interp.ablate(model, pair, "mlp_out.L0", "logprob", "zero", **QUIET).frame()
     pair = interp.PromptPair("w1 w5 w3 w6 w7 w2", "w8 w5 w3 w6 w7 w2", "w9").span("answer", "w7 w2")
     frame = interp.ablate(model, pair, "mlp_out.L0", "seq_logprob", "zero", at="answer", **QUIET).frame()
     ids = model.coder.encode(pair.clean)
     with output_changed(blocks_of(hf)[0].mlp, torch.zeros_like):
         logprobs = logits_of(hf, ids).log_softmax(-1)
     np.testing.assert_allclose(frame["patched"], float(logprobs[4, ids[5]] + logprobs[5, ids[6]]), atol=1e-5)
+    np.testing.assert_allclose(as_answer["patched"], frame["patched"], atol=1e-6)
 
 
 def test_parts_of_a_sweep_name_positions_alike(tiny, tmp_path) -> None:

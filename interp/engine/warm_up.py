@@ -31,6 +31,6 @@ def warm_up(
         Verified.forget(model)
     Verified.of(model).plain_base_runs = None
     if prompts:
-        encoded, _ = encode_any(prompts, model.coder, "declared")
+        encoded, _ = encode_any(prompts, model.coder, "declared", strings=True)
         with contextlib.suppress(InterpError):  # recipes report models that no engine can run
             Engine(model, engine, memory).record([max((ids for e in encoded for ids in (e.clean, e.corrupt)), key=len)])

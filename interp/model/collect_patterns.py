@@ -108,8 +108,9 @@ def _parse_heads(heads: Iterable[Any], all_heads: Sequence[Head]) -> list[Head]:
 
 
 def _encoded(model: LoadedModel, prompt: Any) -> Encoded | list[int]:
-    coder = model.coder
-    return encode_pairs(prompt, coder)[0] if isinstance(prompt, PromptPair) else encode_prompt(prompt, coder)
+    if isinstance(prompt, PromptPair):
+        return encode_pairs(prompt, model.coder, strings=True)[0]
+    return encode_prompt(prompt, model.coder)
 
 
 def _spans(prompt: Any, coder: Coder) -> dict[str, Span]:

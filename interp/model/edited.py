@@ -97,6 +97,11 @@ class EditedForwards:
             self._rename(key, names)
             raise
 
+    def name_longer(self, ids: Sequence[int], appended: Sequence[int]) -> None:
+        """Name the tokens of a prompt with others behind it, which positions and spans do not count."""
+        names = self.names.get(tuple(ids)) or TokenNames([str(i) for i in ids])
+        self.name_tokens((*ids, *appended), names.tokens, names.spans)
+
     def _rename(self, ids: Ids, names: TokenNames | None) -> None:
         self.names.pop(ids, None)
         if names is not None:
@@ -129,12 +134,18 @@ class EditedForwards:
         changes = (e for ids in prompts for edits in self.of_prompt(ids).values() for e in edits)
         return any(isinstance(e, LayerMask) and e.opens_later for e in changes)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether a mask is among the edits, of this block or of one around it."""
+        own = any(isinstance(e, AttentionMask) for e in self.edits)
+        return own or (self.outer is not None and self.outer.has_masks)
+
     def _edits(self, edit: AttentionChange, heads: HeadsByLayer, ids: Ids) -> list[LayerEdit] | list[LayerMask]:
         """One edit's changes of a prompt; those of all tokens go on while tokens are decoded."""
-        n = len(ids)
         if isinstance(edit, AttentionMask):
             return layer_masks(edit, heads, self._names_of(ids))
         if edit.phase == "decoding":
+            n = len(ids) if ids not in self.names else len(self.names[ids].tokens)
             return layer_edits(edit, heads, {"queries": range(n, FOR_EVER), **self._keys(edit, ids)})
         rows = edited_rows(edit, self._names_of(ids))
         assert rows is not None  # it is not an edit of decoding alone

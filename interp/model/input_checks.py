@@ -34,6 +34,17 @@ def needs_images(model: LoadedModel) -> bool:
     return pixels is not None and (model.reads == "images" or pixels.default is inspect.Parameter.empty)
 
 
+def why_one_token(model: LoadedModel) -> str:
+    """Say why an answer of a model can only be one token; "" if it can be several, read after each other."""
+    if model.masked:
+        return f"{model.name} fills in one mask"
+    if model.stacks:
+        return f"{model.name} is an encoder–decoder, whose answers are no continuation of the prompt"
+    if model.reads == "images" or model.headless:
+        return f"{model.name} has no language-model head that could read the tokens of an answer"
+    return ""
+
+
 def refuse_text(name: str, text: str) -> NoReturn:
     """Raise PromptError for a prompt of text alone, for a model that `needs_images`."""
     raise PromptError(

@@ -27,6 +27,7 @@ from interp.model.input_checks import (
     refuse_wrong_inputs,
     vector_width,
     vocabulary_size,
+    why_one_token,
 )
 from interp.model.install import install, stacks
 from interp.model.instrument import Instrument
@@ -120,7 +121,7 @@ class Model(Measures):
         encode = partial(refuse_text, self.name) if needs_images(self) else text.encode
         return Coder(
             encode, text.texts, text.offsets, text.continuation, encode_image_pair, text.unknown, text.following,
-            None if self.instrument.edited is None else self.instrument.edited.name_tokens,
+            None if self.instrument.edited is None else self.instrument.edited.name_tokens, why_one_token(self),
         )  # fmt: skip
 
     def _text_encoder(self) -> TextEncoder:

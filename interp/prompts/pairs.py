@@ -16,7 +16,7 @@ from typing import Any, Literal
 from interp.errors import PromptError
 from interp.prompts.answers import answer_ids
 from interp.prompts.coder import Coder, Encoded
-from interp.prompts.embeddings import first_changed
+from interp.prompts.embeddings import Embeddings, first_changed
 from interp.prompts.listing import TokenIds, check_text, listed
 from interp.prompts.model_input import as_hashable
 from interp.prompts.ranges import Span, check_token_ranges, find_all, find_span, find_subject, find_words, token_spans
@@ -58,17 +58,17 @@ class PromptPair:
         pair = pair.span("city", "Paris")
         effects = interp.patch(model, pair, model.sites("resid_pre", positions="each"))
 
-    Answer and foil are single tokens, written with their leading space (or token ids). Prompts are texts, or token ids
-    with their special tokens. ``spans`` names stretches of the clean prompt: of a text by character range, e.g.
-    ``{"subject": (4, 16)}`` (`span` adds one by its words), of token ids by token range, ``{"subject": (1, 4)}``.
-    ``corrupt_spans`` names those of the corrupt prompt, for `interp.patch` with ``align="span"``, which alone takes
-    prompts of different lengths.
+    Answer and foil are written with their leading space (or as token ids): words of one token or of several, which
+    recipes read as a whole (`interp.metrics`). Prompts are texts, or token ids with their special tokens. ``spans``
+    names stretches of the clean prompt: of a text by character range, e.g. ``{"subject": (4, 16)}`` (`span` adds one by
+    its words), of token ids by token range, ``{"subject": (1, 4)}``. ``corrupt_spans`` names those of the corrupt
+    prompt, for `interp.patch` with ``align="span"``, which alone takes prompts of different lengths.
     """
 
     clean: str
     corrupt: str
-    answer: str | int
-    foil: str | int | None = None
+    answer: str | int | Sequence[int]
+    foil: str | int | Sequence[int] | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
     corrupt_spans: Mapping[str, Span] = field(default_factory=dict)
 
@@ -128,7 +128,7 @@ class Fact:
 
     prompt: str
     subject: str
-    answer: str | int
+    answer: str | int | Sequence[int]
     occurrence: int | None = None
 
     @property
@@ -196,10 +196,11 @@ def spans_of(prompt: Any, coder: Coder) -> dict[str, Span]:
 
 
 def encode_pairs(
-    pairs: PromptPair | Iterable[PromptPair], coder: Coder, align: PairLengths = "position"
+    pairs: PromptPair | Iterable[PromptPair], coder: Coder, align: PairLengths = "position", strings: bool = False
 ) -> list[Encoded]:
     """Tokenise and check every pair.
 
+    ``strings``: answers and foils may be several tokens, which the caller then reads as a whole.
     ``align="span"``: prompts of a pair may differ in length, and `Encoded.corrupt_side` holds the corrupt one's spans.
     ``"declared"``: they may if they name spans of the corrupt prompt.
     A PromptError names all pairs that cannot be used, and shows both tokenisations of the first whose lengths differ.
@@ -210,7 +211,7 @@ def encode_pairs(
     wrong = next((p for p in pair_list if not isinstance(p, PromptPair)), None)
     if wrong is not None:
         raise PromptError(f"expected PromptPair objects, got {type(wrong).__name__}: {wrong!r:.80}")
-    return _encoded(pair_list, partial(_encode_pair, align=align), coder, "pairs")
+    return _encoded(pair_list, partial(_encode_pair, align=align, strings=strings), coder, "pairs")
 
 
 def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) -> list[Encoded]:
@@ -238,7 +239,7 @@ def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) ->
 
 
 def _encode_pair(
-    index: int, pair: PromptPair, coder: Coder, notes: list[str], align: PairLengths = "position"
+    index: int, pair: PromptPair, coder: Coder, notes: list[str], align: PairLengths = "position", strings: bool = False
 ) -> Encoded:
     if coder.encode_image_pair is not None and not isinstance(pair.clean, str):
         if align == "span":
@@ -253,16 +254,36 @@ def _encode_pair(
             "so positions do not correspond. Reword one of them, or patch named spans with align='span'; the tokens, "
             "side by side:\n" + _side_by_side(coder.texts(clean), coder.texts(corrupt))
         )
-    answer, foil = answer_ids(texts[0], pair.answer, pair.foil, coder, what, notes)
+    answer, foil = answer_ids(texts, pair.answer, pair.foil, coder, what, notes, strings)
     spans = _token_ranges(pair.spans, texts[0], coder)
-    encoded = Encoded(
-        as_hashable(clean), as_hashable(corrupt), answer, foil, tuple(coder.texts(clean)), spans,
-        first_changed(clean, corrupt),
-    )  # fmt: skip
+    encoded = _with_answers((clean, corrupt), answer, foil, spans, coder, what)
     if align != "span":
         return encoded
-    ids, names = as_hashable(corrupt), _token_ranges(pair.corrupt_spans, texts[1], coder)
-    return replace(encoded, corrupt_side=Encoded(ids, ids, answer, foil, tuple(coder.texts(corrupt)), names))
+    names = _token_ranges(pair.corrupt_spans, texts[1], coder)
+    return replace(encoded, corrupt_side=_with_answers((corrupt, corrupt), answer, foil, names, coder, what))
+
+
+def _with_answers(
+    ids: Sequence[Sequence[int]], answer: tuple[int, ...], foil: tuple[int, ...], spans: Mapping[str, Span],
+    coder: Coder, what: str,
+) -> Encoded:  # fmt: skip
+    """Return two prompts with an answer and a foil; PromptError if the model cannot read them behind the prompts."""
+    clean, corrupt = map(as_hashable, ids)
+    longest = max(answer, foil, key=len)[:-1]
+    if longest:
+        if isinstance(clean, Embeddings) or isinstance(corrupt, Embeddings):
+            raise PromptError(
+                f"{what}: its answer or foil is several tokens, which cannot stand behind a prompt of vectors: use one "
+                "token"
+            )
+        try:
+            coder.encode(TokenIds((*max(clean, corrupt, key=len), *longest)))
+        except PromptError as error:
+            raise PromptError(f"{what}, with its answer or foil: {error}") from None
+    return Encoded(
+        clean, corrupt, answer[0], foil[0] if foil else None, tuple(coder.texts(clean)), spans,
+        first_changed(clean, corrupt), answer_rest=answer[1:], foil_rest=foil[1:],
+    )  # fmt: skip
 
 
 def _token_ranges(spans: Mapping[str, Span], text: str | TokenIds, coder: Coder) -> dict[str, Span]:
@@ -272,37 +293,42 @@ def _token_ranges(spans: Mapping[str, Span], text: str | TokenIds, coder: Coder)
     return check_token_ranges({**getattr(text, "spans", {}), **spans}, len(text))
 
 
-def encode_facts(facts: Fact | Iterable[Fact], coder: Coder) -> list[Encoded]:
-    """Tokenise facts; each gets the token span ``subject``. A PromptError names all facts that cannot be used."""
+def encode_facts(facts: Fact | Iterable[Fact], coder: Coder, strings: bool = False) -> list[Encoded]:
+    """Tokenise facts; each gets the token span ``subject``. A PromptError names all facts that cannot be used.
+
+    ``strings``: see `encode_pairs`.
+    """
     fact_list = listed_prompts(facts)
     if not fact_list:
         raise PromptError("there are no facts: pass at least one Fact(prompt, subject, answer)")
     wrong = next((f for f in fact_list if not isinstance(f, Fact)), None)
     if wrong is not None:
         raise PromptError(f"expected Fact objects, got {type(wrong).__name__}: {wrong!r:.80}")
-    return _encoded(fact_list, _encode_fact, coder, "facts")
+    return _encoded(fact_list, partial(_encode_fact, strings=strings), coder, "facts")
 
 
-def _encode_fact(index: int, fact: Fact, coder: Coder, notes: list[str]) -> Encoded:
+def _encode_fact(index: int, fact: Fact, coder: Coder, notes: list[str], strings: bool = False) -> Encoded:
     what = f"fact {index}"
     check_text(fact.prompt)
     ids = coder.encode(fact.prompt)
-    answer, _ = answer_ids(fact.prompt, fact.answer, None, coder, what, notes)
+    answer, foil = answer_ids([fact.prompt], fact.answer, None, coder, what, notes, strings)
     spans = token_spans({"subject": fact.subject_span}, coder.offsets(fact.prompt))
-    return Encoded(tuple(ids), tuple(ids), answer, None, tuple(coder.texts(ids)), spans)
+    return _with_answers((ids, ids), answer, foil, spans, coder, what)
 
 
 def encode_any(
-    prompts: Sequence[PromptPair | Fact], coder: Coder, align: PairLengths = "position"
+    prompts: Sequence[PromptPair | Fact], coder: Coder, align: PairLengths = "position", strings: bool = False
 ) -> tuple[list[Encoded], bool]:
     """Tokenise pairs or facts.
 
-    ``align``: see `encode_pairs`. Returns also whether they are pairs. Raises PromptError for a mixture.
+    ``align``, ``strings``: see `encode_pairs`. Returns also whether they are pairs. Raises PromptError for a mixture.
     """
     facts = [p for p in prompts if isinstance(p, Fact)]
     if facts and len(facts) < len(prompts):
         raise PromptError("give PromptPairs or Facts, not both in one call")
-    return (encode_facts(facts, coder), False) if facts else (encode_pairs(prompts, coder, align), True)  # type: ignore[arg-type]
+    if facts:
+        return encode_facts(facts, coder, strings), False
+    return encode_pairs(prompts, coder, align, strings), True  # type: ignore[arg-type]
 
 
 def _text_or_ids(text: Any, what: str) -> str | TokenIds:

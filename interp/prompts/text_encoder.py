@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp.errors import PromptError
+from interp.prompts.coder import Following
 from interp.prompts.embeddings import Embeddings
 from interp.prompts.listing import TokenIds, check_text
 from interp.prompts.ranges import Span, continues_word
@@ -173,25 +174,31 @@ class TextEncoder:
         for anchor in ANCHORS if bare else ():  # some tokenizers mark the start of a string
             start, joined = self.bare(anchor), self.bare(anchor + text)
             if joined[: len(start)] == start and len(joined) > len(start):
+                if self.unknown in start and self._is_absorbed(anchor, text, joined, len(start)):
+                    continue
                 return joined[len(start) :]
         return bare
 
-    def following(self, prompt: str | TokenIds, text: str) -> tuple[list[int], str]:
+    def _is_absorbed(self, anchor: str, text: str, joined: Sequence[int], n: int) -> bool:
+        """Whether the ``n`` tokens of an unknown anchor hold the beginning of the text behind it."""
+        begins = self._bare_offsets(anchor + text, joined)[n][0]
+        return bool((anchor + text)[len(anchor) : begins].strip())
+
+    def following(self, prompt: str | TokenIds, text: str) -> Following:
         """Encode text as the continuation of one prompt; in a masked model, as what fills its mask.
 
-        Returns also a note, "" if there is nothing to know. Raises PromptError for a prompt whose last space belongs to
-        the text's first token.
+        Raises PromptError for a prompt whose last space belongs to the text's first token.
         """
         if not isinstance(prompt, str):
-            return self.continuation(text), ""
+            return Following(self.continuation(text))
         if self.mask is not None:
-            return self._filling(prompt, text, self.mask), ""
+            return Following(self._filling(prompt, text, self.mask))
         start = self.bare(prompt)
         for glue in ("", " "):
             joined = self.bare(prompt + glue + text)
             ids = joined[len(start) :] if joined[: len(start)] == start else []
             if ids and (not glue or not self._is_marked(ids[0])):  # without marks, a space says nothing
-                return ids, "" if glue else _note_on_glue(prompt, text)
+                return Following(ids, "" if glue else _note_on_glue(prompt, text))
             if text[:1].isspace():
                 break
         if prompt[-1:] == " ":
@@ -200,9 +207,10 @@ class TextEncoder:
                 f"it without the space, and write the answer as {' ' + text.lstrip()!r}"
             )
         together = self.texts(self.bare(prompt + text)[-3:])
-        return self.continuation(text), (
+        note = (
             f"is not what the tokenizer makes of it after {prompt[-20:]!r}: both together end in the tokens {together}"
         )
+        return Following(self.continuation(text), note, is_exact=False)
 
     def _is_marked(self, token: int) -> bool:
         """Whether a token's name says that a space stands before it."""

@@ -25,6 +25,7 @@ from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Prompt, PromptPair
 from interp.recipes.choices import ABLATIONS, SCHEDULES
 from interp.recipes.donors import aligned_rows, resample_donors
+from interp.recipes.forcing import with_answer
 from interp.recipes.mean_activations import (
     MEAN_KEYS,
     Ids,
@@ -104,12 +105,17 @@ def ablate(
     source = _AblationSource(loop, every_site, using, ids, reference_prompts is None, seed)
     recipe: dict[str, Any] = {"ablation": ABLATIONS[using], "ablation_seed": seed}
     recipe |= {"schedule": schedule, "window": window}
+    if loop.strings and using in ("position_mean", "cama") and any(s.position is None for s in every_site):
+        raise InterpError(
+            f"using={using!r}: an answer of several tokens is read, and its tokens have no mean by place: name "
+            "positions of the prompt (positions='each', or a span), or use 'mean', 'zero' or 'resample'"
+        )
     if reference_prompts is not None:
         recipe |= {"reference": hash_of_prompts(reference_prompts, ids), "n_reference": len(reference_prompts)}
     if schedule == "cumulative":
         recipe["order"] = [str(t.address) for t in targets]
     cells = _AblationCells(f"ablate {'+'.join(components_of(targets))} ({using})", plan, source)
-    return loop.run(cells, f"ablate {using}" + _suffix(schedule, window), "noise", **recipe)
+    return loop.run(lambda _: cells, f"ablate {using}" + _suffix(schedule, window), "noise", **recipe)
 
 
 def _check_recipe(using: str, schedule: str, seed: int) -> None:
@@ -164,6 +170,9 @@ class _AblationSource:
         self.means: Means | None = None
         if using == "resample":
             self.donors = resample_donors(loop.prompts, reference, is_own_set, seed)
+            for side in loop.sides:  # raises for donors that no answer can follow
+                for ids, prompt in zip(self.donors, side.prompts, strict=True):
+                    with_answer(loop.model, ids, prompt.appended)
         if using in MEAN_KEYS:
             check_support(using, loop.prompts, reference, sites)
             self.means = means_of(loop.runner, reference, sites, using, loop.subset.means)
@@ -171,7 +180,9 @@ class _AblationSource:
     def writer(self, batch: Batch) -> _Writer:
         """Return what makes the writes of a batch."""
         if self.using == "resample":
-            donors = self.runner.record([self.donors[i] for i in batch.numbers], self.components)
+            model, examples = self.runner.model, zip(batch.numbers, batch.prompts, strict=True)
+            ids = [with_answer(model, self.donors[i], p.appended) for i, p in examples]
+            donors = self.runner.record(ids, self.components)
         else:
             donors = batch.clean_runs
         return _Writer(batch.prompts, donors, self.means, self.using, self.runner.model.n_heads)

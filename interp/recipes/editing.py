@@ -6,7 +6,7 @@ What the fields of an edit do is defined, with its sources, in `headstats.Edit`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from interp.engine import Cell, CellWrite, Run
@@ -79,12 +79,20 @@ def edit(
         raise InterpError(f"each={each!r}: a write acts at its own site alone, and one is given ({writes[0].text})")
     if masks and each == "head":
         raise InterpError(f"each='head': a mask acts on all heads of a layer, and one is given ({masks[0]})")
+    if masks and loop.strings:
+        raise InterpError(
+            f"a mask says what the tokens of a prompt see, and an answer of several tokens adds others ({masks[0]}): "
+            "use answers of one token, or attention edits"
+        )
     if any(rule.opens_later for m in masks for prompt in loop.prompts for rule in mask_rules(m, prompt)):
         loop.runner.needs_full_forwards = OPENS_LATER
     check_writes(loop.runner, writes)
-    cells = _EditCells(loop, named, mode, each)
+    edits_alone = [e for several in named.values() for e in several if not isinstance(e, Write)]
     recipe: dict[str, Any] = {"edits": {name: [e.text for e in several] for name, several in named.items()}}
-    return loop.run(cells, _kinds(writes, cells.edits), mode, **recipe, each=each or "all at once")
+    return loop.run(
+        lambda part: _EditCells(part, named, mode, each), _kinds(writes, edits_alone), mode, **recipe,
+        each=each or "all at once",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,8 +186,26 @@ def _resolver(change: AttentionChange, prompt: Encoded) -> Callable[[HeadsByLaye
     if isinstance(change, AttentionMask):
         layer_masks(change, (), prompt)
         return lambda heads: layer_masks(change, heads, prompt)
-    rows = edited_rows(change, prompt)
+    rows = _rows(change, prompt)
     return lambda heads: [] if rows is None else layer_edits(change, heads, rows)
+
+
+def _rows(edit: AttentionEdit, prompt: Encoded) -> Mapping[str, Sequence[int]] | None:
+    """Return the token rows that an edit names. Tokens of an answer behind the prompt are as if they were decoded.
+
+    They are among all queries and all keys, unless the phase is "prompt"; they are the queries of phase "decoding".
+    """
+    if not prompt.appended:
+        return edited_rows(edit, prompt)
+    named = replace(edit, phase=None, queries=None) if edit.phase == "decoding" else edit
+    rows, everything = dict(edited_rows(named, prompt) or {}), range(len(prompt))
+    if edit.keys is None:
+        rows["keys"] = everything
+    if edit.phase == "decoding":
+        rows["queries"] = everything[len(prompt.tokens) :]
+    elif edit.queries is None and edit.phase is None and getattr(edit.gate, "ndim", 0) < 2:  # not a gate for each token
+        rows["queries"] = everything
+    return rows
 
 
 def _named(edits: Any) -> dict[str, list[Change]]:

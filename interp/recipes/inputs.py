@@ -69,7 +69,7 @@ def expand_sites(sites: Sites, prompt: Encoded) -> Iterator[Site]:
     """
     for site in sites:
         if site.position == EACH:
-            yield from (site.at(i) for i in range(len(prompt)))
+            yield from (site.at(i) for i in range(len(prompt.tokens)))
         else:
             rows_of(site, prompt)
             yield site

@@ -77,8 +77,11 @@ def knock_out(
     else:
         head_numbers = tuple(sorted({s.head or 0 for s in model.sites("z", layers=0, heads=heads)}))
     loop.runner.check_sites(sites)
-    spans = [_blocked_rows(p, keys, queries) for p in loop.prompts]
-    cells = _KnockOutCells(f"knock out {keys}", model, sites, spans, window, head_numbers)
+
+    def cells(part: SweepLoop) -> CellSource:
+        spans = [_blocked_rows(p, keys, queries) for p in part.prompts]
+        return _KnockOutCells(f"knock out {keys}", model, sites, spans, window, head_numbers)
+
     recipe: dict[str, Any] = {"cut_keys": str(keys), "cut_queries": str(queries), "window": window}
     return loop.run(cells, f"cut attention to {keys}", "noise", **recipe, heads=head_numbers or "all")
 
@@ -116,7 +119,7 @@ class _KnockOutCells(CellSource):
                 if seen.any() and not (seen[:start].any() or seen[stop:].any()):
                     raise PromptError(
                         f"cutting tokens {start} to {stop - 1} leaves the query at token {row} "
-                        f"({prompt.tokens[row]!r}) nothing to read in layer {layer}, which shows it tokens "
+                        f"({_word(prompt, row)}) nothing to read in layer {layer}, which shows it tokens "
                         f"{int(seen.nonzero()[0])} to {int(seen.nonzero()[-1])}: choose other queries or fewer keys"
                     )
 
@@ -129,6 +132,10 @@ class _KnockOutCells(CellSource):
         queries = range(start, stop)
         edits = [LayerEdit(i, queries=queries, keys=range(*keys), heads=self.heads) for i in self.layers[site.layer]]
         return Cell(run, edits=tuple(edits))
+
+
+def _word(prompt: Encoded, row: int) -> str:
+    return repr(prompt.tokens[row]) if row < len(prompt.tokens) else "of the answer"
 
 
 def _blocked_rows(prompt: Encoded, keys: int | str, queries: int | str | None) -> tuple[Rows, Rows]:

@@ -94,7 +94,9 @@ def leave_out(
     names remains; InterpError for a ``memory`` (bytes besides the weights, or ``"4GiB"``) that does not hold one
     prompt.
     """
-    loop = SweepLoop(model, prompts, metric, "naive", memory, subset, show_progress, takes_facts=True, at=at)
+    loop = SweepLoop(
+        model, prompts, metric, "naive", memory, subset, show_progress, takes_facts=True, at=at, takes_strings=False
+    )
     loop.runner.reason = "tokens move, so that nothing can be reused"
     if instead is not None and not (
         isinstance(instead, Mapping) and all(isinstance(text, str) for text in instead.values())

@@ -163,7 +163,7 @@ def reference_ids(
     if not reference:
         raise PromptError("reference= is empty: give prompts to average over, or leave it out")
     return [
-        encode_pairs(r, coder)[0].clean if isinstance(r, PromptPair) else tuple(encode_prompt(r, coder))
+        encode_pairs(r, coder, strings=True)[0].clean if isinstance(r, PromptPair) else tuple(encode_prompt(r, coder))
         for r in reference
     ]
 

@@ -26,6 +26,7 @@ from interp.prompts.coder import Encoded, first_difference
 from interp.prompts.pairs import Align, PromptPair, encode_pairs, listed_prompts
 from interp.prompts.positions import row_range
 from interp.recipes.choices import ALIGNMENTS
+from interp.recipes.forcing import with_answers
 from interp.recipes.read_out import LAST, At
 from interp.recipes.scoring import Value
 from interp.recipes.sweep_loop import WHOLE_SET, Batch, CellRow, CellSource, Subset, SweepLoop
@@ -96,12 +97,16 @@ def patch(
         source_pairs = listed_prompts(sources, "sources=: PromptPairs")
     donors = _donors(loop.prompts, source_pairs, model, align)
     kind = _SpanCells if align == "span" else _PatchCells
-    cells = kind(loop.runner, loop.prompts, targets, donors, mode, uses_own_runs=source_pairs is None)
+
+    def cells(part: SweepLoop) -> CellSource:
+        longer = with_answers(model, donors, [p.appended for p in part.prompts])
+        return kind(part.runner, part.prompts, targets, longer, mode, uses_own_runs=source_pairs is None)
+
     recipe: dict[str, Any] = {"window": window, "groups": _group_members(targets)}
     if align == "span":
         recipe["align"] = "span: the mean over the source's span; name:first and name:last token to token"
     if source_pairs:
-        recipe["sources"] = hash_of_prompts(source_pairs, encode_pairs(source_pairs, model.coder, align))
+        recipe["sources"] = hash_of_prompts(source_pairs, encode_pairs(source_pairs, model.coder, align, strings=True))
     return loop.run(cells, "patch" if window == 1 else f"patch, window of {window} layers", mode, **recipe)
 
 
@@ -143,7 +148,7 @@ class _PatchCells(CellSource):
         prompts = [loop.prompts[i] for i in numbers]
         # equal prompts share a run, so that with a pair's own runs as donors nothing is run twice
         ids = [row for i, p in zip(numbers, prompts, strict=True) for row in (p.clean, p.corrupt, self.donors[i])]
-        runs = loop.runner.record(ids, self.components, read=loop.read_rows(numbers, 3))
+        runs = loop.runner.record(ids, self.components, read=loop.read_rows(numbers, ids))
         base = loop.scored(numbers, prompts, runs[::3], runs[1::3], "corrupt" if self.mode == "denoise" else "clean")
         donors = runs[2::3]
         donor_scores = loop.score(donors, base.read).tolist()
@@ -285,7 +290,7 @@ def _donors(
     """Return the pairs from whose runs activations are taken, one per pair."""
     if sources is None:
         return list(prompts)
-    encoded = encode_pairs(sources, model.coder, align)
+    encoded = encode_pairs(sources, model.coder, align, strings=True)
     if len(encoded) != len(prompts):
         raise PromptError(f"sources has {len(encoded)} pairs for {len(prompts)}: one for each expected")
     for i, (prompt, donor) in enumerate(zip(prompts, encoded, strict=True)):

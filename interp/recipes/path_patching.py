@@ -86,9 +86,14 @@ def path_patch(
         for site in sender_sites | receiver_sites:
             rows_of(site, prompt)
     sent = _SentActivations(loop.runner, loop.prompts, sender_sites, using)
-    cells = _PathCells(loop, edges, mode, mlps == "recomputed", sent)
     intervention = ("path" if using == "patch" else f"ablate {using}, path") + f", MLPs {mlps}"
-    return loop.run(cells, intervention, mode, mlps=mlps, sent=using)
+    return loop.run(
+        lambda part: _PathCells(part, edges, mode, mlps == "recomputed", sent),
+        intervention,
+        mode,
+        mlps=mlps,
+        sent=using,
+    )
 
 
 class _PathCells(CellSource):
@@ -110,7 +115,7 @@ class _PathCells(CellSource):
         """Clean and corrupt run of one pair. Raises InterpError where the model cannot be run packed."""
         prompts = [loop.prompts[i] for i in numbers]
         ids = [row for p in prompts for row in (p.clean, p.corrupt)]
-        clean, corrupt = loop.runner.record(ids, self.components, keep_kv=True, read=loop.read_rows(numbers, 2))
+        clean, corrupt = loop.runner.record(ids, self.components, keep_kv=True, read=loop.read_rows(numbers, ids))
         if why := loop.runner.unpackable():  # what receivers would read is computed block by block, on either engine
             raise InterpError(f"path patching needs blocks that can be run packed, and this model's cannot: {why}")
         return loop.scored(numbers, prompts, [clean], [corrupt], "clean" if self.mode == "noise" else "corrupt")

@@ -66,7 +66,7 @@ def peek(
     """
     if not is_whole(full, 0) or context not in PEEK_CONTEXTS:
         raise InterpError(f"full={full!r}, context={context!r}: a number of layers, and 'mean' or 'keep' expected")
-    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at)
+    loop = SweepLoop(model, pairs, metric, engine, memory, subset, show_progress, at=at, takes_strings=False)
     if len(model.attention_layers) < model.n_layers or any(
         map(partial(find_other_mixer, model), range(model.n_layers))
     ):

@@ -49,7 +49,7 @@ class EffectRows:
         if isinstance(site.position, str):
             role = site.position
         else:
-            role = "" if position is None else prompt.role(position % len(prompt))
+            role = "" if position is None else prompt.role(position % len(prompt.tokens))
         values = {
             "example": example, "component": site.component, "layer": site.layer, "head": site.head,
             "position": position, "sender": None if sender is None else str(sender),

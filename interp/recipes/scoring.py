@@ -27,7 +27,7 @@ def readout(prompts: Sequence[Encoded], clean_logits: Sequence[torch.Tensor]) ->
     """
     device = clean_logits[0].device
     foils = [p.foil for p in prompts]
-    largest, size = max(x for p in prompts for x in (p.answer, p.foil or 0)), clean_logits[0].shape[-1]
+    largest, size = max(x for p in prompts for x in (*p.answer_ids, *p.foil_ids)), clean_logits[0].shape[-1]
     if largest >= size:
         raise ModelError(
             f"the model gives {size} numbers for a prompt, and an answer or foil is token {largest}: it has no head "

@@ -63,12 +63,11 @@ def steer(
     loop = SweepLoop(model, prompts, metric, engine, memory, subset, show_progress, takes_facts=True, at=at)
     sites = as_sites(sites)
     loop.runner.check_sites(sites)
-    cells = _SteerCells(loop, sites, _scaled_direction(direction, scale).to(model.device))
+    addend = _scaled_direction(direction, scale).to(model.device)
     recipe = {
-        "scale": scale, "direction_norm": float(cells.addend.norm()),
-        "direction": weights_hash([("direction", cells.addend)]),
+        "scale": scale, "direction_norm": float(addend.norm()), "direction": weights_hash([("direction", addend)]),
     }  # fmt: skip
-    return loop.run(cells, f"steer × {scale:g}", "noise", **recipe)
+    return loop.run(lambda part: _SteerCells(part, sites, addend), f"steer × {scale:g}", "noise", **recipe)
 
 
 class _SteerCells(CellSource):

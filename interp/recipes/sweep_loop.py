@@ -6,8 +6,9 @@ every recipe takes, cuts the examples into batches that fit into memory, and mak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ from interp.metrics import Metric, MetricFn, Readout, as_metric
 from interp.model.model import Model
 from interp.prompts.coder import Encoded
 from interp.prompts.pairs import Align, encode_any, encode_pairs
+from interp.recipes.example_batches import WHOLE_SET, Subset, batches
+from interp.recipes.forcing import (
+    Scored,
+    Side,
+    combine,
+    is_string,
+    sides_of,
+    string_metric,
+    string_outs,
+    string_words,
+    with_answers,
+)
 from interp.recipes.inputs import as_prompts, check_metric, check_readable, provenance_of
 from interp.recipes.read_out import LAST, At, ReadOut, RunsReadout, check_at, read_outs, rows_of_all
 from interp.recipes.rows import EffectRows
@@ -27,33 +40,6 @@ from interp.recipes.targets import Address
 from interp.results.effects import Effects
 from interp.sites import Site
 from interp.utils.progress import Advance, progress
-
-RUN_BYTES = 600 * 2**20  # activations of base runs held at one time
-
-
-@dataclass(frozen=True)
-class Subset:
-    """How `interp.sweep` runs a part of a set of examples. The numbers of an example do not depend on it.
-
-    ``examples``: which to run, of a set whose means, donors and noise depend on all of it (None: all).
-    ``keep_nan``: return rows whose metric is NaN, where a recipe would raise InterpError.  ``means``: mean activations
-    computed for earlier parts, to be used again.  ``together``: most examples whose cells run together, so that an
-    interruption loses no more than these (None: as many as fit into memory).  ``lengths_differ``: whether prompts of
-    the whole set differ in length, where a recipe is given a part of it (None: it is given all).
-    """
-
-    examples: range | None = None
-    keep_nan: bool = False
-    means: dict[Any, Any] | None = None
-    together: int | None = None
-    lengths_differ: bool | None = None
-
-    def selected(self, n: int) -> range:
-        """Return the numbers of the examples to run, of ``n``."""
-        return range(n) if self.examples is None else self.examples
-
-
-WHOLE_SET = Subset()
 
 
 @dataclass(frozen=True)
@@ -75,8 +61,8 @@ class Batch:
     """Base runs of some examples, and their scores.
 
     ``runs``: the runs that cells change; row i of ``read`` belongs to run i.  ``clean`` and ``corrupt``: the metric by
-    example (NaN where there is no corrupt run).  ``no_gap``: whether the two are the same within rounding.  Where other
-    positions than the last are read, each of these is a list, of the read-outs.
+    example (NaN where there is no corrupt run).  ``no_gap``: whether the two are the same within rounding, which can
+    move them by ``rounding``.  Where other positions than the last are read, each of these is a list, of the read-outs.
     """
 
     numbers: range
@@ -88,6 +74,7 @@ class Batch:
     clean: list[Value]
     corrupt: list[Value]
     no_gap: list[Any]
+    rounding: list[Value]
 
 
 class CellSource:
@@ -114,6 +101,9 @@ class CellSource:
         return evaluate_or_keep(loop.runner, loop.metric, batch.runs, cells, unchanged, batch.read, advance)
 
 
+_ScoredRow = tuple[CellRow, str | None, Scored]  # with the name of the read-out
+
+
 @dataclass
 class SweepLoop:
     """The inputs of one call of a recipe, checked and encoded; `run` does the work.
@@ -122,6 +112,8 @@ class SweepLoop:
     read (`interp.recipes.read_out`).  Raises InterpError or PromptError for a model, prompts, a metric, positions or a
     ``memory`` that cannot be used, before any forward.
     ``align``: whether positions or named spans of a pair's prompts correspond (`encode_pairs`).
+    ``takes_strings``: answers may be several tokens.  ``strings``: the examples of which the metric reads several; they
+    are run in ``sides``, loops over the prompts with the answer's tokens, or the foil's, behind them.
     """
 
     model: Model
@@ -134,20 +126,24 @@ class SweepLoop:
     takes_facts: bool = False
     at: At = LAST
     align: Align = "position"
+    takes_strings: bool = True
     items: list[Any] = field(init=False)
     metric: Metric = field(init=False)
     prompts: list[Encoded] = field(init=False)
     has_pairs: bool = field(init=False, default=True)
     runner: Engine = field(init=False)
     outs: list[list[ReadOut]] | None = field(init=False, default=None)
+    strings: frozenset[int] = field(init=False, default=frozenset())
+    sides: list[SweepLoop] = field(init=False, default_factory=list)
+    is_side: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.items = as_prompts(self.model, self.given_prompts)
         self.metric = as_metric(self.metric_like)
         if self.takes_facts:
-            self.prompts, self.has_pairs = encode_any(self.items, self.model.coder)
+            self.prompts, self.has_pairs = encode_any(self.items, self.model.coder, strings=self.takes_strings)
         else:
-            self.prompts = encode_pairs(self.items, self.model.coder, self.align)
+            self.prompts = encode_pairs(self.items, self.model.coder, self.align, self.takes_strings)
         check_metric(self.metric, self.prompts, self.model, any_position=True)
         places = check_at(self.at)
         if places != (LAST,) or self.metric.over == "positions" or self.metric.reads_run:
@@ -155,18 +151,38 @@ class SweepLoop:
                 raise InterpError('align="span" compares prompts whose positions do not correspond: leave at="last"')
             check_readable(self.model, self.at, self.metric)
             self.outs = read_outs(places, self.metric, self.prompts, self.subset.lengths_differ)
+        self.strings = frozenset(i for i, p in enumerate(self.prompts) if is_string(p, self.metric))
+        of_string = string_metric(self.metric, self.model, places == (LAST,)) if self.strings else None
         self.runner = Engine(self.model, self.engine, self.memory)
+        if of_string is not None:
+            self.sides = [self._side(side, of_string) for side in sides_of(self.metric)]
+
+    def _side(self, side: Side, metric: Metric) -> SweepLoop:
+        """Return the loop that reads all tokens of the answers, or of the foils."""
+        loop = copy(self)
+        loop.metric, loop.is_side, loop.outs = metric, True, string_outs(self.prompts, side)
+        strings = [p.answer_ids if side == "answer" else p.foil_ids for p in self.prompts]
+        loop.prompts = with_answers(self.model, self.prompts, [ids[:-1] for ids in strings])
+        return loop
 
     @property
     def selected(self) -> range:
         """Numbers of the examples to run."""
         return self.subset.selected(len(self.prompts))
 
-    def read_rows(self, numbers: Sequence[int], runs: int = 1) -> list[tuple[int, ...]] | None:
-        """Return the rows that are read of the prompts of some examples, each ``runs`` times; None: the last ones."""
+    def read_rows(self, numbers: Sequence[int], ids: Sequence[Sequence[int]]) -> list[tuple[int, ...]] | None:
+        """Return the rows that are read of runs with these ids, equally many for each example; None: the last ones.
+
+        In prompts of other lengths than the clean one, they are equally far from the end.
+        """
         if self.outs is None:
             return None
-        return [rows for i in numbers for rows in [rows_of_all(self.outs[i])] * runs]
+        of_runs = []
+        for k, row in enumerate(ids):
+            i = numbers[k * len(numbers) // len(ids)]
+            further = len(row) - len(self.prompts[i])
+            of_runs.append(tuple(r + further for r in rows_of_all(self.outs[i])))
+        return of_runs
 
     def readout(
         self, numbers: Sequence[int], prompts: Sequence[Encoded], clean: Sequence[Run], changed: Sequence[Run]
@@ -182,7 +198,7 @@ class SweepLoop:
         """Record clean and corrupt runs of some pairs in one go. ``into``: the runs that cells change."""
         prompts = [self.prompts[i] for i in numbers]
         ids = [ids for p in prompts for ids in (p.clean, p.corrupt)]
-        runs = self.runner.record(ids, components, read=self.read_rows(numbers, 2))
+        runs = self.runner.record(ids, components, read=self.read_rows(numbers, ids))
         return self.scored(numbers, prompts, runs[::2], runs[1::2], into)
 
     def record_clean_first(self, numbers: range, components: Sequence[str] = ()) -> Batch:
@@ -191,11 +207,12 @@ class SweepLoop:
         ``components``: what the clean runs keep.
         """
         prompts = [self.prompts[i] for i in numbers]
-        rows = self.read_rows(numbers)
-        clean = self.runner.record([p.clean for p in prompts], components, read=rows)
+        ids = [p.clean for p in prompts]
+        clean = self.runner.record(ids, components, read=self.read_rows(numbers, ids))
         read = self.readout(numbers, prompts, clean, clean)
         scores = self.score(clean, read)
-        corrupt = self.runner.record([p.corrupt for p in prompts], read=rows) if self.has_pairs else []
+        ids = [p.corrupt for p in prompts] if self.has_pairs else []
+        corrupt = self.runner.record(ids, read=self.read_rows(numbers, ids)) if ids else []
         return self._batch(numbers, prompts, clean, corrupt, read, scores)
 
     def scored(
@@ -212,15 +229,20 @@ class SweepLoop:
         self, numbers: range, prompts: list[Encoded], clean: list[Run], corrupt: list[Run],
         read: Readout | RunsReadout, scores: torch.Tensor,
     ) -> Batch:  # fmt: skip
-        corrupt_scores, no_gap = torch.full_like(scores, torch.nan), torch.zeros_like(scores, dtype=torch.bool).tolist()
+        corrupt_scores, rounding = torch.full_like(scores, torch.nan), torch.zeros_like(scores)
+        no_gap = torch.zeros_like(scores, dtype=torch.bool).tolist()
         if corrupt:
             corrupt_scores = self.score(corrupt, read)
-            no_gap = self.have_no_gap(scores, corrupt_scores, [(clean, read), (corrupt, read)])
+            rounding = self.rounding([(clean, read), (corrupt, read)])
+            no_gap = ((scores - corrupt_scores).abs() <= rounding).tolist()
             if self.outs is None:
                 no_gap = [same or p.clean == p.corrupt for same, p in zip(no_gap, prompts, strict=True)]
-            if not self.subset.keep_nan:
+            if not self.subset.keep_nan and not self.is_side:
                 warn_if_no_gap(self.metric, self._flat(no_gap, numbers))
-        return Batch(numbers, prompts, clean, corrupt, clean, read, scores.tolist(), corrupt_scores.tolist(), no_gap)
+        return Batch(
+            numbers, prompts, clean, corrupt, clean, read, scores.tolist(), corrupt_scores.tolist(), no_gap,
+            rounding.tolist(),
+        )  # fmt: skip
 
     def _flat(self, of_examples: Sequence[Any], numbers: range) -> list[Any]:
         """Return the values of every read-out of some examples."""
@@ -229,17 +251,12 @@ class SweepLoop:
         outs = self.outs
         return [v for i, values in zip(numbers, of_examples, strict=True) for v in values[: len(outs[i])]]
 
-    def have_no_gap(
-        self, clean: torch.Tensor, corrupt: torch.Tensor, runs: Sequence[tuple[Sequence[Run], Readout | RunsReadout]]
-    ) -> list[Any]:
-        """Return for each example (and read-out) whether its clean and corrupt scores are the same within rounding.
+    def rounding(self, runs: Sequence[tuple[Sequence[Run], Readout | RunsReadout]]) -> torch.Tensor:
+        """Return for each example (and read-out) how far rounding can move its scores.
 
-        ``runs``: the runs that were scored, one list for each score, whose logits say how far rounding can go.
+        ``runs``: the runs that were scored, one list for each score.
         """
-        bounds = torch.stack(
-            [rounding_of(self.metric, scored_runs, read, self.model.dtype) for scored_runs, read in runs]
-        )
-        return ((clean - corrupt).abs() <= bounds.amax(0)).tolist()
+        return torch.stack([rounding_of(self.metric, scored, read, self.model.dtype) for scored, read in runs]).amax(0)
 
     def score(self, runs: Sequence[Run], read: Readout | RunsReadout) -> torch.Tensor:
         """Return the metric of base runs, float64 [runs] or [runs, read-outs].
@@ -248,19 +265,34 @@ class SweepLoop:
         """
         return score_runs(self.metric, runs, read, self.subset.keep_nan)
 
-    def run(self, source: CellSource, intervention: str, mode: str, **recipe: Any) -> Effects:
+    def run(
+        self, make: CellSource | Callable[[SweepLoop], CellSource], intervention: str, mode: str, **recipe: Any
+    ) -> Effects:
         """Run every cell of a recipe and return its Effects.
 
+        ``make``: the recipe's cells, or a function that returns those in the prompts of this loop, or of one of its
+        ``sides``; without a function, answers of several tokens are refused.
         ``recipe``: what the provenance says besides model, prompts, metric and engine. Raises Interrupted with the rows
         of the examples that are finished when Ctrl-C is pressed.
         """
         table, finished = EffectRows(intervention, mode, self.metric), 0
         if self.outs is not None:
             recipe["read"] = self._read_words()
+        if self.strings:
+            recipe |= string_words(self.model, self.prompts, self.metric)
+        if isinstance(make, CellSource):
+            if self.strings:
+                raise InterpError("this recipe reads one token of each answer, and an answer or foil has several")
+            cells = make
+            make = lambda _: cells  # noqa: E731
+        single = [(self, make(self))] if len(self.strings) < len(self.prompts) else []
+        several = [(side, make(side)) for side in self.sides]
+        source, share = (single or several)[0][1], len(self.strings) / len(self.prompts)
+        size = sum((1 - share) * s.size for _, s in single) + sum(share * s.size for _, s in several)
         try:
-            with progress(source.title, source.size, self.show_progress) as advance:
+            with progress(source.title, round(size), self.show_progress) as advance:
                 for numbers in self._batches(source):
-                    self._add_batch(table, source, numbers, advance)
+                    self._add_batch(table, several if numbers.start in self.strings else single, numbers, advance)
                     finished = numbers.stop - self.selected.start
         except KeyboardInterrupt:
             if not finished:
@@ -277,28 +309,39 @@ class SweepLoop:
             **provenance_of(self.given_prompts),
         )  # fmt: skip
 
-    def _add_batch(self, table: EffectRows, source: CellSource, numbers: range, advance: Advance) -> None:
-        """Run the cells of some examples, and add their rows."""
+    def _add_batch(
+        self, table: EffectRows, sources: Sequence[tuple[SweepLoop, CellSource]], numbers: range, advance: Advance
+    ) -> None:
+        """Run the cells of some examples, and add their rows.
+
+        ``sources``: the recipe's cells, of the answers and of the foils if these are run one after the other.
+        """
+        sides = [loop._scored_rows(source, numbers, advance) for loop, source in sources]
+        no_gap: dict[int, bool] = {}
+        for row, label, scored in sides[0] if len(sides) == 1 else _combined(sides):
+            number, s = numbers[row.index], scored
+            no_gap[row.index] = s.no_gap
+            table.add(
+                number, row.address, self.prompts[number], s.clean, s.corrupt, s.patched, row.sender, s.no_gap, label
+            )  # fmt: skip
+        if sources[0][0].is_side and self.has_pairs and not self.subset.keep_nan:
+            warn_if_no_gap(self.metric, list(no_gap.values()))
+
+    def _scored_rows(self, source: CellSource, numbers: range, advance: Advance) -> Iterator[_ScoredRow]:
+        """Run the cells of some examples; yield their rows, once for each read-out, with its name."""
         batch = source.batch(self, numbers)
         for rows in source.rows(batch):
             values = source.evaluate(self, batch, rows, advance)
             for row, value in _averaged(rows, values, source.samples):
-                self._add_row(table, batch, row, value)
-
-    def _add_row(self, table: EffectRows, batch: Batch, row: CellRow, value: Any) -> None:
-        """Add a row, or one for each read-out."""
-        number, prompt = batch.numbers[row.index], batch.prompts[row.index]
-        scores: list[Any] = [batch.clean[row.index], batch.corrupt[row.index], value]
-        sender = row.sender
-        no_gap = batch.no_gap[row.index]
-        if self.outs is None:
-            table.add(number, row.address, prompt, scores[0], scores[1], scores[2], sender, no_gap)
-            return
-        for k, out in enumerate(self.outs[number]):
-            clean, corrupt, patched = (x[k] for x in scores)
-            if patched is None:  # the cell has no such position
-                continue
-            table.add(number, row.address, prompt, clean, corrupt, patched, sender, no_gap[k], out.label)
+                n = row.index
+                numbers_of: list[Any] = [batch.clean[n], batch.corrupt[n], value, batch.rounding[n], batch.no_gap[n]]
+                if self.outs is None:
+                    yield row, None, Scored(*numbers_of)
+                    continue
+                for k, out in enumerate(self.outs[batch.numbers[n]]):
+                    numbers_at = [x[k] for x in numbers_of]
+                    if numbers_at[2] is not None:  # the cell has such a position
+                        yield row, out.label, Scored(*numbers_at)
 
     def _read_words(self) -> str:
         """Say at which positions the metric is read."""
@@ -306,42 +349,28 @@ class SweepLoop:
         return f"at {self.at!r}, {how}"
 
     def _batches(self, source: CellSource) -> Iterator[range]:
+        of_example = zip(self.prompts, *(side.prompts for side in self.sides), strict=True)
+        prompts = [max(several, key=lambda p: p.longest) for several in of_example]
         if not source.one_at_a_time:
             components, runs, most = source.components, source.runs_per_example, self.subset.together
-            yield from batches(self.prompts, self.selected, self.runner, components, runs, most)
+            yield from batches(prompts, self.selected, self.runner, components, runs, most, self.strings)
             return
         for i in self.selected:
-            for _ in batches([self.prompts[i]], range(1), self.runner, source.components, source.runs_per_example):
+            for _ in batches([prompts[i]], range(1), self.runner, source.components, source.runs_per_example):
                 yield range(i, i + 1)
 
 
-def batches(
-    prompts: Sequence[Encoded], selected: range, runner: Engine, components: Sequence[str], runs_per_example: int,
-    most: int | None = None,
-) -> Iterator[range]:  # fmt: skip
-    """Yield ranges of examples whose base runs fit into `RUN_BYTES` together, or into half of the engine's budget.
-
-    ``most``: examples of a range.
-
-    Cuts the engine's batches of cells to what is left of the budget. Raises InterpError, before anything is run, if not
-    one cell fits next to the base runs of one example.
-    """
-    budget = runner.budget
-    held = [runs_per_example * budget.run(p.longest, components) for p in prompts]
-    # while it is recorded, a run needs a forward's rows too
-    sizes = [h + runs_per_example * budget.row * p.longest for h, p in zip(held, prompts, strict=True)]
-    limit = RUN_BYTES if budget.limit is None else min(RUN_BYTES, budget.limit / 2)
-    for size, run_bytes, prompt in zip(sizes, held, prompts, strict=True):
-        budget.check(prompt.longest, max(run_bytes, size - budget.cell(prompt.longest)))
-    ranges, start, used = [], selected.start, 0.0
-    for i in selected:
-        if i > start and (used + sizes[i] > limit or i - start == most):
-            ranges.append(range(start, i))
-            start, used = i, 0
-        used += sizes[i]
-    for numbers in [*ranges, range(start, selected.stop)]:
-        runner.fit_batches_to_memory(max(prompts[i].longest for i in numbers), sum(held[i] for i in numbers))
-        yield numbers
+def _combined(sides: Sequence[Iterable[_ScoredRow]]) -> Iterator[_ScoredRow]:
+    """Yield the rows of equal lists, with the numbers of the answer minus those of the foil."""
+    rows: list[CellRow] = []
+    scores: list[list[Scored]] = []
+    for side in sides:
+        rows, of_side = [], []
+        for row, _, scored in side:
+            rows.append(replace(row, cell=None))  # the values that it would write are no longer needed
+            of_side.append(scored)
+        scores.append(of_side)
+    yield from ((row, None, scored) for row, scored in zip(rows, combine(scores), strict=True))
 
 
 def _averaged(rows: Sequence[CellRow], values: Sequence[Value], samples: int) -> Iterator[tuple[CellRow, Value]]:

@@ -87,7 +87,7 @@ def expand_each(targets: Iterable[Target], prompt: Encoded) -> Iterator[Target]:
     """
     for target in targets:
         if target.address.position == EACH:
-            for i in range(len(prompt)):
+            for i in range(len(prompt.tokens)):
                 sites = tuple(s.at(i) for s in target.sites)
                 yield Target(sites[0] if len(sites) == 1 else replace(target.address, position=i), sites)
         else:

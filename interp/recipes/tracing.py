@@ -97,7 +97,10 @@ def trace(
     restore = _Restore(model, window, None if sever is None else SEVERED[sever])
     loop.runner.check_sites([*sites, *restore.other_sites(sites)])
     intervention = f"restore {component}{_suffix(window, sever)}"
-    cells = _TraceCells(f"trace: {intervention}", loop, sites, component, corruption, restore)
+
+    def cells(part: SweepLoop) -> CellSource:
+        return _TraceCells(f"trace: {intervention}", part, sites, component, corruption, restore)
+
     recipe = {"window": window, "severed": sever, "trace_seed": seed, **corruption.recipe()}
     if not loop.has_pairs:
         recipe["task"] = "facts"
@@ -122,16 +125,21 @@ class _TraceCells(CellSource):
     def batch(self, loop: SweepLoop, numbers: range) -> Batch:
         """Clean runs, and corrupted runs that cells go into; a fact's corrupt score is the mean over its runs."""
         prompts = [loop.prompts[i] for i in numbers]
-        clean = loop.runner.record([p.clean for p in prompts], [self.component], read=loop.read_rows(numbers))
-        rows = loop.read_rows(numbers, self.samples)
+        ids = [p.clean for p in prompts]
+        clean = loop.runner.record(ids, [self.component], read=loop.read_rows(numbers, ids))
+        rows = loop.read_rows(numbers, [row for row in ids for _ in range(self.samples)])
         corrupted = self.corruption.runs(loop.runner, prompts, numbers, self.restore.frozen, rows)
         read = loop.readout(numbers, prompts, clean, clean)
         corrupted_read = read.rows(torch.arange(len(prompts)).repeat_interleave(self.samples))
         self.corrupted_scores = loop.score(corrupted, corrupted_read)
         scores = loop.score(clean, read)
         corrupt = torch.stack([x.mean(0) for x in self.corrupted_scores.split(self.samples)])
-        no_gap = loop.have_no_gap(scores, corrupt, [(clean, read)])
-        return Batch(numbers, prompts, clean, [], corrupted, corrupted_read, scores.tolist(), corrupt.tolist(), no_gap)
+        rounding = loop.rounding([(clean, read)])
+        no_gap = ((scores - corrupt).abs() <= rounding).tolist()
+        return Batch(
+            numbers, prompts, clean, [], corrupted, corrupted_read, scores.tolist(), corrupt.tolist(), no_gap,
+            rounding.tolist(),
+        )  # fmt: skip
 
     def rows(self, batch: Batch) -> Iterator[list[CellRow]]:
         """Every site of every corrupted run of every fact, in one group."""

@@ -32,7 +32,10 @@ class RowWrites:
 
         Raises PromptError for tokens that the prompt does not have, and for a value of another number of tokens.
         """
-        rows = token_rows(write.where, prompt, f"Write({write.text})")
+        if write.where is None:
+            rows: Sequence[int] = range(len(prompt))  # those of an answer behind the prompt too
+        else:
+            rows = token_rows(write.where, prompt, f"Write({write.text})")
         value = write.value
         if isinstance(value, Tensor) and value.ndim == 2 and len(value) not in (1, len(rows)):
             raise PromptError(

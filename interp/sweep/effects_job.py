@@ -94,7 +94,7 @@ class EffectsJob:
         key = part.model.name, part.task.name, part.seed
         if key not in self.hashes:
             usable = [prompts.prompts[i] for i in prompts.usable]
-            self.hashes[key] = hash_of_prompts(usable, encode_any(usable, model.coder, "declared")[0])
+            self.hashes[key] = hash_of_prompts(usable, encode_any(usable, model.coder, "declared", strings=True)[0])
         return self.hashes[key]
 
     def lengths_differ(self, part: SweepPart, prompts: PromptSet, model: Any) -> bool:
@@ -102,7 +102,7 @@ class EffectsJob:
         key = part.model.name, part.task.name, part.seed
         if key not in self.unequal:
             usable = [prompts.prompts[i] for i in prompts.usable]
-            encoded = encode_any(usable, model.coder, "declared")[0] if usable else []
+            encoded = encode_any(usable, model.coder, "declared", strings=True)[0] if usable else []
             self.unequal[key] = len({len(e.clean) for e in encoded}) > 1
         return self.unequal[key]
 

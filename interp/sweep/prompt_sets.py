@@ -128,7 +128,7 @@ def make_set(model: Any, task: TaskSpec, seed: int, own: bytes | None, ask: Call
     failed: dict[int, str] = {}
     for i, prompt in enumerate(prompts):
         try:
-            encode_any([prompt], model.coder, "declared")
+            encode_any([prompt], model.coder, "declared", strings=True)
         except InterpError as error:
             failed[i] = f"{type(error).__name__}: {error}".replace("pair 0", f"example {i}").replace(
                 "fact 0", f"example {i}"
@@ -156,8 +156,7 @@ def identity_of_model(model: Any, prompts: Prompts, usable: Sequence[int]) -> di
     coder, ids = model.coder, []
     for i in usable:
         try:
-            e = encode_any([prompts[i]], coder, "declared")[0][0]
-            ids.append([e.clean, e.corrupt, e.answer, e.foil])
+            ids.append(encode_any([prompts[i]], coder, "declared", strings=True)[0][0].ids)
         except InterpError as error:
             ids.append([str(error)])
     tokens = digest_of(json.dumps(ids, default=str).encode()) if ids else ""

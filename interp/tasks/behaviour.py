@@ -21,7 +21,8 @@ class Behaviour:
 
     ``accuracy``: share of prompts whose answer has a higher logit than the foil; without a foil (a Fact), than every
     other token, so top-1. ``mean_logit_diff``: mean of answer logit minus foil logit (or minus the best other logit),
-    with a 95% ``interval`` over prompts (`interp.results.significance.mean_interval`; NaN for one).
+    with a 95% ``interval`` over prompts (`interp.results.significance.mean_interval`; NaN for one). Answers of several
+    tokens count as a whole: more probable than the foil; without a foil, what greedy decoding gives (`margins`).
     """
 
     model: str
@@ -65,7 +66,10 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
     kinds = {type(p) for p in items}
     if len(kinds) > 1:
         raise PromptError("check takes PromptPairs or Facts, not a mixture of both")
-    encoded = encode_facts(items, model.coder) if kinds == {Fact} else encode_pairs(items, model.coder, "declared")
+    if kinds == {Fact}:
+        encoded = encode_facts(items, model.coder, strings=True)
+    else:
+        encoded = encode_pairs(items, model.coder, "declared", strings=True)
     diffs = margins(model, encoded)
     _, lo, hi = mean_interval(diffs[None])
     # without NaN left out: a prompt whose logits are NaN leaves no mean
@@ -77,11 +81,32 @@ def check(model: TaskModel, prompts: PromptPair | Fact | Iterable[PromptPair] | 
 def margins(model: TaskModel, encoded: Sequence[Encoded]) -> np.ndarray:
     """Answer logit minus foil logit of each clean prompt [prompts].
 
-    Without a foil, the best other logit takes its place.
+    Without a foil, the best other logit takes its place. Of several tokens: the log-probability of the answer minus
+    that of the foil; without a foil, the smallest margin of the answer's tokens, each after those before it.
     """
-    logits = model.next_token_logits([e.clean for e in encoded])
+    strings = [(e.answer_ids, e.foil_ids) if e.answer_rest or e.foil_rest else () for e in encoded]
+    ids = [row for e, several in zip(encoded, strings, strict=True) for row in _read_prompts(e, several)]
+    logits = iter(model.next_token_logits(ids).double().cpu().numpy())
     out = np.empty(len(encoded))
-    for i, (row, e) in enumerate(zip(logits.double().cpu().numpy(), encoded, strict=True)):
-        rival = row[e.foil] if e.foil is not None else np.delete(row, e.answer).max()
-        out[i] = row[e.answer] - rival
+    for i, (e, several) in enumerate(zip(encoded, strings, strict=True)):
+        if not several:
+            row = next(logits)
+            rival = row[e.foil] if e.foil is not None else np.delete(row, e.answer).max()
+            out[i] = row[e.answer] - rival
+        elif e.foil is None:
+            rows = [next(logits) for _ in e.answer_ids]
+            out[i] = min(row[t] - np.delete(row, t).max() for row, t in zip(rows, e.answer_ids, strict=True))
+        else:
+            answer, foil = ([_log_softmax(next(logits))[t] for t in string] for string in several)
+            out[i] = sum(answer) - sum(foil)
     return out
+
+
+def _read_prompts(e: Encoded, strings: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the prompts whose next token is read: before each token of the strings, or the clean prompt alone."""
+    return [(*e.clean, *string[:k]) for string in strings for k in range(len(string))] or [e.clean]
+
+
+def _log_softmax(row: np.ndarray) -> np.ndarray:
+    shifted = row - row.max()
+    return shifted - np.log(np.exp(shifted).sum())
