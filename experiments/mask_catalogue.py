@@ -8,11 +8,11 @@ weights (Llama with rotary positions and grouped queries, GPT-2), and read 24 ra
 
 Result (results/mask_catalogue.json): one mask says each of them, and none needs a dense table written by hand. Logits
 differ by at most 4e-6 and weights by at most 4e-7; the mass on forbidden keys is exactly 0. All stay in the kernel, as
-tables over segments (column "computed" of the file). In prompts of more than 64 tokens, those that treat every token in
-its own way become an n×n bias ("dense"), and `model.backend_report()` says so:
+tables over segments, as `model.backend_report()` says. In a prompt of 96 tokens, those that treat every token in its
+own way become an n×n bias ("dense"):
 
 =======================  ===================================================  ================
-mask                     source                                               beyond 64 tokens
+mask                     source                                               at 96 tokens
 =======================  ===================================================  ================
 intra-document           packed documents, arXiv 2402.13991                   in the kernel
 prefix-LM                arXiv 1910.10683                                     in the kernel
@@ -56,6 +56,7 @@ N = 24  # tokens
 Q, K = torch.arange(N)[:, None], torch.arange(N)[None]
 CAUSAL = K <= Q
 FAMILIES = ("llama", "gpt2")
+LONG = 96  # tokens of a longer prompt, of which only the report is read
 
 
 def numbered(spans: Sequence[range]) -> Tensor:
@@ -109,12 +110,12 @@ def of_labels() -> tuple[AttentionMask, Visible]:
     return AttentionMask(prefix=image, segments=labels), (CAUSAL | in_image) & ~hidden
 
 
-def of_tree() -> tuple[AttentionMask, Visible]:
+def of_tree(n: int = N) -> tuple[AttentionMask, Visible]:
     """Tree attention: each token sees itself and its ancestors. Token i > 0 hangs on token (i − 1) // 2."""
-    visible = torch.eye(N, dtype=torch.bool)
-    for child in range(1, N):
+    visible = torch.eye(n, dtype=torch.bool)
+    for child in range(1, n):
         visible[child] |= visible[(child - 1) // 2]
-    return AttentionMask(segments=list(range(N)), sees=visible.nonzero().tolist()), visible
+    return AttentionMask(segments=list(range(n)), sees=visible.nonzero().tolist()), visible
 
 
 def catalogue() -> dict[str, tuple[AttentionMask, Visible]]:
@@ -169,9 +170,8 @@ def compared(model: interp.Model, hf: Any, ids: Tensor, mask: AttentionMask, vis
     unmasked = model(ids)
     with model.edited(mask):
         masked = model(ids)
-        report: Any = model.backend_report()
+        reasons = dense_because(model)
         own = weights(model, ids)
-    reasons = sorted({why for why in report["dense_because"] if why})
     return {
         "written": mask.text,
         "shown": int(visible.sum()),
@@ -182,6 +182,22 @@ def compared(model: interp.Model, hf: Any, ids: Tensor, mask: AttentionMask, vis
         "computed": "dense" if reasons else "in the kernel",
         "dense_because": reasons,
     }
+
+
+def dense_because(model: interp.Model) -> list[str]:
+    """Return why the latest forward was dense in some layers; empty if it was not."""
+    report: Any = model.backend_report()
+    return sorted({why for why in report["dense_because"] if why})
+
+
+def computed_in_long_prompts() -> dict[str, str]:
+    """Return where each mask is computed in a longer prompt, whose further tokens belong to no span of the mask."""
+    model, out = interp.load(tiny_hf("llama", torch.float32), tokenizer=False), {}
+    for name, (mask, _) in {**catalogue(), "tree": of_tree(LONG)}.items():
+        with model.edited(mask):
+            model.bridge(torch.arange(2, 2 + LONG)[None] % 90)  # beyond the context of the tiny model
+            out[name] = "dense" if dense_because(model) else "in the kernel"
+    return out
 
 
 def null_differences(model: interp.Model, ids: Tensor) -> dict[str, float]:
@@ -208,10 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 rows.append({"family": family, "mask": name, **compared(model, hf, ids, mask, visible)})
                 print("{family:>5} {mask:>23}: logits {logits:.1e}, weights {weights:.1e}, forbidden "
                       "{forbidden_mass:g}, unmasked {unmasked:.2f}, {computed}".format(**rows[-1]))  # fmt: skip
-    print("nulls", nulls)
-    return write_record(
-        study_record(models, meter, {"tokens": N, "masks": rows, "null_differences": nulls}), options.json
-    )
+        long = computed_in_long_prompts()
+    print("nulls", nulls, f"{LONG} tokens", long, sep="\n")
+    numbers = {"tokens": N, "masks": rows, f"computed_at_{LONG}_tokens": long, "null_differences": nulls}
+    return write_record(study_record(models, meter, numbers), options.json)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def test_mask_catalogue() -> None:
     assert min(row["unmasked"] for row in rows) > 1
     assert {d for nulls in result["null_differences"].values() for d in nulls.values()} == {0.0}
     assert {row["computed"] for row in rows} == {"in the kernel"}
+    long = result["computed_at_96_tokens"]
+    assert {name for name, where in long.items() if where == "dense"} == {"tree", "stride and window"}
 
 
 def test_row_repair() -> None:
