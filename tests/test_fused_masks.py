@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import headstats
+import numpy as np
 import pytest
 import torch
 from test_masks import CASES, IDS, PAIRS, N
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import interp
 from interp import AttentionEdit, AttentionMask
+from interp.circuits.evaluation.evaluator import Evaluator
 from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError, PromptError
 from interp.model.apply_masks import apply_masks, dense_masks
@@ -276,3 +278,13 @@ def test_a_single_query_without_keys_gives_zero_densely_too() -> None:
     last = replace(whole, q=whole.q[:, :, -1:])
     for out in (attend(apply_masks(last)[0]).out, dense_attention(dense_masks(last))):
         assert not out.any()
+
+
+@pytest.mark.parametrize(("name", "is_packed"), [("close", True), ("sinks", True), ("prefix", False)])
+def test_circuits_under_masks_equal_those_in_full_forwards(tiny, name: str, is_packed: bool) -> None:
+    model, masks = tiny("llama"), {**CAUSAL_MASKS, "prefix": AttentionMask(prefix=range(4))}
+    with model.edited(masks[name]):
+        packed, whole = (Evaluator(model, PAIRS, "logit_diff", "zero", engine=e) for e in ("auto", "naive"))
+        kept = packed.graph.allowed & (np.random.default_rng(0).random(packed.graph.allowed.shape) < 0.8)
+        np.testing.assert_allclose(packed(kept), whole(kept), atol=2e-6)
+    assert (packed.packed is not None) == is_packed and whole.packed is None
