@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from pictured import cut
 
 import interp
 from interp.doctor.families.text import tiny_hf
@@ -140,6 +142,35 @@ def test_spans_of_the_corrupt_prompt_in_files_and_ids(tiny, tmp_path) -> None:
     )
     one, two = (interp.patch(model, p, ["z.L1H1@who"], align="span").frame()["patched"].item() for p in (PAIR, ids))
     assert one == two
+
+
+@pytest.mark.parametrize("change", [
+    interp.AttentionEdit(queries=-1, keys="what", knockout=True), interp.AttentionMask(close=[(-1, "what")]),
+])  # fmt: skip
+def test_edits_of_a_block_name_each_prompts_own_spans(tiny, change: Any) -> None:
+    model, hf = tiny("llama"), tiny_hf("llama")
+    hf.set_attn_implementation("eager")
+    answer, foil = (model.coder.continuation(w)[0] for w in ("w6", "w11"))
+    with model.edited(change):
+        for engine in ("auto", "naive"):
+            options: Any = {"align": "span", "engine": engine, "show_progress": False}
+            frame = interp.patch(model, PAIR, ["resid_pre.L1@who"], metric="logit_diff", **options).frame()
+            for side, name in enumerate(("clean", "corrupt")):
+                ids = torch.tensor([model.coder.encode(getattr(PAIR, name))])
+                with torch.no_grad(), ExitStack() as stack:
+                    for block in hf.model.layers:
+                        stack.enter_context(cut(block, slice(-1, None), slice(*SPANS["what"][side])))
+                    logits = hf(ids).logits[0, -1]
+                assert frame[name].item() == pytest.approx((logits[answer] - logits[foil]).item(), abs=1e-5)
+
+
+def test_the_hash_of_pairs_does_not_depend_on_empty_spans_of_the_corrupt_prompt(tiny) -> None:
+    model = tiny("llama")
+    pairs = [interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w6", "w11", {"who": (0, 5)}, {}),
+             interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w6", "w11", {"who": (0, 5)})]  # fmt: skip
+    spanned = interp.PromptPair("w1 w2 w3", "w1 w9 w3", "w6", "w11", {"who": (0, 5)}, {"who": (0, 5)})
+    hashes = [interp.patch(model, p, "z.L1H0").provenance["prompts"] for p in (*pairs, spanned)]
+    assert hashes[0] == hashes[1] == "1ec48c64a58cf068" != hashes[2]  # as before pairs had them
 
 
 def test_a_sweep_patches_span_by_span(tiny, tmp_path) -> None:

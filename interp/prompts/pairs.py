@@ -226,8 +226,9 @@ def _encoded(prompts: Sequence[Any], encode: Encode, coder: Coder, what: str) ->
         if coder.name is None:
             continue
         try:
-            for ids in dict.fromkeys((encoded[-1].clean, encoded[-1].corrupt)):
-                coder.name(ids, encoded[-1].tokens, encoded[-1].spans)
+            one = encoded[-1]
+            for ids, side in {one.corrupt: one.corrupt_side or one, one.clean: one}.items():
+                coder.name(ids, side.tokens, side.spans)
         except PromptError as error:
             problems.append(f"{what.removesuffix('s')} {i}: {error}")
     if problems:
@@ -257,7 +258,7 @@ def _encode_pair(
     answer, foil = answer_ids(texts, pair.answer, pair.foil, coder, what, notes, strings)
     spans = _token_ranges(pair.spans, texts[0], coder)
     encoded = _with_answers((clean, corrupt), answer, foil, spans, coder, what)
-    if align != "span":
+    if align != "span" and len(clean) == len(corrupt):
         return encoded
     names = _token_ranges(pair.corrupt_spans, texts[1], coder)
     return replace(encoded, corrupt_side=_with_answers((corrupt, corrupt), answer, foil, names, coder, what))
