@@ -229,6 +229,15 @@ class EditedForwards:
         """Say which prompts of vectors the next forward holds, which its inputs do not tell."""
         self.vectors = prompts
 
+    def continue_rows(self, rows: Sequence[int], cache: Any) -> None:
+        """Say which rows of the latest forward, whose cache is given, the next ones continue: some, or some twice."""
+        _, batch = getattr(cache, PROMPTS, (self, self._generation or []))
+        batch = [batch[i] for i in rows]
+        if self._generation:
+            self._generation = batch
+        if hasattr(cache, "get_seq_length"):
+            setattr(cache, PROMPTS, (self, batch))
+
     def end_forward(self, _module: Any, _args: Any, output: Any) -> None:
         """Note on a forward's cache of keys and values which prompts it holds, and forget them.
 

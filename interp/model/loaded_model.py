@@ -98,6 +98,10 @@ class LoadedModel(Protocol):
         """As `Model.check_axes`."""
         ...
 
+    def layers_with(self, component: str) -> list[int]:
+        """As `Model.layers_with`."""
+        ...
+
     def provenance(self) -> dict[str, Any]:
         """As `Model.provenance`."""
         ...

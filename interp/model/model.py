@@ -18,6 +18,7 @@ from interp.interventions import AttentionChange
 from interp.model.batching import collate, equal_length_batches
 from interp.model.buffers import buffer_state
 from interp.model.edited import edited
+from interp.model.generation.generating import Generating
 from interp.model.head_checks import check_heads, recorded
 from interp.model.input_checks import (
     mask_positions,
@@ -63,7 +64,7 @@ GATED_HOOKS = {
 }
 
 
-class Model(Measures):
+class Model(Measures, Generating):
     """A model, its tokenizer, and the instrument that computes its attention.
 
     ``bridge`` is TransformerLens' TransformerBridge; all its hooks work. ``model(tokens)`` returns logits.
