@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import interp
 from interp.doctor.families.text import tiny_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -34,6 +36,20 @@ def test_replaced_mixing(folder: Path, tmp_path: Path) -> None:
     result = replaced_mixing.main(["--model", str(folder), "--windows", "2", "--length", "12", "--json", str(written)])
     assert set(result["null_differences"].values()) == {0.0}
     assert json.loads(written.read_text())["losses"] == result["losses"]
+
+
+def test_static_rows_are_means_by_distance(folder: Path) -> None:
+    model = interp.load(str(folder))
+    rows = replaced_mixing.static_rows(model, torch.randint(4, 20, (2, 12)))
+    assert rows.shape == (model.n_layers, 12, 12)
+    assert rows.sum(-1) == pytest.approx(1)
+    assert not rows[:, *torch.triu_indices(12, 12, 1).numpy()].any()
+    assert rows[:, 9, 7] == pytest.approx(rows[:, 9, 6])  # distances 2 and 3 are one class
+    assert rows[:, 9, 8] != pytest.approx(rows[:, 9, 7])
+    with model.edited(*replaced_mixing.mixing("static", range(model.n_layers), rows)):
+        inside = model.attention_patterns(interp.Prompt(list(range(4, 16)), {f"t{i}": (i, i + 1) for i in range(12)}))
+    blocks = inside.examples[0].runs["clean"].blocks.reshape(model.n_layers, model.n_heads, 12, 12)
+    assert abs(blocks - rows[:, None]).max() < 1e-6
 
 
 def test_head_routing(folder: Path) -> None:
