@@ -482,3 +482,16 @@ def test_recipes_and_models_that_read_one_token(tiny, word_tokenizer, no_forward
         interp.edit(model, PAIRS, interp.AttentionMask(window=2), **QUIET)
     with pytest.raises(InterpError, match="no mean by place"):
         interp.ablate(model, [PAIRS[1], PAIRS[3]], "z.L0H0", using="position_mean", **QUIET)
+
+
+def test_prompts_of_vectors_take_single_tokens(tiny) -> None:
+    """As examples, and as prompts that others are resampled from."""
+    model, vectors = tiny("llama"), interp.Embeddings(torch.linspace(-1, 1, 128).view(4, 32))
+    other = interp.Embeddings(vectors.vectors.roll(1, 0))
+    with pytest.raises(PromptError, match="prompt of vectors"):
+        interp.patch(model, interp.PromptPair(vectors, other, [5, 6], [7]), "z.L0H0", **QUIET)  # type: ignore[arg-type]
+    pair = interp.PromptPair("w1 w2", "w3 w2", "w4", "w6")
+    call: dict[str, Any] = {"using": "resample", "reference": [vectors], **QUIET}
+    assert np.isfinite(interp.ablate(model, pair, "z.L0H0", **call).frame()["patched"]).all()
+    with pytest.raises(PromptError, match="prompt of vectors"):
+        interp.ablate(model, replace(pair, answer="w4 w5"), "z.L0H0", **call)

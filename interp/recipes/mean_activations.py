@@ -17,6 +17,7 @@ from interp.model.layer_progress import by_layer
 from interp.prompts.coder import Coder, Encoded
 from interp.prompts.embeddings import refuse_vectors
 from interp.prompts.listing import listed
+from interp.prompts.model_input import as_hashable
 from interp.prompts.pairs import Prompt, PromptPair, encode_pairs, encode_prompt
 from interp.sites import Site, Sites
 from interp.utils.progress import progress
@@ -163,7 +164,9 @@ def reference_ids(
     if not reference:
         raise PromptError("reference= is empty: give prompts to average over, or leave it out")
     return [
-        encode_pairs(r, coder, strings=True)[0].clean if isinstance(r, PromptPair) else tuple(encode_prompt(r, coder))
+        encode_pairs(r, coder, strings=True)[0].clean
+        if isinstance(r, PromptPair)
+        else as_hashable(encode_prompt(r, coder))
         for r in reference
     ]
 
