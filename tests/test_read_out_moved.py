@@ -90,7 +90,7 @@ def test_nothing_to_read_is_refused_before_any_forward(tiny: Any, monkeypatch: A
     plans = [interp.explain(interp.leave_out, model, PAIR, at=at) for at in ("last", "each")]
     assert plans[0].flops < plans[1].flops
     monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("a forward was run"))
-    with pytest.raises(PromptError, match="at='a': every position that it names is in the spans that are left out"):
+    with pytest.raises(PromptError, match="at='a': every number that it asks for needs a token that is left out"):
         interp.leave_out(model, PAIR, "a", at="a", **QUIET)
     with pytest.raises(PromptError, match="names the span 'nowhere'"):
         interp.leave_out(model, PAIR, "a", at="nowhere", **QUIET)
@@ -98,6 +98,26 @@ def test_nothing_to_read_is_refused_before_any_forward(tiny: Any, monkeypatch: A
         interp.leave_out(model, PAIR, "a", at=0, metric="seq_logprob", **QUIET)
     with pytest.raises(InterpError, match=r"at=1\.5"):
         interp.peek(model, PAIRS, at=1.5, context="keep", **QUIET)  # type: ignore[arg-type]
+
+
+def test_a_sweep_reads_the_tokens_that_remain(tiny: Any, tmp_path: Any) -> None:
+    model, file = tiny("llama"), tmp_path / "pairs.csv"
+    file.write_text("clean,corrupt,answer,foil,span:name\nw1 w2 w3 w4,w1 w5 w3 w4,w95,w96,w2 w3\n")
+    recipes = [
+        {"recipe": "leave_out", "at": ["each"], "metric": "token_kl"},
+        {"recipe": "peek", "at": ["name", -1], "context": "keep", "metric": "logprob"},
+    ]
+    document = {
+        "name": "read", "models": [{"name": "tiny", "load": "tiny"}], "recipes": recipes,
+        "tasks": [{"name": "own", "pairs": str(file), "require": 0}],
+    }  # fmt: skip
+    sweep = interp.Sweep(document, tmp_path / "run", models={"tiny": model})
+    assert sweep.run().failed == 0
+    frames: list[Any] = [effects.frame() for effects in sweep.effects().values()]
+    (left_out,) = (f for f in frames if f["component"].iloc[0] == "embed")
+    assert sorted(left_out["read_at"]) == ["0", "1", "4"] and left_out["raw"].iloc[-1] > 0
+    (peeked,) = (f for f in frames if f["component"].iloc[0] == "resid_post")
+    assert sorted(set(peeked["read_at"])) == ["-1", "name[0]", "name[1]"]
 
 
 # ---------------------------------------------------------------- peeking

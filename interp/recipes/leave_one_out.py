@@ -189,7 +189,7 @@ def _readable(
         moved = [replace(one, outs=tuple(one.read_out(out, metric) for out in of_whole)) for one in of_prompt]
         readable.append([one for one in moved if any(out is not None for out in one.outs)])
     if not any(readable):
-        raise PromptError(f"at={at!r}: every position that it names is in the spans that are left out")
+        raise PromptError(f"at={at!r}: every number that it asks for needs a token that is left out: name others")
     return readable
 
 
