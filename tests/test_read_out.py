@@ -341,3 +341,10 @@ def test_parts_of_a_sweep_name_positions_alike(tiny, tmp_path) -> None:
     got, want = (e.frame().sort_values(keys)[[*keys, "patched"]].reset_index(drop=True) for e in (effects, wanted))
     assert got["read_at"].tolist() == want["read_at"].tolist()
     np.testing.assert_allclose(got["patched"], want["patched"], atol=1e-6)
+
+
+def test_equal_scores_are_counted_by_position(caplog) -> None:
+    known = interp.zoo.one_head()
+    pairs = known.pairs(3, seed=0)
+    interp.patch(known.model, pairs, ["z.L1H2"], at=["marked", "last"])
+    assert "at 3 of 6 positions that are read" in caplog.text

@@ -70,11 +70,15 @@ def rounding_of(metric: Metric, runs: Sequence[Run], read: Readout | RunsReadout
     return rounding(metric, torch.stack([r.logits for r in runs]), read, dtype).cpu()
 
 
-def warn_if_no_gap(metric: Metric, no_gap: Sequence[bool]) -> None:
-    """Warn about pairs whose recovery is undefined because clean and corrupt score the same."""
+def warn_if_no_gap(metric: Metric, no_gap: Sequence[bool], each_position: bool = False) -> None:
+    """Warn about pairs whose recovery is undefined because clean and corrupt score the same.
+
+    ``each_position``: there is one value for every position that is read of a pair.
+    """
     if any(no_gap):
+        where = "at %d of %d positions that are read" if each_position else "of %d of %d pairs"
         log.warning(
-            "metric %r is the same on the clean and the corrupt prompt of %d of %d pairs, within rounding: they have "
+            f"metric %r is the same on the clean and the corrupt prompt {where}, within rounding: they have "
             "no recovery (effect is NaN), only raw changes", metric.name, sum(no_gap), len(no_gap),
         )  # fmt: skip
 

@@ -238,7 +238,7 @@ class SweepLoop:
             if self.outs is None:
                 no_gap = [same or p.clean == p.corrupt for same, p in zip(no_gap, prompts, strict=True)]
             if not self.subset.keep_nan and not self.is_side:
-                warn_if_no_gap(self.metric, self._flat(no_gap, numbers))
+                warn_if_no_gap(self.metric, self._flat(no_gap, numbers), self.outs is not None)
         return Batch(
             numbers, prompts, clean, corrupt, clean, read, scores.tolist(), corrupt_scores.tolist(), no_gap,
             rounding.tolist(),
