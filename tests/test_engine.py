@@ -220,7 +220,7 @@ def test_batches_do_not_change_results(tiny, monkeypatch) -> None:
     pairs = [interp.PromptPair(words([i, 2, 3, i]), words([i, 9, 3, 5]), "w95", "w96") for i in range(4)]
     whole = interp.patch(model, pairs, model.sites("resid_pre")).frame()
     monkeypatch.setattr(core, "ROWS_PER_BATCH", 7)
-    monkeypatch.setattr("interp.recipes.sweep_loop.RUN_BYTES", 1)  # one example at a time
+    monkeypatch.setattr("interp.recipes.example_batches.RUN_BYTES", 1)  # one example at a time
     pieces = interp.patch(model, pairs, model.sites("resid_pre")).frame()
     np.testing.assert_allclose(pieces["patched"], whole["patched"], **EXACT)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from headstats import StatSpec
@@ -229,3 +232,26 @@ def test_prompts_and_models_that_cannot_generate_are_refused(llama) -> None:
     for family in ("bert", "t5"):
         with pytest.raises(InterpError, match="no decoder of text"):
             interp.load(tiny_hf(family), tokenizer=False).generate([[1, 2]], 3)
+
+
+@pytest.mark.model
+def test_the_command_prints_texts_and_writes_tokens(tmp_path) -> None:
+    from typer.testing import CliRunner
+
+    from interp.cli.main import app
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(app, ["generate", *words])
+
+    table = tmp_path / "tokens.csv"
+    result = run("One two three four five six", "--max-new-tokens", "3", "--stop", " nine", "-o", str(table))
+    assert result.exit_code == 0, result.output
+    assert "0 (stop): ' seven eight'" in result.output
+    assert pd.read_csv(table)["token"].tolist() == [" seven", " eight", " nine"]
+    edited = run("One two three four five six", "--max-new-tokens", "3", "--edit", "keys=-1 gain=0 layers=0-29")
+    assert edited.exit_code == 0 and " seven eight nine" not in edited.output
+    for words, message in (
+        ([], "nothing to continue"), (["a", "-o", "a.txt"], ".parquet or .csv"), (["a", "--n", "2"], "temperature"),
+    ):  # fmt: skip
+        refused = run(*words)
+        assert isinstance(refused.exception, InterpError) and message in str(refused.exception)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from interp.cli.circuits import circuit
+from interp.cli.generate import generate
 from interp.cli.messages import options_of, spoken
 from interp.cli.options import BosOption, bos_policy
 from interp.cli.recipes import register
@@ -112,6 +113,7 @@ def fetch() -> None:
 
 register(app)
 app.command()(stats)
+app.command()(generate)
 app.add_typer(sweep, name="sweep")
 app.command()(tasks)
 app.command()(circuit)
