@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from interp.errors import InterpError
@@ -185,7 +186,7 @@ class AttentionEdit:
     def __repr__(self) -> str:
         return f"AttentionEdit({self.text})"
 
-    @property
+    @cached_property
     def changes(self) -> tuple[str, ...]:
         """Names of the fields that this edit sets, in the order in which they act."""
         order = ("logit_factor", "logit_raise", "temperature", "bias", "gain", "knockout", "counterfactual", "take")

@@ -116,8 +116,8 @@ class _Tables:
         self.query_segments, self.q_segments = torch.unique(queries, dim=0, return_inverse=True)
         self.key_segments, self.k_segments = torch.unique(keys, dim=0, return_inverse=True)
 
-    def _cells(self, i: int, name: str | float) -> Bool[Tensor, "heads Sq Sk"]:
-        """Which pairs of segments an edit's ``keys``, ``take`` or ``give`` names, or have a share of its weights."""
+    def _cells(self, i: int, name: str) -> Bool[Tensor, "heads Sq Sk"]:
+        """Which pairs of segments an edit's ``keys``, ``take`` or ``give`` names."""
         pairs = self.query_segments[:, i, None] & self.key_segments[:, self.column[i, name]]
         return self.heads[i, :, None, None] & pairs
 
@@ -129,19 +129,27 @@ class _Tables:
         for i, e in enumerate(self.edits):
             if name not in fields_used(e):
                 continue
+            if e.targets:
+                self._add_log_weights(table, i, e)
+                continue
             cells = self._cells(i, name if name in ("take", "give") else "keys")
-            if e.targets:  # the softmax of the biases, on a flat row, is the distribution
-                table[cells] += NO_WEIGHT
-                for share in _rows_by_share(e):
-                    lift = ABOVE_SINK if self.size.has_sinks else 0.0
-                    table[self._cells(i, share)] += log(share) + lift - NO_WEIGHT
-            elif neutral is False:
+            if neutral is False:
                 table |= cells
             elif name in ("logit_raise", "bias"):
                 table[cells] += getattr(e.edit, name)
             else:
                 table[cells] *= getattr(e.edit, name)
         return table
+
+    def _add_log_weights(self, table: Float[Tensor, "heads Sq Sk"], i: int, e: LayerEdit) -> None:
+        """Add the biases of an edit's weights, whose softmax on a flat row is the distribution."""
+        lift = ABOVE_SINK if self.size.has_sinks else 0.0
+        biases = torch.full((len(self.key_segments),), NO_WEIGHT, dtype=table.dtype)
+        for share in _rows_by_share(e):
+            biases[self.key_segments[:, self.column[i, share]]] = log(share) + lift
+        biases[~self.key_segments[:, self.column[i, "keys"]]] = 0.0
+        heads, queries = self.heads[i].nonzero(), self.query_segments[:, i].nonzero()[:, 0]
+        table[heads, queries] += biases
 
     def _acts(self, i: int) -> Bool[Tensor, "heads queries"]:
         return self.heads[i, :, None] & self.queries[:, i]

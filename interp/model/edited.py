@@ -54,6 +54,7 @@ class EditedForwards:
 
     def __init__(self, model: LoadedModel, edits: Sequence[AttentionChange], outer: EditedForwards | None = None):
         self.model, self.edits = model, edits
+        self._by_span = [e for e in edits if _names_spans(e)]
         self.heads: list[HeadsByLayer] = [heads_by_layer(model, e) for e in edits]
         self.outer = outer
         self.names: dict[Ids, TokenNames] = {} if outer is None else outer.names
@@ -159,7 +160,7 @@ class EditedForwards:
     def _names_of(self, ids: Ids) -> TokenNames:
         if ids in self.names:
             return self.names[ids]
-        if names := [e for e in self.edits if _names_spans(e)]:
+        if names := self._by_span:
             raise PromptError(
                 f"{names[0]!r} names a span, and this prompt of {len(ids)} tokens was given as token ids or as text "
                 "without spans: pass an interp.Prompt or PromptPair that has it, inside the block, or name tokens by "

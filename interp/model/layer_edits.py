@@ -127,14 +127,16 @@ def compatible_groups(by_row: Sequence[Sequence[LayerEdit]]) -> list[EditGroup]:
 
 def refuse_clashes(edits: Sequence[LayerEdit]) -> None:
     """Raise InterpError for two edits of one row of a head that cannot act together."""
-    for n, b in enumerate(edits):
-        for a in edits[:n]:
-            if (
-                a.layer == b.layer
-                and (why := _clash(a, b))
-                and _share(a.heads, b.heads)
-                and _share(a.queries, b.queries)
-            ):
+    earlier: dict[int | None, list[LayerEdit]] = {None: []}  # by the heads that they name
+    for b in edits:
+        if b.heads is None:
+            alike = [e for of_head in earlier.values() for e in of_head]
+        else:
+            alike = [e for head in (None, *b.heads) for e in earlier.get(head, ())]
+        for head in (None,) if b.heads is None else b.heads:
+            earlier.setdefault(head, []).append(b)
+        for a in alike:
+            if a.layer == b.layer and _share(a.queries, b.queries) and (why := _clash(a, b)):
                 raise InterpError(
                     f"two edits {why} of the same tokens and heads in layer {a.layer}: ({a.edit}) and ({b.edit}). "
                     "Combine them, or part their tokens or heads"
