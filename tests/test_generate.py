@@ -252,6 +252,7 @@ def test_the_command_prints_texts_and_writes_tokens(tmp_path) -> None:
     assert edited.exit_code == 0 and " seven eight nine" not in edited.output
     for words, message in (
         ([], "nothing to continue"), (["a", "-o", "a.txt"], ".parquet or .csv"), (["a", "--n", "2"], "temperature"),
+        (["a", "--edit", "site=z.L0H0 set=0"], "writes an activation"),
     ):  # fmt: skip
         refused = run(*words)
         assert isinstance(refused.exception, InterpError) and message in str(refused.exception)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from interp.cli.options import BosOption, DeviceOption, DtypeOption, ModelOption, bos_policy
 from interp.errors import InterpError
+
+if TYPE_CHECKING:
+    from interp.interventions import AttentionChange
 
 SUFFIXES = (".parquet", ".csv")
 
@@ -47,10 +50,9 @@ def generate(
     items = [*(prompts or []), *_read(data or [])]
     if not items:
         raise InterpError("nothing to continue: give a text, or --data with a file of prompts")
-    from interp.interventions import parse_change
     from interp.model.load_model import load
 
-    edits, policy = [parse_change(text) for text in edit or []], bos_policy(bos)
+    edits, policy = [_change(text) for text in edit or []], bos_policy(bos)
     written = load(model, dtype=dtype, device=device, bos=policy).generate(
         items, max_new_tokens, n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or None,
         edits=edits, batch_size=batch_size,
@@ -61,6 +63,15 @@ def generate(
     if out is not None:
         _write(written, out)
         typer.echo(f"{sum(len(row.ids) for row in written.rows)} tokens; wrote {out}", err=True)
+
+
+def _change(text: str) -> AttentionChange:
+    from interp.interventions import Write, parse_change
+
+    change = parse_change(text)
+    if isinstance(change, Write):
+        raise InterpError(f"--edit {text!r}: generate takes attention edits and masks, and this writes an activation")
+    return change
 
 
 def _read(files: list[Path]) -> list[Any]:
