@@ -99,6 +99,7 @@ def loaded(request: Any, word_tokenizer: Any) -> tuple[interp.Model, Any]:
     ("mode", "engine", "metrics"),
     [("denoise", "auto", METRICS), ("noise", "auto", ["logit_diff"]), ("denoise", "naive", ["logit_diff"])],
 )
+@pytest.mark.slow
 def test_patches_of_every_position(loaded, mode: Any, engine: Any, metrics: Sequence[str]) -> None:
     model, hf = loaded
     sites = model.sites("resid_post", positions=[1, 3, -1])
@@ -119,6 +120,7 @@ def test_patches_of_every_position(loaded, mode: Any, engine: Any, metrics: Sequ
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
 def test_ablation_everywhere_acts_on_the_answers_tokens_too(loaded, engine: Any) -> None:
     model, hf = loaded
     runs = {
@@ -210,6 +212,7 @@ def test_phases_of_an_edit_divide_prompt_and_answer(tiny) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
 def test_writes_of_all_tokens_reach_the_answers(tiny, engine: Any) -> None:
     model, hf, direction = tiny("llama"), tiny_hf("llama"), torch.linspace(-2, 2, 32)
     writes = {
@@ -246,6 +249,7 @@ def test_edits_of_a_context_count_positions_of_the_prompt(tiny) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
 def test_steering_everywhere_and_at_the_prompts_end(loaded, engine: Any) -> None:
     model, hf = loaded
     direction = torch.linspace(-2, 2, model.d_model)
@@ -300,6 +304,7 @@ def test_traces_average_over_noise(loaded, metric: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", ["denoise", "noise"])
+@pytest.mark.slow
 def test_prompts_of_other_lengths_aligned_by_spans(loaded, mode: Any, engine: Any) -> None:
     model, hf = loaded
     pair = interp.PromptPair("w1 w5 w3 w6", "w8 w8 w9 w5 w3 w2 w6", "w95 w20 w21", "w96 w22")
@@ -324,6 +329,7 @@ def test_sources_are_run_with_the_pairs_own_answer(tiny) -> None:
     np.testing.assert_allclose(values(effects, 0), expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_path_from_the_last_mlp_to_the_logits_is_its_patch(tiny) -> None:
     """All that the last MLP sends goes to the logits, from the answer's tokens too."""
     model = tiny("llama")

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from architectures import of_kind
 
 import interp
 from interp.doctor.families.text import tiny_hf
@@ -16,7 +17,7 @@ from interp.errors import InterpError, PromptError
 CLEAN, CORRUPT = [0, 4, 5, 6, 9, 12], [0, 4, 7, 6, 9, 12]
 SPANS = {"changed": (2, 3), "end": (4, 6)}
 PAIR = interp.PromptPair(CLEAN, CORRUPT, 8, 9, SPANS)  # type: ignore[arg-type]
-FAMILIES = ("llama", "gpt2", "neox", "gemma", "gemma2", "gptj", "gpt_neo", "opt", "opt_post_norm", "bloom", "mistral")
+FAMILIES = of_kind("decoder")
 
 
 def vectors_of(hf: Any, ids: list[int]) -> torch.Tensor:

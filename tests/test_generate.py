@@ -8,15 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from architectures import of_kind
 from headstats import StatSpec
 
 import interp
-from interp.doctor.families.text import FAMILIES, tiny_hf
+from interp.doctor.families.text import tiny_hf
 from interp.errors import InterpError
 from interp.model.generation.sampling import Sampling, choose
 
 PROMPTS = [[3, 4, 5, 6, 9, 12], [7, 9], [11, 3, 8, 2]]
-DECODERS = [name for name, family in FAMILIES.items() if family.kind in ("decoder", "hybrid")]
+OTHERS = ("gpt2", "gemma3", "falcon_alibi", "gpt_oss", "bamba")
+DECODERS = of_kind("decoder", "hybrid")
 SPEC = StatSpec(entropy=True, argmax=True, sink=2)
 NEW = 10
 
@@ -49,7 +51,7 @@ def test_greedy_tokens_are_those_of_an_untouched_model_alone_and_padded(family) 
     assert ids_of(alone)[0] != ids_of(alone)[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3", "falcon_alibi", "gpt_oss", "bamba"])
+@pytest.mark.parametrize("family", ["llama", "mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
 def test_numbers_of_a_step_are_those_of_the_full_forwards_row(family) -> None:
     hf, model = tiny_hf(family), loaded(family)
     out = model.generate(PROMPTS, NEW, stats=SPEC, keep=["resid_post.L1", "z.L1H2"])
