@@ -47,12 +47,13 @@ class Generating(ModelFacts):
             out.texts, out.frame()    # example, sample, step, token, id, logprob, entropy, margin
             model.generate(prompts, edits=[interp.AttentionEdit(keys="image", gain=0.5, phase="decoding")])
 
-        ``temperature=0`` takes the most probable token. A sample depends on seed, prompt and number of the sample, not
-        on the batch. ``stop``: texts that end a row. ``edits``: as in `edited`, around the generation; edits of prompt
-        tokens stay in force, because the cache keeps what they changed. ``stats``: statistics with one number for a
-        query, of the row that each token was read from. ``keep``: sites whose activations of that row are kept, like
-        ``"resid_post.L12"``. The prompt goes through the model once for all its samples. ``batch_size``: rows in one
-        forward; prompts of unequal lengths are padded on the left. Ctrl-C returns what is written so far.
+        ``temperature=0`` takes the most probable token. A sample's random numbers depend on seed, prompt and number of
+        the sample, not on the batch, whose size only rounds the logits. ``stop``: texts that end a row. ``edits``: as
+        in `edited`, around the generation; edits of prompt tokens stay in force, because the cache keeps what they
+        changed. ``stats``: statistics with one number for a query, of the row that each token was read from. ``keep``:
+        sites whose activations of that row are kept, like ``"resid_post.L12"``. The prompt goes through the model once
+        for all its samples. ``batch_size``: rows in one forward; prompts of unequal lengths are padded on the left.
+        Ctrl-C returns what is written so far.
 
         Raises InterpError for settings without effect, PromptError for prompts that leave no room in the model's
         context, ModelError for a model that generates no text.
